@@ -1,0 +1,25 @@
+"""castling_jax: Castling-ViT (You et al., CVPR 2023) in JAX and Flax, for TPU pods.
+
+The whole public API, with the modules `ops` (the mathematics) and `convert` (parameter trees).
+"""
+
+from castling_jax import convert, ops
+from castling_jax.convert.files import load_inference
+from castling_jax.convert.inference import check_switch, to_inference
+from castling_jax.models.registry import create_model
+from castling_jax.models.variables import apply, get_variables
+from castling_jax.ops.errors import InputError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InputError",
+    "apply",
+    "check_switch",
+    "convert",
+    "create_model",
+    "get_variables",
+    "load_inference",
+    "ops",
+    "to_inference",
+]

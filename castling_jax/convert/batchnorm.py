@@ -1,0 +1,94 @@
+"""Folding batch norm, whose statistics are constants at inference, into the linear or convolution layer beside it.
+
+A node of the tree that is to be folded has two children, `linear` and `bn`. Which of the two comes first can be read
+off the tree: a layer that batch norm follows has no bias, since batch norm brings one; a layer that has a bias comes
+after (LeViT's classifier heads).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from castling_jax.ops.errors import InputError
+
+EPSILON = 1e-5
+
+
+def fold_batch_norms(params: dict[str, Any], batch_stats: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """The parameter tree with every {linear, bn} node turned into {linear: {kernel, bias}}.
+
+    Args:
+      params: nested dicts; kernels are [..., in, out].
+      batch_stats: the same nesting, {mean, var} under each `bn`.
+      path: where this node stands, for messages.
+
+    Returns:
+      A new tree; the leaves that were not folded are the same objects.
+
+    Raises:
+      InputError: a batch norm lacks its scale, bias, mean, var, or the layer it belongs to.
+    """
+    for name in batch_stats.keys() - params.keys():
+        raise InputError(f"batch_stats has '{path}{name}', which params lacks.")
+    if "bn" not in params:
+        return {
+            name: fold_batch_norms(child, batch_stats.get(name, {}), f"{path}{name}/")
+            if isinstance(child, dict)
+            else child
+            for name, child in params.items()
+        }
+    norm = _complete(params["bn"], ("scale", "bias"), f"params/{path}bn")
+    statistics = _complete(batch_stats.get("bn", {}), ("mean", "var"), f"batch_stats/{path}bn")
+    layer = _complete(params.get("linear", {}), ("kernel",), f"params/{path}linear")
+    folded = _fold_before if "bias" in layer else _fold_after
+    rest = {name: child for name, child in params.items() if name not in ("bn", "linear")}
+    return rest | {"linear": folded(layer, norm["scale"], norm["bias"], statistics["mean"], statistics["var"])}
+
+
+def _complete(node: dict[str, Any], names: tuple[str, ...], path: str) -> dict[str, Any]:
+    for name in names:
+        if name not in node:
+            raise InputError(f"the batch norm cannot be folded: '{path}/{name}' is missing.")
+    return node
+
+
+def _fold_after(layer, scale, bias, mean, var):
+    """bn(x @ kernel) as one affine layer."""
+    return {
+        "kernel": compute(
+            lambda kernel, scale, var: kernel * (scale * (var + EPSILON) ** -0.5), layer["kernel"], scale, var
+        ),
+        "bias": compute(
+            lambda bias, scale, mean, var: bias - mean * scale * (var + EPSILON) ** -0.5, bias, scale, mean, var
+        ),
+    }
+
+
+def _fold_before(layer, scale, bias, mean, var):
+    """bn(x) @ kernel + bias as one affine layer."""
+    return {
+        "kernel": compute(
+            lambda kernel, scale, var: kernel * (scale * (var + EPSILON) ** -0.5)[:, None], layer["kernel"], scale, var
+        ),
+        "bias": compute(
+            lambda own, kernel, scale, bias, mean, var: own + (bias - mean * scale * (var + EPSILON) ** -0.5) @ kernel,
+            layer["bias"],
+            layer["kernel"],
+            scale,
+            bias,
+            mean,
+            var,
+        ),
+    }
+
+
+def compute(function: Callable[..., Any], like: Any, *others: Any) -> Any:
+    """function(like, *others) for numpy arrays, jax arrays, tracers or ShapeDtypeStructs, laid out as `like` is."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in (like, *others)):
+        shape = jax.eval_shape(function, like, *others)
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=getattr(like, "sharding", None))
+    out = function(like, *others)
+    if isinstance(like, jax.Array) and not isinstance(out, jax.core.Tracer):
+        out = jax.device_put(out, like.sharding)
+    return out

@@ -1,0 +1,113 @@
+"""The switch: from the trained parameter tree to the inference tree, which has no softmax branch.
+
+King and rook castle: what the masked softmax branch owns is dropped, batch norm is folded, and what is left is
+exactly the tree of `create_model(..., form="inference")`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, DTypeLike, Float
+
+from castling_jax.convert.batchnorm import compute, fold_batch_norms
+from castling_jax.models.registry import abstract_model
+from castling_jax.models.variables import COLLECTIONS, Variables, apply
+from castling_jax.ops.checks import concrete_threshold
+from castling_jax.ops.errors import InputError, check_known
+
+SOFTMAX_BRANCH = "softmax_branch"  # the key under which castling models keep what only the branch uses
+
+
+def to_inference(variables: Variables, *, dtype: DTypeLike | None = None) -> Variables:
+    """The variables of the inference form. Needs no model: all it does can be read off the tree.
+
+    Drops every `softmax_branch`; folds batch norm into the layer beside it; averages two heads into one where there
+    is no distillation token that feeds the second (LeViT). Linear-angular trees pass through, softmax trees are
+    folded. In a DeiT the branch owns no parameter, and the result holds the same arrays.
+
+    Args:
+      variables: {"params": ..., "batch_stats": ...} of numpy arrays, jax arrays (whose shardings are kept), tracers or
+        ShapeDtypeStructs. `params` may be an exponential moving average. Never changed.
+      dtype: what floating-point leaves are cast to; None leaves them as they are.
+
+    Returns:
+      {"params": ...}: new dicts.
+
+    Raises:
+      InputError: there is no `params`, a collection is unknown, or a batch norm is incomplete.
+    """
+    if not isinstance(variables, dict) or "params" not in variables:
+        raise InputError('the variables lack "params": give {"params": {...}} as get_variables returns it.')
+    for collection in variables:
+        check_known("collection of variables", collection, COLLECTIONS)
+    params = fold_batch_norms(_without_branch(variables["params"]), variables.get("batch_stats", {}))
+    if "head_dist" in params and "dist_token" not in params:
+        second = params.pop("head_dist")
+        params["head"] = jax.tree.map(lambda a, b: compute(lambda a, b: (a + b) / 2, a, b), params["head"], second)
+    if dtype is not None:
+        params = jax.tree.map(lambda leaf: _cast(leaf, jnp.dtype(dtype)), params)
+    return {"params": params}
+
+
+def _without_branch(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return {name: _without_branch(child) for name, child in tree.items() if name != SOFTMAX_BRANCH}
+
+
+def _cast(leaf: Any, dtype: np.dtype) -> Any:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype == dtype:
+        return leaf
+    return compute(lambda leaf: leaf.astype(dtype), leaf)
+
+
+def check_switch(
+    model: Any,
+    variables: Variables,
+    images: Float[Array, "batch height width channels"],
+    mask_threshold: ArrayLike,
+) -> dict[str, Any]:
+    """Compares a castling model's two forms on real images, before one trusts the smaller one.
+
+    Args:
+      model: a castling model in training form.
+      variables: its variables.
+      images: what to compare them on.
+      mask_threshold: the threshold that training has reached.
+
+    Returns:
+      {"max_difference": the largest absolute difference between the two forms' logits at that threshold,
+       "densities": [layers], the share of softmax weights still kept there,
+       "max_difference_at_one": the same difference at threshold 1, where the mask is empty: about zero}.
+
+    Raises:
+      InputError: the model is not castling in training form; the threshold is negative or NaN; and what `apply` raises.
+    """
+    spec = model.spec
+    if (spec.attention, spec.form) != ("castling", "train"):
+        raise InputError(
+            f'only attention="castling", form="train" has two forms to compare, not attention={spec.attention!r}, '
+            f"form={spec.form!r}."
+        )
+    concrete_threshold(mask_threshold)
+    inference_model = abstract_model(**spec.arguments(form="inference"))
+
+    @jax.jit
+    def compare(variables, images, thresholds):
+        inference_logits = apply(inference_model, to_inference(variables), images)
+        differences, densities = [], None
+        for threshold in thresholds:
+            logits, kept = apply(model, variables, images, mask_threshold=threshold, return_densities=True)
+            differences.append(jnp.max(jnp.abs(logits - inference_logits)))
+            densities = kept if densities is None else densities
+        return differences, densities
+
+    # Threshold 1 is traced too: the training form is really run, not known to be without its branch.
+    differences, densities = compare(variables, images, (jnp.float32(mask_threshold), jnp.float32(1)))
+    return {
+        "max_difference": float(differences[0]),
+        "densities": np.asarray(densities),
+        "max_difference_at_one": float(differences[1]),
+    }

@@ -1,0 +1,1 @@
+"""Flax NNX modules of the attention and the backbones, and their parameter trees."""

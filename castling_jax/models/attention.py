@@ -1,0 +1,104 @@
+"""Multi-head self-attention in each of the four kinds a backbone can be built with."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float
+
+from castling_jax import ops
+from castling_jax.models.layers import linear
+from castling_jax.ops.angular import normalize_and_convolve
+from castling_jax.ops.errors import InputError, check_known
+
+ATTENTIONS = ("castling", "linear_angular", "softmax", "angular")
+FORMS = ("train", "inference")
+TOKEN_KERNEL_SIZES = {"1d": 9, "2d": 3}  # the authors' block has 9 taps over tokens
+
+
+class Attention(nnx.Module):
+    """Self-attention with fused qkv: its rows are ordered q, k, v, then head, then head_dim.
+
+    Args:
+      dim: width, a multiple of num_heads.
+      num_heads: heads.
+      attention: one of ATTENTIONS; "angular" is the exact kernel in the place of its linear part.
+      form: "inference" leaves out castling's softmax branch; to the other kinds it makes no difference.
+      qkv_bias: whether the qkv projection has a bias.
+      token_conv: the convolution of the values, of all kinds but softmax: "1d" over tokens, "2d" over the grid, or
+        None.
+      token_kernel_size: taps, or rows and columns, of that convolution; None is 9 for "1d" and 3 for "2d".
+
+    Raises:
+      InputError: heads that do not divide the width, an even kernel, or an unknown name.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        attention: str,
+        form: str,
+        qkv_bias: bool,
+        token_conv: str | None,
+        token_kernel_size: int | None,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        check_known("attention", attention, ATTENTIONS)
+        check_known("form", form, FORMS)
+        if token_conv is not None:
+            check_known("token_conv", token_conv, TOKEN_KERNEL_SIZES)
+        if dim % num_heads:
+            raise InputError(f"{num_heads} heads do not divide the width {dim}.")
+        self.num_heads = num_heads
+        self.attention = attention
+        self.form = form
+        self.token_conv = token_conv
+        self.qkv = linear(dim, 3 * dim, use_bias=qkv_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.proj = linear(dim, dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        if attention != "softmax" and token_conv is not None:
+            size = TOKEN_KERNEL_SIZES[token_conv] if token_kernel_size is None else token_kernel_size
+            if size % 2 == 0 or size < 1:
+                raise InputError(
+                    f"token_kernel_size must be odd, so that a middle tap stands on the token, not {size}."
+                )
+            taps = (size,) if token_conv == "1d" else (size, size)
+            # Zero, so that a converted or new model starts as attention alone.
+            self.token_kernel = nnx.Param(jnp.zeros((*taps, num_heads), param_dtype))
+        else:
+            self.token_kernel = None
+
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens channels"],
+        *,
+        grid: tuple[int, int],
+        prefix_tokens: int,
+        mask_threshold: ArrayLike | None,
+    ) -> tuple[Float[Array, "batch tokens channels"], Float[Array, ""]]:
+        """The attention's output, and the mask density: the share of softmax weights kept, 0 without the branch."""
+        batch, tokens, channels = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, channels // self.num_heads)
+        out, density = self._attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask_threshold)
+        if self.token_kernel is not None and self.token_conv == "2d":
+            out += ops.depthwise_convolution(
+                qkv[:, :, 2], self.token_kernel[...], grid=grid, prefix_tokens=prefix_tokens
+            )
+        return self.proj(out.reshape(batch, tokens, channels)), density
+
+    def _attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, mask_threshold: ArrayLike | None
+    ) -> tuple[jax.Array, jax.Array]:
+        no_branch = jnp.zeros((), jnp.float32)
+        taps = self.token_kernel[...] if self.token_kernel is not None and self.token_conv == "1d" else None
+        if self.attention == "softmax":
+            return jax.nn.dot_product_attention(q, k, v), no_branch
+        if self.attention == "angular":
+            return normalize_and_convolve(ops.angular_attention(q, k, v), v, taps), no_branch
+        if self.attention == "linear_angular" or self.form == "inference":
+            return ops.linear_angular_attention(q, k, v, taps), no_branch
+        if mask_threshold is None:
+            raise InputError("a castling model in training form needs mask_threshold, a number of at least 0.")
+        return ops.castling_attention(q, k, v, taps, mask_threshold=mask_threshold)

@@ -1,0 +1,39 @@
+"""Learned position embeddings on another patch grid than the one they were trained on."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from castling_jax.ops.errors import InputError
+
+
+def resize_position_embedding(
+    embedding: Float[Array, "1 tokens channels"],
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    prefix_tokens: int,
+) -> Float[Array, "1 new_tokens channels"]:
+    """Resamples the embedding's grid part with an antialiased bicubic filter; as timm's resample_abs_pos_embed.
+
+    Args:
+      embedding: prefix (class, distillation) tokens first, then the grid's rows.
+      old_grid: (height, width) it has, in tokens.
+      new_grid: (height, width) it is to have.
+      prefix_tokens: how many leading tokens have no place on the grid and stay as they are.
+
+    Raises:
+      InputError: the embedding does not have the tokens that old_grid and prefix_tokens say.
+    """
+    if embedding.shape[1] != prefix_tokens + old_grid[0] * old_grid[1]:
+        raise InputError(
+            f"a position embedding of {embedding.shape[1]} tokens is not {prefix_tokens} prefix tokens and a grid of "
+            f"{old_grid[0]} x {old_grid[1]}."
+        )
+    if old_grid == new_grid:
+        return embedding
+    channels = embedding.shape[2]
+    prefix, patches = embedding[:, :prefix_tokens], embedding[:, prefix_tokens:]
+    resized = jax.image.resize(
+        patches.reshape(1, *old_grid, channels).astype(jnp.float32), (1, *new_grid, channels), "cubic"
+    )
+    return jnp.concatenate([prefix, resized.reshape(1, -1, channels).astype(embedding.dtype)], axis=1)

@@ -1,0 +1,117 @@
+"""Names -> models."""
+
+import dataclasses
+import inspect
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from castling_jax.models.attention import ATTENTIONS, FORMS
+from castling_jax.models.deit import DeiT
+from castling_jax.ops.errors import InputError, check_known
+
+# name -> (class, its arguments): Touvron et al., table 1; deit_micro is ours, for small images on a CPU.
+MODELS: dict[str, tuple[type[nnx.Module], dict[str, Any]]] = {
+    "deit_tiny": (DeiT, {"image_size": 224, "embed_dim": 192, "depth": 12, "num_heads": 3}),
+    "deit_small": (DeiT, {"image_size": 224, "embed_dim": 384, "depth": 12, "num_heads": 6}),
+    "deit_base": (DeiT, {"image_size": 224, "embed_dim": 768, "depth": 12, "num_heads": 12}),
+    "deit_micro": (DeiT, {"image_size": 8, "patch_size": 2, "embed_dim": 96, "depth": 4, "num_heads": 3}),
+}
+COMMON_ARGUMENTS = ("self", "attention", "form", "num_classes", "image_size", "dtype", "param_dtype", "rngs")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """What a model was made from: enough to make it again, in either form."""
+
+    name: str
+    attention: str
+    form: str
+    num_classes: int
+    image_size: int
+    dtype: str
+    param_dtype: str
+    overrides: tuple[tuple[str, Any], ...]
+
+    def arguments(self, **changes: Any) -> dict[str, Any]:
+        """The arguments of `create_model`, plain enough for JSON, with `changes` among them."""
+        arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return arguments | dict(arguments.pop("overrides")) | changes
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def create_model(
+    name: str,
+    *,
+    attention: str = "castling",
+    form: str = "train",
+    num_classes: int = 1000,
+    image_size: int | None = None,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs | None = None,
+    **overrides: Any,
+) -> nnx.Module:
+    """Builds a backbone with fresh parameters.
+
+    Args:
+      name: one of MODELS.
+      attention: "castling", "linear_angular", "softmax", or "angular" (the exact kernel, quadratic in tokens).
+      form: "train" or "inference"; a castling model in inference form has no softmax branch.
+      num_classes: logits.
+      image_size: pixels a side; None is the model's own.
+      dtype: what it computes in, float32 or bfloat16; logits are float32 always.
+      param_dtype: what its parameters are held in.
+      rngs: where the parameters are drawn from; None is nnx.Rngs(0).
+      **overrides: timm's constructor words: embed_dim, depth, num_heads, patch_size, in_chans, mlp_ratio, qkv_bias,
+        distilled, drop_path_rate; and token_conv ("1d", "2d" or None) and token_kernel_size.
+
+    Returns:
+      A Flax NNX module; `model.spec` holds what it was made from.
+
+    Raises:
+      InputError: a name or an override is unknown, or sizes do not fit each other.
+    """
+    check_known("model", name, MODELS)
+    check_known("attention", attention, ATTENTIONS)
+    check_known("form", form, FORMS)
+    factory, defaults = MODELS[name]
+    words = [word for word in inspect.signature(factory.__init__).parameters if word not in COMMON_ARGUMENTS]
+    for word in overrides:
+        check_known(f"argument of {name}", word, words)
+    if num_classes < 1:
+        raise InputError(f"num_classes must be at least 1, not {num_classes}.")
+    # JSON has lists where constructors have tuples; a tuple can be hashed, as the model's spec must be.
+    overrides = {word: _tuples(value) for word, value in overrides.items()}
+    arguments = defaults | overrides
+    if image_size is not None:
+        arguments["image_size"] = image_size
+    model = factory(
+        attention=attention,
+        form=form,
+        num_classes=num_classes,
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.dtype(param_dtype),
+        rngs=nnx.Rngs(0) if rngs is None else rngs,
+        **arguments,
+    )
+    model.spec = ModelSpec(
+        name=name,
+        attention=attention,
+        form=form,
+        num_classes=num_classes,
+        image_size=arguments["image_size"],
+        dtype=jnp.dtype(dtype).name,
+        param_dtype=jnp.dtype(param_dtype).name,
+        overrides=tuple(sorted(overrides.items())),
+    )
+    return model
+
+
+def abstract_model(name: str, **arguments: Any) -> nnx.Module:
+    """`create_model` with shapes in the place of arrays: nothing is allocated or drawn."""
+    return nnx.eval_shape(lambda: create_model(name, **arguments))

@@ -1,0 +1,127 @@
+"""Between NNX modules and the plain trees that the rest of the package, and users' programs, work on.
+
+Variables are {"params": {...}, "batch_stats": {...}}: nested dicts with string keys only, whose leaves are arrays;
+`batch_stats` is there only where the model has batch norm.
+"""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float, Key
+
+from castling_jax.ops.errors import InputError
+
+Variables = dict[str, Any]
+COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+
+
+def _string_keys(tree: Any) -> Any:
+    return {str(key): _string_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+
+def get_variables(model: nnx.Module) -> Variables:
+    """The model's variables as nested plain dicts with string keys (block 0 is "0"). The arrays are the model's own."""
+    trees = {name: nnx.to_pure_dict(nnx.state(model, kind)) for name, kind in COLLECTIONS.items()}
+    return {name: _string_keys(tree) for name, tree in trees.items() if tree}
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dict as one dict from paths such as "params/blocks/0/norm1/scale" to leaves, sorted by path."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    leaves = {}
+    for key, value in tree.items():
+        leaves |= flatten(value, f"{prefix}/{key}" if prefix else str(key))
+    return dict(sorted(leaves.items()))
+
+
+def unflatten(leaves: dict[str, Any]) -> Any:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def check_variables(model: nnx.Module, variables: Variables) -> None:
+    """Raises an InputError unless `variables` has exactly the model's paths and shapes; it names the first that differs."""
+    expected, given = flatten(get_variables(model)), flatten(variables)
+    if missing := sorted(expected.keys() - given.keys()):
+        raise InputError(f"the variables lack {missing[0]!r} ({len(missing)} of {len(expected)} arrays are missing).")
+    if unknown := sorted(given.keys() - expected.keys()):
+        raise InputError(
+            f"the variables hold {unknown[0]!r}, which the model does not have ({len(unknown)} such arrays)."
+        )
+    for path, leaf in expected.items():
+        if given[path].shape != leaf.shape:
+            raise InputError(f"{path!r} must have the shape {leaf.shape}, not {given[path].shape}.")
+
+
+def bind(model: nnx.Module, variables: Variables) -> nnx.Module:
+    """A copy of the model that holds `variables`; the model itself is left as it is.
+
+    Raises:
+      InputError: a variable is missing, unknown or of another shape.
+    """
+    check_variables(model, variables)
+    graphdef, state = nnx.split(model)
+    leaves = flatten(variables)
+    collections = {kind: name for name, kind in COLLECTIONS.items()}
+    bound = {
+        path: variable.replace(leaves["/".join([collections[variable.type], *map(str, path)])])
+        for path, variable in nnx.to_flat_state(state)
+    }
+    return nnx.merge(graphdef, nnx.from_flat_state(bound))
+
+
+def apply(
+    model: nnx.Module,
+    variables: Variables,
+    images: Float[Array, "batch height width channels"],
+    *,
+    mask_threshold: ArrayLike | None = None,
+    return_densities: bool = False,
+) -> Any:
+    """The evaluation-mode forward pass; pure, jit- and grad-able.
+
+    Args:
+      model: gives the architecture; its own parameters are not used.
+      variables: as from `get_variables`.
+      images: normalised pixels.
+      mask_threshold: a scalar of at least 0, needed by castling models in training form; the others ignore it.
+      return_densities: also return the mask density of each layer.
+
+    Returns:
+      Logits [batch, classes] in float32; with `return_densities` a pair (logits, densities [layers]), where a layer
+      without the masked branch has the density 0.
+
+    Raises:
+      InputError: variables are missing or of another shape, images do not fit the model, or the threshold is missing,
+        negative or NaN.
+    """
+    logits, densities = forward(model, variables, images, mask_threshold=mask_threshold)
+    return (logits, densities) if return_densities else logits
+
+
+def forward(
+    model: nnx.Module,
+    variables: Variables,
+    images: Float[Array, "batch height width channels"],
+    *,
+    mask_threshold: ArrayLike | None = None,
+    key: Key[Array, ""] | None = None,
+) -> tuple[Float[Array, "batch classes"], Float[Array, "layers"]]:
+    """(logits, densities); with a key, in training mode. Otherwise as `apply`."""
+    if len(images.shape) != 4:
+        raise InputError(f"images must be [batch, height, width, channels], not of shape {images.shape}.")
+    return bind(model, variables)(images, mask_threshold=mask_threshold, key=key)
+
+
+def count_parameters(variables: Variables) -> int:
+    """How many numbers `params` holds (batch statistics are not parameters)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))

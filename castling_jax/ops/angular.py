@@ -1,0 +1,149 @@
+"""The spectral-angle kernel, its series, and linear-angular attention (Castling-ViT, section 4.1)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from castling_jax.ops.checks import check_implementation, check_query_values, check_qkv
+from castling_jax.ops.depthwise import depthwise_convolution
+from castling_jax.ops.errors import InputError
+
+# Added to the squared norm. Vectors of norm 1e-9 and above are normalised to float32's rounding, and
+# its power -3/2, which the gradient holds, is still a finite float32: a zero vector gives no NaN.
+SQUARED_NORM_EPSILON = 1e-24
+
+
+def l2_normalize(x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
+    """x / |x| along the last axis, in float32 at least. A zero vector stays zero, with finite gradients."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + SQUARED_NORM_EPSILON)
+
+
+def _cosines(
+    q: Float[Array, "batch queries heads key_dim"], k: Float[Array, "batch keys heads key_dim"]
+) -> Float[Array, "batch heads queries keys"]:
+    return jnp.clip(jnp.einsum("bqhd,bkhd->bhqk", l2_normalize(q), l2_normalize(k)), -1, 1)
+
+
+def angular_kernel(
+    q: Float[Array, "batch queries heads key_dim"], k: Float[Array, "batch keys heads key_dim"]
+) -> Float[Array, "batch heads queries keys"]:
+    """The exact kernel Sim(q, k) = 1 - theta(q, k) / pi, in [0, 1] (equations 3 and 4); quadratic in tokens.
+
+    theta is the angle between q and k in radians. The kernel has a kink where they are parallel or
+    opposite; its gradient is taken as zero there, so that it is finite everywhere.
+
+    Raises:
+      InputError: the shapes do not fit.
+    """
+    check_qkv(q, k)
+    cosines = _cosines(q, k)
+    interior = jnp.abs(cosines) < 1
+    angles = jnp.where(interior, jnp.arccos(jnp.where(interior, cosines, 0)), jnp.where(cosines > 0, 0, jnp.pi))
+    return 1 - angles / jnp.pi
+
+
+def arcsine_coefficients(order: int) -> np.ndarray:
+    """Coefficients of c, c^3, ..., c^(2 order + 1) in arcsin(c): (2i)! / (2^2i (i!)^2 (2i + 1))."""
+    binomials = np.cumprod([1.0] + [(2 * i - 1) / (2 * i) for i in range(1, order + 1)])
+    return binomials / (2 * np.arange(order + 1) + 1)
+
+
+def angular_kernel_series(
+    q: Float[Array, "batch queries heads key_dim"], k: Float[Array, "batch keys heads key_dim"], order: int
+) -> Float[Array, "batch heads queries keys"]:
+    """Sim(q, k) = 1/2 + arcsin(cos theta) / pi, its series cut after `order` terms of the sum (equation 5).
+
+    With order = 0 only the two linear-angular terms are left, 1/2 + cos(theta) / pi.
+
+    Raises:
+      InputError: the shapes do not fit, or `order` is not an integer of at least 0.
+    """
+    check_qkv(q, k)
+    if not isinstance(order, int) or order < 0:
+        raise InputError(f"order must be an integer of at least 0, not {order!r}.")
+    cosines = _cosines(q, k)
+    highest_first = jnp.asarray(arcsine_coefficients(order)[::-1], cosines.dtype)
+    return 0.5 + cosines * jnp.polyval(highest_first, cosines * cosines) / jnp.pi
+
+
+def angular_attention(
+    q: Float[Array, "batch queries heads key_dim"],
+    k: Float[Array, "batch keys heads key_dim"],
+    v: Float[Array, "batch keys heads value_dim"],
+) -> Float[Array, "batch queries heads value_dim"]:
+    """Sim(Q, K) V with the exact kernel, neither normalised nor convolved; quadratic in tokens.
+
+    Beyond the series' remainder it differs from linear-angular attention in one more term: 1/2 sum_j v_j
+    stands here where the paper's linear form has 1/2 V (equation 7).
+
+    Raises:
+      InputError: the shapes do not fit.
+    """
+    check_qkv(q, k, v)
+    return jnp.einsum("bhqk,bkhd->bqhd", angular_kernel(q, k), v).astype(v.dtype)
+
+
+def linear_angular_core(
+    q: Float[Array, "batch queries heads key_dim"],
+    k: Float[Array, "batch keys heads key_dim"],
+    v: Float[Array, "batch keys heads value_dim"],
+    query_values: Float[Array, "batch queries heads value_dim"],
+) -> Float[Array, "batch queries heads value_dim"]:
+    """1/2 V + (1/pi) Q^ (K^^T V), before the output normalisation, in float32 at least (equation 7).
+
+    The paper writes 1/2 V where the kernel's constant term would give 1/2 sum_j v_j; so do its authors.
+    """
+    wide = jnp.promote_types(v.dtype, jnp.float32)
+    key_values = jnp.einsum("bkhd,bkhe->bhde", l2_normalize(k).astype(v.dtype), v, preferred_element_type=wide)
+    attended = jnp.einsum(
+        "bqhd,bhde->bqhe",
+        l2_normalize(q).astype(v.dtype),
+        key_values.astype(v.dtype),
+        preferred_element_type=wide,
+    )
+    return 0.5 * query_values.astype(wide) + attended / jnp.pi
+
+
+def normalize_and_convolve(
+    core: Float[Array, "batch queries heads value_dim"],
+    query_values: Float[Array, "batch queries heads value_dim"],
+    token_kernel: Float[Array, "taps heads"] | None,
+) -> Float[Array, "batch queries heads value_dim"]:
+    """l2normalise(core) + DWConv(V): how every form of the attention ends. In query_values' dtype."""
+    out = l2_normalize(core).astype(query_values.dtype)
+    return out if token_kernel is None else out + depthwise_convolution(query_values, token_kernel)
+
+
+def linear_angular_attention(
+    q: Float[Array, "batch queries heads key_dim"],
+    k: Float[Array, "batch keys heads key_dim"],
+    v: Float[Array, "batch keys heads value_dim"],
+    token_kernel: Float[Array, "taps heads"] | None = None,
+    *,
+    query_values: Float[Array, "batch queries heads value_dim"] | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "batch queries heads value_dim"]:
+    """Linear-angular attention, the inference form: l2normalise(1/2 V + Q^ (K^^T V) / pi) + DWConv(V).
+
+    Linear in tokens (equations 7 and 8, with the output normalisation of the authors' block).
+
+    Args:
+      q: queries; any scale, they are normalised here.
+      k: keys; likewise.
+      v: values; never normalised.
+      token_kernel: one set of taps a head for the convolution of the values over tokens; their number is odd.
+      query_values: the values at the queries' positions, where queries and keys are different tokens.
+      implementation: "auto" or "xla".
+
+    Returns:
+      The attention's output, in v's dtype.
+
+    Raises:
+      InputError: shapes do not fit, queries unlike keys come without query_values, or a name is unknown.
+    """
+    check_implementation(implementation)
+    check_qkv(q, k, v)
+    query_values = check_query_values(q, v, query_values)
+    return normalize_and_convolve(linear_angular_core(q, k, v, query_values), query_values, token_kernel)

@@ -1,0 +1,63 @@
+"""What every attention operation requires of its arguments."""
+
+import math
+
+import jax
+import numpy as np
+from jaxtyping import ArrayLike
+
+from castling_jax.ops.errors import InputError, check_known
+
+IMPLEMENTATIONS = ("auto", "xla")
+
+
+def check_implementation(implementation: str) -> None:
+    """Raises an InputError unless `implementation` is one of IMPLEMENTATIONS."""
+    check_known("implementation", implementation, IMPLEMENTATIONS)
+
+
+def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array | None = None) -> None:
+    """Raises an InputError unless the shapes of queries, keys (and values) fit together."""
+    arrays = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+    for name, array in arrays.items():
+        if array.ndim != 4:
+            raise InputError(f"{name} must be [batch, tokens, heads, dim], not of shape {array.shape}.")
+        if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
+            raise InputError(f"{name} must be of a floating type such as float32 or bfloat16, not {array.dtype}.")
+        if (array.shape[0], array.shape[2]) != (q.shape[0], q.shape[2]):
+            raise InputError(f"{name} must have q's batch and heads: {array.shape} does not fit {q.shape}.")
+    if q.shape[3] != k.shape[3]:
+        raise InputError(f"q and k must have one key_dim, not {q.shape[3]} and {k.shape[3]}.")
+    if v is not None and v.shape[1] != k.shape[1]:
+        raise InputError(f"k and v must have one number of tokens, not {k.shape[1]} and {v.shape[1]}.")
+
+
+def check_query_values(q: jax.Array, v: jax.Array, query_values: jax.Array | None) -> jax.Array:
+    """The values at the queries' own positions: `query_values`, or `v` where queries and keys are the same tokens."""
+    if query_values is None:
+        if q.shape[1] != v.shape[1]:
+            raise InputError(
+                f"{q.shape[1]} queries and {v.shape[1]} keys are different tokens: "
+                "give query_values [batch, queries, heads, value_dim] for the 1/2 V term and the token kernel."
+            )
+        return v
+    expected = (*q.shape[:3], v.shape[3])
+    if query_values.shape != expected:
+        raise InputError(f"query_values must have the shape {expected}, not {query_values.shape}.")
+    return query_values
+
+
+def concrete_threshold(mask_threshold: ArrayLike) -> float | None:
+    """The threshold's number where it is known now; None while it is traced.
+
+    Raises:
+      InputError: it is not a scalar, or a number known now that is negative or NaN.
+    """
+    if np.ndim(mask_threshold) != 0:
+        raise InputError(f"mask_threshold must be a scalar, not of shape {np.shape(mask_threshold)}.")
+    if isinstance(mask_threshold, jax.core.Tracer):
+        return None
+    value = float(mask_threshold)
+    if math.isnan(value) or value < 0:
+        raise InputError(f"mask_threshold must be a number of at least 0 (at 1 the mask is empty), not {value}.")
+    return value

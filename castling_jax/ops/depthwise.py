@@ -1,0 +1,73 @@
+"""Depthwise convolution of the values over tokens or over the patch grid (Castling-ViT, section 4.2)."""
+
+import math
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from castling_jax.ops.errors import InputError
+
+
+def depthwise_convolution(
+    v: Float[Array, "batch tokens heads value_dim"],
+    kernel: Float[Array, "taps heads"] | Float[Array, "rows columns heads"],
+    *,
+    grid: tuple[int, int] | None = None,
+    prefix_tokens: int = 0,
+) -> Float[Array, "batch tokens heads value_dim"]:
+    """Convolves the values with one set of taps a head, shared by that head's channels, zero padded at the ends.
+
+    As in deep learning's convolutions the kernel is not flipped, and its middle tap stands on the token itself.
+
+    Args:
+      v: values.
+      kernel: [taps, heads] over the token axis, or [rows, columns, heads] over the patch grid; odd sizes only.
+      grid: (height, width) of the patch grid in tokens, for a [rows, columns, heads] kernel and only there.
+      prefix_tokens: leading tokens (class, distillation) that are left out: they neither give nor get anything.
+
+    Returns:
+      The convolved values, in v's dtype; zero at the prefix tokens.
+
+    Raises:
+      InputError: a kernel of even length or of the wrong heads, or a grid that is missing or does not fit.
+    """
+    tokens, heads = v.shape[1] - prefix_tokens, v.shape[2]
+    *taps, kernel_heads = kernel.shape
+    if len(taps) not in (1, 2) or any(size % 2 == 0 for size in taps):
+        raise InputError(
+            f"a token kernel must be [taps, heads] or [rows, columns, heads] of odd sizes, not {kernel.shape}."
+        )
+    if kernel_heads != heads:
+        raise InputError(f"a token kernel for {kernel_heads} heads does not fit values of {heads} heads.")
+    if not 0 <= prefix_tokens <= v.shape[1]:
+        raise InputError(f"prefix_tokens must be between 0 and the {v.shape[1]} tokens there are, not {prefix_tokens}.")
+    if (grid is not None) != (len(taps) == 2):
+        raise InputError(
+            f"grid=(height, width) goes with a [rows, columns, heads] kernel and only there, "
+            f"not grid={grid} with a kernel of shape {kernel.shape}."
+        )
+    sizes = (tokens,) if grid is None else tuple(grid)
+    if math.prod(sizes) != tokens:
+        raise InputError(f"a grid of {grid} does not hold the {tokens} tokens after {prefix_tokens} prefix tokens.")
+    patches = v[:, prefix_tokens:].reshape(v.shape[0], *sizes, *v.shape[2:])
+    out = _depthwise_taps(patches, kernel).reshape(v.shape[0], tokens, *v.shape[2:])
+    return jnp.pad(out, ((0, 0), (prefix_tokens, 0), (0, 0), (0, 0)))
+
+
+# Compiled on its own so that it keeps its name in a jaxpr, where models/macs.py counts its multiply-adds.
+@jax.jit
+def _depthwise_taps(patches: jax.Array, kernel: jax.Array) -> jax.Array:
+    # Shifted multiply-adds fuse into one loop, where a grouped convolution of few channels a group
+    # is slow on every platform; they also differentiate into the same kind of loop.
+    *taps, _ = kernel.shape
+    sizes = patches.shape[1:-2]
+    wide = jnp.promote_types(patches.dtype, jnp.float32)
+    padding = [(0, 0), *((size // 2, size // 2) for size in taps), (0, 0), (0, 0)]
+    padded = jnp.pad(patches, padding).astype(wide)
+    total = jnp.zeros(patches.shape, wide)
+    for offset in product(*map(range, taps)):
+        window = tuple(slice(start, start + size) for start, size in zip(offset, sizes, strict=True))
+        total += padded[(slice(None), *window)] * kernel[offset].astype(wide)[:, None]
+    return total.astype(patches.dtype)

@@ -1,0 +1,27 @@
+"""How the package refuses bad input: one sentence that names the value and what is allowed."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """A caller's mistake. Its message is one complete sentence, fit to be shown without a traceback."""
+
+
+def check_known(kind: str, name: object, known: Iterable[str]) -> None:
+    """Refuses a name that is not one of those known.
+
+    Args:
+      kind: what is being named, for the message ("model", "attention", ...).
+      name: the name that was given.
+      known: the names that exist.
+
+    Raises:
+      InputError: `name` is not in `known`; the message names the nearest known one, and all of them.
+    """
+    choices = list(known)
+    if name in choices:
+        return
+    nearest = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    raise InputError(f"unknown {kind} {name!r}: {hint}(known: {', '.join(choices) or 'none'}).")

@@ -1,0 +1,92 @@
+"""The auxiliary branch: softmax attention whose small weights are masked out (Castling-ViT, section 4.2)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+from castling_jax.ops.checks import check_implementation, check_qkv, concrete_threshold
+from castling_jax.ops.errors import InputError
+
+Bias = (
+    Float[Array, "#batch heads queries keys"]
+    | tuple[Float[Array, "#batch heads queries key_rows"], Float[Array, "#batch heads queries key_columns"]]
+)
+
+
+def dense_bias(q: jax.Array, k: jax.Array, bias: Bias) -> Float[Array, "#batch heads queries keys"]:
+    """The bias as one array: two factors become their outer sum over key rows and key columns.
+
+    Raises:
+      InputError: its shape, or its factors', do not fit queries and keys.
+    """
+    (batch, queries, heads, _), keys = q.shape, k.shape[1]
+    if isinstance(bias, tuple | list):
+        if len(bias) != 2 or any(
+            factor.ndim != 4 or factor.shape[0] not in (1, batch) or factor.shape[1:3] != (heads, queries)
+            for factor in bias
+        ):
+            shapes = [factor.shape for factor in bias]
+            raise InputError(
+                f"a factored bias must be a pair [batch, {heads} heads, {queries} queries, key rows or columns], "
+                f"not of shapes {shapes}."
+            )
+        rows, columns = bias
+        if rows.shape[3] * columns.shape[3] != keys:
+            raise InputError(f"{rows.shape[3]} key rows times {columns.shape[3]} columns are not {keys} keys.")
+        total = rows[..., :, None] + columns[..., None, :]
+        return total.reshape(*total.shape[:3], keys)
+    if bias.ndim != 4 or bias.shape[0] not in (1, batch) or bias.shape[1:] != (heads, queries, keys):
+        raise InputError(
+            f"bias must be of shape [1 or {batch}, {heads} heads, {queries} queries, {keys} keys], not {bias.shape}."
+        )
+    return bias
+
+
+def masked_softmax_attention(
+    q: Float[Array, "batch queries heads key_dim"],
+    k: Float[Array, "batch keys heads key_dim"],
+    v: Float[Array, "batch keys heads value_dim"],
+    *,
+    mask_threshold: ArrayLike,
+    bias: Bias | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""]]:
+    """(M * P) V with P = softmax(Q K^T / sqrt(key_dim) + bias) and M = 1[P > threshold] (equation 9).
+
+    q and k are not normalised, P is not renormalised after the mask, and the mask passes no gradient of its own.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      mask_threshold: a scalar of at least 0; weights at or under it are masked out. From 1 on the mask is
+        empty by definition, and where that is known before tracing the branch is not computed at all.
+      bias: added to the scaled scores; dense [1 or batch, heads, queries, keys], or a pair of factors
+        [batch, heads, queries, key_rows] and [batch, heads, queries, key_columns] whose outer sum it is.
+      implementation: "auto" or "xla".
+
+    Returns:
+      The branch's output in v's dtype, and the mask density: the share of the weights kept, a float32 scalar.
+
+    Raises:
+      InputError: shapes do not fit, the threshold is negative or NaN (where it is concrete), or a name is unknown.
+    """
+    check_implementation(implementation)
+    check_qkv(q, k, v)
+    bias = None if bias is None else dense_bias(q, k, bias)
+    concrete = concrete_threshold(mask_threshold)
+    if concrete is not None and concrete >= 1:
+        return jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype), jnp.zeros((), jnp.float32)
+    wide = jnp.promote_types(v.dtype, jnp.float32)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide) / math.sqrt(q.shape[3])
+    if bias is not None:
+        scores = scores + bias.astype(wide)
+    weights = jax.nn.softmax(scores, axis=-1)
+    threshold = jnp.asarray(mask_threshold, weights.dtype)
+    # Rounding can lift a weight above 1, so an empty mask has to be said rather than computed.
+    kept = (weights > threshold) & (threshold < 1)
+    masked = jnp.where(kept, weights, 0).astype(v.dtype)
+    out = jnp.einsum("bhqk,bkhd->bqhd", masked, v, preferred_element_type=wide)
+    return out.astype(v.dtype), jnp.sum(kept, dtype=jnp.float32) / kept.size
