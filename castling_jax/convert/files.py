@@ -4,17 +4,16 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 from safetensors import SafetensorError
 from safetensors.flax import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from castling_jax.convert.inference import to_inference
+from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, check_variables, flatten, unflatten
 from castling_jax.ops.errors import InputError
@@ -24,7 +23,7 @@ MODEL_FILE = "model.json"
 FORMAT = 1
 
 
-def save_inference(path: str | os.PathLike, model: nnx.Module, variables: Variables) -> None:
+def save_inference(path: str | os.PathLike, model: Backbone, variables: Variables) -> None:
     """Writes the inference folder that `load_inference` reads; an earlier one there is replaced file by file.
 
     Args:
@@ -51,7 +50,7 @@ def save_inference(path: str | os.PathLike, model: nnx.Module, variables: Variab
     write_atomically(folder / MODEL_FILE, json.dumps(description, indent=2).encode())
 
 
-def load_inference(path: str | os.PathLike) -> tuple[nnx.Module, Variables]:
+def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
     """Reads an inference folder, such as the `inference/` of a run.
 
     Returns:
@@ -87,12 +86,9 @@ def load_inference(path: str | os.PathLike) -> tuple[nnx.Module, Variables]:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file so that a reader, or a run killed meanwhile, sees the old content or the new, never a part."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

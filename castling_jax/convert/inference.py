@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, DTypeLike, Float
 
 from castling_jax.convert.batchnorm import compute, fold_batch_norms
+from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import COLLECTIONS, Variables, apply
 from castling_jax.ops.checks import concrete_threshold
@@ -64,7 +65,7 @@ def _cast(leaf: Any, dtype: np.dtype) -> Any:
 
 
 def check_switch(
-    model: Any,
+    model: Backbone,
     variables: Variables,
     images: Float[Array, "batch height width channels"],
     mask_threshold: ArrayLike,

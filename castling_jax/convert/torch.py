@@ -10,8 +10,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from castling_jax.models.backbone import Backbone
 from castling_jax.models.position import resize_position_embedding
 from castling_jax.models.variables import Variables, check_variables, flatten, get_variables, unflatten
 from castling_jax.ops.errors import InputError
@@ -19,7 +19,7 @@ from castling_jax.ops.errors import InputError
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "token_kernel": "dconv.weight"}
 
 
-def from_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> Variables:
+def from_torch(model: Backbone, state_dict: Mapping[str, np.ndarray]) -> Variables:
     """Variables for `model` from a state dict under timm 1.0's names.
 
     A position embedding of another image size is resized to the model's. What timm does not have, a castling model's
@@ -65,7 +65,7 @@ def from_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> Varia
     return unflatten(leaves)
 
 
-def to_torch(model: nnx.Module, variables: Variables) -> dict[str, np.ndarray]:
+def to_torch(model: Backbone, variables: Variables) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`: timm 1.0's names to float32 numpy arrays.
 
     Raises:
@@ -79,7 +79,7 @@ def to_torch(model: nnx.Module, variables: Variables) -> dict[str, np.ndarray]:
     }
 
 
-def _check_form(model: Any) -> None:
+def _check_form(model: Backbone) -> None:
     if model.spec.form != "train":
         raise InputError('a model in inference form is folded: convert with form="train", then use to_inference.')
 

@@ -15,6 +15,14 @@ FORMS = ("train", "inference")
 TOKEN_KERNEL_SIZES = {"1d": 9, "2d": 3}  # the authors' block has 9 taps over tokens
 
 
+def kernel_shape(token_conv: str, size: int | None) -> tuple[int, ...]:
+    """The token kernel's shape without its heads; a size of None is the usual one."""
+    size = TOKEN_KERNEL_SIZES[token_conv] if size is None else size
+    if size % 2 == 0 or size < 1:
+        raise InputError(f"token_kernel_size must be odd, so that a tap stands on the token itself, not {size}.")
+    return (size,) if token_conv == "1d" else (size, size)
+
+
 class Attention(nnx.Module):
     """Self-attention with fused qkv: its rows are ordered q, k, v, then head, then head_dim.
 
@@ -58,17 +66,12 @@ class Attention(nnx.Module):
         self.token_conv = token_conv
         self.qkv = linear(dim, 3 * dim, use_bias=qkv_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.proj = linear(dim, dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        if attention != "softmax" and token_conv is not None:
-            size = TOKEN_KERNEL_SIZES[token_conv] if token_kernel_size is None else token_kernel_size
-            if size % 2 == 0 or size < 1:
-                raise InputError(
-                    f"token_kernel_size must be odd, so that a middle tap stands on the token, not {size}."
-                )
-            taps = (size,) if token_conv == "1d" else (size, size)
-            # Zero, so that a converted or new model starts as attention alone.
-            self.token_kernel = nnx.Param(jnp.zeros((*taps, num_heads), param_dtype))
-        else:
-            self.token_kernel = None
+        # Zero, so that a converted or new model starts as attention alone.
+        self.token_kernel = (
+            nnx.Param(jnp.zeros((*kernel_shape(token_conv, token_kernel_size), num_heads), param_dtype))
+            if attention != "softmax" and token_conv is not None
+            else None
+        )
 
     def __call__(
         self,

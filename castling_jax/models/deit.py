@@ -1,11 +1,14 @@
 """DeiT, the plain vision transformer (Touvron et al., ICML 2021), with any of the four attentions."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from castling_jax.models.attention import Attention
+from castling_jax.models.backbone import Backbone
 from castling_jax.models.layers import Mlp, PatchEmbed, drop_path, layer_norm, linear, truncated_normal
 from castling_jax.models.position import resize_position_embedding
 from castling_jax.ops.errors import InputError
@@ -23,9 +26,9 @@ class Block(nnx.Module):
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
-        **attention,
+        **attention: Any,
     ):
-        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.drop_path_rate = drop_path_rate
         self.norm1 = layer_norm(dim, **common)
         self.attn = Attention(dim, **attention, **common)
@@ -41,7 +44,7 @@ class Block(nnx.Module):
         return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, keys[1]), density
 
 
-class DeiT(nnx.Module):
+class DeiT(Backbone):
     """DeiT; `distilled` adds the distillation token and its head, whose logits are averaged with the class head's.
 
     Images of another size than `image_size` are taken too: the position embedding is resized to their grid.
@@ -72,7 +75,7 @@ class DeiT(nnx.Module):
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.patch_size = patch_size
         self.grid = patch_grid((image_size, image_size), patch_size)
         self.prefix_tokens = 2 if distilled else 1

@@ -1,6 +1,5 @@
 """Names -> models."""
 
-import dataclasses
 import inspect
 from typing import Any
 
@@ -8,36 +7,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from castling_jax.models.attention import ATTENTIONS, FORMS
+from castling_jax.models.backbone import Backbone, ModelSpec
 from castling_jax.models.deit import DeiT
 from castling_jax.ops.errors import InputError, check_known
 
 # name -> (class, its arguments): Touvron et al., table 1; deit_micro is ours, for small images on a CPU.
-MODELS: dict[str, tuple[type[nnx.Module], dict[str, Any]]] = {
+MODELS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "deit_tiny": (DeiT, {"image_size": 224, "embed_dim": 192, "depth": 12, "num_heads": 3}),
     "deit_small": (DeiT, {"image_size": 224, "embed_dim": 384, "depth": 12, "num_heads": 6}),
     "deit_base": (DeiT, {"image_size": 224, "embed_dim": 768, "depth": 12, "num_heads": 12}),
     "deit_micro": (DeiT, {"image_size": 8, "patch_size": 2, "embed_dim": 96, "depth": 4, "num_heads": 3}),
 }
 COMMON_ARGUMENTS = ("self", "attention", "form", "num_classes", "image_size", "dtype", "param_dtype", "rngs")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSpec:
-    """What a model was made from: enough to make it again, in either form."""
-
-    name: str
-    attention: str
-    form: str
-    num_classes: int
-    image_size: int
-    dtype: str
-    param_dtype: str
-    overrides: tuple[tuple[str, Any], ...]
-
-    def arguments(self, **changes: Any) -> dict[str, Any]:
-        """The arguments of `create_model`, plain enough for JSON, with `changes` among them."""
-        arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return arguments | dict(arguments.pop("overrides")) | changes
 
 
 def _tuples(value: Any) -> Any:
@@ -55,7 +36,7 @@ def create_model(
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs | None = None,
     **overrides: Any,
-) -> nnx.Module:
+) -> Backbone:
     """Builds a backbone with fresh parameters.
 
     Args:
@@ -87,7 +68,7 @@ def create_model(
         raise InputError(f"num_classes must be at least 1, not {num_classes}.")
     # JSON has lists where constructors have tuples; a tuple can be hashed, as the model's spec must be.
     overrides = {word: _tuples(value) for word, value in overrides.items()}
-    arguments = defaults | overrides
+    arguments: dict[str, Any] = defaults | overrides
     if image_size is not None:
         arguments["image_size"] = image_size
     model = factory(
@@ -112,6 +93,6 @@ def create_model(
     return model
 
 
-def abstract_model(name: str, **arguments: Any) -> nnx.Module:
+def abstract_model(name: str, **arguments: Any) -> Backbone:
     """`create_model` with shapes in the place of arrays: nothing is allocated or drawn."""
     return nnx.eval_shape(lambda: create_model(name, **arguments))

@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Key
 
+from castling_jax.models.backbone import Backbone
 from castling_jax.ops.errors import InputError
 
 Variables = dict[str, Any]
@@ -20,7 +21,7 @@ def _string_keys(tree: Any) -> Any:
     return {str(key): _string_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
-def get_variables(model: nnx.Module) -> Variables:
+def get_variables(model: Backbone) -> Variables:
     """The model's variables as nested plain dicts with string keys (block 0 is "0"). The arrays are the model's own."""
     trees = {name: nnx.to_pure_dict(nnx.state(model, kind)) for name, kind in COLLECTIONS.items()}
     return {name: _string_keys(tree) for name, tree in trees.items() if tree}
@@ -30,7 +31,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """A nested dict as one dict from paths such as "params/blocks/0/norm1/scale" to leaves, sorted by path."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
         leaves |= flatten(value, f"{prefix}/{key}" if prefix else str(key))
     return dict(sorted(leaves.items()))
@@ -48,8 +49,8 @@ def unflatten(leaves: dict[str, Any]) -> Any:
     return tree
 
 
-def check_variables(model: nnx.Module, variables: Variables) -> None:
-    """Raises an InputError unless `variables` has exactly the model's paths and shapes; it names the first that differs."""
+def check_variables(model: Backbone, variables: Variables) -> None:
+    """Raises an InputError unless `variables` has exactly the model's paths and shapes."""
     expected, given = flatten(get_variables(model)), flatten(variables)
     if missing := sorted(expected.keys() - given.keys()):
         raise InputError(f"the variables lack {missing[0]!r} ({len(missing)} of {len(expected)} arrays are missing).")
@@ -62,7 +63,7 @@ def check_variables(model: nnx.Module, variables: Variables) -> None:
             raise InputError(f"{path!r} must have the shape {leaf.shape}, not {given[path].shape}.")
 
 
-def bind(model: nnx.Module, variables: Variables) -> nnx.Module:
+def bind(model: Backbone, variables: Variables) -> Backbone:
     """A copy of the model that holds `variables`; the model itself is left as it is.
 
     Raises:
@@ -80,7 +81,7 @@ def bind(model: nnx.Module, variables: Variables) -> nnx.Module:
 
 
 def apply(
-    model: nnx.Module,
+    model: Backbone,
     variables: Variables,
     images: Float[Array, "batch height width channels"],
     *,
@@ -109,7 +110,7 @@ def apply(
 
 
 def forward(
-    model: nnx.Module,
+    model: Backbone,
     variables: Variables,
     images: Float[Array, "batch height width channels"],
     *,

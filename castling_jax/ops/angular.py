@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from castling_jax.ops.checks import check_implementation, check_query_values, check_qkv
+from castling_jax.ops.checks import check_implementation, check_qkv, check_query_values
 from castling_jax.ops.depthwise import depthwise_convolution
 from castling_jax.ops.errors import InputError
 

@@ -3,7 +3,7 @@
 from jaxtyping import Array, ArrayLike, Float
 
 from castling_jax.ops.angular import linear_angular_core, normalize_and_convolve
-from castling_jax.ops.checks import check_implementation, check_query_values, check_qkv
+from castling_jax.ops.checks import check_implementation, check_qkv, check_query_values
 from castling_jax.ops.masked_softmax import Bias, masked_softmax_attention
 
 

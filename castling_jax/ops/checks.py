@@ -57,7 +57,7 @@ def concrete_threshold(mask_threshold: ArrayLike) -> float | None:
         raise InputError(f"mask_threshold must be a scalar, not of shape {np.shape(mask_threshold)}.")
     if isinstance(mask_threshold, jax.core.Tracer):
         return None
-    value = float(mask_threshold)
+    value = float(np.asarray(mask_threshold))
     if math.isnan(value) or value < 0:
         raise InputError(f"mask_threshold must be a number of at least 0 (at 1 the mask is empty), not {value}.")
     return value

@@ -1,0 +1,42 @@
+"""What every backbone is to the rest of the package."""
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float, Key
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """What a model was made from: enough to make it again, in either form."""
+
+    name: str
+    attention: str
+    form: str
+    num_classes: int
+    image_size: int
+    dtype: str
+    param_dtype: str
+    overrides: tuple[tuple[str, Any], ...]
+
+    def arguments(self, **changes: Any) -> dict[str, Any]:
+        """The arguments of `create_model`, plain enough for JSON, with `changes` among them."""
+        arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return arguments | dict(arguments.pop("overrides")) | changes
+
+
+class Backbone(nnx.Module):
+    """A classifier of images; `spec` is set by `create_model`."""
+
+    spec: ModelSpec
+
+    def __call__(
+        self,
+        images: Float[Array, "batch height width channels"],
+        *,
+        mask_threshold: ArrayLike | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "batch classes"], Float[Array, "layers"]]:
+        """Logits in float32 and the mask density of each layer; with a key, in training mode."""
+        raise NotImplementedError
