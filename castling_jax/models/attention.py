@@ -1,5 +1,7 @@
 """Multi-head self-attention in each of the four kinds a backbone can be built with."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -35,6 +37,8 @@ class Attention(nnx.Module):
       token_conv: the convolution of the values, of all kinds but softmax: "1d" over tokens, "2d" over the grid, or
         None.
       token_kernel_size: taps, or rows and columns, of that convolution; None is 9 for "1d" and 3 for "2d".
+      param_dtype: what its parameters are held in.
+      **layer: what else `linear` takes.
 
     Raises:
       InputError: heads that do not divide the width, an even kernel, or an unknown name.
@@ -50,9 +54,8 @@ class Attention(nnx.Module):
         qkv_bias: bool,
         token_conv: str | None,
         token_kernel_size: int | None,
-        dtype: jnp.dtype,
         param_dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        **layer: Any,
     ):
         check_known("attention", attention, ATTENTIONS)
         check_known("form", form, FORMS)
@@ -64,8 +67,8 @@ class Attention(nnx.Module):
         self.attention = attention
         self.form = form
         self.token_conv = token_conv
-        self.qkv = linear(dim, 3 * dim, use_bias=qkv_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.proj = linear(dim, dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.qkv = linear(dim, 3 * dim, use_bias=qkv_bias, param_dtype=param_dtype, **layer)
+        self.proj = linear(dim, dim, param_dtype=param_dtype, **layer)
         # Zero, so that a converted or new model starts as attention alone.
         self.token_kernel = (
             nnx.Param(jnp.zeros((*kernel_shape(token_conv, token_kernel_size), num_heads), param_dtype))

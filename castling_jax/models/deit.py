@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Float, Key
 
 from castling_jax.models.attention import Attention
 from castling_jax.models.backbone import Backbone
-from castling_jax.models.layers import Mlp, PatchEmbed, drop_path, layer_norm, linear, truncated_normal
+from castling_jax.models.layers import DEIT_STD, Mlp, PatchEmbed, drop_path, layer_norm, linear, truncated_normal
 from castling_jax.models.position import resize_position_embedding
 from castling_jax.ops.errors import InputError
 
@@ -23,17 +23,15 @@ class Block(nnx.Module):
         *,
         mlp_ratio: float,
         drop_path_rate: float,
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        common: dict[str, Any],
+        layer: dict[str, Any],
         **attention: Any,
     ):
-        common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.drop_path_rate = drop_path_rate
         self.norm1 = layer_norm(dim, **common)
-        self.attn = Attention(dim, **attention, **common)
+        self.attn = Attention(dim, **attention, **layer)
         self.norm2 = layer_norm(dim, **common)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **common)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **layer)
 
     def __call__(self, x, *, grid, prefix_tokens, mask_threshold, key):
         keys = (None, None) if key is None else jax.random.split(key)
@@ -71,11 +69,13 @@ class DeiT(Backbone):
         drop_path_rate: float = 0.0,
         token_conv: str | None = "1d",
         token_kernel_size: int | None = None,
+        init_std: float = DEIT_STD,
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        layer = common | {"init_std": init_std}
         self.patch_size = patch_size
         self.grid = patch_grid((image_size, image_size), patch_size)
         self.prefix_tokens = 2 if distilled else 1
@@ -95,13 +95,14 @@ class DeiT(Backbone):
                 qkv_bias=qkv_bias,
                 token_conv=token_conv,
                 token_kernel_size=token_kernel_size,
-                **common,
+                common=common,
+                layer=layer,
             )
             for i in range(depth)
         )
         self.norm = layer_norm(embed_dim, **common)
-        self.head = linear(embed_dim, num_classes, **common)
-        self.head_dist = linear(embed_dim, num_classes, **common) if distilled else None
+        self.head = linear(embed_dim, num_classes, **layer)
+        self.head_dist = linear(embed_dim, num_classes, **layer) if distilled else None
 
     def __call__(
         self,

@@ -1,16 +1,18 @@
 """Layers that the backbones share."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-KERNEL_STD = 0.02  # truncated normal, as DeiT and MViTv2 start their matrices and position embeddings
+DEIT_STD = 0.02  # of the truncated normal that DeiT and MViTv2 start their matrices and position embeddings from
 
 
 def truncated_normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype) -> nnx.Param:
-    """A parameter drawn from a normal of standard deviation 0.02, cut at two of them."""
-    return nnx.Param(jax.nn.initializers.truncated_normal(KERNEL_STD)(rngs.params(), shape, dtype))
+    """A token or position embedding: a parameter drawn from a normal of standard deviation 0.02, cut at two of them."""
+    return nnx.Param(jax.nn.initializers.truncated_normal(DEIT_STD)(rngs.params(), shape, dtype))
 
 
 def linear(
@@ -18,18 +20,19 @@ def linear(
     features_out: int,
     *,
     use_bias: bool = True,
+    init_std: float = DEIT_STD,
     dtype: jnp.dtype,
     param_dtype: jnp.dtype,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """A dense layer that starts as the ViT family's do: truncated normal of 0.02, zero bias."""
+    """A dense layer that starts as the ViT family's do: a truncated normal of `init_std`, zero bias."""
     return nnx.Linear(
         features_in,
         features_out,
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=param_dtype,
-        kernel_init=jax.nn.initializers.truncated_normal(KERNEL_STD),
+        kernel_init=jax.nn.initializers.truncated_normal(init_std),
         rngs=rngs,
     )
 
@@ -60,7 +63,8 @@ class PatchEmbed(nnx.Module):
             padding="VALID",
             dtype=dtype,
             param_dtype=param_dtype,
-            kernel_init=jax.nn.initializers.truncated_normal(KERNEL_STD),
+            # As PyTorch, and so DeiT, starts a convolution: uniform of variance 1 / (3 fan_in).
+            kernel_init=jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
             rngs=rngs,
         )
 
@@ -70,11 +74,11 @@ class PatchEmbed(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two dense layers with the exact (erf) GELU between them."""
+    """Two dense layers with the exact (erf) GELU between them; `layer` is what `linear` takes."""
 
-    def __init__(self, dim: int, hidden_dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.fc1 = linear(dim, hidden_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.fc2 = linear(hidden_dim, dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, dim: int, hidden_dim: int, **layer: Any):
+        self.fc1 = linear(dim, hidden_dim, **layer)
+        self.fc2 = linear(hidden_dim, dim, **layer)
 
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))

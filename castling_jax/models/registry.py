@@ -11,14 +11,23 @@ from castling_jax.models.backbone import Backbone, ModelSpec
 from castling_jax.models.deit import DeiT
 from castling_jax.ops.errors import InputError, check_known
 
-# name -> (class, its arguments): Touvron et al., table 1; deit_micro is ours, for small images on a CPU.
+# name -> (class, its arguments): Touvron et al., table 1; deit_micro is ours, for small images on a CPU;
+# DeiT's start of 0.02 is too small for its width to learn from.
 MODELS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "deit_tiny": (DeiT, {"image_size": 224, "embed_dim": 192, "depth": 12, "num_heads": 3}),
     "deit_small": (DeiT, {"image_size": 224, "embed_dim": 384, "depth": 12, "num_heads": 6}),
     "deit_base": (DeiT, {"image_size": 224, "embed_dim": 768, "depth": 12, "num_heads": 12}),
-    "deit_micro": (DeiT, {"image_size": 8, "patch_size": 2, "embed_dim": 96, "depth": 4, "num_heads": 3}),
+    "deit_micro": (
+        DeiT,
+        {"image_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 2, "init_std": 0.1},
+    ),
 }
+DTYPES = ("float32", "bfloat16")
 COMMON_ARGUMENTS = ("self", "attention", "form", "num_classes", "image_size", "dtype", "param_dtype", "rngs")
+
+
+def _dtype_name(dtype: Any) -> str:
+    return dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
 
 
 def _tuples(value: Any) -> Any:
@@ -49,7 +58,7 @@ def create_model(
       param_dtype: what its parameters are held in.
       rngs: where the parameters are drawn from; None is nnx.Rngs(0).
       **overrides: timm's constructor words: embed_dim, depth, num_heads, patch_size, in_chans, mlp_ratio, qkv_bias,
-        distilled, drop_path_rate; and token_conv ("1d", "2d" or None) and token_kernel_size.
+        distilled, drop_path_rate; init_std of the matrices; and token_conv ("1d", "2d" or None) and token_kernel_size.
 
     Returns:
       A Flax NNX module; `model.spec` holds what it was made from.
@@ -60,6 +69,9 @@ def create_model(
     check_known("model", name, MODELS)
     check_known("attention", attention, ATTENTIONS)
     check_known("form", form, FORMS)
+    dtypes = {"dtype": _dtype_name(dtype), "param_dtype": _dtype_name(param_dtype)}
+    for word, given in dtypes.items():
+        check_known(word, given, DTYPES)
     factory, defaults = MODELS[name]
     words = [word for word in inspect.signature(factory.__init__).parameters if word not in COMMON_ARGUMENTS]
     for word in overrides:
@@ -75,8 +87,8 @@ def create_model(
         attention=attention,
         form=form,
         num_classes=num_classes,
-        dtype=jnp.dtype(dtype),
-        param_dtype=jnp.dtype(param_dtype),
+        dtype=jnp.dtype(dtypes["dtype"]),
+        param_dtype=jnp.dtype(dtypes["param_dtype"]),
         rngs=nnx.Rngs(0) if rngs is None else rngs,
         **arguments,
     )
@@ -86,8 +98,7 @@ def create_model(
         form=form,
         num_classes=num_classes,
         image_size=arguments["image_size"],
-        dtype=jnp.dtype(dtype).name,
-        param_dtype=jnp.dtype(param_dtype).name,
+        **dtypes,
         overrides=tuple(sorted(overrides.items())),
     )
     return model

@@ -17,11 +17,13 @@ def check_known(kind: str, name: object, known: Iterable[str]) -> None:
       known: the names that exist.
 
     Raises:
-      InputError: `name` is not in `known`; the message names the nearest known one, and all of them.
+      InputError: `name` is not in `known`; the message names the nearest known one, and all where they are few.
     """
     choices = list(known)
     if name in choices:
         return
     nearest = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise InputError(f"unknown {kind} {name!r}: {hint}(known: {', '.join(choices) or 'none'}).")
+    hints = [f"did you mean {nearest[0]!r}?"] if nearest else []
+    if not nearest or len(choices) <= 12:
+        hints.append(f"(known: {', '.join(choices) or 'none'})")
+    raise InputError(f"unknown {kind} {name!r}: {' '.join(hints)}")

@@ -1,0 +1,1 @@
+"""Images and labels, from their source to batches."""

@@ -1,0 +1,125 @@
+"""What came of a run.
+
+    python -m castling_jax.tools.summary RUN
+
+prints the summary of a finished run, RUN/summary.json, as main.py did at its end.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from castling_jax.convert.files import load_inference, write_atomically
+from castling_jax.models.macs import count_macs
+from castling_jax.models.registry import abstract_model, create_model
+from castling_jax.models.variables import apply, count_parameters, get_variables
+from castling_jax.ops.errors import InputError
+from castling_jax.tools.plots import draw_training
+from castling_jax.tools.timing import interleaved_seconds, medians
+
+SUMMARY_FILE = "summary.json"
+LONGER = 8  # the speed of both forms is measured on images this many times as wide and as high
+REPEATS = 7
+
+
+def finish(workdir: Path, figures: dict[str, Any]) -> dict[str, Any]:
+    """Measures both forms, draws the run, and writes WORKDIR/summary.json.
+
+    Args:
+      workdir: a run that has its inference folder.
+      figures: what training returned.
+
+    Returns:
+      The summary.
+    """
+    inference_model, inference_variables = load_inference(workdir / "inference")
+    spec = inference_model.spec
+    train_model = abstract_model(**spec.arguments(form="train"))
+    summary = {
+        **figures,
+        "model": spec.name,
+        "parameters_train_form": count_parameters(get_variables(train_model)),
+        "parameters_inference_form": count_parameters(inference_variables),
+        "macs_train_form": count_macs(train_model),
+        "macs_inference_form": count_macs(inference_model),
+        "speed": measure_forms(spec.arguments(), LONGER * spec.image_size),
+        "files": {
+            "checkpoints": str(workdir / "checkpoints"),
+            "inference": str(workdir / "inference"),
+            "picture": str(draw_training(workdir)),
+            "metrics": str(workdir / "metrics.jsonl"),
+        },
+    }
+    write_atomically(workdir / SUMMARY_FILE, json.dumps(summary, indent=2).encode())
+    return summary
+
+
+def measure_forms(arguments: dict[str, Any], image_size: int) -> dict[str, float]:
+    """Median milliseconds an image of both forms' forward passes on images of another size, measured in turns."""
+    images = jax.random.normal(jax.random.key(0), (1, image_size, image_size, 3))
+    calls: dict[str, Callable[[], object]] = {}
+    for form in ("train", "inference"):
+        model = create_model(**arguments | {"form": form, "image_size": image_size})
+        calls[form] = functools.partial(
+            jax.jit(functools.partial(apply, model)), get_variables(model), images, mask_threshold=jnp.float32(0.02)
+        )
+    tokens = get_variables(model)["params"]["pos_embed"].shape[1]
+    times = medians(interleaved_seconds(calls, repeats=REPEATS))
+    return {
+        "image_size": image_size,
+        "tokens": tokens,
+        "train_form_ms": 1e3 * times["train"],
+        "inference_form_ms": 1e3 * times["inference"],
+    }
+
+
+def read_summary(workdir: Path) -> dict[str, Any] | None:
+    """The summary of a finished run; None where the run is not finished."""
+    path = workdir / SUMMARY_FILE
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The summary for a person."""
+    speed, files = summary["speed"], summary["files"]
+    rows = [
+        ("", "training form", "inference form"),
+        ("held-out accuracy", *(f"{100 * summary[f'accuracy_{form}_form']:.2f} %" for form in ("train", "inference"))),
+        ("parameters", *(f"{summary[f'parameters_{form}_form']:,}" for form in ("train", "inference"))),
+        ("MACs an image", *(f"{summary[f'macs_{form}_form'] / 1e6:,.2f} M" for form in ("train", "inference"))),
+        (
+            f"time at {speed['tokens']:,} tokens",
+            *(f"{speed[f'{form}_form_ms']:.1f} ms" for form in ("train", "inference")),
+        ),
+    ]
+    table = "\n".join(f"  {name:24s}{left:>16s}{right:>18s}" for name, left, right in rows)
+    return (
+        f"{summary['model']}: {summary['steps']:,} steps in {summary['train_seconds']:.0f} s, "
+        f"mask threshold {summary['mask_threshold']:g} at the end\n{table}\n"
+        f"  largest difference between the two forms' logits: {summary['max_difference']:.1e}\n"
+        + "\n".join(f"  {name:24s}{path}" for name, path in files.items())
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the folder of a run, such as runs/digits")
+    workdir = parser.parse_args().run
+    try:
+        summary = read_summary(workdir)
+        if summary is None:
+            raise InputError(f"'{workdir}' is not a finished run: it has no {SUMMARY_FILE}.")
+    except InputError as error:
+        sys.exit(str(error))
+    print(describe(summary))
+
+
+if __name__ == "__main__":
+    main()

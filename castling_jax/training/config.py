@@ -1,0 +1,131 @@
+"""Every field a configuration has, with its default; configs/*.py change what they need."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from castling_jax.models.variables import flatten
+from castling_jax.ops.errors import InputError, check_known
+
+# Groups that concern how a run runs, not what comes of it: they may differ when a run goes on.
+RUNTIME_GROUPS = ("checkpoint", "logging")
+
+
+def default_config() -> ConfigDict:
+    """A configuration with all fields. Lengths of time are in epochs or steps, as their names say."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            # Arguments of create_model. None: the model's own.
+            "model": {
+                "name": "deit_tiny",
+                "attention": "castling",
+                "dtype": "float32",
+                "image_size": config_dict.placeholder(int),
+                "embed_dim": config_dict.placeholder(int),
+                "depth": config_dict.placeholder(int),
+                "num_heads": config_dict.placeholder(int),
+                "patch_size": config_dict.placeholder(int),
+                "mlp_ratio": config_dict.placeholder(float),
+                "qkv_bias": config_dict.placeholder(bool),
+                "distilled": config_dict.placeholder(bool),
+                "drop_path_rate": config_dict.placeholder(float),
+                "token_conv": config_dict.placeholder(str),  # "none": no convolution
+                "token_kernel_size": config_dict.placeholder(int),
+                "init_std": config_dict.placeholder(float),
+            },
+            "dataset": {
+                "name": "digits",
+                "train_split": "train",
+                "eval_split": "test",
+                "shift_pixels": 0,  # largest random shift of a training image
+            },
+            "train": {"epochs": 100, "batch_size": 128},
+            "optimizer": {
+                "learning_rate": 1e-3,  # the peak
+                "initial_learning_rate": 1e-6,  # where the warm-up starts
+                "final_learning_rate": 1e-5,  # where the cosine ends
+                "warmup_epochs": 5.0,
+                "weight_decay": 0.05,  # on matrices only
+                "b1": 0.9,
+                "b2": 0.999,
+                "clip_norm": config_dict.placeholder(float),  # of all gradients together; None: not clipped
+            },
+            "loss": {"label_smoothing": 0.1},
+            # The threshold stays at start_threshold until the fraction `begin` of training, and is 1 from `end` on.
+            "mask": {"schedule": "cosine", "start_threshold": 0.02, "begin": 0.2, "end": 0.8},
+            "evaluation": {"every_epochs": 1, "batch_size": 128},
+            "checkpoint": {"every_steps": 500, "keep": 2},
+            "logging": {"every_steps": 20, "tensorboard": True, "progress": True},
+        }
+    )
+
+
+def field_names() -> list[str]:
+    """Dotted names of all fields, as on the command line behind `--config.`."""
+    return [path.replace("/", ".") for path in flatten(default_config().to_dict())]
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses a configuration with other fields than `default_config` has, or with values out of range.
+
+    Raises:
+      InputError: names the field, and the nearest known one, or the value and what is allowed.
+    """
+    given = {path.replace("/", "."): value for path, value in flatten(config.to_dict()).items()}
+    known = field_names()
+    for name in given:
+        check_known("config field", name, known)
+    for name in known:
+        if name not in given:
+            raise InputError(f"the configuration lacks the field {name!r}; start it from default_config().")
+    for name in (
+        "train.epochs",
+        "evaluation.every_epochs",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+        "logging.every_steps",
+    ):
+        if given[name] < 1:
+            raise InputError(f"config.{name} must be at least 1, not {given[name]}.")
+    for name in (
+        "optimizer.learning_rate",
+        "optimizer.warmup_epochs",
+        "optimizer.weight_decay",
+        "dataset.shift_pixels",
+    ):
+        if given[name] < 0:
+            raise InputError(f"config.{name} must be at least 0, not {given[name]}.")
+    if not 0 <= given["loss.label_smoothing"] < 1:
+        raise InputError(f"config.loss.label_smoothing must be in [0, 1), not {given['loss.label_smoothing']}.")
+
+
+def model_arguments(config: ConfigDict) -> dict[str, Any]:
+    """The arguments of `create_model` that the configuration gives."""
+    arguments = {name: value for name, value in config.model.to_dict().items() if value is not None}
+    if arguments.get("token_conv") == "none":
+        arguments["token_conv"] = None
+    return arguments
+
+
+def check_same_run(config: ConfigDict, path: Path) -> None:
+    """Refuses to go on in a folder whose config.json, at `path`, is another configuration's.
+
+    Raises:
+      InputError: the file is damaged, or a field differs that is not in RUNTIME_GROUPS; names the first such field.
+    """
+    try:
+        earlier = flatten(json.loads(path.read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"'{path}' is damaged ({error}); choose another --workdir or remove it.") from error
+    now = flatten(json.loads(json.dumps(config.to_dict())))
+    for name in sorted(earlier.keys() | now.keys()):
+        if name.split("/")[0] in RUNTIME_GROUPS:
+            continue
+        if earlier.get(name) != now.get(name):
+            raise InputError(
+                f"'{path.parent}' holds a run with config.{name.replace('/', '.')} = {earlier.get(name)!r}, not "
+                f"{now.get(name)!r}: choose another --workdir, or remove that folder to start anew."
+            )

@@ -1,0 +1,64 @@
+"""What changes over training: the learning rate and the mask threshold."""
+
+import math
+from collections.abc import Callable
+
+import optax
+from ml_collections import ConfigDict
+
+from castling_jax.ops.errors import InputError, check_known
+
+MASK_SCHEDULES = ("constant", "linear", "cosine")
+
+
+def learning_rate_schedule(optimizer: ConfigDict, *, total_steps: int, steps_per_epoch: int) -> optax.Schedule:
+    """Linear warm-up, then a cosine to `final_learning_rate` at the last step (DeiT's recipe).
+
+    Raises:
+      InputError: the warm-up is as long as the training or longer.
+    """
+    warmup_steps = round(optimizer.warmup_epochs * steps_per_epoch)
+    if warmup_steps >= total_steps:
+        raise InputError(
+            f"config.optimizer.warmup_epochs = {optimizer.warmup_epochs} leaves nothing of the {total_steps} steps."
+        )
+    return optax.warmup_cosine_decay_schedule(
+        init_value=optimizer.initial_learning_rate,
+        peak_value=optimizer.learning_rate,
+        warmup_steps=warmup_steps,
+        decay_steps=total_steps,
+        end_value=optimizer.final_learning_rate,
+    )
+
+
+def mask_threshold_schedule(mask: ConfigDict, *, total_steps: int) -> Callable[[int], float]:
+    """The threshold of a step: from `start_threshold` to 1 between two fractions of training, or constant.
+
+    At 1 the mask is empty, so a schedule that gets there makes the switch lossless. The paper only says that the mask
+    is driven to zero; 0.02 is the value of its authors' block.
+
+    Returns:
+      A function of the step, counted from 0, to a float; exactly 1.0 from the fraction `end` on.
+
+    Raises:
+      InputError: an unknown schedule, a start outside [0, 1], or fractions that are not 0 <= begin <= end <= 1.
+    """
+    check_known("config.mask.schedule", mask.schedule, MASK_SCHEDULES)
+    start, begin, end = mask.start_threshold, mask.begin, mask.end
+    if not 0 <= start <= 1:
+        raise InputError(f"config.mask.start_threshold must be in [0, 1], not {start}.")
+    if not 0 <= begin <= end <= 1:
+        raise InputError(f"config.mask needs 0 <= begin <= end <= 1, not begin = {begin} and end = {end}.")
+
+    def threshold(step: int) -> float:
+        fraction = step / total_steps
+        if mask.schedule == "constant" or fraction < begin:
+            return start
+        if fraction >= end:
+            return 1.0
+        progress = (fraction - begin) / (end - begin)
+        if mask.schedule == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return start + (1 - start) * progress
+
+    return threshold

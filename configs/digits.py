@@ -1,0 +1,21 @@
+"""DeiT-micro on scikit-learn's handwritten digits: castling from end to end, on two CPU cores.
+
+python main.py --config=configs/digits.py
+"""
+
+from ml_collections import ConfigDict
+
+from castling_jax.training.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.model.name = "deit_micro"
+    config.model.drop_path_rate = 0.1
+    config.dataset.name = "digits"
+    config.dataset.shift_pixels = 1
+    config.train.epochs = 100
+    config.train.batch_size = 128
+    config.optimizer.learning_rate = 2e-3
+    config.evaluation.every_epochs = 2
+    return config

@@ -1,0 +1,131 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from castling_jax.ops.errors import InputError
+from castling_jax.training.checkpoints import Checkpoints, Progress, checksums
+from castling_jax.training.state import create_state
+
+
+def state_at(step):
+    params = {"a": {"kernel": jnp.arange(3000, dtype=jnp.float32).reshape(30, 100) + step}, "b": jnp.ones(5, jnp.bfloat16)}
+    state = create_state(params, optax.adamw(1e-3), seed=7)
+    return dataclasses.replace(state, step=jnp.asarray(step, jnp.int32))
+
+
+def write(folder, steps, keep=5):
+    checkpoints = Checkpoints(folder, keep=keep)
+    for step in steps:
+        checkpoints.save(state_at(step), Progress({"next_index": step}, 1.5 * step))
+    checkpoints.close()
+
+
+def restore(folder):
+    checkpoints = Checkpoints(folder, keep=5)
+    restored = checkpoints.restore(state_at(0))
+    checkpoints.close()
+    return restored
+
+
+def largest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def damage(folder, how):
+    path = largest_file(folder / "state")
+    data = bytearray(path.read_bytes())
+    if how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "missing":
+        path.unlink()
+    else:
+        data[len(data) // 2] ^= 0x10
+        path.write_bytes(data)
+
+
+def test_whole_state_comes_back(tmp_path):
+    write(tmp_path / "c", [3, 6])
+    state, progress = restore(tmp_path / "c")
+    expected = state_at(6)
+    chex.assert_trees_all_equal(state.params, expected.params)
+    chex.assert_trees_all_equal(state.opt_state, expected.opt_state)
+    assert int(state.step) == 6
+    np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(expected.key))
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    assert progress == Progress({"next_index": 6}, 9.0)
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert restore(tmp_path / "c") is None
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    write(tmp_path / "c", [1, 2, 3, 4], keep=2)
+    assert sorted(int(path.name) for path in (tmp_path / "c").iterdir()) == [3, 4]
+
+
+@pytest.mark.parametrize("how", ["truncated", "missing", "flipped"])
+def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, how):
+    folder = tmp_path / "c"
+    write(folder, [3, 6])
+    damage(folder / "6", how)
+    state, progress = restore(folder)
+    assert (int(state.step), progress.data) == (3, {"next_index": 3})
+    chex.assert_trees_all_equal(state.params, state_at(3).params)
+    assert "the checkpoint of step 6 is damaged" in caplog.text
+    assert (tmp_path / "c_damaged" / "6").is_dir()  # nothing is lost
+    write(folder, [6])  # and its step can be written again
+    assert int(restore(folder)[0].step) == 6
+
+
+def test_nothing_whole_is_one_sentence(tmp_path):
+    folder = tmp_path / "c"
+    write(folder, [3, 6])
+    for step in (3, 6):
+        damage(folder / str(step), "truncated")
+    with pytest.raises(InputError, match="none of the 2 checkpoints in .* is whole"):
+        restore(folder)
+
+
+def test_leftovers_of_a_killed_save_are_ignored(tmp_path):
+    folder = tmp_path / "c"
+    write(folder, [3])
+    (folder / "6.orbax-checkpoint-tmp").mkdir()
+    assert int(restore(folder)[0].step) == 3
+
+
+def test_saving_is_safe_while_the_state_is_donated(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1 if x.dtype == jnp.float32 else x, state), donate_argnums=0)
+    state = dataclasses.replace(state_at(1), params={"w": jnp.zeros((2000, 2000))}, opt_state={})
+    template = jax.tree.map(jnp.copy, state)
+    checkpoints.save(state, Progress({}, 0.0))
+    for _ in range(20):
+        state = step(state)
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    restored, _ = checkpoints.restore(template)
+    checkpoints.close()
+    assert not np.any(restored.params["w"])
+
+
+def test_checksum_sees_every_flipped_bit():
+    array = np.random.default_rng(0).standard_normal(64).astype(np.float32)
+    original = checksums([jnp.asarray(array)])
+    for place in (0, 17, 63):
+        for bit in range(32):
+            flipped = array.copy()
+            flipped.view(np.uint32)[place] ^= np.uint32(1 << bit)
+            assert checksums([jnp.asarray(flipped)]) != original
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8, jnp.bool_])
+def test_checksum_depends_on_order(dtype):
+    array = jnp.array([0, 1, 1, 0, 0, 1]).astype(dtype)
+    assert checksums([array]) != checksums([array[::-1]])
+    assert checksums([array]) == checksums([jnp.array(array)])

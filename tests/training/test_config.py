@@ -1,0 +1,70 @@
+import json
+
+import pytest
+
+from castling_jax.ops.errors import InputError
+from castling_jax.training.config import check_config, check_same_run, default_config, field_names, model_arguments
+
+
+def changed(field, value):
+    config = default_config()
+    with config.unlocked():
+        group, name = field.split(".")
+        config[group][name] = value
+    return config
+
+
+def test_default_configuration_is_valid():
+    check_config(default_config())
+    assert "optimizer.learning_rate" in field_names()
+    assert "mask.schedule" in field_names()
+
+
+def test_unknown_field_names_the_nearest():
+    with pytest.raises(InputError, match=r"'optimizer.learning_rte': did you mean 'optimizer.learning_rate'"):
+        check_config(changed("optimizer.learning_rte", 1.0))
+
+
+def test_missing_field_is_named():
+    config = default_config()
+    with config.unlocked():
+        del config.mask.begin
+    with pytest.raises(InputError, match="lacks the field 'mask.begin'"):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("train.epochs", 0),
+        ("logging.every_steps", 0),
+        ("checkpoint.keep", 0),
+        ("optimizer.weight_decay", -0.1),
+        ("dataset.shift_pixels", -1),
+        ("loss.label_smoothing", 1.0),
+    ],
+)
+def test_values_out_of_range_are_refused(field, value):
+    with pytest.raises(InputError, match=f"config.{field} must be .* not {value}"):
+        check_config(changed(field, value))
+
+
+def test_model_arguments_leave_out_what_is_the_models_own():
+    assert model_arguments(default_config()) == {"name": "deit_tiny", "attention": "castling", "dtype": "float32"}
+    assert model_arguments(changed("model.token_conv", "none"))["token_conv"] is None
+
+
+def test_runtime_fields_may_differ_and_others_may_not(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(default_config().to_dict()))
+    check_same_run(changed("logging.every_steps", 7), path)
+    check_same_run(changed("checkpoint.every_steps", 7), path)
+    with pytest.raises(InputError, match=r"config.optimizer.b1 = 0.9, not 0.5: choose another --workdir"):
+        check_same_run(changed("optimizer.b1", 0.5), path)
+
+
+def test_damaged_config_file_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"seed": ')
+    with pytest.raises(InputError, match="is damaged"):
+        check_same_run(default_config(), path)

@@ -1,0 +1,37 @@
+import json
+
+from castling_jax.training.metrics import MetricsWriter, read_metrics
+
+
+def write(workdir, first_step, steps, tensorboard=False):
+    writer = MetricsWriter(workdir, first_step=first_step, tensorboard=tensorboard)
+    for step in steps:
+        writer.write(step, {"loss": step / 2, "mask_density": [0.1, 0.2]})
+    writer.close()
+
+
+def test_lines_are_objects_with_a_step(tmp_path):
+    write(tmp_path, 0, [1, 2])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": step, "loss": step / 2, "mask_density": [0.1, 0.2]} for step in (1, 2)]
+
+
+def test_going_on_removes_what_lies_ahead(tmp_path):
+    write(tmp_path, 0, [1, 2, 3])
+    write(tmp_path, 2, [3, 4])
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_line_cut_short_is_left_out(tmp_path):
+    write(tmp_path, 0, [1, 2])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-10])
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+    assert read_metrics(tmp_path / "elsewhere") == []
+
+
+def test_tensorboard_events_are_written(tmp_path):
+    write(tmp_path, 0, [1], tensorboard=True)
+    events = list((tmp_path / "tensorboard").glob("events*"))
+    assert events
+    assert b"mask_density/layer_1" in events[0].read_bytes()

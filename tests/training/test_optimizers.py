@@ -1,0 +1,46 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from castling_jax.models.registry import abstract_model
+from castling_jax.models.variables import flatten, get_variables
+from castling_jax.training.config import default_config
+from castling_jax.training.optimizers import decay_mask, make_optimizer
+
+
+def test_only_matrices_are_decayed():
+    params = get_variables(abstract_model("deit_micro", distilled=True))["params"]
+    decayed = {path for path, decays in flatten(decay_mask(params)).items() if decays}
+    assert decayed == {path for path in flatten(params) if path.endswith("/kernel")}
+    for path in ("cls_token", "dist_token", "pos_embed", "blocks/0/attn/token_kernel", "blocks/0/norm1/scale"):
+        assert path in flatten(params)
+        assert path not in decayed
+
+
+def test_first_step_is_adamw_by_hand():
+    config = default_config().optimizer
+    params = {"kernel": jnp.array([[2.0, -3.0]]), "bias": jnp.array([1.0])}
+    gradients = {"kernel": jnp.array([[0.1, -0.2]]), "bias": jnp.array([0.3])}
+    optimizer = make_optimizer(config, optax.constant_schedule(0.01))
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    # After bias correction the first step of Adam is the gradient's sign; epsilon 1e-8 over 0.1 shows at 1e-7.
+    expected = {
+        "kernel": -0.01 * (np.sign(gradients["kernel"]) + config.weight_decay * params["kernel"]),
+        "bias": -0.01 * np.sign(gradients["bias"]),
+    }
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1e-12])
+def test_gradients_are_clipped_together(clip_norm):
+    config = default_config().optimizer
+    config.clip_norm = clip_norm
+    params = {"kernel": jnp.zeros((2, 2))}
+    optimizer = make_optimizer(config, optax.constant_schedule(0.01))
+    updates, _ = optimizer.update({"kernel": jnp.ones((2, 2))}, optimizer.init(params), params)
+    largest = float(jnp.max(jnp.abs(jax.tree.leaves(updates)[0])))
+    # Clipped far below Adam's epsilon of 1e-8, the step all but vanishes.
+    assert largest < 1e-5 if clip_norm else largest == pytest.approx(0.01, rel=1e-5)

@@ -1,0 +1,73 @@
+import math
+
+import numpy as np
+import pytest
+
+from castling_jax.ops.errors import InputError
+from castling_jax.training.config import default_config
+from castling_jax.training.schedules import MASK_SCHEDULES, learning_rate_schedule, mask_threshold_schedule
+
+
+def mask(**changes):
+    config = default_config().mask
+    config.update(changes)
+    return config
+
+
+def test_learning_rate_warms_up_linearly_and_ends_as_a_cosine():
+    optimizer = default_config().optimizer
+    optimizer.update({"learning_rate": 1.0, "initial_learning_rate": 0.0, "final_learning_rate": 0.1, "warmup_epochs": 2})
+    rate = learning_rate_schedule(optimizer, total_steps=100, steps_per_epoch=10)
+    # float32 schedules: a few roundings of 6e-8.
+    np.testing.assert_allclose([rate(0), rate(10), rate(20)], [0, 0.5, 1], atol=1e-6)
+    expected = [0.1 + 0.9 * (1 + math.cos(math.pi * (step - 20) / 80)) / 2 for step in (40, 60, 100)]
+    np.testing.assert_allclose([rate(40), rate(60), rate(100)], expected, rtol=1e-6)
+
+
+def test_warmup_must_leave_some_steps():
+    with pytest.raises(InputError, match="warmup_epochs = 5.0 leaves nothing of the 50 steps"):
+        learning_rate_schedule(default_config().optimizer, total_steps=50, steps_per_epoch=10)
+
+
+def test_constant_threshold_stays():
+    threshold = mask_threshold_schedule(mask(schedule="constant"), total_steps=10)
+    assert {threshold(step) for step in range(10)} == {0.02}
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_threshold_goes_from_start_to_exactly_one(schedule):
+    threshold = mask_threshold_schedule(mask(schedule=schedule, begin=0.2, end=0.8), total_steps=100)
+    values = [threshold(step) for step in range(100)]
+    assert values[:20] == [0.02] * 20
+    assert values[80:] == [1.0] * 20
+    assert values == sorted(values)
+    assert values[50] == pytest.approx(0.51)  # halfway both are at the mean of 0.02 and 1
+    assert all(value < 1 for value in values[:80])
+
+
+def test_cosine_starts_slower_than_linear():
+    linear, cosine = (mask_threshold_schedule(mask(schedule=name), total_steps=100) for name in ("linear", "cosine"))
+    assert cosine(30) < linear(30)
+    assert cosine(70) > linear(70)
+
+
+@pytest.mark.parametrize("schedule", MASK_SCHEDULES)
+def test_begin_may_be_end(schedule):
+    threshold = mask_threshold_schedule(mask(schedule=schedule, begin=0.5, end=0.5), total_steps=10)
+    assert threshold(4) == 0.02
+    assert threshold(5) == (0.02 if schedule == "constant" else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "cosin"}, "did you mean 'cosine'"),
+        ({"start_threshold": -0.1}, r"must be in \[0, 1\], not -0.1"),
+        ({"start_threshold": math.nan}, r"must be in \[0, 1\], not nan"),
+        ({"begin": 0.9}, "begin = 0.9 and end = 0.8"),
+        ({"end": 1.5}, "begin = 0.2 and end = 1.5"),
+    ],
+)
+def test_bad_schedules_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        mask_threshold_schedule(mask(**changes), total_steps=10)
