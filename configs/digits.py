@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.dataset.name = "digits"
     config.dataset.shift_pixels = 1
     config.train.epochs = 100
-    config.train.batch_size = 128
+    config.train.batch_size = 64
     config.optimizer.learning_rate = 2e-3
-    config.evaluation.every_epochs = 2
+    config.evaluation.every_epochs = 5
     return config

@@ -13,7 +13,10 @@ from castling_jax.training.state import create_state
 
 
 def state_at(step):
-    params = {"a": {"kernel": jnp.arange(3000, dtype=jnp.float32).reshape(30, 100) + step}, "b": jnp.ones(5, jnp.bfloat16)}
+    params = {
+        "a": {"kernel": jnp.arange(3000, dtype=jnp.float32).reshape(30, 100) + step},
+        "b": jnp.ones(5, jnp.bfloat16),
+    }
     state = create_state(params, optax.adamw(1e-3), seed=7)
     return dataclasses.replace(state, step=jnp.asarray(step, jnp.int32))
 
@@ -101,7 +104,9 @@ def test_leftovers_of_a_killed_save_are_ignored(tmp_path):
 
 def test_saving_is_safe_while_the_state_is_donated(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=1)
-    step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1 if x.dtype == jnp.float32 else x, state), donate_argnums=0)
+    step = jax.jit(
+        lambda state: jax.tree.map(lambda x: x + 1 if x.dtype == jnp.float32 else x, state), donate_argnums=0
+    )
     state = dataclasses.replace(state_at(1), params={"w": jnp.zeros((2000, 2000))}, opt_state={})
     template = jax.tree.map(jnp.copy, state)
     checkpoints.save(state, Progress({}, 0.0))

@@ -16,7 +16,9 @@ def mask(**changes):
 
 def test_learning_rate_warms_up_linearly_and_ends_as_a_cosine():
     optimizer = default_config().optimizer
-    optimizer.update({"learning_rate": 1.0, "initial_learning_rate": 0.0, "final_learning_rate": 0.1, "warmup_epochs": 2})
+    optimizer.update(
+        {"learning_rate": 1.0, "initial_learning_rate": 0.0, "final_learning_rate": 0.1, "warmup_epochs": 2}
+    )
     rate = learning_rate_schedule(optimizer, total_steps=100, steps_per_epoch=10)
     # float32 schedules: a few roundings of 6e-8.
     np.testing.assert_allclose([rate(0), rate(10), rate(20)], [0, 0.5, 1], atol=1e-6)

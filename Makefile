@@ -1,0 +1,34 @@
+# make run: the main job. make test: the everyday checks. make test-slow: the slow tests alone.
+# Each makes the virtual environment it needs; PYTHON and VENV choose another.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: run test test-slow clean
+
+run: $(VENV)/requirements-installed
+	$(BIN)/python main.py
+
+test: $(VENV)/dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/dev-installed
+	$(BIN)/python -m pytest -m slow
+
+# Markers rather than the folder itself: an installation that was interrupted is done again.
+$(VENV)/requirements-installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing requirements.txt into $(VENV), about 1 GB; this takes some minutes the first time."
+	$(PIP) -r requirements.txt
+	touch $@
+
+$(VENV)/dev-installed: $(VENV)/requirements-installed pyproject.toml
+	$(PIP) --editable .[dev]
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,95 @@
+"""The command line as a user meets it: in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--config.model.depth=1",
+    "--config.model.embed_dim=32",
+    "--config.train.epochs=6",
+    "--config.optimizer.warmup_epochs=1",
+    "--config.checkpoint.every_steps=5",
+    "--config.evaluation.every_epochs=3",
+]
+
+
+def command(workdir, *arguments):
+    return [sys.executable, str(ROOT / "main.py"), f"--workdir={workdir}", *arguments]
+
+
+def run(workdir, *arguments):
+    return subprocess.run(command(workdir, *arguments), capture_output=True, text=True, cwd=workdir.parent, timeout=600)
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        (
+            "--config.optimizer.learning_rat=1",
+            "unknown config field 'optimizer.learning_rat': did you mean 'optimizer.learning_rate'?",
+        ),
+        ("--config=configs/nope.py", "there is no configuration file 'configs/nope.py'."),
+        (
+            "--config.train.epochs=many",
+            "flag --config.train.epochs=many: invalid literal for int() with base 10: 'many'",
+        ),
+        ("--wrkdir=x", "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
+        ("more", "unexpected argument 'more'; flags are --config, --workdir and --config.GROUP.FIELD."),
+        ("--config.model.num_heads=5", "5 heads do not divide the width 64."),
+    ],
+)
+def test_mistakes_are_one_sentence_and_a_status(tmp_path, argument, sentence):
+    result = run(tmp_path / "run", argument)
+    assert result.stderr == f"main.py: {sentence}\n"
+    assert result.stdout == ""
+    assert result.returncode != 0
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_run_from_end_to_end(tmp_path):
+    workdir = tmp_path / "run"
+    first = run(workdir, *SMALL)
+    assert first.returncode == 0, first.stderr
+    assert "held-out accuracy" in first.stdout
+    assert "loss=" in first.stderr  # the progress bar
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["max_difference"] <= 1e-5
+    for name in ("config.json", "metrics.jsonl", "checkpoints", "inference", "training.png", "tensorboard"):
+        assert (workdir / name).exists()
+
+    again = run(workdir, *SMALL)
+    assert again.returncode == 0
+    assert "This run is finished. To start anew, remove" in again.stdout
+    other = run(workdir, *SMALL, "--config.seed=1")
+    assert other.returncode != 0
+    assert "config.seed = 0, not 1" in other.stderr
+    assert other.stderr.count("\n") == 1
+
+    # Killed with no warning at three moments, and each time started again by the same command.
+    killed = tmp_path / "killed"
+    for lines in (1, 3, 5):
+        process = subprocess.Popen(
+            command(killed, *SMALL, "--config.logging.every_steps=5"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        metrics = killed / "metrics.jsonl"
+        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < lines):
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (killed / "summary.json").exists()
+    last = run(killed, *SMALL, "--config.logging.every_steps=5")
+    assert last.returncode == 0, last.stderr
+    assert "Going on from step" in last.stdout
+    resumed = json.loads((killed / "summary.json").read_text())
+    assert resumed["parameters_sha256"] == summary["parameters_sha256"]

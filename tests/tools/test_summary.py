@@ -1,0 +1,56 @@
+import json
+
+import pytest
+
+from castling_jax.convert.files import save_inference
+from castling_jax.models.registry import create_model
+from castling_jax.models.variables import get_variables
+from castling_jax.tools import summary
+from castling_jax.training.metrics import MetricsWriter
+
+FIGURES = {
+    "accuracy_train_form": 0.75,
+    "accuracy_inference_form": 0.5,
+    "eval_loss": 1.0,
+    "max_difference": 0.0,
+    "mask_threshold": 1.0,
+    "steps": 3,
+    "train_seconds": 2.0,
+    "parameters_sha256": "0" * 64,
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    model = create_model("deit_micro", num_classes=10, depth=1, embed_dim=32)
+    save_inference(workdir / "inference", model, get_variables(model))
+    writer = MetricsWriter(workdir, first_step=0, tensorboard=False)
+    line = {"loss": 1.0, "learning_rate": 1.0, "mask_threshold": 1.0, "mask_density": [0.5]}
+    writer.write(3, line | {"accuracy_train_form": 1, "accuracy_inference_form": 1, "eval_loss": 1})
+    writer.close()
+    return workdir, summary.finish(workdir, FIGURES)
+
+
+def test_summary_is_written_and_read_back(finished):
+    workdir, written = finished
+    assert json.loads((workdir / "summary.json").read_text()) == written == summary.read_summary(workdir)
+    assert FIGURES.items() <= written.items()
+    assert summary.read_summary(workdir / "inference") is None
+
+
+def test_both_forms_are_counted_and_timed(finished):
+    _, written = finished
+    assert written["parameters_train_form"] == written["parameters_inference_form"]
+    # Per layer the branch is two products of tokens x tokens x width.
+    assert written["macs_train_form"] - written["macs_inference_form"] == 2 * 17 * 17 * 32
+    assert written["speed"]["tokens"] == 32 * 32 + 1
+    assert min(written["speed"]["train_form_ms"], written["speed"]["inference_form_ms"]) > 0
+
+
+def test_description_shows_both_forms_and_the_files(finished):
+    workdir, written = finished
+    text = summary.describe(written)
+    assert "75.00 %" in text
+    assert "50.00 %" in text
+    assert str(workdir / "training.png") in text

@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+
+from castling_jax.convert.inference import to_inference
+from castling_jax.data.sources import Dataset
+from castling_jax.data.transforms import normalize
+from castling_jax.models.registry import create_model
+from castling_jax.models.variables import apply, get_variables
+from castling_jax.training.evaluate import make_evaluator
+from castling_jax.training.losses import cross_entropy
+from castling_jax.training.sharding import make_mesh
+
+
+@pytest.mark.parametrize("size", [3, 8, 10])
+def test_figures_are_those_of_one_whole_batch(size):
+    rng = np.random.default_rng(0)
+    dataset = Dataset(rng.random((size, 8, 8, 3), np.float32), rng.integers(0, 10, size).astype(np.int32), 10)
+    model = create_model("deit_micro", num_classes=10, depth=1)
+    variables = get_variables(model)
+    figures = make_evaluator(model, dataset, batch_size=4, mesh=make_mesh())(variables["params"], 0.05)
+
+    images = normalize(dataset.images)
+    inference_model = create_model("deit_micro", num_classes=10, depth=1, form="inference")
+    train_logits = apply(model, variables, images, mask_threshold=0.05)
+    logits = apply(inference_model, to_inference(variables), images)
+    assert figures["accuracy_train_form"] == pytest.approx(np.mean(train_logits.argmax(-1) == dataset.labels))
+    assert figures["accuracy_inference_form"] == pytest.approx(np.mean(logits.argmax(-1) == dataset.labels))
+    # float32 sums over other batch sizes: some roundings of 1e-7 of numbers about 2.
+    assert figures["eval_loss"] == pytest.approx(float(cross_entropy(logits, dataset.labels).mean()), rel=1e-5)
+    assert figures["max_difference"] == pytest.approx(float(abs(train_logits - logits).max()), rel=1e-4)
+
+
+def test_forms_agree_at_an_empty_mask():
+    dataset = Dataset(np.random.default_rng(0).random((5, 8, 8, 3), np.float32), np.zeros(5, np.int32), 10)
+    model = create_model("deit_micro", num_classes=10, depth=1)
+    evaluate = make_evaluator(model, dataset, batch_size=4, mesh=make_mesh())
+    assert evaluate(get_variables(model)["params"], 1.0)["max_difference"] < 1e-6
