@@ -38,15 +38,14 @@ def parse_flags(argv: list[str]) -> list[str]:
       InputError: an unknown flag, or a value of another type.
     """
     try:
-        rest = flags.FLAGS(argv)
-        if flags.FLAGS["verbosity"].using_default_value:
-            flags.FLAGS.verbosity = logging.WARNING  # at INFO, Orbax tells of every file it writes
-        return rest
+        return flags.FLAGS(argv)
     except (flags.Error, TypeError, ValueError) as error:
         raise InputError(str(error).strip()) from error
 
 
 def main(argv: list[str]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # at INFO, Orbax tells of every file it writes
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}; flags are --config, --workdir and --config.GROUP.FIELD.")
     config_file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))

@@ -27,7 +27,7 @@ def fold_batch_norms(params: dict[str, Any], batch_stats: dict[str, Any], path: 
       A new tree; the leaves that were not folded are the same objects.
 
     Raises:
-      InputError: a batch norm lacks its scale, bias, mean, var, or the layer it belongs to.
+      InputError: a batch norm lacks its scale, bias, mean, var or the layer it belongs to, or a convolution follows it.
     """
     for name in batch_stats.keys() - params.keys():
         raise InputError(f"batch_stats has '{path}{name}', which params lacks.")
@@ -41,6 +41,11 @@ def fold_batch_norms(params: dict[str, Any], batch_stats: dict[str, Any], path: 
     norm = _complete(params["bn"], ("scale", "bias"), f"params/{path}bn")
     statistics = _complete(batch_stats.get("bn", {}), ("mean", "var"), f"batch_stats/{path}bn")
     layer = _complete(params.get("linear", {}), ("kernel",), f"params/{path}linear")
+    if "bias" in layer and len(layer["kernel"].shape) != 2:
+        raise InputError(
+            f"the batch norm 'params/{path}bn' cannot be folded into the convolution after it, of kernel "
+            f"{layer['kernel'].shape}: at the border it sees zeros, not the norm's shift."
+        )
     folded = _fold_before if "bias" in layer else _fold_after
     rest = {name: child for name, child in params.items() if name not in ("bn", "linear")}
     return rest | {"linear": folded(layer, norm["scale"], norm["bias"], statistics["mean"], statistics["var"])}
@@ -89,6 +94,6 @@ def compute(function: Callable[..., Any], like: Any, *others: Any) -> Any:
         shape = jax.eval_shape(function, like, *others)
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=getattr(like, "sharding", None))
     out = function(like, *others)
-    if isinstance(like, jax.Array) and not isinstance(out, jax.core.Tracer):
+    if isinstance(like, jax.Array) and not isinstance(out, jax.core.Tracer) and like.committed:
         out = jax.device_put(out, like.sharding)
     return out

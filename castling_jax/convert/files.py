@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.flax import load as load_safetensors
+from safetensors.flax import load_file as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from castling_jax.convert.inference import to_inference
@@ -68,6 +68,8 @@ def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
         description = json.loads((folder / MODEL_FILE).read_text())
         arguments, checksum = description["model"], description["sha256"]
         written_as = description["format"]
+        if not isinstance(arguments, dict) or "name" not in arguments:
+            raise KeyError("name")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"'{folder / MODEL_FILE}' is damaged or not an inference folder's: {error!r}.") from error
     if written_as != FORMAT:
@@ -76,10 +78,15 @@ def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
     if hashlib.sha256(data).hexdigest() != checksum:
         raise InputError(f"'{folder / VARIABLES_FILE}' is damaged: its SHA-256 is not the one in {MODEL_FILE}.")
     try:
-        variables = unflatten(load_safetensors(data))
+        variables = unflatten(load_safetensors(folder / VARIABLES_FILE))
     except SafetensorError as error:
         raise InputError(f"'{folder / VARIABLES_FILE}' cannot be read: {error}.") from error
-    model = abstract_model(**arguments)
+    try:
+        model = abstract_model(**arguments)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"'{folder / MODEL_FILE}' describes no model: {str(error).splitlines()[0]}.") from error
     check_variables(model, variables)
     return model, variables
 

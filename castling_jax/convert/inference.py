@@ -43,7 +43,7 @@ def to_inference(variables: Variables, *, dtype: DTypeLike | None = None) -> Var
         raise InputError('the variables lack "params": give {"params": {...}} as get_variables returns it.')
     for collection in variables:
         check_known("collection of variables", collection, COLLECTIONS)
-    params = fold_batch_norms(_without_branch(variables["params"]), variables.get("batch_stats", {}))
+    params = fold_batch_norms(_without_branch(variables["params"]), _without_branch(variables.get("batch_stats", {})))
     if "head_dist" in params and "dist_token" not in params:
         second = params.pop("head_dist")
         params["head"] = jax.tree.map(lambda a, b: compute(lambda a, b: (a + b) / 2, a, b), params["head"], second)

@@ -5,6 +5,7 @@ differ. The token kernel, which timm does not have, is named as in the paper aut
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,14 +42,12 @@ def from_torch(model: Backbone, state_dict: Mapping[str, np.ndarray]) -> Variabl
     for path, leaf in flatten(get_variables(model)).items():
         name = _torch_name(path)
         if name in remaining:
-            value = _from_torch_layout(path, remaining.pop(name))
+            value, shape = remaining.pop(name), _torch_shape(path, leaf.shape)
             if path == "params/pos_embed":
                 value = _fit_position_embedding(model, value)
-            if value.shape != leaf.shape:
-                raise InputError(
-                    f"{name!r} does not fit the model: {path!r} is {leaf.shape}, this would be {value.shape}."
-                )
-            leaves[path] = jnp.asarray(value, leaf.dtype)
+            if value.shape != shape:
+                raise InputError(f"{name!r} must be of the shape {shape} to fit the model, not {value.shape}.")
+            leaves[path] = jnp.asarray(_from_torch_layout(path, value, leaf.ndim), leaf.dtype)
         elif path.endswith("/token_kernel"):
             leaves[path] = jnp.zeros(leaf.shape, leaf.dtype)
             at_zero.append(path)
@@ -89,13 +88,17 @@ def _torch_name(path: str) -> str:
     return ".".join([*modules, _LEAF_NAMES.get(leaf, leaf)])
 
 
-def _from_torch_layout(path: str, value: np.ndarray) -> np.ndarray:
+def _from_torch_layout(path: str, value: np.ndarray, ndim: int) -> np.ndarray:
     if path.endswith("/token_kernel"):  # [heads, 1, taps, 1], or [heads, 1, rows, columns]
         taps = value[:, 0].transpose(1, 2, 0)
-        return taps[:, 0] if taps.shape[1] == 1 else taps
+        return taps[:, 0] if ndim == 2 else taps
     if path.endswith("/kernel"):
         return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
     return value
+
+
+def _torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return _to_torch_layout(path, np.empty(shape, np.bool_)).shape
 
 
 def _to_torch_layout(path: str, value: np.ndarray) -> np.ndarray:
@@ -108,5 +111,8 @@ def _to_torch_layout(path: str, value: np.ndarray) -> np.ndarray:
 
 
 def _fit_position_embedding(model: Any, embedding: np.ndarray) -> np.ndarray:
-    side = round((embedding.shape[1] - model.prefix_tokens) ** 0.5)
+    """The embedding on the model's grid, where it is one of a square grid at all."""
+    if embedding.ndim != 3 or embedding.shape[0] != 1:
+        return embedding
+    side = math.isqrt(max(embedding.shape[1] - model.prefix_tokens, 0))
     return np.asarray(resize_position_embedding(jnp.asarray(embedding), (side, side), model.grid, model.prefix_tokens))

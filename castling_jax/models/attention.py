@@ -61,7 +61,7 @@ class Attention(nnx.Module):
         check_known("form", form, FORMS)
         if token_conv is not None:
             check_known("token_conv", token_conv, TOKEN_KERNEL_SIZES)
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise InputError(f"{num_heads} heads do not divide the width {dim}.")
         self.num_heads = num_heads
         self.attention = attention

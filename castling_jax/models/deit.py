@@ -75,8 +75,11 @@ class DeiT(Backbone):
         rngs: nnx.Rngs,
     ):
         common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        if depth < 1:
+            raise InputError(f"depth must be at least 1, not {depth}.")
         layer = common | {"init_std": init_std}
         self.patch_size = patch_size
+        self.in_chans = in_chans
         self.grid = patch_grid((image_size, image_size), patch_size)
         self.prefix_tokens = 2 if distilled else 1
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, **common)
@@ -114,8 +117,11 @@ class DeiT(Backbone):
         """Logits in float32 and the mask density of each layer; with a key, drop-path is on, as in training.
 
         Raises:
-          InputError: the image is no multiple of the patch, or a castling model in training form has no threshold.
+          InputError: the image is no multiple of the patch or has other channels, or a castling model in training
+            form has no threshold.
         """
+        if images.shape[3] != self.in_chans:
+            raise InputError(f"images must have {self.in_chans} channels, not {images.shape[3]}.")
         grid = patch_grid(images.shape[1:3], self.patch_size)
         tokens = self.patch_embed(images)
         prefix = [token[...] for token in (self.cls_token, self.dist_token) if token is not None]
@@ -145,6 +151,8 @@ def patch_grid(size: tuple[int, ...], patch_size: int) -> tuple[int, int]:
     Raises:
       InputError: either is not a multiple of the patch.
     """
+    if patch_size < 1:
+        raise InputError(f"a patch must be of at least 1 pixel, not {patch_size}.")
     height, width = size
     if height < patch_size or width < patch_size or height % patch_size or width % patch_size:
         raise InputError(f"an image of {height} x {width} pixels is not a multiple of the patch, {patch_size} pixels.")

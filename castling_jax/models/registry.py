@@ -27,7 +27,10 @@ COMMON_ARGUMENTS = ("self", "attention", "form", "num_classes", "image_size", "d
 
 
 def _dtype_name(dtype: Any) -> str:
-    return dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return str(dtype)
 
 
 def _tuples(value: Any) -> Any:

@@ -95,15 +95,11 @@ def linear_angular_core(
 
     The paper writes 1/2 V where the kernel's constant term would give 1/2 sum_j v_j; so do its authors.
     """
+    # All in float32: products of bfloat16 with a float32 sum are not to be had on every platform, and where they
+    # are faster, as on a TPU, default precision makes them of these.
     wide = jnp.promote_types(v.dtype, jnp.float32)
-    key_values = jnp.einsum("bkhd,bkhe->bhde", l2_normalize(k).astype(v.dtype), v, preferred_element_type=wide)
-    attended = jnp.einsum(
-        "bqhd,bhde->bqhe",
-        l2_normalize(q).astype(v.dtype),
-        key_values.astype(v.dtype),
-        preferred_element_type=wide,
-    )
-    return 0.5 * query_values.astype(wide) + attended / jnp.pi
+    key_values = jnp.einsum("bkhd,bkhe->bhde", l2_normalize(k), v.astype(wide))
+    return 0.5 * query_values.astype(wide) + jnp.einsum("bqhd,bhde->bqhe", l2_normalize(q), key_values) / jnp.pi
 
 
 def normalize_and_convolve(

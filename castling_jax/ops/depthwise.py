@@ -33,6 +33,8 @@ def depthwise_convolution(
     Raises:
       InputError: a kernel of even length or of the wrong heads, or a grid that is missing or does not fit.
     """
+    if v.ndim != 4:
+        raise InputError(f"v must be [batch, tokens, heads, value_dim], not of shape {v.shape}.")
     tokens, heads = v.shape[1] - prefix_tokens, v.shape[2]
     *taps, kernel_heads = kernel.shape
     if len(taps) not in (1, 2) or any(size % 2 == 0 for size in taps):

@@ -80,13 +80,12 @@ def masked_softmax_attention(
     if concrete is not None and concrete >= 1:
         return jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype), jnp.zeros((), jnp.float32)
     wide = jnp.promote_types(v.dtype, jnp.float32)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide) / math.sqrt(q.shape[3])
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q.astype(wide), k.astype(wide)) / math.sqrt(q.shape[3])
     if bias is not None:
         scores = scores + bias.astype(wide)
     weights = jax.nn.softmax(scores, axis=-1)
     threshold = jnp.asarray(mask_threshold, weights.dtype)
     # Rounding can lift a weight above 1, so an empty mask has to be said rather than computed.
     kept = (weights > threshold) & (threshold < 1)
-    masked = jnp.where(kept, weights, 0).astype(v.dtype)
-    out = jnp.einsum("bhqk,bkhd->bqhd", masked, v, preferred_element_type=wide)
+    out = jnp.einsum("bhqk,bkhd->bqhd", jnp.where(kept, weights, 0), v.astype(wide))
     return out.astype(v.dtype), jnp.sum(kept, dtype=jnp.float32) / kept.size

@@ -1,5 +1,6 @@
 """Training from a configuration to a finished run, resumable at any moment."""
 
+import contextlib
 import json
 import math
 import time
@@ -79,59 +80,64 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     is_writer = jax.process_index() == 0
     if is_writer:
         write_atomically(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2).encode())
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    restored = checkpoints.restore(state)
-    train_seconds = 0.0
-    if restored is not None:
-        state, progress = restored
-        batches.set_state(progress.data)
-        train_seconds = progress.train_seconds
-    step = int(state.step)
-    if step:
-        print(f"Going on from step {step} of {total_steps} in {workdir}.")
-    metrics = MetricsWriter(workdir, first_step=step, tensorboard=config.logging.tensorboard) if is_writer else None
+    with contextlib.ExitStack() as stack:  # however it ends, what is being written is finished
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep))
+        )
+        restored = checkpoints.restore(state)
+        train_seconds = 0.0
+        if restored is not None:
+            state, progress = restored
+            batches.set_state(progress.data)
+            train_seconds = progress.train_seconds
+        step = int(state.step)
+        if step:
+            print(f"Going on from step {step} of {total_steps} in {workdir}.")
+        metrics = None
+        if is_writer:
+            writer = MetricsWriter(workdir, first_step=step, tensorboard=config.logging.tensorboard)
+            metrics = stack.enter_context(contextlib.closing(writer))
 
-    # 4. The loop. Metrics are those of the step itself, not averages, so that an interrupted run writes the same lines.
-    bar = tqdm(total=total_steps, initial=step, unit="step", disable=not (is_writer and config.logging.progress))
-    start = logged = time.perf_counter()
-    logged_step = step
-    figures: dict[str, float] = {}
-    while step < total_steps:
-        threshold = threshold_at(step)
-        state, result = train_step(state, shard_batch(next(batches), mesh), threshold)
-        step += 1
-        bar.update()
-        is_last = step == total_steps
-        line: dict[str, Any] = {}
-        if step % config.logging.every_steps == 0 or is_last:
-            loss = float(result["loss"])
-            if not math.isfinite(loss):
-                raise InputError(f"the loss is {loss} at step {step}: try a smaller config.optimizer.learning_rate.")
-            now = time.perf_counter()
-            images_per_second = (step - logged_step) * config.train.batch_size / (now - logged)
-            logged, logged_step = now, step
-            line = {
-                "loss": loss,
-                "learning_rate": float(learning_rate(step - 1)),
-                "mask_threshold": threshold,
-                "mask_density": [float(density) for density in result["mask_density"]],
-                "images_per_second": images_per_second,
-            }
-            bar.set_postfix({"loss": f"{loss:.3f}", "images/s": f"{images_per_second:,.0f}"})
-        if step % (config.evaluation.every_epochs * steps_per_epoch) == 0 or is_last:
-            figures = evaluate(state.params, threshold)
-            line |= {"accuracy": figures["accuracy_train_form"], **figures}
-        if line and metrics is not None:
-            metrics.write(step, line)
-        if step % config.checkpoint.every_steps == 0 or is_last:
-            seconds = train_seconds + time.perf_counter() - start
-            checkpoints.save(state, Progress(batches.get_state(), seconds))
-    jax.block_until_ready(state)
-    train_seconds += time.perf_counter() - start
-    bar.close()
-    checkpoints.close()
-    if metrics is not None:
-        metrics.close()
+        # 4. The loop. Metrics are of the step itself, not averages: an interrupted run writes the same lines.
+        shows_progress = is_writer and config.logging.progress
+        bar = stack.enter_context(tqdm(total=total_steps, initial=step, unit="step", disable=not shows_progress))
+        start = logged = time.perf_counter()
+        logged_step = step
+        figures: dict[str, float] = {}
+        while step < total_steps:
+            threshold = threshold_at(step)
+            state, result = train_step(state, shard_batch(next(batches), mesh), threshold)
+            step += 1
+            bar.update()
+            is_last = step == total_steps
+            line: dict[str, Any] = {}
+            if step % config.logging.every_steps == 0 or is_last:
+                loss = float(result["loss"])
+                if not math.isfinite(loss):
+                    raise InputError(
+                        f"the loss is {loss} at step {step}: try a smaller config.optimizer.learning_rate."
+                    )
+                now = time.perf_counter()
+                images_per_second = (step - logged_step) * config.train.batch_size / (now - logged)
+                logged, logged_step = now, step
+                line = {
+                    "loss": loss,
+                    "learning_rate": float(learning_rate(step - 1)),
+                    "mask_threshold": threshold,
+                    "mask_density": [float(density) for density in result["mask_density"]],
+                    "images_per_second": images_per_second,
+                }
+                bar.set_postfix({"loss": f"{loss:.3f}", "images/s": f"{images_per_second:,.0f}"})
+            if step % (config.evaluation.every_epochs * steps_per_epoch) == 0 or is_last:
+                figures = evaluate(state.params, threshold)
+                line |= {"accuracy": figures["accuracy_train_form"], **figures}
+            if line and metrics is not None:
+                metrics.write(step, line)
+            if step % config.checkpoint.every_steps == 0 or is_last:
+                seconds = train_seconds + time.perf_counter() - start
+                checkpoints.save(state, Progress(batches.get_state(), seconds))
+        jax.block_until_ready(state)
+        train_seconds += time.perf_counter() - start
 
     # 5. What the run was for: the inference form, and its figures.
     if not figures:

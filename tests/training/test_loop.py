@@ -86,7 +86,6 @@ def test_finished_run_only_evaluates_again(whole_run):
     workdir, expected = whole_run
     figures = loop.train(small_config(), workdir)
     assert {**figures, "train_seconds": 0} == {**expected, "train_seconds": 0}
-    assert figures["train_seconds"] >= expected["train_seconds"]  # it goes on counting
 
 
 def test_other_configurations_run_is_refused_and_left_alone(whole_run):

@@ -1,0 +1,64 @@
+"""What all tests share: JAX on the CPU, the golden files, and how a refusal has to look."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports jax
+
+import contextlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jaxtyping import config as jaxtyping_config
+from jaxtyping import install_import_hook
+
+# The shape annotations of the operations are checked at run time, in every test.
+with install_import_hook("castling_jax.ops", "beartype.beartype"):
+    import castling_jax
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class Golden(dict):
+    """The arrays of a golden file by name; `meta` is what its model was made from."""
+
+    def __init__(self, name: str):
+        with np.load(GOLDEN / f"{name}.npz") as file:
+            super().__init__({key: file[key] for key in file.files if key != "meta"})
+            self.meta = json.loads(str(file["meta"]))
+
+    def group(self, prefix: str) -> dict[str, np.ndarray]:
+        """The arrays whose names start with `prefix`/, without it."""
+        return {key.removeprefix(f"{prefix}/"): value for key, value in self.items() if key.startswith(f"{prefix}/")}
+
+
+@pytest.fixture
+def golden():
+    """golden(name) -> Golden, from tests/golden/NAME.npz."""
+    return Golden
+
+
+@pytest.fixture
+def refuses():
+    """`with refuses("this", "that"):` expects an InputError of one sentence that says this and that."""
+
+    @contextlib.contextmanager
+    def expect(*fragments: str):
+        # A caller does not have the run-time checks of the annotations, which would come first here.
+        jaxtyping_config.update("jaxtyping_disable", True)
+        try:
+            with pytest.raises(castling_jax.InputError) as caught:
+                yield
+        finally:
+            jaxtyping_config.update("jaxtyping_disable", False)
+        message = str(caught.value)
+        assert isinstance(caught.value, ValueError)
+        assert message.endswith((".", "?", ")")), message
+        assert "\n" not in message, message
+        assert not re.search(r"[.!?]\s+[A-Z]", message), f"more than one sentence: {message}"
+        for fragment in fragments:
+            assert fragment in message, message
+
+    return expect

@@ -1,0 +1,160 @@
+import logging
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from castling_jax.convert import from_torch, to_torch
+from castling_jax.models.registry import abstract_model
+from castling_jax.models.variables import flatten
+from tests.models import small
+from tests.models.test_position import resize_with_pillow
+
+GOLDEN_FILES = ["deit_small_cfg", "deit_distilled_small_cfg"]
+
+
+def golden_model(file, **arguments):
+    meta = file.meta
+    sizes = {word: meta[word] for word in ("patch_size", "embed_dim", "depth", "num_heads", "num_classes")}
+    sizes |= {"image_size": meta["img_size"], "distilled": meta.get("distilled", False), "attention": "softmax"}
+    return abstract_model("deit_tiny", **(sizes | arguments))
+
+
+@pytest.mark.parametrize("name", GOLDEN_FILES)
+def test_timms_weights_come_back_as_they_were(golden, caplog, name):
+    file = golden(name)
+    model, weights = golden_model(file), file.group("weights")
+    with caplog.at_level(logging.WARNING):
+        variables = from_torch(model, weights)
+    assert not caplog.records
+    back = to_torch(model, variables)
+    assert back.keys() == weights.keys()
+    chex.assert_trees_all_equal(back, weights)
+    assert all(isinstance(value, np.ndarray) and value.dtype == np.float32 for value in back.values())
+
+
+@pytest.mark.parametrize("name", GOLDEN_FILES)
+def test_castlings_taps_start_at_zero_and_are_listed(golden, caplog, name):
+    file = golden(name)
+    with caplog.at_level(logging.WARNING):
+        variables = from_torch(golden_model(file, attention="castling"), file.group("weights"))
+    taps = [f"params/blocks/{i}/attn/token_kernel" for i in range(file.meta["depth"])]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert all(path in record.getMessage() for path in taps)
+    leaves = flatten(variables)
+    for path in taps:
+        chex.assert_trees_all_equal(leaves[path], jnp.zeros((9, 3)))
+    # The rest is what a softmax model gets.
+    softmax = flatten(from_torch(golden_model(file), file.group("weights")))
+    chex.assert_trees_all_equal({path: leaf for path, leaf in leaves.items() if path not in taps}, softmax)
+
+
+@pytest.mark.parametrize("kind", ["castling", "linear_angular", "angular"])
+@pytest.mark.parametrize(("token_conv", "size"), [("1d", 9), ("1d", 1), ("2d", 3), ("2d", 1)])
+def test_random_taps_make_the_round_trip(kind, token_conv, size):
+    model = small.small_model(attention=kind, token_conv=token_conv, token_kernel_size=size, distilled=True)
+    variables = small.random_variables(model)
+    state_dict = to_torch(model, variables)
+    rows = 1 if token_conv == "1d" else size
+    shape = (3, 1, size, 1) if token_conv == "1d" else (3, 1, rows, size)
+    assert state_dict["blocks.1.attn.dconv.weight"].shape == shape
+    chex.assert_trees_all_equal(from_torch(model, state_dict), variables)
+
+
+def test_names_and_layouts_are_torchs():
+    model = small.small_model(token_conv="2d")
+    variables = small.random_variables(model)
+    state_dict, params = to_torch(model, variables), variables["params"]
+    block = params["blocks"]["1"]
+    expected = {
+        "blocks.1.attn.qkv.weight": block["attn"]["qkv"]["kernel"].T,
+        "blocks.1.norm2.weight": block["norm2"]["scale"],
+        "blocks.1.mlp.fc1.bias": block["mlp"]["fc1"]["bias"],
+        "head.weight": params["head"]["kernel"].T,
+        "cls_token": params["cls_token"],
+    }
+    chex.assert_trees_all_equal({name: state_dict[name] for name in expected}, expected)
+    row, column, channel, feature = 0, 1, 2, 5
+    patch, taps = params["patch_embed"]["proj"]["kernel"], block["attn"]["token_kernel"]
+    assert state_dict["patch_embed.proj.weight"][feature, channel, row, column] == patch[row, column, channel, feature]
+    assert state_dict["blocks.1.attn.dconv.weight"][2, 0, row, column] == taps[row, column, 2]
+
+
+def test_parameters_are_held_in_the_models_dtype_and_written_in_float32():
+    model = small.small_model(param_dtype=jnp.bfloat16)
+    variables = small.random_variables(model)
+    state_dict = to_torch(model, variables)
+    assert {value.dtype for value in state_dict.values()} == {np.dtype(np.float32)}
+    back = from_torch(model, state_dict)
+    assert {leaf.dtype for leaf in jax.tree.leaves(back)} == {jnp.dtype(jnp.bfloat16)}
+    chex.assert_trees_all_equal(back, variables)
+
+
+@pytest.mark.parametrize("name", GOLDEN_FILES)
+@pytest.mark.parametrize(("image_size", "side"), [(56, 7), (16, 2)])
+def test_a_position_embedding_of_another_image_size_is_resized(golden, name, image_size, side):
+    file = golden(name)
+    weights = file.group("weights")
+    variables = from_torch(golden_model(file, image_size=image_size), weights)
+    prefix = 2 if file.meta.get("distilled") else 1
+    expected = resize_with_pillow(weights["pos_embed"], (4, 4), (side, side), prefix)
+    chex.assert_trees_all_close(variables["params"]["pos_embed"], expected, rtol=0, atol=1e-6)
+
+
+# Refusals
+
+
+@pytest.fixture
+def model():
+    return small.small_model()
+
+
+@pytest.fixture
+def state_dict(model):
+    return to_torch(model, small.random_variables(model))
+
+
+@pytest.mark.parametrize("name", ["head.weight", "blocks.0.norm1.bias", "pos_embed"])
+def test_a_missing_name(refuses, model, state_dict, name):
+    del state_dict[name]
+    with refuses("lacks", repr(name), "deit_micro"):
+        from_torch(model, state_dict)
+
+
+@pytest.mark.parametrize("name", ["head_dist.weight", "blocks.2.norm1.bias", "module.head.weight"])
+def test_an_unknown_name(refuses, model, state_dict, name):
+    with refuses(repr(name), "deit_micro does not have"):
+        from_torch(model, state_dict | {name: np.zeros(3)})
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 5), (1, 18, 24), (2, 17, 24), (3, 1, 7, 1)])
+@pytest.mark.parametrize(
+    "name", ["head.weight", "norm.bias", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.dconv.weight"]
+)
+def test_an_array_of_another_shape(refuses, model, state_dict, name, shape):
+    # Of a position embedding the message may say what it is rather than its name.
+    with refuses("pos" if name == "pos_embed" else repr(name)):
+        from_torch(model, state_dict | {name: np.zeros(shape, np.float32)})
+
+
+def test_a_softmax_model_has_no_place_for_taps(refuses, state_dict):
+    with refuses("'blocks.0.attn.dconv.weight'", "does not have"):
+        from_torch(small.small_model(attention="softmax"), state_dict)
+
+
+def test_a_folded_model(refuses, state_dict):
+    model = small.small_model(form="inference")
+    with refuses("inference form", 'form="train"', "to_inference"):
+        from_torch(model, state_dict)
+    with refuses("inference form", 'form="train"', "to_inference"):
+        to_torch(model, small.random_variables(model))
+
+
+def test_to_torch_refuses_variables_that_are_not_the_models(refuses, model):
+    variables = small.random_variables(model)
+    del variables["params"]["norm"]
+    with refuses("lack 'params/norm/bias'"):
+        to_torch(model, variables)

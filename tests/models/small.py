@@ -1,0 +1,124 @@
+"""A DeiT small enough for tests, and its forward pass once more in plain float64 numpy."""
+
+import functools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from castling_jax.models.registry import abstract_model
+from castling_jax.models.variables import flatten, get_variables, unflatten
+from tests.ops import reference
+
+SIZES = {
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 3,
+    "num_classes": 7,
+    "image_size": 8,
+    "patch_size": 2,
+    "drop_path_rate": 0.0,
+}
+
+
+@functools.cache
+def small_model(**arguments):
+    """Shapes only, so that nothing is drawn or compiled: variables come from `random_variables`. One for all tests."""
+    return abstract_model("deit_micro", **(SIZES | arguments))
+
+
+def random_variables(model, seed=0):
+    """Numbers with which every part of the model matters: nothing is zero or one, as in a new model."""
+    rng = np.random.default_rng(seed)
+    leaves = {}
+    for path, leaf in flatten(get_variables(model)).items():
+        value = rng.normal(size=leaf.shape)
+        name = path.split("/")[-1]
+        if name == "kernel":
+            value /= math.sqrt(math.prod(leaf.shape[:-1]))
+        elif name == "scale":
+            value = 1 + 0.2 * value
+        elif name != "pos_embed":
+            value *= 0.3
+        leaves[path] = jnp.asarray(value, leaf.dtype)
+    return unflatten(leaves)
+
+
+def random_images(batch=2, height=8, width=8, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, height, width, 3)), jnp.float32)
+
+
+def layer_norm(x, parameters):
+    deviation = x - x.mean(-1, keepdims=True)
+    return (
+        deviation / np.sqrt(np.square(deviation).mean(-1, keepdims=True) + 1e-6) * parameters["scale"]
+        + parameters["bias"]
+    )
+
+
+def dense(x, parameters):
+    return x @ parameters["kernel"] + parameters.get("bias", 0)
+
+
+def gelu(x):
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def attend(q, k, v, parameters, *, attention, threshold, token_conv, grid, prefix_tokens):
+    """(output, mask density, how near a weight comes to the threshold, relative to it)."""
+    density, margin = 0.0, np.inf
+    if attention == "softmax":
+        weights = reference.softmax(reference.scaled_scores(q, k))
+        return np.einsum("bhqk,bkhd->bqhd", weights, v), density, margin
+    if attention == "angular":
+        out = reference.normalize(np.einsum("bhqk,bkhd->bqhd", reference.kernel(q, k), v))
+    elif threshold is None:
+        out = reference.linear_angular(q, k, v)
+    else:
+        out, density = reference.castling(q, k, v, threshold=threshold)
+        weights = reference.softmax(reference.scaled_scores(q, k))
+        margin = np.min(np.abs(weights - threshold) / threshold)
+    if token_conv == "1d":
+        out = out + reference.convolve_tokens(v, parameters["token_kernel"])
+    if token_conv == "2d":
+        patches = v[:, prefix_tokens:]
+        out[:, prefix_tokens:] += reference.convolve_grid(patches, parameters["token_kernel"], grid)
+    return out, density, margin
+
+
+def forward(variables, images, *, num_heads, patch_size, attention, threshold=None, token_conv="1d"):
+    """(logits, densities, margin) of DeiT; the variables' position embedding must have the images' grid."""
+    params = unflatten({path: np.asarray(leaf, np.float64) for path, leaf in flatten(variables["params"]).items()})
+    images = np.asarray(images, np.float64)
+    batch, height, width, channels = images.shape
+    grid = (height // patch_size, width // patch_size)
+    patches = images.reshape(batch, grid[0], patch_size, grid[1], patch_size, channels).transpose(0, 1, 3, 2, 4, 5)
+    kernel = params["patch_embed"]["proj"]["kernel"]
+    x = patches.reshape(batch, grid[0] * grid[1], -1) @ kernel.reshape(-1, kernel.shape[-1])
+    x = x + params["patch_embed"]["proj"]["bias"]
+    prefix = [params[name] for name in ("cls_token", "dist_token") if name in params]
+    x = np.concatenate([*(np.repeat(token, batch, axis=0) for token in prefix), x], axis=1) + params["pos_embed"]
+    densities, margins = [], []
+    for block in params["blocks"].values():
+        qkv = dense(layer_norm(x, block["norm1"]), block["attn"]["qkv"])
+        q, k, v = np.moveaxis(qkv.reshape(batch, x.shape[1], 3, num_heads, -1), 2, 0)
+        out, density, margin = attend(
+            q,
+            k,
+            v,
+            block["attn"],
+            attention=attention,
+            threshold=threshold,
+            token_conv=token_conv,
+            grid=grid,
+            prefix_tokens=len(prefix),
+        )
+        x = x + dense(out.reshape(x.shape), block["attn"]["proj"])
+        x = x + dense(gelu(dense(layer_norm(x, block["norm2"]), block["mlp"]["fc1"])), block["mlp"]["fc2"])
+        densities.append(density)
+        margins.append(margin)
+    x = layer_norm(x, params["norm"])
+    logits = dense(x[:, 0], params["head"])
+    if "head_dist" in params:
+        logits = (logits + dense(x[:, 1], params["head_dist"])) / 2
+    return logits, np.asarray(densities), min(margins)

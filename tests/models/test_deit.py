@@ -1,0 +1,210 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import castling_jax
+from castling_jax.models.variables import flatten, forward, unflatten
+from tests.models import small
+from tests.models.test_position import resize_with_pillow
+
+KINDS = ["castling", "linear_angular", "softmax", "angular"]
+VARIANTS = [
+    (kind, conv)
+    for kind in KINDS
+    for conv in ("1d", "2d", None)
+    if kind != "softmax" or conv == "1d"  # softmax attention has no convolution
+]
+THRESHOLD = 0.06  # with 17 tokens, where many weights are
+
+
+@functools.cache
+def compiled(model):
+    return jax.jit(lambda v, x, t: castling_jax.apply(model, v, x, mask_threshold=t, return_densities=True))
+
+
+def run(model, variables, images, threshold=None):
+    return compiled(model)(variables, images, threshold)
+
+
+def expected(variables, images, attention, token_conv, threshold, num_heads=3):
+    return small.forward(
+        variables,
+        images,
+        num_heads=num_heads,
+        patch_size=2,
+        attention=attention,
+        threshold=threshold if attention == "castling" else None,
+        token_conv=token_conv,
+    )
+
+
+@pytest.mark.parametrize(("attention", "token_conv"), VARIANTS)
+def test_float32_agrees_with_the_float64_reference(attention, token_conv):
+    depth = 2 if attention == "castling" else 1
+    model = small.small_model(attention=attention, token_conv=token_conv, distilled=token_conv == "2d", depth=depth)
+    variables, images = small.random_variables(model), small.random_images()
+    logits, densities = run(model, variables, images, THRESHOLD)
+    chex.assert_type([logits, densities], jnp.float32)
+    reference, reference_densities, margin = expected(variables, images, attention, token_conv, THRESHOLD)
+    # No weight is so near the threshold that rounding decides.
+    assert margin > 1e-5
+    # Some 60 sums of 24 to 96 terms one after another, each off by a few roundings of 6e-8.
+    np.testing.assert_allclose(logits, reference, rtol=0, atol=1e-5 * np.max(np.abs(reference)))
+    np.testing.assert_allclose(densities, reference_densities, rtol=1e-6)
+    if attention == "castling":
+        assert np.all((reference_densities > 0) & (reference_densities < 1))
+    else:
+        chex.assert_trees_all_equal(densities, jnp.zeros(depth))
+
+
+@pytest.mark.parametrize(("attention", "token_conv"), [*((kind, "1d") for kind in KINDS), ("castling", "2d")])
+def test_bfloat16_agrees_within_its_rounding(attention, token_conv):
+    model = small.small_model(attention=attention, token_conv=token_conv, dtype="bfloat16", depth=1)
+    variables, images = small.random_variables(model), small.random_images()
+    # No weight is under 1e-6, so that no rounding decides a mask.
+    logits, densities = run(model, variables, images, 1e-6)
+    chex.assert_type([logits, densities], jnp.float32)
+    reference, reference_densities, _ = expected(variables, images, attention, token_conv, 1e-6)
+    # About 20 arrays in a row are rounded to 2^-8 of their elements; independent errors grow with the square root.
+    np.testing.assert_allclose(logits, reference, rtol=0, atol=20**0.5 * 2**-8 * np.max(np.abs(reference)))
+    np.testing.assert_allclose(densities, reference_densities, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["deit_small_cfg", "deit_distilled_small_cfg"])
+def test_agrees_with_timm(golden, name):
+    file = golden(name)
+    meta = file.meta
+    model = small.abstract_model(
+        "deit_tiny",
+        attention="softmax",
+        image_size=meta["img_size"],
+        distilled=meta.get("distilled", False),
+        **{word: meta[word] for word in ("patch_size", "embed_dim", "depth", "num_heads", "num_classes")},
+    )
+    variables = castling_jax.convert.from_torch(model, file.group("weights"))
+    images = jnp.asarray(file["input_nchw"].transpose(0, 2, 3, 1))
+    logits, _ = run(model, variables, images)
+    # Both sides are float32: each is off by some 1e-6.
+    np.testing.assert_allclose(logits, file["logits"], rtol=0, atol=5e-6 * np.max(np.abs(file["logits"])))
+
+
+def test_castling_at_threshold_one_is_linear_angular():
+    castling, linear = (small.small_model(attention=kind) for kind in ("castling", "linear_angular"))
+    variables, images = small.random_variables(castling), small.random_images()
+    logits, densities = run(castling, variables, images, 1.0)
+    # The same sums, which two programs may order differently.
+    chex.assert_trees_all_close(logits, run(linear, variables, images)[0], rtol=0, atol=1e-5)
+    chex.assert_trees_all_equal(densities, jnp.zeros(2))
+
+
+@pytest.mark.parametrize(("height", "width", "distilled"), [(12, 12, False), (4, 10, True)])
+def test_images_of_another_size_resize_the_position_embedding(height, width, distilled):
+    model = small.small_model(token_conv="2d", distilled=distilled, depth=1)
+    variables, images = small.random_variables(model), small.random_images(1, height, width)
+    logits, _ = run(model, variables, images, 1e-9)
+    prefix = 2 if distilled else 1
+    resized = resize_with_pillow(variables["params"]["pos_embed"], (4, 4), (height // 2, width // 2), prefix)
+    other = {"params": variables["params"] | {"pos_embed": resized}}
+    reference, _, _ = expected(other, images, "castling", "2d", 1e-9)
+    np.testing.assert_allclose(logits, reference, rtol=0, atol=1e-5 * np.max(np.abs(reference)))
+
+
+def test_two_heads_of_a_distilled_model_are_averaged():
+    model = small.small_model(distilled=True)
+    variables, images = small.random_variables(model), small.random_images()
+    params = variables["params"]
+    both = run(model, variables, images, THRESHOLD)[0]
+    doubled = [
+        run(model, {"params": params | {silent: jax.tree.map(jnp.zeros_like, params[silent])}}, images, THRESHOLD)[0]
+        for silent in ("head", "head_dist")
+    ]
+    chex.assert_trees_all_close(both, doubled[0] + doubled[1], rtol=0, atol=1e-6)
+
+
+def test_drop_path_follows_its_key_and_evaluation_is_deterministic():
+    model = small.small_model(drop_path_rate=0.5)
+    variables, images = small.random_variables(model), small.random_images(8)
+
+    @jax.jit
+    def train(key):
+        return forward(model, variables, images, mask_threshold=THRESHOLD, key=key)[0]
+
+    first, again, other = train(jax.random.key(0)), train(jax.random.key(0)), train(jax.random.key(1))
+    chex.assert_trees_all_equal(first, again)
+    assert np.max(np.abs(first - other)) > 1e-3
+    evaluated = run(model, variables, images, THRESHOLD)[0]
+    chex.assert_trees_all_equal(evaluated, run(model, variables, images, THRESHOLD)[0])
+    # Evaluation knows no drop-path: it is the model without it.
+    without = run(small.small_model(), variables, images, THRESHOLD)[0]
+    chex.assert_trees_all_equal(evaluated, without)
+
+
+def test_drop_path_grows_linearly_over_depth():
+    model = small.small_model(depth=5, drop_path_rate=0.2)
+    assert [block.drop_path_rate for block in model.blocks] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    assert small.small_model(depth=1, drop_path_rate=0.2).blocks[0].drop_path_rate == 0
+
+
+def test_gradients_reach_every_parameter():
+    model = small.small_model(distilled=True, depth=1)
+    variables, images = small.random_variables(model), small.random_images()
+    loss = jax.jit(
+        jax.grad(lambda v: jnp.sum(jnp.square(castling_jax.apply(model, v, images, mask_threshold=THRESHOLD))))
+    )
+    gradients = loss(variables)
+    chex.assert_trees_all_equal_structs(gradients, variables)
+    chex.assert_tree_all_finite(gradients)
+    assert all(jnp.any(gradient != 0) for gradient in jax.tree.leaves(gradients))
+
+
+def test_black_images_have_finite_gradients():
+    # Without biases and embeddings every query, key and value of the first layer is a zero vector.
+    model = small.small_model(depth=1, qkv_bias=False)
+    leaves = flatten(small.random_variables(model)["params"])
+    silent = ("cls_token", "pos_embed", "patch_embed/proj/bias", "blocks/0/norm1/bias")
+    params = unflatten({path: leaf * (path not in silent) for path, leaf in leaves.items()})
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        return jnp.sum(castling_jax.apply(model, {"params": params}, jnp.zeros((1, 8, 8, 3)), mask_threshold=0.02))
+
+    chex.assert_tree_all_finite(loss(params))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("size", [7, 1, 0])
+def test_an_image_that_is_no_multiple_of_the_patch(refuses, size):
+    with refuses(f"{size} x {size} pixels", "multiple of the patch", "2 pixels"):
+        small.small_model(image_size=size)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 9), (1, 8), (0, 8)])
+def test_images_that_are_no_multiple_of_the_patch(refuses, height, width):
+    model = small.small_model()
+    with refuses(f"{height} x {width} pixels", "multiple of the patch", "2 pixels"):
+        castling_jax.apply(model, small.random_variables(model), jnp.zeros((1, height, width, 3)), mask_threshold=0.1)
+
+
+def test_images_of_other_channels(refuses):
+    model = small.small_model()
+    with refuses("channels", "3", "1"):
+        castling_jax.apply(model, small.random_variables(model), jnp.zeros((1, 8, 8, 1)), mask_threshold=0.1)
+
+
+@pytest.mark.parametrize("patch_size", [0, -2])
+def test_a_patch_of_no_pixels(refuses, patch_size):
+    with refuses("patch", str(patch_size)):
+        small.small_model(patch_size=patch_size)
+
+
+@pytest.mark.parametrize("depth", [0, -1])
+def test_a_model_without_blocks(refuses, depth):
+    with refuses("depth", str(depth)):
+        small.small_model(depth=depth)

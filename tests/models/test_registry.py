@@ -1,0 +1,137 @@
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import castling_jax
+from castling_jax.models.registry import MODELS, abstract_model
+from castling_jax.models.variables import count_parameters, flatten, get_variables
+from tests.models import small
+
+# Softmax baselines with 1000 classes. DeiT's are published; deit_micro's is 64 wide, 4 deep, on 4 x 4 patches of 12
+# numbers: 64 * 13 + 64 + 17 * 64 + 4 * (12 * 64 * 64 + 13 * 64) + 2 * 64 + 65 * 1000.
+PARAMETERS = {
+    "deit_tiny": 5_717_416,
+    "deit_small": 22_050_664,
+    "deit_base": 86_567_656,
+    "deit_micro": 267_048,
+}
+DISTILLED = {"deit_tiny": 5_910_800, "deit_small": 22_436_432, "deit_base": 87_338_192}
+TAPS = {"deit_tiny": 12 * 3 * 9, "deit_small": 12 * 6 * 9, "deit_base": 12 * 12 * 9, "deit_micro": 4 * 2 * 9}
+
+
+def count(name, **arguments):
+    return count_parameters(get_variables(abstract_model(name, **arguments)))
+
+
+def test_every_variant_has_a_pin():
+    assert MODELS.keys() == PARAMETERS.keys() == TAPS.keys()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_softmax_parameters_are_the_published_ones(name):
+    assert count(name, attention="softmax") == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_distilled_parameters_are_the_published_ones(name):
+    assert count(name, attention="softmax", distilled=True) == DISTILLED[name]
+
+
+@pytest.mark.parametrize(("name", "form"), [*((name, "train") for name in MODELS), ("deit_micro", "inference")])
+def test_castling_adds_nine_taps_a_head_and_layer(name, form):
+    assert count(name, form=form) == PARAMETERS[name] + TAPS[name]
+
+
+@pytest.mark.parametrize("attention", ["linear_angular", "angular"])
+@pytest.mark.parametrize(("token_conv", "share"), [("1d", 1), ("2d", 1), (None, 0)])
+def test_the_other_kinds_add_the_same_taps(attention, token_conv, share):
+    # 3 x 3 taps are nine too.
+    expected = PARAMETERS["deit_micro"] + share * TAPS["deit_micro"]
+    assert count("deit_micro", attention=attention, token_conv=token_conv) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "shape"),
+    [
+        ({"num_classes": 11}, "params/head/kernel", (24, 11)),
+        ({"image_size": 12}, "params/pos_embed", (1, 37, 24)),
+        ({"patch_size": 4}, "params/patch_embed/proj/kernel", (4, 4, 3, 24)),
+        ({"in_chans": 1}, "params/patch_embed/proj/kernel", (2, 2, 1, 24)),
+        ({"embed_dim": 48}, "params/blocks/1/attn/qkv/kernel", (48, 144)),
+        ({"depth": 3}, "params/blocks/2/norm1/scale", (24,)),
+        ({"num_heads": 4}, "params/blocks/0/attn/token_kernel", (9, 4)),
+        ({"mlp_ratio": 2.5}, "params/blocks/0/mlp/fc1/kernel", (24, 60)),
+        ({"distilled": True}, "params/head_dist/bias", (7,)),
+        ({"token_kernel_size": 7}, "params/blocks/0/attn/token_kernel", (7, 3)),
+    ],
+)
+def test_overrides_take_effect(overrides, path, shape):
+    assert flatten(get_variables(small.small_model(**overrides)))[path].shape == shape
+
+
+def test_qkv_bias_can_be_left_out():
+    assert "params/blocks/0/attn/qkv/bias" in flatten(get_variables(small.small_model()))
+    assert "params/blocks/0/attn/qkv/bias" not in flatten(get_variables(small.small_model(qkv_bias=False)))
+
+
+def test_without_rngs_a_model_is_that_of_seed_zero():
+    default = castling_jax.create_model("deit_micro", **small.SIZES)
+    chex.assert_trees_all_equal(
+        get_variables(default), get_variables(castling_jax.create_model("deit_micro", rngs=nnx.Rngs(0), **small.SIZES))
+    )
+    other = castling_jax.create_model("deit_micro", rngs=nnx.Rngs(1), **small.SIZES)
+    kernels = [get_variables(model)["params"]["head"]["kernel"] for model in (default, other)]
+    assert jnp.any(kernels[0] != kernels[1])
+
+
+def test_param_dtype_is_what_parameters_are_held_in():
+    leaves = jax.tree.leaves(get_variables(small.small_model(param_dtype=jnp.bfloat16, distilled=True)))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("bfloat16")}
+
+
+def test_an_abstract_model_has_the_shapes_of_a_real_one():
+    real = get_variables(castling_jax.create_model("deit_micro", **small.SIZES))
+    abstract = get_variables(small.small_model())
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(abstract))
+    chex.assert_trees_all_equal_shapes_and_dtypes(real, abstract)
+
+
+def test_the_spec_makes_the_model_again_through_json():
+    model = small.small_model(distilled=True, token_conv="2d", dtype=jnp.bfloat16)
+    arguments = json.loads(json.dumps(model.spec.arguments()))
+    again = abstract_model(**arguments)
+    assert again.spec == model.spec
+    assert hash(again.spec) == hash(model.spec)
+    chex.assert_trees_all_equal_shapes_and_dtypes(get_variables(again), get_variables(model))
+    assert model.spec.arguments(form="inference")["form"] == "inference"
+    assert model.spec.form == "train"
+
+
+# Refusals
+
+
+def test_an_unknown_model(refuses):
+    with refuses("model 'deit_tyny'", "did you mean 'deit_tiny'"):
+        castling_jax.create_model("deit_tyny")
+
+
+@pytest.mark.parametrize(("word", "nearest"), [("embed_dims", "embed_dim"), ("heads", "num_heads"), ("stride_q", "")])
+def test_an_unknown_override(refuses, word, nearest):
+    with refuses("deit_micro", repr(word), nearest):
+        castling_jax.create_model("deit_micro", **{word: 2})
+
+
+@pytest.mark.parametrize("num_classes", [0, -1])
+def test_a_model_without_classes(refuses, num_classes):
+    with refuses("num_classes", "at least 1", str(num_classes)):
+        small.small_model(num_classes=num_classes)
+
+
+@pytest.mark.parametrize("argument", ["dtype", "param_dtype"])
+def test_an_unknown_dtype(refuses, argument):
+    with refuses(argument, "'float33'", "float32"):
+        small.small_model(**{argument: "float33"})

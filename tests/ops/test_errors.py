@@ -1,0 +1,170 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from castling_jax import InputError, ops
+from castling_jax.ops.errors import check_known
+
+Q = jnp.ones((2, 5, 3, 4))
+MASKED = {
+    "masked_softmax": ops.masked_softmax_attention,
+    "castling": ops.castling_attention,
+}
+ATTENTIONS = {
+    "angular": ops.angular_attention,
+    "linear_angular": ops.linear_angular_attention,
+    "masked_softmax": lambda q, k, v: ops.masked_softmax_attention(q, k, v, mask_threshold=0.1),
+    "castling": lambda q, k, v: ops.castling_attention(q, k, v, mask_threshold=0.1),
+    "castling at one": lambda q, k, v: ops.castling_attention(q, k, v, mask_threshold=1.0),
+}
+
+
+def test_input_error_is_a_value_error():
+    assert issubclass(InputError, ValueError)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_and_all(refuses):
+    with refuses("colour 'bleu'", "did you mean 'blue'", "red, blue"):
+        check_known("colour", "bleu", ["red", "blue"])
+    with refuses("colour 17", "known: none"):
+        check_known("colour", 17, [])
+    check_known("colour", "red", ["red", "blue"])
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize(
+    ("q", "k", "v", "fragments"),
+    [
+        ((5, 3, 4), (2, 5, 3, 4), (2, 5, 3, 4), ["q must be [batch, tokens, heads, dim]", "(5, 3, 4)"]),
+        ((2, 5, 3, 4), (1, 5, 3, 4), (2, 5, 3, 4), ["k must have q's batch and heads", "(1, 5, 3, 4)"]),
+        ((2, 5, 3, 4), (2, 5, 3, 4), (2, 5, 1, 4), ["v must have q's batch and heads", "(2, 5, 1, 4)"]),
+        ((2, 5, 3, 4), (2, 5, 3, 8), (2, 5, 3, 4), ["one key_dim", "4 and 8"]),
+        ((2, 5, 3, 4), (2, 5, 3, 4), (2, 6, 3, 4), ["one number of tokens", "5 and 6"]),
+    ],
+    ids=["axes", "batch", "heads", "key_dim", "tokens"],
+)
+def test_shapes_that_do_not_fit(refuses, name, q, k, v, fragments):
+    with refuses(*fragments):
+        ATTENTIONS[name](jnp.ones(q), jnp.ones(k), jnp.ones(v))
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_integers_are_refused(refuses, name):
+    with refuses("k", "int32", "float32 or bfloat16"):
+        ATTENTIONS[name](Q, Q.astype(jnp.int32), Q)
+
+
+@pytest.mark.parametrize("kernel", [ops.angular_kernel, lambda q, k: ops.angular_kernel_series(q, k, 2)])
+def test_kernels_refuse_shapes_that_do_not_fit(refuses, kernel):
+    with refuses("one key_dim", "4 and 3"):
+        kernel(Q, Q[..., :3])
+
+
+@pytest.mark.parametrize("order", [-1, 1.5, "2", None])
+def test_the_order_of_the_series(refuses, order):
+    with refuses("order", repr(order), "integer of at least 0"):
+        ops.angular_kernel_series(Q, Q, order)
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("threshold", [-0.1, float("nan"), -np.inf, np.float32(-1), jnp.float32(-1)])
+def test_a_known_threshold_must_be_a_number_of_at_least_zero(refuses, name, threshold):
+    with refuses("mask_threshold", str(float(threshold)), "at least 0"):
+        MASKED[name](Q, Q, Q, mask_threshold=threshold)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_threshold_must_be_a_scalar(refuses, name):
+    with refuses("mask_threshold", "scalar", "(2,)"):
+        MASKED[name](Q, Q, Q, mask_threshold=jnp.asarray([0.1, 0.2]))
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize(("threshold", "density"), [(-0.1, 1), (float("nan"), 0)])
+def test_a_traced_threshold_is_not_seen(name, threshold, density):
+    out, kept = jax.jit(lambda t: MASKED[name](Q, Q, Q, mask_threshold=t))(threshold)
+    assert np.all(np.isfinite(out))
+    assert float(kept) == pytest.approx(density, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear_angular", "castling", "castling at one"])
+def test_queries_unlike_keys_need_query_values(refuses, name):
+    with refuses("5 queries and 7 keys", "query_values [batch, queries, heads, value_dim]"):
+        ATTENTIONS[name](Q, jnp.ones((2, 7, 3, 4)), jnp.ones((2, 7, 3, 6)))
+
+
+def test_query_values_of_another_shape(refuses):
+    with refuses("query_values", "(2, 5, 3, 4)", "(2, 4, 3, 4)"):
+        ops.linear_angular_attention(Q, Q, Q, query_values=Q[:, :4])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda name: ops.linear_angular_attention(Q, Q, Q, implementation=name),
+        lambda name: ops.masked_softmax_attention(Q, Q, Q, mask_threshold=0.1, implementation=name),
+        lambda name: ops.castling_attention(Q, Q, Q, mask_threshold=0.1, implementation=name),
+    ],
+    ids=["linear_angular", "masked_softmax", "castling"],
+)
+def test_an_unknown_implementation(refuses, call):
+    with refuses("implementation 'xlaa'", "did you mean 'xla'", "auto"):
+        call("xlaa")
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("threshold", [0.1, 1.0])
+@pytest.mark.parametrize(
+    ("bias", "fragments"),
+    [
+        (jnp.ones((2, 3, 5, 6)), ["5 keys", "(2, 3, 5, 6)"]),
+        (jnp.ones((3, 3, 5, 5)), ["1 or 2", "(3, 3, 5, 5)"]),
+        (jnp.ones((3, 5, 5)), ["(3, 5, 5)"]),
+        ((jnp.ones((2, 3, 5, 2)), jnp.ones((2, 3, 5, 3))), ["2 key rows times 3 columns", "5 keys"]),
+        ((jnp.ones((2, 3, 4, 1)), jnp.ones((2, 3, 5, 5))), ["3 heads", "5 queries", "(2, 3, 4, 1)"]),
+        ((jnp.ones((2, 3, 5, 5)),), ["pair", "(2, 3, 5, 5)"]),
+    ],
+    ids=["keys", "batch", "axes", "factors", "queries", "no pair"],
+)
+def test_a_bias_that_does_not_fit(refuses, name, bias, fragments, threshold):
+    with refuses(*fragments):
+        MASKED[name](Q, Q, Q, mask_threshold=threshold, bias=bias)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "arguments", "fragments"),
+    [
+        ((4, 3), {}, ["odd", "(4, 3)"]),
+        ((3, 2, 3), {"grid": (1, 5)}, ["odd", "(3, 2, 3)"]),
+        ((3,), {}, ["[taps, heads]", "(3,)"]),
+        ((3, 3, 3, 3), {}, ["[taps, heads]", "(3, 3, 3, 3)"]),
+        ((3, 2), {}, ["2 heads", "3 heads"]),
+        ((3, 3, 3), {}, ["grid=None", "(3, 3, 3)"]),
+        ((3, 3), {"grid": (1, 5)}, ["grid=(1, 5)", "(3, 3)"]),
+        ((3, 3, 3), {"grid": (2, 2)}, ["(2, 2)", "5 tokens"]),
+        ((3, 3), {"prefix_tokens": 6}, ["prefix_tokens", "5 tokens", "6"]),
+        ((3, 3), {"prefix_tokens": -1}, ["prefix_tokens", "-1"]),
+    ],
+)
+def test_a_token_kernel_or_grid_that_does_not_fit(refuses, kernel, arguments, fragments):
+    with refuses(*fragments):
+        ops.depthwise_convolution(Q, jnp.ones(kernel), **arguments)
+
+
+def test_values_of_a_convolution_have_four_axes(refuses):
+    with refuses("v must be [batch, tokens, heads,", "(5, 3, 3)"):
+        ops.depthwise_convolution(jnp.ones((5, 3, 3)), jnp.ones((3, 3)))
+
+
+@pytest.mark.parametrize("kernel", [(4, 3), (3, 1)])
+def test_attention_refuses_such_a_token_kernel_too(refuses, kernel):
+    with refuses("token kernel"):
+        ops.linear_angular_attention(Q, Q, Q, jnp.ones(kernel))
+    with refuses("token kernel"):
+        ops.castling_attention(Q, Q, Q, jnp.ones(kernel), mask_threshold=0.1)
+
+
+def test_a_grid_kernel_does_not_go_into_attention(refuses):
+    with refuses("grid", "(3, 3, 3)"):
+        ops.linear_angular_attention(Q, Q, Q, jnp.ones((3, 3, 3)))

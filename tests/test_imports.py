@@ -1,0 +1,75 @@
+"""Who may import whom: main.py -> tools -> training -> {data, convert} -> models -> ops, downwards only."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "castling_jax"
+RANKS = {"ops": 0, "models": 1, "data": 2, "convert": 2, "training": 3, "tools": 4}
+FILES = sorted(path for part in RANKS for path in (PACKAGE / part).rglob("*.py"))
+OPS_MAY_IMPORT = {"jax", "jaxtyping", "numpy", "castling_jax", *sys.stdlib_module_names}
+
+
+def names_of(node, path):
+    """The modules an import statement names in full; `from a import b` names a.b, which may be a module too."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    package = list(path.relative_to(ROOT).with_suffix("").parts[: -node.level]) if node.level else []
+    module = ".".join([*package, *([node.module] if node.module else [])])
+    return [f"{module}.{alias.name}" for alias in node.names]
+
+
+def imports(path, *, at_import_time=False):
+    """All that a file imports, or what importing it imports: functions' bodies only run later."""
+    found, pending = [], [ast.parse(path.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found += names_of(node, path)
+        if not (at_import_time and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)):
+            pending += ast.iter_child_nodes(node)
+    return found
+
+
+def parts_imported(path):
+    """The parts of the package that a file imports; the package itself, which has them all, is one."""
+    ours = [name.split(".") for name in imports(path) if name.split(".")[0] == "castling_jax"]
+    return {name[1] if len(name) > 1 and name[1] in RANKS else "castling_jax" for name in ours}
+
+
+def identify(path):
+    return str(path.relative_to(ROOT))
+
+
+def test_the_parts_are_all_there():
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert folders == RANKS.keys()
+    assert [path.name for path in PACKAGE.glob("*.py")] == ["__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=identify)
+def test_imports_go_downwards(path):
+    part = path.relative_to(PACKAGE).parts[0]
+    for imported in parts_imported(path):
+        # The package itself imports convert, so it is for the parts above.
+        rank = RANKS["convert"] if imported == "castling_jax" else RANKS[imported]
+        assert imported == part or rank < RANKS[part], f"{part} imports {imported}"
+
+
+def test_nothing_imports_the_main_program():
+    for path in FILES:
+        assert not {"main", "configs", "tests"} & {name.split(".")[0] for name in imports(path)}, path
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if PACKAGE / "ops" in path.parents], ids=identify)
+def test_ops_import_jax_alone(path):
+    assert {name.split(".")[0] for name in imports(path)} <= OPS_MAY_IMPORT
+
+
+def test_torch_and_tensorflow_are_never_needed_to_import_the_package():
+    for path in [PACKAGE / "__init__.py", *FILES]:
+        heavy = {"torch", "torchvision", "timm", "tensorflow", "tensorflow_datasets"}
+        assert not heavy & {name.split(".")[0] for name in imports(path, at_import_time=True)}, path
