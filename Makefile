@@ -14,7 +14,7 @@ test: $(VENV)/dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/dev-installed
 	$(BIN)/python -m pytest -m slow

@@ -1,8 +1,16 @@
 """What all tests share: JAX on the CPU, the golden files, and how a refusal has to look."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports jax
+# Before anything imports jax. The tests' processes share what one of them has compiled: that is most of their time.
+os.environ["JAX_PLATFORMS"] = "cpu"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="castling_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import contextlib
 import json

@@ -112,7 +112,7 @@ def _to_torch_layout(path: str, value: np.ndarray) -> np.ndarray:
 
 def _fit_position_embedding(model: Any, embedding: np.ndarray) -> np.ndarray:
     """The embedding on the model's grid, where it is one of a square grid at all."""
-    if embedding.ndim != 3 or embedding.shape[0] != 1:
+    if embedding.ndim != 3 or embedding.shape[0] != 1 or embedding.shape[1] <= model.prefix_tokens:
         return embedding
-    side = math.isqrt(max(embedding.shape[1] - model.prefix_tokens, 0))
+    side = math.isqrt(embedding.shape[1] - model.prefix_tokens)
     return np.asarray(resize_position_embedding(jnp.asarray(embedding), (side, side), model.grid, model.prefix_tokens))

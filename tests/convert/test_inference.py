@@ -195,7 +195,7 @@ def test_batch_norm_without_its_statistics(refuses):
 THRESHOLD = 0.06
 
 
-@pytest.mark.parametrize("arguments", [{}, {"token_conv": "2d", "depth": 1}, {"dtype": "bfloat16", "depth": 1}])
+@pytest.mark.parametrize("arguments", [{"token_conv": "2d", "distilled": True}, {"dtype": "bfloat16", "depth": 1}])
 def test_check_switch_is_what_two_applies_say(arguments):
     model, inference = small.small_model(**arguments), small.small_model(form="inference", **arguments)
     variables, images = small.random_variables(model), small.random_images()

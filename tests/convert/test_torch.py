@@ -130,7 +130,7 @@ def test_an_unknown_name(refuses, model, state_dict, name):
         from_torch(model, state_dict | {name: np.zeros(3)})
 
 
-@pytest.mark.parametrize("shape", [(), (5,), (3, 5), (1, 18, 24), (2, 17, 24), (3, 1, 7, 1)])
+@pytest.mark.parametrize("shape", [(), (5,), (3, 5), (1, 1, 24), (1, 18, 24), (2, 17, 24), (3, 1, 7, 1)])
 @pytest.mark.parametrize(
     "name", ["head.weight", "norm.bias", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.dconv.weight"]
 )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import castling_jax
+from castling_jax.models import deit
 from castling_jax.models.variables import flatten, forward, unflatten
 from tests.models import small
 from tests.models.test_position import resize_with_pillow
@@ -141,6 +142,19 @@ def test_drop_path_follows_its_key_and_evaluation_is_deterministic():
     # Evaluation knows no drop-path: it is the model without it.
     without = run(small.small_model(), variables, images, THRESHOLD)[0]
     chex.assert_trees_all_equal(evaluated, without)
+
+
+def test_every_residual_branch_has_a_drop_path_key_of_its_own(monkeypatch):
+    keys = []
+
+    def record(x, rate, key):
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return x
+
+    monkeypatch.setattr(deit, "drop_path", record)
+    model = small.small_model(attention="softmax", depth=3)
+    forward(model, small.random_variables(model), small.random_images(1), key=jax.random.key(0))
+    assert len(keys) == len(set(keys)) == 6
 
 
 def test_drop_path_grows_linearly_over_depth():

@@ -62,13 +62,14 @@ def kernel(q, k):
     return np.maximum(at[2] - at[1], at[1] - at[0]) + 8 * FLOAT32
 
 
-def linear_core(q, k, v, query_values, dtype):
+def linear_core(q, k, v, query_values):
     keys, key_dim = k.shape[1], k.shape[3]
     terms = reference.scores_of(np.abs(reference.normalize(q)), np.abs(reference.normalize(k))) / np.pi
     sizes = np.einsum("bhqk,bkhd->bqhd", terms, np.abs(v))
-    # Q^, K^ and K^^T V are each rounded to the dtype; the sums over keys and key_dim are float32.
-    roundings = 3 * unit(dtype) + (keys + 3 * key_dim + 8) * FLOAT32
-    return roundings * sizes + 2 * FLOAT32 * np.abs(reference.linear_core(q, k, v, query_values))
+    # Two normalisations, a sum over keys and one over key_dim, all in float32.
+    return (keys + 3 * key_dim + 12) * FLOAT32 * sizes + 2 * FLOAT32 * np.abs(
+        reference.linear_core(q, k, v, query_values)
+    )
 
 
 def softmax_weights(q, k, bias=None):
@@ -93,8 +94,8 @@ def near_threshold(q, k, threshold, bias=None):
 def branch(q, k, v, threshold, dtype, bias=None):
     weights = reference.softmax(reference.scaled_scores(q, k, bias))
     kept = weights * reference.mask_of(weights, threshold)
-    # The weights and the output are rounded to the dtype; the sum over keys is float32.
-    relative = softmax_weights(q, k, bias) + unit(dtype) + k.shape[1] * FLOAT32
+    # The sum over keys is float32; the output is rounded to the dtype.
+    relative = softmax_weights(q, k, bias) + (k.shape[1] + 1) * FLOAT32
     sizes = np.einsum("bhqk,bkhd->bqhd", kept * relative, np.abs(v))
     return sizes + unit(dtype) * np.abs(np.einsum("bhqk,bkhd->bqhd", kept, v))
 
@@ -116,7 +117,7 @@ def attention(q, k, v, token_kernel, query_values, dtype, threshold=None, bias=N
     """linear_angular_attention without a threshold, castling_attention with one."""
     query_values = v if query_values is None else query_values
     core = reference.linear_core(q, k, v, query_values)
-    error = linear_core(q, k, v, query_values, dtype)
+    error = linear_core(q, k, v, query_values)
     if threshold is not None:
         core = core + reference.masked_softmax(q, k, v, threshold, bias)[0]
         error = error + branch(q, k, v, threshold, dtype, bias) + FLOAT32 * np.abs(core)

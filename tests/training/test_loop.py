@@ -56,7 +56,8 @@ def test_inference_folder_gives_the_reported_accuracy(whole_run):
     assert float(correct.mean()) == pytest.approx(figures["accuracy_inference_form"])
 
 
-@pytest.mark.parametrize("stop", [2, 6, 15])  # before the first checkpoint, with the branch, without it
+# Before the first checkpoint, with the branch, and without it.
+@pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.slow), 6, pytest.param(15, marks=pytest.mark.slow)])
 def test_interrupted_run_ends_with_the_same_parameters(whole_run, tmp_path, monkeypatch, stop):
     expected_workdir, expected = whole_run
 
