@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Float, Key
 
 from castling_jax.models.attention import Attention
 from castling_jax.models.backbone import Backbone
-from castling_jax.models.layers import DEIT_STD, Mlp, PatchEmbed, drop_path, layer_norm, linear, truncated_normal
+from castling_jax.models.layers import DEIT_STD, Mlp, PatchEmbed, drop_path, layer_norm, linear, normal_parameter
 from castling_jax.models.position import resize_position_embedding
 from castling_jax.ops.errors import InputError
 
@@ -77,16 +77,18 @@ class DeiT(Backbone):
         common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         if depth < 1:
             raise InputError(f"depth must be at least 1, not {depth}.")
+        if not 0 <= drop_path_rate < 1:
+            raise InputError(f"drop_path_rate must be in [0, 1), not {drop_path_rate}.")
         layer = common | {"init_std": init_std}
         self.patch_size = patch_size
         self.in_chans = in_chans
         self.grid = patch_grid((image_size, image_size), patch_size)
         self.prefix_tokens = 2 if distilled else 1
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, **common)
-        self.cls_token = truncated_normal(rngs, (1, 1, embed_dim), param_dtype)
-        self.dist_token = truncated_normal(rngs, (1, 1, embed_dim), param_dtype) if distilled else None
+        self.cls_token = normal_parameter(rngs, (1, 1, embed_dim), param_dtype)
+        self.dist_token = normal_parameter(rngs, (1, 1, embed_dim), param_dtype) if distilled else None
         tokens = self.prefix_tokens + self.grid[0] * self.grid[1]
-        self.pos_embed = truncated_normal(rngs, (1, tokens, embed_dim), param_dtype)
+        self.pos_embed = normal_parameter(rngs, (1, tokens, embed_dim), param_dtype)
         self.blocks = nnx.List(
             Block(
                 embed_dim,

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-DEIT_STD = 0.02  # of the truncated normal that DeiT and MViTv2 start their matrices and position embeddings from
+# DeiT and MViTv2 start their matrices, tokens and position embeddings from timm's trunc_normal_(std=0.02). It cuts at
+# -2 and 2, a hundred deviations away, so it is a normal; JAX's truncated_normal cuts at two deviations.
+DEIT_STD = 0.02
 
 
-def truncated_normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype) -> nnx.Param:
-    """A token or position embedding: a parameter drawn from a normal of standard deviation 0.02, cut at two of them."""
-    return nnx.Param(jax.nn.initializers.truncated_normal(DEIT_STD)(rngs.params(), shape, dtype))
+def normal_parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype) -> nnx.Param:
+    """A token or position embedding: a parameter drawn from a normal of standard deviation 0.02."""
+    return nnx.Param(jax.nn.initializers.normal(DEIT_STD)(rngs.params(), shape, dtype))
 
 
 def linear(
@@ -25,14 +27,14 @@ def linear(
     param_dtype: jnp.dtype,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """A dense layer that starts as the ViT family's do: a truncated normal of `init_std`, zero bias."""
+    """A dense layer that starts as the ViT family's do: a normal of `init_std`, zero bias."""
     return nnx.Linear(
         features_in,
         features_out,
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=param_dtype,
-        kernel_init=jax.nn.initializers.truncated_normal(init_std),
+        kernel_init=jax.nn.initializers.normal(init_std),
         rngs=rngs,
     )
 

@@ -39,8 +39,8 @@ def angular_kernel(
     """
     check_qkv(q, k)
     cosines = _cosines(q, k)
-    interior = jnp.abs(cosines) < 1
-    angles = jnp.where(interior, jnp.arccos(jnp.where(interior, cosines, 0)), jnp.where(cosines > 0, 0, jnp.pi))
+    at_kink = jnp.abs(cosines) >= 1
+    angles = jnp.where(at_kink, jnp.where(cosines > 0, 0, jnp.pi), jnp.arccos(jnp.where(at_kink, 0, cosines)))
     return 1 - angles / jnp.pi
 
 

@@ -57,7 +57,10 @@ def concrete_threshold(mask_threshold: ArrayLike) -> float | None:
         raise InputError(f"mask_threshold must be a scalar, not of shape {np.shape(mask_threshold)}.")
     if isinstance(mask_threshold, jax.core.Tracer):
         return None
-    value = float(np.asarray(mask_threshold))
+    try:
+        value = float(np.asarray(mask_threshold))
+    except (TypeError, ValueError):
+        raise InputError(f"mask_threshold must be a number of at least 0, not {mask_threshold!r}.") from None
     if math.isnan(value) or value < 0:
         raise InputError(f"mask_threshold must be a number of at least 0 (at 1 the mask is empty), not {value}.")
     return value

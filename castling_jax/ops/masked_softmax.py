@@ -85,7 +85,8 @@ def masked_softmax_attention(
         scores = scores + bias.astype(wide)
     weights = jax.nn.softmax(scores, axis=-1)
     threshold = jnp.asarray(mask_threshold, weights.dtype)
-    # Rounding can lift a weight above 1, so an empty mask has to be said rather than computed.
-    kept = (weights > threshold) & (threshold < 1)
+    # Rounding can lift a weight above 1, so an empty mask has to be said rather than computed. Written so that NaN is
+    # kept, and seen.
+    kept = ~(weights <= threshold) & (threshold < 1)
     out = jnp.einsum("bhqk,bkhd->bqhd", jnp.where(kept, weights, 0), v.astype(wide))
     return out.astype(v.dtype), jnp.sum(kept, dtype=jnp.float32) / kept.size

@@ -168,3 +168,15 @@ def test_attention_refuses_such_a_token_kernel_too(refuses, kernel):
 def test_a_grid_kernel_does_not_go_into_attention(refuses):
     with refuses("grid", "(3, 3, 3)"):
         ops.linear_angular_attention(Q, Q, Q, jnp.ones((3, 3, 3)))
+
+
+@pytest.mark.parametrize("threshold", [None, "half"])
+def test_a_threshold_that_is_no_number(refuses, threshold):
+    with refuses("mask_threshold must be a number", repr(threshold)):
+        ops.masked_softmax_attention(Q, Q, Q, mask_threshold=threshold)
+
+
+def test_nan_is_not_hidden():
+    broken = Q.at[0, 0, 0, 0].set(jnp.nan)
+    assert jnp.isnan(ops.angular_kernel(broken, Q)[0, 0, 0]).all()
+    assert jnp.isnan(ops.masked_softmax_attention(broken, Q, Q, mask_threshold=0.1)[0][0, 0, 0]).all()
