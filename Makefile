@@ -17,7 +17,7 @@ test: $(VENV)/dev-installed
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/dev-installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest --numprocesses auto -m slow
 
 # Markers rather than the folder itself: an installation that was interrupted is done again.
 $(VENV)/requirements-installed: requirements.txt

@@ -131,15 +131,20 @@ def linear_angular_attention(
       v: values; never normalised.
       token_kernel: one set of taps a head for the convolution of the values over tokens; their number is odd.
       query_values: the values at the queries' positions, where queries and keys are different tokens.
-      implementation: "auto" or "xla".
+      implementation: "xla", "pallas" (fused TPU kernels; interpreted, and slow, on a CPU), or "auto", today "xla".
 
     Returns:
       The attention's output, in v's dtype.
 
     Raises:
-      InputError: shapes do not fit, queries unlike keys come without query_values, or a name is unknown.
+      InputError: shapes do not fit or the kernels do not serve them, queries unlike keys come without query_values,
+        or a name is unknown.
     """
     check_implementation(implementation)
     check_qkv(q, k, v)
-    query_values = check_query_values(q, v, query_values)
+    own_values, query_values = query_values is not None, check_query_values(q, v, query_values)
+    if implementation == "pallas":
+        from castling_jax.ops.tpu import attention as kernels  # Pallas takes a while to import
+
+        return kernels.linear_angular_attention(q, k, v, token_kernel, own_values=own_values)
     return normalize_and_convolve(linear_angular_core(q, k, v, query_values), query_values, token_kernel)

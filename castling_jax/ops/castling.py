@@ -31,20 +31,25 @@ def castling_attention(
       mask_threshold: scalar of at least 0; softmax weights at or under it are masked out.
       bias: of the softmax branch alone; see `masked_softmax_attention`.
       query_values: the values at the queries' positions, where queries and keys are different tokens.
-      implementation: "auto" or "xla".
+      implementation: "xla", "pallas" (fused TPU kernels; interpreted, and slow, on a CPU), or "auto", today "xla".
 
     Returns:
       The attention's output in v's dtype, and the mask density: the share of softmax weights kept, in float32.
 
     Raises:
-      InputError: shapes do not fit, queries unlike keys come without query_values, the threshold is negative or
-        NaN (where it is concrete), or a name is unknown.
+      InputError: shapes do not fit or the kernels do not serve them, queries unlike keys come without query_values,
+        the threshold is negative or NaN (where it is concrete), or a name is unknown.
     """
     check_implementation(implementation)
     check_qkv(q, k, v)
-    query_values = check_query_values(q, v, query_values)
+    own_values, query_values = query_values is not None, check_query_values(q, v, query_values)
     auxiliary, density = masked_softmax_attention(
         q, k, v, mask_threshold=mask_threshold, bias=bias, implementation=implementation
     )
+    if implementation == "pallas":
+        from castling_jax.ops.tpu import attention as kernels  # Pallas takes a while to import
+
+        out = kernels.linear_angular_attention(q, k, v, token_kernel, auxiliary=auxiliary, own_values=own_values)
+        return out, density
     core = linear_angular_core(q, k, v, query_values)
     return normalize_and_convolve(core + auxiliary.astype(core.dtype), query_values, token_kernel), density

@@ -8,7 +8,7 @@ from jaxtyping import ArrayLike
 
 from castling_jax.ops.errors import InputError, check_known
 
-IMPLEMENTATIONS = ("auto", "xla")
+IMPLEMENTATIONS = ("auto", "xla", "pallas")
 
 
 def check_implementation(implementation: str) -> None:

@@ -35,14 +35,8 @@ def depthwise_convolution(
     """
     if v.ndim != 4:
         raise InputError(f"v must be [batch, tokens, heads, value_dim], not of shape {v.shape}.")
-    tokens, heads = v.shape[1] - prefix_tokens, v.shape[2]
-    *taps, kernel_heads = kernel.shape
-    if len(taps) not in (1, 2) or any(size % 2 == 0 for size in taps):
-        raise InputError(
-            f"a token kernel must be [taps, heads] or [rows, columns, heads] of odd sizes, not {kernel.shape}."
-        )
-    if kernel_heads != heads:
-        raise InputError(f"a token kernel for {kernel_heads} heads does not fit values of {heads} heads.")
+    check_token_kernel(kernel, v.shape[2])
+    tokens, taps = v.shape[1] - prefix_tokens, kernel.shape[:-1]
     if not 0 <= prefix_tokens <= v.shape[1]:
         raise InputError(f"prefix_tokens must be between 0 and the {v.shape[1]} tokens there are, not {prefix_tokens}.")
     if (grid is not None) != (len(taps) == 2):
@@ -56,6 +50,17 @@ def depthwise_convolution(
     patches = v[:, prefix_tokens:].reshape(v.shape[0], *sizes, *v.shape[2:])
     out = _depthwise_taps(patches, kernel).reshape(v.shape[0], tokens, *v.shape[2:])
     return jnp.pad(out, ((0, 0), (prefix_tokens, 0), (0, 0), (0, 0)))
+
+
+def check_token_kernel(kernel: jax.Array, heads: int) -> None:
+    """Raises an InputError unless `kernel` is of odd sizes and has taps for `heads` heads."""
+    *taps, kernel_heads = kernel.shape
+    if len(taps) not in (1, 2) or any(size % 2 == 0 for size in taps):
+        raise InputError(
+            f"a token kernel must be [taps, heads] or [rows, columns, heads] of odd sizes, not {kernel.shape}."
+        )
+    if kernel_heads != heads:
+        raise InputError(f"a token kernel for {kernel_heads} heads does not fit values of {heads} heads.")
 
 
 # Compiled on its own so that it keeps its name in a jaxpr, where models/macs.py counts its multiply-adds.

@@ -65,24 +65,29 @@ def masked_softmax_attention(
         empty by definition, and where that is known before tracing the branch is not computed at all.
       bias: added to the scaled scores; dense [1 or batch, heads, queries, keys], or a pair of factors
         [batch, heads, queries, key_rows] and [batch, heads, queries, key_columns] whose outer sum it is.
-      implementation: "auto" or "xla".
+      implementation: "xla", "pallas" (fused TPU kernels; interpreted, and slow, on a CPU), or "auto", today "xla".
 
     Returns:
       The branch's output in v's dtype, and the mask density: the share of the weights kept, a float32 scalar.
 
     Raises:
-      InputError: shapes do not fit, the threshold is negative or NaN (where it is concrete), or a name is unknown.
+      InputError: shapes do not fit or the kernels do not serve them, the threshold is negative or NaN (where it is
+        concrete), or a name is unknown.
     """
     check_implementation(implementation)
     check_qkv(q, k, v)
-    bias = None if bias is None else dense_bias(q, k, bias)
+    dense = None if bias is None else dense_bias(q, k, bias)
     concrete = concrete_threshold(mask_threshold)
     if concrete is not None and concrete >= 1:
         return jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype), jnp.zeros((), jnp.float32)
+    if implementation == "pallas":
+        from castling_jax.ops.tpu import attention as kernels  # Pallas takes a while to import
+
+        return kernels.masked_softmax_attention(q, k, v, mask_threshold, bias)
     wide = jnp.promote_types(v.dtype, jnp.float32)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q.astype(wide), k.astype(wide)) / math.sqrt(q.shape[3])
-    if bias is not None:
-        scores = scores + bias.astype(wide)
+    if dense is not None:
+        scores = scores + dense.astype(wide)
     weights = jax.nn.softmax(scores, axis=-1)
     threshold = jnp.asarray(mask_threshold, weights.dtype)
     # Rounding can lift a weight above 1, so an empty mask has to be said rather than computed. Written so that NaN is

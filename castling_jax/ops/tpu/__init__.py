@@ -1,0 +1,1 @@
+"""Private: Pallas kernels for TPUs behind `implementation="pallas"`; on a CPU they are interpreted."""

@@ -1,0 +1,114 @@
+"""How heads lie in a TPU's registers of 128 lanes.
+
+Arrays stay [batch, tokens, heads * dim]: heads are never transposed, which on a TPU costs more than the attention. As
+many heads as fill whole registers form a group and are multiplied together; what one head would say to another is
+masked out of the products, for a matrix unit of 128 x 128 takes no longer over it.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+# What the blocks of one grid step may take of the fast memory, next to the kernel's own values. Every generation since
+# v4 has 16 MB of it at least.
+BLOCK_BYTES = 4 * 2**20
+
+NN = (((1,), (0,)), ((), ()))  # a @ b
+NT = (((1,), (1,)), ((), ()))  # a @ b.T
+TN = (((0,), (0,)), ((), ()))  # a.T @ b
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """The heads of an attention, and how many of them are worked on together.
+
+    Attributes:
+      heads: all of them.
+      key_dim: of each.
+      value_dim: of each.
+      group: heads in a group.
+      step: groups in one grid step.
+    """
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    group: int
+    step: int
+
+    @property
+    def steps(self) -> int:
+        """Grid steps along the heads."""
+        return self.heads // (self.group * self.step)
+
+    @property
+    def step_heads(self) -> int:
+        """Heads in one grid step."""
+        return self.group * self.step
+
+    def key_lanes(self, group: int) -> slice:
+        """Lanes of a group's keys within a step's block."""
+        width = self.group * self.key_dim
+        return slice(group * width, (group + 1) * width)
+
+    def value_lanes(self, group: int) -> slice:
+        """Lanes of a group's values within a step's block."""
+        width = self.group * self.value_dim
+        return slice(group * width, (group + 1) * width)
+
+
+def arrange(heads: int, key_dim: int, value_dim: int, *, bytes_per_head: int) -> Heads:
+    """The smallest groups that fill whole registers, and as many of them a step as fit the fast memory.
+
+    Args:
+      heads: all of them.
+      key_dim: of each.
+      value_dim: of each.
+      bytes_per_head: what one head takes of all the blocks of a step.
+    """
+    divisors = [size for size in range(1, heads + 1) if heads % size == 0]
+    fills = [size for size in divisors if size * key_dim % LANES == 0 and size * value_dim % LANES == 0]
+    group = min(fills, default=heads)
+    groups = heads // group
+    steps = [
+        count for count in range(1, groups + 1) if groups % count == 0 and count * group * bytes_per_head <= BLOCK_BYTES
+    ]
+    return Heads(heads, key_dim, value_dim, group, max(steps, default=1))
+
+
+def same_head(heads: Heads, rows: int, columns: int, dtype: jnp.dtype) -> jax.Array:
+    """1 where a row of `rows` lanes a head and a column of `columns` lanes a head are of one head, 0 elsewhere.
+
+    The product with it sums over each head's lanes, and leaves the sum in all of them.
+    """
+    return jnp.asarray(np.kron(np.eye(heads.group), np.ones((rows, columns))), dtype)
+
+
+def lanes_of_head(head: int, dim: int, shape: tuple[int, ...]) -> jax.Array:
+    """Whether a lane belongs to one head of its group; of a shape [tokens, lanes]."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return (lane >= head * dim) & (lane < (head + 1) * dim)
+
+
+def product(dtype: jnp.dtype):
+    """dot_general with a float32 sum: of bfloat16 numbers if that is the arrays' dtype, exact float32 otherwise."""
+    if dtype == jnp.bfloat16:
+        return lambda a, b, dims: jax.lax.dot_general(
+            a.astype(dtype), b.astype(dtype), dims, preferred_element_type=jnp.float32
+        )
+    return functools.partial(
+        jax.lax.dot_general, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+
+
+def compiler_params(*dimensions: Literal["parallel", "arbitrary"], block_bytes: int) -> pltpu.CompilerParams:
+    """Grid semantics, and room in the fast memory: two buffers a block, and the kernel's own float32 values."""
+    needed = math.ceil(8 * block_bytes / 2**20) + 16
+    return pltpu.CompilerParams(dimension_semantics=dimensions, vmem_limit_bytes=min(needed, 100) * 2**20)

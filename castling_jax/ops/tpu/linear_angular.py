@@ -1,0 +1,220 @@
+"""Linear-angular attention in one kernel, forward and backward: norms, products, output norm and token convolution.
+
+Everything of one image and some heads is in fast memory at once, so that q, k, v and the output cross HBM once.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from castling_jax.ops.angular import SQUARED_NORM_EPSILON
+from castling_jax.ops.tpu.layout import NN, NT, TN, Heads, arrange, compiler_params, product, same_head
+
+_PAD = 8  # rows before and after the values in scratch: taps reach at most so far, and a register has 8 rows
+MAX_TAPS = 2 * _PAD + 1
+MAX_BLOCK_BYTES = 8 * 2**20  # of the six or nine blocks that one group of heads needs
+
+
+def block_bytes(tokens: int, key_dim: int, value_dim: int, itemsize: int) -> int:
+    """What one head takes of the forward kernel's blocks: q, k, v, the auxiliary output and the output."""
+    return tokens * itemsize * (2 * key_dim + 3 * value_dim)
+
+
+def linear_angular(q, k, v, taps, auxiliary, *, interpret: bool):
+    """l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V), differentiable; shapes as the public operation's.
+
+    Args:
+      q: [batch, tokens, heads, key_dim].
+      k: likewise.
+      v: [batch, tokens, heads, value_dim].
+      taps: [taps, heads], or None.
+      auxiliary: what is added before the normalisation, like v; or None.
+      interpret: run as plain JAX, on any platform.
+    """
+    heads, value_dim = v.shape[2:]
+    spread = jnp.zeros((1, heads * value_dim), jnp.float32)
+    if taps is not None:
+        spread = jnp.repeat(taps.astype(jnp.float32), value_dim, axis=1)
+    flat = [None if x is None else x.reshape(*x.shape[:2], -1) for x in (q, k, v, auxiliary)]
+    out = _attention(*flat[:3], spread, flat[3], heads, interpret)
+    return out.reshape(v.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q, k, v, taps, auxiliary, heads, interpret):
+    return _forward(q, k, v, taps, auxiliary, heads, interpret)[0]
+
+
+def _forward(q, k, v, taps, auxiliary, heads, interpret):
+    layout = _arrange(q, v, heads, blocks=5)
+    batch, tokens, _ = q.shape
+    key_block, value_block, taps_block, *constants = _blocks(layout, tokens, taps.shape[0])
+    inputs, specs = (
+        [q, k, v, taps, *_sums(layout, q.dtype)],
+        [key_block, key_block, value_block, taps_block, *constants],
+    )
+    if auxiliary is not None:
+        inputs, specs = [*inputs, auxiliary], [*specs, value_block]
+    out = pl.pallas_call(
+        functools.partial(_forward_kernel, layout=layout, has_auxiliary=auxiliary is not None),
+        grid=(batch, layout.steps),
+        in_specs=specs,
+        out_specs=value_block,
+        out_shape=jax.ShapeDtypeStruct(v.shape, v.dtype),
+        scratch_shapes=[_padded(layout, tokens)],
+        compiler_params=_parameters(layout, tokens, q),
+        interpret=interpret,
+        name="linear_angular_forward",
+    )(*inputs)
+    return out, (q, k, v, taps, auxiliary)
+
+
+def _backward(heads, interpret, residuals, cotangent):
+    q, k, v, taps, auxiliary = residuals
+    layout = _arrange(q, v, heads, blocks=9)
+    batch, tokens, _ = q.shape
+    key_block, value_block, taps_block, *constants = _blocks(layout, tokens, taps.shape[0])
+    inputs = [q, k, v, taps, *_sums(layout, q.dtype), cotangent]
+    specs = [key_block, key_block, value_block, taps_block, *constants, value_block]
+    outputs = [(key_block, q), (key_block, k), (value_block, v)]
+    if auxiliary is not None:
+        inputs, specs, outputs = [*inputs, auxiliary], [*specs, value_block], [*outputs, (value_block, v)]
+    width = layout.step_heads * layout.value_dim
+    taps_gradient = jax.ShapeDtypeStruct((batch, *taps.shape), jnp.float32)
+    outputs.append((pl.BlockSpec((1, taps.shape[0], width), lambda b, h: (b, 0, h)), taps_gradient))
+    dq, dk, dv, *d_auxiliary, d_taps = pl.pallas_call(
+        functools.partial(_backward_kernel, layout=layout, has_auxiliary=auxiliary is not None),
+        grid=(batch, layout.steps),
+        in_specs=specs,
+        out_specs=[spec for spec, _ in outputs],
+        out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for _, like in outputs],
+        scratch_shapes=[_padded(layout, tokens), _padded(layout, tokens)],
+        compiler_params=_parameters(layout, tokens, q),
+        interpret=interpret,
+        name="linear_angular_backward",
+    )(*inputs)
+    return dq, dk, dv, d_taps.sum(0), (d_auxiliary[0] if d_auxiliary else None)
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def arrange_heads(q, v, blocks: int = 5) -> Heads:
+    """How the heads of q and v, [batch, tokens, heads, dim], are worked on by a kernel with so many blocks."""
+    size = block_bytes(q.shape[1], q.shape[3], v.shape[3], q.dtype.itemsize) * blocks // 5
+    return arrange(q.shape[2], q.shape[3], v.shape[3], bytes_per_head=size)
+
+
+def _arrange(q, v, heads, blocks):
+    q, v = (jax.ShapeDtypeStruct((*x.shape[:2], heads, x.shape[2] // heads), x.dtype) for x in (q, v))
+    return arrange_heads(q, v, blocks)
+
+
+def _parameters(layout, tokens, q):
+    size = layout.step_heads * block_bytes(tokens, layout.key_dim, layout.value_dim, q.dtype.itemsize)
+    return compiler_params("parallel", "parallel", block_bytes=size)
+
+
+def _padded(layout: Heads, tokens: int):
+    return pltpu.VMEM((tokens + 2 * _PAD, layout.group * layout.value_dim), jnp.float32)
+
+
+def _blocks(layout: Heads, tokens: int, taps: int):
+    """Blocks of [batch, tokens, heads * key_dim], of values, of the taps, and of the three constants."""
+    keys, values = layout.group * layout.key_dim, layout.group * layout.value_dim
+    constants = [pl.BlockSpec(shape, lambda b, h: (0, 0)) for shape in ((keys, keys), (values, values), (keys, values))]
+    return (
+        pl.BlockSpec((1, tokens, layout.step * keys), lambda b, h: (b, 0, h)),
+        pl.BlockSpec((1, tokens, layout.step * values), lambda b, h: (b, 0, h)),
+        pl.BlockSpec((taps, layout.step * values), lambda b, h: (0, h)),
+        *constants,
+    )
+
+
+def _sums(layout: Heads, dtype: jnp.dtype):
+    key_dim, value_dim = layout.key_dim, layout.value_dim
+    sizes = ((key_dim, key_dim), (value_dim, value_dim), (key_dim, value_dim))
+    return [same_head(layout, rows, columns, dtype) for rows, columns in sizes]
+
+
+def _inverse_norms(dot, x, sums):
+    return jax.lax.rsqrt(dot(x * x, sums, NN) + SQUARED_NORM_EPSILON)
+
+
+def _shifted(padded_ref, values, taps):
+    """The values as the taps see them, one after the other: by -taps // 2 ... taps // 2 tokens, zero at the ends."""
+    tokens, width = values.shape
+    zeros = jnp.zeros((_PAD, width), jnp.float32)
+    padded_ref[:_PAD] = zeros
+    padded_ref[_PAD + tokens :] = zeros
+    padded_ref[_PAD : _PAD + tokens] = values
+    for tap in range(taps):
+        yield padded_ref[pl.ds(_PAD - taps // 2 + tap, tokens)]
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, taps_ref, keys_ref, values_ref, cross_ref, *rest, layout, has_auxiliary):
+    *auxiliary_ref, out_ref, padded_ref = rest
+    dot = product(q_ref.dtype)
+    for group in range(layout.step):
+        keys, values = layout.key_lanes(group), layout.value_lanes(group)
+        q, k, v = q_ref[0, :, keys], k_ref[0, :, keys], v_ref[0, :, values]
+        wide_q, wide_k, wide_v = (x.astype(jnp.float32) for x in (q, k, v))
+        normal_k = wide_k * _inverse_norms(dot, wide_k, keys_ref[...])
+        key_values = dot(normal_k, v, TN) * (cross_ref[...].astype(jnp.float32) / math.pi)
+        normal_q = wide_q * _inverse_norms(dot, wide_q, keys_ref[...])
+        core = 0.5 * wide_v + dot(normal_q, key_values, NN)
+        if has_auxiliary:
+            core += auxiliary_ref[0][0, :, values].astype(jnp.float32)
+        out = core * _inverse_norms(dot, core, values_ref[...])
+        for tap, shifted in enumerate(_shifted(padded_ref, wide_v, taps_ref.shape[0])):
+            out += shifted * taps_ref[tap : tap + 1, values]
+        out_ref[0, :, values] = out.astype(out_ref.dtype)
+
+
+def _backward_kernel(
+    q_ref, k_ref, v_ref, taps_ref, keys_ref, values_ref, cross_ref, cotangent_ref, *rest, layout, has_auxiliary
+):
+    *auxiliary_refs, d_taps_ref, padded_ref, padded_cotangent_ref = rest
+    auxiliary_ref, dq_ref, dk_ref, dv_ref, d_auxiliary_ref = (
+        auxiliary_refs if has_auxiliary else (None, *auxiliary_refs, None)
+    )
+    dot = product(q_ref.dtype)
+
+    def through_norm(d_normal, normal, inverse, sums):
+        """The gradient of x from that of x / |x|."""
+        return inverse * (d_normal - normal * dot(d_normal * normal, sums, NN))
+
+    for group in range(layout.step):
+        keys, values = layout.key_lanes(group), layout.value_lanes(group)
+        wide_q, wide_k = q_ref[0, :, keys].astype(jnp.float32), k_ref[0, :, keys].astype(jnp.float32)
+        wide_v, cotangent = v_ref[0, :, values].astype(jnp.float32), cotangent_ref[0, :, values].astype(jnp.float32)
+        key_sums, value_sums = keys_ref[...], values_ref[...]
+        cross = cross_ref[...].astype(jnp.float32) / math.pi
+        # The forward pass again: only its inputs were kept.
+        inverse_k, inverse_q = _inverse_norms(dot, wide_k, key_sums), _inverse_norms(dot, wide_q, key_sums)
+        normal_k, normal_q = wide_k * inverse_k, wide_q * inverse_q
+        key_values = dot(normal_k, wide_v, TN) * cross
+        core = 0.5 * wide_v + dot(normal_q, key_values, NN)
+        if has_auxiliary:
+            core += auxiliary_ref[0, :, values].astype(jnp.float32)
+        inverse_core = _inverse_norms(dot, core, value_sums)
+        d_core = through_norm(cotangent, core * inverse_core, inverse_core, value_sums)
+        if has_auxiliary:
+            d_auxiliary_ref[0, :, values] = d_core.astype(d_auxiliary_ref.dtype)
+        d_key_values = dot(normal_q, d_core, TN) * cross
+        dv = 0.5 * d_core + dot(normal_k, d_key_values, NN)
+        dq = through_norm(dot(d_core, key_values, NT), normal_q, inverse_q, key_sums)
+        dk = through_norm(dot(wide_v, d_key_values, NT), normal_k, inverse_k, key_sums)
+        # The convolution's transpose has the taps in the other order.
+        count = taps_ref.shape[0]
+        for tap, shifted in enumerate(_shifted(padded_cotangent_ref, cotangent, count)):
+            dv += shifted * taps_ref[count - 1 - tap : count - tap, values]
+        for tap, shifted in enumerate(_shifted(padded_ref, wide_v, count)):
+            d_taps_ref[0, tap : tap + 1, values] = jnp.sum(shifted * cotangent, axis=0, keepdims=True)
+        dq_ref[0, :, keys] = dq.astype(dq_ref.dtype)
+        dk_ref[0, :, keys] = dk.astype(dk_ref.dtype)
+        dv_ref[0, :, values] = dv.astype(dv_ref.dtype)
