@@ -15,12 +15,8 @@ Bias = (
 )
 
 
-def dense_bias(q: jax.Array, k: jax.Array, bias: Bias) -> Float[Array, "#batch heads queries keys"]:
-    """The bias as one array: two factors become their outer sum over key rows and key columns.
-
-    Raises:
-      InputError: its shape, or its factors', do not fit queries and keys.
-    """
+def check_bias(q: jax.Array, k: jax.Array, bias: Bias) -> None:
+    """Raises an InputError unless the bias's shape, or its factors' shapes, fit queries and keys."""
     (batch, queries, heads, _), keys = q.shape, k.shape[1]
     if isinstance(bias, tuple | list):
         if len(bias) != 2 or any(
@@ -35,13 +31,19 @@ def dense_bias(q: jax.Array, k: jax.Array, bias: Bias) -> Float[Array, "#batch h
         rows, columns = bias
         if rows.shape[3] * columns.shape[3] != keys:
             raise InputError(f"{rows.shape[3]} key rows times {columns.shape[3]} columns are not {keys} keys.")
-        total = rows[..., :, None] + columns[..., None, :]
-        return total.reshape(*total.shape[:3], keys)
-    if bias.ndim != 4 or bias.shape[0] not in (1, batch) or bias.shape[1:] != (heads, queries, keys):
+    elif bias.ndim != 4 or bias.shape[0] not in (1, batch) or bias.shape[1:] != (heads, queries, keys):
         raise InputError(
             f"bias must be of shape [1 or {batch}, {heads} heads, {queries} queries, {keys} keys], not {bias.shape}."
         )
-    return bias
+
+
+def dense_bias(bias: Bias) -> Float[Array, "#batch heads queries keys"]:
+    """The bias as one array: two factors become their outer sum over key rows and key columns."""
+    if not isinstance(bias, tuple | list):
+        return bias
+    rows, columns = bias
+    total = rows[..., :, None] + columns[..., None, :]
+    return total.reshape(*total.shape[:3], -1)
 
 
 def masked_softmax_attention(
@@ -76,7 +78,8 @@ def masked_softmax_attention(
     """
     check_implementation(implementation)
     check_qkv(q, k, v)
-    dense = None if bias is None else dense_bias(q, k, bias)
+    if bias is not None:
+        check_bias(q, k, bias)
     concrete = concrete_threshold(mask_threshold)
     if concrete is not None and concrete >= 1:
         return jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype), jnp.zeros((), jnp.float32)
@@ -86,8 +89,8 @@ def masked_softmax_attention(
         return kernels.masked_softmax_attention(q, k, v, mask_threshold, bias)
     wide = jnp.promote_types(v.dtype, jnp.float32)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q.astype(wide), k.astype(wide)) / math.sqrt(q.shape[3])
-    if dense is not None:
-        scores = scores + dense.astype(wide)
+    if bias is not None:
+        scores = scores + dense_bias(bias).astype(wide)
     weights = jax.nn.softmax(scores, axis=-1)
     threshold = jnp.asarray(mask_threshold, weights.dtype)
     # Rounding can lift a weight above 1, so an empty mask has to be said rather than computed. Written so that NaN is

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -61,9 +62,10 @@ def test_inference_folder_gives_the_reported_accuracy(whole_run):
 def test_interrupted_run_ends_with_the_same_parameters(whole_run, tmp_path, monkeypatch, stop):
     expected_workdir, expected = whole_run
 
-    def interrupted(iterator, calls=[]):  # noqa: B006
-        calls.append(None)
-        if len(calls) > stop:
+    steps = itertools.count()
+
+    def interrupted(iterator):
+        if next(steps) >= stop:
             raise KeyboardInterrupt
         return next(iterator)
 
