@@ -1,5 +1,6 @@
 """Multi-head self-attention in each of the four kinds a backbone can be built with."""
 
+import math
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from castling_jax import ops
 from castling_jax.models.layers import linear
 from castling_jax.ops.angular import normalize_and_convolve
 from castling_jax.ops.errors import InputError, check_known
+from castling_jax.ops.masked_softmax import Bias, dense_bias
 
 ATTENTIONS = ("castling", "linear_angular", "softmax", "angular")
 FORMS = ("train", "inference")
@@ -87,24 +89,81 @@ class Attention(nnx.Module):
         """The attention's output, and the mask density: the share of softmax weights kept, 0 without the branch."""
         batch, tokens, channels = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, channels // self.num_heads)
-        out, density = self._attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask_threshold)
-        if self.token_kernel is not None and self.token_conv == "2d":
-            out += ops.depthwise_convolution(
-                qkv[:, :, 2], self.token_kernel[...], grid=grid, prefix_tokens=prefix_tokens
-            )
+        q, k, v = (qkv[:, :, part] for part in range(3))
+        out, density = attend(
+            q,
+            k,
+            v,
+            None if self.token_kernel is None else self.token_kernel[...],
+            attention=self.attention,
+            form=self.form,
+            mask_threshold=mask_threshold,
+            grid=grid,
+            prefix_tokens=prefix_tokens,
+        )
         return self.proj(out.reshape(batch, tokens, channels)), density
 
-    def _attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, mask_threshold: ArrayLike | None
-    ) -> tuple[jax.Array, jax.Array]:
-        no_branch = jnp.zeros((), jnp.float32)
-        taps = self.token_kernel[...] if self.token_kernel is not None and self.token_conv == "1d" else None
-        if self.attention == "softmax":
-            return jax.nn.dot_product_attention(q, k, v), no_branch
-        if self.attention == "angular":
-            return normalize_and_convolve(ops.angular_attention(q, k, v), v, taps), no_branch
-        if self.attention == "linear_angular" or self.form == "inference":
-            return ops.linear_angular_attention(q, k, v, taps), no_branch
-        if mask_threshold is None:
-            raise InputError("a castling model in training form needs mask_threshold, a number of at least 0.")
-        return ops.castling_attention(q, k, v, taps, mask_threshold=mask_threshold)
+
+def attend(
+    q: Float[Array, "batch queries heads key_dim"],
+    k: Float[Array, "batch keys heads key_dim"],
+    v: Float[Array, "batch keys heads value_dim"],
+    token_kernel: Float[Array, "taps heads"] | Float[Array, "rows columns heads"] | None,
+    *,
+    attention: str,
+    form: str,
+    mask_threshold: ArrayLike | None,
+    bias: Bias | None = None,
+    query_values: Float[Array, "batch queries heads value_dim"] | None = None,
+    grid: tuple[int, int] | None = None,
+    prefix_tokens: int = 0,
+) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""]]:
+    """The attention a backbone is built with, between its projections.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      token_kernel: over the tokens or over the queries' grid; not of softmax.
+      attention: one of ATTENTIONS.
+      form: "inference" leaves out castling's softmax branch.
+      mask_threshold: of castling in training form.
+      bias: of the scores, where there is a softmax.
+      query_values: the values at the queries' positions, where queries and keys are different tokens.
+      grid: (height, width) of the queries, for a kernel over the grid.
+      prefix_tokens: tokens before the grid.
+
+    Returns:
+      The output, and the mask density: the share of softmax weights kept, 0 without the branch.
+
+    Raises:
+      InputError: a castling model in training form has no threshold; and what the operations raise.
+    """
+    density = jnp.zeros((), jnp.float32)
+    if attention == "softmax":
+        return _softmax_attention(q, k, v, bias), density
+    own_values = v if query_values is None else query_values
+    taps = token_kernel if token_kernel is not None and token_kernel.ndim == 2 else None
+    if attention == "angular":
+        out = normalize_and_convolve(ops.angular_attention(q, k, v), own_values, taps)
+    elif attention == "linear_angular" or form == "inference":
+        out = ops.linear_angular_attention(q, k, v, taps, query_values=query_values)
+    elif mask_threshold is None:
+        raise InputError("a castling model in training form needs mask_threshold, a number of at least 0.")
+    else:
+        out, density = ops.castling_attention(
+            q, k, v, taps, mask_threshold=mask_threshold, bias=bias, query_values=query_values
+        )
+    if token_kernel is not None and taps is None:
+        out += ops.depthwise_convolution(own_values, token_kernel, grid=grid, prefix_tokens=prefix_tokens)
+    return out, density
+
+
+def _softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias | None) -> jax.Array:
+    dense = None if bias is None else dense_bias(bias)
+    if q.shape[3] == v.shape[3]:
+        return jax.nn.dot_product_attention(q, k, v, bias=dense)
+    # JAX's own takes values of the keys' width alone; LeViT's are two and four times as wide.
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) / math.sqrt(q.shape[3])
+    weights = jax.nn.softmax(scores if dense is None else scores + dense, axis=-1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
