@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from castling_jax.ops.checks import check_implementation, check_qkv, check_query_values
-from castling_jax.ops.depthwise import depthwise_convolution
+from castling_jax.ops.depthwise import check_token_kernel, depthwise_convolution
 from castling_jax.ops.errors import InputError
 
 # Added to the squared norm. Vectors of norm 1e-9 and above are normalised to float32's rounding, and
@@ -131,7 +131,8 @@ def linear_angular_attention(
       v: values; never normalised.
       token_kernel: one set of taps a head for the convolution of the values over tokens; their number is odd.
       query_values: the values at the queries' positions, where queries and keys are different tokens.
-      implementation: "xla", "pallas" (fused TPU kernels; interpreted, and slow, on a CPU), or "auto", today "xla".
+      implementation: "xla"; "pallas", fused TPU kernels (interpreted, and slow, on a CPU); or "auto", the kernels where
+        it is lowered for a TPU and they serve these arguments, "xla" elsewhere.
 
     Returns:
       The attention's output, in v's dtype.
@@ -140,11 +141,35 @@ def linear_angular_attention(
       InputError: shapes do not fit or the kernels do not serve them, queries unlike keys come without query_values,
         or a name is unknown.
     """
+    return add_linear_angular(None, q, k, v, token_kernel, query_values=query_values, implementation=implementation)
+
+
+def add_linear_angular(
+    auxiliary: Float[Array, "batch queries heads value_dim"] | None,
+    q: Float[Array, "batch queries heads key_dim"],
+    k: Float[Array, "batch keys heads key_dim"],
+    v: Float[Array, "batch keys heads value_dim"],
+    token_kernel: Float[Array, "taps heads"] | None,
+    *,
+    query_values: Float[Array, "batch queries heads value_dim"] | None,
+    implementation: str,
+) -> Float[Array, "batch queries heads value_dim"]:
+    """l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V); otherwise as `linear_angular_attention`."""
     check_implementation(implementation)
     check_qkv(q, k, v)
-    own_values, query_values = query_values is not None, check_query_values(q, v, query_values)
-    if implementation == "pallas":
-        from castling_jax.ops.tpu import attention as kernels  # Pallas takes a while to import
+    check_query_values(q, v, query_values)
+    if token_kernel is not None:
+        check_token_kernel(token_kernel, v.shape[2])
 
-        return kernels.linear_angular_attention(q, k, v, token_kernel, own_values=own_values)
-    return normalize_and_convolve(linear_angular_core(q, k, v, query_values), query_values, token_kernel)
+    def plain(q, k, v, token_kernel, query_values, auxiliary):
+        query_values = v if query_values is None else query_values
+        core = linear_angular_core(q, k, v, query_values)
+        core = core if auxiliary is None else core + auxiliary.astype(core.dtype)
+        return normalize_and_convolve(core, query_values, token_kernel)
+
+    if implementation == "xla":
+        return plain(q, k, v, token_kernel, query_values, auxiliary)
+    from castling_jax.ops.tpu import attention as kernels  # Pallas takes a while to import
+
+    otherwise = plain if implementation == "auto" else None
+    return kernels.linear_angular_attention(q, k, v, token_kernel, query_values, auxiliary, otherwise=otherwise)

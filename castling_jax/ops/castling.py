@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, ArrayLike, Float
 
-from castling_jax.ops.angular import linear_angular_core, normalize_and_convolve
+from castling_jax.ops.angular import add_linear_angular
 from castling_jax.ops.checks import check_implementation, check_qkv, check_query_values
 from castling_jax.ops.masked_softmax import Bias, masked_softmax_attention
 
@@ -31,7 +31,8 @@ def castling_attention(
       mask_threshold: scalar of at least 0; softmax weights at or under it are masked out.
       bias: of the softmax branch alone; see `masked_softmax_attention`.
       query_values: the values at the queries' positions, where queries and keys are different tokens.
-      implementation: "xla", "pallas" (fused TPU kernels; interpreted, and slow, on a CPU), or "auto", today "xla".
+      implementation: "xla"; "pallas", fused TPU kernels (interpreted, and slow, on a CPU); or "auto", the kernels where
+        it is lowered for a TPU and they serve these arguments, "xla" elsewhere.
 
     Returns:
       The attention's output in v's dtype, and the mask density: the share of softmax weights kept, in float32.
@@ -42,14 +43,9 @@ def castling_attention(
     """
     check_implementation(implementation)
     check_qkv(q, k, v)
-    own_values, query_values = query_values is not None, check_query_values(q, v, query_values)
+    check_query_values(q, v, query_values)
     auxiliary, density = masked_softmax_attention(
         q, k, v, mask_threshold=mask_threshold, bias=bias, implementation=implementation
     )
-    if implementation == "pallas":
-        from castling_jax.ops.tpu import attention as kernels  # Pallas takes a while to import
-
-        out = kernels.linear_angular_attention(q, k, v, token_kernel, auxiliary=auxiliary, own_values=own_values)
-        return out, density
-    core = linear_angular_core(q, k, v, query_values)
-    return normalize_and_convolve(core + auxiliary.astype(core.dtype), query_values, token_kernel), density
+    out = add_linear_angular(auxiliary, q, k, v, token_kernel, query_values=query_values, implementation=implementation)
+    return out, density

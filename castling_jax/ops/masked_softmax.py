@@ -67,7 +67,8 @@ def masked_softmax_attention(
         empty by definition, and where that is known before tracing the branch is not computed at all.
       bias: added to the scaled scores; dense [1 or batch, heads, queries, keys], or a pair of factors
         [batch, heads, queries, key_rows] and [batch, heads, queries, key_columns] whose outer sum it is.
-      implementation: "xla", "pallas" (fused TPU kernels; interpreted, and slow, on a CPU), or "auto", today "xla".
+      implementation: "xla"; "pallas", fused TPU kernels (interpreted, and slow, on a CPU); or "auto", the kernels where
+        it is lowered for a TPU and they serve these arguments, "xla" elsewhere.
 
     Returns:
       The branch's output in v's dtype, and the mask density: the share of the weights kept, a float32 scalar.
@@ -83,10 +84,17 @@ def masked_softmax_attention(
     concrete = concrete_threshold(mask_threshold)
     if concrete is not None and concrete >= 1:
         return jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype), jnp.zeros((), jnp.float32)
-    if implementation == "pallas":
-        from castling_jax.ops.tpu import attention as kernels  # Pallas takes a while to import
+    if implementation == "xla":
+        return _plain(q, k, v, mask_threshold, bias)
+    from castling_jax.ops.tpu import attention as kernels  # Pallas takes a while to import
 
-        return kernels.masked_softmax_attention(q, k, v, mask_threshold, bias)
+    otherwise = _plain if implementation == "auto" else None
+    return kernels.masked_softmax_attention(q, k, v, mask_threshold, bias, otherwise=otherwise)
+
+
+def _plain(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask_threshold: ArrayLike, bias: Bias | None
+) -> tuple[jax.Array, jax.Array]:
     wide = jnp.promote_types(v.dtype, jnp.float32)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q.astype(wide), k.astype(wide)) / math.sqrt(q.shape[3])
     if bias is not None:

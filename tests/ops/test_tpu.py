@@ -1,4 +1,8 @@
-"""The Pallas kernels, interpreted on the CPU, against the plain operations; and compiled for every TPU there is."""
+"""The Pallas kernels, interpreted on the CPU, against the plain operations; and compiled for every TPU there is.
+
+"whole" are the kernels that hold whole sequences in fast memory, "blocks" those for more tokens than fit there, made to
+work on few by small blocks.
+"""
 
 import functools
 import importlib.util
@@ -11,143 +15,198 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from castling_jax import ops
+from castling_jax.ops.tpu import attention as kernels
+from castling_jax.ops.tpu import linear_angular_blocks, masked_softmax, masked_softmax_blocks
+from tests.ops import reference
 
+KERNELS = ("whole", "blocks")
 # (batch, queries, keys, heads, key_dim, value_dim): DeiT's, LeViT's and MViTv2's heads, tokens that no block divides.
 SHAPES = [
     (2, 17, 17, 2, 64, 64),
     (1, 50, 50, 4, 16, 32),
-    (2, 21, 21, 6, 32, 64),
-    (1, 30, 30, 2, 96, 96),
-    (1, 9, 9, 1, 128, 128),
+    (1, 21, 21, 3, 96, 96),
+    (1, 40, 40, 1, 128, 128),
+    (1, 33, 70, 2, 32, 128),
 ]
-
-
-def draw(shape, dtype=jnp.float32, scale=1.0):
-    batch, queries, keys, heads, key_dim, value_dim = shape
-    random = [jax.random.key(seed) for seed in range(5)]
-    q = scale * jax.random.normal(random[0], (batch, queries, heads, key_dim))
-    k = scale * jax.random.normal(random[1], (batch, keys, heads, key_dim))
-    v = jax.random.normal(random[2], (batch, keys, heads, value_dim))
-    cotangent = jax.random.normal(random[3], (batch, queries, heads, value_dim))
-    taps = jax.random.normal(random[4], (9, heads))
-    return *(x.astype(dtype) for x in (q, k, v)), taps, cotangent.astype(dtype)
-
-
-def with_gradients(function):
-    """(arguments, cotangent) -> (output, gradients of all arguments), compiled as one."""
-
-    @jax.jit
-    def compute(arguments, cotangent):
-        out, pullback = jax.vjp(function, *arguments)
-        return out, pullback(cotangent)
-
-    return compute
-
-
-def assert_close(actual, expected, tolerances):
-    """Outputs and all gradients, each relative to its own scale."""
-
-    def check(actual, expected, tolerance):
-        scale = max(float(jnp.max(jnp.abs(expected))), 1e-30)
-        np.testing.assert_allclose(actual.astype(jnp.float32) / scale, expected / scale, atol=tolerance)
-
-    check(actual[0], expected[0], tolerances[0])
-    for one, other in zip(actual[1], expected[1], strict=True):
-        check(one, other, tolerances[1])
-
-
-def assert_same(kernel, plain, arguments, cotangent, tolerances):
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (arguments, cotangent))
-    assert_close(with_gradients(kernel)(arguments, cotangent), with_gradients(plain)(*wide), tolerances)
-
-
 FLOAT32 = (1e-5, 1e-4)
 # Operands of the products and the results are rounded to 8 bits, 2^-9 each; a gradient goes through four such steps.
 BFLOAT16 = (2e-2, 4e-2)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("with_taps", [True, False])
-def test_linear_angular_attention(shape, with_taps):
-    q, k, v, taps, cotangent = draw(shape)
-    arguments = (q, k, v, taps) if with_taps else (q, k, v)
-    assert_same(
-        lambda *x: ops.linear_angular_attention(*x, implementation="pallas"),
-        lambda *x: ops.linear_angular_attention(*x, implementation="xla"),
-        arguments,
-        cotangent,
-        FLOAT32,
-    )
+@pytest.fixture(autouse=True, params=KERNELS)
+def kind(request, monkeypatch):
+    """Every test here is of both kinds of kernels."""
+    use(request.param, monkeypatch)
+    return request.param
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (1, 300, 40, 2, 64, 64), (2, 5, 13, 3, 16, 64)])
-@pytest.mark.parametrize("bias", [None, "shared", "each", "factored"])
-def test_masked_softmax_attention(shape, bias):
-    threshold = 0.1
-    if bias == "factored" and shape[2] % 3:
-        pytest.skip("these keys are no grid of three columns")
-    q, k, v, _, cotangent = draw(shape)
-    batch, queries, keys, heads = shape[:4]
-    sizes = {"shared": [(1, keys)], "each": [(batch, keys)], "factored": [(batch, keys // 3), (batch, 3)]}
-    biases = [
-        jax.random.normal(jax.random.key(7 + width), (rows, heads, queries, width))
-        for rows, width in sizes.get(bias, [])
-    ]
+def use(kind, monkeypatch):
+    if kind == "blocks":
+        monkeypatch.setattr(kernels, "fast_memory_bytes", lambda: 0)
+    monkeypatch.setattr(linear_angular_blocks, "TOKEN_BLOCK", 32)
+    monkeypatch.setattr(masked_softmax_blocks, "QUERY_BLOCK", 32)
+    monkeypatch.setattr(masked_softmax_blocks, "KEY_BLOCK", 16)
+    monkeypatch.setattr(masked_softmax, "KEY_CHUNK", 16)
+    monkeypatch.setattr(masked_softmax, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(masked_softmax, "MAX_SINGLE_BLOCK", 32)
 
-    def attention(q, k, v, *biases, implementation):
-        given = None if not biases else biases[0] if len(biases) == 1 else biases
-        return ops.masked_softmax_attention(
-            q, k, v, mask_threshold=jnp.float32(threshold), bias=given, implementation=implementation
-        )
 
-    # No weight of these draws is near enough to the threshold for rounding to move it across.
-    densities = [float(attention(q, k, v, *biases, implementation=name)[1]) for name in ("pallas", "xla")]
-    assert densities[0] == pytest.approx(densities[1], abs=1e-7)
-    assert_same(
-        lambda *x: attention(*x, implementation="pallas")[0],
-        lambda *x: attention(*x, implementation="xla")[0],
-        (q, k, v, *biases),
-        cotangent,
-        FLOAT32,
-    )
+def draw(shape, dtype=jnp.float32, scale=1.0, seed=0):
+    """q, k, v, taps, query_values (None where queries are keys), and the output's cotangent."""
+    batch, queries, keys, heads, key_dim, value_dim = shape
+    random = [jax.random.fold_in(jax.random.key(seed), i) for i in range(6)]
+    q = scale * jax.random.normal(random[0], (batch, queries, heads, key_dim))
+    k = scale * jax.random.normal(random[1], (batch, keys, heads, key_dim))
+    v = jax.random.normal(random[2], (batch, keys, heads, value_dim))
+    cotangent = jax.random.normal(random[3], (batch, queries, heads, value_dim))
+    taps = jax.random.normal(random[4], (9, heads))
+    own = jax.random.normal(random[5], cotangent.shape).astype(dtype) if queries != keys else None
+    return *(x.astype(dtype) for x in (q, k, v)), taps, own, cotangent.astype(dtype)
 
 
 @functools.cache
-def castling(implementation):
-    """Compiled once for all thresholds: the threshold is the last argument."""
-    return with_gradients(
-        lambda q, k, v, taps, threshold: ops.castling_attention(
-            q, k, v, taps, mask_threshold=threshold, implementation=implementation
-        )[0]
+def both_attentions(implementation, kind):
+    """(q, k, v, taps, query_values, biases, threshold, cotangent) -> (output, density, all gradients), compiled once.
+
+    `kind` is there for the cache: what a kernel works on at once is read while it is traced.
+    """
+
+    @jax.jit
+    def compute(q, k, v, taps, own, biases, threshold, cotangent):
+        def attention(q, k, v, taps, own, biases):
+            bias = None if biases is None else biases[0] if len(biases) == 1 else tuple(biases)
+            return ops.castling_attention(
+                q, k, v, taps, mask_threshold=threshold, bias=bias, query_values=own, implementation=implementation
+            )
+
+        out, pullback, density = jax.vjp(attention, q, k, v, taps, own, biases, has_aux=True)
+        return out, density, pullback(cotangent)
+
+    return compute
+
+
+def assert_close(actual, expected, tolerances, rows=None):
+    """Output (of some rows), and all gradients, each relative to its own scale."""
+
+    def check(actual, expected, tolerance):
+        scale = max(float(jnp.max(jnp.abs(expected))), 1e-30)
+        np.testing.assert_allclose(actual.astype(jnp.float32) / scale, expected / scale, atol=tolerance)
+
+    (out, _, gradients), (expected_out, _, expected_gradients) = actual, expected
+    rows = ... if rows is None else rows
+    check(out[rows], expected_out[rows], tolerances[0])
+    assert jax.tree.structure(gradients) == jax.tree.structure(expected_gradients)
+    jax.tree.map(lambda one, other: check(one, other, tolerances[1]), gradients, expected_gradients)
+
+
+def compare(kind, shape, threshold, *, scale=1.0, seed=0, dtype=jnp.float32, bias=None, tolerances=FLOAT32):
+    """Both implementations on one draw; rows whose weights come near the threshold are left out of all of it."""
+    q, k, v, taps, own, cotangent = draw(shape, dtype, scale, seed)
+    biases = draw_bias(shape, bias)
+    wide = [np.asarray(x, np.float64) for x in (q, k)]
+    dense = None if biases is None else tuple(np.asarray(x, np.float64) for x in biases)
+    weights = reference.softmax(reference.scaled_scores(*wide, dense[0] if dense and len(dense) == 1 else dense))
+    # float32 scores of size s move a weight by some s * 2^-24 of itself; a cotangent of zero takes a row out of the
+    # gradients.
+    near = np.any(np.abs(weights - threshold) < 1e-4 * threshold, axis=3)
+    clear = np.moveaxis(~near, 1, 2)
+    assert clear.mean() > 0.5
+    cotangent = cotangent * clear[..., None].astype(cotangent.dtype)
+    arguments = (q, k, v, taps, own, biases)
+    actual = both_attentions("pallas", kind)(*arguments, jnp.float32(threshold), cotangent)
+    expected = both_attentions("xla", None)(
+        *jax.tree.map(lambda x: x.astype(jnp.float32), arguments),
+        jnp.float32(threshold),
+        cotangent.astype(jnp.float32),
     )
+    assert_close(actual, expected, tolerances, np.nonzero(clear))
+    if clear.all():
+        assert float(actual[1]) == pytest.approx(float(expected[1]), abs=1e-7)
 
 
-@pytest.mark.parametrize("threshold", [0.0, 1e-6, 0.02, 0.5, 1.0, 3.0])
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 5.0])
-def test_castling_attention(threshold, scale):
-    q, k, v, taps, cotangent = draw((2, 19, 19, 3, 64, 64), scale=scale)
-    if scale == 5.0 and threshold == 1e-6:
-        pytest.skip("with weights this spread out some lie on the threshold")
-    arguments = (q, k, v, taps, jnp.float32(threshold))
-    assert_close(castling("pallas")(arguments, cotangent), castling("xla")(arguments, cotangent), FLOAT32)
+def draw_bias(shape, bias):
+    batch, queries, keys, heads = shape[:4]
+    sizes = {
+        None: [],
+        "shared": [(1, keys)],
+        "each": [(batch, keys)],
+        "factored": [(batch, keys // 5), (batch, 5)],
+    }
+    return [
+        jax.random.normal(jax.random.key(7 + width), (rows, heads, queries, width)) for rows, width in sizes[bias]
+    ] or None
 
 
-def test_bfloat16_within_its_rounding():
-    q, k, v, taps, cotangent = draw((2, 40, 40, 2, 64, 64), jnp.bfloat16)
+@pytest.mark.parametrize("shape", [SHAPES[0], (1, 9, 20, 2, 32, 64)])
+def test_agrees_with_the_plain_operations(kind, shape):
+    compare(kind, shape, 0.1)
 
-    def attention(implementation):
-        # At threshold 0 there is nothing to fall to the other side of it.
-        return lambda q, k, v, taps: ops.castling_attention(
-            q, k, v, taps, mask_threshold=jnp.float32(0), implementation=implementation
-        )[0]
 
-    assert_same(attention("pallas"), attention("xla"), (q, k, v, taps), cotangent, BFLOAT16)
+@pytest.mark.slow
+@pytest.mark.parametrize("bias", ["shared", "each", "factored"])
+@pytest.mark.parametrize("shape", [(2, 33, 20, 2, 16, 64), (2, 12, 20, 2, 16, 64)])
+def test_bias(kind, shape, bias):
+    compare(kind, shape, 0.1, bias=bias)
+
+
+@pytest.mark.slow
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(KERNELS),
+    shape=st.sampled_from(SHAPES),
+    threshold=st.sampled_from([0.0, 1e-6, 0.02, 0.5, 1.0, 3.0]),
+    scale=st.sampled_from([1e-3, 0.3, 1.0, 3.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_sweep(kind, shape, threshold, scale, seed):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use(kind, monkeypatch)
+        compare(kind, shape, threshold, scale=scale, seed=seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_within_its_rounding(kind, shape):
+    # At threshold 0 there is nothing to fall to the other side of it.
+    compare(kind, shape, 0.0, dtype=jnp.bfloat16, tolerances=BFLOAT16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["linear", "castling"])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_agrees_with_the_authors_block(golden, number, form):
+    file = golden(f"official_attention_{number}_{form}")
+    weights, heads = file.group("weights"), file.meta["num_heads"]
+
+    def block(weights, x):
+        qkv = x @ weights["qkv.weight"].T + weights.get("qkv.bias", 0)
+        q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, heads, -1), 2, 0)
+        taps = weights["dconv.weight"][:, 0, :, 0].T
+        if form == "linear":
+            out = ops.linear_angular_attention(q, k, v, taps, implementation="pallas")
+        else:
+            threshold = jnp.float32(file.meta["threshold"])
+            out, _ = ops.castling_attention(q, k, v, taps, mask_threshold=threshold, implementation="pallas")
+        return out.reshape(x.shape) @ weights["proj.weight"].T + weights["proj.bias"]
+
+    @jax.jit
+    def run(weights, x, cotangent):
+        out, pullback = jax.vjp(block, weights, x)
+        return out, *pullback(cotangent)
+
+    out, gradients, grad_input = run(weights, file["input"], file["cotangent"])
+    expected = file.group("grads") | {"output": file["output"], "input": file["grad_input"]}
+    for name, actual in (gradients | {"output": out, "input": grad_input}).items():
+        tolerance = FLOAT32[0] if name == "output" else FLOAT32[1]
+        np.testing.assert_allclose(actual, expected[name], rtol=0, atol=tolerance * np.max(np.abs(expected[name])))
 
 
 def test_weight_on_the_threshold_is_masked_forward_and_backward():
-    _, k, v, _, cotangent = draw((1, 8, 16, 2, 64, 64))
+    _, k, v, _, _, cotangent = draw((1, 8, 16, 2, 64, 64))
     q = jnp.zeros((1, 8, 2, 64))  # every weight is exactly 1/16
 
     def attention(threshold):
@@ -173,8 +232,17 @@ def test_zero_vectors_give_finite_values_and_gradients():
         assert jnp.isfinite(array).all()
 
 
+def test_nan_is_seen():
+    q, k, v, *_ = draw((1, 12, 12, 2, 64, 64))
+    broken = q.at[0, 3, 1, 5].set(jnp.nan)
+    out, _ = ops.masked_softmax_attention(broken, k, v, mask_threshold=jnp.float32(0.02), implementation="pallas")
+    assert jnp.isnan(out[0, 3, 1]).all()
+    assert jnp.isfinite(out[0, 4:]).all()
+
+
+@pytest.mark.slow
 def test_jit_and_vmap():
-    q, k, v, taps, _ = draw((4, 12, 12, 2, 64, 64))
+    q, k, v, taps, _, _ = draw((4, 12, 12, 2, 64, 64))
 
     def attention(q, k, v, implementation):
         return ops.castling_attention(q, k, v, taps, mask_threshold=jnp.float32(0.02), implementation=implementation)[0]
@@ -184,28 +252,45 @@ def test_jit_and_vmap():
     np.testing.assert_allclose(mapped.reshape(v.shape), attention(q, k, v, "xla"), atol=1e-5)
 
 
+def test_auto_on_a_cpu_is_the_plain_operation():
+    q, k, v, taps, _, cotangent = draw(SHAPES[0])
+    arguments = q, k, v, taps, None, None, jnp.float32(0.02), cotangent
+    auto, xla = (both_attentions(name, None)(*arguments) for name in ("auto", "xla"))
+    jax.tree.map(np.testing.assert_array_equal, auto, xla)
+
+
+def test_dtypes_that_differ_are_not_served(refuses):
+    q, k, v, *_ = draw(SHAPES[0])
+    with refuses("one for all, not bfloat16, float32", 'use implementation="xla"'):
+        ops.linear_angular_attention(q, k, v.astype(jnp.bfloat16), implementation="pallas")
+    assert ops.linear_angular_attention(q, k, v.astype(jnp.bfloat16), implementation="auto").dtype == jnp.bfloat16
+
+
+def test_many_taps_are_not_served(refuses):
+    q, k, v, *_ = draw(SHAPES[0])
+    with refuses("at most 17 taps", "(19, 2)"):
+        ops.linear_angular_attention(q, k, v, jnp.ones((19, 2)), implementation="pallas")
+
+
+def mesh_of(data, tensor):
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    return jax.sharding.AbstractMesh((data, tensor), ("data", "tensor"), axis_types=axes)
+
+
 @pytest.mark.parametrize(
-    ("shape", "dtypes", "message"),
-    [
-        ((1, 20000, 20000, 1, 64, 64), ("float32",) * 3, "20000 keys are too many"),
-        ((1, 8, 8, 1, 64, 64), ("float32", "float32", "bfloat16"), "one for all, not bfloat16, float32"),
-    ],
+    ("mesh", "message"),
+    [((4, 1), "splits the batch in 4 (its axes data)"), ((1, 4), "splits the heads in 4 (its axes tensor)")],
 )
-def test_what_the_kernels_do_not_serve(refuses, shape, dtypes, message):
-    arrays = [
-        jax.ShapeDtypeStruct(x.shape, dtype)
-        for x, dtype in zip(jax.eval_shape(lambda: draw(shape))[:3], dtypes, strict=True)
-    ]
-    with refuses(message, 'use implementation="xla"'):
-        jax.eval_shape(
-            lambda q, k, v: ops.masked_softmax_attention(q, k, v, mask_threshold=0.1, implementation="pallas"), *arrays
-        )
+def test_a_mesh_that_does_not_divide(refuses, mesh, message):
+    arrays = [jax.ShapeDtypeStruct((2, 8, 2, 64), jnp.float32)] * 3
 
+    def attention(implementation):
+        return lambda *x: ops.linear_angular_attention(*x, implementation=implementation)
 
-def test_queries_unlike_keys_are_not_served_by_the_linear_kernel(refuses):
-    q, k, v, _, cotangent = draw((1, 8, 16, 2, 64, 64))
-    with refuses("the same tokens", 'use implementation="xla"'):
-        ops.linear_angular_attention(q, k, v, query_values=cotangent, implementation="pallas")
+    with jax.sharding.use_abstract_mesh(mesh_of(*mesh)):
+        with refuses(message, "does not divide 2"):
+            jax.eval_shape(attention("pallas"), *arrays)
+        assert jax.eval_shape(attention("auto"), *arrays).shape == (2, 8, 2, 64)
 
 
 TPU_ENVIRONMENT = {
@@ -217,32 +302,37 @@ TPU_ENVIRONMENT = {
 }
 COMPILE = """
     import sys
-    import jax, jax.numpy as jnp
+    import jax, numpy as np
     from jax.experimental import topologies
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
     from castling_jax import ops
-    topology, data, model, cases = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), eval(sys.argv[4])
+    topology, data, tensor, cases = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), eval(sys.argv[4])
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = Mesh(__import__("numpy").array(devices[: data * model]).reshape(data, model), ("data", "model"),
+    mesh = Mesh(np.array(devices[: data * tensor]).reshape(data, tensor), ("data", "tensor"),
                 axis_types=(AxisType.Auto,) * 2)
-    heads_split, whole = P("data", None, "model", None), P()
-    for tokens, heads, key_dim, value_dim, dtype in cases:
-        def attention(q, k, v, taps, threshold):
-            out, density = ops.castling_attention(q, k, v, taps, mask_threshold=threshold, implementation="pallas")
-            return out, jax.lax.pmean(density, ("data", "model"))
-        split = jax.shard_map(attention, mesh=mesh, in_specs=(*(heads_split,) * 3, P(None, "model"), whole),
-                              out_specs=(heads_split, whole), check_vma=False)
-        def step(q, k, v, taps, threshold, cotangent):
-            out, pullback, _ = jax.vjp(lambda *x: split(*x, threshold), q, k, v, taps, has_aux=True)
-            return out, pullback(cotangent)
+    split, whole = P("data", None, "tensor", None), P()
+    for queries, keys, heads, key_dim, value_dim, dtype, bias in cases:
+        def step(q, k, v, taps, own, biases, threshold, cotangent):
+            def attention(q, k, v, taps, own, biases):
+                bias = None if biases is None else biases[0] if len(biases) == 1 else biases
+                return ops.castling_attention(q, k, v, taps, mask_threshold=threshold, bias=bias, query_values=own)
+            out, pullback, density = jax.vjp(attention, q, k, v, taps, own, biases, has_aux=True)
+            return out, density, pullback(cotangent)
         def array(spec, *shape, dtype=dtype):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-        q = array(heads_split, data, tokens, heads, key_dim)
-        v = array(heads_split, data, tokens, heads, value_dim)
-        taps = array(P(None, "model"), 9, heads, dtype="float32")
-        text = jax.jit(step).lower(q, q, v, taps, array(whole, dtype="float32"), v).compile().as_text()
+        q, out = (array(split, 2 * data, queries, heads, dim) for dim in (key_dim, value_dim))
+        k, v = (array(split, 2 * data, keys, heads, dim) for dim in (key_dim, value_dim))
+        taps = array(P(None, "tensor"), 9, heads, dtype="float32")
+        sizes = {None: None, "shared": [(1, keys)], "factored": [(2 * data, 7), (2 * data, keys // 7)]}[bias]
+        biases = sizes and [array(P(None if rows == 1 else "data", "tensor"), rows, heads, queries, width)
+                            for rows, width in sizes]
+        own = out if queries != keys else None
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            lowered = jax.jit(step).lower(q, k, v, taps, own, biases, array(whole, dtype="float32"), out)
+        text = lowered.compile().as_text()
         assert text.count("tpu_custom_call") >= 4, text
-        print(tokens, heads, key_dim, value_dim, dtype)
+        assert "all-gather" not in text, text
+        print(queries, keys, heads, key_dim, value_dim, dtype, bias)
 """
 
 
@@ -259,25 +349,36 @@ def compile_for(topology, data, model, cases):
     assert run.stdout.count("\n") == len(cases)
 
 
+LEVIT = (49, 196, 4, 16, 64, "bfloat16", "shared")  # its subsampling attention
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_kernels_compile_for(topology):
+def test_kernels_compile_for(topology, kind):
+    if kind == "blocks":
+        pytest.skip("the kind follows from the sizes here")
     cases = [
-        (197, 12, 64, 64, "bfloat16"),
-        (196, 4, 16, 32, "float32"),
-        (49, 6, 16, 64, "bfloat16"),
-        (50, 8, 32, 128, "bfloat16"),
-        (196, 2, 96, 96, "bfloat16"),
-        (100, 2, 128, 128, "float32"),
+        (197, 197, 12, 64, 64, "bfloat16", None),
+        (196, 196, 4, 16, 32, "float32", "shared"),
+        LEVIT,
+        (50, 50, 8, 32, 128, "bfloat16", None),
+        (196, 49, 2, 96, 96, "bfloat16", "factored"),
+        (100, 100, 2, 128, 128, "float32", None),
+        (16384, 16384, 2, 64, 64, "bfloat16", None),
     ]
     compile_for(topology, 1, 1, cases)
 
 
 @pytest.mark.slow
-def test_kernels_compile_for_many_tokens():
-    compile_for("v5e:2x2", 1, 1, [(3137, 12, 64, 64, "bfloat16")])
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2"])
+def test_kernels_compile_for_images_of_896_pixels(topology, kind):
+    if kind == "blocks":
+        pytest.skip("the kind follows from the sizes here")
+    compile_for(topology, 1, 1, [(3137, 3137, 2, 64, 64, "bfloat16", None)])
 
 
 @pytest.mark.slow
-def test_kernels_compile_under_a_mesh_of_batch_and_heads():
-    compile_for("v5e:2x4", 4, 2, [(197, 12, 64, 64, "bfloat16")])
+def test_kernels_compile_under_a_mesh_of_batch_and_heads(kind):
+    if kind == "blocks":
+        pytest.skip("the kind follows from the sizes here")
+    compile_for("v5e:2x4", 4, 2, [(197, 197, 12, 64, 64, "bfloat16", None), LEVIT])

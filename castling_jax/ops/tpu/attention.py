@@ -1,4 +1,4 @@
-"""The kernels as the public operations call them: what they serve, and on which platform they run how."""
+"""The kernels as the public operations call them: what they serve, where they run, and over which mesh."""
 
 import math
 from collections.abc import Callable
@@ -6,46 +6,69 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float
 
-from castling_jax.ops.depthwise import check_token_kernel
 from castling_jax.ops.errors import InputError
 from castling_jax.ops.masked_softmax import Bias
-from castling_jax.ops.tpu import linear_angular, masked_softmax
+from castling_jax.ops.tpu import linear_angular, linear_angular_blocks, masked_softmax, masked_softmax_blocks
+from castling_jax.ops.tpu.layout import fast_memory_bytes
 
 INSTEAD = 'use implementation="xla", which serves all'
+HEAD_AXES = ("tensor", "model")  # mesh axes of these names split the heads; all others split the batch
 
 
 def linear_angular_attention(
-    q: Float[Array, "batch tokens heads key_dim"],
-    k: Float[Array, "batch tokens heads key_dim"],
-    v: Float[Array, "batch tokens heads value_dim"],
+    q: Float[Array, "batch queries heads key_dim"],
+    k: Float[Array, "batch keys heads key_dim"],
+    v: Float[Array, "batch keys heads value_dim"],
     token_kernel: Float[Array, "taps heads"] | None,
+    query_values: Float[Array, "batch queries heads value_dim"] | None,
+    auxiliary: Float[Array, "batch queries heads value_dim"] | None,
     *,
-    auxiliary: Float[Array, "batch tokens heads value_dim"] | None = None,
-    own_values: bool = False,
-) -> Float[Array, "batch tokens heads value_dim"]:
+    otherwise: Callable[..., Any] | None,
+) -> Float[Array, "batch queries heads value_dim"]:
     """l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V), fused.
 
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      token_kernel: of the values over tokens.
+      query_values: the values at the queries' positions; None where those are the keys'.
+      auxiliary: what is added before the normalisation.
+      otherwise: what to run, with these arguments, where there is no TPU or the kernels do not serve them; None
+        refuses instead, and interprets the kernel on a CPU.
+
     Raises:
-      InputError: queries are not the keys' tokens, there are too many tokens or taps, dtypes differ, or the platform
-        is a GPU.
+      InputError: with no `otherwise`: dtypes differ, there are too many taps, the mesh does not divide batch or heads,
+        or the platform is a GPU.
     """
-    _check_dtypes(q, k, v)
-    if own_values or q.shape[1] != k.shape[1]:
-        raise InputError(f"the linear-angular kernel serves queries and keys that are the same tokens: {INSTEAD}.")
-    if token_kernel is not None:
-        check_token_kernel(token_kernel, v.shape[2])
-        if token_kernel.ndim != 2 or token_kernel.shape[0] > linear_angular.MAX_TAPS:
+    arguments = q, k, v, token_kernel, query_values, auxiliary
+    try:
+        mesh = _mesh_specs(q)
+        _check_dtypes(q, k, v)
+        if token_kernel is not None and (token_kernel.ndim != 2 or token_kernel.shape[0] > linear_angular.MAX_TAPS):
             raise InputError(
                 f"the linear-angular kernel serves [taps, heads] of at most {linear_angular.MAX_TAPS} taps, not "
                 f"{token_kernel.shape}: {INSTEAD}."
             )
-    heads = linear_angular.arrange_heads(q, v)
-    size = heads.group * linear_angular.block_bytes(q.shape[1], heads.key_dim, heads.value_dim, q.dtype.itemsize)
-    if size > linear_angular.MAX_BLOCK_BYTES:
-        raise InputError(f"{q.shape[1]} tokens are too many for the linear-angular kernel's fast memory: {INSTEAD}.")
-    return _on_platform(linear_angular.linear_angular, q, k, v, token_kernel, auxiliary)
+    except InputError:
+        if otherwise is None:
+            raise
+        return otherwise(*arguments)
+    one_pass = query_values is None and linear_angular.needed_bytes(q, v) <= fast_memory_bytes()
+
+    def run(q, k, v, token_kernel, query_values, auxiliary, *, interpret):
+        if one_pass:
+            return linear_angular.linear_angular(q, k, v, token_kernel, auxiliary, interpret=interpret)
+        own_values = v if query_values is None else query_values
+        return linear_angular_blocks.linear_angular(q, k, v, own_values, token_kernel, auxiliary, interpret=interpret)
+
+    if mesh is not None:
+        tokens, taps, _ = mesh
+        run = _over_mesh(run, (tokens, tokens, tokens, taps, tokens, tokens), tokens)
+    return _on_platform(run, *arguments, otherwise=otherwise)
 
 
 def masked_softmax_attention(
@@ -54,28 +77,56 @@ def masked_softmax_attention(
     v: Float[Array, "batch keys heads value_dim"],
     mask_threshold: ArrayLike,
     bias: Bias | None,
+    *,
+    otherwise: Callable[..., Any] | None,
 ) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""]]:
     """The masked softmax branch, fused, and its mask density.
 
     A bias in two factors is never expanded: the factors stand beside the queries, and beside the keys ones where a key
     lies in that row or column, so that the product of the two adds the bias.
 
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      mask_threshold: a scalar.
+      bias: dense, or two factors.
+      otherwise: as in `linear_angular_attention`.
+
     Raises:
-      InputError: there are too many keys, dtypes differ, or the platform is a GPU.
+      InputError: with no `otherwise`: dtypes differ, the mesh does not divide batch or heads, or the platform is a GPU.
     """
-    _check_dtypes(q, k, v)
-    if masked_softmax.score_bytes(q.shape[1], k.shape[1]) > masked_softmax.MAX_SCORE_BYTES:
-        raise InputError(f"{k.shape[1]} keys are too many for the masked softmax kernel's fast memory: {INSTEAD}.")
-    scale = 1 / math.sqrt(q.shape[3])
-    if isinstance(bias, tuple | list):
-        q, k = _with_factors(q, k, bias, scale)
-        scale, bias = 1.0, None
+    threshold = jnp.asarray(mask_threshold, jnp.float32)
+    try:
+        mesh = _mesh_specs(q)
+        _check_dtypes(q, k, v)
+    except InputError:
+        if otherwise is None:
+            raise
+        return otherwise(q, k, v, threshold, bias)
+    kernel = (
+        masked_softmax if masked_softmax.needed_bytes(q, k, v, bias) <= fast_memory_bytes() else masked_softmax_blocks
+    )
+    size = math.prod(q.shape[:3]) * k.shape[1]
+    names = () if mesh is None else mesh[2]
 
     def run(q, k, v, threshold, bias, *, interpret):
-        return masked_softmax.masked_softmax(q, k, v, threshold, bias, scale=scale, interpret=interpret)
+        scale = 1 / math.sqrt(q.shape[3])
+        if isinstance(bias, tuple | list):
+            q, k = _with_factors(q, k, bias, scale)
+            scale, bias = 1.0, None
+        elif bias is not None:
+            bias = jnp.swapaxes(bias, 2, 3)
+        out, kept = kernel.masked_softmax(q, k, v, threshold, bias, scale=scale, interpret=interpret)
+        return out, (jax.lax.psum(kept, names) if names else kept) / size
 
-    out, kept = _on_platform(run, q, k, v, jnp.asarray(mask_threshold, jnp.float32), bias)
-    return out, kept / (math.prod(q.shape[:3]) * k.shape[1])
+    if mesh is not None:
+        tokens = mesh[0]
+        biases = jax.tree.map(
+            lambda factor: PartitionSpec(None if factor.shape[0] == 1 else tokens[0], tokens[2]), bias
+        )
+        run = _over_mesh(run, (tokens, tokens, tokens, PartitionSpec(), biases), (tokens, PartitionSpec()))
+    return _on_platform(run, q, k, v, threshold, bias, otherwise=otherwise)
 
 
 def _with_factors(q: jax.Array, k: jax.Array, factors: Any, scale: float) -> tuple[jax.Array, jax.Array]:
@@ -98,12 +149,53 @@ def _check_dtypes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
         )
 
 
-def _on_platform(kernel: Callable[..., Any], *arguments: Any) -> Any:
-    """Runs the kernel for the platform that is lowered for: Mosaic on a TPU, interpreted on a CPU."""
+def _mesh_specs(q: jax.Array) -> tuple[PartitionSpec, PartitionSpec, tuple[str, ...]] | None:
+    """How [batch, tokens, heads, dim] and [taps, heads] lie on the mesh in use, and its axes; None if there is none.
+
+    Axes that are manual already, inside a shard_map, have split the arrays and are left out.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = [name for name, kind in zip(mesh.axis_names, mesh.axis_types or (), strict=True) if kind != AxisType.Manual]
+    if not free:
+        return None
+    head_axes = tuple(name for name in free if name in HEAD_AXES)
+    batch_axes = tuple(name for name in free if name not in HEAD_AXES)
+    for what, size, axes in (("batch", q.shape[0], batch_axes), ("heads", q.shape[2], head_axes)):
+        parts = math.prod(mesh.shape[name] for name in axes)
+        if size % parts:
+            raise InputError(
+                f"the mesh splits the {what} in {parts} (its axes {', '.join(axes)}), which does not divide {size}: "
+                f"choose another mesh or {what}, or {INSTEAD}."
+            )
+    return PartitionSpec(batch_axes, None, head_axes), PartitionSpec(None, head_axes), tuple(free)
+
+
+def _over_mesh(run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`run` on each device's part of the batch and of the heads: the compiler cannot split a kernel by itself."""
+
+    def sharded(*arguments, interpret):
+        # A specification for what is None would not fit the arguments' tree.
+        specs = tuple(None if x is None else spec for x, spec in zip(arguments, in_specs, strict=True))
+        # Pallas does not say over which axes its outputs vary, which the check would need.
+        part = jax.shard_map(
+            lambda *arguments: run(*arguments, interpret=interpret),
+            in_specs=specs,
+            out_specs=out_specs,
+            check_vma=False,
+        )
+        return part(*arguments)
+
+    return sharded
+
+
+def _on_platform(kernel: Callable[..., Any], *arguments: Any, otherwise: Callable[..., Any] | None) -> Any:
+    """Runs the kernel for the platform that is lowered for: Mosaic on a TPU; elsewhere `otherwise`, or interpreted."""
+
+    def on_tpu(*arguments):
+        return kernel(*arguments, interpret=False)
+
+    if otherwise is not None:
+        return jax.lax.platform_dependent(*arguments, tpu=on_tpu, default=otherwise)
     if jax.default_backend() == "gpu":
         raise InputError(f'implementation="pallas" is for TPUs, and this is a GPU: {INSTEAD}.')
-    return jax.lax.platform_dependent(
-        *arguments,
-        tpu=lambda *arguments: kernel(*arguments, interpret=False),
-        cpu=lambda *arguments: kernel(*arguments, interpret=True),
-    )
+    return jax.lax.platform_dependent(*arguments, tpu=on_tpu, cpu=lambda *arguments: kernel(*arguments, interpret=True))

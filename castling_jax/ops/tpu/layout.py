@@ -20,6 +20,9 @@ LANES = 128
 # v4 has 16 MB of it at least.
 BLOCK_BYTES = 4 * 2**20
 
+# What is taken for the fast memory where no TPU is at hand: that of v5p and TPU7x; v5e and v6e have twice as much.
+USUAL_FAST_MEMORY = 64 * 2**20
+
 NN = (((1,), (0,)), ((), ()))  # a @ b
 NT = (((1,), (1,)), ((), ()))  # a @ b.T
 TN = (((0,), (0,)), ((), ()))  # a.T @ b
@@ -97,6 +100,12 @@ def lanes_of_head(head: int, dim: int, shape: tuple[int, ...]) -> jax.Array:
     return (lane >= head * dim) & (lane < (head + 1) * dim)
 
 
+def rows_of_head(head: int, dim: int, shape: tuple[int, ...]) -> jax.Array:
+    """Whether a row belongs to one head of its group; of a shape [lanes, tokens], as a product's transpose lies."""
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return (row >= head * dim) & (row < (head + 1) * dim)
+
+
 def product(dtype: jnp.dtype):
     """dot_general with a float32 sum: of bfloat16 numbers if that is the arrays' dtype, exact float32 otherwise."""
     if dtype == jnp.bfloat16:
@@ -108,7 +117,19 @@ def product(dtype: jnp.dtype):
     )
 
 
+def fast_memory_bytes() -> int:
+    """The fast memory of the TPU at hand, or of the mesh in use; of a usual one where neither is known.
+
+    It decides only whether a kernel works on whole sequences or on blocks of them.
+    """
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError:  # no TPU, or one that JAX does not know yet
+        return USUAL_FAST_MEMORY
+
+
 def compiler_params(*dimensions: Literal["parallel", "arbitrary"], block_bytes: int) -> pltpu.CompilerParams:
     """Grid semantics, and room in the fast memory: two buffers a block, and the kernel's own float32 values."""
     needed = math.ceil(8 * block_bytes / 2**20) + 16
-    return pltpu.CompilerParams(dimension_semantics=dimensions, vmem_limit_bytes=min(needed, 100) * 2**20)
+    room = min(needed * 2**20, fast_memory_bytes())
+    return pltpu.CompilerParams(dimension_semantics=dimensions, vmem_limit_bytes=room)

@@ -14,14 +14,22 @@ from jax.experimental.pallas import tpu as pltpu
 from castling_jax.ops.angular import SQUARED_NORM_EPSILON
 from castling_jax.ops.tpu.layout import NN, NT, TN, Heads, arrange, compiler_params, product, same_head
 
-_PAD = 8  # rows before and after the values in scratch: taps reach at most so far, and a register has 8 rows
-MAX_TAPS = 2 * _PAD + 1
-MAX_BLOCK_BYTES = 8 * 2**20  # of the six or nine blocks that one group of heads needs
+PAD = 8  # rows before and after the values in scratch: taps reach at most so far, and a register has 8 rows
+MAX_TAPS = 2 * PAD + 1
 
 
 def block_bytes(tokens: int, key_dim: int, value_dim: int, itemsize: int) -> int:
     """What one head takes of the forward kernel's blocks: q, k, v, the auxiliary output and the output."""
     return tokens * itemsize * (2 * key_dim + 3 * value_dim)
+
+
+def needed_bytes(q, v) -> int:
+    """What the backward kernel needs of the fast memory at the least, for one group of heads.
+
+    Nine blocks in two buffers each, and some 14 arrays like them in float32.
+    """
+    heads = arrange_heads(q, v, blocks=9)
+    return heads.group * q.shape[1] * max(heads.key_dim, heads.value_dim) * (2 * 9 * q.dtype.itemsize + 14 * 4)
 
 
 def linear_angular(q, k, v, taps, auxiliary, *, interpret: bool):
@@ -36,12 +44,16 @@ def linear_angular(q, k, v, taps, auxiliary, *, interpret: bool):
       interpret: run as plain JAX, on any platform.
     """
     heads, value_dim = v.shape[2:]
-    spread = jnp.zeros((1, heads * value_dim), jnp.float32)
-    if taps is not None:
-        spread = jnp.repeat(taps.astype(jnp.float32), value_dim, axis=1)
     flat = [None if x is None else x.reshape(*x.shape[:2], -1) for x in (q, k, v, auxiliary)]
-    out = _attention(*flat[:3], spread, flat[3], heads, interpret)
+    out = _attention(*flat[:3], spread_taps(taps, heads, value_dim), flat[3], heads, interpret)
     return out.reshape(v.shape)
+
+
+def spread_taps(taps, heads: int, value_dim: int):
+    """[taps, heads] as [taps, heads * value_dim] in float32; None as one tap of zero."""
+    if taps is None:
+        return jnp.zeros((1, heads * value_dim), jnp.float32)
+    return jnp.repeat(taps.astype(jnp.float32), value_dim, axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -120,7 +132,7 @@ def _parameters(layout, tokens, q):
 
 
 def _padded(layout: Heads, tokens: int):
-    return pltpu.VMEM((tokens + 2 * _PAD, layout.group * layout.value_dim), jnp.float32)
+    return pltpu.VMEM((tokens + 2 * PAD, layout.group * layout.value_dim), jnp.float32)
 
 
 def _blocks(layout: Heads, tokens: int, taps: int):
@@ -141,19 +153,28 @@ def _sums(layout: Heads, dtype: jnp.dtype):
     return [same_head(layout, rows, columns, dtype) for rows, columns in sizes]
 
 
-def _inverse_norms(dot, x, sums):
+def inverse_norms(dot, x, sums):
+    """1 / |x| of each head, in all of its lanes; `sums` is `same_head`."""
     return jax.lax.rsqrt(dot(x * x, sums, NN) + SQUARED_NORM_EPSILON)
 
 
-def _shifted(padded_ref, values, taps):
-    """The values as the taps see them, one after the other: by -taps // 2 ... taps // 2 tokens, zero at the ends."""
-    tokens, width = values.shape
-    zeros = jnp.zeros((_PAD, width), jnp.float32)
-    padded_ref[:_PAD] = zeros
-    padded_ref[_PAD + tokens :] = zeros
-    padded_ref[_PAD : _PAD + tokens] = values
+def through_norm(dot, d_normal, normal, inverse, sums):
+    """The gradient of x from that of x / |x|."""
+    return inverse * (d_normal - normal * dot(d_normal * normal, sums, NN))
+
+
+def shifted(padded_ref, rows, taps, leading=None, trailing=None):
+    """The rows as the taps see them, one tap after the other: by -taps // 2 ... taps // 2 tokens.
+
+    Beyond the ends there is `leading` and `trailing`, PAD rows each, or zeros.
+    """
+    tokens, width = rows.shape
+    zeros = jnp.zeros((PAD, width), jnp.float32)
+    padded_ref[:PAD] = zeros if leading is None else leading
+    padded_ref[PAD + tokens :] = zeros if trailing is None else trailing
+    padded_ref[PAD : PAD + tokens] = rows
     for tap in range(taps):
-        yield padded_ref[pl.ds(_PAD - taps // 2 + tap, tokens)]
+        yield padded_ref[pl.ds(PAD - taps // 2 + tap, tokens)]
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, taps_ref, keys_ref, values_ref, cross_ref, *rest, layout, has_auxiliary):
@@ -163,15 +184,15 @@ def _forward_kernel(q_ref, k_ref, v_ref, taps_ref, keys_ref, values_ref, cross_r
         keys, values = layout.key_lanes(group), layout.value_lanes(group)
         q, k, v = q_ref[0, :, keys], k_ref[0, :, keys], v_ref[0, :, values]
         wide_q, wide_k, wide_v = (x.astype(jnp.float32) for x in (q, k, v))
-        normal_k = wide_k * _inverse_norms(dot, wide_k, keys_ref[...])
+        normal_k = wide_k * inverse_norms(dot, wide_k, keys_ref[...])
         key_values = dot(normal_k, v, TN) * (cross_ref[...].astype(jnp.float32) / math.pi)
-        normal_q = wide_q * _inverse_norms(dot, wide_q, keys_ref[...])
+        normal_q = wide_q * inverse_norms(dot, wide_q, keys_ref[...])
         core = 0.5 * wide_v + dot(normal_q, key_values, NN)
         if has_auxiliary:
             core += auxiliary_ref[0][0, :, values].astype(jnp.float32)
-        out = core * _inverse_norms(dot, core, values_ref[...])
-        for tap, shifted in enumerate(_shifted(padded_ref, wide_v, taps_ref.shape[0])):
-            out += shifted * taps_ref[tap : tap + 1, values]
+        out = core * inverse_norms(dot, core, values_ref[...])
+        for tap, window in enumerate(shifted(padded_ref, wide_v, taps_ref.shape[0])):
+            out += window * taps_ref[tap : tap + 1, values]
         out_ref[0, :, values] = out.astype(out_ref.dtype)
 
 
@@ -183,11 +204,6 @@ def _backward_kernel(
         auxiliary_refs if has_auxiliary else (None, *auxiliary_refs, None)
     )
     dot = product(q_ref.dtype)
-
-    def through_norm(d_normal, normal, inverse, sums):
-        """The gradient of x from that of x / |x|."""
-        return inverse * (d_normal - normal * dot(d_normal * normal, sums, NN))
-
     for group in range(layout.step):
         keys, values = layout.key_lanes(group), layout.value_lanes(group)
         wide_q, wide_k = q_ref[0, :, keys].astype(jnp.float32), k_ref[0, :, keys].astype(jnp.float32)
@@ -195,26 +211,26 @@ def _backward_kernel(
         key_sums, value_sums = keys_ref[...], values_ref[...]
         cross = cross_ref[...].astype(jnp.float32) / math.pi
         # The forward pass again: only its inputs were kept.
-        inverse_k, inverse_q = _inverse_norms(dot, wide_k, key_sums), _inverse_norms(dot, wide_q, key_sums)
+        inverse_k, inverse_q = inverse_norms(dot, wide_k, key_sums), inverse_norms(dot, wide_q, key_sums)
         normal_k, normal_q = wide_k * inverse_k, wide_q * inverse_q
         key_values = dot(normal_k, wide_v, TN) * cross
         core = 0.5 * wide_v + dot(normal_q, key_values, NN)
         if has_auxiliary:
             core += auxiliary_ref[0, :, values].astype(jnp.float32)
-        inverse_core = _inverse_norms(dot, core, value_sums)
-        d_core = through_norm(cotangent, core * inverse_core, inverse_core, value_sums)
+        inverse_core = inverse_norms(dot, core, value_sums)
+        d_core = through_norm(dot, cotangent, core * inverse_core, inverse_core, value_sums)
         if has_auxiliary:
             d_auxiliary_ref[0, :, values] = d_core.astype(d_auxiliary_ref.dtype)
         d_key_values = dot(normal_q, d_core, TN) * cross
         dv = 0.5 * d_core + dot(normal_k, d_key_values, NN)
-        dq = through_norm(dot(d_core, key_values, NT), normal_q, inverse_q, key_sums)
-        dk = through_norm(dot(wide_v, d_key_values, NT), normal_k, inverse_k, key_sums)
+        dq = through_norm(dot, dot(d_core, key_values, NT), normal_q, inverse_q, key_sums)
+        dk = through_norm(dot, dot(wide_v, d_key_values, NT), normal_k, inverse_k, key_sums)
         # The convolution's transpose has the taps in the other order.
         count = taps_ref.shape[0]
-        for tap, shifted in enumerate(_shifted(padded_cotangent_ref, cotangent, count)):
-            dv += shifted * taps_ref[count - 1 - tap : count - tap, values]
-        for tap, shifted in enumerate(_shifted(padded_ref, wide_v, count)):
-            d_taps_ref[0, tap : tap + 1, values] = jnp.sum(shifted * cotangent, axis=0, keepdims=True)
+        for tap, window in enumerate(shifted(padded_cotangent_ref, cotangent, count)):
+            dv += window * taps_ref[count - 1 - tap : count - tap, values]
+        for tap, window in enumerate(shifted(padded_ref, wide_v, count)):
+            d_taps_ref[0, tap : tap + 1, values] = jnp.sum(window * cotangent, axis=0, keepdims=True)
         dq_ref[0, :, keys] = dq.astype(dq_ref.dtype)
         dk_ref[0, :, keys] = dk.astype(dk_ref.dtype)
         dv_ref[0, :, values] = dv.astype(dv_ref.dtype)

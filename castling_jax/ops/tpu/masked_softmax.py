@@ -2,9 +2,12 @@
 
 The normaliser has to be known before a weight can be compared with the threshold. A block of queries meets all keys in
 fast memory, so that its scores are computed once and both passes over them, the normaliser's and the mask's, stay
-there. The backward kernel computes them again, from each row's kept maximum and normaliser, with keys along the rows:
-then only the queries' gradient needs a transposed product. With D = rowsum(P M dP) = rowsum(dO O),
-dS = P (M dP - D), for the mask passes no gradient of its own.
+there. The backward kernel computes them again, from each row's kept maximum and normaliser. With
+D = rowsum(P M dP) = rowsum(dO O), dS = P (M dP - D), for the mask passes no gradient of its own.
+
+Scores lie [keys, queries]: sums over keys are then sums of registers, what is one number a query is a row, and no
+array of queries x keys is ever transposed. Where nothing passes the threshold, the products with the values and the
+whole backward pass are skipped.
 """
 
 import functools
@@ -14,11 +17,22 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from castling_jax.ops.tpu.layout import LANES, NN, NT, TN, Heads, arrange, compiler_params, lanes_of_head, product
+from castling_jax.ops.tpu.layout import (
+    LANES,
+    NN,
+    NT,
+    TN,
+    Heads,
+    arrange,
+    compiler_params,
+    lanes_of_head,
+    product,
+    rows_of_head,
+)
 
 QUERY_BLOCK = 128
+KEY_CHUNK = 256  # keys whose scores are worked on together: about as many as the registers hold
 MAX_SINGLE_BLOCK = 256  # so many queries are one block
-MAX_SCORE_BYTES = 4 * 2**20  # of a block's scores
 
 
 def query_block(queries: int) -> int:
@@ -36,6 +50,18 @@ def score_bytes(queries: int, keys: int) -> int:
     return 4 * query_block(queries) * keys
 
 
+def needed_bytes(q, k, v, bias) -> int:
+    """What the backward kernel needs of the fast memory at the least, for one group of heads.
+
+    Its blocks in two buffers each, float32 sums of two, some six arrays of scores, and a group's masked weights.
+    """
+    dense = bias is not None and not isinstance(bias, tuple | list)
+    layout = arrange(q.shape[2], q.shape[3], v.shape[3], bytes_per_head=1)
+    size = block_bytes(q.shape[1], k.shape[1], layout.key_dim, layout.value_dim, q.dtype.itemsize)
+    scores = score_bytes(q.shape[1], k.shape[1])
+    return layout.group * (2 * size + scores * (4 if dense else 1)) + 6 * scores
+
+
 def masked_softmax(q, k, v, threshold, bias, *, scale: float, interpret: bool):
     """((M P) V, weights kept), differentiable; q, k and v as the public operation takes them.
 
@@ -44,7 +70,7 @@ def masked_softmax(q, k, v, threshold, bias, *, scale: float, interpret: bool):
       k: [batch, keys, heads, key_dim].
       v: [batch, keys, heads, value_dim].
       threshold: a scalar.
-      bias: dense [1 or batch, heads, queries, keys], or None.
+      bias: dense and transposed, [1 or batch, heads, keys, queries], or None.
       scale: of the products of queries and keys.
       interpret: run as plain JAX, on any platform.
 
@@ -53,8 +79,6 @@ def masked_softmax(q, k, v, threshold, bias, *, scale: float, interpret: bool):
     """
     batch, queries, heads, _ = q.shape
     flat = [x.reshape(*x.shape[:2], -1) for x in (q, k, v)]
-    if bias is not None:
-        bias = jnp.broadcast_to(bias, (batch, *bias.shape[1:])) if bias.shape[0] != batch else bias
     limits = jnp.asarray(threshold, jnp.float32).reshape(1, 1)
     out, kept = _attention(*flat, limits, bias, heads, scale, interpret)
     return out.reshape(batch, queries, heads, v.shape[3]), kept.sum()
@@ -74,17 +98,26 @@ def _arrange(q, k, v, heads, bias) -> tuple[Heads, int]:
     return layout, layout.step_heads * size + score_bytes(q.shape[1], k.shape[1])
 
 
+# The grid is [steps along the heads, batch, blocks of queries]: a bias that is one for the whole batch is read once a
+# step, and where there is one block of queries its gradient is summed over the batch in fast memory.
+
+
 def _blocks(layout: Heads, block: int, keys: int):
-    """Blocks of queries of key_dim and of value_dim, keys, values, of a number a head and query, and of the bias."""
+    """Blocks of queries of key_dim and of value_dim, keys, values, of a number a head and query, of one a head."""
     key_width, value_width = layout.step_heads * layout.key_dim, layout.step_heads * layout.value_dim
     return (
-        pl.BlockSpec((1, block, key_width), lambda b, h, i: (b, i, h)),
-        pl.BlockSpec((1, block, value_width), lambda b, h, i: (b, i, h)),
-        pl.BlockSpec((1, keys, key_width), lambda b, h, i: (b, 0, h)),
-        pl.BlockSpec((1, keys, value_width), lambda b, h, i: (b, 0, h)),
-        pl.BlockSpec((1, 1, layout.step_heads, block), lambda b, h, i: (b, h, 0, i)),
-        pl.BlockSpec((1, layout.step_heads, block, keys), lambda b, h, i: (b, h, i, 0)),
+        pl.BlockSpec((1, block, key_width), lambda h, b, i: (b, i, h)),
+        pl.BlockSpec((1, block, value_width), lambda h, b, i: (b, i, h)),
+        pl.BlockSpec((1, keys, key_width), lambda h, b, i: (b, 0, h)),
+        pl.BlockSpec((1, keys, value_width), lambda h, b, i: (b, 0, h)),
+        pl.BlockSpec((1, 1, layout.step_heads, block), lambda h, b, i: (b, h, 0, i)),
+        pl.BlockSpec((1, 1, 1, 1, LANES), lambda h, b, i: (b, h, i, 0, 0)),
     )
+
+
+def _bias_block(layout: Heads, block: int, keys: int, shared: bool):
+    shape = (1, layout.step_heads, keys, block)
+    return pl.BlockSpec(shape, lambda h, b, i: (0 if shared else b, h, 0, i))
 
 
 def _forward(q, k, v, threshold, bias, heads, scale, interpret):
@@ -92,107 +125,155 @@ def _forward(q, k, v, threshold, bias, heads, scale, interpret):
     (batch, queries, _), keys = q.shape, k.shape[1]
     block = query_block(queries)
     count = pl.cdiv(queries, block)
-    q_block, out_block, k_block, v_block, row_block, bias_block = _blocks(layout, block, keys)
+    q_block, out_block, k_block, v_block, row_block, kept_block = _blocks(layout, block, keys)
     inputs, specs = [threshold, q, k, v], [pl.BlockSpec(memory_space=pltpu.SMEM), q_block, k_block, v_block]
     if bias is not None:
-        inputs, specs = [*inputs, bias], [*specs, bias_block]
+        inputs, specs = [*inputs, bias], [*specs, _bias_block(layout, block, keys, bias.shape[0] == 1)]
     out, largest, inverse, kept = pl.pallas_call(
         functools.partial(
             _forward_kernel, layout=layout, scale=scale, queries=queries, block=block, has_bias=bias is not None
         ),
-        grid=(batch, layout.steps, count),
+        grid=(layout.steps, batch, count),
         in_specs=specs,
-        out_specs=[out_block, row_block, row_block, pl.BlockSpec((1, 1, 1, 1, LANES), lambda b, h, i: (b, h, i, 0, 0))],
+        out_specs=[out_block, row_block, row_block, kept_block],
         out_shape=[
             jax.ShapeDtypeStruct((batch, queries, v.shape[2]), v.dtype),
             *[jax.ShapeDtypeStruct((batch, layout.steps, layout.step_heads, queries), jnp.float32)] * 2,
             jax.ShapeDtypeStruct((batch, layout.steps, count, 1, LANES), jnp.float32),
         ],
+        scratch_shapes=[
+            pltpu.VMEM((layout.step_heads, keys, block), q.dtype),
+        ],
         compiler_params=compiler_params("parallel", "parallel", "parallel", block_bytes=size),
         interpret=interpret,
         name="masked_softmax_forward",
     )(*inputs)
-    return (out, kept[..., 0]), (q, k, v, threshold, bias, out, largest, inverse)
+    return (out, kept[..., 0]), (q, k, v, threshold, bias, out, largest, inverse, kept)
 
 
 def _backward(heads, scale, interpret, residuals, cotangents):
-    q, k, v, threshold, bias, out, largest, inverse = residuals
+    q, k, v, threshold, bias, out, largest, inverse, kept = residuals
     layout, size = _arrange(q, k, v, heads, bias)
     (batch, queries, _), keys = q.shape, k.shape[1]
     block = query_block(queries)
-    q_block, out_block, k_block, v_block, row_block, bias_block = _blocks(layout, block, keys)
-    inputs = [threshold, q, k, v, cotangents[0], out, largest, inverse]
+    count = pl.cdiv(queries, block)
+    q_block, out_block, k_block, v_block, row_block, kept_block = _blocks(layout, block, keys)
+    inputs = [threshold, q, k, v, cotangents[0], out, largest, inverse, kept]
     specs = [
         pl.BlockSpec(memory_space=pltpu.SMEM),
-        q_block,
-        k_block,
-        v_block,
-        out_block,
-        out_block,
-        row_block,
-        row_block,
+        *(q_block, k_block, v_block, out_block, out_block, row_block, row_block, kept_block),
     ]
     outputs = [(q_block, q), (k_block, k), (v_block, v)]
+    summed = bias is not None and bias.shape[0] == 1 and count == 1
     if bias is not None:
-        inputs, specs, outputs = [*inputs, bias], [*specs, bias_block], [*outputs, (bias_block, bias)]
+        inputs, specs = [*inputs, bias], [*specs, _bias_block(layout, block, keys, bias.shape[0] == 1)]
+        d_bias = jax.ShapeDtypeStruct((1 if summed else batch, *bias.shape[1:]), jnp.float32)
+        outputs.append((_bias_block(layout, block, keys, summed), d_bias))
     sums = [pltpu.VMEM((keys, layout.step_heads * dim), jnp.float32) for dim in (layout.key_dim, layout.value_dim)]
     gradients = pl.pallas_call(
         functools.partial(
-            _backward_kernel, layout=layout, scale=scale, queries=queries, block=block, has_bias=bias is not None
+            _backward_kernel,
+            layout=layout,
+            scale=scale,
+            queries=queries,
+            block=block,
+            has_bias=bias is not None,
+            summed=summed,
         ),
-        grid=(batch, layout.steps, pl.cdiv(queries, block)),
+        grid=(layout.steps, batch, count),
         in_specs=specs,
         out_specs=[spec for spec, _ in outputs],
         out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for _, like in outputs],
         scratch_shapes=sums,
-        compiler_params=compiler_params("parallel", "parallel", "arbitrary", block_bytes=size),
+        compiler_params=compiler_params(
+            "parallel", "arbitrary" if summed else "parallel", "arbitrary", block_bytes=size
+        ),
         interpret=interpret,
         name="masked_softmax_backward",
     )(*inputs)
-    dq, dk, dv, *d_bias = gradients
-    return dq, dk, dv, jnp.zeros_like(threshold), (d_bias[0] if d_bias else None)
+    dq, dk, dv, *d_biases = gradients
+    if d_biases and d_biases[0].shape != bias.shape:
+        d_biases = [d_biases[0].sum(0, keepdims=True)]
+    return dq, dk, dv, jnp.zeros_like(threshold), (d_biases[0].astype(bias.dtype) if d_biases else None)
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _as_row(column: jax.Array) -> jax.Array:
-    """[rows, 1] as [1, rows]."""
-    return jnp.transpose(jnp.broadcast_to(column, (column.shape[0], LANES)))[:1]
+def of_head(x: jax.Array, member: int, dim: int) -> jax.Array:
+    """[tokens, lanes of a group] with zeros in the lanes of all heads but one."""
+    return jnp.where(lanes_of_head(member, dim, x.shape), x, 0)
+
+
+def is_kept(weights: jax.Array, threshold: jax.Array) -> jax.Array:
+    """Whether a weight passes the mask. Written so that NaN does, and is seen."""
+    return ~(weights <= threshold)
+
+
+def d_scores_of(dot, weights, masked, v, cotangent, out):
+    """The scores' gradient, [keys, queries]: P (M dP - D), with D = rowsum(dO O) as a row.
+
+    `cotangent` is zero in the lanes of other heads, which takes them out of the values' and the output's part.
+    """
+    column = jnp.sum(cotangent * out, axis=1, keepdims=True)
+    projection = jnp.transpose(jnp.broadcast_to(column, (column.shape[0], LANES)))[:1]
+    return masked * dot(v, cotangent, NT) - weights * projection
 
 
 def _forward_kernel(threshold_ref, q_ref, k_ref, v_ref, *rest, layout, scale, queries, block, has_bias):
-    *bias_ref, out_ref, largest_ref, inverse_ref, kept_ref = rest
+    *bias_ref, out_ref, largest_ref, inverse_ref, kept_ref, masked_ref = rest
     dot = product(q_ref.dtype)
     threshold = threshold_ref[0, 0]
-    # Rounding can lift a weight above 1, so an empty mask has to be said rather than computed.
-    threshold = jnp.where(threshold >= 1, jnp.inf, threshold)
     # The last block may reach beyond the queries: what is there is not counted.
-    valid = pl.program_id(2) * block + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0) < queries
-    kept = jnp.zeros((1, 1), jnp.float32)
+    valid = pl.program_id(2) * block + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1) < queries
+    keys = k_ref.shape[1]
+    chunks = [slice(start, min(start + KEY_CHUNK, keys)) for start in range(0, keys, KEY_CHUNK)]
+    kept = jnp.zeros((1, block), jnp.float32)
     for group in range(layout.step):
-        key_lanes, value_lanes = layout.key_lanes(group), layout.value_lanes(group)
-        q, k, v = q_ref[0, :, key_lanes].astype(jnp.float32) * scale, k_ref[0, :, key_lanes], v_ref[0, :, value_lanes]
-        out = jnp.zeros((block, v.shape[1]), jnp.float32)
+        key_lanes = layout.key_lanes(group)
+        q = q_ref[0, :, key_lanes].astype(jnp.float32) * scale
         for member in range(layout.group):
             head = group * layout.group + member
-            of_head = jnp.where(lanes_of_head(member, layout.key_dim, q.shape), q, 0)
-            scores = dot(of_head, k, NT)
+            query = of_head(q, member, layout.key_dim)
+            parts = [dot(k_ref[0, chunk, key_lanes], query, NT) for chunk in chunks]  # [keys, queries]
             if has_bias:
-                scores += bias_ref[0][0, head].astype(jnp.float32)
-            largest = jnp.max(scores, axis=1, keepdims=True)
-            weights = jnp.exp(scores - largest)
-            inverse = 1 / jnp.sum(weights, axis=1, keepdims=True)
-            weights = weights * inverse
-            keep = weights > threshold
-            kept_here = jnp.sum(jnp.where(keep, 1.0, 0.0), axis=1, keepdims=True)
-            kept += jnp.sum(jnp.where(valid, kept_here, 0), axis=0, keepdims=True)
-            attended = dot(jnp.where(keep, weights, 0), v, NN)
-            out = jnp.where(lanes_of_head(member, layout.value_dim, out.shape), attended, out)
-            largest_ref[0, 0, head : head + 1, :] = _as_row(largest)
-            inverse_ref[0, 0, head : head + 1, :] = _as_row(inverse)
-        out_ref[0, :, value_lanes] = out.astype(out_ref.dtype)
-    kept_ref[0, 0, 0] = jnp.broadcast_to(kept, (1, LANES))
+                parts = [
+                    part + bias_ref[0][0, head, chunk].astype(jnp.float32)
+                    for part, chunk in zip(parts, chunks, strict=True)
+                ]
+            largest = functools.reduce(jnp.maximum, [jnp.max(part, axis=0, keepdims=True) for part in parts])
+            parts = [jnp.exp(part - largest) for part in parts]
+            inverse = 1 / sum(jnp.sum(part, axis=0, keepdims=True) for part in parts)
+            for part, chunk in zip(parts, chunks, strict=True):
+                weights = part * inverse
+                keep = is_kept(weights, threshold)
+                masked_ref[head, chunk] = jnp.where(keep, weights, 0).astype(masked_ref.dtype)
+                kept += jnp.sum(jnp.where(keep, 1.0, 0.0), axis=0, keepdims=True)
+            largest_ref[0, 0, head : head + 1, :] = largest
+            inverse_ref[0, 0, head : head + 1, :] = inverse
+    total = jnp.sum(jnp.where(valid, kept, 0), axis=1, keepdims=True)
+    # Rounding can lift a weight above 1, so an empty mask has to be said rather than computed.
+    total = jnp.where(threshold < 1, total, 0)
+    kept_ref[0, 0, 0] = jnp.broadcast_to(total, (1, LANES))
+    any_kept = jnp.max(total) > 0
+
+    @pl.when(any_kept)
+    def _():
+        for group in range(layout.step):
+            value_lanes = layout.value_lanes(group)
+            out = jnp.zeros((layout.group * layout.value_dim, block), jnp.float32)
+            for member in range(layout.group):
+                attended = dot(v_ref[0, :, value_lanes], masked_ref[group * layout.group + member], TN)
+                out = jnp.where(rows_of_head(member, layout.value_dim, out.shape), attended, out)
+            out_ref[0, :, value_lanes] = jnp.transpose(out).astype(out_ref.dtype)
+
+    @pl.when(~any_kept)
+    def _():
+        out_ref[...] = jnp.zeros_like(out_ref)
+
+
+def _set_to_zero(ref) -> None:
+    ref[...] = jnp.zeros_like(ref)
 
 
 def _backward_kernel(
@@ -204,18 +285,19 @@ def _backward_kernel(
     out_ref,
     largest_ref,
     inverse_ref,
+    kept_ref,
     *rest,
     layout,
     scale,
     queries,
     block,
     has_bias,
+    summed,
 ):
     *bias_refs, dk_sum_ref, dv_sum_ref = rest
     bias_ref, dq_ref, dk_ref, dv_ref, d_bias_ref = bias_refs if has_bias else (None, *bias_refs, None)
     dot = product(q_ref.dtype)
     threshold = threshold_ref[0, 0]
-    threshold = jnp.where(threshold >= 1, jnp.inf, threshold)
     step = pl.program_id(2)
 
     @pl.when(step == 0)
@@ -223,36 +305,46 @@ def _backward_kernel(
         dk_sum_ref[...] = jnp.zeros_like(dk_sum_ref)
         dv_sum_ref[...] = jnp.zeros_like(dv_sum_ref)
 
-    # What lies beyond the queries may be anything, NaN too: it is made zero, so that it adds nothing to the sums.
-    valid = step * block + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0) < queries
-    valid_row = step * block + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1) < queries
-    for group in range(layout.step):
-        key_lanes, value_lanes = layout.key_lanes(group), layout.value_lanes(group)
-        k, v = k_ref[0, :, key_lanes], v_ref[0, :, value_lanes]
-        q = jnp.where(valid, q_ref[0, :, key_lanes].astype(jnp.float32) * scale, 0)
-        cotangent = jnp.where(valid, cotangent_ref[0, :, value_lanes].astype(jnp.float32), 0)
-        out = jnp.where(valid, out_ref[0, :, value_lanes].astype(jnp.float32), 0)
-        dq = jnp.zeros(q.shape, jnp.float32)
-        for member in range(layout.group):
-            head = group * layout.group + member
-            of_head = jnp.where(lanes_of_head(member, layout.key_dim, q.shape), q, 0)
-            cotangent_of_head = jnp.where(lanes_of_head(member, layout.value_dim, out.shape), cotangent, 0)
-            scores = dot(k, of_head, NT)  # [keys, queries]
-            if has_bias:
-                scores += jnp.transpose(jnp.where(valid, bias_ref[0, head].astype(jnp.float32), 0))
-            largest = jnp.where(valid_row, largest_ref[0, 0, head : head + 1, :], 0)
-            inverse = jnp.where(valid_row, inverse_ref[0, 0, head : head + 1, :], 0)
-            # As in the forward pass, operation by operation: a weight on the threshold is masked in both or in none.
-            weights = jnp.exp(scores - largest) * inverse
-            masked = jnp.where(weights > threshold, weights, 0)
-            projection = _as_row(jnp.sum(cotangent_of_head * out, axis=1, keepdims=True))
-            d_scores = masked * dot(v, cotangent_of_head, NT) - weights * projection
-            dv_sum_ref[:, value_lanes] += dot(masked, cotangent_of_head, NN)
-            dk_sum_ref[:, key_lanes] += dot(d_scores, of_head, NN)
-            dq = jnp.where(lanes_of_head(member, layout.key_dim, q.shape), dot(d_scores, k, TN), dq)
-            if has_bias:
-                d_bias_ref[0, head] = jnp.transpose(d_scores).astype(d_bias_ref.dtype)
-        dq_ref[0, :, key_lanes] = (dq * scale).astype(dq_ref.dtype)
+    if has_bias:
+        pl.when((pl.program_id(1) == 0) | (not summed))(functools.partial(_set_to_zero, d_bias_ref))
+
+    @pl.when(jnp.max(kept_ref[0, 0, 0]) > 0)
+    def _():
+        # What lies beyond the queries may be anything, NaN too: it is made zero, so that it adds nothing to the sums.
+        valid = step * block + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0) < queries
+        valid_row = step * block + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1) < queries
+        for group in range(layout.step):
+            key_lanes, value_lanes = layout.key_lanes(group), layout.value_lanes(group)
+            k, v = k_ref[0, :, key_lanes], v_ref[0, :, value_lanes]
+            q = jnp.where(valid, q_ref[0, :, key_lanes].astype(jnp.float32) * scale, 0)
+            cotangent = jnp.where(valid, cotangent_ref[0, :, value_lanes].astype(jnp.float32), 0)
+            out = jnp.where(valid, out_ref[0, :, value_lanes].astype(jnp.float32), 0)
+            dq = jnp.zeros((q.shape[1], block), jnp.float32)
+            for member in range(layout.group):
+                head = group * layout.group + member
+                query = of_head(q, member, layout.key_dim)
+                d_out = of_head(cotangent, member, layout.value_dim)
+                scores = dot(k, query, NT)  # [keys, queries]
+                if has_bias:
+                    scores += jnp.where(valid_row, bias_ref[0, head].astype(jnp.float32), 0)
+                largest = jnp.where(valid_row, largest_ref[0, 0, head : head + 1, :], 0)
+                inverse = jnp.where(valid_row, inverse_ref[0, 0, head : head + 1, :], 0)
+                # As in the forward pass, operation by operation: a weight on the threshold is masked in both or in
+                # none.
+                weights = jnp.exp(scores - largest) * inverse
+                masked = jnp.where(is_kept(weights, threshold), weights, 0)
+                d_scores = d_scores_of(dot, weights, masked, v, d_out, out)
+                dv_sum_ref[:, value_lanes] += dot(masked, d_out, NN)
+                dk_sum_ref[:, key_lanes] += dot(d_scores, query, NN)
+                dq = jnp.where(rows_of_head(member, layout.key_dim, dq.shape), dot(k, d_scores, TN), dq)
+                if has_bias:
+                    d_bias_ref[0, head] += d_scores
+            dq_ref[0, :, key_lanes] = jnp.transpose(dq * scale).astype(dq_ref.dtype)
+
+    # Where nothing was kept, no gradient comes back.
+    @pl.when(jnp.max(kept_ref[0, 0, 0]) == 0)
+    def _():
+        dq_ref[...] = jnp.zeros_like(dq_ref)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
