@@ -98,8 +98,15 @@ def linear_angular_core(
     # All in float32: products of bfloat16 with a float32 sum are not to be had on every platform, and where they
     # are faster, as on a TPU, default precision makes them of these.
     wide = jnp.promote_types(v.dtype, jnp.float32)
-    key_values = jnp.einsum("bkhd,bkhe->bhde", l2_normalize(k), v.astype(wide))
-    return 0.5 * query_values.astype(wide) + jnp.einsum("bqhd,bhde->bqhe", l2_normalize(q), key_values) / jnp.pi
+    # Heads go beside the batch at once, which moves whole rows: left to the products, a CPU transposes every matrix.
+    q, k, v, query_values = (_swap_tokens_and_heads(x).astype(wide) for x in (q, k, v, query_values))
+    key_values = jnp.einsum("bhkd,bhke->bhde", l2_normalize(k), v)
+    core = 0.5 * query_values + jnp.einsum("bhqd,bhde->bhqe", l2_normalize(q), key_values) / jnp.pi
+    return _swap_tokens_and_heads(core)
+
+
+def _swap_tokens_and_heads(x: Float[Array, "batch first second dim"]) -> Float[Array, "batch second first dim"]:
+    return jnp.swapaxes(x, 1, 2)
 
 
 def normalize_and_convolve(
@@ -108,7 +115,8 @@ def normalize_and_convolve(
     token_kernel: Float[Array, "taps heads"] | None,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """l2normalise(core) + DWConv(V): how every form of the attention ends. In query_values' dtype."""
-    out = l2_normalize(core).astype(query_values.dtype)
+    # Normalised where `core` was made, heads beside the batch, so that on a CPU this too is one pass with its product.
+    out = _swap_tokens_and_heads(l2_normalize(_swap_tokens_and_heads(core))).astype(query_values.dtype)
     return out if token_kernel is None else out + depthwise_convolution(query_values, token_kernel)
 
 
