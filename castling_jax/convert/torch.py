@@ -1,7 +1,8 @@
 """Between our variables and PyTorch state dicts under timm 1.0's parameter names.
 
 Our modules carry timm's names, so a path becomes a name by joining it with dots; only a leaf's own name and layout
-differ. The token kernel, which timm does not have, is named as in the paper authors' block.
+differ, and a castling model's `softmax_branch` is no level in timm. The token kernel, which timm does not have, is
+named as in the paper authors' block.
 """
 
 import logging
@@ -12,8 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from castling_jax.convert.inference import SOFTMAX_BRANCH
 from castling_jax.models.backbone import Backbone
-from castling_jax.models.position import resize_position_embedding
+from castling_jax.models.position import resize_position_embedding, resize_relative_positions
 from castling_jax.models.variables import Variables, check_variables, flatten, get_variables, unflatten
 from castling_jax.ops.errors import InputError
 
@@ -23,8 +25,9 @@ _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "token_kernel": "dconv.wei
 def from_torch(model: Backbone, state_dict: Mapping[str, np.ndarray]) -> Variables:
     """Variables for `model` from a state dict under timm 1.0's names.
 
-    A position embedding of another image size is resized to the model's. What timm does not have, a castling model's
-    token kernels, starts at zero, as in a new model, and is listed in a warning of this module's logger.
+    Position embeddings and relative positions of another image size are resized to the model's. What timm does not
+    have, a castling model's token kernels, starts at zero, as in a new model, and is listed in a warning of this
+    module's logger.
 
     Args:
       model: in training form; its parameters are not used, only their paths and shapes.
@@ -45,6 +48,8 @@ def from_torch(model: Backbone, state_dict: Mapping[str, np.ndarray]) -> Variabl
             value, shape = remaining.pop(name), _torch_shape(path, leaf.shape)
             if path == "params/pos_embed":
                 value = _fit_position_embedding(model, value)
+            elif path.endswith(("/rel_pos_h", "/rel_pos_w")) and value.ndim == 2 and value.shape[0] % 2 == 1:
+                value = np.asarray(resize_relative_positions(jnp.asarray(value), shape[0]))
             if value.shape != shape:
                 raise InputError(f"{name!r} must be of the shape {shape} to fit the model, not {value.shape}.")
             leaves[path] = jnp.asarray(_from_torch_layout(path, value, leaf.ndim), leaf.dtype)
@@ -85,6 +90,7 @@ def _check_form(model: Backbone) -> None:
 
 def _torch_name(path: str) -> str:
     _, *modules, leaf = path.split("/")
+    modules = [module for module in modules if module != SOFTMAX_BRANCH]
     return ".".join([*modules, _LEAF_NAMES.get(leaf, leaf)])
 
 

@@ -37,3 +37,13 @@ def resize_position_embedding(
         patches.reshape(1, *old_grid, channels).astype(jnp.float32), (1, *new_grid, channels), "cubic"
     )
     return jnp.concatenate([prefix, resized.reshape(1, -1, channels).astype(embedding.dtype)], axis=1)
+
+
+def resize_relative_positions(
+    table: Float[Array, "distances channels"], length: int
+) -> Float[Array, "length channels"]:
+    """Linear interpolation of a table of relative positions to another number of distances; as MViTv2's get_rel_pos."""
+    if table.shape[0] == length:
+        return table
+    resized = jax.image.resize(table.astype(jnp.float32), (length, table.shape[1]), "linear", antialias=False)
+    return resized.astype(table.dtype)

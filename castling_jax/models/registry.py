@@ -3,16 +3,18 @@
 import inspect
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from castling_jax.models.attention import ATTENTIONS, FORMS
 from castling_jax.models.backbone import Backbone, ModelSpec
 from castling_jax.models.deit import DeiT
+from castling_jax.models.mvitv2 import MViTv2
 from castling_jax.ops.errors import InputError, check_known
 
 # name -> (class, its arguments): Touvron et al., table 1; deit_micro is ours, for small images on a CPU;
-# DeiT's start of 0.02 is too small for its width to learn from.
+# DeiT's start of 0.02 is too small for its width to learn from. MViTv2: Li et al., with their drop-path.
 MODELS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "deit_tiny": (DeiT, {"image_size": 224, "embed_dim": 192, "depth": 12, "num_heads": 3}),
     "deit_small": (DeiT, {"image_size": 224, "embed_dim": 384, "depth": 12, "num_heads": 6}),
@@ -21,6 +23,9 @@ MODELS: dict[str, tuple[type[Any], dict[str, Any]]] = {
         DeiT,
         {"image_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 2, "init_std": 0.1},
     ),
+    "mvitv2_tiny": (MViTv2, {"image_size": 224, "depths": (1, 2, 5, 2), "drop_path_rate": 0.1}),
+    "mvitv2_small": (MViTv2, {"image_size": 224, "depths": (1, 2, 11, 2), "drop_path_rate": 0.1}),
+    "mvitv2_base": (MViTv2, {"image_size": 224, "depths": (2, 3, 16, 3), "drop_path_rate": 0.3}),
 }
 DTYPES = ("float32", "bfloat16")
 COMMON_ARGUMENTS = ("self", "attention", "form", "num_classes", "image_size", "dtype", "param_dtype", "rngs")
@@ -60,8 +65,9 @@ def create_model(
       dtype: what it computes in, float32 or bfloat16; logits are float32 always.
       param_dtype: what its parameters are held in.
       rngs: where the parameters are drawn from; None is nnx.Rngs(0).
-      **overrides: timm's constructor words: embed_dim, depth, num_heads, patch_size, in_chans, mlp_ratio, qkv_bias,
-        distilled, drop_path_rate; init_std of the matrices; and token_conv ("1d", "2d" or None) and token_kernel_size.
+      **overrides: timm's constructor words: embed_dim, depth (of MViTv2 depths), num_heads, patch_size, in_chans,
+        mlp_ratio, qkv_bias, distilled, stride_q, stride_kv_adaptive, drop_path_rate; init_std of the matrices; and
+        token_conv ("1d", "2d" or None) and token_kernel_size.
 
     Returns:
       A Flax NNX module; `model.spec` holds what it was made from.
@@ -107,6 +113,13 @@ def create_model(
     return model
 
 
+class _OneKey:
+    """In the place of nnx.Rngs where only shapes are wanted; counting its keys while tracing takes quadratic time."""
+
+    def params(self) -> Any:
+        return jax.random.key(0)
+
+
 def abstract_model(name: str, **arguments: Any) -> Backbone:
     """`create_model` with shapes in the place of arrays: nothing is allocated or drawn."""
-    return nnx.eval_shape(lambda: create_model(name, **arguments))
+    return nnx.eval_shape(lambda: create_model(name, **({"rngs": _OneKey()} | arguments)))

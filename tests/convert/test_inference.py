@@ -10,9 +10,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import castling_jax
 from castling_jax import to_inference
+from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import flatten, get_variables
 from tests.convert import trees
-from tests.models import small
+from tests.models import small, test_mvitv2
 
 KINDS = ["castling", "linear_angular", "softmax", "angular"]
 
@@ -32,6 +33,21 @@ def test_the_tree_is_exactly_the_inference_models(kind, token_conv, distilled):
         return get_variables(small.small_model(attention=kind, token_conv=token_conv, distilled=distilled, form=form))
 
     chex.assert_trees_all_equal(to_inference(variables("train")), variables("inference"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tree_is_exactly_the_inference_mvitv2s(kind):
+    trained, inference = (
+        get_variables(test_mvitv2.small_mvit(attention=kind, form=form)) for form in ("train", "inference")
+    )
+    chex.assert_trees_all_equal(to_inference(trained), inference)
+
+
+@pytest.mark.parametrize("name", ["mvitv2_tiny", "mvitv2_small", "mvitv2_base"])
+def test_every_mvitv2_loses_its_relative_positions_and_no_more(name):
+    trained, inference = (get_variables(abstract_model(name, form=form)) for form in ("train", "inference"))
+    chex.assert_trees_all_equal(jax.eval_shape(to_inference, trained), inference)
+    assert {path.split("/")[-2] for path in flatten(trained).keys() - flatten(inference).keys()} == {"softmax_branch"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,8 +9,8 @@ import pytest
 from castling_jax.convert import from_torch, to_torch
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import flatten
-from tests.models import small
-from tests.models.test_position import resize_with_pillow
+from tests.models import small, test_mvitv2
+from tests.models.test_position import resize_with_interp, resize_with_pillow
 
 GOLDEN_FILES = ["deit_small_cfg", "deit_distilled_small_cfg"]
 
@@ -102,6 +102,64 @@ def test_a_position_embedding_of_another_image_size_is_resized(golden, name, ima
     prefix = 2 if file.meta.get("distilled") else 1
     expected = resize_with_pillow(weights["pos_embed"], (4, 4), (side, side), prefix)
     chex.assert_trees_all_close(variables["params"]["pos_embed"], expected, rtol=0, atol=1e-6)
+
+
+# MViTv2
+
+
+def test_mvitv2s_weights_come_back_as_they_were(golden):
+    file = golden("mvitv2_small_cfg")
+    model, weights = test_mvitv2.golden_model(file, attention="softmax"), file.group("weights")
+    chex.assert_trees_all_equal(to_torch(model, from_torch(model, weights)), weights)
+
+
+def test_in_a_castling_mvitv2_relative_positions_are_the_branchs(golden, caplog):
+    file = golden("mvitv2_small_cfg")
+    weights, model = file.group("weights"), test_mvitv2.golden_model(file)
+    with caplog.at_level(logging.WARNING):
+        variables = from_torch(model, weights)
+    leaves = flatten(variables)
+    (record,) = caplog.records
+    assert "4 token kernels" in record.getMessage()
+    for stage, block, heads in [(0, 0, 1), (1, 0, 2), (1, 1, 2), (2, 0, 4)]:
+        attention = f"stages/{stage}/blocks/{block}/attn"
+        chex.assert_trees_all_equal(leaves[f"params/{attention}/token_kernel"], jnp.zeros((3, 3, heads)))
+        for word in ("rel_pos_h", "rel_pos_w"):
+            table = weights[f"{attention}/{word}".replace("/", ".")]
+            chex.assert_trees_all_equal(leaves[f"params/{attention}/softmax_branch/{word}"], jnp.asarray(table))
+    # The way back has the taps too, and no level that timm lacks.
+    back = to_torch(model, variables)
+    assert back.keys() - weights.keys() == {
+        path[7:].replace("/", ".").replace("token_kernel", "dconv.weight")
+        for path in leaves
+        if path.endswith("token_kernel")
+    }
+    chex.assert_trees_all_equal({name: back[name] for name in weights}, weights)
+    chex.assert_trees_all_equal(from_torch(model, back), variables)
+
+
+def test_relative_positions_of_another_image_size_are_resized(golden):
+    file = golden("mvitv2_small_cfg")
+    model = test_mvitv2.golden_model(file, image_size=96)
+    leaves = flatten(from_torch(model, file.group("weights")))
+    path = "stages/0/blocks/0/attn/{}rel_pos_h"
+    # 24 x 24 tokens in the place of 16 x 16.
+    expected = resize_with_interp(file[f"weights/{path.format('').replace('/', '.')}"], 47)
+    chex.assert_trees_all_close(
+        # Positions of up to 31 are known to float32's rounding, 2e-6 of a step.
+        leaves[f"params/{path.format('softmax_branch/')}"],
+        jnp.asarray(expected, jnp.float32),
+        rtol=0,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("shape", [(31,), (30, 24), (31, 23), (1, 31, 24)])
+def test_a_table_of_relative_positions_that_cannot_be_one(refuses, golden, shape):
+    file = golden("mvitv2_small_cfg")
+    name = "stages.0.blocks.0.attn.rel_pos_h"
+    with refuses(repr(name), "(31, 24)", str(shape)):
+        from_torch(test_mvitv2.golden_model(file), file.group("weights") | {name: np.zeros(shape, np.float32)})
 
 
 # Refusals

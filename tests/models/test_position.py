@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from castling_jax.models.position import resize_position_embedding
+from castling_jax.models.position import resize_position_embedding, resize_relative_positions
 
 
 def resize_with_pillow(embedding, old_grid, new_grid, prefix_tokens):
@@ -19,6 +19,13 @@ def resize_with_pillow(embedding, old_grid, new_grid, prefix_tokens):
     ]
     grid = np.stack(resized, axis=-1).reshape(1, height * width, -1)
     return jnp.asarray(np.concatenate([embedding[:, :prefix_tokens], grid], axis=1))
+
+
+def resize_with_interp(table, length):
+    """The table as samples, at the middles of its cells, of one function that is level beyond its ends."""
+    old = len(table)
+    at = (np.arange(length) + 0.5) * old / length - 0.5
+    return np.stack([np.interp(at, np.arange(old), column) for column in np.asarray(table, np.float64).T], axis=1)
 
 
 def draw(prefix_tokens, grid, channels=3):
@@ -61,3 +68,17 @@ def test_its_gradient_is_finite():
 def test_another_number_of_tokens_is_refused(refuses):
     with refuses("17 tokens", "2 prefix tokens", "4 x 4"):
         resize_position_embedding(draw(1, (4, 4)), (4, 4), (7, 7), 2)
+
+
+@pytest.mark.parametrize("length", [27, 9, 5, 1])
+def test_relative_positions_are_interpolated_without_antialiasing(length):
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(13, 4)), jnp.float32)
+    resized = resize_relative_positions(table, length)
+    # Positions of up to 13 are known to float32's rounding, 1e-6 of a step.
+    np.testing.assert_allclose(resized, resize_with_interp(table, length), rtol=0, atol=4e-6)
+
+
+def test_relative_positions_of_the_same_length_are_left_alone_and_bfloat16_stays():
+    table = jnp.ones((13, 4), jnp.bfloat16)
+    assert resize_relative_positions(table, 13) is table
+    chex.assert_type(resize_relative_positions(table, 5), jnp.bfloat16)

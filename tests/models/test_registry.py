@@ -18,9 +18,16 @@ PARAMETERS = {
     "deit_small": 22_050_664,
     "deit_base": 86_567_656,
     "deit_micro": 267_048,
+    "mvitv2_tiny": 24_173_320,
+    "mvitv2_small": 34_870_216,
+    "mvitv2_base": 51_472_744,
 }
 DISTILLED = {"deit_tiny": 5_910_800, "deit_small": 22_436_432, "deit_base": 87_338_192}
 TAPS = {"deit_tiny": 12 * 3 * 9, "deit_small": 12 * 6 * 9, "deit_base": 12 * 12 * 9, "deit_micro": 4 * 2 * 9}
+TAPS |= {
+    f"mvitv2_{size}": 9 * sum(depth * heads for depth, heads in zip(depths, (1, 2, 4, 8), strict=True))
+    for size, depths in {"tiny": (1, 2, 5, 2), "small": (1, 2, 11, 2), "base": (2, 3, 16, 3)}.items()
+}
 
 
 def count(name, **arguments):
@@ -44,6 +51,13 @@ def test_distilled_parameters_are_the_published_ones(name):
 @pytest.mark.parametrize(("name", "form"), [*((name, "train") for name in MODELS), ("deit_micro", "inference")])
 def test_castling_adds_nine_taps_a_head_and_layer(name, form):
     assert count(name, form=form) == PARAMETERS[name] + TAPS[name]
+
+
+def test_castlings_inference_form_has_no_relative_positions():
+    # Queries' or keys' side, the longer one: 56, then 28, one block that halves it and blocks that keep it.
+    tables = 2 * 96 * sum(2 * side - 1 for side in (56, 28, 28, 28, 14, 14, 14, 14, 14, 7))
+    expected = PARAMETERS["mvitv2_tiny"] + TAPS["mvitv2_tiny"] - tables
+    assert count("mvitv2_tiny", form="inference") == expected
 
 
 @pytest.mark.parametrize("attention", ["linear_angular", "angular"])
