@@ -10,9 +10,8 @@ from typing import Any
 
 import jax
 
+from castling_jax.models.layers import BATCH_NORM_EPSILON as EPSILON
 from castling_jax.ops.errors import InputError
-
-EPSILON = 1e-5
 
 
 def fold_batch_norms(params: dict[str, Any], batch_stats: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -61,10 +60,10 @@ def _complete(node: dict[str, Any], names: tuple[str, ...], path: str) -> dict[s
 def _fold_after(layer, scale, bias, mean, var):
     """bn(x @ kernel) as one affine layer."""
     return {
-        "kernel": compute(
+        "kernel": _in_its_dtype(
             lambda kernel, scale, var: kernel * (scale * (var + EPSILON) ** -0.5), layer["kernel"], scale, var
         ),
-        "bias": compute(
+        "bias": _in_its_dtype(
             lambda bias, scale, mean, var: bias - mean * scale * (var + EPSILON) ** -0.5, bias, scale, mean, var
         ),
     }
@@ -73,10 +72,10 @@ def _fold_after(layer, scale, bias, mean, var):
 def _fold_before(layer, scale, bias, mean, var):
     """bn(x) @ kernel + bias as one affine layer."""
     return {
-        "kernel": compute(
+        "kernel": _in_its_dtype(
             lambda kernel, scale, var: kernel * (scale * (var + EPSILON) ** -0.5)[:, None], layer["kernel"], scale, var
         ),
-        "bias": compute(
+        "bias": _in_its_dtype(
             lambda own, kernel, scale, bias, mean, var: own + (bias - mean * scale * (var + EPSILON) ** -0.5) @ kernel,
             layer["bias"],
             layer["kernel"],
@@ -86,6 +85,11 @@ def _fold_before(layer, scale, bias, mean, var):
             var,
         ),
     }
+
+
+def _in_its_dtype(function: Callable[..., Any], like: Any, *others: Any) -> Any:
+    """`compute`, and rounded to `like`'s dtype: of bfloat16 parameters the statistics are still float32."""
+    return compute(lambda like, *others: function(like, *others).astype(like.dtype), like, *others)
 
 
 def compute(function: Callable[..., Any], like: Any, *others: Any) -> Any:

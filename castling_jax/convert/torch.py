@@ -15,33 +15,45 @@ import numpy as np
 
 from castling_jax.convert.inference import SOFTMAX_BRANCH
 from castling_jax.models.backbone import Backbone
+from castling_jax.models.levit import LeViT, fit_bias_table
 from castling_jax.models.position import resize_position_embedding, resize_relative_positions
 from castling_jax.models.variables import Variables, check_variables, flatten, get_variables, unflatten
 from castling_jax.ops.errors import InputError
 
-_LEAF_NAMES = {"kernel": "weight", "scale": "weight", "token_kernel": "dconv.weight"}
+_LEAF_NAMES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "token_kernel": "dconv.weight",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+# Buffers that state dicts may hold and that say nothing: PyTorch counts batches where no momentum is given, and older
+# LeViTs keep what can be computed. `to_torch` leaves them out; load_state_dict(strict=True) does not miss them.
+_IGNORED = ("num_batches_tracked", "attention_bias_idxs")
+# What only a softmax uses, and the linear kinds have no place for.
+_SOFTMAX_ONLY = ("attention_biases", "rel_pos_h", "rel_pos_w")
 
 
 def from_torch(model: Backbone, state_dict: Mapping[str, np.ndarray]) -> Variables:
     """Variables for `model` from a state dict under timm 1.0's names.
 
-    Position embeddings and relative positions of another image size are resized to the model's. What timm does not
-    have, a castling model's token kernels, starts at zero, as in a new model, and is listed in a warning of this
-    module's logger.
+    A position embedding, attention biases or relative positions of another image size are fitted to the model's. What
+    timm does not have, the token kernels, starts at zero, as in a new model, and is listed in a warning of this
+    module's logger; so is what a linear_angular or angular model has no use for, the biases of the softmax.
 
     Args:
       model: in training form; its parameters are not used, only their paths and shapes.
       state_dict: names to arrays, [out, in] and [out, in, height, width] as in PyTorch.
 
     Returns:
-      {"params": ...} of float arrays in the model's param_dtype.
+      {"params": ...}, and "batch_stats" with batch norm, of float arrays in the model's dtypes.
 
     Raises:
       InputError: the model is in inference form, a name is missing or unknown, or a shape does not fit.
     """
     _check_form(model)
-    remaining = {name: np.asarray(value) for name, value in state_dict.items()}
-    leaves, at_zero = {}, []
+    remaining = {name: np.asarray(value) for name, value in state_dict.items() if name.split(".")[-1] not in _IGNORED}
+    leaves, at_zero, unused = {}, [], []
     for path, leaf in flatten(get_variables(model)).items():
         name = _torch_name(path)
         if name in remaining:
@@ -50,21 +62,31 @@ def from_torch(model: Backbone, state_dict: Mapping[str, np.ndarray]) -> Variabl
                 value = _fit_position_embedding(model, value)
             elif path.endswith(("/rel_pos_h", "/rel_pos_w")) and value.ndim == 2 and value.shape[0] % 2 == 1:
                 value = np.asarray(resize_relative_positions(jnp.asarray(value), shape[0]))
+            elif path.endswith("/attention_biases"):
+                value = _fit_attention_biases(value, leaf.shape)
             if value.shape != shape:
                 raise InputError(f"{name!r} must be of the shape {shape} to fit the model, not {value.shape}.")
+            order = _row_order(model, path)
+            value = value if order is None else value[order]
             leaves[path] = jnp.asarray(_from_torch_layout(path, value, leaf.ndim), leaf.dtype)
         elif path.endswith("/token_kernel"):
             leaves[path] = jnp.zeros(leaf.shape, leaf.dtype)
             at_zero.append(path)
         else:
             raise InputError(f"the state dict lacks {name!r}, which {model.spec.name} needs for {path!r}.")
-    if remaining:
-        raise InputError(f"the state dict holds {sorted(remaining)[0]!r}, which {model.spec.name} does not have.")
+    if model.spec.attention in ("linear_angular", "angular"):
+        unused = sorted(name for name in remaining if name.split(".")[-1] in _SOFTMAX_ONLY)
+    if unknown := sorted(remaining.keys() - unused):
+        raise InputError(f"the state dict holds {unknown[0]!r}, which {model.spec.name} does not have.")
     if at_zero:
         logging.getLogger(__name__).warning(
             "%d token kernels are not in the state dict and start at zero, as in a new model: %s",
             len(at_zero),
             ", ".join(at_zero),
+        )
+    if unused:
+        logging.getLogger(__name__).warning(
+            "%d arrays of the state dict are of the softmax alone and are left out: %s", len(unused), ", ".join(unused)
         )
     return unflatten(leaves)
 
@@ -77,10 +99,11 @@ def to_torch(model: Backbone, variables: Variables) -> dict[str, np.ndarray]:
     """
     _check_form(model)
     check_variables(model, variables)
-    return {
-        _torch_name(path): _to_torch_layout(path, np.asarray(leaf, np.float32))
-        for path, leaf in flatten(variables).items()
-    }
+    state_dict = {}
+    for path, leaf in flatten(variables).items():
+        value, order = _to_torch_layout(path, np.asarray(leaf, np.float32)), _row_order(model, path)
+        state_dict[_torch_name(path)] = value if order is None else value[np.argsort(order)]
+    return state_dict
 
 
 def _check_form(model: Backbone) -> None:
@@ -92,6 +115,23 @@ def _torch_name(path: str) -> str:
     _, *modules, leaf = path.split("/")
     modules = [module for module in modules if module != SOFTMAX_BRANCH]
     return ".".join([*modules, _LEAF_NAMES.get(leaf, leaf)])
+
+
+def _row_order(model: Backbone, path: str) -> np.ndarray | None:
+    """Which of timm's rows each of ours is, where the two are ordered differently: LeViT's fused projections.
+
+    Ours are ordered q, k, v, then head; timm's head first, then q, k, v.
+    """
+    modules = path.split("/")[1:]
+    fused = {"qkv", "kv"} & set(modules)
+    if not isinstance(model, LeViT) or not fused:
+        return None
+    attention: Any = model
+    for name in modules[: modules.index(fused.pop())]:
+        attention = attention[int(name)] if name.isdigit() else getattr(attention, name)
+    rows = np.arange(attention.num_heads * sum(attention.fused_dims)).reshape(attention.num_heads, -1)
+    parts = np.split(rows, np.cumsum(attention.fused_dims)[:-1], axis=1)
+    return np.concatenate([part.ravel() for part in parts])
 
 
 def _from_torch_layout(path: str, value: np.ndarray, ndim: int) -> np.ndarray:
@@ -122,3 +162,11 @@ def _fit_position_embedding(model: Any, embedding: np.ndarray) -> np.ndarray:
         return embedding
     side = math.isqrt(embedding.shape[1] - model.prefix_tokens)
     return np.asarray(resize_position_embedding(jnp.asarray(embedding), (side, side), model.grid, model.prefix_tokens))
+
+
+def _fit_attention_biases(table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """LeViT's biases for the model's grid, where they are those of a square grid at all."""
+    if table.ndim != 2 or math.isqrt(table.shape[1]) ** 2 != table.shape[1]:
+        return table
+    side, new_side = math.isqrt(table.shape[1]), math.isqrt(shape[1])
+    return fit_bias_table(table, (side, side), (new_side, new_side))

@@ -27,6 +27,21 @@ def kernel_shape(token_conv: str, size: int | None) -> tuple[int, ...]:
     return (size,) if token_conv == "1d" else (size, size)
 
 
+def new_token_kernel(
+    attention: str, token_conv: str | None, size: int | None, num_heads: int, param_dtype: jnp.dtype
+) -> nnx.Param | None:
+    """The token kernel of an attention, where it has one: zero, so that a new model starts as attention alone.
+
+    Raises:
+      InputError: token_conv is unknown, or the size is even.
+    """
+    if token_conv is not None:
+        check_known("token_conv", token_conv, TOKEN_KERNEL_SIZES)
+    if attention == "softmax" or token_conv is None:
+        return None
+    return nnx.Param(jnp.zeros((*kernel_shape(token_conv, size), num_heads), param_dtype))
+
+
 class Attention(nnx.Module):
     """Self-attention with fused qkv: its rows are ordered q, k, v, then head, then head_dim.
 
@@ -61,8 +76,6 @@ class Attention(nnx.Module):
     ):
         check_known("attention", attention, ATTENTIONS)
         check_known("form", form, FORMS)
-        if token_conv is not None:
-            check_known("token_conv", token_conv, TOKEN_KERNEL_SIZES)
         if num_heads < 1 or dim % num_heads:
             raise InputError(f"{num_heads} heads do not divide the width {dim}.")
         self.num_heads = num_heads
@@ -71,12 +84,7 @@ class Attention(nnx.Module):
         self.token_conv = token_conv
         self.qkv = linear(dim, 3 * dim, use_bias=qkv_bias, param_dtype=param_dtype, **layer)
         self.proj = linear(dim, dim, param_dtype=param_dtype, **layer)
-        # Zero, so that a converted or new model starts as attention alone.
-        self.token_kernel = (
-            nnx.Param(jnp.zeros((*kernel_shape(token_conv, token_kernel_size), num_heads), param_dtype))
-            if attention != "softmax" and token_conv is not None
-            else None
-        )
+        self.token_kernel = new_token_kernel(attention, token_conv, token_kernel_size, num_heads, param_dtype)
 
     def __call__(
         self,

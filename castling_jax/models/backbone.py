@@ -38,5 +38,21 @@ class Backbone(nnx.Module):
         mask_threshold: ArrayLike | None = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "batch classes"], Float[Array, "layers"]]:
-        """Logits in float32 and the mask density of each layer; with a key, in training mode."""
+        """Logits in float32 and the mask density of each layer.
+
+        With a key in training mode: drop-path is on, and batch norm goes by the batch's statistics and updates its own.
+        """
+        raise NotImplementedError
+
+    def features(
+        self,
+        images: Float[Array, "batch height width channels"],
+        *,
+        mask_threshold: ArrayLike | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> list[Float[Array, "batch height width channels"]]:
+        """What a detector or segmenter takes: the tokens on their grid, [batch, height, width, channels], one a stage.
+
+        The arguments are as in `__call__`.
+        """
         raise NotImplementedError

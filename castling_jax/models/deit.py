@@ -9,7 +9,16 @@ from jaxtyping import Array, ArrayLike, Float, Key
 
 from castling_jax.models.attention import Attention
 from castling_jax.models.backbone import Backbone
-from castling_jax.models.layers import DEIT_STD, Mlp, PatchEmbed, drop_path, layer_norm, linear, normal_parameter
+from castling_jax.models.layers import (
+    DEIT_STD,
+    Mlp,
+    PatchEmbed,
+    drop_path,
+    layer_norm,
+    linear,
+    normal_parameter,
+    run_block,
+)
 from castling_jax.models.position import resize_position_embedding
 from castling_jax.ops.errors import InputError
 
@@ -67,6 +76,7 @@ class DeiT(Backbone):
         qkv_bias: bool = True,
         distilled: bool = False,
         drop_path_rate: float = 0.0,
+        remat: bool = False,
         token_conv: str | None = "1d",
         token_kernel_size: int | None = None,
         init_std: float = DEIT_STD,
@@ -81,6 +91,7 @@ class DeiT(Backbone):
             raise InputError(f"drop_path_rate must be in [0, 1), not {drop_path_rate}.")
         layer = common | {"init_std": init_std}
         self.patch_size = patch_size
+        self.remat = remat
         self.in_chans = in_chans
         self.grid = patch_grid((image_size, image_size), patch_size)
         self.prefix_tokens = 2 if distilled else 1
@@ -122,6 +133,28 @@ class DeiT(Backbone):
           InputError: the image is no multiple of the patch or has other channels, or a castling model in training
             form has no threshold.
         """
+        x, densities = self._tokens(images, mask_threshold, key)
+        logits = self.head(x[:, 0])
+        if self.head_dist is not None:
+            logits = (logits + self.head_dist(x[:, 1])) / 2
+        return logits.astype(jnp.float32), densities
+
+    def features(
+        self,
+        images: Float[Array, "batch height width channels"],
+        *,
+        mask_threshold: ArrayLike | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> list[Float[Array, "batch height width channels"]]:
+        """One entry: the normed tokens of the patches, without class and distillation token. Raises as a call does."""
+        x, _ = self._tokens(images, mask_threshold, key)
+        grid = patch_grid(images.shape[1:3], self.patch_size)
+        return [x[:, self.prefix_tokens :].reshape(len(x), *grid, x.shape[2])]
+
+    def _tokens(
+        self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """All tokens behind the last norm, prefix first, and the mask densities."""
         if images.shape[3] != self.in_chans:
             raise InputError(f"images must have {self.in_chans} channels, not {images.shape[3]}.")
         grid = patch_grid(images.shape[1:3], self.patch_size)
@@ -132,19 +165,17 @@ class DeiT(Backbone):
         x = jnp.concatenate([*prefix, tokens], axis=1) + positions.astype(tokens.dtype)
         densities = []
         for i, block in enumerate(self.blocks):
-            x, density = block(
+            x, density = run_block(
+                block,
                 x,
+                remat=self.remat,
                 grid=grid,
                 prefix_tokens=self.prefix_tokens,
                 mask_threshold=mask_threshold,
                 key=None if key is None else jax.random.fold_in(key, i),
             )
             densities.append(density)
-        x = self.norm(x)
-        logits = self.head(x[:, 0])
-        if self.head_dist is not None:
-            logits = (logits + self.head_dist(x[:, 1])) / 2
-        return logits.astype(jnp.float32), jnp.stack(densities)
+        return self.norm(x), jnp.stack(densities)
 
 
 def patch_grid(size: tuple[int, ...], patch_size: int) -> tuple[int, int]:

@@ -10,6 +10,10 @@ from jaxtyping import Array, Float, Key
 # DeiT and MViTv2 start their matrices, tokens and position embeddings from timm's trunc_normal_(std=0.02). It cuts at
 # -2 and 2, a hundred deviations away, so it is a normal; JAX's truncated_normal cuts at two deviations.
 DEIT_STD = 0.02
+# As PyTorch starts linear and convolution layers, and so DeiT its patches and LeViT all but its heads: uniform, of
+# variance 1 / (3 fan_in).
+TORCH_INIT = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+BATCH_NORM_EPSILON = 1e-5
 
 
 def normal_parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype) -> nnx.Param:
@@ -44,6 +48,118 @@ def layer_norm(features: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs:
     return nnx.LayerNorm(features, epsilon=1e-6, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
 
+class BatchNorm(nnx.BatchNorm):
+    """Batch normalisation over all axes but the last, with PyTorch's constants; statistics are float32 in any dtype.
+
+    PyTorch's momentum of 0.1 is 0.9 here. It puts the unbiased variance into the running one, we the batch's own: one
+    part in the number of averaged values less.
+    """
+
+    def __init__(self, features: int, *, scale: float = 1.0, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        super().__init__(
+            features,
+            momentum=0.9,
+            epsilon=BATCH_NORM_EPSILON,
+            dtype=jnp.float32,  # in bfloat16 it would round the running statistics before it uses them
+            param_dtype=param_dtype,
+            scale_init=jax.nn.initializers.constant(scale),
+            rngs=rngs,
+        )
+
+    def normalize(self, x: Float[Array, "*batch channels"], training: bool) -> Float[Array, "*batch channels"]:
+        """In training by the batch's statistics, which the running ones then follow; else by these."""
+        return self(x, use_running_average=not training).astype(x.dtype)
+
+
+class ConvNorm(nnx.Module):
+    """A 3 x 3 convolution of stride 2, then batch norm; in form="inference" the two are one, with a bias."""
+
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        *,
+        form: str,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.linear = nnx.Conv(
+            features_in,
+            features_out,
+            (3, 3),
+            strides=(2, 2),
+            padding=((1, 1), (1, 1)),
+            use_bias=form == "inference",
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=TORCH_INIT,
+            rngs=rngs,
+        )
+        self.bn = None if form == "inference" else BatchNorm(features_out, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch height width channels"], *, training: bool
+    ) -> Float[Array, "batch half_height half_width features"]:
+        x = self.linear(x)
+        return x if self.bn is None else self.bn.normalize(x, training)
+
+
+class LinearNorm(nnx.Module):
+    """A dense layer, then batch norm over all tokens; in form="inference" the two are one, with a bias.
+
+    `bn_scale` is what the norm's scale starts from: 0 where a residual branch is to start at nothing.
+    """
+
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        *,
+        bn_scale: float = 1.0,
+        form: str,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.linear = nnx.Linear(
+            features_in,
+            features_out,
+            use_bias=form == "inference",
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=TORCH_INIT,
+            rngs=rngs,
+        )
+        self.bn = (
+            None if form == "inference" else BatchNorm(features_out, scale=bn_scale, param_dtype=param_dtype, rngs=rngs)
+        )
+
+    def __call__(self, x: Float[Array, "batch tokens channels"], *, training: bool) -> Float[Array, "batch tokens _"]:
+        x = self.linear(x)
+        return x if self.bn is None else self.bn.normalize(x, training)
+
+
+class NormLinear(nnx.Module):
+    """Batch norm, then a dense layer: a classifier head; in form="inference" the two are one."""
+
+    def __init__(
+        self,
+        features: int,
+        num_classes: int,
+        *,
+        form: str,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.bn = None if form == "inference" else BatchNorm(features, param_dtype=param_dtype, rngs=rngs)
+        self.linear = linear(features, num_classes, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "batch channels"], *, training: bool) -> Float[Array, "batch classes"]:
+        return self.linear(x if self.bn is None else self.bn.normalize(x, training))
+
+
 class PatchEmbed(nnx.Module):
     """Non-overlapping patches, each projected to a token."""
 
@@ -65,8 +181,7 @@ class PatchEmbed(nnx.Module):
             padding="VALID",
             dtype=dtype,
             param_dtype=param_dtype,
-            # As PyTorch, and so DeiT, starts a convolution: uniform of variance 1 / (3 fan_in).
-            kernel_init=jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+            kernel_init=TORCH_INIT,
             rngs=rngs,
         )
 
@@ -95,3 +210,13 @@ def drop_path(x: Float[Array, "batch *axes"], rate: float, key: Key[Array, ""] |
         return x
     kept = jax.random.bernoulli(key, 1 - rate, (x.shape[0], *(1,) * (x.ndim - 1)))
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+def run_block(block: nnx.Module, x: Array, *, remat: bool, **options: Any) -> Any:
+    """block(x, **options); with `remat` its inner values are computed again in the backward pass, not kept until then.
+
+    `options` are closed over rather than passed: a threshold that is known stays known.
+    """
+    if not remat:
+        return block(x, **options)
+    return nnx.remat(lambda block, x: block(x, **options))(block, x)

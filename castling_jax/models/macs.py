@@ -44,6 +44,10 @@ def _count(jaxpr: Jaxpr) -> int:
             total += shapes[-1].size * kernel.size // kernel.shape[features]
         elif equation.params.get("name") == "_depthwise_taps":
             total += shapes[-1].size * math.prod(shapes[1].shape[:-1])
+        elif equation.params.get("branches_platforms"):
+            # One computation in a form for each platform: counted in that of no platform in particular.
+            forms = zip(equation.params["branches_platforms"], equation.params["branches"], strict=True)
+            total += sum(_count(form.jaxpr) for platforms, form in forms if platforms is None)
         else:
             total += sum(_count(inner) for inner in _inner(equation.params))
     return total

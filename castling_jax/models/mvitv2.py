@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, Key
 
 from castling_jax.models.attention import TOKEN_KERNEL_SIZES, attend, kernel_shape
 from castling_jax.models.backbone import Backbone
-from castling_jax.models.layers import Mlp, drop_path, layer_norm, linear, normal_parameter
+from castling_jax.models.layers import Mlp, drop_path, layer_norm, linear, normal_parameter, run_block
 from castling_jax.models.position import resize_relative_positions
 from castling_jax.ops.errors import InputError, check_known
 
@@ -294,6 +294,7 @@ class MViTv2(Backbone):
         stride_q: tuple[Pair, ...] | None = None,
         stride_kv_adaptive: Pair = (4, 4),
         drop_path_rate: float = 0.0,
+        remat: bool = False,
         token_conv: str | None = "2d",
         token_kernel_size: int | None = None,
         dtype: jnp.dtype,
@@ -319,6 +320,7 @@ class MViTv2(Backbone):
         if token_conv is not None:
             check_known("token_conv", token_conv, TOKEN_KERNEL_SIZES)
         self.in_chans = in_chans
+        self.remat = remat
         self.patch_embed = PatchEmbed(in_chans, embed_dim, **common)
         grid, width, stride_kv = (
             pooled((image_size, image_size), (PATCH_STRIDE, PATCH_STRIDE)),
@@ -401,7 +403,7 @@ class MViTv2(Backbone):
         for stage in self.stages:
             for block in stage.blocks:
                 block_key = None if key is None else jax.random.fold_in(key, len(densities))
-                x, density = block(x, mask_threshold=mask_threshold, key=block_key)
+                x, density = run_block(block, x, remat=self.remat, mask_threshold=mask_threshold, key=block_key)
                 densities.append(density)
             features.append(x)
         return features, densities

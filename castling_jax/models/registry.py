@@ -1,7 +1,7 @@
 """Names -> models."""
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,18 @@ from flax import nnx
 from castling_jax.models.attention import ATTENTIONS, FORMS
 from castling_jax.models.backbone import Backbone, ModelSpec
 from castling_jax.models.deit import DeiT
+from castling_jax.models.levit import LeViT
 from castling_jax.models.mvitv2 import MViTv2
 from castling_jax.ops.errors import InputError, check_known
 
-# name -> (class, its arguments): Touvron et al., table 1; deit_micro is ours, for small images on a CPU;
-# DeiT's start of 0.02 is too small for its width to learn from. MViTv2: Li et al., with their drop-path.
+
+def _levit(embed_dim: tuple[int, ...], depth: tuple[int, ...], num_heads: tuple[int, ...], key_dim: int) -> dict:
+    return {"image_size": 224, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "key_dim": key_dim}
+
+
+# name -> (class, its arguments): DeiT's are Touvron et al.'s, table 1, LeViT's Graham et al.'s, table 1, MViTv2's Li et
+# al.'s, with their drop-path. deit_micro is ours, for small images on a CPU; DeiT's start of 0.02 is too small for its
+# width to learn from.
 MODELS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "deit_tiny": (DeiT, {"image_size": 224, "embed_dim": 192, "depth": 12, "num_heads": 3}),
     "deit_small": (DeiT, {"image_size": 224, "embed_dim": 384, "depth": 12, "num_heads": 6}),
@@ -23,6 +30,11 @@ MODELS: dict[str, tuple[type[Any], dict[str, Any]]] = {
         DeiT,
         {"image_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 2, "init_std": 0.1},
     ),
+    "levit_128s": (LeViT, _levit((128, 256, 384), (2, 3, 4), (4, 6, 8), 16)),
+    "levit_128": (LeViT, _levit((128, 256, 384), (4, 4, 4), (4, 8, 12), 16)),
+    "levit_192": (LeViT, _levit((192, 288, 384), (4, 4, 4), (3, 5, 6), 32)),
+    "levit_256": (LeViT, _levit((256, 384, 512), (4, 4, 4), (4, 6, 8), 32)),
+    "levit_384": (LeViT, _levit((384, 512, 768), (4, 4, 4), (6, 9, 12), 32) | {"drop_path_rate": 0.1}),
     "mvitv2_tiny": (MViTv2, {"image_size": 224, "depths": (1, 2, 5, 2), "drop_path_rate": 0.1}),
     "mvitv2_small": (MViTv2, {"image_size": 224, "depths": (1, 2, 11, 2), "drop_path_rate": 0.1}),
     "mvitv2_base": (MViTv2, {"image_size": 224, "depths": (2, 3, 16, 3), "drop_path_rate": 0.3}),
@@ -65,9 +77,10 @@ def create_model(
       dtype: what it computes in, float32 or bfloat16; logits are float32 always.
       param_dtype: what its parameters are held in.
       rngs: where the parameters are drawn from; None is nnx.Rngs(0).
-      **overrides: timm's constructor words: embed_dim, depth (of MViTv2 depths), num_heads, patch_size, in_chans,
-        mlp_ratio, qkv_bias, distilled, stride_q, stride_kv_adaptive, drop_path_rate; init_std of the matrices; and
-        token_conv ("1d", "2d" or None) and token_kernel_size.
+      **overrides: timm's constructor words: embed_dim, depth, num_heads (tuples of LeViT), depths, stride_q,
+        stride_kv_adaptive (of MViTv2), key_dim, patch_size, in_chans, mlp_ratio, qkv_bias, distilled, drop_path_rate;
+        init_std of the matrices; remat, to compute what is inside a block again in the backward pass rather than keep
+        it; and token_conv ("1d", "2d" or None) and token_kernel_size.
 
     Returns:
       A Flax NNX module; `model.spec` holds what it was made from.
@@ -113,13 +126,16 @@ def create_model(
     return model
 
 
-class _OneKey:
-    """In the place of nnx.Rngs where only shapes are wanted; counting its keys while tracing takes quadratic time."""
+class _SameKey:
+    """In the place of nnx.Rngs where nothing is drawn: counting the draws is most of what tracing a model costs."""
 
-    def params(self) -> Any:
-        return jax.random.key(0)
+    def __init__(self) -> None:
+        self._key = jax.random.key(0)
+
+    def params(self) -> jax.Array:
+        return self._key
 
 
 def abstract_model(name: str, **arguments: Any) -> Backbone:
     """`create_model` with shapes in the place of arrays: nothing is allocated or drawn."""
-    return nnx.eval_shape(lambda: create_model(name, **({"rngs": _OneKey()} | arguments)))
+    return nnx.eval_shape(lambda: create_model(name, **({"rngs": cast(nnx.Rngs, _SameKey())} | arguments)))

@@ -115,12 +115,35 @@ def forward(
     images: Float[Array, "batch height width channels"],
     *,
     mask_threshold: ArrayLike | None = None,
-    key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, "batch classes"], Float[Array, "layers"]]:
-    """(logits, densities); with a key, in training mode. Otherwise as `apply`."""
+    """(logits, densities) in evaluation mode, as `apply`."""
+    _check_images(images)
+    return bind(model, variables)(images, mask_threshold=mask_threshold)
+
+
+def forward_train(
+    model: Backbone,
+    variables: Variables,
+    images: Float[Array, "batch height width channels"],
+    *,
+    mask_threshold: ArrayLike | None = None,
+    key: Key[Array, ""],
+) -> tuple[Float[Array, "batch classes"], Float[Array, "layers"], Any]:
+    """(logits, densities, batch_stats) in training mode; pure, as `apply`.
+
+    The key is drop-path's. `batch_stats` are the running statistics of batch norm after this batch, {} without any.
+    """
+    _check_images(images)
+    # The copy's variables were made here, so what batch norm writes into them neither leaves a trace of jit or grad
+    # nor reaches the model.
+    bound = bind(model, variables)
+    logits, densities = bound(images, mask_threshold=mask_threshold, key=key)
+    return logits, densities, get_variables(bound).get("batch_stats", {})
+
+
+def _check_images(images: jax.Array) -> None:
     if len(images.shape) != 4:
         raise InputError(f"images must be [batch, height, width, channels], not of shape {images.shape}.")
-    return bind(model, variables)(images, mask_threshold=mask_threshold, key=key)
 
 
 def count_parameters(variables: Variables) -> int:

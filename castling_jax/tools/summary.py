@@ -70,7 +70,8 @@ def measure_forms(arguments: dict[str, Any], image_size: int) -> dict[str, float
         calls[form] = functools.partial(
             jax.jit(functools.partial(apply, model)), get_variables(model), images, mask_threshold=jnp.float32(0.02)
         )
-    tokens = get_variables(model)["params"]["pos_embed"].shape[1]
+    first_stage = jax.eval_shape(model.features, images)[0]
+    tokens = getattr(model, "prefix_tokens", 0) + first_stage.shape[1] * first_stage.shape[2]
     times = medians(interleaved_seconds(calls, repeats=REPEATS))
     return {
         "image_size": image_size,

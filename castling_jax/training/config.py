@@ -24,14 +24,17 @@ def default_config() -> ConfigDict:
                 "attention": "castling",
                 "dtype": "float32",
                 "image_size": config_dict.placeholder(int),
-                "embed_dim": config_dict.placeholder(int),
-                "depth": config_dict.placeholder(int),
-                "num_heads": config_dict.placeholder(int),
+                # A number, or of LeViT a tuple with one for each stage.
+                "embed_dim": config_dict.placeholder(object),
+                "depth": config_dict.placeholder(object),
+                "num_heads": config_dict.placeholder(object),
+                "key_dim": config_dict.placeholder(int),
                 "patch_size": config_dict.placeholder(int),
                 "mlp_ratio": config_dict.placeholder(float),
                 "qkv_bias": config_dict.placeholder(bool),
                 "distilled": config_dict.placeholder(bool),
                 "drop_path_rate": config_dict.placeholder(float),
+                "remat": config_dict.placeholder(bool),  # compute blocks again in the backward pass: less memory
                 "token_conv": config_dict.placeholder(str),  # "none": no convolution
                 "token_kernel_size": config_dict.placeholder(int),
                 "init_std": config_dict.placeholder(float),
@@ -98,6 +101,10 @@ def check_config(config: ConfigDict) -> None:
     ):
         if given[name] < 0:
             raise InputError(f"config.{name} must be at least 0, not {given[name]}.")
+    for name in ("model.embed_dim", "model.depth", "model.num_heads"):
+        sizes = given[name] if isinstance(given[name], tuple | list) else [given[name]]
+        if given[name] is not None and not all(isinstance(size, int) for size in sizes):
+            raise InputError(f"config.{name} must be an integer or a tuple of integers, not {given[name]}.")
     if not 0 <= given["loss.label_smoothing"] < 1:
         raise InputError(f"config.loss.label_smoothing must be in [0, 1), not {given['loss.label_smoothing']}.")
 

@@ -1,7 +1,6 @@
 """Exact evaluation of both forms in one pass."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +11,15 @@ from castling_jax.data.loader import evaluation_batches
 from castling_jax.data.sources import Dataset
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
-from castling_jax.models.variables import apply
+from castling_jax.models.variables import Variables, apply
 from castling_jax.training.losses import cross_entropy
 from castling_jax.training.sharding import shard_batch
 
-Evaluator = Callable[[Any, float], dict[str, float]]
+Evaluator = Callable[[Variables, float], dict[str, float]]
 
 
 def make_evaluator(model: Backbone, dataset: Dataset, *, batch_size: int, mesh: Mesh) -> Evaluator:
-    """Builds (params, threshold) -> figures over the whole dataset, every example counted once.
+    """Builds (variables, threshold) -> figures over the whole dataset, every example counted once.
 
     The figures: accuracy_train_form, accuracy_inference_form (shares), eval_loss (cross entropy of the inference form
     in nats, without smoothing), max_difference (largest absolute difference between the two forms' logits).
@@ -29,9 +28,8 @@ def make_evaluator(model: Backbone, dataset: Dataset, *, batch_size: int, mesh: 
 
     @jax.jit
     def evaluate_batch(
-        totals: dict[str, jax.Array], params: Any, batch: dict[str, jax.Array], threshold: jax.Array
+        totals: dict[str, jax.Array], variables: Variables, batch: dict[str, jax.Array], threshold: jax.Array
     ) -> dict[str, jax.Array]:
-        variables = {"params": params}
         train_logits = apply(model, variables, batch["image"], mask_threshold=threshold)
         logits = apply(inference_model, to_inference(variables), batch["image"])
         weight, labels = batch["weight"], batch["label"]
@@ -45,14 +43,14 @@ def make_evaluator(model: Backbone, dataset: Dataset, *, batch_size: int, mesh: 
             "max_difference": jnp.maximum(totals["max_difference"], jnp.max(difference)),
         }
 
-    def evaluate(params: Any, threshold: float) -> dict[str, float]:
+    def evaluate(variables: Variables, threshold: float) -> dict[str, float]:
         names = ("accuracy_train_form", "accuracy_inference_form", "eval_loss", "max_difference")
         totals = {name: jnp.zeros((), jnp.float32) for name in names}
         batches = evaluation_batches(
             dataset, batch_size=batch_size, process_index=jax.process_index(), process_count=jax.process_count()
         )
         for batch in batches:
-            totals = evaluate_batch(totals, params, shard_batch(batch, mesh), jnp.float32(threshold))
+            totals = evaluate_batch(totals, variables, shard_batch(batch, mesh), jnp.float32(threshold))
         return {
             name: float(total) / (1 if name == "max_difference" else len(dataset)) for name, total in totals.items()
         }

@@ -73,7 +73,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     # 2. The state; 3. its place in an earlier, interrupted run of the same configuration.
     optimizer = make_optimizer(config.optimizer, learning_rate)
-    state = replicate(create_state(get_variables(model)["params"], optimizer, config.seed), mesh)
+    state = replicate(create_state(get_variables(model), optimizer, config.seed), mesh)
     train_step = make_train_step(model, optimizer, label_smoothing=config.loss.label_smoothing)
     evaluate = make_evaluator(model, eval_set, batch_size=config.evaluation.batch_size, mesh=mesh)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 }
                 bar.set_postfix({"loss": f"{loss:.3f}", "images/s": f"{images_per_second:,.0f}"})
             if step % (config.evaluation.every_epochs * steps_per_epoch) == 0 or is_last:
-                figures = evaluate(state.params, threshold)
+                figures = evaluate(state.variables, threshold)
                 line |= {"accuracy": figures["accuracy_train_form"], **figures}
             if line and metrics is not None:
                 metrics.write(step, line)
@@ -141,9 +141,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     # 5. What the run was for: the inference form, and its figures.
     if not figures:
-        figures = evaluate(state.params, threshold_at(total_steps - 1))
+        figures = evaluate(state.variables, threshold_at(total_steps - 1))
     if is_writer:
-        save_inference(workdir / "inference", model, {"params": state.params})
+        save_inference(workdir / "inference", model, state.variables)
     return {
         **figures,
         "mask_threshold": threshold_at(total_steps - 1),

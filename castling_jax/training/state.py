@@ -10,30 +10,56 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int, Key
 
-from castling_jax.models.variables import flatten
+from castling_jax.models.variables import Variables, flatten
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """The whole state of training but the place in the data: a pytree.
 
     Attributes:
       params: the parameters, nested dicts.
+      batch_stats: batch norm's running statistics, nested dicts; {} without batch norm.
       opt_state: the optimiser's.
       step: how many steps were made.
       key: where each step's random key comes from; it does not change.
     """
 
     params: Any
+    batch_stats: Any
     opt_state: optax.OptState
     step: Int[Array, ""]
     key: Key[Array, ""]
 
+    @property
+    def variables(self) -> Variables:
+        """What `apply` and `to_inference` take."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
 
-def create_state(params: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+
+def _children(state: TrainState) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+    names = tuple(name for name in vars(state) if name != "batch_stats" or state.batch_stats)
+    return [(jax.tree_util.GetAttrKey(name), getattr(state, name)) for name in names], names
+
+
+# Empty statistics are no part of the tree: a checkpoint of a model without batch norm has no place for them.
+jax.tree_util.register_pytree_with_keys(
+    TrainState,
+    _children,
+    lambda names, children: TrainState(**{"batch_stats": {}, **dict(zip(names, children, strict=True))}),
+)
+
+
+def create_state(variables: Variables, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first step."""
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key(seed))
+    params = variables["params"]
+    return TrainState(
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=optimizer.init(params),
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key(seed),
+    )
 
 
 def parameters_sha256(params: Any) -> str:

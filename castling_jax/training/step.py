@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from castling_jax.models.backbone import Backbone
-from castling_jax.models.variables import forward
+from castling_jax.models.variables import forward_train
 from castling_jax.training.losses import cross_entropy
 from castling_jax.training.state import TrainState
 
@@ -32,20 +32,27 @@ def make_train_step(
     def step(
         state: TrainState, batch: dict[str, jax.Array], threshold: Float[Array, ""] | float
     ) -> tuple[TrainState, Metrics]:
-        def loss_of(params: Any) -> tuple[jax.Array, jax.Array]:
-            logits, densities = forward(
+        def loss_of(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+            logits, densities, batch_stats = forward_train(
                 model,
-                {"params": params},
+                {"params": params, "batch_stats": state.batch_stats},
                 batch["image"],
                 mask_threshold=threshold,
                 key=jax.random.fold_in(state.key, state.step),
             )
-            return jnp.mean(cross_entropy(logits, batch["label"], label_smoothing=label_smoothing)), densities
+            loss = jnp.mean(cross_entropy(logits, batch["label"], label_smoothing=label_smoothing))
+            return loss, (densities, batch_stats)
 
-        (loss, densities), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        (loss, (densities, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1, state.key), {"loss": loss, "mask_density": densities}
+        state = TrainState(
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            step=state.step + 1,
+            key=state.key,
+        )
+        return state, {"loss": loss, "mask_density": densities}
 
     with_branch = jax.jit(step, donate_argnums=0)
     # A number known while tracing, not an argument: the operations see that the mask is empty.

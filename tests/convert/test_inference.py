@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import castling_jax
 from castling_jax import to_inference
-from castling_jax.models.registry import abstract_model
+from castling_jax.models.registry import MODELS, abstract_model
 from castling_jax.models.variables import flatten, get_variables
 from tests.convert import trees
 from tests.models import small, test_mvitv2
@@ -33,6 +33,28 @@ def test_the_tree_is_exactly_the_inference_models(kind, token_conv, distilled):
         return get_variables(small.small_model(attention=kind, token_conv=token_conv, distilled=distilled, form=form))
 
     chex.assert_trees_all_equal(to_inference(variables("train")), variables("inference"))
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("token_conv", "distilled"), [("2d", True), ("1d", False), (None, False)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_levits_tree_is_exactly_the_inference_models(kind, token_conv, distilled, param_dtype):
+    def variables(form):
+        arguments = {"attention": kind, "token_conv": token_conv, "distilled": distilled, "param_dtype": param_dtype}
+        return get_variables(small.small_levit(form=form, **arguments))
+
+    chex.assert_trees_all_equal_shapes_and_dtypes(to_inference(variables("train")), variables("inference"))
+
+
+@pytest.mark.parametrize("kind", ["castling", "softmax"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("levit")])
+def test_every_levits_tree_is_exactly_the_inference_models(name, kind):
+    def variables(form):
+        return get_variables(abstract_model(name, attention=kind, form=form, distilled=True))
+
+    switched = to_inference(variables("train"))
+    chex.assert_trees_all_equal_shapes_and_dtypes(switched, variables("inference"))
+    assert switched.keys() == {"params"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

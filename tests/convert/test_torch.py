@@ -162,6 +162,105 @@ def test_a_table_of_relative_positions_that_cannot_be_one(refuses, golden, shape
         from_torch(test_mvitv2.golden_model(file), file.group("weights") | {name: np.zeros(shape, np.float32)})
 
 
+# LeViT
+
+
+def golden_levit(file, **arguments):
+    meta = file.meta
+    sizes = {word: meta[word] for word in ("embed_dim", "key_dim", "depth", "num_heads", "num_classes")}
+    sizes |= {"image_size": meta["img_size"], "distilled": meta.get("distilled", False), "attention": "softmax"}
+    return abstract_model("levit_128s", **(sizes | arguments))
+
+
+@pytest.mark.parametrize("name", ["levit_small_cfg", "levit_distilled_small_cfg"])
+def test_a_levits_weights_come_back_as_they_were(golden, caplog, name):
+    file = golden(name)
+    model, weights = golden_levit(file), file.group("weights")
+    counters = {f"{name[:-13]}.num_batches_tracked": np.int64(7) for name in weights if name.endswith(".running_mean")}
+    with caplog.at_level(logging.WARNING):
+        variables = from_torch(model, weights | counters)
+    assert not caplog.records
+    chex.assert_trees_all_equal(to_torch(model, variables), weights)
+
+
+@pytest.mark.parametrize("kind", ["castling", "linear_angular", "angular", "softmax"])
+def test_random_levits_make_the_round_trip(kind):
+    model = small.small_levit(attention=kind, distilled=True)
+    variables = small.random_variables(model)
+    state_dict = to_torch(model, variables)
+    assert ("stages.0.blocks.0.attn.attention_biases" in state_dict) == (kind in ("castling", "softmax"))
+    assert not any("softmax_branch" in name for name in state_dict)
+    chex.assert_trees_all_equal(from_torch(model, state_dict), variables)
+
+
+def test_a_levits_fused_rows_are_ordered_head_first():
+    model = small.small_levit(attention="softmax")
+    variables = small.random_variables(model)
+    state_dict = to_torch(model, variables)
+    cases = [
+        ("0", "blocks/0/attn/qkv", 2, {"q": 4, "k": 4, "v": 8}),
+        ("1", "downsample/attn_downsample/kv", 2, {"k": 4, "v": 16}),
+    ]
+    for stage, path, heads, dims in cases:
+        node, stats = (variables[part]["stages"][stage] for part in ("params", "batch_stats"))
+        for name in path.split("/"):
+            node, stats = node[name], stats[name]
+        theirs = f"stages.{stage}.{path.replace('/', '.')}"
+        row, own_start = 0, dict(zip(dims, np.cumsum([0, *dims.values()]) * heads, strict=False))
+        for head in range(heads):
+            for part, dim in dims.items():
+                for i in range(dim):
+                    own = own_start[part] + head * dim + i
+                    np.testing.assert_array_equal(
+                        state_dict[f"{theirs}.linear.weight"][row], node["linear"]["kernel"][:, own]
+                    )
+                    assert state_dict[f"{theirs}.bn.weight"][row] == node["bn"]["scale"][own]
+                    assert state_dict[f"{theirs}.bn.running_var"][row] == stats["bn"]["var"][own]
+                    row += 1
+
+
+def test_a_castling_levit_takes_the_softmaxs_biases_into_its_branch(golden, caplog):
+    file = golden("levit_small_cfg")
+    weights = file.group("weights")
+    with caplog.at_level(logging.WARNING):
+        leaves = flatten(from_torch(golden_levit(file, attention="castling"), weights))
+    (record,) = caplog.records
+    assert "stages/2/downsample/attn_downsample/token_kernel" in record.getMessage()
+    biases = leaves["params/stages/1/blocks/0/attn/softmax_branch/attention_biases"]
+    np.testing.assert_array_equal(biases, weights["stages.1.blocks.0.attn.attention_biases"])
+
+
+@pytest.mark.parametrize("kind", ["linear_angular", "angular"])
+def test_a_linear_levit_leaves_the_softmaxs_biases_out_and_says_so(golden, caplog, kind):
+    file = golden("levit_small_cfg")
+    with caplog.at_level(logging.WARNING):
+        leaves = flatten(from_torch(golden_levit(file, attention=kind, token_conv=None), file.group("weights")))
+    (record,) = caplog.records
+    assert "stages.1.blocks.0.attn.attention_biases" in record.getMessage()
+    assert not any(path.endswith("attention_biases") for path in leaves)
+
+
+@pytest.mark.parametrize("image_size", [128, 32])
+def test_biases_of_another_image_size_are_fitted(golden, image_size):
+    file = golden("levit_small_cfg")
+    weights = file.group("weights")
+    leaves = flatten(from_torch(golden_levit(file, image_size=image_size), weights))
+    side = image_size // 16
+    fitted = np.asarray(leaves["params/stages/0/blocks/0/attn/attention_biases"]).reshape(2, side, side)
+    table = weights["stages.0.blocks.0.attn.attention_biases"].reshape(2, 4, 4)
+    for down, across in np.ndindex(side, side):
+        np.testing.assert_array_equal(fitted[:, down, across], table[:, min(down, 3), min(across, 3)])
+
+
+def test_biases_that_are_no_square_are_refused(refuses):
+    model = small.small_levit(attention="softmax")
+    name = "stages.0.blocks.0.attn.attention_biases"
+    state_dict = to_torch(model, small.random_variables(model))
+    for shape in [(2, 48), (3, 49), (49,)]:
+        with refuses(repr(name), "(2, 49)"):
+            from_torch(model, state_dict | {name: np.zeros(shape, np.float32)})
+
+
 # Refusals
 
 

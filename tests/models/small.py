@@ -1,4 +1,4 @@
-"""A DeiT small enough for tests, and its forward pass once more in plain float64 numpy."""
+"""A DeiT and a LeViT small enough for tests, and DeiT's forward pass once more in plain float64 numpy."""
 
 import functools
 import math
@@ -19,12 +19,27 @@ SIZES = {
     "patch_size": 2,
     "drop_path_rate": 0.0,
 }
+# Two stages, on grids of 7 x 7 and 4 x 4; the golden files have three.
+LEVIT_SIZES = {
+    "embed_dim": (8, 12),
+    "depth": (1, 1),
+    "num_heads": (2, 3),
+    "key_dim": 4,
+    "num_classes": 7,
+    "image_size": 112,
+}
 
 
 @functools.cache
 def small_model(**arguments):
     """Shapes only, so that nothing is drawn or compiled: variables come from `random_variables`. One for all tests."""
     return abstract_model("deit_micro", **(SIZES | arguments))
+
+
+@functools.cache
+def small_levit(**arguments):
+    """A LeViT, likewise."""
+    return abstract_model("levit_128s", **(LEVIT_SIZES | arguments))
 
 
 def random_variables(model, seed=0):
@@ -38,6 +53,8 @@ def random_variables(model, seed=0):
             value /= math.sqrt(math.prod(leaf.shape[:-1]))
         elif name == "scale":
             value = 1 + 0.2 * value
+        elif name == "var":
+            value = np.exp(0.5 * value)
         elif name != "pos_embed":
             value *= 0.3
         leaves[path] = jnp.asarray(value, leaf.dtype)

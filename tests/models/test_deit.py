@@ -8,7 +8,7 @@ import pytest
 
 import castling_jax
 from castling_jax.models import deit
-from castling_jax.models.variables import flatten, forward, unflatten
+from castling_jax.models.variables import bind, flatten, forward_train, unflatten
 from tests.models import small
 from tests.models.test_position import resize_with_pillow
 
@@ -126,13 +126,32 @@ def test_two_heads_of_a_distilled_model_are_averaged():
     chex.assert_trees_all_close(both, doubled[0] + doubled[1], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("distilled", [False, True])
+def test_features_are_the_normed_patches_on_their_grid(distilled):
+    model = small.small_model(distilled=distilled, depth=1)
+    variables, images = small.random_variables(model), small.random_images(2, 12, 8)
+    (features,) = jax.jit(lambda v, x: bind(model, v).features(x, mask_threshold=1.0))(variables, images)
+    assert features.shape == (2, 6, 4, 24)
+    # Each patch's own, in the order of rows: the mean and deviation of a norm with scale one and bias zero.
+    norm = variables["params"]["norm"]
+    normed = (features - norm["bias"]) / norm["scale"]
+    np.testing.assert_allclose(jnp.mean(normed, -1), 0, atol=1e-5)
+    np.testing.assert_allclose(jnp.std(normed, -1), 1, rtol=1e-4)
+    # A patch of the image that is changed changes its own token most.
+    (other,) = jax.jit(lambda v, x: bind(model, v).features(x, mask_threshold=1.0))(
+        variables, images.at[0, 8:10, 2:4].add(10.0)
+    )
+    change = jnp.linalg.norm(other - features, axis=-1)
+    assert np.unravel_index(jnp.argmax(change), change.shape) == (0, 4, 1)
+
+
 def test_drop_path_follows_its_key_and_evaluation_is_deterministic():
     model = small.small_model(drop_path_rate=0.5)
     variables, images = small.random_variables(model), small.random_images(8)
 
     @jax.jit
     def train(key):
-        return forward(model, variables, images, mask_threshold=THRESHOLD, key=key)[0]
+        return forward_train(model, variables, images, mask_threshold=THRESHOLD, key=key)[0]
 
     first, again, other = train(jax.random.key(0)), train(jax.random.key(0)), train(jax.random.key(1))
     chex.assert_trees_all_equal(first, again)
@@ -153,7 +172,7 @@ def test_every_residual_branch_has_a_drop_path_key_of_its_own(monkeypatch):
 
     monkeypatch.setattr(deit, "drop_path", record)
     model = small.small_model(attention="softmax", depth=3)
-    forward(model, small.random_variables(model), small.random_images(1), key=jax.random.key(0))
+    forward_train(model, small.random_variables(model), small.random_images(1), key=jax.random.key(0))
     assert len(keys) == len(set(keys)) == 6
 
 

@@ -11,22 +11,48 @@ from castling_jax.models.registry import MODELS, abstract_model
 from castling_jax.models.variables import count_parameters, flatten, get_variables
 from tests.models import small
 
-# Softmax baselines with 1000 classes. DeiT's are published; deit_micro's is 64 wide, 4 deep, on 4 x 4 patches of 12
-# numbers: 64 * 13 + 64 + 17 * 64 + 4 * (12 * 64 * 64 + 13 * 64) + 2 * 64 + 65 * 1000.
+# Softmax baselines with 1000 classes. DeiT's are published. So are LeViT's with two heads (DISTILLED), the second of
+# which is a batch norm, two numbers a channel, and a matrix with its bias. deit_micro's is 64 wide, 4 deep, on 4 x 4
+# patches of 12 numbers: 64 * 13 + 64 + 17 * 64 + 4 * (12 * 64 * 64 + 13 * 64) + 2 * 64 + 65 * 1000.
 PARAMETERS = {
     "deit_tiny": 5_717_416,
     "deit_small": 22_050_664,
     "deit_base": 86_567_656,
     "deit_micro": 267_048,
+    "levit_128s": 7_777_058 - (1002 * 384 + 1000),
+    "levit_128": 9_213_936 - (1002 * 384 + 1000),
+    "levit_192": 10_947_069 - (1002 * 384 + 1000),
+    "levit_256": 18_893_876 - (1002 * 512 + 1000),
+    "levit_384": 39_128_836 - (1002 * 768 + 1000),
     "mvitv2_tiny": 24_173_320,
     "mvitv2_small": 34_870_216,
     "mvitv2_base": 51_472_744,
 }
-DISTILLED = {"deit_tiny": 5_910_800, "deit_small": 22_436_432, "deit_base": 87_338_192}
-TAPS = {"deit_tiny": 12 * 3 * 9, "deit_small": 12 * 6 * 9, "deit_base": 12 * 12 * 9, "deit_micro": 4 * 2 * 9}
-TAPS |= {
-    f"mvitv2_{size}": 9 * sum(depth * heads for depth, heads in zip(depths, (1, 2, 4, 8), strict=True))
-    for size, depths in {"tiny": (1, 2, 5, 2), "small": (1, 2, 11, 2), "base": (2, 3, 16, 3)}.items()
+DISTILLED = {
+    "deit_tiny": 5_910_800,
+    "deit_small": 22_436_432,
+    "deit_base": 87_338_192,
+    "levit_128s": 7_777_058,
+    "levit_128": 9_213_936,
+    "levit_192": 10_947_069,
+    "levit_256": 18_893_876,
+    "levit_384": 39_128_836,
+}
+TAPS = {
+    "deit_tiny": 12 * 3 * 9,
+    "deit_small": 12 * 6 * 9,
+    "deit_base": 12 * 12 * 9,
+    "deit_micro": 4 * 2 * 9,
+    # Depth times heads of each stage, and the heads of the subsampling attentions between them.
+    "levit_128s": 9 * (2 * 4 + 8 + 3 * 6 + 16 + 4 * 8),
+    "levit_128": 9 * (4 * 4 + 8 + 4 * 8 + 16 + 4 * 12),
+    "levit_192": 9 * (4 * 3 + 6 + 4 * 5 + 9 + 4 * 6),
+    "levit_256": 9 * (4 * 4 + 8 + 4 * 6 + 12 + 4 * 8),
+    "levit_384": 9 * (4 * 6 + 12 + 4 * 9 + 16 + 4 * 12),
+    # Depth times heads of each stage.
+    "mvitv2_tiny": 9 * (1 + 2 * 2 + 5 * 4 + 2 * 8),
+    "mvitv2_small": 9 * (1 + 2 * 2 + 11 * 4 + 2 * 8),
+    "mvitv2_base": 9 * (2 + 3 * 2 + 16 * 4 + 3 * 8),
 }
 
 

@@ -17,7 +17,7 @@ def state_at(step):
         "a": {"kernel": jnp.arange(3000, dtype=jnp.float32).reshape(30, 100) + step},
         "b": jnp.ones(5, jnp.bfloat16),
     }
-    state = create_state(params, optax.adamw(1e-3), seed=7)
+    state = create_state({"params": params}, optax.adamw(1e-3), seed=7)
     return dataclasses.replace(state, step=jnp.asarray(step, jnp.int32))
 
 

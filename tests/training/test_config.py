@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -42,16 +43,25 @@ def test_missing_field_is_named():
         ("optimizer.weight_decay", -0.1),
         ("dataset.shift_pixels", -1),
         ("loss.label_smoothing", 1.0),
+        ("model.embed_dim", (8, 1.5)),
+        ("model.depth", 2.5),
     ],
 )
 def test_values_out_of_range_are_refused(field, value):
-    with pytest.raises(InputError, match=f"config.{field} must be .* not {value}"):
+    with pytest.raises(InputError, match=f"config.{field} must be .* not {re.escape(str(value))}"):
         check_config(changed(field, value))
 
 
 def test_model_arguments_leave_out_what_is_the_models_own():
     assert model_arguments(default_config()) == {"name": "deit_tiny", "attention": "castling", "dtype": "float32"}
     assert model_arguments(changed("model.token_conv", "none"))["token_conv"] is None
+
+
+def test_sizes_may_be_a_number_or_one_a_stage():
+    for value in (64, (8, 12)):
+        config = changed("model.embed_dim", value)
+        check_config(config)
+        assert model_arguments(config)["embed_dim"] == value
 
 
 def test_runtime_fields_may_differ_and_others_may_not(tmp_path):

@@ -17,7 +17,7 @@ def test_figures_are_those_of_one_whole_batch(size):
     dataset = Dataset(rng.random((size, 8, 8, 3), np.float32), rng.integers(0, 10, size).astype(np.int32), 10)
     model = create_model("deit_micro", num_classes=10, depth=1)
     variables = get_variables(model)
-    figures = make_evaluator(model, dataset, batch_size=4, mesh=make_mesh())(variables["params"], 0.05)
+    figures = make_evaluator(model, dataset, batch_size=4, mesh=make_mesh())(variables, 0.05)
 
     images = normalize(dataset.images)
     inference_model = create_model("deit_micro", num_classes=10, depth=1, form="inference")
@@ -34,4 +34,4 @@ def test_forms_agree_at_an_empty_mask():
     dataset = Dataset(np.random.default_rng(0).random((5, 8, 8, 3), np.float32), np.zeros(5, np.int32), 10)
     model = create_model("deit_micro", num_classes=10, depth=1)
     evaluate = make_evaluator(model, dataset, batch_size=4, mesh=make_mesh())
-    assert evaluate(get_variables(model)["params"], 1.0)["max_difference"] < 1e-6
+    assert evaluate(get_variables(model), 1.0)["max_difference"] < 1e-6

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 
@@ -119,3 +120,28 @@ def test_mistakes_leave_nothing_behind(tmp_path, changes, message):
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(InputError, match=r"the loss is nan at step \d+: try a smaller config.optimizer.learning_rate"):
         loop.train(small_config(optimizer={"learning_rate": 1e30, "warmup_epochs": 0.0}), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_levit_trains_castles_and_is_restored(tmp_path, monkeypatch):
+    def large_digits(name, split):
+        digits = load_dataset(name, split)
+        return dataclasses.replace(digits, images=digits.images.repeat(4, axis=1).repeat(4, axis=2))
+
+    monkeypatch.setattr(loop, "load_dataset", large_digits)
+    config = small_config(train={"epochs": 4})
+    config.optimizer.learning_rate = 3e-3
+    sizes = {"embed_dim": (16, 24), "depth": (1, 1), "num_heads": (2, 3), "key_dim": 8}
+    config.model.update({"name": "levit_128s", "image_size": 32, "distilled": True, "drop_path_rate": 0.1} | sizes)
+    figures = loop.train(config, tmp_path / "run")
+    # Chance is 10 %.
+    assert figures["accuracy_inference_form"] > 0.3
+    assert figures["max_difference"] <= 1e-5
+    model, variables = load_inference(tmp_path / "run" / "inference")
+    assert variables.keys() == {"params"}
+    held_out = large_digits("digits", "test")
+    correct = apply(model, variables, normalize(held_out.images)).argmax(-1) == held_out.labels
+    assert float(correct.mean()) == pytest.approx(figures["accuracy_inference_form"])
+    # Once more, from the checkpoint, which holds the statistics.
+    again = loop.train(config, tmp_path / "run")
+    assert {**again, "train_seconds": 0} == {**figures, "train_seconds": 0}

@@ -38,7 +38,7 @@ def test_four_devices_train_as_one_does():
         model = create_model("deit_micro", num_classes=10, depth=1)
         mesh = make_mesh()
         optimizer = optax.sgd(0.1)
-        state = replicate(create_state(get_variables(model)["params"], optimizer, 0), mesh)
+        state = replicate(create_state(get_variables(model), optimizer, 0), mesh)
         rng = np.random.default_rng(0)
         batch = {"image": rng.random((8, 8, 8, 3), np.float32), "label": np.arange(8, dtype=np.int32)}
         step = make_train_step(model, optimizer, label_smoothing=0.1)

@@ -1,9 +1,11 @@
 import hashlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from castling_jax.training.state import parameters_sha256
+from castling_jax.training.state import create_state, parameters_sha256
 
 
 def test_sha256_is_over_the_bytes_in_the_order_of_sorted_paths():
@@ -16,3 +18,19 @@ def test_one_bit_changes_it():
     first, second = np.float32([1, 2]), np.float32([1, 2])
     second.view(np.uint32)[0] ^= 1
     assert parameters_sha256({"a": first}) != parameters_sha256({"a": second})
+
+
+def test_statistics_are_part_of_the_tree_only_where_there_are_any():
+    # So that a checkpoint of a model without batch norm is what it was before there was any.
+    def paths(state):
+        return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+
+    params, optimizer = {"a": jnp.ones(2)}, optax.sgd(0.1)
+    without = create_state({"params": params}, optimizer, seed=0)
+    assert paths(without) == [".params['a']", ".step", ".key"]
+    assert jax.tree.map(lambda leaf: leaf, without).batch_stats == {}
+    statistics = {"bn": {"mean": jnp.zeros(2)}}
+    state = create_state({"params": params, "batch_stats": statistics}, optimizer, seed=0)
+    assert paths(state) == [".params['a']", ".batch_stats['bn']['mean']", ".step", ".key"]
+    assert jax.tree.map(lambda leaf: leaf, state).batch_stats.keys() == statistics.keys()
+    assert state.variables.keys() == {"params", "batch_stats"}
