@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.variables import forward_train
+from castling_jax.ops.checks import concrete_threshold
 from castling_jax.training.losses import cross_entropy
 from castling_jax.training.state import TrainState
 
@@ -26,7 +27,7 @@ def make_train_step(
     """Builds (state, batch, threshold) -> (state, {"loss", "mask_density" [layers]}); the state is donated.
 
     The threshold is traced below 1, so that a schedule does not recompile the step; from 1 on the mask is empty and
-    the step is another program, compiled without the softmax branch.
+    the step is another program, compiled without the softmax branch. A threshold that is traced already is below 1.
     """
 
     def step(
@@ -59,7 +60,8 @@ def make_train_step(
     without_branch = jax.jit(functools.partial(step, threshold=1.0), donate_argnums=0)
 
     def train_step(state: TrainState, batch: dict[str, jax.Array], threshold: float) -> tuple[TrainState, Metrics]:
-        if threshold >= 1:
+        known = concrete_threshold(threshold)
+        if known is not None and known >= 1:
             return without_branch(state, batch)
         return with_branch(state, batch, jnp.float32(threshold))
 

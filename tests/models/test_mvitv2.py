@@ -13,7 +13,7 @@ import castling_jax
 from castling_jax.models import mvitv2
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
-from castling_jax.models.variables import bind, flatten, forward, get_variables, unflatten
+from castling_jax.models.variables import bind, flatten, forward_train, get_variables, unflatten
 from tests.models import small
 from tests.models.test_position import resize_with_interp
 from tests.ops import reference
@@ -375,7 +375,7 @@ def test_every_residual_branch_has_a_drop_path_key_and_a_rate_linear_over_depth(
 
     @jax.jit
     def keys_of(key):
-        forward(model, variables, images, key=key)
+        forward_train(model, variables, images, key=key)
         return keys
 
     keys = [tuple(key.tolist()) for key in keys_of(jax.random.key(0))]

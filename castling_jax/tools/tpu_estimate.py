@@ -1,0 +1,208 @@
+"""The TPU compiler's own estimate of a program, added up.
+
+The compiler says how many cycles each operation of the scheduled program takes; a Pallas kernel takes the bundles of
+its final schedule or its traffic with HBM, whichever is longer. A loop counts times its trip count, of a conditional
+the dearest branch counts, and what cannot be known from the program is listed as incomplete.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from castling_jax.tools.tpu_dump import (
+    BRANCHES,
+    SCHEDULE_DUMP,
+    SHAPE,
+    UTILIZATION_DUMP,
+    Instruction,
+    Program,
+    Schedule,
+    read_schedule,
+    read_utilization,
+    shape_bytes,
+    signature,
+    trip_count,
+)
+
+Dumped = TypeVar("Dumped")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A chip, or what JAX shows as a device where a chip has two of them."""
+
+    gigahertz: float
+    hbm_gigabytes_per_second: float
+
+
+CHIPS = {"v4": Chip(1.05, 614), "v5e": Chip(1.5, 819), "v5p": Chip(1.75, 2765), "v6e": Chip(1.75, 1640)}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+# Operations that take no time worth counting where the compiler gives them no cycles: they work on scalars, move
+# nothing, or run beside the others.
+FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "domain", "opt-barrier"),
+    *("partition-id", "replica-id", "after-all", "while", "conditional", "call", "iota", "broadcast"),
+    *("copy", "copy-start", "copy-done", "slice-start", "slice-done", "async-start", "async-update", "async-done"),
+    *("add", "subtract", "multiply", "negate", "minimum", "maximum", "clamp", "convert"),
+    *("compare", "select", "and", "or", "not"),
+    *("slice", "dynamic-slice", "dynamic-update-slice", "pad", "concatenate", "transpose"),
+    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
+    *("all-reduce-start", "all-reduce-done", "all-gather-start", "all-gather-done"),
+    *("collective-permute-start", "collective-permute-done"),
+}
+FREE_CUSTOM_CALLS = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One run of a Pallas kernel.
+
+    Attributes:
+      cycles: bundles of its schedule, loops times their trips.
+      compute_ms: the same in milliseconds.
+      traffic_ms: what it moves to and from HBM, at the chip's bandwidth.
+      utilization: share of its issue slots that each unit uses, as `read_utilization` has it.
+    """
+
+    cycles: int
+    compute_ms: float
+    traffic_ms: float
+    utilization: dict[str, float]
+
+    @property
+    def milliseconds(self) -> float:
+        return max(self.compute_ms, self.traffic_ms)
+
+    @property
+    def bound(self) -> str:
+        """What it is bound by: HBM, or the unit that has most of its slots used; "?" where these are not known."""
+        if self.traffic_ms > self.compute_ms:
+            return "HBM"
+        return max(self.utilization, key=lambda unit: self.utilization[unit], default="?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An operation, and the milliseconds of all its runs."""
+
+    milliseconds: float
+    name: str
+    label: str
+    kernel: Kernel | None = None
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of a computation: its operations, bytes sent by each kind of collective, bytes of asynchronous copies."""
+
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    collectives: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    prefetched_bytes: int = 0
+
+    def add(self, other: "Cost") -> None:
+        self.rows += other.rows
+        self.collectives.update(other.collectives)
+        self.prefetched_bytes += other.prefetched_bytes
+
+    @property
+    def milliseconds(self) -> float:
+        return sum(row.milliseconds for row in self.rows)
+
+
+class Estimator:
+    """Adds up a compiled program; afterwards `incomplete` has what could not be counted.
+
+    Args:
+      program: the scheduled HLO.
+      traffic: of its Pallas kernels, as `kernel_traffic` has it.
+      dump: the folder with the kernels' schedules.
+      chip: what it runs on.
+    """
+
+    def __init__(self, program: Program, traffic: dict[str, int | None], dump: Path, chip: Chip):
+        self.program = program
+        self.traffic = traffic
+        self.dump = dump
+        self.chip = chip
+        self.incomplete: set[str] = set()
+        self._twins: dict[str, list[str]] = collections.defaultdict(list)
+        for computation in program.computations.values():
+            for instruction in computation:
+                if instruction.kernel_code:
+                    self._twins[instruction.kernel_code].append(instruction.name)
+
+    def computation(self, name: str, times: int) -> Cost:
+        """What a computation that is run so many times costs."""
+        cost = Cost()
+        around = self.program.computations.get(name, [])
+        for instruction in around:
+            if instruction.kind == "while":
+                trips = trip_count(self.program, instruction, around)
+                if trips is None:
+                    self.incomplete.add(
+                        f"loop {instruction.name} ({instruction.label}): trip count is not a constant, counted once"
+                    )
+                cost.add(self.computation(instruction.called("body")[0], times * (1 if trips is None else trips)))
+            elif instruction.kind == "conditional":
+                branches = [self.computation(name, times) for name in instruction.called(*BRANCHES)]
+                cost.add(max(branches, key=lambda branch: branch.milliseconds))
+            elif instruction.kind == "call":
+                cost.add(self.computation(instruction.called("to_apply")[0], times))
+            elif "tpu_custom_call" in instruction.text:
+                kernel = self._kernel(instruction)
+                cost.rows.append(Row(times * kernel.milliseconds, instruction.name, instruction.label, kernel))
+            else:
+                cost.add(self._operation(instruction, times))
+        return cost
+
+    def _operation(self, instruction: Instruction, times: int) -> Cost:
+        cost = Cost()
+        kind, name, text = instruction.kind, instruction.name, instruction.text
+        if kind.removesuffix("-start") in COLLECTIVES:
+            cost.collectives[kind.removesuffix("-start")] += times * shape_bytes(instruction.result)
+        if kind == "copy-start" and (copied := SHAPE.search(instruction.result)):
+            cost.prefetched_bytes += times * shape_bytes(copied[0])
+        if instruction.cycles is not None:
+            milliseconds = times * instruction.cycles / self.chip.gigahertz / 1e6
+            cost.rows.append(Row(milliseconds, name, instruction.label))
+        elif kind in ("send", "recv") or "is_host_transfer=true" in text or "host_compute" in text:
+            self.incomplete.add(f"{kind} {name}: talks to the host")
+        elif kind and kind not in FREE and not FREE_CUSTOM_CALLS.search(text):
+            self.incomplete.add(f"{kind} {name} ({instruction.label}): no estimate")
+        if "execution_thread=" in text and 'execution_thread="main"' not in text:
+            self.incomplete.add(f"{kind} {name}: runs elsewhere than on the chip")
+        return cost
+
+    def _kernel(self, instruction: Instruction) -> Kernel:
+        name, result, operands = instruction.name, instruction.result, instruction.kernel_operands
+        # Kernels that are the same, as of a model's layers, are compiled once, and dumped under the first one's name.
+        names = [name, *(twin for twin in self._twins.get(instruction.kernel_code, ()) if twin != name)]
+        schedule = self._read_dump(names, SCHEDULE_DUMP, read_schedule)
+        if schedule is None:
+            self.incomplete.add(f"kernel {name}: no schedule dumped, HBM traffic only")
+            schedule = Schedule([], copied_bytes=0, unknown_loops=0)
+        if schedule.unknown_loops:
+            loops = f"{schedule.unknown_loops} loops whose trip count is not a constant, counted once"
+            self.incomplete.add(f"kernel {name}: {loops}")
+        moved = self.traffic.get(signature(SHAPE.findall(f"{result} {operands}")))
+        if moved is None:
+            moved = max(shape_bytes(result) + shape_bytes(operands), schedule.copied_bytes)
+        utilization = self._read_dump(names, UTILIZATION_DUMP, lambda text: read_utilization(text, schedule.times))
+        return Kernel(
+            cycles=schedule.cycles,
+            compute_ms=schedule.cycles / self.chip.gigahertz / 1e6,
+            traffic_ms=moved / self.chip.hbm_gigabytes_per_second / 1e6,
+            utilization=utilization or {},
+        )
+
+    def _read_dump(self, names: list[str], what: str, read: Callable[[str], Dumped]) -> Dumped | None:
+        """Reads the dump STAMP-NAME-PASS-WHAT.txt of the first of these kernels that has one; None where none has."""
+        for name in names:
+            pattern = re.compile(rf"\d+-{re.escape(name.lstrip('%'))}-\d+-{what}\.txt")
+            found = sorted(path for path in self.dump.glob("*.txt") if pattern.fullmatch(path.name))
+            if found:
+                return read(found[-1].read_text())
+        return None

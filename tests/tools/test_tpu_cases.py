@@ -1,0 +1,135 @@
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from castling_jax.models.attention import Attention
+from castling_jax.tools.tpu_cases import CHANNELS, HEADS, load_case
+
+
+def draw(tree):
+    """The tree's shapes, filled in float32."""
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.1 * random.normal(size=leaf.shape), jnp.float32), tree)
+
+
+@pytest.mark.parametrize(
+    ("attention", "form"),
+    [("castling", "train"), ("castling", "inference"), ("linear_angular", "inference"), ("softmax", "inference")],
+)
+def test_layer_is_the_models_attention(attention, form):
+    case = load_case("layer", {"form": form, "tokens": 5, "batch": 2, "attention": attention}, [])
+    weights, x, *cotangent = draw(case.arguments[:-1])
+    threshold = jnp.float32(0.2)
+    module = Attention(
+        CHANNELS,
+        HEADS,
+        attention=attention,
+        form=form,
+        qkv_bias=True,
+        token_conv="1d",
+        token_kernel_size=None,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
+    )
+    for part in ("kernel", "bias"):
+        getattr(module.qkv, part)[...] = jnp.concatenate([weights[name][part] for name in "qkv"], axis=-1)
+        getattr(module.proj, part)[...] = weights["proj"][part]
+    if attention != "softmax":
+        module.token_kernel[...] = weights["token_kernel"]
+    expected, _ = jax.jit(lambda x: module(x, grid=(1, 5), prefix_tokens=0, mask_threshold=threshold))(x)
+    out = jax.jit(lambda *arguments: jax.tree.leaves(case.function(*arguments))[0])(weights, x, *cotangent, threshold)
+    # Sums of 768 products in float32, in another order.
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layer_in_training_gives_all_gradients():
+    case = load_case("layer", {"form": "train", "tokens": 5, "batch": 2}, [])
+    weights, x, _, _ = case.arguments
+    out, gradients = jax.eval_shape(case.function, *case.arguments)
+    assert out == x
+    assert gradients == (weights, x)
+
+
+def test_model_in_inference_gives_logits():
+    case = load_case("model", {"name": "deit_micro", "batch": 3, "image_size": 16}, [])
+    variables, _ = case.arguments
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    assert jax.eval_shape(case.function, *case.arguments) == jax.ShapeDtypeStruct((3, 1000), jnp.float32)
+
+
+def test_model_in_training_makes_a_step_of_any_threshold():
+    case = load_case("model", {"name": "deit_micro", "batch": 3, "form": "train"}, [])
+    traced = jax.jit(case.function, **case.jit_options).trace(*case.arguments)
+    state, figures = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), traced.out_info)
+    assert state == case.arguments[0]
+    assert figures.keys() == {"loss", "mask_density"}
+    # The threshold is no constant of the program.
+    jaxpr = traced.jaxpr.jaxpr
+    assert jaxpr.invars[-1] in [variable for equation in jaxpr.eqns for variable in equation.invars]
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        textwrap.dedent(
+            """
+            import jax
+
+            X = jax.ShapeDtypeStruct((2,), "float32")
+
+            def plain():
+                return lambda x: x + 1, (X,)
+
+            def with_options():
+                return lambda x: x + 1, (X,), {"donate_argnums": 0}
+
+            def with_devices(devices):
+                return lambda x: x + len(devices), (X,)
+
+            def wrong():
+                return X
+            """
+        )
+    )
+    return path
+
+
+def test_function_of_a_file(file):
+    function, arguments, options = load_case(f"{file}:plain", {}, ["a", "b"])
+    assert function(1) == 2
+    assert arguments[0].shape == (2,)
+    assert not options
+    assert load_case(f"{file}:with_options", {}, []).jit_options == {"donate_argnums": 0}
+    assert load_case(f"{file}:with_devices", {}, ["a", "b"]).function(1) == 3
+
+
+def test_cases_that_do_not_exist_are_refused(file, refuses):
+    with refuses("unknown case 'lair'", "did you mean 'layer'?"):
+        load_case("lair", {}, [])
+    with refuses("there is no file 'other.py'"):
+        load_case("other.py:plain", {}, [])
+    with refuses("unknown function", "'plane'", "did you mean 'plain'?"):
+        load_case(f"{file}:plane", {}, [])
+    with refuses("mine.py:wrong must return (function, arguments)"):
+        load_case(f"{file}:wrong", {}, [])
+
+
+def test_options_that_do_not_fit_are_refused(file, refuses):
+    with refuses("--tokens is an option of layer and model"):
+        load_case(f"{file}:plain", {"tokens": 3}, [])
+    with refuses("unknown option of model 'tokens'"):
+        load_case("model", {"tokens": 3}, [])
+    with refuses("unknown form 'training'", "did you mean 'train'?"):
+        load_case("layer", {"form": "training"}, [])
+    with refuses("--batch must be at least 1, not 0"):
+        load_case("layer", {"batch": 0}, [])
+    with refuses("there are no Pallas kernels of softmax attention"):
+        load_case("layer", {"attention": "softmax", "implementation": "pallas"}, [])
+    with refuses("unknown model 'deit_bass'", "did you mean 'deit_base'?"):
+        load_case("model", {"name": "deit_bass"}, [])
