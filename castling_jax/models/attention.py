@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
 from castling_jax import ops
-from castling_jax.models.layers import linear
+from castling_jax.models.layers import linear, split_linear
 from castling_jax.ops.angular import normalize_and_convolve
 from castling_jax.ops.errors import InputError, check_known
 from castling_jax.ops.masked_softmax import Bias, dense_bias
@@ -96,8 +96,10 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch tokens channels"], Float[Array, ""]]:
         """The attention's output, and the mask density: the share of softmax weights kept, 0 without the branch."""
         batch, tokens, channels = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, channels // self.num_heads)
-        q, k, v = (qkv[:, :, part] for part in range(3))
+        q, k, v = (
+            part.reshape(batch, tokens, self.num_heads, channels // self.num_heads)
+            for part in split_linear(self.qkv, x, 3)
+        )
         out, density = attend(
             q,
             k,

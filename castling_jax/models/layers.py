@@ -43,6 +43,19 @@ def linear(
     )
 
 
+def split_linear(layer: nnx.Linear, x: Float[Array, "*batch channels"], parts: int) -> list[Array]:
+    """The result of a fused layer in so many equal parts, by as many products.
+
+    Columns of the weights are cut out for less than those of the result: on a TPU each part of a result is a copy.
+    """
+    dtype = layer.dtype or x.dtype
+    kernels = jnp.split(layer.kernel[...].astype(dtype), parts, axis=1)
+    outs = [x.astype(dtype) @ kernel for kernel in kernels]
+    if layer.bias is None:
+        return outs
+    return [out + bias for out, bias in zip(outs, jnp.split(layer.bias[...].astype(dtype), parts), strict=True)]
+
+
 def layer_norm(features: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Layer normalisation with the epsilon of DeiT and MViTv2."""
     return nnx.LayerNorm(features, epsilon=1e-6, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
