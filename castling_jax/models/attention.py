@@ -96,10 +96,11 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch tokens channels"], Float[Array, ""]]:
         """The attention's output, and the mask density: the share of softmax weights kept, 0 without the branch."""
         batch, tokens, channels = x.shape
-        q, k, v = (
-            part.reshape(batch, tokens, self.num_heads, channels // self.num_heads)
-            for part in split_linear(self.qkv, x, 3)
-        )
+        with jax.named_scope("qkv"):
+            q, k, v = (
+                part.reshape(batch, tokens, self.num_heads, channels // self.num_heads)
+                for part in split_linear(self.qkv, x, 3)
+            )
         out, density = attend(
             q,
             k,
@@ -111,7 +112,8 @@ class Attention(nnx.Module):
             grid=grid,
             prefix_tokens=prefix_tokens,
         )
-        return self.proj(out.reshape(batch, tokens, channels)), density
+        with jax.named_scope("proj"):
+            return self.proj(out.reshape(batch, tokens, channels)), density
 
 
 def attend(
@@ -169,6 +171,7 @@ def attend(
     return out, density
 
 
+@jax.named_scope("softmax")
 def _softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias | None) -> jax.Array:
     dense = None if bias is None else dense_bias(bias)
     if q.shape[3] == v.shape[3]:

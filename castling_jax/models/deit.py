@@ -134,9 +134,10 @@ class DeiT(Backbone):
             form has no threshold.
         """
         x, densities = self._tokens(images, mask_threshold, key)
-        logits = self.head(x[:, 0])
-        if self.head_dist is not None:
-            logits = (logits + self.head_dist(x[:, 1])) / 2
+        with jax.named_scope("head"):
+            logits = self.head(x[:, 0])
+            if self.head_dist is not None:
+                logits = (logits + self.head_dist(x[:, 1])) / 2
         return logits.astype(jnp.float32), densities
 
     def features(

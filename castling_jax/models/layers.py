@@ -170,6 +170,7 @@ class NormLinear(nnx.Module):
         self.bn = None if form == "inference" else BatchNorm(features, param_dtype=param_dtype, rngs=rngs)
         self.linear = linear(features, num_classes, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
+    @jax.named_scope("head")
     def __call__(self, x: Float[Array, "batch channels"], *, training: bool) -> Float[Array, "batch classes"]:
         return self.linear(x if self.bn is None else self.bn.normalize(x, training))
 
@@ -199,6 +200,7 @@ class PatchEmbed(nnx.Module):
             rngs=rngs,
         )
 
+    @jax.named_scope("patch_embed")
     def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch tokens embed_dim"]:
         patches = self.proj(images)
         return patches.reshape(patches.shape[0], -1, patches.shape[-1])
@@ -211,6 +213,7 @@ class Mlp(nnx.Module):
         self.fc1 = linear(dim, hidden_dim, **layer)
         self.fc2 = linear(hidden_dim, dim, **layer)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         return self.fc2(gelu(self.fc1(x)))
 

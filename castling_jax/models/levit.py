@@ -32,6 +32,7 @@ class Stem(nnx.Module):
         self.conv3 = ConvNorm(dim // 4, dim // 2, **layer)
         self.conv4 = ConvNorm(dim // 2, dim, **layer)
 
+    @jax.named_scope("stem")
     def __call__(self, x, *, training):
         for conv in (self.conv1, self.conv2, self.conv3):
             x = jax.nn.hard_swish(conv(x, training=training))
@@ -44,6 +45,7 @@ class Projection(nnx.Module):
     def __init__(self, dim: int, out_dim: int, **layer: Any):
         self.ln = LinearNorm(dim, out_dim, **layer)
 
+    @jax.named_scope("proj")
     def __call__(self, x, *, training):
         return self.ln(jax.nn.hard_swish(x), training=training)
 
@@ -125,11 +127,13 @@ class LevitAttention(nnx.Module):
     ) -> tuple[Float[Array, "batch queries out_channels"], Float[Array, ""]]:
         """The attention's output, and the mask density: the share of softmax weights kept, 0 without the branch."""
         if self.q is None:
-            q, k, v = self._split(self.qkv(x, training=training))
+            with jax.named_scope("qkv"):
+                q, k, v = self._split(self.qkv(x, training=training))
             own_values, query_grid = None, grid
         else:
-            k, v = self._split(self.kv(x, training=training))
-            q = self.q(x, grid=grid, training=training).reshape(len(x), -1, self.num_heads, k.shape[3])
+            with jax.named_scope("qkv"):
+                k, v = self._split(self.kv(x, training=training))
+                q = self.q(x, grid=grid, training=training).reshape(len(x), -1, self.num_heads, k.shape[3])
             # A query of the new grid stands on one token of the old one, so 1/2 V is here, as in every other layer,
             # of each query the value of its own token. The token kernel takes the same values on the new grid: its
             # neighbours are the tokens that the layers behind work on, at a quarter of the work.
@@ -167,6 +171,7 @@ class LevitMlp(nnx.Module):
         self.ln1 = LinearNorm(dim, hidden_dim, **layer)
         self.ln2 = LinearNorm(hidden_dim, dim, bn_scale=0.0, **layer)
 
+    @jax.named_scope("mlp")
     def __call__(self, x, *, training):
         return self.ln2(jax.nn.hard_swish(self.ln1(x, training=training)), training=training)
 

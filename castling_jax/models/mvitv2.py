@@ -34,6 +34,7 @@ class PatchEmbed(nnx.Module):
             **common,
         )
 
+    @jax.named_scope("patch_embed")
     def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch rows columns dim"]:
         return self.proj(images)
 
@@ -44,6 +45,7 @@ class Pool(nnx.Module):
     def __init__(self, head_dim: int, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         self.kernel = nnx.Param(CONV_INIT(rngs.params(), (3, 3, 1, head_dim), param_dtype))
 
+    @jax.named_scope("pool")
     def __call__(
         self, x: Float[Array, "batch height width channels"], strides: Pair
     ) -> Float[Array, "batch rows columns channels"]:
@@ -129,7 +131,8 @@ class MultiScaleAttention(nnx.Module):
         self, x: Float[Array, "batch height width dim"], *, mask_threshold: ArrayLike | None
     ) -> tuple[Float[Array, "batch rows columns dim_out"], Float[Array, ""]]:
         """The attention's output on the queries' grid, and the mask density: 0 without the branch."""
-        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        with jax.named_scope("qkv"):
+            q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
         q_grid, kv_grid = (pooled(x.shape[1:3], stride) for stride in (self.stride_q, self.stride_kv))
         q = self._tokens(self.norm_q, self.pool_q(q, self.stride_q))
         k = self._tokens(self.norm_k, self.pool_k(k, self.stride_kv))
@@ -152,7 +155,8 @@ class MultiScaleAttention(nnx.Module):
             query_values=query_values,
             grid=q_grid,
         )
-        return self.proj((out + q).reshape(len(x), *q_grid, -1)), density
+        with jax.named_scope("proj"):
+            return self.proj((out + q).reshape(len(x), *q_grid, -1)), density
 
     def _tokens(
         self, norm: nnx.LayerNorm, x: Float[Array, "batch height width channels"]
@@ -166,6 +170,7 @@ class MultiScaleAttention(nnx.Module):
         return decomposed_bias(q, tables.rel_pos_h[...], tables.rel_pos_w[...], q_grid, kv_grid)
 
 
+@jax.named_scope("relative_positions")
 def decomposed_bias(
     q: Float[Array, "batch queries heads head_dim"],
     rel_pos_h: Float[Array, "row_distances head_dim"],
@@ -243,7 +248,8 @@ class Block(nnx.Module):
     def __call__(self, x, *, mask_threshold, key):
         keys = (None, None) if key is None else jax.random.split(key)
         normed = self.norm1(x)
-        skip = x if self.shortcut_proj_attn is None else self.shortcut_proj_attn(normed)
+        with jax.named_scope("shortcut"):
+            skip = x if self.shortcut_proj_attn is None else self.shortcut_proj_attn(normed)
         attended, density = self.attn(normed, mask_threshold=mask_threshold)
         x = max_pool(skip, self.stride_q) + drop_path(attended, self.drop_path_rate, keys[0])
         return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, keys[1]), density
@@ -262,6 +268,7 @@ class Head(nnx.Module):
     def __init__(self, embed_dim: int, num_classes: int, **common: Any):
         self.fc = linear(embed_dim, num_classes, **common)
 
+    @jax.named_scope("head")
     def __call__(self, x: Float[Array, "batch channels"]) -> Float[Array, "batch classes"]:
         return self.fc(x)
 

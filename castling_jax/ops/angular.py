@@ -68,6 +68,7 @@ def angular_kernel_series(
     return 0.5 + cosines * jnp.polyval(highest_first, cosines * cosines) / jnp.pi
 
 
+@jax.named_scope("angular")
 def angular_attention(
     q: Float[Array, "batch queries heads key_dim"],
     k: Float[Array, "batch keys heads key_dim"],
@@ -85,6 +86,7 @@ def angular_attention(
     return jnp.einsum("bhqk,bkhd->bqhd", angular_kernel(q, k), v).astype(v.dtype)
 
 
+@jax.named_scope("linear_angular")
 def linear_angular_core(
     q: Float[Array, "batch queries heads key_dim"],
     k: Float[Array, "batch keys heads key_dim"],

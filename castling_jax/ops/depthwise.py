@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from castling_jax.ops.errors import InputError
 
 
+@jax.named_scope("token_kernel")
 def depthwise_convolution(
     v: Float[Array, "batch tokens heads value_dim"],
     kernel: Float[Array, "taps heads"] | Float[Array, "rows columns heads"],

@@ -92,6 +92,7 @@ def masked_softmax_attention(
     return kernels.masked_softmax_attention(q, k, v, mask_threshold, bias, otherwise=otherwise)
 
 
+@jax.named_scope("masked_softmax")
 def _plain(
     q: jax.Array, k: jax.Array, v: jax.Array, mask_threshold: ArrayLike, bias: Bias | None
 ) -> tuple[jax.Array, jax.Array]:
