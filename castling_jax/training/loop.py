@@ -81,6 +81,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if is_writer:
         write_atomically(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2).encode())
     with contextlib.ExitStack() as stack:  # however it ends, what is being written is finished
+        stack.enter_context(jax.set_mesh(mesh))  # over which the attention's kernels split their work
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep))
         )
