@@ -1,5 +1,5 @@
 """Parameter trees in, parameter trees out."""
 
-from castling_jax.convert.torch import from_torch, to_torch
+from castling_jax.convert.torch import from_torch, read_state_dict, to_torch
 
-__all__ = ["from_torch", "to_torch"]
+__all__ = ["from_torch", "read_state_dict", "to_torch"]

@@ -7,11 +7,16 @@ named as in the paper authors' block.
 
 import logging
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.flax import load_file as load_safetensors
 
 from castling_jax.convert.inference import SOFTMAX_BRANCH
 from castling_jax.models.backbone import Backbone
@@ -32,9 +37,59 @@ _LEAF_NAMES = {
 _IGNORED = ("num_batches_tracked", "attention_bias_idxs")
 # What only a softmax uses, and the linear kinds have no place for.
 _SOFTMAX_ONLY = ("attention_biases", "rel_pos_h", "rel_pos_w")
+_WRAPPERS = ("model", "state_dict", "model_ema")  # under one of these, checkpoints of a training keep the weights
+_LISTED = 6  # names that a refusal gives; the rest is counted
 
 
-def from_torch(model: Backbone, state_dict: Mapping[str, np.ndarray]) -> Variables:
+def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The weights in a safetensors file or in a PyTorch file (.pth, .pt, .bin), for `from_torch`.
+
+    A PyTorch file is read with weights_only=True, so that no code in it is run, and needs torch. Where its weights
+    stand under "model", "state_dict" or "model_ema", as in DeiT's and timm's checkpoints, they are taken from there.
+
+    Returns:
+      Names to arrays; floating-point ones in float32, whatever they were stored in.
+
+    Raises:
+      InputError: there is no such file, it is damaged or holds no weights, or torch is needed and not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no file '{path}' to read weights from.")
+    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    return {name: x.astype(np.float32) if jnp.issubdtype(x.dtype, np.floating) else x for name, x in tensors.items()}
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return {name: np.asarray(value) for name, value in load_safetensors(path).items()}
+    except SafetensorError as error:
+        raise InputError(f"'{path}' is damaged or no safetensors file: {error}.") from error
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError:
+        raise InputError(
+            f"'{path}' is read with torch, which is not installed: install it (pip install torch), or store the "
+            "weights as .safetensors."
+        ) from None
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zipfile and torch raise many kinds
+        reason = (str(error) or repr(error)).splitlines()[0].split(". ")[0].rstrip(".")
+        raise InputError(f"'{path}' is damaged, or holds other things than weights: {reason}.") from error
+    for key in _WRAPPERS:
+        if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
+            tensors = tensors[key]
+            break
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
+        raise InputError(f"'{path}' holds no weights: it must be a dict of tensors, or have one under {_WRAPPERS}.")
+    return {name: (x.float() if x.is_floating_point() else x).numpy() for name, x in tensors.items()}
+
+
+def from_torch(model: Backbone, state_dict: Mapping[str, np.ndarray], *, reset_head: bool = False) -> Variables:
     """Variables for `model` from a state dict under timm 1.0's names.
 
     A position embedding, attention biases or relative positions of another image size are fitted to the model's. What
@@ -44,40 +99,42 @@ def from_torch(model: Backbone, state_dict: Mapping[str, np.ndarray]) -> Variabl
     Args:
       model: in training form; its parameters are not used, only their paths and shapes.
       state_dict: names to arrays, [out, in] and [out, in, height, width] as in PyTorch.
+      reset_head: whether classifiers that are missing or of another number of classes start anew, at zero: with no
+        preference for any class.
 
     Returns:
       {"params": ...}, and "batch_stats" with batch norm, of float arrays in the model's dtypes.
 
     Raises:
-      InputError: the model is in inference form, a name is missing or unknown, or a shape does not fit.
+      InputError: the model is in inference form, or names are missing or unknown or shapes do not fit: it lists them.
     """
     _check_form(model)
     remaining = {name: np.asarray(value) for name, value in state_dict.items() if name.split(".")[-1] not in _IGNORED}
-    leaves, at_zero, unused = {}, [], []
+    leaves: dict[str, jax.Array] = {}
+    missing, misshapen, at_zero, unused = [], [], [], []
     for path, leaf in flatten(get_variables(model)).items():
-        name = _torch_name(path)
-        if name in remaining:
-            value, shape = remaining.pop(name), _torch_shape(path, leaf.shape)
-            if path == "params/pos_embed":
-                value = _fit_position_embedding(model, value)
-            elif path.endswith(("/rel_pos_h", "/rel_pos_w")) and value.ndim == 2 and value.shape[0] % 2 == 1:
-                value = np.asarray(resize_relative_positions(jnp.asarray(value), shape[0]))
-            elif path.endswith("/attention_biases"):
-                value = _fit_attention_biases(value, leaf.shape)
-            if value.shape != shape:
-                raise InputError(f"{name!r} must be of the shape {shape} to fit the model, not {value.shape}.")
+        name, shape = _torch_name(path), _torch_shape(path, leaf.shape)
+        value = remaining.pop(name, None)
+        if value is not None and value.shape != shape:
+            value = _fit(model, path, value, leaf.shape)
+        if value is not None and value.shape == shape:
             order = _row_order(model, path)
             value = value if order is None else value[order]
             leaves[path] = jnp.asarray(_from_torch_layout(path, value, leaf.ndim), leaf.dtype)
-        elif path.endswith("/token_kernel"):
+        elif value is None and path.endswith("/token_kernel"):
             leaves[path] = jnp.zeros(leaf.shape, leaf.dtype)
             at_zero.append(path)
+        elif reset_head and name.split(".")[0] in ("head", "head_dist"):
+            leaves[path] = jnp.zeros(leaf.shape, leaf.dtype)
+        elif value is None:
+            missing.append(repr(name))
         else:
-            raise InputError(f"the state dict lacks {name!r}, which {model.spec.name} needs for {path!r}.")
+            misshapen.append(f"{name!r} is {value.shape}, not {shape}")
     if model.spec.attention in ("linear_angular", "angular"):
         unused = sorted(name for name in remaining if name.split(".")[-1] in _SOFTMAX_ONLY)
-    if unknown := sorted(remaining.keys() - unused):
-        raise InputError(f"the state dict holds {unknown[0]!r}, which {model.spec.name} does not have.")
+    unknown = [repr(name) for name in sorted(remaining.keys() - unused)]
+    if missing or unknown or misshapen:
+        raise InputError(_misfit(model, missing, unknown, misshapen))
     if at_zero:
         logging.getLogger(__name__).warning(
             "%d token kernels are not in the state dict and start at zero, as in a new model: %s",
@@ -91,6 +148,21 @@ def from_torch(model: Backbone, state_dict: Mapping[str, np.ndarray]) -> Variabl
     return unflatten(leaves)
 
 
+def _misfit(model: Backbone, missing: list[str], unknown: list[str], misshapen: list[str]) -> str:
+    """All that keeps a state dict from being this model's, in one sentence."""
+
+    def listed(found: list[str]) -> str:
+        return ", ".join(found[:_LISTED]) + (f" and {len(found) - _LISTED} more" if len(found) > _LISTED else "")
+
+    name = model.spec.name
+    parts = [f"it lacks {len(missing)} of the model's tensors: {listed(missing)}"] if missing else []
+    parts += [f"it holds {len(unknown)} that {name} does not have: {listed(unknown)}"] if unknown else []
+    parts += [f"it holds {len(misshapen)} of another shape: {listed(misshapen)}"] if misshapen else []
+    if any(text.startswith("'head") for text in misshapen):
+        parts.append("reset_head=True starts classifiers of another number of classes anew")
+    return f"the state dict does not fit {name}: {'; '.join(parts)}."
+
+
 def to_torch(model: Backbone, variables: Variables) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`: timm 1.0's names to float32 numpy arrays.
 
@@ -102,7 +174,9 @@ def to_torch(model: Backbone, variables: Variables) -> dict[str, np.ndarray]:
     state_dict = {}
     for path, leaf in flatten(variables).items():
         value, order = _to_torch_layout(path, np.asarray(leaf, np.float32)), _row_order(model, path)
-        state_dict[_torch_name(path)] = value if order is None else value[np.argsort(order)]
+        value = value if order is None else value[np.argsort(order)]
+        # safetensors would write a transposed view's memory as it lies.
+        state_dict[_torch_name(path)] = np.ascontiguousarray(value)
     return state_dict
 
 
@@ -156,17 +230,16 @@ def _to_torch_layout(path: str, value: np.ndarray) -> np.ndarray:
     return value
 
 
-def _fit_position_embedding(model: Any, embedding: np.ndarray) -> np.ndarray:
-    """The embedding on the model's grid, where it is one of a square grid at all."""
-    if embedding.ndim != 3 or embedding.shape[0] != 1 or embedding.shape[1] <= model.prefix_tokens:
-        return embedding
-    side = math.isqrt(embedding.shape[1] - model.prefix_tokens)
-    return np.asarray(resize_position_embedding(jnp.asarray(embedding), (side, side), model.grid, model.prefix_tokens))
-
-
-def _fit_attention_biases(table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """LeViT's biases for the model's grid, where they are those of a square grid at all."""
-    if table.ndim != 2 or math.isqrt(table.shape[1]) ** 2 != table.shape[1]:
-        return table
-    side, new_side = math.isqrt(table.shape[1]), math.isqrt(shape[1])
-    return fit_bias_table(table, (side, side), (new_side, new_side))
+def _fit(model: Any, path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """What is made for an image size on the model's grid, where it is that of a square grid at all; else as it is."""
+    if path == "params/pos_embed" and value.ndim == 3 and value.shape[0] == 1:
+        side = math.isqrt(max(value.shape[1] - model.prefix_tokens, 0))
+        if side and side * side == value.shape[1] - model.prefix_tokens:
+            resized = resize_position_embedding(jnp.asarray(value), (side, side), model.grid, model.prefix_tokens)
+            return np.asarray(resized)
+    if path.endswith(("/rel_pos_h", "/rel_pos_w")) and value.ndim == 2 and value.shape[0] % 2 == 1:
+        return np.asarray(resize_relative_positions(jnp.asarray(value), shape[0]))
+    if path.endswith("/attention_biases") and value.ndim == 2 and math.isqrt(value.shape[1]) ** 2 == value.shape[1]:
+        side, new_side = math.isqrt(value.shape[1]), math.isqrt(shape[1])
+        return fit_bias_table(value, (side, side), (new_side, new_side))
+    return value

@@ -54,6 +54,7 @@ class Attention(nnx.Module):
       token_conv: the convolution of the values, of all kinds but softmax: "1d" over tokens, "2d" over the grid, or
         None.
       token_kernel_size: taps, or rows and columns, of that convolution; None is 9 for "1d" and 3 for "2d".
+      implementation: of the operations, as there.
       param_dtype: what its parameters are held in.
       **layer: what else `linear` takes.
 
@@ -71,6 +72,7 @@ class Attention(nnx.Module):
         qkv_bias: bool,
         token_conv: str | None,
         token_kernel_size: int | None,
+        implementation: str = "auto",
         param_dtype: jnp.dtype,
         **layer: Any,
     ):
@@ -82,6 +84,7 @@ class Attention(nnx.Module):
         self.attention = attention
         self.form = form
         self.token_conv = token_conv
+        self.implementation = implementation
         self.qkv = linear(dim, 3 * dim, use_bias=qkv_bias, param_dtype=param_dtype, **layer)
         self.proj = linear(dim, dim, param_dtype=param_dtype, **layer)
         self.token_kernel = new_token_kernel(attention, token_conv, token_kernel_size, num_heads, param_dtype)
@@ -111,6 +114,7 @@ class Attention(nnx.Module):
             mask_threshold=mask_threshold,
             grid=grid,
             prefix_tokens=prefix_tokens,
+            implementation=self.implementation,
         )
         with jax.named_scope("proj"):
             return self.proj(out.reshape(batch, tokens, channels)), density
@@ -129,6 +133,7 @@ def attend(
     query_values: Float[Array, "batch queries heads value_dim"] | None = None,
     grid: tuple[int, int] | None = None,
     prefix_tokens: int = 0,
+    implementation: str = "auto",
 ) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""]]:
     """The attention a backbone is built with, between its projections.
 
@@ -144,6 +149,7 @@ def attend(
       query_values: the values at the queries' positions, where queries and keys are different tokens.
       grid: (height, width) of the queries, for a kernel over the grid.
       prefix_tokens: tokens before the grid.
+      implementation: of the linear-angular and the masked attention, as in `ops`.
 
     Returns:
       The output, and the mask density: the share of softmax weights kept, 0 without the branch.
@@ -159,12 +165,19 @@ def attend(
     if attention == "angular":
         out = normalize_and_convolve(ops.angular_attention(q, k, v), own_values, taps)
     elif attention == "linear_angular" or form == "inference":
-        out = ops.linear_angular_attention(q, k, v, taps, query_values=query_values)
+        out = ops.linear_angular_attention(q, k, v, taps, query_values=query_values, implementation=implementation)
     elif mask_threshold is None:
         raise InputError("a castling model in training form needs mask_threshold, a number of at least 0.")
     else:
         out, density = ops.castling_attention(
-            q, k, v, taps, mask_threshold=mask_threshold, bias=bias, query_values=query_values
+            q,
+            k,
+            v,
+            taps,
+            mask_threshold=mask_threshold,
+            bias=bias,
+            query_values=query_values,
+            implementation=implementation,
         )
     if token_kernel is not None and taps is None:
         out += ops.depthwise_convolution(own_values, token_kernel, grid=grid, prefix_tokens=prefix_tokens)

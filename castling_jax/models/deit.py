@@ -79,6 +79,7 @@ class DeiT(Backbone):
         remat: bool = False,
         token_conv: str | None = "1d",
         token_kernel_size: int | None = None,
+        implementation: str = "auto",
         init_std: float = DEIT_STD,
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
@@ -111,6 +112,7 @@ class DeiT(Backbone):
                 qkv_bias=qkv_bias,
                 token_conv=token_conv,
                 token_kernel_size=token_kernel_size,
+                implementation=implementation,
                 common=common,
                 layer=layer,
             )
@@ -150,7 +152,7 @@ class DeiT(Backbone):
         """One entry: the normed tokens of the patches, without class and distillation token. Raises as a call does."""
         x, _ = self._tokens(images, mask_threshold, key)
         grid = patch_grid(images.shape[1:3], self.patch_size)
-        return [x[:, self.prefix_tokens :].reshape(len(x), *grid, x.shape[2])]
+        return [x[:, self.prefix_tokens :].reshape(x.shape[0], *grid, x.shape[2])]
 
     def _tokens(
         self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None
@@ -161,7 +163,7 @@ class DeiT(Backbone):
         grid = patch_grid(images.shape[1:3], self.patch_size)
         tokens = self.patch_embed(images)
         prefix = [token[...] for token in (self.cls_token, self.dist_token) if token is not None]
-        prefix = [jnp.broadcast_to(token, (len(images), *token.shape[1:])).astype(tokens.dtype) for token in prefix]
+        prefix = [jnp.broadcast_to(token, (images.shape[0], *token.shape[1:])).astype(tokens.dtype) for token in prefix]
         positions = resize_position_embedding(self.pos_embed[...], self.grid, grid, self.prefix_tokens)
         x = jnp.concatenate([*prefix, tokens], axis=1) + positions.astype(tokens.dtype)
         densities = []

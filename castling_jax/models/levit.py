@@ -79,6 +79,7 @@ class LevitAttention(nnx.Module):
       form: one of FORMS.
       token_conv: as in `Attention`.
       token_kernel_size: as in `Attention`.
+      implementation: as in `Attention`.
       layer: what `LinearNorm` takes.
     """
 
@@ -97,6 +98,7 @@ class LevitAttention(nnx.Module):
         form: str,
         token_conv: str | None,
         token_kernel_size: int | None,
+        implementation: str,
         layer: dict[str, Any],
     ):
         self.num_heads = num_heads
@@ -104,6 +106,7 @@ class LevitAttention(nnx.Module):
         self.table_grid = grid
         self.attention = attention
         self.form = form
+        self.implementation = implementation
         fused = num_heads * sum(self.fused_dims)
         self.qkv: Any = None if subsampling else LinearNorm(dim, fused, **layer)
         self.kv: Any = LinearNorm(dim, fused, **layer) if subsampling else None
@@ -133,7 +136,7 @@ class LevitAttention(nnx.Module):
         else:
             with jax.named_scope("qkv"):
                 k, v = self._split(self.kv(x, training=training))
-                q = self.q(x, grid=grid, training=training).reshape(len(x), -1, self.num_heads, k.shape[3])
+                q = self.q(x, grid=grid, training=training).reshape(x.shape[0], -1, self.num_heads, k.shape[3])
             # A query of the new grid stands on one token of the old one, so 1/2 V is here, as in every other layer,
             # of each query the value of its own token. The token kernel takes the same values on the new grid: its
             # neighbours are the tokens that the layers behind work on, at a quarter of the work.
@@ -149,6 +152,7 @@ class LevitAttention(nnx.Module):
             bias=self._bias(grid),
             query_values=own_values,
             grid=query_grid,
+            implementation=self.implementation,
         )
         return self.proj(out.reshape(*out.shape[:2], -1), training=training), density
 
@@ -305,6 +309,7 @@ class LeViT(Backbone):
         remat: bool = False,
         token_conv: str | None = "2d",
         token_kernel_size: int | None = None,
+        implementation: str = "auto",
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -337,6 +342,7 @@ class LeViT(Backbone):
                     form=form,
                     token_conv=token_conv,
                     token_kernel_size=token_kernel_size,
+                    implementation=implementation,
                     layer=layer,
                 )
             )
@@ -386,12 +392,12 @@ class LeViT(Backbone):
             raise InputError(f"images must have {self.in_chans} channels, not {images.shape[3]}.")
         grid = stem_grid(images.shape[1:3])
         x = self.stem(images, training=key is not None)
-        x = x.reshape(len(x), math.prod(grid), x.shape[3])
+        x = x.reshape(x.shape[0], math.prod(grid), x.shape[3])
         features, densities = [], []
         for i, stage in enumerate(self.stages):
             stage_key = None if key is None else jax.random.fold_in(key, i)
             x, grid, kept = stage(x, grid=grid, mask_threshold=mask_threshold, key=stage_key)
-            features.append(x.reshape(len(x), *grid, x.shape[2]))
+            features.append(x.reshape(x.shape[0], *grid, x.shape[2]))
             densities += kept
         return features, jnp.stack(densities)
 
@@ -429,8 +435,8 @@ def halved(grid: tuple[int, int]) -> tuple[int, int]:
 
 def subsample(x: Float[Array, "batch tokens *axes"], grid: tuple[int, int]) -> Float[Array, "batch queries *axes"]:
     """Every second token of every second row of the grid, the first among them."""
-    patches = x.reshape(len(x), *grid, *x.shape[2:])[:, ::2, ::2]
-    return patches.reshape(len(x), -1, *x.shape[2:])
+    patches = x.reshape(x.shape[0], *grid, *x.shape[2:])[:, ::2, ::2]
+    return patches.reshape(x.shape[0], -1, *x.shape[2:])
 
 
 def offset_index(grid: tuple[int, int], table_grid: tuple[int, int], *, stride: int) -> Int[np.ndarray, "queries keys"]:

@@ -97,12 +97,14 @@ class MultiScaleAttention(nnx.Module):
         qkv_bias: bool,
         token_conv: str | None,
         token_kernel_size: int | None,
+        implementation: str,
         common: dict[str, Any],
     ):
         head_dim, rngs, param_dtype = dim_out // num_heads, common["rngs"], common["param_dtype"]
         self.num_heads = num_heads
         self.attention = attention
         self.form = form
+        self.implementation = implementation
         self.stride_q = stride_q
         self.stride_kv = stride_kv
         self.qkv = linear(dim, 3 * dim_out, use_bias=qkv_bias, **common)
@@ -154,14 +156,15 @@ class MultiScaleAttention(nnx.Module):
             bias=self._bias(q, q_grid, kv_grid),
             query_values=query_values,
             grid=q_grid,
+            implementation=self.implementation,
         )
         with jax.named_scope("proj"):
-            return self.proj((out + q).reshape(len(x), *q_grid, -1)), density
+            return self.proj((out + q).reshape(x.shape[0], *q_grid, -1)), density
 
     def _tokens(
         self, norm: nnx.LayerNorm, x: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch tokens heads head_dim"]:
-        return norm(x.reshape(len(x), x.shape[1] * x.shape[2], self.num_heads, -1))
+        return norm(x.reshape(x.shape[0], x.shape[1] * x.shape[2], self.num_heads, -1))
 
     def _bias(self, q: jax.Array, q_grid: Pair, kv_grid: Pair) -> tuple[jax.Array, jax.Array] | None:
         tables: Any = self if self.attention == "softmax" else self.softmax_branch
@@ -304,6 +307,7 @@ class MViTv2(Backbone):
         remat: bool = False,
         token_conv: str | None = "2d",
         token_kernel_size: int | None = None,
+        implementation: str = "auto",
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -357,6 +361,7 @@ class MViTv2(Backbone):
                         qkv_bias=qkv_bias,
                         token_conv=token_conv,
                         token_kernel_size=token_kernel_size,
+                        implementation=implementation,
                         common=common,
                     )
                 )

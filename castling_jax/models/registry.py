@@ -12,6 +12,7 @@ from castling_jax.models.backbone import Backbone, ModelSpec
 from castling_jax.models.deit import DeiT
 from castling_jax.models.levit import LeViT
 from castling_jax.models.mvitv2 import MViTv2
+from castling_jax.ops.checks import check_implementation
 from castling_jax.ops.errors import InputError, check_known
 
 
@@ -80,7 +81,8 @@ def create_model(
       **overrides: timm's constructor words: embed_dim, depth, num_heads (tuples of LeViT), depths, stride_q,
         stride_kv_adaptive (of MViTv2), key_dim, patch_size, in_chans, mlp_ratio, qkv_bias, distilled, drop_path_rate;
         init_std of the matrices; remat, to compute what is inside a block again in the backward pass rather than keep
-        it; and token_conv ("1d", "2d" or None) and token_kernel_size.
+        it; token_conv ("1d", "2d" or None) and token_kernel_size; and implementation, of the operations ("auto", "xla"
+        or "pallas").
 
     Returns:
       A Flax NNX module; `model.spec` holds what it was made from.
@@ -98,6 +100,7 @@ def create_model(
     words = [word for word in inspect.signature(factory.__init__).parameters if word not in COMMON_ARGUMENTS]
     for word in overrides:
         check_known(f"argument of {name}", word, words)
+    check_implementation(overrides.get("implementation", "auto"))
     if num_classes < 1:
         raise InputError(f"num_classes must be at least 1, not {num_classes}.")
     # JSON has lists where constructors have tuples; a tuple can be hashed, as the model's spec must be.

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from castling_jax.ops.errors import InputError
 from castling_jax.training.state import TrainState
 
+CHECKPOINTS = "checkpoints"  # a run's folder of them
 _LOGGER = logging.getLogger(__name__)
 
 

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict, config_dict
 from castling_jax.models.variables import flatten
 from castling_jax.ops.errors import InputError, check_known
 
+CONFIG_FILE = "config.json"  # a run's own, in its folder
 # Groups that concern how a run runs, not what comes of it: they may differ when a run goes on.
 RUNTIME_GROUPS = ("checkpoint", "logging")
 
@@ -18,6 +19,9 @@ def default_config() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
+            # Where a new run starts: timm's weights of the softmax model (.safetensors, .pth), or a run's folder.
+            "init_from": config_dict.placeholder(str),
+            "reset_head": False,  # whether a classifier of another number of classes starts anew
             # Arguments of create_model. None: the model's own.
             "model": {
                 "name": "deit_tiny",

@@ -18,17 +18,16 @@ from castling_jax.data.sources import load_dataset
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import get_variables
 from castling_jax.ops.errors import InputError
-from castling_jax.training.checkpoints import Checkpoints, Progress
-from castling_jax.training.config import check_config, check_same_run, model_arguments
+from castling_jax.training.checkpoints import CHECKPOINTS, Checkpoints, Progress
+from castling_jax.training.config import CONFIG_FILE, check_config, check_same_run, model_arguments
 from castling_jax.training.evaluate import make_evaluator
 from castling_jax.training.metrics import MetricsWriter
 from castling_jax.training.optimizers import make_optimizer
+from castling_jax.training.restore import checkpoint_steps, initial_variables
 from castling_jax.training.schedules import learning_rate_schedule, mask_threshold_schedule
 from castling_jax.training.sharding import check_batch, make_mesh, replicate, shard_batch
 from castling_jax.training.state import create_state, parameters_sha256
 from castling_jax.training.step import make_train_step
-
-CONFIG_FILE = "config.json"
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -70,10 +69,13 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     learning_rate = learning_rate_schedule(config.optimizer, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     threshold_at = mask_threshold_schedule(config.mask, total_steps=total_steps)
     model = create_model(num_classes=train_set.num_classes, rngs=nnx.Rngs(config.seed), **model_arguments(config))
+    variables = get_variables(model)
+    if config.init_from and not checkpoint_steps(workdir / CHECKPOINTS):  # a run that goes on has its own
+        variables = initial_variables(Path(config.init_from), model, reset_head=config.reset_head)
 
     # 2. The state; 3. its place in an earlier, interrupted run of the same configuration.
     optimizer = make_optimizer(config.optimizer, learning_rate)
-    state = replicate(create_state(get_variables(model), optimizer, config.seed), mesh)
+    state = replicate(create_state(variables, optimizer, config.seed), mesh)
     train_step = make_train_step(model, optimizer, label_smoothing=config.loss.label_smoothing)
     evaluate = make_evaluator(model, eval_set, batch_size=config.evaluation.batch_size, mesh=mesh)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:  # however it ends, what is being written is finished
         stack.enter_context(jax.set_mesh(mesh))  # over which the attention's kernels split their work
         checkpoints = stack.enter_context(
-            contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep))
+            contextlib.closing(Checkpoints(workdir / CHECKPOINTS, keep=config.checkpoint.keep))
         )
         restored = checkpoints.restore(state)
         train_seconds = 0.0

@@ -1,9 +1,14 @@
 import hashlib
 import json
+import re
 import shutil
+import subprocess
+import sys
+import sysconfig
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,8 +16,16 @@ from safetensors.numpy import save
 
 import castling_jax
 from castling_jax import load_inference, to_inference
-from castling_jax.convert.files import MODEL_FILE, VARIABLES_FILE, save_inference, write_atomically
-from tests.models import small
+from castling_jax.convert import files
+from castling_jax.convert.files import (
+    MODEL_FILE,
+    PAYLOADS,
+    PROGRAM_FILE,
+    VARIABLES_FILE,
+    save_inference,
+    write_atomically,
+)
+from tests.models import small, test_mvitv2
 
 
 @pytest.fixture
@@ -103,6 +116,144 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
         write_atomically(path, "no bytes")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# Orbax
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_brings_variables_back_bit_by_bit(tmp_path, param_dtype):
+    model = small.small_levit(distilled=True, param_dtype=param_dtype)
+    variables = small.random_variables(model)
+    save_inference(tmp_path, model, variables, format="orbax")
+    loaded_model, loaded = load_inference(tmp_path)
+    assert bits(loaded) == bits(to_inference(variables))
+    assert loaded_model.spec.arguments() == model.spec.arguments(form="inference")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "byte", "missing", "another"])
+def test_a_damaged_checkpoint(refuses, tmp_path, model, variables, damage):
+    save_inference(tmp_path, model, variables, format="orbax")
+    payload = tmp_path / PAYLOADS["orbax"]
+    largest = max((path for path in payload.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = largest.read_bytes()
+    if damage == "missing":
+        largest.unlink()
+    elif damage == "another":
+        (payload / "more").write_bytes(b"")
+    else:
+        middle = len(data) // 2
+        largest.write_bytes(data[:-9] if damage == "truncated" else data[:middle] + b"\0\1" + data[middle + 2 :])
+    with refuses(PAYLOADS["orbax"], "damaged", "SHA-256"):
+        load_inference(tmp_path)
+
+
+def test_one_format_takes_the_others_place(folder, model, variables):
+    for name, payload in [*PAYLOADS.items(), ("safetensors", VARIABLES_FILE)]:
+        save_inference(folder, model, variables, format=name)
+        assert sorted(path.name for path in folder.iterdir()) == sorted([MODEL_FILE, payload])
+    assert bits(load_inference(folder)[1]) == bits(to_inference(variables))
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_a_conversion_that_fails_leaves_nothing_or_what_was_there(
+    monkeypatch, tmp_path, folder, model, variables, name
+):
+    def fails(path):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(files, "_sha256", fails)
+    before = bits(variables)
+    for out in (tmp_path / "new", folder):
+        with pytest.raises(OSError, match="no space left"):
+            save_inference(out, model, variables, format=name)
+    monkeypatch.undo()
+    assert not (tmp_path / "new").exists()
+    assert sorted(path.name for path in folder.iterdir()) == sorted([MODEL_FILE, VARIABLES_FILE])
+    load_inference(folder)
+    assert bits(variables) == before
+
+
+# StableHLO
+
+
+def exported(tmp_path, model, variables):
+    save_inference(tmp_path, model, variables, format="stablehlo")
+    return jax.export.deserialize(bytearray((tmp_path / PROGRAM_FILE).read_bytes()))
+
+
+SLOW_FAMILIES = [pytest.param(name, marks=pytest.mark.slow) for name in ("levit", "mvitv2", "softmax", "bfloat16")]
+
+
+@pytest.mark.parametrize("family", ["deit", *SLOW_FAMILIES])
+def test_a_program_computes_what_the_model_does(tmp_path, family):
+    make = {"levit": small.small_levit, "mvitv2": test_mvitv2.small_mvit}.get(family, small.small_model)
+    arguments = {"softmax": {"attention": "softmax"}, "bfloat16": {"param_dtype": "bfloat16"}}.get(family, {})
+    model = make(**arguments)
+    variables, size = small.random_variables(model), model.spec.image_size
+    program = exported(tmp_path, model, variables)
+    assert program.platforms == ("cpu", "tpu", "cuda")
+    # No kernel of one platform; what is left checks the number of images.
+    assert set(re.findall(r"custom_call @(\w+)", program.mlir_module())) == {"shape_assertion"}
+    inference = make(form="inference", **arguments)
+    for batch in (1, 3):
+        images = small.random_images(batch, size, size)
+        expected = jax.jit(castling_jax.apply, static_argnums=0)(inference, to_inference(variables), images)
+        logits = program.call(images)
+        assert logits.dtype == jnp.float32
+        # Constants are folded before the program runs: sums of some hundred terms of order one, in another order.
+        chex.assert_trees_all_close(logits, expected, rtol=0, atol=1e-5)
+
+
+def test_a_programs_weights_stay_in_bfloat16(tmp_path):
+    sizes = []
+    for param_dtype in ("float32", "bfloat16"):
+        model = small.small_model(param_dtype=param_dtype)
+        save_inference(tmp_path, model, small.random_variables(model), format="stablehlo")
+        sizes.append((tmp_path / PROGRAM_FILE).stat().st_size)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(castling_jax.get_variables(model)))
+    # Four bytes to two, give or take the program's own text.
+    assert 1.8 * parameters < sizes[0] - sizes[1] < 2.2 * parameters
+
+
+ALONE = """
+import sys
+sys.path += [PURE, PLATFORM]
+sys.modules["castling_jax"] = None  # wherever it may be installed
+try:
+    import castling_jax
+    raise SystemExit("castling_jax is here")
+except ImportError:
+    pass
+import jax.export
+import numpy as np
+program = jax.export.deserialize(bytearray(open("program.stablehlo", "rb").read()))
+np.save("logits.npy", program.call(np.load("images.npy")))
+assert not {"flax", "orbax", "safetensors"} & sys.modules.keys()
+"""
+
+
+def test_a_program_needs_jax_alone(tmp_path, model, variables):
+    exported(tmp_path, model, variables)
+    images = small.random_images(3)
+    np.save(tmp_path / "images.npy", images)
+    paths = {"PURE": repr(sysconfig.get_path("purelib")), "PLATFORM": repr(sysconfig.get_path("platlib"))}
+    code = re.sub("PURE|PLATFORM", lambda match: paths[match[0]], ALONE)
+    # Isolated and without `site`: neither PYTHONPATH nor an editable installation.
+    subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, check=True, timeout=300)
+    inference = small.small_model(distilled=True, form="inference")
+    expected = jax.jit(castling_jax.apply, static_argnums=0)(inference, to_inference(variables), images)
+    chex.assert_trees_all_close(np.load(tmp_path / "logits.npy"), np.asarray(expected), rtol=0, atol=1e-5)
+
+
+def test_a_program_is_no_variables(refuses, tmp_path, model, variables):
+    save_inference(tmp_path, model, variables, format="stablehlo")
+    with refuses(str(tmp_path), "jax.export.deserialize", PROGRAM_FILE):
+        load_inference(tmp_path)
+    path = tmp_path / PROGRAM_FILE
+    path.write_bytes(path.read_bytes()[:-50])
+    with refuses(PROGRAM_FILE, "damaged"):
+        load_inference(tmp_path)
 
 
 # Refusals
@@ -212,4 +363,20 @@ def test_a_file_that_is_whole_but_not_the_models(refuses, folder, data, fragment
     (folder / VARIABLES_FILE).write_bytes(data)
     rewrite(folder, sha256=hashlib.sha256(data).hexdigest())
     with refuses(*fragments):
+        load_inference(folder)
+
+
+def test_another_kind_of_file(refuses, tmp_path, model, variables):
+    with refuses("format 'onnx'", "safetensors, orbax, stablehlo"):
+        save_inference(tmp_path / "out", model, variables, format="onnx")
+    (tmp_path / "file").write_text("")
+    with refuses(str(tmp_path / "file"), "is a file"):
+        save_inference(tmp_path / "file", model, variables)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("file", ["../variables.safetensors", 3, None, "other"])
+def test_a_description_that_names_another_file(refuses, folder, file):
+    rewrite(folder, file=file)
+    with refuses(MODEL_FILE, "damaged"):
         load_inference(folder)

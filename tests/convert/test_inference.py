@@ -72,6 +72,12 @@ def test_every_mvitv2_loses_its_relative_positions_and_no_more(name):
     assert {path.split("/")[-2] for path in flatten(trained).keys() - flatten(inference).keys()} == {"softmax_branch"}
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_models_switched_tree_is_its_inference_forms(name):
+    trained, inference = (get_variables(abstract_model(name, form=form)) for form in ("train", "inference"))
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(to_inference, trained), inference)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_deit_keeps_its_arrays(kind):
     variables = small.random_variables(small.small_model(attention=kind, distilled=True))

@@ -1,12 +1,14 @@
 import logging
+import sys
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.flax import save_file
 
-from castling_jax.convert import from_torch, to_torch
+from castling_jax.convert import from_torch, read_state_dict, to_torch
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import flatten
 from tests.models import small, test_mvitv2
@@ -33,6 +35,7 @@ def test_timms_weights_come_back_as_they_were(golden, caplog, name):
     assert back.keys() == weights.keys()
     chex.assert_trees_all_equal(back, weights)
     assert all(isinstance(value, np.ndarray) and value.dtype == np.float32 for value in back.values())
+    assert all(value.flags.c_contiguous for value in back.values())
 
 
 @pytest.mark.parametrize("name", GOLDEN_FILES)
@@ -261,6 +264,109 @@ def test_biases_that_are_no_square_are_refused(refuses):
             from_torch(model, state_dict | {name: np.zeros(shape, np.float32)})
 
 
+# A new head
+
+
+@pytest.mark.parametrize("make", [small.small_model, small.small_levit, test_mvitv2.small_mvit])
+def test_a_head_of_other_classes_starts_at_zero_where_asked(refuses, make):
+    model = make()
+    variables = small.random_variables(model)
+    state_dict, other = to_torch(model, variables), make(num_classes=3)
+    with refuses("it holds 2 of another shape", "'head.", "reset_head=True"):
+        from_torch(other, state_dict)
+    before, after = flatten(variables), flatten(from_torch(other, state_dict, reset_head=True))
+    assert before.keys() == after.keys()
+    new = {path for path in before if before[path].shape != after[path].shape}
+    assert {path.split("/")[1] for path in new} == {"head"}
+    assert {path.split("/")[-1] for path in new} == {"kernel", "bias"}
+    chex.assert_trees_all_equal({path: after[path] for path in new}, {path: 0 * after[path] for path in new})
+    kept = before.keys() - new
+    chex.assert_trees_all_equal({path: after[path] for path in kept}, {path: before[path] for path in kept})
+
+
+def test_a_head_that_fits_is_not_reset_and_one_that_is_missing_is():
+    model = small.small_model(distilled=True)
+    variables = small.random_variables(model)
+    state_dict = to_torch(model, variables)
+    chex.assert_trees_all_equal(from_torch(model, state_dict, reset_head=True), variables)
+    headless = {name: value for name, value in state_dict.items() if not name.startswith("head")}
+    reset = from_torch(model, headless, reset_head=True)["params"]
+    assert not any(np.any(leaf) for name in ("head", "head_dist") for leaf in reset[name].values())
+    chex.assert_trees_all_equal(reset["blocks"], variables["params"]["blocks"])
+
+
+# Files
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_safetensors_file_is_read_in_float32(tmp_path, dtype):
+    arrays = {"a.weight": jnp.asarray([[1.5, -2, 1 / 3]], dtype), "count": jnp.asarray(7, jnp.int32)}
+    save_file(arrays, tmp_path / "weights.safetensors")
+    read = read_state_dict(tmp_path / "weights.safetensors")
+    assert {name: type(value) for name, value in read.items()} == dict.fromkeys(arrays, np.ndarray)
+    assert read["a.weight"].dtype == np.float32
+    np.testing.assert_array_equal(read["a.weight"], np.asarray(arrays["a.weight"], np.float32))
+    assert read["count"].dtype == np.int32
+
+
+@pytest.mark.parametrize("data", [b"", b"no safetensors", b"cut"])
+def test_a_damaged_safetensors_file(refuses, tmp_path, data):
+    path = tmp_path / "weights.safetensors"
+    save_file({"a": jnp.ones(100)}, path)
+    path.write_bytes(path.read_bytes()[:-8] if data == b"cut" else data)
+    with refuses("weights.safetensors", "damaged"):
+        read_state_dict(path)
+
+
+def test_a_file_that_is_not_there(refuses, tmp_path):
+    for path in (tmp_path, tmp_path / "nothing.pth"):
+        with refuses(str(path), "no file"):
+            read_state_dict(path)
+
+
+def test_without_torch_a_torch_file_says_so(refuses, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "weights.pth").write_bytes(b"")
+    with refuses("weights.pth", "pip install torch", ".safetensors"):
+        read_state_dict(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("key", [None, "model", "state_dict", "model_ema"])
+def test_a_torch_file_is_read_where_its_weights_are(golden, tmp_path, key):
+    torch = pytest.importorskip("torch")
+    file = golden("deit_small_cfg")
+    weights = {name: torch.from_numpy(value) for name, value in file.group("weights").items()}
+    torch.save(weights if key is None else {key: weights, "epoch": 3}, tmp_path / "weights.pth")
+    read = read_state_dict(tmp_path / "weights.pth")
+    chex.assert_trees_all_equal(read, file.group("weights"))
+    from_torch(golden_model(file), read)
+
+
+def test_a_torch_file_is_read_in_float32(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save(
+        {"half": torch.ones(2).half(), "brain": torch.ones(2).bfloat16(), "count": torch.tensor(3)}, tmp_path / "a.pth"
+    )
+    read = read_state_dict(tmp_path / "a.pth")
+    assert {name: value.dtype.name for name, value in read.items()} == {
+        "half": "float32",
+        "brain": "float32",
+        "count": "int64",
+    }
+
+
+@pytest.mark.parametrize("content", ["cut", "empty", "text", "list", "numbers", "code"])
+def test_a_torch_file_without_weights(refuses, tmp_path, content):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "weights.pth"
+    things = {"list": [torch.ones(2)], "numbers": {"model": {"a": 3}}, "code": {"model": print}}
+    torch.save(things.get(content, {"a": torch.ones(1000)}), path)
+    if content in ("cut", "empty", "text"):
+        path.write_bytes({"cut": path.read_bytes()[:-500], "empty": b"", "text": b"weights"}[content])
+    with refuses("weights.pth", "holds"):
+        read_state_dict(path)
+
+
 # Refusals
 
 
@@ -315,3 +421,22 @@ def test_to_torch_refuses_variables_that_are_not_the_models(refuses, model):
     del variables["params"]["norm"]
     with refuses("lack 'params/norm/bias'"):
         to_torch(model, variables)
+
+
+def test_all_that_does_not_fit_is_listed(refuses, model, state_dict):
+    for name in [name for name in state_dict if name.startswith("blocks.0.")]:
+        del state_dict[name]
+    del state_dict["blocks.1.attn.dconv.weight"]  # is no mistake: it starts at zero
+    state_dict |= {"extra.a": np.zeros(1), "extra.b": np.zeros(1), "norm.bias": np.zeros(9)}
+    with refuses(
+        "deit_micro: it lacks 12 of the model's tensors: 'blocks.0.attn.proj.bias'",
+        "and 6 more; it holds 2 that deit_micro does not have: 'extra.a', 'extra.b'; ",
+        "it holds 1 of another shape: 'norm.bias' is (9,), not (24,).",
+    ):
+        from_torch(model, state_dict)
+
+
+def test_another_architectures_weights(refuses, state_dict):
+    model = small.small_levit()
+    with refuses("levit_128s: it lacks", "that levit_128s does not have: 'blocks.0.attn.dconv.weight'"):
+        from_torch(model, state_dict)

@@ -175,3 +175,8 @@ def test_a_model_without_classes(refuses, num_classes):
 def test_an_unknown_dtype(refuses, argument):
     with refuses(argument, "'float33'", "float32"):
         small.small_model(**{argument: "float33"})
+
+
+def test_an_unknown_implementation(refuses):
+    with refuses("implementation 'palas'", "did you mean 'pallas'"):
+        castling_jax.create_model("deit_tiny", implementation="palas")

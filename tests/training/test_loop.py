@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 
 import pytest
 
@@ -120,6 +121,31 @@ def test_mistakes_leave_nothing_behind(tmp_path, changes, message):
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(InputError, match=r"the loss is nan at step \d+: try a smaller config.optimizer.learning_rate"):
         loop.train(small_config(optimizer={"learning_rate": 1e30, "warmup_epochs": 0.0}), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_another_and_goes_on_without_it(whole_run, tmp_path, monkeypatch):
+    first, figures = whole_run
+    start = shutil.copytree(first, tmp_path / "start")
+    config = small_config(init_from=str(start))
+    # Nothing is learnt, so what the run ends with is what it started from.
+    config.optimizer.update({"initial_learning_rate": 0.0, "learning_rate": 0.0, "final_learning_rate": 0.0})
+    steps = itertools.count()
+
+    def interrupted(iterator):
+        if next(steps) >= 6:
+            raise KeyboardInterrupt
+        return next(iterator)
+
+    monkeypatch.setattr(loop, "next", interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config, tmp_path / "run")
+    monkeypatch.undo()
+    shutil.rmtree(start)
+    assert loop.train(config, tmp_path / "run")["parameters_sha256"] == figures["parameters_sha256"]
+    with pytest.raises(InputError, match="start'"):
+        loop.train(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow

@@ -1,0 +1,268 @@
+"""Turns a trained model into its inference form, for good.
+
+    python -m castling_jax.tools.convert SOURCE OUT [--format=safetensors] [--ema] [--bfloat16] [--check]
+
+drops the softmax branch, folds batch norm into the layers beside it, and says of every parameter what became of it.
+SOURCE is a run's folder (its newest checkpoint is read, or its inference folder where there is no other), the folder of
+one checkpoint, RUN/checkpoints/STEP, or an inference folder. OUT is a folder that describes itself, in model.json: the
+model's name and arguments, versions and a checksum. What fails leaves no OUT behind that could be taken for whole.
+
+formats:
+  safetensors   OUT/variables.safetensors; castling_jax.load_inference(OUT) gives (model, variables)
+  orbax         OUT/variables.orbax, a checkpoint; load_inference reads it too
+  stablehlo     OUT/program.stablehlo, the forward pass with the weights inside, for CPUs, TPUs and GPUs and any number
+                of images. A program needs only jax and flatbuffers to run it:
+
+                  program = jax.export.deserialize(open("OUT/program.stablehlo", "rb").read())
+                  logits = program.call(images)  # [batch, size, size, 3] in float32, normalised as in training
+
+examples:
+  python -m castling_jax.tools.convert runs/digits exported --check
+  python -m castling_jax.tools.convert runs/digits/checkpoints/1000 exported --format=orbax --bfloat16
+  python -m castling_jax.tools.convert runs/digits/inference program --format=stablehlo --check
+"""
+
+import argparse
+import dataclasses
+import functools
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from castling_jax.convert.files import MODEL_FILE, PAYLOADS, load_inference, save_inference
+from castling_jax.convert.inference import SOFTMAX_BRANCH, check_switch, to_inference
+from castling_jax.data.loader import evaluation_batches
+from castling_jax.data.sources import load_dataset
+from castling_jax.models.backbone import Backbone
+from castling_jax.models.registry import abstract_model
+from castling_jax.models.variables import Variables, apply, count_parameters, flatten
+from castling_jax.ops.errors import InputError
+from castling_jax.training.checkpoints import CHECKPOINTS
+from castling_jax.training.restore import checkpoint_steps, read_snapshot
+
+CHECK_IMAGES = 128
+# How far logits of order one may be off where the arithmetic is the same but for the order of sums.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is converted.
+
+    Attributes:
+      about: where it was found, for a person.
+      model: in either form.
+      variables: its.
+      mask_threshold: what training has reached; None without a run.
+      dataset: (name, held-out split) to check it on.
+    """
+
+    about: str
+    model: Backbone
+    variables: Variables
+    mask_threshold: float | None = None
+    dataset: tuple[str, str] = ("digits", "test")
+
+
+def read_source(path: Path, *, ema: bool) -> Source:
+    """Reads a run's folder, a checkpoint's, or an inference folder.
+
+    Raises:
+      InputError: it is none of them or damaged, or the moving average is asked for where there is none.
+    """
+    inference = next((f for f in (path, path / "inference") if (f / MODEL_FILE).is_file()), None)
+    if inference is None or checkpoint_steps(path / CHECKPOINTS):
+        found = read_snapshot(path, ema=ema)
+        about = f"{found.folder}, step {found.step:,}" + (", moving average" if ema else "")
+        held_out = (found.config.dataset.name, found.config.dataset.eval_split)
+        return Source(about, found.model, found.variables, found.mask_threshold, held_out)
+    if ema:
+        raise InputError(f"'{inference}' is in inference form and holds no moving average: leave out --ema.")
+    return Source(str(inference), *load_inference(inference))
+
+
+def convert(path: Path, out: Path, *, format: str, ema: bool, bfloat16: bool, check: bool) -> None:
+    """Converts and tells about it on standard output; see the module's docstring.
+
+    Raises:
+      InputError: what `read_source` and `save_inference` raise, or a check fails.
+    """
+    source = read_source(path, ema=ema)
+    spec = source.model.spec
+    variables = to_inference(source.variables, dtype=jnp.bfloat16 if bfloat16 else None)
+    param_dtype = "bfloat16" if bfloat16 else spec.param_dtype
+    model = abstract_model(**spec.arguments(form="inference", param_dtype=param_dtype))
+    print(f"{spec.name}, {spec.attention}, {spec.image_size} pixels, {spec.num_classes} classes: {source.about}\n")
+    print(table(source.variables, variables))
+    if check:
+        images = held_out_images(model, *source.dataset)
+        print(f"\nOn {len(images)} images of {' '.join(source.dataset)}:")
+        for line in check_forms(source, images):
+            print(f"  {line}")
+    save_inference(out, model, variables, format=format)
+    if check:
+        print(f"  {check_written(out, format, source, model, variables, images)}")
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"\nWrote {out}: {PAYLOADS[format]} and {MODEL_FILE}, {size / 1e6:,.2f} MB.")
+
+
+def table(before: Variables, after: Variables) -> str:
+    """Both forms' arrays side by side, those of equal blocks in one line, and what became of each."""
+    old, new = flatten(before), flatten(after)
+    lines: Counter[tuple[str, str, str, str]] = Counter()
+    for path in sorted(old.keys() | new.keys()):
+        pattern = re.sub(r"/blocks/\d+/", "/blocks/*/", path)
+        lines[pattern, _shape(old.get(path)), _shape(new.get(path)), _fate(path, old, new)] += 1
+    rows = [("", "source", "inference form", "")]
+    for (pattern, shape, new_shape, fate), times in lines.items():
+        counts = [f"{times} x {text}" if times > 1 and text else text for text in (shape, new_shape)]
+        rows.append((pattern, counts[0] or "-", counts[1] or "-", fate))
+    rows.append(("parameters", f"{count_parameters(before):,}", f"{count_parameters(after):,}", ""))
+    statistics = sum(leaf.size for path, leaf in old.items() if not path.startswith("params/"))
+    if statistics:
+        rows.append(("batch statistics", f"{statistics:,}", "0", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    text = "\n".join(
+        f"  {name:{widths[0]}}  {shape:>{widths[1]}}  {new_shape:>{widths[2]}}  {fate}".rstrip()
+        for name, shape, new_shape, fate in rows
+    )
+    fates = Counter(_fate(path, old, new) for path in old)
+    return text + "\n  " + ", ".join(f"{times} arrays {fate or 'as they were'}" for fate, times in fates.items()) + "."
+
+
+def _shape(leaf: np.ndarray | None) -> str:
+    return "" if leaf is None else f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _fate(path: str, old: dict[str, np.ndarray], new: dict[str, np.ndarray]) -> str:
+    if path not in old:
+        return "the batch norm's shift"
+    if path in new:
+        node, _, leaf = path.rpartition("/")
+        takes_norm = f"{node.rpartition('/')[0]}/bn/scale" in old and leaf in ("kernel", "bias")
+        averaged = path.startswith("params/head/") and any(name.startswith("params/head_dist") for name in old)
+        if averaged and not any(name.startswith("params/head_dist") for name in new):
+            return "with batch norm and the second head" if takes_norm else "with the second head"
+        if takes_norm:
+            return "with batch norm"
+        return "" if old[path].dtype == new[path].dtype else "cast"
+    if f"/{SOFTMAX_BRANCH}/" in path:
+        return "dropped with the softmax branch"
+    return "averaged into head" if "/head_dist/" in path and "/bn/" not in path else "folded into linear"
+
+
+def held_out_images(model: Backbone, name: str, split: str) -> jax.Array:
+    """Up to CHECK_IMAGES held-out images, [batch, size, size, 3], of the model's size."""
+    dataset = load_dataset(name, split)
+    images = next(evaluation_batches(dataset, batch_size=min(CHECK_IMAGES, len(dataset))))["image"]
+    size = model.spec.image_size
+    return jax.image.resize(images, (len(images), size, size, 3), "nearest")
+
+
+def check_forms(source: Source, images: jax.Array) -> list[str]:
+    """What switching changes on these images.
+
+    Raises:
+      InputError: the two forms are not the same where they have to be.
+    """
+    spec = source.model.spec
+    if spec.form == "inference":
+        return ["the source is in inference form already"]
+    logits = _logits(abstract_model(**spec.arguments(form="inference")), to_inference(source.variables), images)
+    if spec.attention == "castling":
+        assert source.mask_threshold is not None
+        report = check_switch(source.model, source.variables, images, source.mask_threshold)
+        kept = ", ".join(f"{density:.2%}" for density in report["densities"])
+        lines = [
+            f"at the mask threshold {source.mask_threshold:g} the two forms' logits differ by at most "
+            f"{report['max_difference']:.1e}; softmax weights kept, by layer: {kept}",
+            f"at 1 by at most {report['max_difference_at_one']:.1e}",
+        ]
+        difference = report["max_difference_at_one"]
+    else:
+        difference = _difference(_logits(source.model, source.variables, images), logits)
+        lines = [f"the two forms' logits differ by at most {difference:.1e}"]
+    _refuse_beyond(spec.dtype, difference, logits, "the two forms' logits")
+    return lines
+
+
+def check_written(
+    out: Path, format: str, source: Source, model: Backbone, variables: Variables, images: jax.Array
+) -> str:
+    """Compares what was written, read back, with what was to be written.
+
+    Raises:
+      InputError: it gives other logits.
+    """
+    expected = _logits(model, variables, images)
+    if format == "stablehlo":
+        program = jax.export.deserialize(bytearray((out / PAYLOADS[format]).read_bytes()))
+        logits = np.asarray(program.call(images))
+    else:
+        logits = _logits(*load_inference(out), images)
+    difference = _difference(logits, expected)
+    _refuse_beyond(model.spec.dtype, difference, expected, f"the logits of '{out}', read back, and of the model")
+    line = (
+        f"what was written, read back, gives the same logits to {difference:.1e}"
+        if difference
+        else ("what was written, read back, gives the same logits")
+    )
+    if model.spec.param_dtype != source.model.spec.param_dtype:
+        uncast = abstract_model(**source.model.spec.arguments(form="inference"))
+        before = _logits(uncast, to_inference(source.variables), images)
+        same = int(np.sum(before.argmax(-1) == expected.argmax(-1)))
+        line += (
+            f"\n  {model.spec.param_dtype} parameters change them by at most {_difference(before, expected):.1e}, and "
+            f"the answer for {len(images) - same} images"
+        )
+    return line
+
+
+def _logits(model: Backbone, variables: Variables, images: jax.Array) -> np.ndarray:
+    return np.asarray(jax.jit(functools.partial(apply, model))(variables, images))
+
+
+def _difference(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.max(np.abs(one - other)))
+
+
+def _refuse_beyond(dtype: str, difference: float, logits: np.ndarray, what: str) -> None:
+    allowed = TOLERANCES[dtype] * max(1.0, float(np.max(np.abs(logits))))
+    if not difference <= allowed:  # so that NaN is refused too
+        raise InputError(f"{what} differ by {difference:.1e}, more than the {allowed:.1e} that rounding explains.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="a run's folder, a checkpoint's, or an inference folder")
+    parser.add_argument("out", type=Path, help="the folder to write; an earlier conversion there is replaced")
+    parser.add_argument("--format", choices=PAYLOADS, default="safetensors", help="safetensors if not given")
+    parser.add_argument("--ema", action="store_true", help="take the moving average of the parameters")
+    parser.add_argument(
+        "--bfloat16",
+        action="store_true",
+        help="hold the parameters in bfloat16, half the size; it still computes in what the model was made for",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare the two forms, and what was written with both, on held-out images: of the run's dataset, or the "
+        "digits",
+    )
+    arguments = vars(parser.parse_args())
+    logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
+    try:
+        convert(arguments.pop("source"), arguments.pop("out"), **arguments)
+    except InputError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

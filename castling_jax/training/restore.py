@@ -1,0 +1,137 @@
+"""What a run has reached, read by others than the run itself: nothing in its folder is touched."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from castling_jax.convert.torch import from_torch, read_state_dict, to_torch
+from castling_jax.models.backbone import Backbone
+from castling_jax.models.registry import abstract_model
+from castling_jax.models.variables import Variables, check_variables, flatten
+from castling_jax.ops.errors import InputError
+from castling_jax.training.checkpoints import CHECKPOINTS, checksums
+from castling_jax.training.config import CONFIG_FILE, model_arguments
+from castling_jax.training.metrics import read_metrics
+
+EMA = "ema_params"  # under which a state keeps the moving average of its params, where it has one
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint.
+
+    Attributes:
+      folder: the checkpoint's own.
+      config: the run's.
+      step: how many steps were made.
+      mask_threshold: the last one that the run had logged by then.
+      model: in training form; holds shapes only.
+      variables: numpy arrays.
+    """
+
+    folder: Path
+    config: ConfigDict
+    step: int
+    mask_threshold: float
+    model: Backbone
+    variables: Variables
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of which a folder of checkpoints holds one, sorted; what is still being written does not count."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def read_snapshot(path: Path, *, ema: bool = False) -> Snapshot:
+    """Reads a checkpoint.
+
+    Args:
+      path: a run's folder, of which the newest checkpoint is read, or the folder of one, RUN/checkpoints/STEP.
+      ema: whether the params are to be their moving average.
+
+    Raises:
+      InputError: it is neither, config.json is missing or damaged, the checkpoint is, or it holds no moving average.
+    """
+    steps = checkpoint_steps(path / CHECKPOINTS)
+    run, step_folder = (path, path / CHECKPOINTS / str(steps[-1])) if steps else (path.absolute().parents[1], path)
+    if not (step_folder / "state").is_dir():
+        raise InputError(f"'{path}' is neither a run's folder with checkpoints nor one of its {CHECKPOINTS}/STEP.")
+    try:
+        config = ConfigDict(json.loads((run / CONFIG_FILE).read_text()))
+        arguments, first_threshold = model_arguments(config), config.mask.start_threshold
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"'{run / CONFIG_FILE}' is missing or damaged: {error!r}.") from error
+    variables = _read_variables(step_folder, ema)
+    classes = [leaf.shape[-1] for name, leaf in flatten(variables["params"]).items() if name.startswith("head/")]
+    model = abstract_model(num_classes=classes[-1], **arguments)  # the last one's: batch norm comes before
+    check_variables(model, variables)
+    thresholds = [
+        line["mask_threshold"]
+        for line in read_metrics(run)
+        if "mask_threshold" in line and line["step"] <= int(step_folder.name)
+    ]
+    threshold = thresholds[-1] if thresholds else first_threshold
+    return Snapshot(step_folder, config, int(step_folder.name), threshold, model, variables)
+
+
+def _read_variables(folder: Path, ema: bool) -> Variables:
+    handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), about=ocp.JsonCheckpointHandler())
+    params = EMA if ema else "params"
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            shapes: dict[str, Any] = checkpointer.metadata(folder.absolute()).item_metadata["state"].tree
+            if params not in shapes:
+                raise InputError(f"the checkpoint '{folder}' holds no moving average of its parameters.")
+            names = [name for name in (params, "batch_stats") if name in shapes]
+            part = {
+                name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes[name])
+                for name in names
+            }
+            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
+            items = checkpointer.restore(
+                folder.absolute(),
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(item=part, restore_args=restore_args, partial_restore=True),
+                    about=ocp.args.JsonRestore(),
+                ),
+            )
+        tree, expected = items["state"], items["about"]["checksums"]
+        for name in names:
+            for leaf, checksum in checksums(tree[name]).items():
+                if expected.get(f".{name}{leaf}") != checksum:
+                    raise ValueError(f"the checksum of {name}{leaf} is not the one it was saved with")
+    except InputError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:200].rstrip(".")
+        others = [str(step) for step in checkpoint_steps(folder.parent) if str(step) != folder.name]
+        instead = f"; try {folder.parent}/{others[-1]}" if others else ""
+        raise InputError(f"the checkpoint '{folder}' is damaged ({reason}){instead}.") from error
+    return {"params" if name == params else name: tree[name] for name in names}
+
+
+def initial_variables(path: Path, model: Backbone, *, reset_head: bool) -> Variables:
+    """What a run of `model` starts from: another run's variables, or weights under timm's names.
+
+    A castling model takes those of a softmax one: both attentions share its q, k and v, and the taps start at zero.
+
+    Args:
+      path: a run's folder or one checkpoint's, or a file that `read_state_dict` reads.
+      model: in training form.
+      reset_head: as in `from_torch`.
+
+    Raises:
+      InputError: what is at `path` cannot be read, or does not fit the model.
+    """
+    if path.is_dir():
+        snapshot = read_snapshot(path)
+        state_dict = to_torch(snapshot.model, snapshot.variables)
+    else:
+        state_dict = read_state_dict(path)
+    return from_torch(model, state_dict, reset_head=reset_head)

@@ -1,0 +1,153 @@
+import json
+import re
+import sys
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from castling_jax import load_inference, to_inference
+from castling_jax.convert.files import MODEL_FILE, PAYLOADS, save_inference
+from castling_jax.models.registry import abstract_model
+from castling_jax.models.variables import count_parameters
+from castling_jax.tools import convert
+from castling_jax.training.checkpoints import Checkpoints, Progress
+from castling_jax.training.config import default_config
+from castling_jax.training.state import create_state
+from tests.models import small
+
+LEVIT = {"name": "levit_128s", "distilled": True, "image_size": 32}
+LEVIT |= {"embed_dim": (8, 12), "depth": (1, 1), "num_heads": (2, 3), "key_dim": 4}
+DEIT = {"name": "deit_micro", "depth": 1, "embed_dim": 32}
+
+
+def write_run(folder, arguments, variables):
+    config = default_config()
+    config.model.update(arguments)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    checkpoints.save(create_state(variables, optax.sgd(1e-3), 0), Progress({}, 1.0))
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def levit(tmp_path_factory):
+    model = abstract_model(num_classes=10, **LEVIT)
+    variables = small.random_variables(model)
+    return write_run(tmp_path_factory.mktemp("levit") / "run", LEVIT, variables), model, variables
+
+
+@pytest.fixture(scope="module")
+def deit(tmp_path_factory):
+    model = abstract_model(num_classes=10, **DEIT)
+    variables = small.random_variables(model)
+    return write_run(tmp_path_factory.mktemp("deit") / "run", DEIT, variables), model, variables
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+    convert.main()
+
+
+def refusal(monkeypatch, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, *arguments)
+    message = caught.value.code
+    assert isinstance(message, str) and message.endswith(".") and "\n" not in message, message
+    return message
+
+
+def test_what_becomes_of_every_parameter_is_told(levit, tmp_path, monkeypatch, capsys):
+    folder, _, variables = levit
+    run(monkeypatch, folder, tmp_path / "out")
+    text = " ".join(capsys.readouterr().out.split())  # without the columns' widths
+    assert text.startswith(f"levit_128s, castling, 32 pixels, 10 classes: {folder}/checkpoints/0, step 0")
+    for line in (
+        "params/stages/0/blocks/*/attn/softmax_branch/attention_biases - dropped with the softmax branch",
+        "params/stages/0/blocks/*/attn/proj/ln/bn/scale - folded into linear",
+        "params/head/linear/kernel float32[12, 10] float32[12, 10] with batch norm and the second head",
+        "params/head_dist/linear/kernel float32[12, 10] - averaged into head",
+        "params/head_dist/bn/scale float32[12] - folded into linear",
+        "params/stem/conv1/linear/kernel float32[3, 3, 3, 1] float32[3, 3, 3, 1] with batch norm",
+        "params/stem/conv1/linear/bias - float32[1] the batch norm's shift",
+        "batch_stats/stem/conv1/bn/mean float32[1] - folded into linear",
+        f"parameters {count_parameters(variables):,} {count_parameters(to_inference(variables)):,} ",
+    ):
+        # Between a name and a hyphen may stand how many there are, and their shape.
+        assert re.search(re.escape(line).replace(r"\ \-\ ", r" [^-]*- "), text), line
+    # The checkpoint's numpy arrays are folded in the place of jax's: to float32's rounding.
+    chex.assert_trees_all_close(load_inference(tmp_path / "out")[1], to_inference(variables), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_a_checked_conversion_in_each_format(deit, tmp_path, monkeypatch, capsys, name):
+    folder, _, variables = deit
+    run(monkeypatch, folder / "checkpoints" / "0", tmp_path, f"--format={name}", "--check")
+    text = capsys.readouterr().out
+    assert "On 128 images of digits test:" in text
+    assert re.search(r"at the mask threshold 0.02 the two forms' logits differ by at most \d\.\de", text)
+    assert re.search(r"kept, by layer: \d+\.\d\d%", text)
+    assert "read back, gives the same logits" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([MODEL_FILE, PAYLOADS[name]])
+    if name != "stablehlo":
+        chex.assert_trees_all_equal(load_inference(tmp_path)[1], to_inference(variables))
+
+
+def test_an_inference_folder_is_cast(deit, tmp_path, monkeypatch, capsys):
+    _, model, variables = deit
+    (tmp_path / "run").mkdir()
+    save_inference(tmp_path / "run" / "inference", model, variables)
+    run(monkeypatch, tmp_path / "run", tmp_path / "out", "--bfloat16", "--check")
+    text = capsys.readouterr().out
+    assert "the source is in inference form already" in text
+    assert re.search(r"bfloat16 parameters change them by at most \d\.\de-\d\d, and the answer for \d+ images", text)
+    loaded_model, loaded = load_inference(tmp_path / "out")
+    assert loaded_model.spec.param_dtype == "bfloat16"
+    chex.assert_trees_all_equal(loaded, to_inference(variables, dtype=jnp.bfloat16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["castling", "softmax"])
+def test_a_levits_two_forms_are_checked(tmp_path, monkeypatch, capsys, attention):
+    arguments = LEVIT | {"attention": attention}
+    variables = small.random_variables(abstract_model(num_classes=10, **arguments))
+    run(monkeypatch, write_run(tmp_path / "run", arguments, variables), tmp_path / "out", "--check")
+    text = capsys.readouterr().out
+    differences = [float(number) for number in re.findall(r"differ by at most (\S+?);? ?\n?", text)]
+    assert differences
+    assert "read back, gives the same logits" in text
+
+
+def test_numbers_that_are_none_fail_the_check_and_are_not_written(deit, tmp_path, monkeypatch):
+    _, _, variables = deit
+    params = variables["params"] | {"norm": {"scale": np.full(32, np.nan, np.float32), "bias": np.zeros(32)}}
+    folder = write_run(tmp_path / "run", DEIT, {"params": params})
+    assert "differ by nan" in refusal(monkeypatch, folder, tmp_path / "out", "--check")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_are_one_sentence(deit, tmp_path, monkeypatch):
+    folder, model, variables = deit
+    out = tmp_path / "out"
+    assert "no moving average" in refusal(monkeypatch, folder, out, "--ema")
+    assert "neither a run's folder" in refusal(monkeypatch, tmp_path / "nowhere", out)
+    save_inference(tmp_path / "inference", model, variables)
+    assert "no moving average" in refusal(monkeypatch, tmp_path / "inference", out, "--ema")
+    payload = tmp_path / "inference" / PAYLOADS["safetensors"]
+    payload.write_bytes(payload.read_bytes()[:-1])
+    assert "damaged" in refusal(monkeypatch, tmp_path / "inference", out)
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refusal(monkeypatch, folder, tmp_path / "file")
+    assert not out.exists()
+
+
+def test_the_help_says_what_each_format_is(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--help")
+    text = capsys.readouterr().out
+    for fragment in (*PAYLOADS, "load_inference", "jax.export.deserialize", "--bfloat16", "checkpoints/STEP"):
+        assert fragment in text

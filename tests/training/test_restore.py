@@ -1,0 +1,160 @@
+import json
+import shutil
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import save_file
+
+from castling_jax.convert import to_torch
+from castling_jax.convert.files import save_inference
+from castling_jax.models.variables import get_variables
+from castling_jax.training.checkpoints import Checkpoints, Progress, checksums
+from castling_jax.training.config import default_config
+from castling_jax.training.restore import checkpoint_steps, initial_variables, read_snapshot
+from castling_jax.training.state import create_state
+from tests.models import small
+
+SIZES = {"embed_dim": (8, 12), "depth": (1, 1), "num_heads": (2, 3), "key_dim": 4, "image_size": 32}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small.small_levit(image_size=32, distilled=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, model):
+    """A run's folder with checkpoints of the steps 2 and 10, whose variables are of the seeds 2 and 10."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    folder.mkdir()
+    config = default_config()
+    config.model.update({"name": "levit_128s", "distilled": True, **SIZES})
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    lines = [{"step": step, "mask_threshold": step / 20} for step in (1, 5, 10)] + [{"step": 10, "accuracy": 1}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    checkpoints = Checkpoints(folder / "checkpoints", keep=2)
+    for step in (2, 10):
+        state = create_state(small.random_variables(model, seed=step), optax.adam(1e-3), 0)
+        object.__setattr__(state, "step", jnp.int32(step))
+        checkpoints.save(state, Progress({"next": step}, 1.0))
+    checkpoints.close()
+    return folder
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_newest_checkpoint_or_the_one_named_is_read_and_nothing_touched(run, model):
+    before = contents(run)
+    for path, step, threshold in [(run, 10, 0.5), (run / "checkpoints/10", 10, 0.5), (run / "checkpoints/2", 2, 0.05)]:
+        snapshot = read_snapshot(path)
+        assert (snapshot.step, snapshot.mask_threshold) == (step, threshold)
+        assert snapshot.folder == run / "checkpoints" / str(step)
+        assert snapshot.config.dataset.name == "digits"
+        chex.assert_trees_all_equal(snapshot.variables, small.random_variables(model, seed=step))
+        chex.assert_trees_all_equal_shapes(get_variables(snapshot.model), get_variables(model))
+    assert contents(run) == before
+
+
+def test_what_is_still_being_written_is_no_checkpoint(run, tmp_path):
+    for name in ("3", "12", "20.orbax-checkpoint-tmp-7", "about"):
+        (tmp_path / name).mkdir()
+    assert checkpoint_steps(tmp_path) == [3, 12]
+    assert checkpoint_steps(tmp_path / "nowhere") == []
+
+
+def test_without_metrics_the_threshold_is_the_configurations_first(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "metrics.jsonl").unlink()
+    assert read_snapshot(copy).mask_threshold == 0.02
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "about"])
+def test_a_damaged_checkpoint_is_said_and_another_named(refuses, run, tmp_path, damage):
+    copy = shutil.copytree(run, tmp_path / "run")
+    step = copy / "checkpoints" / "10"
+    largest = max((step / "state").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    if damage == "truncated":
+        largest.write_bytes(largest.read_bytes()[:-200])
+    elif damage == "missing":
+        largest.unlink()
+    else:
+        (step / "about" / "metadata").write_text("{")
+    before = contents(copy)
+    with refuses(str(step), "damaged", f"try {copy / 'checkpoints' / '2'}"):
+        read_snapshot(copy)
+    assert contents(copy) == before
+
+
+def test_other_arrays_than_were_saved_are_noticed(refuses, run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    about = copy / "checkpoints" / "10" / "about" / "metadata"
+    text = json.loads(about.read_text())
+    text["checksums"][".batch_stats['head']['bn']['mean']"] ^= 1
+    about.write_text(json.dumps(text))
+    with refuses("checkpoints/10", "checksum of batch_stats['head']['bn']['mean']"):
+        read_snapshot(copy)
+
+
+def test_the_moving_average_is_read_where_there_is_one(refuses, run, tmp_path, model):
+    with refuses("checkpoints/10", "no moving average"):
+        read_snapshot(run, ema=True)
+    params, average = (small.random_variables(model, seed=seed)["params"] for seed in (3, 4))
+    stats = small.random_variables(model)["batch_stats"]
+    state = {"params": params, "ema_params": average, "batch_stats": stats}
+    sums = {f".{name}{path}": total for name in state for path, total in checksums(state[name]).items()}
+    folder = tmp_path / "checkpoints"
+    with ocp.CheckpointManager(folder) as manager:
+        items = {"state": ocp.args.StandardSave(state), "about": ocp.args.JsonSave({"checksums": sums})}
+        manager.save(5, args=ocp.args.Composite(**items))
+    shutil.copy(run / "config.json", tmp_path)
+    for ema, expected in [(True, average), (False, params)]:
+        variables = read_snapshot(folder / "5", ema=ema).variables
+        chex.assert_trees_all_equal(variables, {"params": expected, "batch_stats": stats})
+
+
+def test_what_is_no_run(refuses, run, tmp_path):
+    for path in (tmp_path, run / "checkpoints", tmp_path / "nowhere", run / "config.json"):
+        with refuses(str(path), "neither a run's folder"):
+            read_snapshot(path)
+
+
+@pytest.mark.parametrize(
+    "text", [None, "{", "[]", "{}", '{"model": 3, "mask": {}}', '{"model": {"name": "levit_128s"}}']
+)
+def test_a_config_that_is_missing_or_damaged(refuses, run, tmp_path, text):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "config.json").unlink() if text is None else (copy / "config.json").write_text(text)
+    with refuses("config.json", "missing or damaged"):
+        read_snapshot(copy)
+
+
+# Where a run starts
+
+
+def test_a_castling_model_starts_from_a_softmax_one(tmp_path):
+    softmax = small.small_model(attention="softmax", image_size=16, num_classes=3)
+    variables = small.random_variables(softmax)
+    save_file(to_torch(softmax, variables), tmp_path / "weights.safetensors")
+    model = small.small_model()
+    start = initial_variables(tmp_path / "weights.safetensors", model, reset_head=True)["params"]
+    assert start["pos_embed"].shape == (1, 17, 24)
+    assert not np.any(start["head"]["kernel"])
+    for name, block in start["blocks"].items():
+        assert not np.any(block["attn"].pop("token_kernel"))
+        chex.assert_trees_all_equal(block, variables["params"]["blocks"][name])
+
+
+def test_a_run_starts_from_another(refuses, run, model, tmp_path):
+    expected = small.random_variables(model, seed=10)
+    chex.assert_trees_all_equal(initial_variables(run, model, reset_head=False), expected)
+    with refuses("levit_128s", "'head.linear.weight' is (7, 12), not (9, 12)", "reset_head"):
+        initial_variables(run, small.small_levit(image_size=32, distilled=True, num_classes=9), reset_head=False)
+    save_inference(tmp_path, model, expected)
+    with refuses(str(tmp_path), "neither a run's folder"):
+        initial_variables(tmp_path, model, reset_head=False)
