@@ -40,6 +40,7 @@ import castling_jax
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import apply, get_variables
 from castling_jax.ops.errors import InputError
+from castling_jax.tools.memory import keep_freed_memory
 from castling_jax.tools.peers import INFERENCE, SOFTMAX, Layer, equimo_layers, our_layers, torch_layers
 from castling_jax.tools.timing import interleaved_seconds
 
@@ -222,7 +223,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 ratio_axis.plot(counts, spread[:, 1], **style)
                 ratio_axis.fill_between(counts, spread[:, 0], spread[:, 2], color=colors[name], alpha=0.15)
         time_axis.set(title=f"Attention layer, {kind}", ylabel="milliseconds a sequence")
-        time_axis.legend(fontsize="small", loc="upper left")
+        time_axis.legend(fontsize="x-small", loc="upper left")
         ratio_axis.set(title="Time relative to softmax (median, and range over the repeats)", ylabel="ratio")
         for axis in (time_axis, ratio_axis):
             axis.set(xlabel="tokens", xscale="log", yscale="log")
@@ -233,7 +234,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     machine, settings = results["machine"], results["settings"]
     figure.suptitle(
         f"{settings['channels']} channels, {settings['heads']} heads, float32, projections included; "
-        f"{machine['processor']}, {machine['cores']} cores, JAX {results['versions']['jax']}"
+        f"{machine['processor']}, {_cores(machine)}, JAX {results['versions']['jax']}"
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -243,7 +244,7 @@ def describe(results: dict[str, Any]) -> str:
     """The figures as a table for a person."""
     machine = results["machine"]
     lines = [
-        f"{machine['processor']}, {machine['cores']} cores, {machine['device']}; load before {machine['load']:.1f}",
+        f"{machine['processor']}, {_cores(machine)}, {machine['device']}; load before {machine['load']:.1f}",
         ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
     ]
     layers = [(f"attention layer, {row['pass']}", row) for row in results["layers"]]
@@ -263,6 +264,10 @@ def describe(results: dict[str, Any]) -> str:
         lines += ["", f"slope in tokens, {kind}, over the {SLOPE_POINTS} longest"]
         lines += [f"  {name:36s}{slope:6.2f}" for name, slope in exponents.items()]
     return "\n".join([*lines, *([""] if results["notes"] else []), *results["notes"]])
+
+
+def _cores(machine: dict[str, Any]) -> str:
+    return "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
 
 
 def describe_machine() -> dict[str, Any]:
@@ -321,6 +326,9 @@ def parse_arguments(arguments: Iterable[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", action="store_true", help="time whole models too, forward")
     parser.add_argument("--model", default="deit_tiny", help="which model (deit_tiny)")
     parser.add_argument("--image-sizes", default="224,384,512", help="its image sizes (224,384,512)")
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="have malloc keep what is freed (Linux): half the time of long calls"
+    )
     parser.add_argument("--no-peers", action="store_true", help="leave out PyTorch, timm and Equimo")
     parser.add_argument(
         "--max-score-gib",
@@ -342,8 +350,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures what the command line asks for, and writes both files.
 
     Raises:
-      InputError: heads that do not divide the channels, an unknown model, or a size it does not take.
+      InputError: heads that do not divide the channels, an unknown model, a size it does not take, or a C library that
+        cannot keep memory.
     """
+    if arguments.keep_memory and not keep_freed_memory():
+        raise InputError("--keep-memory needs glibc, the C library of most Linux systems, which this is not.")
     machine = describe_machine()  # before the load is our own
     layers, weights = our_layers(arguments.channels, arguments.heads)
     notes: list[str] = []
