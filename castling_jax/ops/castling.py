@@ -3,7 +3,7 @@
 from jaxtyping import Array, ArrayLike, Float
 
 from castling_jax.ops.angular import add_linear_angular
-from castling_jax.ops.checks import check_implementation, check_qkv, check_query_values
+from castling_jax.ops.checks import check_implementation, check_qkv, check_query_values, concrete_threshold
 from castling_jax.ops.masked_softmax import Bias, masked_softmax_attention
 
 
@@ -47,5 +47,8 @@ def castling_attention(
     auxiliary, density = masked_softmax_attention(
         q, k, v, mask_threshold=mask_threshold, bias=bias, implementation=implementation
     )
-    out = add_linear_angular(auxiliary, q, k, v, token_kernel, query_values=query_values, implementation=implementation)
+    known = concrete_threshold(mask_threshold)
+    # Of an empty mask the branch is zero: it is not worth reading.
+    added = None if known is not None and known >= 1 else auxiliary
+    out = add_linear_angular(added, q, k, v, token_kernel, query_values=query_values, implementation=implementation)
     return out, density

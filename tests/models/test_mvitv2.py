@@ -128,7 +128,7 @@ def pooling_attention(x, parameters, *, heads, strides, attention, threshold=Non
 
 def attention_module(strides, grid=(6, 6), **arguments):
     defaults = {"attention": "castling", "form": "train", "qkv_bias": True, "token_conv": "2d"}
-    defaults |= {"token_kernel_size": None}
+    defaults |= {"token_kernel_size": None, "implementation": "auto"}
     return mvitv2.MultiScaleAttention(
         10, 12, 3, grid, *strides, **(defaults | arguments), common=FLOAT32 | {"rngs": nnx.Rngs(0)}
     )
