@@ -88,8 +88,6 @@ class DeiT(Backbone):
         common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         if depth < 1:
             raise InputError(f"depth must be at least 1, not {depth}.")
-        if not 0 <= drop_path_rate < 1:
-            raise InputError(f"drop_path_rate must be in [0, 1), not {drop_path_rate}.")
         layer = common | {"init_std": init_std}
         self.patch_size = patch_size
         self.remat = remat

@@ -319,8 +319,6 @@ class LeViT(Backbone):
             raise InputError(f"the first embed_dim must be a multiple of 8, for the stem, not {embed_dim[0]}.")
         if not 1 <= key_dim <= min(embed_dim):
             raise InputError(f"key_dim must be at least 1 and at most the widths {embed_dim}, not {key_dim}.")
-        if not 0 <= drop_path_rate < 1:
-            raise InputError(f"drop_path_rate must be in [0, 1), not {drop_path_rate}.")
         layer: dict[str, Any] = {"form": form, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.in_chans = in_chans
         self.stem = Stem(in_chans, embed_dim[0], **layer)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Key
 
-from castling_jax.models.attention import TOKEN_KERNEL_SIZES, attend, kernel_shape
+from castling_jax.models.attention import attend, new_token_kernel
 from castling_jax.models.backbone import Backbone
-from castling_jax.models.layers import Mlp, drop_path, layer_norm, linear, normal_parameter, run_block
+from castling_jax.models.layers import Mlp, drop_path, layer_norm, linear, normal_parameter, run_block, split_linear
 from castling_jax.models.position import resize_relative_positions
-from castling_jax.ops.errors import InputError, check_known
+from castling_jax.ops.errors import InputError
 
 Pair = tuple[int, int]  # (height, width)
 PATCH_KERNEL, PATCH_STRIDE = 7, 4
@@ -111,12 +111,7 @@ class MultiScaleAttention(nnx.Module):
         self.proj = linear(dim_out, dim_out, **common)
         self.pool_q, self.pool_k, self.pool_v = (Pool(head_dim, param_dtype=param_dtype, rngs=rngs) for _ in range(3))
         self.norm_q, self.norm_k, self.norm_v = (layer_norm(head_dim, **common) for _ in range(3))
-        # Zero, so that a converted or new model starts as attention alone.
-        self.token_kernel = (
-            nnx.Param(jnp.zeros((*kernel_shape(token_conv, token_kernel_size), num_heads), param_dtype))
-            if attention != "softmax" and token_conv is not None
-            else None
-        )
+        self.token_kernel = new_token_kernel(attention, token_conv, token_kernel_size, num_heads, param_dtype)
         q_grid, kv_grid = pooled(grid, stride_q), pooled(grid, stride_kv)
         # Drawn in every kind and form, so that with one seed all else starts alike.
         rel_pos_h, rel_pos_w = (
@@ -134,7 +129,7 @@ class MultiScaleAttention(nnx.Module):
     ) -> tuple[Float[Array, "batch rows columns dim_out"], Float[Array, ""]]:
         """The attention's output on the queries' grid, and the mask density: 0 without the branch."""
         with jax.named_scope("qkv"):
-            q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+            q, k, v = split_linear(self.qkv, x, 3)
         q_grid, kv_grid = (pooled(x.shape[1:3], stride) for stride in (self.stride_q, self.stride_kv))
         q = self._tokens(self.norm_q, self.pool_q(q, self.stride_q))
         k = self._tokens(self.norm_k, self.pool_k(k, self.stride_kv))
@@ -326,10 +321,6 @@ class MViTv2(Backbone):
             raise InputError(f"{num_heads} heads do not divide the width {embed_dim}.")
         if image_size < 1:
             raise InputError(f"image_size must be at least 1 pixel, not {image_size}.")
-        if not 0 <= drop_path_rate < 1:
-            raise InputError(f"drop_path_rate must be in [0, 1), not {drop_path_rate}.")
-        if token_conv is not None:
-            check_known("token_conv", token_conv, TOKEN_KERNEL_SIZES)
         self.in_chans = in_chans
         self.remat = remat
         self.patch_embed = PatchEmbed(in_chans, embed_dim, **common)

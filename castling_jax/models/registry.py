@@ -106,6 +106,8 @@ def create_model(
     # JSON has lists where constructors have tuples; a tuple can be hashed, as the model's spec must be.
     overrides = {word: _tuples(value) for word, value in overrides.items()}
     arguments: dict[str, Any] = defaults | overrides
+    if not 0 <= (rate := arguments.get("drop_path_rate", 0)) < 1:
+        raise InputError(f"drop_path_rate must be in [0, 1), not {rate}.")
     if image_size is not None:
         arguments["image_size"] = image_size
     model = factory(

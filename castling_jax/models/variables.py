@@ -105,20 +105,9 @@ def apply(
       InputError: variables are missing or of another shape, images do not fit the model, or the threshold is missing,
         negative or NaN.
     """
-    logits, densities = forward(model, variables, images, mask_threshold=mask_threshold)
-    return (logits, densities) if return_densities else logits
-
-
-def forward(
-    model: Backbone,
-    variables: Variables,
-    images: Float[Array, "batch height width channels"],
-    *,
-    mask_threshold: ArrayLike | None = None,
-) -> tuple[Float[Array, "batch classes"], Float[Array, "layers"]]:
-    """(logits, densities) in evaluation mode, as `apply`."""
     _check_images(images)
-    return bind(model, variables)(images, mask_threshold=mask_threshold)
+    logits, densities = bind(model, variables)(images, mask_threshold=mask_threshold)
+    return (logits, densities) if return_densities else logits
 
 
 def forward_train(

@@ -3,7 +3,7 @@
 from jaxtyping import Array, ArrayLike, Float
 
 from castling_jax.ops.angular import add_linear_angular
-from castling_jax.ops.checks import check_implementation, check_qkv, check_query_values, concrete_threshold
+from castling_jax.ops.checks import check_qkv, check_query_values, is_known_empty
 from castling_jax.ops.masked_softmax import Bias, masked_softmax_attention
 
 
@@ -41,14 +41,12 @@ def castling_attention(
       InputError: shapes do not fit or the kernels do not serve them, queries unlike keys come without query_values,
         the threshold is negative or NaN (where it is concrete), or a name is unknown.
     """
-    check_implementation(implementation)
     check_qkv(q, k, v)
     check_query_values(q, v, query_values)
     auxiliary, density = masked_softmax_attention(
         q, k, v, mask_threshold=mask_threshold, bias=bias, implementation=implementation
     )
-    known = concrete_threshold(mask_threshold)
     # Of an empty mask the branch is zero: it is not worth reading.
-    added = None if known is not None and known >= 1 else auxiliary
+    added = None if is_known_empty(mask_threshold) else auxiliary
     out = add_linear_angular(added, q, k, v, token_kernel, query_values=query_values, implementation=implementation)
     return out, density

@@ -32,19 +32,18 @@ def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array | None = None) -> None:
         raise InputError(f"k and v must have one number of tokens, not {k.shape[1]} and {v.shape[1]}.")
 
 
-def check_query_values(q: jax.Array, v: jax.Array, query_values: jax.Array | None) -> jax.Array:
-    """The values at the queries' own positions: `query_values`, or `v` where queries and keys are the same tokens."""
+def check_query_values(q: jax.Array, v: jax.Array, query_values: jax.Array | None) -> None:
+    """Raises an InputError unless there are values at the queries' own positions: these, or v's, at the same tokens."""
     if query_values is None:
         if q.shape[1] != v.shape[1]:
             raise InputError(
                 f"{q.shape[1]} queries and {v.shape[1]} keys are different tokens: "
                 "give query_values [batch, queries, heads, value_dim] for the 1/2 V term and the token kernel."
             )
-        return v
+        return
     expected = (*q.shape[:3], v.shape[3])
     if query_values.shape != expected:
         raise InputError(f"query_values must have the shape {expected}, not {query_values.shape}.")
-    return query_values
 
 
 def concrete_threshold(mask_threshold: ArrayLike) -> float | None:
@@ -64,3 +63,13 @@ def concrete_threshold(mask_threshold: ArrayLike) -> float | None:
     if math.isnan(value) or value < 0:
         raise InputError(f"mask_threshold must be a number of at least 0 (at 1 the mask is empty), not {value}.")
     return value
+
+
+def is_known_empty(mask_threshold: ArrayLike) -> bool:
+    """Whether the mask is known now to be empty, so that the softmax branch need not be computed at all.
+
+    Raises:
+      InputError: as `concrete_threshold`.
+    """
+    known = concrete_threshold(mask_threshold)
+    return known is not None and known >= 1

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from castling_jax.ops.checks import check_implementation, check_qkv, concrete_threshold
+from castling_jax.ops.checks import check_implementation, check_qkv, is_known_empty
 from castling_jax.ops.errors import InputError
 
 Bias = (
@@ -81,8 +81,7 @@ def masked_softmax_attention(
     check_qkv(q, k, v)
     if bias is not None:
         check_bias(q, k, bias)
-    concrete = concrete_threshold(mask_threshold)
-    if concrete is not None and concrete >= 1:
+    if is_known_empty(mask_threshold):
         return jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype), jnp.zeros((), jnp.float32)
     if implementation == "xla":
         return _plain(q, k, v, mask_threshold, bias)

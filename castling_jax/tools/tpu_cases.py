@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from castling_jax import ops
 from castling_jax.models.attention import ATTENTIONS, FORMS, attend
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import apply, get_variables
@@ -129,12 +128,9 @@ def _run_layer(weights, x, threshold, *, attention: str, form: str, implementati
 
     q, k, v = (project(x, name).reshape(*x.shape[:2], HEADS, CHANNELS // HEADS) for name in "qkv")
     taps = weights["token_kernel"]
-    if attention == "castling" and form == "train":
-        out, _ = ops.castling_attention(q, k, v, taps, mask_threshold=threshold, implementation=implementation)
-    elif attention in ("castling", "linear_angular"):
-        out = ops.linear_angular_attention(q, k, v, taps, implementation=implementation)
-    else:
-        out, _ = attend(q, k, v, taps, attention=attention, form=form, mask_threshold=None)
+    out, _ = attend(
+        q, k, v, taps, attention=attention, form=form, mask_threshold=threshold, implementation=implementation
+    )
     return project(out.reshape(x.shape), "proj")
 
 

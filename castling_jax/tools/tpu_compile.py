@@ -18,6 +18,14 @@ from castling_jax.tools.tpu_cases import load_case
 from castling_jax.tools.tpu_dump import SCHEDULE_DUMP, UTILIZATION_DUMP
 from castling_jax.tools.tpu_traffic import kernel_traffic
 
+LIBTPU_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # libtpu asks for these, and on a machine without a TPU nobody answers.
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+}
 STDERR_LINES = 15  # shown where compilation ends in a bug
 
 
@@ -66,15 +74,9 @@ def _environment(dump: Path) -> dict[str, str]:
         # Writing what each of 70 passes makes of a kernel would take three times as long as compiling.
         f"--xla_jf_dump_llo_pass_label_regex={SCHEDULE_DUMP}|{UTILIZATION_DUMP}",
     ]
-    return {
-        "JAX_PLATFORMS": "cpu",
+    return LIBTPU_ENVIRONMENT | {
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes from the cache leaves no dump
         "LIBTPU_INIT_ARGS": " ".join(options).strip(),
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        # libtpu asks for these, and on a machine without a TPU nobody answers.
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     }
 
 

@@ -79,15 +79,19 @@ class Checkpoints:
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template), about=ocp.args.JsonRestore())
         )
         state, about = items["state"], items["about"]
-        expected = about["checksums"]
-        for path, checksum in checksums(state).items():
-            if expected.get(path) != checksum:
-                raise ValueError(f"the checksum of {path} is not the one it was saved with")
+        check_checksums(state, about["checksums"])
         return state, Progress(about["data"], about["train_seconds"])
 
     def close(self) -> None:
         """Waits until all that was started is written."""
         self._manager.close()
+
+
+def check_checksums(tree: Any, expected: dict[str, int], *, within: str = "") -> None:
+    """Raises a ValueError unless a tree, which stands at the path `within` of what was saved, has its checksums."""
+    for path, checksum in checksums(tree).items():
+        if expected.get(within + path) != checksum:
+            raise ValueError(f"the checksum of {(within + path).lstrip('.')} is not the one it was saved with")
 
 
 def checksums(tree: Any) -> dict[str, int]:

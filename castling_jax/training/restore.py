@@ -15,7 +15,7 @@ from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, check_variables, flatten
 from castling_jax.ops.errors import InputError
-from castling_jax.training.checkpoints import CHECKPOINTS, checksums
+from castling_jax.training.checkpoints import CHECKPOINTS, check_checksums
 from castling_jax.training.config import CONFIG_FILE, model_arguments
 from castling_jax.training.metrics import read_metrics
 
@@ -103,9 +103,7 @@ def _read_variables(folder: Path, ema: bool) -> Variables:
             )
         tree, expected = items["state"], items["about"]["checksums"]
         for name in names:
-            for leaf, checksum in checksums(tree[name]).items():
-                if expected.get(f".{name}{leaf}") != checksum:
-                    raise ValueError(f"the checksum of {name}{leaf} is not the one it was saved with")
+            check_checksums(tree[name], expected, within=f".{name}")
     except InputError:
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them

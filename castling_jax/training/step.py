@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.variables import forward_train
-from castling_jax.ops.checks import concrete_threshold
+from castling_jax.ops.checks import is_known_empty
 from castling_jax.training.losses import cross_entropy
 from castling_jax.training.state import TrainState
 
@@ -60,8 +60,7 @@ def make_train_step(
     without_branch = jax.jit(functools.partial(step, threshold=1.0), donate_argnums=0)
 
     def train_step(state: TrainState, batch: dict[str, jax.Array], threshold: float) -> tuple[TrainState, Metrics]:
-        known = concrete_threshold(threshold)
-        if known is not None and known >= 1:
+        if is_known_empty(threshold):
             return without_branch(state, batch)
         return with_branch(state, batch, jnp.float32(threshold))
 

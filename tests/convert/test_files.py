@@ -25,7 +25,7 @@ from castling_jax.convert.files import (
     save_inference,
     write_atomically,
 )
-from tests.models import small, test_mvitv2
+from tests.models import small
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ SLOW_FAMILIES = [pytest.param(name, marks=pytest.mark.slow) for name in ("levit"
 
 @pytest.mark.parametrize("family", ["deit", *SLOW_FAMILIES])
 def test_a_program_computes_what_the_model_does(tmp_path, family):
-    make = {"levit": small.small_levit, "mvitv2": test_mvitv2.small_mvit}.get(family, small.small_model)
+    make = {"levit": small.small_levit, "mvitv2": small.small_mvit}.get(family, small.small_model)
     arguments = {"softmax": {"attention": "softmax"}, "bfloat16": {"param_dtype": "bfloat16"}}.get(family, {})
     model = make(**arguments)
     variables, size = small.random_variables(model), model.spec.image_size

@@ -13,7 +13,7 @@ from castling_jax import to_inference
 from castling_jax.models.registry import MODELS, abstract_model
 from castling_jax.models.variables import flatten, get_variables
 from tests.convert import trees
-from tests.models import small, test_mvitv2
+from tests.models import small
 
 KINDS = ["castling", "linear_angular", "softmax", "angular"]
 
@@ -59,9 +59,7 @@ def test_every_levits_tree_is_exactly_the_inference_models(name, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_tree_is_exactly_the_inference_mvitv2s(kind):
-    trained, inference = (
-        get_variables(test_mvitv2.small_mvit(attention=kind, form=form)) for form in ("train", "inference")
-    )
+    trained, inference = (get_variables(small.small_mvit(attention=kind, form=form)) for form in ("train", "inference"))
     chex.assert_trees_all_equal(to_inference(trained), inference)
 
 

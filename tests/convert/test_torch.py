@@ -267,7 +267,7 @@ def test_biases_that_are_no_square_are_refused(refuses):
 # A new head
 
 
-@pytest.mark.parametrize("make", [small.small_model, small.small_levit, test_mvitv2.small_mvit])
+@pytest.mark.parametrize("make", [small.small_model, small.small_levit, small.small_mvit])
 def test_a_head_of_other_classes_starts_at_zero_where_asked(refuses, make):
     model = make()
     variables = small.random_variables(model)

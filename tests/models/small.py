@@ -1,4 +1,4 @@
-"""A DeiT and a LeViT small enough for tests, and DeiT's forward pass once more in plain float64 numpy."""
+"""A DeiT, a LeViT and an MViTv2 small enough for tests, and DeiT's forward pass once more in plain float64 numpy."""
 
 import functools
 import math
@@ -30,6 +30,17 @@ LEVIT_SIZES = {
 }
 
 
+# Grids 8, 4 and 2; keys on 2, 4 and 2, and 4: all the three relations.
+MVIT_SIZES = {
+    "embed_dim": 8,
+    "depths": (1, 2, 1),
+    "num_heads": 1,
+    "num_classes": 7,
+    "image_size": 32,
+    "drop_path_rate": 0.0,
+}
+
+
 @functools.cache
 def small_model(**arguments):
     """Shapes only, so that nothing is drawn or compiled: variables come from `random_variables`. One for all tests."""
@@ -40,6 +51,12 @@ def small_model(**arguments):
 def small_levit(**arguments):
     """A LeViT, likewise."""
     return abstract_model("levit_128s", **(LEVIT_SIZES | arguments))
+
+
+@functools.cache
+def small_mvit(**arguments):
+    """An MViTv2, likewise."""
+    return abstract_model("mvitv2_tiny", **(MVIT_SIZES | arguments))
 
 
 def random_variables(model, seed=0):

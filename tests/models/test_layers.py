@@ -20,7 +20,7 @@ from castling_jax.models.layers import (
     normal_parameter,
 )
 from castling_jax.models.variables import forward_train
-from tests.models import small, test_mvitv2
+from tests.models import small
 
 FLOAT32 = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
@@ -148,7 +148,7 @@ def test_a_residual_branch_can_start_at_nothing():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["deit", "levit", "mvitv2"])
 def test_remat_changes_nothing_but_memory(name):
-    build = {"deit": small.small_model, "levit": small.small_levit, "mvitv2": test_mvitv2.small_mvit}[name]
+    build = {"deit": small.small_model, "levit": small.small_levit, "mvitv2": small.small_mvit}[name]
     models = [build(remat=remat, drop_path_rate=0.2) for remat in (False, True)]
     variables = small.random_variables(models[0])
     size = models[0].spec.image_size

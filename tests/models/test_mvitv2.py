@@ -22,23 +22,8 @@ KINDS = ["castling", "linear_angular", "softmax", "angular"]
 # Queries on a finer grid than keys, on the same by unlike strides of both, and on a coarser one, as at the starts of
 # MViTv2's stages. The last is of no published model.
 STRIDES = [((1, 1), (4, 4)), ((2, 2), (2, 2)), ((2, 2), (1, 1)), ((2, 1), (3, 2))]
-# Grids 8, 4 and 2; keys on 2, 4 and 2, and 4: all the three relations.
-SIZES = {
-    "embed_dim": 8,
-    "depths": (1, 2, 1),
-    "num_heads": 1,
-    "num_classes": 7,
-    "image_size": 32,
-    "drop_path_rate": 0.0,
-}
 FLOAT32 = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 THRESHOLD = 0.1
-
-
-@functools.cache
-def small_mvit(**arguments):
-    """Shapes only; one for all tests."""
-    return abstract_model("mvitv2_tiny", **(SIZES | arguments))
 
 
 @functools.cache
@@ -256,7 +241,7 @@ def test_agrees_with_timm(golden):
 
 @pytest.mark.parametrize("attention", ["castling", pytest.param("softmax", marks=pytest.mark.slow)])
 def test_bfloat16_agrees_within_its_rounding(attention):
-    models = [small_mvit(attention=attention, dtype=dtype, depths=(1,)) for dtype in ("float32", "bfloat16")]
+    models = [small.small_mvit(attention=attention, dtype=dtype, depths=(1,)) for dtype in ("float32", "bfloat16")]
     variables, images = small.random_variables(models[0]), small.random_images(2, 32, 32)
     # No weight is under 1e-6, so that no rounding decides a mask.
     (expected, _), (logits, densities) = (run(model, variables, images, 1e-6) for model in models)
@@ -267,7 +252,7 @@ def test_bfloat16_agrees_within_its_rounding(attention):
 
 def test_castling_at_threshold_one_is_its_inference_form():
     # 44 pixels have the grids 11 and 6, and keys on 3 and 6; 29 have 8 and 4, and keys on 2 and 4.
-    models = [small_mvit(form=form, depths=(1, 1)) for form in ("train", "inference")]
+    models = [small.small_mvit(form=form, depths=(1, 1)) for form in ("train", "inference")]
     variables, images = small.random_variables(models[0]), small.random_images(2, 44, 29)
     logits, densities = run(models[0], variables, images, 1.0)
     switched = run(models[1], castling_jax.to_inference(variables), images)[0]
@@ -277,7 +262,7 @@ def test_castling_at_threshold_one_is_its_inference_form():
 
 
 def test_the_branch_and_its_positions_matter_under_the_threshold():
-    model = small_mvit(form="train", depths=(1, 1))
+    model = small.small_mvit(form="train", depths=(1, 1))
     variables, images = small.random_variables(model), small.random_images(2, 44, 29)
     logits, densities = run(model, variables, images, THRESHOLD)
     assert np.all((densities > 0.05) & (densities < 0.95))
@@ -289,7 +274,7 @@ def test_the_branch_and_its_positions_matter_under_the_threshold():
 
 
 def test_images_of_another_size_resize_the_tables():
-    model, larger = (small_mvit(attention="softmax", depths=(1, 1), image_size=size) for size in (32, 44))
+    model, larger = (small.small_mvit(attention="softmax", depths=(1, 1), image_size=size) for size in (32, 44))
     variables, images = small.random_variables(model), small.random_images(1, 44, 44)
     leaves, shapes = flatten(variables), flatten(get_variables(larger))
     tables = {path: shape.shape[0] for path, shape in shapes.items() if "rel_pos" in path}
@@ -303,7 +288,7 @@ def test_images_of_another_size_resize_the_tables():
 
 
 def test_features_are_the_stages_outputs():
-    model = small_mvit(depths=(1, 1), attention="linear_angular")
+    model = small.small_mvit(depths=(1, 1), attention="linear_angular")
     variables, images = small.random_variables(model), small.random_images(2, 44, 29)
 
     @jax.jit
@@ -321,7 +306,7 @@ def test_features_are_the_stages_outputs():
 
 @pytest.mark.parametrize("depths", [(1,), pytest.param((1, 2, 1), marks=pytest.mark.slow)])
 def test_gradients_are_finite_and_reach_every_parameter(depths):
-    model = small_mvit(depths=depths)
+    model = small.small_mvit(depths=depths)
     variables, images = small.random_variables(model), small.random_images(2, 32, 32)
     loss = jax.jit(
         jax.grad(lambda v: jnp.sum(jnp.square(castling_jax.apply(model, v, images, mask_threshold=THRESHOLD))))
@@ -334,7 +319,7 @@ def test_gradients_are_finite_and_reach_every_parameter(depths):
 
 def test_relative_positions_stand_in_the_branch_and_only_there():
     def paths(**arguments):
-        return [path for path in flatten(get_variables(small_mvit(**arguments))) if "rel_pos" in path]
+        return [path for path in flatten(get_variables(small.small_mvit(**arguments))) if "rel_pos" in path]
 
     assert len(paths()) == 8
     assert all("/attn/softmax_branch/rel_pos_" in path for path in paths())
@@ -346,7 +331,9 @@ def test_relative_positions_stand_in_the_branch_and_only_there():
 @pytest.mark.slow
 def test_one_seed_starts_every_kind_alike():
     trees = [
-        flatten(get_variables(castling_jax.create_model("mvitv2_tiny", **(SIZES | {"depths": (1,)} | arguments))))
+        flatten(
+            get_variables(castling_jax.create_model("mvitv2_tiny", **(small.MVIT_SIZES | {"depths": (1,)} | arguments)))
+        )
         for arguments in ({}, {"form": "inference"}, {"attention": "softmax"})
     ]
     for other in trees[1:]:
@@ -370,7 +357,7 @@ def test_every_residual_branch_has_a_drop_path_key_and_a_rate_linear_over_depth(
         return x
 
     monkeypatch.setattr(mvitv2, "drop_path", record)
-    model = small_mvit(attention="softmax", drop_path_rate=0.3)
+    model = small.small_mvit(attention="softmax", drop_path_rate=0.3)
     variables, images = small.random_variables(model), small.random_images(1, 4, 4)
 
     @jax.jit
@@ -406,11 +393,11 @@ def test_the_variants_have_their_published_drop_path(name, rate):
     ],
 )
 def test_overrides_take_effect(overrides, path, shape):
-    assert flatten(get_variables(abstract_model("mvitv2_tiny", **(SIZES | overrides))))[path].shape == shape
+    assert flatten(get_variables(abstract_model("mvitv2_tiny", **(small.MVIT_SIZES | overrides))))[path].shape == shape
 
 
 def test_qkv_bias_can_be_left_out():
-    paths = flatten(get_variables(small_mvit(qkv_bias=False)))
+    paths = flatten(get_variables(small.small_mvit(qkv_bias=False)))
     assert "params/stages/0/blocks/0/attn/qkv/kernel" in paths
     assert "params/stages/0/blocks/0/attn/qkv/bias" not in paths
 
@@ -436,7 +423,7 @@ def test_softmax_models_have_the_published_macs(monkeypatch, name, published, po
 
 @pytest.mark.parametrize("form", ["train", "inference"])
 def test_castling_macs_are_counted_by_hand(form):
-    model = small_mvit(form=form, depths=(1, 1), num_classes=10)
+    model = small.small_mvit(form=form, depths=(1, 1), num_classes=10)
     # Width, heads' width, input tokens, queries, keys and the queries' and keys' sides.
     total = 64 * 7 * 7 * 3 * 8
     for width, width_in, tokens, side, key_side, unlike in [(8, 8, 64, 8, 2, True), (16, 8, 64, 4, 4, False)]:
@@ -475,19 +462,19 @@ def test_castling_macs_are_counted_by_hand(form):
 )
 def test_arguments_that_do_not_fit(refuses, overrides, fragments):
     with refuses(*fragments):
-        abstract_model("mvitv2_tiny", **(SIZES | overrides))
+        abstract_model("mvitv2_tiny", **(small.MVIT_SIZES | overrides))
 
 
 @pytest.mark.parametrize(
     ("shape", "fragments"), [((32, 0, 3), ("32 x 0", "empty")), ((32, 32, 1), ("channels", "3", "1"))]
 )
 def test_images_that_do_not_fit(refuses, shape, fragments):
-    model = small_mvit()
+    model = small.small_mvit()
     with refuses(*fragments):
         castling_jax.apply(model, small.random_variables(model), jnp.zeros((1, *shape)), mask_threshold=0.1)
 
 
 def test_castling_in_training_form_needs_a_threshold(refuses):
-    model = small_mvit()
+    model = small.small_mvit()
     with refuses("mask_threshold", "at least 0"):
         run(model, small.random_variables(model), small.random_images(1, 32, 32))

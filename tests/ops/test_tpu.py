@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from castling_jax import ops
 from castling_jax.ops.tpu import attention as kernels
 from castling_jax.ops.tpu import linear_angular_blocks, masked_softmax, masked_softmax_blocks
+from castling_jax.tools.tpu_compile import LIBTPU_ENVIRONMENT
 from tests.ops import reference
 
 # (batch, queries, keys, heads, key_dim, value_dim): DeiT's, LeViT's and MViTv2's heads, tokens that no block divides.
@@ -286,13 +287,6 @@ def test_a_mesh_that_does_not_divide(refuses, mesh, message):
         assert jax.eval_shape(attention("auto"), *arrays).shape == (2, 8, 2, 64)
 
 
-TPU_ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 COMPILE = """
     import sys
     import jax, numpy as np
@@ -334,7 +328,7 @@ def compile_for(topology, data, model, cases):
         pytest.skip("libtpu, the TPU compiler, is not installed")
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(COMPILE), topology, str(data), str(model), repr(cases)],
-        env=os.environ | TPU_ENVIRONMENT,
+        env=os.environ | LIBTPU_ENVIRONMENT,
         capture_output=True,
         text=True,
     )

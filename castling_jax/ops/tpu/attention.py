@@ -57,10 +57,9 @@ def linear_angular_attention(
         if otherwise is None:
             raise
         return otherwise(*arguments)
-    one_pass = query_values is None and linear_angular.needed_bytes(q, v) <= fast_memory_bytes()
 
     def run(q, k, v, token_kernel, query_values, auxiliary, *, interpret):
-        if one_pass:
+        if query_values is None and linear_angular.needed_bytes(q, v) <= fast_memory_bytes():
             return linear_angular.linear_angular(q, k, v, token_kernel, auxiliary, interpret=interpret)
         own_values = v if query_values is None else query_values
         return linear_angular_blocks.linear_angular(q, k, v, own_values, token_kernel, auxiliary, interpret=interpret)
@@ -104,9 +103,6 @@ def masked_softmax_attention(
         if otherwise is None:
             raise
         return otherwise(q, k, v, threshold, bias)
-    kernel = (
-        masked_softmax if masked_softmax.needed_bytes(q, k, v, bias) <= fast_memory_bytes() else masked_softmax_blocks
-    )
     size = math.prod(q.shape[:3]) * k.shape[1]
     names = () if mesh is None else mesh[2]
 
@@ -117,8 +113,12 @@ def masked_softmax_attention(
             scale, bias = 1.0, None
         elif bias is not None:
             bias = jnp.swapaxes(bias, 2, 3)
-        out, kept = kernel.masked_softmax(q, k, v, threshold, bias, scale=scale, interpret=interpret)
-        return out, (jax.lax.psum(kept, names) if names else kept) / size
+        whole = masked_softmax.needed_bytes(q, k, v, bias) <= fast_memory_bytes()
+        kernel = masked_softmax if whole else masked_softmax_blocks
+        flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+        out, kept = kernel.masked_softmax(*flat, threshold.reshape(1, 1), bias, q.shape[2], scale, interpret)
+        kept = kept.sum()
+        return out.reshape(*q.shape[:3], v.shape[3]), (jax.lax.psum(kept, names) if names else kept) / size
 
     if mesh is not None:
         tokens = mesh[0]

@@ -66,7 +66,7 @@ def _forward(q, k, v, taps, auxiliary, heads, interpret):
     batch, tokens, _ = q.shape
     key_block, value_block, taps_block, *constants = _blocks(layout, tokens, taps.shape[0])
     inputs, specs = (
-        [q, k, v, taps, *_sums(layout, q.dtype)],
+        [q, k, v, taps, *head_sums(layout, q.dtype)],
         [key_block, key_block, value_block, taps_block, *constants],
     )
     if auxiliary is not None:
@@ -90,7 +90,7 @@ def _backward(heads, interpret, residuals, cotangent):
     layout = _arrange(q, v, heads, blocks=9)
     batch, tokens, _ = q.shape
     key_block, value_block, taps_block, *constants = _blocks(layout, tokens, taps.shape[0])
-    inputs = [q, k, v, taps, *_sums(layout, q.dtype), cotangent]
+    inputs = [q, k, v, taps, *head_sums(layout, q.dtype), cotangent]
     specs = [key_block, key_block, value_block, taps_block, *constants, value_block]
     outputs = [(key_block, q), (key_block, k), (value_block, v)]
     if auxiliary is not None:
@@ -147,7 +147,8 @@ def _blocks(layout: Heads, tokens: int, taps: int):
     )
 
 
-def _sums(layout: Heads, dtype: jnp.dtype):
+def head_sums(layout: Heads, dtype: jnp.dtype):
+    """Zeros and ones that say which lanes are of one head: keys and keys, values and values, keys and values."""
     key_dim, value_dim = layout.key_dim, layout.value_dim
     sizes = ((key_dim, key_dim), (value_dim, value_dim), (key_dim, value_dim))
     return [same_head(layout, rows, columns, dtype) for rows, columns in sizes]

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from castling_jax.ops.tpu.layout import NN, NT, TN, Heads, arrange, compiler_params, product, same_head
-from castling_jax.ops.tpu.linear_angular import PAD, inverse_norms, shifted, spread_taps, through_norm
+from castling_jax.ops.tpu.layout import NN, NT, TN, Heads, arrange, compiler_params, product
+from castling_jax.ops.tpu.linear_angular import PAD, head_sums, inverse_norms, shifted, spread_taps, through_norm
 
 TOKEN_BLOCK = 512
 _HALO = 16  # rows of the neighbouring blocks that the taps see, in whole registers of either type
@@ -111,7 +111,7 @@ def _sum_keys_forward(k, v, heads, interpret):
     layout, (batch, tokens, _) = _arrange(k, v, heads), k.shape
     block = _block(tokens)
     key_width, value_width = layout.step_heads * layout.key_dim, layout.step_heads * layout.value_dim
-    constants = _constants(layout, k.dtype)
+    constants = head_sums(layout, k.dtype)
     key_values = pl.pallas_call(
         functools.partial(_sum_keys_kernel, layout=layout, tokens=tokens, block=block),
         grid=(batch, layout.steps, pl.cdiv(tokens, block)),
@@ -135,7 +135,7 @@ def _sum_keys_backward(heads, interpret, residuals, d_key_values):
     block = _block(tokens)
     key_spec = _tokens_spec(block, layout.step_heads * layout.key_dim)
     value_spec = _tokens_spec(block, layout.step_heads * layout.value_dim)
-    constants = _constants(layout, k.dtype)
+    constants = head_sums(layout, k.dtype)
     return pl.pallas_call(
         functools.partial(_sum_keys_backward_kernel, layout=layout),
         grid=(batch, layout.steps, pl.cdiv(tokens, block)),
@@ -149,13 +149,6 @@ def _sum_keys_backward(heads, interpret, residuals, d_key_values):
 
 
 _sum_keys.defvjp(_sum_keys_forward, _sum_keys_backward)
-
-
-def _constants(layout: Heads, dtype):
-    """Zeros and ones that say which lanes are of one head: keys and keys, values and values, keys and values."""
-    key_dim, value_dim = layout.key_dim, layout.value_dim
-    sizes = ((key_dim, key_dim), (value_dim, value_dim), (key_dim, value_dim))
-    return [same_head(layout, rows, columns, dtype) for rows, columns in sizes]
 
 
 def _sum_keys_kernel(k_ref, v_ref, keys_ref, cross_ref, key_values_ref, *, layout, tokens, block):
@@ -199,7 +192,7 @@ def _attend_inputs(layout, q, key_values, v, taps, auxiliary, block):
     key_spec = _tokens_spec(block, layout.step_heads * layout.key_dim)
     value_spec = _tokens_spec(block, value_width)
     halo = _halo_specs(q.shape[1], block, value_width)
-    constants = _constants(layout, q.dtype)[:2]
+    constants = head_sums(layout, q.dtype)[:2]
     taps_spec = pl.BlockSpec((taps.shape[0], value_width), lambda b, h, i: (0, h))
     inputs = [q, key_values, v, v, v, taps, *constants]
     specs = [key_spec, _sums_spec(layout), value_spec, *halo, taps_spec, *(_whole_spec(x.shape) for x in constants)]

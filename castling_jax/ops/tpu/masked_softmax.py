@@ -62,30 +62,23 @@ def needed_bytes(q, k, v, bias) -> int:
     return layout.group * (2 * size + scores * (4 if dense else 1)) + 6 * scores
 
 
-def masked_softmax(q, k, v, threshold, bias, *, scale: float, interpret: bool):
-    """((M P) V, weights kept), differentiable; q, k and v as the public operation takes them.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def masked_softmax(q, k, v, threshold, bias, heads, scale, interpret):
+    """((M P) V, weights kept), differentiable.
 
     Args:
-      q: [batch, queries, heads, key_dim].
-      k: [batch, keys, heads, key_dim].
-      v: [batch, keys, heads, value_dim].
-      threshold: a scalar.
+      q: [batch, queries, heads * key_dim].
+      k: [batch, keys, heads * key_dim].
+      v: [batch, keys, heads * value_dim].
+      threshold: [1, 1], float32.
       bias: dense and transposed, [1 or batch, heads, keys, queries], or None.
+      heads: how many.
       scale: of the products of queries and keys.
       interpret: run as plain JAX, on any platform.
 
     Returns:
-      The branch's output, like v at the queries, and how many weights were kept, a float32 scalar.
+      The branch's output, like v at the queries, and how many weights each block kept, float32.
     """
-    batch, queries, heads, _ = q.shape
-    flat = [x.reshape(*x.shape[:2], -1) for x in (q, k, v)]
-    limits = jnp.asarray(threshold, jnp.float32).reshape(1, 1)
-    out, kept = _attention(*flat, limits, bias, heads, scale, interpret)
-    return out.reshape(batch, queries, heads, v.shape[3]), kept.sum()
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, threshold, bias, heads, scale, interpret):
     return _forward(q, k, v, threshold, bias, heads, scale, interpret)[0]
 
 
@@ -197,7 +190,7 @@ def _backward(heads, scale, interpret, residuals, cotangents):
     return dq, dk, dv, jnp.zeros_like(threshold), (d_biases[0].astype(bias.dtype) if d_biases else None)
 
 
-_attention.defvjp(_forward, _backward)
+masked_softmax.defvjp(_forward, _backward)
 
 
 def of_head(x: jax.Array, member: int, dim: int) -> jax.Array:

@@ -34,17 +34,9 @@ QUERY_BLOCK = 256
 KEY_BLOCK = 512
 
 
-def masked_softmax(q, k, v, threshold, bias, *, scale: float, interpret: bool):
-    """((M P) V, weights kept), differentiable; as masked_softmax.masked_softmax, with bias [.., keys, queries]."""
-    batch, queries, heads, _ = q.shape
-    flat = [x.reshape(*x.shape[:2], -1) for x in (q, k, v)]
-    limits = jnp.asarray(threshold, jnp.float32).reshape(1, 1)
-    out, kept = _attention(*flat, limits, bias, heads, scale, interpret)
-    return out.reshape(batch, queries, heads, v.shape[3]), kept.sum()
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, threshold, bias, heads, scale, interpret):
+def masked_softmax(q, k, v, threshold, bias, heads, scale, interpret):
+    """((M P) V, weights kept), differentiable; as masked_softmax.masked_softmax."""
     return _forward(q, k, v, threshold, bias, heads, scale, interpret)[0]
 
 
@@ -217,7 +209,7 @@ def _backward(heads, scale, interpret, residuals, cotangents):
     return dq, dk, dv, jnp.zeros_like(threshold), d_bias
 
 
-_attention.defvjp(_forward, _backward)
+masked_softmax.defvjp(_forward, _backward)
 
 
 class _Block:
