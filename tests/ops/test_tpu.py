@@ -260,6 +260,15 @@ def test_dtypes_that_differ_are_not_served(refuses):
     assert ops.linear_angular_attention(q, k, v.astype(jnp.bfloat16), implementation="auto").dtype == jnp.bfloat16
 
 
+def test_a_gpu_is_refused(refuses, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    q, k, v, *_ = draw(SHAPES[0])
+    with refuses("this is a GPU", 'use implementation="xla"'):
+        ops.linear_angular_attention(q, k, v, implementation="pallas")
+    with refuses("this is a GPU", 'use implementation="xla"'):
+        ops.masked_softmax_attention(q, k, v, mask_threshold=0.1, implementation="pallas")
+
+
 def test_many_taps_are_not_served(refuses):
     q, k, v, *_ = draw(SHAPES[0])
     with refuses("at most 17 taps", "(19, 2)"):
