@@ -75,9 +75,12 @@ def _depthwise_taps(patches: jax.Array, kernel: jax.Array) -> jax.Array:
     # Heads and their channels as one axis: whole vectors, and on a CPU the loop is not cut into a copy for every tap.
     channels = patches.reshape(batch, *sizes, heads * dim)
     padded = jnp.pad(channels, [(0, 0), *((size // 2, size // 2) for size in taps), (0, 0)]).astype(wide)
-    kernel = jnp.repeat(kernel.astype(wide), dim, axis=-1)
+    kernel = kernel.astype(wide)[..., None]
     total = jnp.zeros(channels.shape, wide)
     for offset in product(*map(range, taps)):
         window = tuple(slice(start, start + size) for start, size in zip(offset, sizes, strict=True))
-        total += padded[(slice(None), *window)] * kernel[offset]
+        # Each tap is spread over the whole array, so that its gradient is one sum down to the heads: devices then
+        # exchange a number for each head, not for each channel.
+        tap = jnp.broadcast_to(kernel[offset], patches.shape).reshape(channels.shape)
+        total += padded[(slice(None), *window)] * tap
     return total.reshape(patches.shape).astype(patches.dtype)
