@@ -1,19 +1,28 @@
 """Trains a model: python main.py --config=configs/digits.py [--workdir=DIR] [--config.GROUP.FIELD=VALUE ...].
 
 Started again, the same command goes on where an interrupted run stopped; of a finished run it prints the summary.
+--evaluate=RUN (or RUN/checkpoints/STEP) prints the held-out figures of both forms, and does nothing else.
+
+On a TPU pod it is started on every host, which find each other; elsewhere --coordinator=HOST:PORT, --num_processes and
+--process_id say where they are. scripts/launch.py starts several processes on one machine.
 """
 
 import re
 import sys
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import config_flags
 
 from castling_jax.ops.errors import InputError, check_known
 from castling_jax.tools import summary
-from castling_jax.training.config import check_config, check_same_run, field_names
-from castling_jax.training.loop import CONFIG_FILE, train
+from castling_jax.training import distributed
+from castling_jax.training.config import CONFIG_FILE, check_config, check_same_run, field_names
+from castling_jax.training.evaluate import evaluate_checkpoint
+from castling_jax.training.loop import train
+from castling_jax.training.preemption import Preempted
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.py"
 
@@ -28,7 +37,12 @@ def define_flags(argv: list[str]) -> None:
         if field := re.match(r"--?(?:no)?config\.([^=]+)", argument):
             check_known("config field", field[1], field_names())
     config_flags.DEFINE_config_file("config", str(DEFAULT_CONFIG), "The configuration file.")
-    flags.DEFINE_string("workdir", None, "Where the run is kept; by default runs/ and the configuration's name.")
+    flags.DEFINE_string("workdir", None, "Where the run is kept, gs:// too; by default runs/ and the config's name.")
+    flags.DEFINE_string("evaluate", None, "A run's folder, or one of its checkpoints/STEP, to evaluate and no more.")
+    flags.DEFINE_string("profile", None, "FIRST:LAST, the steps to trace for XProf, into the workdir's profile/.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of several that are not on a TPU pod.")
+    flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -43,24 +57,50 @@ def parse_flags(argv: list[str]) -> list[str]:
         raise InputError(str(error).strip()) from error
 
 
+def profiled_steps(text: str | None) -> range | None:
+    """What --profile says.
+
+    Raises:
+      InputError: it is not FIRST:LAST.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if not found or int(found[1]) > int(found[2]):
+        raise InputError(f"--profile must be FIRST:LAST, such as 100:104, not {text!r}.")
+    return range(int(found[1]), int(found[2]) + 1)
+
+
 def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # at INFO, Orbax tells of every file it writes
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}; flags are --config, --workdir and --config.GROUP.FIELD.")
-    config_file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+    options = flags.FLAGS
+    config_file = Path(config_flags.get_config_filename(options["config"]))
     if not config_file.is_file():
         raise InputError(f"there is no configuration file '{config_file}'.")
-    config = flags.FLAGS.config
-    workdir = Path(flags.FLAGS.workdir or Path("runs") / config_file.stem)
+    profile = profiled_steps(options.profile)
+    distributed.initialize(options.coordinator, options.num_processes, options.process_id)
+    is_writer = jax.process_index() == 0
+    if options.evaluate is not None:
+        figures = evaluate_checkpoint(epath.Path(options.evaluate), options.config.mesh)
+        print(summary.describe_evaluation(figures) if is_writer else "", end="")
+        return
+    config = options.config
+    workdir = epath.Path(options.workdir or Path("runs") / config_file.stem)
     check_config(config)
+    distributed.use_compilation_cache(workdir / "compiled")
     finished = summary.read_summary(workdir)
-    if finished is not None:
-        check_same_run(config, workdir / CONFIG_FILE)
+    if finished is None:
+        figures = train(config, workdir, profile=profile)
+        if is_writer:
+            print(summary.describe(summary.finish(workdir, figures)))
+        return
+    check_same_run(config, workdir / CONFIG_FILE)
+    if is_writer:
         print(summary.describe(finished))
         print(f"This run is finished. To start anew, remove '{workdir}' or give another --workdir.")
-        return
-    print(summary.describe(summary.finish(workdir, train(config, workdir))))
 
 
 def run() -> None:
@@ -69,9 +109,12 @@ def run() -> None:
         define_flags(sys.argv)
         app.run(main, flags_parser=parse_flags)
     except InputError as error:
-        sys.exit(f"main.py: {error}")
+        distributed.end(f"main.py: {error}")
+    except Preempted as preempted:
+        if jax.process_index() == 0:
+            print(f"Preempted; the state of step {preempted.step} is saved, and the same command goes on from there.")
     except KeyboardInterrupt:
-        sys.exit("main.py: interrupted; the same command goes on from the last checkpoint.")
+        distributed.end("main.py: interrupted; the same command goes on from the last checkpoint.")
 
 
 if __name__ == "__main__":

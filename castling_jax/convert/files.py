@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError
 from safetensors.flax import load_file as load_safetensors
 from safetensors.numpy import save_file as save_safetensors
@@ -52,6 +54,11 @@ def save_inference(
       InputError: the variables are not the model's, the format is unknown, or `path` is a file.
     """
     check_known("format", format, PAYLOADS)
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as here:
+            save_inference(here, model, variables, format=format)
+            _copy(epath.Path(here), epath.Path(path))
+        return
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"'{folder}' is a file: give a folder, which is made if need be.")
@@ -100,6 +107,14 @@ def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
     Raises:
       InputError: a file is missing, was not written by this package, or is damaged; or it is a StableHLO program.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as here:
+            if epath.Path(path).exists():
+                _copy(epath.Path(path), epath.Path(here))
+            try:
+                return load_inference(here)
+            except InputError as error:
+                raise InputError(str(error).replace(here, os.fspath(path))) from error
     folder = Path(path)
     if not (folder / MODEL_FILE).is_file():
         raise InputError(f"'{folder}' is not an inference folder: it has no {MODEL_FILE}.")
@@ -184,6 +199,16 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _copy(source: epath.Path, target: epath.Path) -> None:
+    """Copies a folder's files, the model's last, into another."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == MODEL_FILE):
+        if path.is_dir():
+            _copy(path, target / path.name)
+        else:
+            path.copy(target / path.name, overwrite=True)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
@@ -191,9 +216,17 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether it is a bucket's, such as gs://, and not a folder of this machine."""
+    return "://" in os.fspath(path)
+
+
+def write_atomically(path: epath.Path, data: bytes) -> None:
     """Writes a file so that a reader, or a run killed meanwhile, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    if is_remote(path):
+        path.write_bytes(data)  # an object is replaced as a whole
+        return
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:
         temporary.write_bytes(data)
         temporary.replace(path)

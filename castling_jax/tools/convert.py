@@ -28,13 +28,13 @@ import functools
 import re
 import sys
 from collections import Counter
-from pathlib import Path
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 
 from castling_jax.convert.files import MODEL_FILE, PAYLOADS, load_inference, save_inference
 from castling_jax.convert.inference import SOFTMAX_BRANCH, check_switch, to_inference
@@ -71,7 +71,7 @@ class Source:
     dataset: tuple[str, str] = ("digits", "test")
 
 
-def read_source(path: Path, *, ema: bool) -> Source:
+def read_source(path: epath.Path, *, ema: bool) -> Source:
     """Reads a run's folder, a checkpoint's, or an inference folder.
 
     Raises:
@@ -88,7 +88,7 @@ def read_source(path: Path, *, ema: bool) -> Source:
     return Source(str(inference), *load_inference(inference))
 
 
-def convert(path: Path, out: Path, *, format: str, ema: bool, bfloat16: bool, check: bool) -> None:
+def convert(path: epath.Path, out: epath.Path, *, format: str, ema: bool, bfloat16: bool, check: bool) -> None:
     """Converts and tells about it on standard output; see the module's docstring.
 
     Raises:
@@ -109,8 +109,11 @@ def convert(path: Path, out: Path, *, format: str, ema: bool, bfloat16: bool, ch
     save_inference(out, model, variables, format=format)
     if check:
         print(f"  {check_written(out, format, source, model, variables, images)}")
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    print(f"\nWrote {out}: {PAYLOADS[format]} and {MODEL_FILE}, {size / 1e6:,.2f} MB.")
+    print(f"\nWrote {out}: {PAYLOADS[format]} and {MODEL_FILE}, {_bytes(epath.Path(out)) / 1e6:,.2f} MB.")
+
+
+def _bytes(path: epath.Path) -> int:
+    return sum(map(_bytes, path.iterdir())) if path.is_dir() else path.stat().length
 
 
 def table(before: Variables, after: Variables) -> str:
@@ -194,7 +197,7 @@ def check_forms(source: Source, images: jax.Array) -> list[str]:
 
 
 def check_written(
-    out: Path, format: str, source: Source, model: Backbone, variables: Variables, images: jax.Array
+    out: epath.Path, format: str, source: Source, model: Backbone, variables: Variables, images: jax.Array
 ) -> str:
     """Compares what was written, read back, with what was to be written.
 
@@ -241,8 +244,8 @@ def _refuse_beyond(dtype: str, difference: float, logits: np.ndarray, what: str)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="a run's folder, a checkpoint's, or an inference folder")
-    parser.add_argument("out", type=Path, help="the folder to write; an earlier conversion there is replaced")
+    parser.add_argument("source", type=epath.Path, help="a run's folder, a checkpoint's, or an inference folder")
+    parser.add_argument("out", type=epath.Path, help="the folder to write; an earlier conversion there is replaced")
     parser.add_argument("--format", choices=PAYLOADS, default="safetensors", help="safetensors if not given")
     parser.add_argument("--ema", action="store_true", help="take the moving average of the parameters")
     parser.add_argument(

@@ -7,7 +7,6 @@ draws RUN/training.png anew from RUN/metrics.jsonl; a run that is still going on
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -15,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from etils import epath
 
 from castling_jax.ops.errors import InputError
 from castling_jax.training.metrics import METRICS_FILE, read_metrics
@@ -22,7 +22,7 @@ from castling_jax.training.metrics import METRICS_FILE, read_metrics
 TRAINING_FILE = "training.png"
 
 
-def draw_training(workdir: Path) -> Path:
+def draw_training(workdir: epath.Path) -> epath.Path:
     """Draws loss, accuracy of both forms, learning rate with threshold, and mask density per layer.
 
     Returns:
@@ -67,7 +67,8 @@ def draw_training(workdir: Path) -> Path:
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     path = workdir / TRAINING_FILE
-    figure.savefig(path, dpi=110)
+    with path.open("wb") as file:
+        figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
     return path
 
@@ -79,7 +80,7 @@ def _series(lines: list[dict[str, Any]], name: str, scale: float = 1) -> tuple[n
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the folder of a run, such as runs/digits")
+    parser.add_argument("run", type=epath.Path, help="the folder of a run, such as runs/digits")
     try:
         print(draw_training(parser.parse_args().run))
     except InputError as error:

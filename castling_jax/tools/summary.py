@@ -10,11 +10,11 @@ import functools
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from castling_jax.convert.files import load_inference, write_atomically
 from castling_jax.models.macs import count_macs
@@ -29,7 +29,7 @@ LONGER = 8  # the speed of both forms is measured on images this many times as w
 REPEATS = 7
 
 
-def finish(workdir: Path, figures: dict[str, Any]) -> dict[str, Any]:
+def finish(workdir: epath.Path, figures: dict[str, Any]) -> dict[str, Any]:
     """Measures both forms, draws the run, and writes WORKDIR/summary.json.
 
     Args:
@@ -81,7 +81,7 @@ def measure_forms(arguments: dict[str, Any], image_size: int) -> dict[str, float
     }
 
 
-def read_summary(workdir: Path) -> dict[str, Any] | None:
+def read_summary(workdir: epath.Path) -> dict[str, Any] | None:
     """The summary of a finished run; None where the run is not finished."""
     path = workdir / SUMMARY_FILE
     return json.loads(path.read_text()) if path.exists() else None
@@ -109,9 +109,19 @@ def describe(summary: dict[str, Any]) -> str:
     )
 
 
+def describe_evaluation(figures: dict[str, Any]) -> str:
+    """The figures of one checkpoint for a person."""
+    return (
+        f"step {figures['step']:,}, mask threshold {figures['mask_threshold']:g}\n"
+        f"  training form   {100 * figures['accuracy_train_form']:.2f} % of the held-out images\n"
+        f"  inference form  {100 * figures['accuracy_inference_form']:.2f} %, loss {figures['eval_loss']:.4f} nats\n"
+        f"  largest difference between the two forms' logits: {figures['max_difference']:.1e}\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the folder of a run, such as runs/digits")
+    parser.add_argument("run", type=epath.Path, help="the folder of a run, such as runs/digits")
     workdir = parser.parse_args().run
     try:
         summary = read_summary(workdir)

@@ -1,53 +1,82 @@
 """Checkpoints of the whole state: asynchronous, with checksums of their own, and the last good one is found again."""
 
+import contextlib
 import dataclasses
 import logging
-from pathlib import Path
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from castling_jax.ops.errors import InputError
 from castling_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"  # a run's folder of them
+BEST = "accuracy_inference_form"  # the figure by which a checkpoint is the best: what the switch will leave
+NOT_EVALUATED = {BEST: -1.0}
 _LOGGER = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a checkpoint holds besides the state.
+    """What a checkpoint holds besides the state. The place in the data is the state's step.
 
     Attributes:
-      data: the training iterator's place, as its get_state gives it.
       train_seconds: how long the loop had run.
+      figures: of the evaluation of this very step, where there was one.
     """
 
-    data: dict[str, Any]
     train_seconds: float
+    figures: dict[str, float] | None = None
 
 
 class Checkpoints:
-    """The checkpoints of a run, in a folder of its own.
+    """The checkpoints of a run, in a folder of its own: the newest, and the best of those that were evaluated.
+
+    All processes make the same calls. What is in the folder does not depend on the mesh or on the number of processes.
 
     Args:
-      folder: made if need be.
+      folder: made if need be; a local one that all processes share, or gs://.
       keep: how many of the newest stay.
     """
 
-    def __init__(self, folder: Path, *, keep: int):
-        self.folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+    def __init__(self, folder: epath.Path, *, keep: int):
+        self.folder = folder
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), BestN(get_metric_fn=_figure, n=1)]),
+            best_fn=_figure,
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(folder, options=options)
 
     def save(self, state: TrainState, progress: Progress) -> None:
-        """Starts to save; returns as soon as the state is copied, while the files are still being written."""
-        about = dataclasses.asdict(progress) | {"checksums": checksums(state)}
-        self._manager.save(
-            int(state.step), args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
-        )
+        """Starts to save; returns as soon as the state is copied, while the files are still being written.
+
+        Raises:
+          InputError: this one, or the one before, could not be written.
+        """
+        about = {"train_seconds": progress.train_seconds, "checksums": checksums(state)}
+        with self._saying_what_failed():
+            self._manager.save(
+                int(state.step),
+                args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)),
+                metrics=progress.figures or NOT_EVALUATED,
+            )
+
+    def best(self) -> float:
+        """The best figure among the checkpoints that are here; below 0 where none was evaluated."""
+        step = self._manager.best_step()
+        return _figure(NOT_EVALUATED if step is None else self._manager.metrics(step))
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether all processes are to save at this step and end, because one of them was told to by SIGTERM."""
+        return self._manager.reached_preemption(step)
 
     def restore(self, template: TrainState) -> tuple[TrainState, Progress] | None:
         """The newest checkpoint that is whole, laid out as `template` is; None where there is none at all.
@@ -57,41 +86,118 @@ class Checkpoints:
         Raises:
           InputError: there are checkpoints, and all are damaged.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
-            try:
-                return self._read(step, template)
-            except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
-                reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-                aside = self.folder.with_name(f"{self.folder.name}_damaged") / str(step)
-                aside.parent.mkdir(exist_ok=True)
-                (self.folder / str(step)).rename(aside)
-                self._manager.reload()
-                _LOGGER.warning("the checkpoint of step %d is damaged (%s) and was moved to '%s'", step, reason, aside)
-        if steps:
-            raise InputError(
-                f"none of the {len(steps)} checkpoints in '{self.folder}' is whole: remove it to start anew."
-            )
-        return None
-
-    def _read(self, step: int, template: TrainState) -> tuple[TrainState, Progress]:
+        count = len(self._manager.all_steps())
+        if not count:
+            return None
+        # One process finds it, and all hear of it: reading together, one that fails would leave the others waiting.
+        step = -1 if jax.process_index() else self._newest_whole()
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        if step < 0:
+            raise InputError(f"none of the {count} checkpoints in '{self.folder}' is whole: remove it to start anew.")
+        self._manager.reload()
         items = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template), about=ocp.args.JsonRestore())
         )
-        state, about = items["state"], items["about"]
-        check_checksums(state, about["checksums"])
-        return state, Progress(about["data"], about["train_seconds"])
+        check_checksums(items["state"], items["about"]["checksums"])
+        return items["state"], Progress(items["about"]["train_seconds"])
+
+    def _newest_whole(self) -> int:
+        for step in checkpoint_steps(self.folder)[::-1]:
+            try:
+                read_checkpoint(self.folder / str(step))
+            except InputError as error:
+                aside = self.folder.parent / f"{self.folder.name}_damaged" / str(step)
+                aside.parent.mkdir(exist_ok=True)
+                (self.folder / str(step)).rename(aside)
+                _LOGGER.warning("%s It was moved to '%s'.", error, aside)
+            else:
+                return step
+        return -1
 
     def close(self) -> None:
-        """Waits until all that was started is written."""
-        self._manager.close()
+        """Waits until all that was started is written.
+
+        Raises:
+          InputError: it could not be.
+        """
+        try:
+            with self._saying_what_failed():
+                self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _saying_what_failed(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
+            steps = checkpoint_steps(self.folder)
+            kept = f"those of steps {', '.join(map(str, steps))} are whole" if steps else "there is none yet"
+            raise InputError(
+                f"a checkpoint could not be written to '{self.folder}' ({_reason(error)}); {kept}, and the same "
+                "command goes on from there."
+            ) from error
 
 
-def check_checksums(tree: Any, expected: dict[str, int], *, within: str = "") -> None:
-    """Raises a ValueError unless a tree, which stands at the path `within` of what was saved, has its checksums."""
+def _figure(metrics: Any) -> float:
+    return metrics[BEST]
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0][:300].rstrip(".")
+
+
+def checkpoint_steps(folder: epath.Path) -> list[int]:
+    """The steps of which a folder of checkpoints holds one, sorted; what is still being written does not count."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()) if folder.exists() else []
+
+
+def read_checkpoint(folder: epath.Path, names: Collection[str] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads a checkpoint in this process alone, and holds it against its checksums.
+
+    Args:
+      folder: of one checkpoint.
+      names: of the parts of the state that are wanted, such as "params"; None is all, and those that are not there are
+        left out.
+
+    Returns:
+      (state, about): nested dicts of numpy arrays, of what was asked for; and what was saved beside the state.
+
+    Raises:
+      InputError: it is damaged; says how, and which other there is.
+    """
+    alone = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()}, primary_host=jax.process_index())
+    handler = ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+        about=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+        metrics=ocp.JsonCheckpointHandler(multiprocessing_options=alone),  # the manager's own; without it, Orbax warns
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+    )
+    try:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            shapes: dict[str, Any] = checkpointer.metadata(folder).item_metadata["state"].tree
+            wanted = {name: part for name, part in shapes.items() if names is None or name in names}
+            if not wanted:
+                return {}, {}
+            wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), wanted)
+            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            state_args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+            items = checkpointer.restore(
+                folder, args=ocp.args.Composite(state=state_args, about=ocp.args.JsonRestore())
+            )
+        check_checksums(items["state"], items["about"]["checksums"])
+    except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
+        others = [step for step in checkpoint_steps(folder.parent) if str(step) != folder.name]
+        instead = f"; try '{folder.parent / str(others[-1])}'" if others else ""
+        raise InputError(f"the checkpoint '{folder}' is damaged ({_reason(error)}){instead}.") from error
+    return items["state"], items["about"]
+
+
+def check_checksums(tree: Any, expected: dict[str, int]) -> None:
+    """Raises a ValueError unless a tree, or a part of what was saved, has the checksums of that."""
     for path, checksum in checksums(tree).items():
-        if expected.get(within + path) != checksum:
-            raise ValueError(f"the checksum of {(within + path).lstrip('.')} is not the one it was saved with")
+        if expected.get(path) != checksum:
+            raise ValueError(f"the checksum of {path} is not the one it was saved with")
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -103,7 +209,8 @@ def checksums(tree: Any) -> dict[str, int]:
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     sums = jax.device_get(_checksums([leaf for _, leaf in leaves]))
-    return {jax.tree_util.keystr(path): int(total) for (path, _), total in zip(leaves, sums, strict=True)}
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return {name: int(total) for name, total in zip(names, sums, strict=True)}
 
 
 @jax.jit

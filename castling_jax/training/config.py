@@ -1,9 +1,9 @@
 """Every field a configuration has, with its default; configs/*.py change what they need."""
 
 import json
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict, config_dict
 
 from castling_jax.models.variables import flatten
@@ -11,7 +11,7 @@ from castling_jax.ops.errors import InputError, check_known
 
 CONFIG_FILE = "config.json"  # a run's own, in its folder
 # Groups that concern how a run runs, not what comes of it: they may differ when a run goes on.
-RUNTIME_GROUPS = ("checkpoint", "logging")
+RUNTIME_GROUPS = ("mesh", "evaluation", "checkpoint", "logging")
 
 
 def default_config() -> ConfigDict:
@@ -49,7 +49,11 @@ def default_config() -> ConfigDict:
                 "eval_split": "test",
                 "shift_pixels": 0,  # largest random shift of a training image
             },
-            "train": {"epochs": 100, "batch_size": 128},
+            "train": {
+                "epochs": 100,
+                "batch_size": 128,  # of all devices together
+                "accumulate_steps": 1,  # parts of a batch that go through the model one after the other: less memory
+            },
             "optimizer": {
                 "learning_rate": 1e-3,  # the peak
                 "initial_learning_rate": 1e-6,  # where the warm-up starts
@@ -63,7 +67,11 @@ def default_config() -> ConfigDict:
             "loss": {"label_smoothing": 0.1},
             # The threshold stays at start_threshold until the fraction `begin` of training, and is 1 from `end` on.
             "mask": {"schedule": "cosine", "start_threshold": 0.02, "begin": 0.2, "end": 0.8},
+            # Sizes of the mesh's axes; one may be -1, what the others leave. `replica`: copies, one or more to each
+            # slice of a pod; `data`: more copies; `fsdp`: splits the matrices as well as the batch; `tensor`: heads.
+            "mesh": {"replica": 1, "data": -1, "fsdp": 1, "tensor": 1},
             "evaluation": {"every_epochs": 1, "batch_size": 128},
+            # The newest `keep` stay, and the best that was evaluated.
             "checkpoint": {"every_steps": 500, "keep": 2},
             "logging": {"every_steps": 20, "tensorboard": True, "progress": True},
         }
@@ -90,6 +98,8 @@ def check_config(config: ConfigDict) -> None:
             raise InputError(f"the configuration lacks the field {name!r}; start it from default_config().")
     for name in (
         "train.epochs",
+        "train.batch_size",
+        "train.accumulate_steps",
         "evaluation.every_epochs",
         "checkpoint.every_steps",
         "checkpoint.keep",
@@ -121,22 +131,31 @@ def model_arguments(config: ConfigDict) -> dict[str, Any]:
     return arguments
 
 
-def check_same_run(config: ConfigDict, path: Path) -> None:
+def check_same_run(config: ConfigDict, path: epath.Path) -> None:
     """Refuses to go on in a folder whose config.json, at `path`, is another configuration's.
 
+    A field that the folder's configuration lacks, because it is of an earlier version, has its default there.
+
     Raises:
-      InputError: the file is damaged, or a field differs that is not in RUNTIME_GROUPS; names the first such field.
+      InputError: the file is damaged, or fields differ that are not in RUNTIME_GROUPS; names them.
     """
     try:
-        earlier = flatten(json.loads(path.read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        earlier = json.loads(path.read_text())
+        if not isinstance(earlier, dict):
+            raise ValueError("it holds no object")
+    except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"'{path}' is damaged ({error}); choose another --workdir or remove it.") from error
-    now = flatten(json.loads(json.dumps(config.to_dict())))
-    for name in sorted(earlier.keys() | now.keys()):
-        if name.split("/")[0] in RUNTIME_GROUPS:
-            continue
-        if earlier.get(name) != now.get(name):
-            raise InputError(
-                f"'{path.parent}' holds a run with config.{name.replace('/', '.')} = {earlier.get(name)!r}, not "
-                f"{now.get(name)!r}: choose another --workdir, or remove that folder to start anew."
-            )
+    defaults, earlier, now = (
+        flatten(json.loads(json.dumps(tree))) for tree in (default_config().to_dict(), earlier, config.to_dict())
+    )
+    earlier = defaults | earlier
+    different = [
+        f"config.{name.replace('/', '.')} = {earlier.get(name)!r}, not {now.get(name)!r}"
+        for name in sorted(earlier.keys() | now.keys())
+        if name.split("/")[0] not in RUNTIME_GROUPS and earlier.get(name) != now.get(name)
+    ]
+    if different:
+        raise InputError(
+            f"'{path.parent}' holds a run with {'; '.join(different)}: choose another --workdir, or remove that folder "
+            "to start anew."
+        )

@@ -1,19 +1,32 @@
 """Exact evaluation of both forms in one pass."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 
 from castling_jax.convert.inference import to_inference
 from castling_jax.data.loader import evaluation_batches
-from castling_jax.data.sources import Dataset
+from castling_jax.data.sources import Dataset, load_dataset
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply
 from castling_jax.training.losses import cross_entropy
-from castling_jax.training.sharding import shard_batch
+from castling_jax.training.restore import read_snapshot
+from castling_jax.training.sharding import (
+    check_batch,
+    make_mesh,
+    place,
+    process_rows,
+    replicated,
+    shard_batch,
+    state_shardings,
+    whole_over_fsdp,
+)
 
 Evaluator = Callable[[Variables, float], dict[str, float]]
 
@@ -26,7 +39,7 @@ def make_evaluator(model: Backbone, dataset: Dataset, *, batch_size: int, mesh: 
     """
     inference_model = abstract_model(**model.spec.arguments(form="inference"))
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def evaluate_batch(
         totals: dict[str, jax.Array], variables: Variables, batch: dict[str, jax.Array], threshold: jax.Array
     ) -> dict[str, jax.Array]:
@@ -46,13 +59,35 @@ def make_evaluator(model: Backbone, dataset: Dataset, *, batch_size: int, mesh: 
     def evaluate(variables: Variables, threshold: float) -> dict[str, float]:
         names = ("accuracy_train_form", "accuracy_inference_form", "eval_loss", "max_difference")
         totals = {name: jnp.zeros((), jnp.float32) for name in names}
-        batches = evaluation_batches(
-            dataset, batch_size=batch_size, process_index=jax.process_index(), process_count=jax.process_count()
-        )
-        for batch in batches:
-            totals = evaluate_batch(totals, variables, shard_batch(batch, mesh), jnp.float32(threshold))
+        # Gathered once, not for every batch.
+        variables = jax.device_put(variables, whole_over_fsdp(state_shardings(variables, mesh)))
+        for batch in evaluation_batches(dataset, batch_size=batch_size, rows=process_rows(batch_size, mesh)):
+            global_batch = shard_batch(batch, mesh, batch_size=batch_size)
+            totals = evaluate_batch(totals, variables, global_batch, jnp.float32(threshold))
         return {
             name: float(total) / (1 if name == "max_difference" else len(dataset)) for name, total in totals.items()
         }
 
     return evaluate
+
+
+def evaluate_checkpoint(path: epath.Path, mesh_sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The figures of `make_evaluator` of a checkpoint, on its run's held-out split, and step and mask_threshold.
+
+    Args:
+      path: as `read_snapshot` takes it.
+      mesh_sizes: as `make_mesh` takes them; the run may have had another mesh.
+
+    Raises:
+      InputError: the checkpoint cannot be read, or the mesh does not fit.
+    """
+    mesh = make_mesh(mesh_sizes)
+    snapshot = read_snapshot(path)
+    config = snapshot.config
+    check_batch("evaluation.batch_size", config.evaluation.batch_size, mesh)
+    dataset = load_dataset(config.dataset.name, config.dataset.eval_split)
+    shardings = whole_over_fsdp(state_shardings(snapshot.variables, mesh))
+    with jax.set_mesh(mesh):
+        evaluate = make_evaluator(snapshot.model, dataset, batch_size=config.evaluation.batch_size, mesh=mesh)
+        figures = evaluate(place(snapshot.variables, shardings), snapshot.mask_threshold)
+    return {"step": snapshot.step, "mask_threshold": snapshot.mask_threshold, **figures}

@@ -1,156 +1,240 @@
-"""Training from a configuration to a finished run, resumable at any moment."""
+"""Training from a configuration to a finished run, resumable at any moment, on any number of processes."""
 
 import contextlib
 import json
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
+import jax.profiler
+import numpy as np
+from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from castling_jax.convert.files import save_inference, write_atomically
 from castling_jax.data.loader import training_batches
-from castling_jax.data.sources import load_dataset
-from castling_jax.models.registry import create_model
-from castling_jax.models.variables import get_variables
+from castling_jax.models.macs import count_macs
+from castling_jax.models.registry import abstract_model, create_model
+from castling_jax.models.variables import Variables, get_variables
 from castling_jax.ops.errors import InputError
-from castling_jax.training.checkpoints import CHECKPOINTS, Checkpoints, Progress
-from castling_jax.training.config import CONFIG_FILE, check_config, check_same_run, model_arguments
+from castling_jax.training.checkpoints import CHECKPOINTS, Checkpoints, Progress, checkpoint_steps
+from castling_jax.training.config import CONFIG_FILE, check_same_run, model_arguments
 from castling_jax.training.evaluate import make_evaluator
 from castling_jax.training.metrics import MetricsWriter
-from castling_jax.training.optimizers import make_optimizer
-from castling_jax.training.restore import checkpoint_steps, initial_variables
-from castling_jax.training.schedules import learning_rate_schedule, mask_threshold_schedule
-from castling_jax.training.sharding import check_batch, make_mesh, replicate, shard_batch
-from castling_jax.training.state import create_state, parameters_sha256
-from castling_jax.training.step import make_train_step
+from castling_jax.training.preemption import Preempted, PreemptionWatch
+from castling_jax.training.restore import initial_variables
+from castling_jax.training.setup import Setup, set_up
+from castling_jax.training.sharding import place, process_rows, shard_batch, to_host, with_shardings
+from castling_jax.training.state import TrainState, create_state, parameter_table, parameters_sha256
+from castling_jax.training.throughput import Meter, peak_flops
+
+PARAMETERS_FILE = "parameters.txt"
+PROFILE = "profile"  # a run's folder of traces
 
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = None) -> dict[str, Any]:
     """Runs the training that `config` describes, or what is left of it, in `workdir`.
 
     The same command, started again after a run was killed at any moment, goes on from the last checkpoint and ends
-    with the same parameters as a run that was not killed.
+    with the same parameters as a run that was not killed. It may go on over another mesh or on another number of
+    processes; then sums of float32 are made in another order.
 
     Args:
       config: as `default_config` gives it.
-      workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, inference/.
+      workdir: gets config.json, parameters.txt, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, inference/.
+        All processes see the same one.
+      profile: the steps that are traced into workdir/profile.
 
     Returns:
       The figures of the last evaluation, and steps, train_seconds, parameters_sha256.
 
     Raises:
-      InputError: a field, a name or a size is wrong, or workdir holds another configuration's run; or the loss is no
-        longer finite.
+      InputError: a field, a name or a size is wrong, workdir holds another configuration's run, the loss or a gradient
+        is no longer finite, or a checkpoint cannot be written.
+      Preempted: SIGTERM came, and the state was saved.
     """
     # The order is important. 1. Everything that can be refused is refused before the first file is written.
-    check_config(config)
+    workdir = epath.Path(workdir)
+    setup = set_up(config)
     if (workdir / CONFIG_FILE).exists():
         check_same_run(config, workdir / CONFIG_FILE)
-    mesh = make_mesh()
-    check_batch("train.batch_size", config.train.batch_size, mesh)
-    check_batch("evaluation.batch_size", config.evaluation.batch_size, mesh)
-    train_set = load_dataset(config.dataset.name, config.dataset.train_split)
-    eval_set = load_dataset(config.dataset.name, config.dataset.eval_split)
+    folder = (workdir / CHECKPOINTS).absolute()
+    variables = {} if checkpoint_steps(folder) else _first_variables(setup)  # a run that goes on has its own
+    is_writer = jax.process_index() == 0
+    if is_writer:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2).encode())
+        write_atomically(workdir / PARAMETERS_FILE, parameter_table(setup.state, setup.shardings).encode())
+
+    with contextlib.ExitStack() as stack:  # however it ends, what is being written is finished
+        stack.enter_context(jax.set_mesh(setup.mesh))  # over which the attention's kernels split their work
+        # 2. The state; 3. its place in an earlier, interrupted run of the same configuration.
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, keep=config.checkpoint.keep)))
+        restored = checkpoints.restore(with_shardings(setup.state, setup.shardings))
+        state, progress = restored or (_first_state(setup, variables), Progress(0.0))
+        first_step = int(state.step)
+        metrics = None
+        if is_writer:
+            writer = MetricsWriter(workdir, first_step=first_step, tensorboard=config.logging.tensorboard)
+            metrics = stack.enter_context(contextlib.closing(writer))
+            if first_step:
+                print(f"Going on from step {first_step} of {setup.total_steps} in {workdir}.", flush=True)
+            else:
+                metrics.describe({name: (workdir / name).read_text() for name in (CONFIG_FILE, PARAMETERS_FILE)})
+        watch = stack.enter_context(PreemptionWatch(checkpoints))
+        state, figures, train_seconds = _loop(
+            setup,
+            state,
+            checkpoints,
+            watch,
+            metrics,
+            seconds_before=progress.train_seconds,
+            trace=_tracer(profile, workdir),
+        )
+
+        # 5. What the run was for: the inference form, and its figures.
+        variables = to_host(state.variables, setup.mesh)
+        if is_writer:
+            save_inference(workdir / "inference", setup.model, variables)
+    return {
+        **figures,
+        "mask_threshold": setup.threshold_at(setup.total_steps - 1),
+        "steps": setup.total_steps,
+        "train_seconds": train_seconds,
+        "parameters_sha256": parameters_sha256(variables["params"]),
+    }
+
+
+def _first_variables(setup: Setup) -> Variables:
+    """numpy arrays, drawn or read."""
+    config = setup.config
+    if config.init_from:
+        variables = initial_variables(epath.Path(config.init_from), setup.model, reset_head=config.reset_head)
+    else:
+        arguments = model_arguments(config) | {"num_classes": setup.train_set.num_classes}
+        variables = get_variables(create_model(rngs=nnx.Rngs(config.seed), **arguments))
+    return jax.tree.map(np.asarray, variables)
+
+
+def _first_state(setup: Setup, variables: Variables) -> TrainState:
+    where = {"params": setup.shardings.params, "batch_stats": setup.shardings.batch_stats}
+    placed = place(variables, {name: where[name] for name in variables})
+    create = jax.jit(
+        lambda variables: create_state(variables, setup.optimizer, setup.config.seed), out_shardings=setup.shardings
+    )
+    return create(placed)
+
+
+def _loop(
+    setup: Setup,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    watch: PreemptionWatch,
+    metrics: MetricsWriter | None,
+    *,
+    seconds_before: float,
+    trace: Any,
+) -> tuple[TrainState, dict[str, float], float]:
+    """4. The steps from the state's own to the last: the state, the last evaluation's figures, and the seconds."""
+    config, total_steps = setup.config, setup.total_steps
+    step = first_step = int(state.step)
     batches = training_batches(
-        train_set,
+        setup.train_set,
         batch_size=config.train.batch_size,
         seed=config.seed,
         shift_pixels=config.dataset.shift_pixels,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        first_step=step,
+        rows=process_rows(config.train.batch_size, setup.mesh),
     )
-    steps_per_epoch = len(train_set) // config.train.batch_size
-    total_steps = config.train.epochs * steps_per_epoch
-    learning_rate = learning_rate_schedule(config.optimizer, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
-    threshold_at = mask_threshold_schedule(config.mask, total_steps=total_steps)
-    model = create_model(num_classes=train_set.num_classes, rngs=nnx.Rngs(config.seed), **model_arguments(config))
-    variables = get_variables(model)
-    if config.init_from and not checkpoint_steps(workdir / CHECKPOINTS):  # a run that goes on has its own
-        variables = initial_variables(Path(config.init_from), model, reset_head=config.reset_head)
-
-    # 2. The state; 3. its place in an earlier, interrupted run of the same configuration.
-    optimizer = make_optimizer(config.optimizer, learning_rate)
-    state = replicate(create_state(variables, optimizer, config.seed), mesh)
-    train_step = make_train_step(model, optimizer, label_smoothing=config.loss.label_smoothing)
-    evaluate = make_evaluator(model, eval_set, batch_size=config.evaluation.batch_size, mesh=mesh)
-    workdir.mkdir(parents=True, exist_ok=True)
-    is_writer = jax.process_index() == 0
-    if is_writer:
-        write_atomically(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2).encode())
-    with contextlib.ExitStack() as stack:  # however it ends, what is being written is finished
-        stack.enter_context(jax.set_mesh(mesh))  # over which the attention's kernels split their work
-        checkpoints = stack.enter_context(
-            contextlib.closing(Checkpoints(workdir / CHECKPOINTS, keep=config.checkpoint.keep))
-        )
-        restored = checkpoints.restore(state)
-        train_seconds = 0.0
-        if restored is not None:
-            state, progress = restored
-            batches.set_state(progress.data)
-            train_seconds = progress.train_seconds
-        step = int(state.step)
-        if step:
-            print(f"Going on from step {step} of {total_steps} in {workdir}.")
-        metrics = None
-        if is_writer:
-            writer = MetricsWriter(workdir, first_step=step, tensorboard=config.logging.tensorboard)
-            metrics = stack.enter_context(contextlib.closing(writer))
-
-        # 4. The loop. Metrics are of the step itself, not averages: an interrupted run writes the same lines.
-        shows_progress = is_writer and config.logging.progress
-        bar = stack.enter_context(tqdm(total=total_steps, initial=step, unit="step", disable=not shows_progress))
-        start = logged = time.perf_counter()
-        logged_step = step
-        figures: dict[str, float] = {}
+    evaluate = make_evaluator(setup.model, setup.eval_set, batch_size=config.evaluation.batch_size, mesh=setup.mesh)
+    macs = _macs(setup)
+    meter = Meter(batch_size=config.train.batch_size, step=step, total_steps=total_steps, peak=peak_flops())
+    best = checkpoints.best()
+    start = time.perf_counter()
+    unchecked: list[tuple[int, Any]] = []
+    figures: dict[str, float] = {}
+    silent = metrics is None or not config.logging.progress
+    # Metrics are of the step itself, not averages: an interrupted run writes the same lines.
+    with tqdm(total=total_steps, initial=step, unit="step", disable=silent) as bar:
         while step < total_steps:
-            threshold = threshold_at(step)
-            state, result = train_step(state, shard_batch(next(batches), mesh), threshold)
+            trace(step)
+            threshold = setup.threshold_at(step)
+            with meter.waiting():
+                batch = shard_batch(next(batches), setup.mesh, batch_size=config.train.batch_size)
+            state, result = setup.train_step(state, batch, threshold)
             step += 1
+            unchecked.append((step, (result["loss"], result["gradient_norm"])))
             bar.update()
             is_last = step == total_steps
+            logs = is_last or step % config.logging.every_steps == 0
+            evaluates = is_last or step % (config.evaluation.every_epochs * setup.steps_per_epoch) == 0
+            preempted = watch.reached(step)
+            saves = is_last or preempted or step % config.checkpoint.every_steps == 0
+            if logs or evaluates or saves:
+                _check_finite(unchecked)  # before anything is kept
+                unchecked.clear()
             line: dict[str, Any] = {}
-            if step % config.logging.every_steps == 0 or is_last:
-                loss = float(result["loss"])
-                if not math.isfinite(loss):
-                    raise InputError(
-                        f"the loss is {loss} at step {step}: try a smaller config.optimizer.learning_rate."
-                    )
-                now = time.perf_counter()
-                images_per_second = (step - logged_step) * config.train.batch_size / (now - logged)
-                logged, logged_step = now, step
+            if logs:
                 line = {
-                    "loss": loss,
-                    "learning_rate": float(learning_rate(step - 1)),
+                    "loss": float(result["loss"]),
+                    "gradient_norm": float(result["gradient_norm"]),
+                    "learning_rate": float(setup.learning_rate(step - 1)),
                     "mask_threshold": threshold,
                     "mask_density": [float(density) for density in result["mask_density"]],
-                    "images_per_second": images_per_second,
+                    **meter.read(step, macs=macs[threshold >= 1]),
                 }
-                bar.set_postfix({"loss": f"{loss:.3f}", "images/s": f"{images_per_second:,.0f}"})
-            if step % (config.evaluation.every_epochs * steps_per_epoch) == 0 or is_last:
+                bar.set_postfix({"loss": f"{line['loss']:.3f}", "images/s": f"{line['images_per_second']:,.0f}"})
+            if evaluates:
                 figures = evaluate(state.variables, threshold)
                 line |= {"accuracy": figures["accuracy_train_form"], **figures}
+                if figures["accuracy_inference_form"] > best:
+                    best, saves = figures["accuracy_inference_form"], True
             if line and metrics is not None:
                 metrics.write(step, line)
-            if step % config.checkpoint.every_steps == 0 or is_last:
-                seconds = train_seconds + time.perf_counter() - start
-                checkpoints.save(state, Progress(batches.get_state(), seconds))
+            if saves:
+                seconds = seconds_before + time.perf_counter() - start
+                checkpoints.save(state, Progress(seconds, figures if evaluates else None))
+            if preempted and not is_last:
+                raise Preempted(step)
+        trace(None)
         jax.block_until_ready(state)
-        train_seconds += time.perf_counter() - start
-
-    # 5. What the run was for: the inference form, and its figures.
+    seconds = seconds_before + (time.perf_counter() - start if step > first_step else 0)
     if not figures:
-        figures = evaluate(state.variables, threshold_at(total_steps - 1))
-    if is_writer:
-        save_inference(workdir / "inference", model, state.variables)
-    return {
-        **figures,
-        "mask_threshold": threshold_at(total_steps - 1),
-        "steps": total_steps,
-        "train_seconds": train_seconds,
-        "parameters_sha256": parameters_sha256(state.params),
-    }
+        figures = evaluate(state.variables, setup.threshold_at(total_steps - 1))
+    return state, figures, seconds
+
+
+def _check_finite(results: list[tuple[int, Any]]) -> None:
+    """Raises an InputError that names the first step whose loss or gradients are not finite."""
+    for (step, _), (loss, norm) in zip(results, jax.device_get([values for _, values in results]), strict=True):
+        for name, value in (("loss", loss), ("gradients' norm", norm)):
+            if not math.isfinite(value):
+                raise InputError(
+                    f"the {name} is {value} at step {step}: the checkpoints before it are kept; try a smaller "
+                    "config.optimizer.learning_rate or a config.optimizer.clip_norm, in another --workdir."
+                )
+
+
+def _macs(setup: Setup) -> tuple[int, int]:
+    """Of the forward pass in training form, with the softmax branch and, its mask empty, without."""
+    without = abstract_model(**setup.model.spec.arguments(form="inference"))
+    return count_macs(setup.model), count_macs(without)
+
+
+def _tracer(profile: range | None, workdir: epath.Path) -> Any:
+    """A function of the step that is about to run, or None at the end, that starts and stops the profiler."""
+    running = False
+
+    def trace(step: int | None) -> None:
+        nonlocal running
+        wanted = profile is not None and step is not None and step in profile
+        if wanted and not running:
+            jax.profiler.start_trace(workdir / PROFILE)
+        if running and not wanted:
+            jax.profiler.stop_trace()
+        running = wanted
+
+    return trace

@@ -1,14 +1,16 @@
 """Metrics on disk: JSON lines and TensorBoard."""
 
 import json
-from pathlib import Path
+import time
 from typing import Any
 
+from etils import epath
 from tensorboardX import SummaryWriter
 
-from castling_jax.convert.files import write_atomically
+from castling_jax.convert.files import is_remote, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
+REMOTE_SECONDS = 60  # between two writings of a file that cannot be appended to
 
 
 class MetricsWriter:
@@ -20,21 +22,34 @@ class MetricsWriter:
       tensorboard: whether to write TensorBoard's events too.
     """
 
-    def __init__(self, workdir: Path, *, first_step: int, tensorboard: bool):
-        path = workdir / METRICS_FILE
-        kept = [line for line in read_metrics(workdir) if line["step"] <= first_step]
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file = path.open("a")
+    def __init__(self, workdir: epath.Path, *, first_step: int, tensorboard: bool):
+        self._path = workdir / METRICS_FILE
+        self._lines = [json.dumps(line) + "\n" for line in read_metrics(workdir) if line["step"] <= first_step]
+        self._write_all()
+        self._file = None if is_remote(workdir) else self._path.open("a")
         self._events = (
             SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
             if tensorboard
             else None
         )
 
+    def describe(self, texts: dict[str, str]) -> None:
+        """Shows texts in TensorBoard, each under its name."""
+        if self._events is None:
+            return
+        for name, text in texts.items():
+            self._events.add_text(name, "\n".join("    " + line for line in text.splitlines()), 0)
+
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Writes one line; a list is a value for each layer."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, **values}) + "\n"
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+        else:
+            self._lines.append(line)
+            if time.monotonic() - self._written > REMOTE_SECONDS:
+                self._write_all()
         if self._events is None:
             return
         for name, value in values.items():
@@ -44,14 +59,21 @@ class MetricsWriter:
             else:
                 self._events.add_scalar(name, value, step)
 
+    def _write_all(self) -> None:
+        write_atomically(self._path, "".join(self._lines).encode())
+        self._written = time.monotonic()
+
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._file.close()
+        if self._file is None:
+            self._write_all()
+        else:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
     """The lines of WORKDIR/metrics.jsonl; none where there is no such file. A last line cut short is left out."""
     path = workdir / METRICS_FILE
     lines = []

@@ -2,12 +2,8 @@
 
 import dataclasses
 import json
-from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
+from etils import epath
 from ml_collections import ConfigDict
 
 from castling_jax.convert.torch import from_torch, read_state_dict, to_torch
@@ -15,7 +11,7 @@ from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, check_variables, flatten
 from castling_jax.ops.errors import InputError
-from castling_jax.training.checkpoints import CHECKPOINTS, check_checksums
+from castling_jax.training.checkpoints import CHECKPOINTS, checkpoint_steps, read_checkpoint
 from castling_jax.training.config import CONFIG_FILE, model_arguments
 from castling_jax.training.metrics import read_metrics
 
@@ -35,7 +31,7 @@ class Snapshot:
       variables: numpy arrays.
     """
 
-    folder: Path
+    folder: epath.Path
     config: ConfigDict
     step: int
     mask_threshold: float
@@ -43,12 +39,7 @@ class Snapshot:
     variables: Variables
 
 
-def checkpoint_steps(folder: Path) -> list[int]:
-    """The steps of which a folder of checkpoints holds one, sorted; what is still being written does not count."""
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
-
-
-def read_snapshot(path: Path, *, ema: bool = False) -> Snapshot:
+def read_snapshot(path: epath.Path, *, ema: bool = False) -> Snapshot:
     """Reads a checkpoint.
 
     Args:
@@ -67,7 +58,11 @@ def read_snapshot(path: Path, *, ema: bool = False) -> Snapshot:
         arguments, first_threshold = model_arguments(config), config.mask.start_threshold
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"'{run / CONFIG_FILE}' is missing or damaged: {error!r}.") from error
-    variables = _read_variables(step_folder, ema)
+    params = EMA if ema else "params"
+    state, _ = read_checkpoint(step_folder.absolute(), (params, "batch_stats"))
+    if params not in state:
+        raise InputError(f"the checkpoint '{step_folder}' holds no moving average of its parameters.")
+    variables = {"params" if name == params else name: tree for name, tree in state.items()}
     classes = [leaf.shape[-1] for name, leaf in flatten(variables["params"]).items() if name.startswith("head/")]
     model = abstract_model(num_classes=classes[-1], **arguments)  # the last one's: batch norm comes before
     check_variables(model, variables)
@@ -80,41 +75,7 @@ def read_snapshot(path: Path, *, ema: bool = False) -> Snapshot:
     return Snapshot(step_folder, config, int(step_folder.name), threshold, model, variables)
 
 
-def _read_variables(folder: Path, ema: bool) -> Variables:
-    handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), about=ocp.JsonCheckpointHandler())
-    params = EMA if ema else "params"
-    try:
-        with ocp.Checkpointer(handler) as checkpointer:
-            shapes: dict[str, Any] = checkpointer.metadata(folder.absolute()).item_metadata["state"].tree
-            if params not in shapes:
-                raise InputError(f"the checkpoint '{folder}' holds no moving average of its parameters.")
-            names = [name for name in (params, "batch_stats") if name in shapes]
-            part = {
-                name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes[name])
-                for name in names
-            }
-            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
-            items = checkpointer.restore(
-                folder.absolute(),
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(item=part, restore_args=restore_args, partial_restore=True),
-                    about=ocp.args.JsonRestore(),
-                ),
-            )
-        tree, expected = items["state"], items["about"]["checksums"]
-        for name in names:
-            check_checksums(tree[name], expected, within=f".{name}")
-    except InputError:
-        raise
-    except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:200].rstrip(".")
-        others = [str(step) for step in checkpoint_steps(folder.parent) if str(step) != folder.name]
-        instead = f"; try {folder.parent}/{others[-1]}" if others else ""
-        raise InputError(f"the checkpoint '{folder}' is damaged ({reason}){instead}.") from error
-    return {"params" if name == params else name: tree[name] for name in names}
-
-
-def initial_variables(path: Path, model: Backbone, *, reset_head: bool) -> Variables:
+def initial_variables(path: epath.Path, model: Backbone, *, reset_head: bool) -> Variables:
     """What a run of `model` starts from: another run's variables, or weights under timm's names.
 
     A castling model takes those of a softmax one: both attentions share its q, k and v, and the taps start at zero.

@@ -1,31 +1,176 @@
-"""Where arrays live: batches are split over all devices, the state is on each of them."""
+"""Where arrays live: one mesh, rules on the parameters' names, and the rows of a batch that a process holds."""
 
+import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from flax import nnx
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from castling_jax.models.backbone import Backbone
 from castling_jax.ops.errors import InputError
 
+# replica: whole copies, one or more to a slice, between which only gradients go; data: the same within a slice; fsdp:
+# splits the batch, and the matrices too; tensor: splits heads and the MLP's channels.
+AXES = ("replica", "data", "fsdp", "tensor")
+BATCH_AXES = AXES[:3]
+# Suffixes of names -> how the array is split, the last axes where it has more. What no rule names is on every device.
+# The optimiser keeps its moments under the parameters' names, so that they are split alike.
+RULES = (
+    (r"mlp/(fc1|ln1/linear)/kernel", P("fsdp", "tensor")),
+    (r"mlp/(fc1/bias|ln1/bn/\w+)", P("tensor")),
+    (r"mlp/(fc2|ln2/linear)/kernel", P("tensor", "fsdp")),
+    (r"attn\w*/proj/(ln/linear/)?kernel", P("tensor", "fsdp")),
+    (r"attn\w*/(qkv|q/ln|kv)/(linear/)?kernel", P("fsdp", "tensor")),
+    (r"attn\w*/(qkv/bias|(qkv|q/ln|kv)/bn/\w+)", P("tensor")),
+    (r"token_kernel", P("tensor")),
+    (r"attention_biases", P("tensor", None)),
+    (r"(head|head_dist)/(linear/|fc/)?kernel|shortcut_proj_attn/kernel", P("fsdp", None)),
+    (r"(patch_embed/proj|stem/conv[34]/linear)/kernel", P("fsdp")),
+)
 
-def make_mesh() -> Mesh:
-    """All devices of all processes along one axis, "data"."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """Devices along AXES.
+
+    Args:
+      sizes: of each axis; at most one is -1, which is what the others leave.
+      devices: None is all of all processes.
+
+    Raises:
+      InputError: the sizes do not make up the number of devices, or replicas that do not lie in whole slices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = [sizes[axis] for axis in AXES]
+    said = ", ".join(f"{axis} = {size}" for axis, size in zip(AXES, shape, strict=True))
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise InputError(f"config.mesh needs sizes of at least 1, one of which may be -1, not {said}.")
+    known = math.prod(size for size in shape if size != -1)
+    if len(devices) % known or (-1 not in shape and len(devices) != known):
+        raise InputError(f"config.mesh with {said} does not make up the {len(devices)} devices that are here.")
+    shape = [len(devices) // known if size == -1 else size for size in shape]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    types = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
+    if shape[0] % slices:
+        raise InputError(f"config.mesh.replica must be a multiple of the {slices} slices, not {shape[0]}.")
+    within = [shape[0] // slices, *shape[1:]]
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, [slices, 1, 1, 1], devices), AXES, axis_types=types)
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """The tree with every leaf on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """The sharding of each leaf of a state, or of any tree with parameters' names, by RULES.
+
+    Args:
+      state: arrays or their shapes.
+      mesh: from `make_mesh`.
+
+    Raises:
+      InputError: an axis of the mesh does not divide what it has to split.
+    """
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        rule = next((spec for pattern, spec in RULES if re.search(rf"(^|/){pattern}$", name)), P())
+        spec = P(*(None,) * (len(leaf.shape) - len(rule)), *rule)
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis and size % mesh.shape[axis]:
+                raise InputError(
+                    f"the mesh axis {axis} = {mesh.shape[axis]} does not divide the {size} channels or heads of "
+                    f"'{name}' {leaf.shape}: choose another config.mesh.{axis}."
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays, split along their first axis, from this process's share of a batch."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+def whole_over_fsdp(shardings: Any) -> Any:
+    """The same shardings without the axis `fsdp`: of parameters that are gathered to be used."""
+    return jax.tree.map(
+        lambda leaf: NamedSharding(leaf.mesh, P(*(None if axis == "fsdp" else axis for axis in leaf.spec))), shardings
+    )
 
 
-def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
-    """Raises an InputError unless the mesh's devices divide the batch."""
-    if batch_size % mesh.size:
-        raise InputError(f"config.{name} = {batch_size} must be a multiple of the {mesh.size} devices.")
+def check_heads(model: Backbone, mesh: Mesh) -> None:
+    """Raises an InputError unless the mesh's axis `tensor` divides the heads of every attention."""
+    for path, module in nnx.iter_modules(model):
+        heads = getattr(module, "num_heads", None)
+        if isinstance(heads, int) and heads % mesh.shape["tensor"]:
+            name = "/".join(map(str, path))
+            raise InputError(
+                f"the mesh axis tensor = {mesh.shape['tensor']} does not divide the {heads} heads of '{name}': choose "
+                "another config.mesh.tensor."
+            )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of anything that has a batch's rows along its first axis."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Of what is on every device."""
+    return NamedSharding(mesh, P())
+
+
+def check_batch(name: str, batch_size: int, mesh: Mesh, *, parts: int = 1) -> None:
+    """Raises an InputError unless the mesh's batch axes divide the batch, `parts` times over."""
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size < 1 or batch_size % (shards * parts):
+        axes = " x ".join(f"{axis} = {mesh.shape[axis]}" for axis in BATCH_AXES)
+        accumulated = f" times config.train.accumulate_steps = {parts}" if parts > 1 else ""
+        raise InputError(
+            f"config.{name} = {batch_size} must be a multiple of {shards * parts}: the mesh axes {axes} split "
+            f"it{accumulated}."
+        )
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Shapes that say where the arrays are to lie: what is restored or compiled for."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Global arrays from numpy arrays that every process has; nothing is sent."""
+
+    def global_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            return array[index or ()]
+
+        return jax.make_array_from_callback(array.shape, sharding, part)
+
+    return jax.tree.map(global_array, tree, shardings)
+
+
+def to_host(tree: Any, mesh: Mesh) -> Any:
+    """numpy arrays, whole in every process, of arrays that lie on the mesh; all processes make the call."""
+    return jax.device_get(jax.device_put(tree, replicated(mesh)))
+
+
+def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of a global batch this process's devices hold, sorted."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, *, batch_size: int) -> dict[str, jax.Array]:
+    """Global arrays, split along their first axis, from the rows that `process_rows` names."""
+    sharding, rows = batch_sharding(mesh), process_rows(batch_size, mesh)
+
+    def place(array: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            first, last, _ = (index or (slice(None),))[0].indices(batch_size)
+            start = int(np.searchsorted(rows, first))
+            return array[start : start + last - first]
+
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
+
+    return {name: place(array) for name, array in batch.items()}

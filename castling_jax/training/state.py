@@ -68,3 +68,21 @@ def parameters_sha256(params: Any) -> str:
     for leaf in flatten(params).values():
         digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
     return digest.hexdigest()
+
+
+def parameter_table(state: TrainState, shardings: TrainState) -> str:
+    """A line for each parameter: its name, shape, dtype, size, and how it is split over the mesh; and the sum."""
+    where = flatten(shardings.params)
+    rows = [
+        (path, str(leaf.shape), leaf.dtype.name, f"{leaf.size:,}", _spec(where[path]))
+        for path, leaf in flatten(state.params).items()
+    ]
+    rows.append(("all", "", "", f"{sum(leaf.size for leaf in jax.tree.leaves(state.params)):,}", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "".join(
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() + "\n" for row in rows
+    )
+
+
+def _spec(sharding: jax.sharding.NamedSharding) -> str:
+    return ", ".join(axis or "-" for axis in sharding.spec) if any(sharding.spec) else "on every device"

@@ -67,7 +67,7 @@ def test_model_in_training_makes_a_step_of_any_threshold():
     traced = jax.jit(case.function, **case.jit_options).trace(*case.arguments)
     state, figures = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), traced.out_info)
     assert state == case.arguments[0]
-    assert figures.keys() == {"loss", "mask_density"}
+    assert figures.keys() == {"loss", "gradient_norm", "mask_density"}
     # The threshold is no constant of the program.
     jaxpr = traced.jaxpr.jaxpr
     assert jaxpr.invars[-1] in [variable for equation in jaxpr.eqns for variable in equation.invars]

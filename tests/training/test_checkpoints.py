@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from castling_jax.ops.errors import InputError
 from castling_jax.training.checkpoints import Checkpoints, Progress, checksums
@@ -21,15 +22,15 @@ def state_at(step):
     return dataclasses.replace(state, step=jnp.asarray(step, jnp.int32))
 
 
-def write(folder, steps, keep=5):
-    checkpoints = Checkpoints(folder, keep=keep)
+def write(folder, steps, keep=5, figures=None):
+    checkpoints = Checkpoints(epath.Path(folder), keep=keep)
     for step in steps:
-        checkpoints.save(state_at(step), Progress({"next_index": step}, 1.5 * step))
+        checkpoints.save(state_at(step), Progress(1.5 * step, figures and {"accuracy_inference_form": figures[step]}))
     checkpoints.close()
 
 
 def restore(folder):
-    checkpoints = Checkpoints(folder, keep=5)
+    checkpoints = Checkpoints(epath.Path(folder), keep=5)
     restored = checkpoints.restore(state_at(0))
     checkpoints.close()
     return restored
@@ -60,7 +61,7 @@ def test_whole_state_comes_back(tmp_path):
     assert int(state.step) == 6
     np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(expected.key))
     assert jax.tree.structure(state) == jax.tree.structure(expected)
-    assert progress == Progress({"next_index": 6}, 9.0)
+    assert progress == Progress(9.0)
 
 
 def test_no_checkpoint_is_none(tmp_path):
@@ -72,15 +73,31 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(int(path.name) for path in (tmp_path / "c").iterdir()) == [3, 4]
 
 
+def test_the_best_stays_with_the_newest(tmp_path):
+    figures = {1: 0.5, 2: 0.9, 3: 0.7, 4: 0.8, 5: 0.6}
+    write(tmp_path / "c", figures, keep=2, figures=figures)
+    assert sorted(int(path.name) for path in (tmp_path / "c").iterdir()) == [2, 4, 5]
+    checkpoints = Checkpoints(epath.Path(tmp_path / "c"), keep=2)
+    assert checkpoints.best() == 0.9
+    checkpoints.save(state_at(6), Progress(1.0))  # and what was not evaluated is not the best
+    checkpoints.close()
+    assert sorted(int(path.name) for path in (tmp_path / "c").iterdir()) == [2, 5, 6]
+
+
+def test_without_an_evaluation_none_is_the_best(tmp_path):
+    write(tmp_path / "c", [1])
+    assert Checkpoints(epath.Path(tmp_path / "c"), keep=2).best() < 0
+
+
 @pytest.mark.parametrize("how", ["truncated", "missing", "flipped"])
 def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, how):
     folder = tmp_path / "c"
     write(folder, [3, 6])
     damage(folder / "6", how)
     state, progress = restore(folder)
-    assert (int(state.step), progress.data) == (3, {"next_index": 3})
+    assert (int(state.step), progress.train_seconds) == (3, 4.5)
     chex.assert_trees_all_equal(state.params, state_at(3).params)
-    assert "the checkpoint of step 6 is damaged" in caplog.text
+    assert "6' is damaged (" in caplog.text
     assert (tmp_path / "c_damaged" / "6").is_dir()  # nothing is lost
     write(folder, [6])  # and its step can be written again
     assert int(restore(folder)[0].step) == 6
@@ -103,17 +120,17 @@ def test_leftovers_of_a_killed_save_are_ignored(tmp_path):
 
 
 def test_saving_is_safe_while_the_state_is_donated(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    checkpoints = Checkpoints(epath.Path(tmp_path / "c"), keep=1)
     step = jax.jit(
         lambda state: jax.tree.map(lambda x: x + 1 if x.dtype == jnp.float32 else x, state), donate_argnums=0
     )
     state = dataclasses.replace(state_at(1), params={"w": jnp.zeros((2000, 2000))}, opt_state={})
     template = jax.tree.map(jnp.copy, state)
-    checkpoints.save(state, Progress({}, 0.0))
+    checkpoints.save(state, Progress(0.0))
     for _ in range(20):
         state = step(state)
     checkpoints.close()
-    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    checkpoints = Checkpoints(epath.Path(tmp_path / "c"), keep=1)
     restored, _ = checkpoints.restore(template)
     checkpoints.close()
     assert not np.any(restored.params["w"])

@@ -1,0 +1,111 @@
+"""All that a configuration describes, built and checked before anything is computed or written."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from castling_jax.data.sources import Dataset, load_dataset
+from castling_jax.models.backbone import Backbone
+from castling_jax.models.registry import abstract_model
+from castling_jax.models.variables import get_variables
+from castling_jax.ops.errors import InputError
+from castling_jax.training.config import check_config, model_arguments
+from castling_jax.training.optimizers import make_optimizer
+from castling_jax.training.schedules import learning_rate_schedule, mask_threshold_schedule
+from castling_jax.training.sharding import check_batch, check_heads, make_mesh, state_shardings
+from castling_jax.training.state import TrainState, create_state
+from castling_jax.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run is made of.
+
+    Attributes:
+      config: the configuration.
+      mesh: over which it runs.
+      train_set: examples to learn from.
+      eval_set: held-out examples.
+      model: in training form; holds shapes only.
+      steps_per_epoch: whole batches.
+      total_steps: of the run.
+      learning_rate: of a step, counted from 0.
+      threshold_at: the mask's, likewise.
+      optimizer: what makes updates of gradients.
+      state: the shapes of the state.
+      shardings: where the state lies, a TrainState of shardings.
+      train_step: as `make_train_step` makes it.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    train_set: Dataset
+    eval_set: Dataset
+    model: Backbone
+    steps_per_epoch: int
+    total_steps: int
+    learning_rate: optax.Schedule
+    threshold_at: Callable[[int], float]
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    shardings: TrainState
+    train_step: Callable[..., Any]
+
+
+def set_up(config: ConfigDict, devices: Sequence[Any] | None = None) -> Setup:
+    """Builds what `config` describes; nothing is drawn, and no file is written.
+
+    Args:
+      config: as `default_config` gives it.
+      devices: that the mesh is of; None is all.
+
+    Raises:
+      InputError: a field, a name or a size is wrong.
+    """
+    check_config(config)
+    mesh = make_mesh(config.mesh, devices)
+    check_batch("train.batch_size", config.train.batch_size, mesh, parts=config.train.accumulate_steps)
+    check_batch("evaluation.batch_size", config.evaluation.batch_size, mesh)
+    train_set = load_dataset(config.dataset.name, config.dataset.train_split)
+    eval_set = load_dataset(config.dataset.name, config.dataset.eval_split)
+    steps_per_epoch = len(train_set) // config.train.batch_size
+    if not steps_per_epoch:
+        raise InputError(
+            f"config.train.batch_size must be at most {len(train_set)}, the images of the training split, not "
+            f"{config.train.batch_size}."
+        )
+    total_steps = config.train.epochs * steps_per_epoch
+    learning_rate = learning_rate_schedule(config.optimizer, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    threshold_at = mask_threshold_schedule(config.mask, total_steps=total_steps)
+    model = abstract_model(num_classes=train_set.num_classes, **model_arguments(config))
+    check_heads(model, mesh)
+    optimizer = make_optimizer(config.optimizer, learning_rate)
+    state = jax.eval_shape(lambda variables: create_state(variables, optimizer, config.seed), get_variables(model))
+    shardings = state_shardings(state, mesh)
+    train_step = make_train_step(
+        model,
+        optimizer,
+        label_smoothing=config.loss.label_smoothing,
+        accumulate_steps=config.train.accumulate_steps,
+        shardings=shardings,
+    )
+    return Setup(
+        config=config,
+        mesh=mesh,
+        train_set=train_set,
+        eval_set=eval_set,
+        model=model,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        learning_rate=learning_rate,
+        threshold_at=threshold_at,
+        optimizer=optimizer,
+        state=state,
+        shardings=shardings,
+        train_step=train_step,
+    )
