@@ -7,6 +7,8 @@ On a TPU pod it is started on every host, which find each other; elsewhere --coo
 --process_id say where they are. scripts/launch.py starts several processes on one machine.
 """
 
+import errno
+import logging as stdlib_logging
 import re
 import sys
 from pathlib import Path
@@ -73,7 +75,9 @@ def profiled_steps(text: str | None) -> range | None:
 
 def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # at INFO, Orbax tells of every file it writes
+        # Orbax tells of every file it writes, and logs the errors that it raises too.
+        logging.set_verbosity(logging.FATAL)
+        stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}; flags are --config, --workdir and --config.GROUP.FIELD.")
     options = flags.FLAGS
@@ -113,6 +117,17 @@ def run() -> None:
     except Preempted as preempted:
         if jax.process_index() == 0:
             print(f"Preempted; the state of step {preempted.step} is saved, and the same command goes on from there.")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        distributed.end(f"main.py: {error}; once there is room, the same command goes on from the last checkpoint.")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        distributed.end(
+            f"main.py: the processes' common work broke off ({str(error).splitlines()[0][:300]}); if one of them is "
+            "gone, the same command goes on from the last checkpoint."
+        )
     except KeyboardInterrupt:
         distributed.end("main.py: interrupted; the same command goes on from the last checkpoint.")
 

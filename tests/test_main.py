@@ -43,6 +43,14 @@ def run(workdir, *arguments):
         ),
         ("--wrkdir=x", "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
         ("more", "unexpected argument 'more'; flags are --config, --workdir and --config.GROUP.FIELD."),
+        ("--profile=5", "--profile must be FIRST:LAST, such as 100:104, not '5'."),
+        ("--num_processes=2", "--coordinator, --num_processes and --process_id go together: give all three or none."),
+        (
+            "--config.mesh.fsdp=3",
+            "config.mesh with replica = 1, data = -1, fsdp = 3, tensor = 1 does not make up the 1 "
+            "devices that are here.",
+        ),
+        ("--evaluate=nowhere", "'nowhere' is neither a run's folder with checkpoints nor one of its checkpoints/STEP."),
         ("--config.model.num_heads=5", "5 heads do not divide the width 64."),
     ],
 )
@@ -57,7 +65,8 @@ def test_mistakes_are_one_sentence_and_a_status(tmp_path, argument, sentence):
 @pytest.mark.slow
 def test_run_from_end_to_end(tmp_path):
     workdir = tmp_path / "run"
-    first = run(workdir, *SMALL)
+    first = run(workdir, *SMALL, "--profile=3:4")
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
     assert first.returncode == 0, first.stderr
     assert "held-out accuracy" in first.stdout
     assert "loss=" in first.stderr  # the progress bar
@@ -69,6 +78,10 @@ def test_run_from_end_to_end(tmp_path):
     again = run(workdir, *SMALL)
     assert again.returncode == 0
     assert "This run is finished. To start anew, remove" in again.stdout
+    evaluated = run(workdir, f"--evaluate={workdir}")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert f"inference form  {100 * summary['accuracy_inference_form']:.2f} %" in evaluated.stdout
+    assert f"step {summary['steps']}, mask threshold 1\n" in evaluated.stdout
     other = run(workdir, *SMALL, "--config.seed=1")
     assert other.returncode != 0
     assert "config.seed = 0, not 1" in other.stderr

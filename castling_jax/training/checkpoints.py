@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import logging
+import os
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -144,6 +146,10 @@ def _figure(metrics: Any) -> float:
 
 
 def _reason(error: Exception) -> str:
+    text = str(error)
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        if os.strerror(code) in text:  # TensorStore tells the whole way down to it
+            return os.strerror(code)
     return (str(error).strip() or repr(error)).splitlines()[0][:300].rstrip(".")
 
 

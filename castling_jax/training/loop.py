@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -136,7 +137,7 @@ def _loop(
     metrics: MetricsWriter | None,
     *,
     seconds_before: float,
-    trace: Any,
+    trace: Callable[[int | None, TrainState], None],
 ) -> tuple[TrainState, dict[str, float], float]:
     """4. The steps from the state's own to the last: the state, the last evaluation's figures, and the seconds."""
     config, total_steps = setup.config, setup.total_steps
@@ -160,7 +161,7 @@ def _loop(
     # Metrics are of the step itself, not averages: an interrupted run writes the same lines.
     with tqdm(total=total_steps, initial=step, unit="step", disable=silent) as bar:
         while step < total_steps:
-            trace(step)
+            trace(step, state)
             threshold = setup.threshold_at(step)
             with meter.waiting():
                 batch = shard_batch(next(batches), setup.mesh, batch_size=config.train.batch_size)
@@ -199,7 +200,7 @@ def _loop(
                 checkpoints.save(state, Progress(seconds, figures if evaluates else None))
             if preempted and not is_last:
                 raise Preempted(step)
-        trace(None)
+        trace(None, state)
         jax.block_until_ready(state)
     seconds = seconds_before + (time.perf_counter() - start if step > first_step else 0)
     if not figures:
@@ -224,17 +225,19 @@ def _macs(setup: Setup) -> tuple[int, int]:
     return count_macs(setup.model), count_macs(without)
 
 
-def _tracer(profile: range | None, workdir: epath.Path) -> Any:
-    """A function of the step that is about to run, or None at the end, that starts and stops the profiler."""
+def _tracer(profile: range | None, workdir: epath.Path) -> Callable[[int | None, TrainState], None]:
+    """What starts and stops the profiler: called before each step with its number, and with None behind the last."""
     running = False
 
-    def trace(step: int | None) -> None:
+    def trace(step: int | None, state: TrainState) -> None:
         nonlocal running
-        wanted = profile is not None and step is not None and step in profile
-        if wanted and not running:
-            jax.profiler.start_trace(workdir / PROFILE)
-        if running and not wanted:
-            jax.profiler.stop_trace()
+        wanted = profile is not None and step in profile
+        if running != wanted:
+            jax.block_until_ready(state)  # steps that were started before, or are to be seen, are done
+            if wanted:
+                jax.profiler.start_trace(workdir / PROFILE)
+            else:
+                jax.profiler.stop_trace()
         running = wanted
 
     return trace

@@ -70,8 +70,8 @@ def parameters_sha256(params: Any) -> str:
     return digest.hexdigest()
 
 
-def parameter_table(state: TrainState, shardings: TrainState) -> str:
-    """A line for each parameter: its name, shape, dtype, size, and how it is split over the mesh; and the sum."""
+def parameter_table(state: TrainState, shardings: Any) -> str:
+    """The mesh; a line for each parameter: its name, shape, dtype, size, and the axes that split it; and the sum."""
     where = flatten(shardings.params)
     rows = [
         (path, str(leaf.shape), leaf.dtype.name, f"{leaf.size:,}", _spec(where[path]))
@@ -79,9 +79,9 @@ def parameter_table(state: TrainState, shardings: TrainState) -> str:
     ]
     rows.append(("all", "", "", f"{sum(leaf.size for leaf in jax.tree.leaves(state.params)):,}", ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "".join(
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() + "\n" for row in rows
-    )
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    mesh = ", ".join(f"{axis} {size}" for axis, size in shardings.step.mesh.shape.items())
+    return "\n".join([f"mesh: {mesh}", *lines, ""])
 
 
 def _spec(sharding: jax.sharding.NamedSharding) -> str:

@@ -1,4 +1,5 @@
 import dataclasses
+import resource
 
 import chex
 import jax
@@ -134,6 +135,22 @@ def test_saving_is_safe_while_the_state_is_donated(tmp_path):
     restored, _ = checkpoints.restore(template)
     checkpoints.close()
     assert not np.any(restored.params["w"])
+
+
+def test_what_cannot_be_written_is_one_sentence_and_the_rest_stays(tmp_path, refuses):
+    folder = tmp_path / "c"
+    write(folder, [3])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # as on a full disk, but for the name of the error
+    try:
+        with refuses("could not be written to", "(File too large); those of steps 3 are whole, and the same command"):
+            write(folder, [6])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    state, _ = restore(folder)
+    assert int(state.step) == 3
+    write(folder, [6])
+    assert int(restore(folder)[0].step) == 6
 
 
 def test_checksum_sees_every_flipped_bit():

@@ -38,6 +38,7 @@ def test_missing_field_is_named():
     ("field", "value"),
     [
         ("train.epochs", 0),
+        ("train.accumulate_steps", 0),
         ("logging.every_steps", 0),
         ("checkpoint.keep", 0),
         ("optimizer.weight_decay", -0.1),
@@ -69,8 +70,22 @@ def test_runtime_fields_may_differ_and_others_may_not(tmp_path):
     path.write_text(json.dumps(default_config().to_dict()))
     check_same_run(changed("logging.every_steps", 7), path)
     check_same_run(changed("checkpoint.every_steps", 7), path)
-    with pytest.raises(InputError, match=r"config.optimizer.b1 = 0.9, not 0.5: choose another --workdir"):
-        check_same_run(changed("optimizer.b1", 0.5), path)
+    check_same_run(changed("mesh.fsdp", 2), path)
+    check_same_run(changed("evaluation.every_epochs", 2), path)
+    config = changed("optimizer.b1", 0.5)
+    config.seed = 3
+    with pytest.raises(InputError, match=r"b1 = 0.9, not 0.5; config.seed = 0, not 3: choose another --workdir"):
+        check_same_run(config, path)
+
+
+def test_a_field_that_an_earlier_version_did_not_have_is_its_default(tmp_path):
+    earlier = default_config().to_dict()
+    del earlier["reset_head"], earlier["mesh"], earlier["train"]["accumulate_steps"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(earlier))
+    check_same_run(default_config(), path)
+    with pytest.raises(InputError, match=r"config.train.accumulate_steps = 1, not 2"):
+        check_same_run(changed("train.accumulate_steps", 2), path)
 
 
 def test_damaged_config_file_is_refused(tmp_path):

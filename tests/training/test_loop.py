@@ -50,6 +50,11 @@ def test_figures_and_files_of_a_run(whole_run):
     assert [line["step"] for line in lines if "accuracy" in line] == [11, 22]
     thresholds = [line["mask_threshold"] for line in lines if "mask_threshold" in line]
     assert thresholds[0] < thresholds[1] < thresholds[-1] == 1
+    for line in lines:
+        if "loss" in line:
+            assert line.keys() >= {"learning_rate", "gradient_norm", *TIMES}
+            assert line["gradient_norm"] > 0
+    assert "mesh: replica 1, data 1" in (workdir / "parameters.txt").read_text()
     assert all(len(line["mask_density"]) == 1 for line in lines if "mask_density" in line)
 
 

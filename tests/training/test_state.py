@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from castling_jax.training.state import create_state, parameters_sha256
+from castling_jax.training.sharding import state_shardings
+from castling_jax.training.state import create_state, parameter_table, parameters_sha256
 
 
 def test_sha256_is_over_the_bytes_in_the_order_of_sorted_paths():
@@ -34,3 +35,17 @@ def test_statistics_are_part_of_the_tree_only_where_there_are_any():
     assert paths(state) == [".params['a']", ".batch_stats['bn']['mean']", ".step", ".key"]
     assert jax.tree.map(lambda leaf: leaf, state).batch_stats.keys() == statistics.keys()
     assert state.variables.keys() == {"params", "batch_stats"}
+
+
+def test_parameter_table_says_what_is_where():
+    params = {"mlp": {"fc1": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}}, "norm": {"scale": jnp.ones(4)}}
+    state = create_state({"params": params}, optax.sgd(0.1), seed=0)
+    mesh = jax.sharding.AbstractMesh((1, 2, 4, 1), ("replica", "data", "fsdp", "tensor"))
+    lines = parameter_table(state, state_shardings(state, mesh)).splitlines()
+    assert [line.split(maxsplit=1) for line in lines] == [
+        ["mesh:", "replica 1, data 2, fsdp 4, tensor 1"],
+        ["mlp/fc1/bias", "(8,)    float32  8   tensor"],
+        ["mlp/fc1/kernel", "(4, 8)  float32  32  fsdp, tensor"],
+        ["norm/scale", "(4,)    float32  4   on every device"],
+        ["all", "44"],
+    ]

@@ -1,0 +1,119 @@
+"""Real processes on this machine, trained, killed, and started again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from castling_jax.tools.faults import LAUNCHER, SMALL, Pod
+from castling_jax.training.checkpoints import CHECKPOINTS, checkpoint_steps
+from castling_jax.training.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+TOTAL = 6 * 22  # steps of SMALL
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The folder of a run of two processes that is left alone, and its summary."""
+    pod = Pod(tmp_path_factory.mktemp("pod") / "alone", processes=2)
+    assert pod.wait() == 0, pod.said()
+    return pod.workdir, json.loads((pod.workdir / "summary.json").read_text())
+
+
+def test_two_processes_write_one_run(alone):
+    workdir, summary = alone
+    assert summary["steps"] == TOTAL
+    assert [line["step"] for line in read_metrics(workdir)] == list(range(1, TOTAL + 1))
+    printed = workdir.with_suffix(".log").read_text()
+    assert printed.count("held-out accuracy") == 1  # process 0 alone says what came of it
+
+
+def test_a_run_killed_in_every_way_ends_with_the_same_parameters(alone, tmp_path):
+    run = tmp_path / "run"
+    pod = Pod(run, processes=2)
+    assert pod.wait_until(lambda: pod.steps() >= 15)
+    pod.kill_one(1)
+    assert pod.wait() == 1
+    assert "process 1 of 2 was killed by SIGKILL, so the run was ended" in pod.said()
+    assert checkpoint_steps(run / CHECKPOINTS)[-1] >= 10
+
+    pod = Pod(run, processes=2)
+    assert pod.wait_until(lambda: pod.steps() >= 35)
+    assert pod.wait_until(pod.is_saving)
+    pod.kill()
+    pod.wait()
+
+    pod = Pod(run, processes=2)
+    assert pod.wait_until(lambda: pod.steps() >= 55)
+    pod.terminate()
+    assert pod.wait() == 0
+    (said,) = [line for line in pod.said().splitlines() if line.startswith("Preempted")]
+    step = checkpoint_steps(run / CHECKPOINTS)[-1]
+    assert said == f"Preempted; the state of step {step} is saved, and the same command goes on from there."
+    assert step % 10  # saved because of the signal, not because it was time
+
+    pod = Pod(run, processes=2)
+    assert pod.wait() == 0, pod.said()
+    assert f"Going on from step {step} of {TOTAL}" in pod.said()
+    assert pod.sha256() == alone[1]["parameters_sha256"]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
+    run = tmp_path / "run"
+    pod = Pod(run, processes=4)
+    assert pod.wait_until(lambda: pod.steps() >= 12)
+    pod.terminate()
+    assert pod.wait() == 0, pod.said()
+    step = checkpoint_steps(run / CHECKPOINTS)[-1]
+
+    # Two processes of two devices each, which split the matrices as well.
+    pod = Pod(run, processes=2, devices=2, flags=(*SMALL, "--config.mesh.fsdp=2"))
+    assert pod.wait() == 0, pod.said()
+    expected, found = ([line["loss"] for line in read_metrics(folder)] for folder in (alone[0], run))
+    # Other orders of float32 sums, 6e-8 each, that training enlarges from step to step: by the tenth step behind the
+    # restart, at most to a thousandth.
+    np.testing.assert_allclose(found[: step + 10], expected[: step + 10], rtol=1e-3)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["eval_loss"] == pytest.approx(alone[1]["eval_loss"], rel=0.1)
+    assert summary["accuracy_inference_form"] == pytest.approx(alone[1]["accuracy_inference_form"], abs=0.02)
+
+
+def test_without_a_launcher_the_survivors_end_by_themselves(tmp_path):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    main = str(LAUNCHER.parents[1] / "main.py")
+    processes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, main, f"--workdir={tmp_path / 'run'}", *SMALL, f"--coordinator=localhost:{port}"),
+                *("--num_processes=2", f"--process_id={index}"),
+            ],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        while not read_metrics(tmp_path / "run"):
+            assert processes[0].poll() is None
+            time.sleep(0.1)
+        processes[1].send_signal(signal.SIGKILL)
+        _, said = processes[0].communicate(timeout=300)
+        assert processes[0].returncode != 0
+        # Ours, where a collective breaks off, or JAX's, whose coordination service misses the other's heartbeat.
+        assert "the processes' common work broke off" in said or "JAX distributed service detected fatal errors" in said
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
