@@ -1,11 +1,12 @@
 # make run: the main job. make test: the everyday checks. make test-slow: the slow tests alone.
+# make faults: kills a run of two processes twenty times, and sees whether it ends as one that was left alone.
 # Each makes the virtual environment it needs; PYTHON and VENV choose another.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test test-slow clean
+.PHONY: run test test-slow faults clean
 
 run: $(VENV)/requirements-installed
 	$(BIN)/python main.py
@@ -18,6 +19,9 @@ test: $(VENV)/dev-installed
 
 test-slow: $(VENV)/dev-installed
 	$(BIN)/python -m pytest --numprocesses auto -m slow
+
+faults: $(VENV)/requirements-installed
+	$(BIN)/python -m castling_jax.tools.faults --kills=20
 
 # Markers rather than the folder itself: an installation that was interrupted is done again.
 $(VENV)/requirements-installed: requirements.txt
