@@ -221,6 +221,11 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def absolute(path: epath.Path) -> epath.Path:
+    """The path from the root, as Orbax wants it. A bucket's is one, and epath would set the working directory first."""
+    return path if is_remote(path) else path.absolute()
+
+
 def write_atomically(path: epath.Path, data: bytes) -> None:
     """Writes a file so that a reader, or a run killed meanwhile, sees the old content or the new, never a part."""
     if is_remote(path):

@@ -14,11 +14,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from castling_jax.convert.files import is_remote, write_atomically
 from castling_jax.ops.errors import InputError
 from castling_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"  # a run's folder of them
 BEST = "accuracy_inference_form"  # the figure by which a checkpoint is the best: what the switch will leave
+COMMIT_SUCCESS_FILE = "commit_success.txt"  # Orbax's, in a bucket
 NOT_EVALUATED = {BEST: -1.0}
 _LOGGER = logging.getLogger(__name__)
 
@@ -107,7 +109,11 @@ class Checkpoints:
                 read_checkpoint(self.folder / str(step))
             except InputError as error:
                 aside = self.folder.parent / f"{self.folder.name}_damaged" / str(step)
+                if aside.exists():  # from an earlier time, or half of it, where moving it was interrupted in a bucket
+                    aside.rmtree()
                 aside.parent.mkdir(exist_ok=True)
+                # In a bucket a folder is there when a file is in it, and nothing is moved to where there is no folder.
+                write_atomically(aside.parent / f"{step}.txt", f"{error}\n".encode())
                 (self.folder / str(step)).rename(aside)
                 _LOGGER.warning("%s It was moved to '%s'.", error, aside)
             else:
@@ -149,7 +155,10 @@ def _reason(error: Exception) -> str:
 
 def checkpoint_steps(folder: epath.Path) -> list[int]:
     """The steps of which a folder of checkpoints holds one, sorted; what is still being written does not count."""
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()) if folder.exists() else []
+    steps = [path for path in folder.glob("*") if path.name.isdigit()] if folder.exists() else []
+    if is_remote(folder):  # where a folder cannot be renamed once it is whole, Orbax marks it
+        steps = [path for path in steps if (path / COMMIT_SUCCESS_FILE).exists()]
+    return sorted(int(path.name) for path in steps)
 
 
 def read_checkpoint(folder: epath.Path, names: Collection[str] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -14,7 +14,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from castling_jax.convert.files import save_inference, write_atomically
+from castling_jax.convert.files import absolute, save_inference, write_atomically
 from castling_jax.data.loader import training_batches
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model, create_model
@@ -61,7 +61,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None 
     setup = set_up(config)
     if (workdir / CONFIG_FILE).exists():
         check_same_run(config, workdir / CONFIG_FILE)
-    folder = (workdir / CHECKPOINTS).absolute()
+    folder = absolute(workdir / CHECKPOINTS)
     variables = {} if checkpoint_steps(folder) else _first_variables(setup)  # a run that goes on has its own
     is_writer = jax.process_index() == 0
     if is_writer:
@@ -194,6 +194,8 @@ def _loop(
                     best, saves = figures["accuracy_inference_form"], True
             if line and metrics is not None:
                 metrics.write(step, line)
+            if saves and metrics is not None:
+                metrics.flush()
             if saves:
                 seconds = seconds_before + time.perf_counter() - start
                 checkpoints.save(state, Progress(seconds, figures if evaluates else None))
