@@ -27,3 +27,8 @@ def check_known(kind: str, name: object, known: Iterable[str]) -> None:
     if not nearest or len(choices) <= 12:
         hints.append(f"(known: {', '.join(choices) or 'none'})")
     raise InputError(f"unknown {kind} {name!r}: {' '.join(hints)}")
+
+
+def reason(error: Exception) -> str:
+    """What another package's error says, cut to a line that fits into a sentence."""
+    return (str(error).strip() or repr(error)).splitlines()[0][:300].rstrip(".")

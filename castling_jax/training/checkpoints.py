@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from castling_jax.convert.files import is_remote, write_atomically
-from castling_jax.ops.errors import InputError
+from castling_jax.ops.errors import InputError, reason
 from castling_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"  # a run's folder of them
@@ -140,17 +140,13 @@ class Checkpoints:
             steps = checkpoint_steps(self.folder)
             kept = f"those of steps {', '.join(map(str, steps))} are whole" if steps else "there is none yet"
             raise InputError(
-                f"a checkpoint could not be written to '{self.folder}' ({_reason(error)}); {kept}, and the same "
+                f"a checkpoint could not be written to '{self.folder}' ({reason(error)}); {kept}, and the same "
                 "command goes on from there."
             ) from error
 
 
 def _figure(metrics: Any) -> float:
     return metrics[BEST]
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0][:300].rstrip(".")
 
 
 def checkpoint_steps(folder: epath.Path) -> list[int]:
@@ -198,7 +194,7 @@ def read_checkpoint(folder: epath.Path, names: Collection[str] | None = None) ->
     except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
         others = [step for step in checkpoint_steps(folder.parent) if str(step) != folder.name]
         instead = f"; try '{folder.parent / str(others[-1])}'" if others else ""
-        raise InputError(f"the checkpoint '{folder}' is damaged ({_reason(error)}){instead}.") from error
+        raise InputError(f"the checkpoint '{folder}' is damaged ({reason(error)}){instead}.") from error
     return items["state"], items["about"]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import tempfile
 import time
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from castling_jax.convert.files import absolute, save_inference, write_atomically
+from castling_jax.convert.files import absolute, copy_folder, is_remote, save_inference, write_atomically
 from castling_jax.data.loader import training_batches
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model, create_model
@@ -229,14 +230,20 @@ def _macs(setup: Setup) -> tuple[int, int]:
 def _tracer(profile: range | None, workdir: epath.Path) -> Any:
     """A function of the step that is about to run, or None at the end, that starts and stops the profiler."""
     running = False
+    folder = workdir / PROFILE
+    # The profiler has a way of its own to buckets, with other credentials, so it does not go there.
+    written = epath.Path(tempfile.mkdtemp()) if profile is not None and is_remote(folder) else folder
 
     def trace(step: int | None) -> None:
         nonlocal running
         wanted = profile is not None and step is not None and step in profile
         if wanted and not running:
-            jax.profiler.start_trace(workdir / PROFILE)
+            jax.profiler.start_trace(written)
         if running and not wanted:
             jax.profiler.stop_trace()
+            if written != folder:
+                copy_folder(written, folder)
+                written.rmtree()
         running = wanted
 
     return trace

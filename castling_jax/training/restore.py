@@ -6,7 +6,7 @@ import json
 from etils import epath
 from ml_collections import ConfigDict
 
-from castling_jax.convert.files import absolute
+from castling_jax.convert.files import absolute, check_bucket, is_remote, local_copy
 from castling_jax.convert.torch import from_torch, read_state_dict, to_torch
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
@@ -89,9 +89,13 @@ def initial_variables(path: epath.Path, model: Backbone, *, reset_head: bool) ->
     Raises:
       InputError: what is at `path` cannot be read, or does not fit the model.
     """
+    check_bucket(path)
     if path.is_dir():
         snapshot = read_snapshot(path)
         state_dict = to_torch(snapshot.model, snapshot.variables)
+    elif is_remote(path):
+        with local_copy(path) as copy:
+            state_dict = read_state_dict(copy)
     else:
         state_dict = read_state_dict(path)
     return from_torch(model, state_dict, reset_head=reset_head)
