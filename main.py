@@ -18,6 +18,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
+from castling_jax.convert.files import check_bucket
 from castling_jax.ops.errors import InputError, check_known
 from castling_jax.tools import summary
 from castling_jax.training import distributed
@@ -87,6 +88,7 @@ def main(argv: list[str]) -> None:
     profile = profiled_steps(options.profile)
     distributed.initialize(options.coordinator, options.num_processes, options.process_id)
     is_writer = jax.process_index() == 0
+    check_bucket(options.evaluate or options.workdir or "")
     if options.evaluate is not None:
         figures = evaluate_checkpoint(epath.Path(options.evaluate), options.config.mesh)
         print(summary.describe_evaluation(figures) if is_writer else "", end="")

@@ -4,13 +4,14 @@ A folder holds `model.json`, which says what it was made from, with what, and th
 PAYLOADS.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from castling_jax.convert.inference import to_inference
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, check_variables, flatten, unflatten
-from castling_jax.ops.errors import InputError, check_known
+from castling_jax.ops.errors import InputError, check_known, reason
 
 VARIABLES_FILE = "variables.safetensors"
 PROGRAM_FILE = "program.stablehlo"
@@ -55,9 +56,12 @@ def save_inference(
     """
     check_known("format", format, PAYLOADS)
     if is_remote(path):
+        check_bucket(path)
         with tempfile.TemporaryDirectory() as here:
             save_inference(here, model, variables, format=format)
-            _copy(epath.Path(here), epath.Path(path))
+            for name in PAYLOADS.values():  # an earlier one's files would stay among the new ones
+                _remove(epath.Path(path) / name)
+            copy_folder(epath.Path(here), epath.Path(path))
         return
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
@@ -108,13 +112,8 @@ def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
       InputError: a file is missing, was not written by this package, or is damaged; or it is a StableHLO program.
     """
     if is_remote(path):
-        with tempfile.TemporaryDirectory() as here:
-            if epath.Path(path).exists():
-                _copy(epath.Path(path), epath.Path(here))
-            try:
-                return load_inference(here)
-            except InputError as error:
-                raise InputError(str(error).replace(here, os.fspath(path))) from error
+        with local_copy(path) as copy:
+            return load_inference(copy)
     folder = Path(path)
     if not (folder / MODEL_FILE).is_file():
         raise InputError(f"'{folder}' is not an inference folder: it has no {MODEL_FILE}.")
@@ -199,19 +198,19 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _copy(source: epath.Path, target: epath.Path) -> None:
+def copy_folder(source: epath.Path, target: epath.Path) -> None:
     """Copies a folder's files, the model's last, into another."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir(), key=lambda path: path.name == MODEL_FILE):
         if path.is_dir():
-            _copy(path, target / path.name)
+            copy_folder(path, target / path.name)
         else:
             path.copy(target / path.name, overwrite=True)
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path | epath.Path) -> None:
     if path.is_dir():
-        shutil.rmtree(path)
+        epath.Path(path).rmtree()
     else:
         path.unlink(missing_ok=True)
 
@@ -219,6 +218,54 @@ def _remove(path: Path) -> None:
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether it is a bucket's, such as gs://, and not a folder of this machine."""
     return "://" in os.fspath(path)
+
+
+def check_bucket(path: str | os.PathLike) -> None:
+    """Refuses a path in a bucket that is out of reach.
+
+    Raises:
+      InputError: the package for buckets is not installed, there is no such bucket, or there is no way to it.
+    """
+    if not is_remote(path):
+        return
+    bucket = "/".join(os.fspath(path).split("/")[:3])
+    try:
+        is_there = epath.Path(bucket).exists()
+    except ImportError:
+        raise InputError(f"'{path}' is in a bucket, which takes gcsfs: pip install 'castling_jax[gcs]'.") from None
+    except Exception as error:  # gcsfs, google.auth and aiohttp raise many kinds
+        raise InputError(
+            f"the bucket '{bucket}' cannot be reached ({reason(error)}); is there a network, and is this machine "
+            "or person logged in (gcloud auth application-default login)?"
+        ) from error
+    if not is_there:
+        raise InputError(f"there is no bucket '{bucket}', or its description may not be read (storage.buckets.get).")
+
+
+@contextlib.contextmanager
+def local_copy(path: str | os.PathLike) -> Iterator[Path]:
+    """A copy on this machine, while the block lasts, of a bucket's file or folder; what refuses it names the bucket's.
+
+    Raises:
+      InputError: what `check_bucket` raises. Where there is nothing at `path`, there is nothing at the copy's.
+    """
+    check_bucket(path)
+    source = epath.Path(path)
+    with tempfile.TemporaryDirectory() as here:
+        copy = epath.Path(here) / source.name
+        if source.is_dir():
+            copy_folder(source, copy)
+        elif source.exists():
+            source.copy(copy)
+        try:
+            yield Path(copy)
+        except InputError as error:
+            raise InputError(str(error).replace(here, os.fspath(source.parent))) from error
+
+
+def absolute(path: epath.Path) -> epath.Path:
+    """The path from the root, as Orbax wants it. A bucket's is one, and epath would set the working directory first."""
+    return path if is_remote(path) else path.absolute()
 
 
 def write_atomically(path: epath.Path, data: bytes) -> None:

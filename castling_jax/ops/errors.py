@@ -1,6 +1,8 @@
 """How the package refuses bad input: one sentence that names the value and what is allowed."""
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 
 
@@ -27,3 +29,11 @@ def check_known(kind: str, name: object, known: Iterable[str]) -> None:
     if not nearest or len(choices) <= 12:
         hints.append(f"(known: {', '.join(choices) or 'none'})")
     raise InputError(f"unknown {kind} {name!r}: {' '.join(hints)}")
+
+
+def reason(error: Exception) -> str:
+    """What another package's error says, cut to a line that fits into a sentence; of the system's, the system's."""
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        if os.strerror(code) in str(error):  # TensorStore tells the whole way down to it
+            return os.strerror(code)
+    return (str(error).strip() or repr(error)).splitlines()[0][:300].rstrip(".")

@@ -36,7 +36,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from castling_jax.convert.files import MODEL_FILE, PAYLOADS, load_inference, save_inference
+from castling_jax.convert.files import MODEL_FILE, PAYLOADS, check_bucket, load_inference, save_inference
 from castling_jax.convert.inference import SOFTMAX_BRANCH, check_switch, to_inference
 from castling_jax.data.loader import evaluation_batches
 from castling_jax.data.sources import load_dataset
@@ -94,6 +94,8 @@ def convert(path: epath.Path, out: epath.Path, *, format: str, ema: bool, bfloat
     Raises:
       InputError: what `read_source` and `save_inference` raise, or a check fails.
     """
+    check_bucket(path)
+    check_bucket(out)
     source = read_source(path, ema=ema)
     spec = source.model.spec
     variables = to_inference(source.variables, dtype=jnp.bfloat16 if bfloat16 else None)

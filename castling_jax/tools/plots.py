@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
 
+from castling_jax.convert.files import check_bucket
 from castling_jax.ops.errors import InputError
 from castling_jax.training.metrics import METRICS_FILE, read_metrics
 
@@ -81,8 +82,10 @@ def _series(lines: list[dict[str, Any]], name: str, scale: float = 1) -> tuple[n
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=epath.Path, help="the folder of a run, such as runs/digits")
+    run = parser.parse_args().run
     try:
-        print(draw_training(parser.parse_args().run))
+        check_bucket(run)
+        print(draw_training(run))
     except InputError as error:
         sys.exit(str(error))
 

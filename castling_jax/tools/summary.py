@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from castling_jax.convert.files import load_inference, write_atomically
+from castling_jax.convert.files import check_bucket, load_inference, write_atomically
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model, create_model
 from castling_jax.models.variables import apply, count_parameters, get_variables
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("run", type=epath.Path, help="the folder of a run, such as runs/digits")
     workdir = parser.parse_args().run
     try:
+        check_bucket(workdir)
         summary = read_summary(workdir)
         if summary is None:
             raise InputError(f"'{workdir}' is not a finished run: it has no {SUMMARY_FILE}.")

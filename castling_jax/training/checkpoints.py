@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import errno
 import logging
-import os
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -16,11 +14,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from castling_jax.ops.errors import InputError
+from castling_jax.convert.files import is_remote, write_atomically
+from castling_jax.ops.errors import InputError, reason
 from castling_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"  # a run's folder of them
 BEST = "accuracy_inference_form"  # the figure by which a checkpoint is the best: what the switch will leave
+COMMIT_SUCCESS_FILE = "commit_success.txt"  # Orbax's, in a bucket
 NOT_EVALUATED = {BEST: -1.0}
 _LOGGER = logging.getLogger(__name__)
 
@@ -109,7 +109,11 @@ class Checkpoints:
                 read_checkpoint(self.folder / str(step))
             except InputError as error:
                 aside = self.folder.parent / f"{self.folder.name}_damaged" / str(step)
+                if aside.exists():  # from an earlier time, or half of it, where moving it was interrupted in a bucket
+                    aside.rmtree()
                 aside.parent.mkdir(exist_ok=True)
+                # In a bucket a folder is there when a file is in it, and nothing is moved to where there is no folder.
+                write_atomically(aside.parent / f"{step}.txt", f"{error}\n".encode())
                 (self.folder / str(step)).rename(aside)
                 _LOGGER.warning("%s It was moved to '%s'.", error, aside)
             else:
@@ -136,7 +140,7 @@ class Checkpoints:
             steps = checkpoint_steps(self.folder)
             kept = f"those of steps {', '.join(map(str, steps))} are whole" if steps else "there is none yet"
             raise InputError(
-                f"a checkpoint could not be written to '{self.folder}' ({_reason(error)}); {kept}, and the same "
+                f"a checkpoint could not be written to '{self.folder}' ({reason(error)}); {kept}, and the same "
                 "command goes on from there."
             ) from error
 
@@ -145,17 +149,12 @@ def _figure(metrics: Any) -> float:
     return metrics[BEST]
 
 
-def _reason(error: Exception) -> str:
-    text = str(error)
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
-        if os.strerror(code) in text:  # TensorStore tells the whole way down to it
-            return os.strerror(code)
-    return (str(error).strip() or repr(error)).splitlines()[0][:300].rstrip(".")
-
-
 def checkpoint_steps(folder: epath.Path) -> list[int]:
     """The steps of which a folder of checkpoints holds one, sorted; what is still being written does not count."""
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()) if folder.exists() else []
+    steps = [path for path in folder.glob("*") if path.name.isdigit()] if folder.exists() else []
+    if is_remote(folder):  # where a folder cannot be renamed once it is whole, Orbax marks it
+        steps = [path for path in steps if (path / COMMIT_SUCCESS_FILE).exists()]
+    return sorted(int(path.name) for path in steps)
 
 
 def read_checkpoint(folder: epath.Path, names: Collection[str] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -195,7 +194,7 @@ def read_checkpoint(folder: epath.Path, names: Collection[str] | None = None) ->
     except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
         others = [step for step in checkpoint_steps(folder.parent) if str(step) != folder.name]
         instead = f"; try '{folder.parent / str(others[-1])}'" if others else ""
-        raise InputError(f"the checkpoint '{folder}' is damaged ({_reason(error)}){instead}.") from error
+        raise InputError(f"the checkpoint '{folder}' is damaged ({reason(error)}){instead}.") from error
     return items["state"], items["about"]
 
 

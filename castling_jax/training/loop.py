@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from castling_jax.convert.files import save_inference, write_atomically
+from castling_jax.convert.files import absolute, copy_folder, is_remote, save_inference, write_atomically
 from castling_jax.data.loader import training_batches
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model, create_model
@@ -62,7 +63,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None 
     setup = set_up(config)
     if (workdir / CONFIG_FILE).exists():
         check_same_run(config, workdir / CONFIG_FILE)
-    folder = (workdir / CHECKPOINTS).absolute()
+    folder = absolute(workdir / CHECKPOINTS)
     variables = {} if checkpoint_steps(folder) else _first_variables(setup)  # a run that goes on has its own
     is_writer = jax.process_index() == 0
     if is_writer:
@@ -195,6 +196,8 @@ def _loop(
                     best, saves = figures["accuracy_inference_form"], True
             if line and metrics is not None:
                 metrics.write(step, line)
+            if saves and metrics is not None:
+                metrics.flush()
             if saves:
                 seconds = seconds_before + time.perf_counter() - start
                 checkpoints.save(state, Progress(seconds, figures if evaluates else None))
@@ -228,6 +231,9 @@ def _macs(setup: Setup) -> tuple[int, int]:
 def _tracer(profile: range | None, workdir: epath.Path) -> Callable[[int | None, TrainState], None]:
     """What starts and stops the profiler: called before each step with its number, and with None behind the last."""
     running = False
+    folder = workdir / PROFILE
+    # The profiler has a way of its own to buckets, with other credentials, so it does not go there.
+    written = epath.Path(tempfile.mkdtemp()) if profile is not None and is_remote(folder) else folder
 
     def trace(step: int | None, state: TrainState) -> None:
         nonlocal running
@@ -235,9 +241,12 @@ def _tracer(profile: range | None, workdir: epath.Path) -> Callable[[int | None,
         if running != wanted:
             jax.block_until_ready(state)  # steps that were started before, or are to be seen, are done
             if wanted:
-                jax.profiler.start_trace(workdir / PROFILE)
+                jax.profiler.start_trace(written)
             else:
                 jax.profiler.stop_trace()
+                if written != folder:
+                    copy_folder(written, folder)
+                    written.rmtree()
         running = wanted
 
     return trace

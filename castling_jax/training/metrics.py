@@ -59,6 +59,13 @@ class MetricsWriter:
             else:
                 self._events.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        """Before a checkpoint is saved: a run that goes on from it, however this one ends, has all lines up to it."""
+        if self._file is None:
+            self._write_all()
+        if self._events is not None:
+            self._events.flush()
+
     def _write_all(self) -> None:
         write_atomically(self._path, "".join(self._lines).encode())
         self._written = time.monotonic()

@@ -6,6 +6,7 @@ import json
 from etils import epath
 from ml_collections import ConfigDict
 
+from castling_jax.convert.files import absolute, check_bucket, is_remote, local_copy
 from castling_jax.convert.torch import from_torch, read_state_dict, to_torch
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
@@ -50,7 +51,7 @@ def read_snapshot(path: epath.Path, *, ema: bool = False) -> Snapshot:
       InputError: it is neither, config.json is missing or damaged, the checkpoint is, or it holds no moving average.
     """
     steps = checkpoint_steps(path / CHECKPOINTS)
-    run, step_folder = (path, path / CHECKPOINTS / str(steps[-1])) if steps else (path.absolute().parents[1], path)
+    run, step_folder = (path, path / CHECKPOINTS / str(steps[-1])) if steps else (absolute(path).parents[1], path)
     if not (step_folder / "state").is_dir():
         raise InputError(f"'{path}' is neither a run's folder with checkpoints nor one of its {CHECKPOINTS}/STEP.")
     try:
@@ -59,7 +60,7 @@ def read_snapshot(path: epath.Path, *, ema: bool = False) -> Snapshot:
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"'{run / CONFIG_FILE}' is missing or damaged: {error!r}.") from error
     params = EMA if ema else "params"
-    state, _ = read_checkpoint(step_folder.absolute(), (params, "batch_stats"))
+    state, _ = read_checkpoint(absolute(step_folder), (params, "batch_stats"))
     if params not in state:
         raise InputError(f"the checkpoint '{step_folder}' holds no moving average of its parameters.")
     variables = {"params" if name == params else name: tree for name, tree in state.items()}
@@ -88,9 +89,13 @@ def initial_variables(path: epath.Path, model: Backbone, *, reset_head: bool) ->
     Raises:
       InputError: what is at `path` cannot be read, or does not fit the model.
     """
+    check_bucket(path)
     if path.is_dir():
         snapshot = read_snapshot(path)
         state_dict = to_torch(snapshot.model, snapshot.variables)
+    elif is_remote(path):
+        with local_copy(path) as copy:
+            state_dict = read_state_dict(copy)
     else:
         state_dict = read_state_dict(path)
     return from_torch(model, state_dict, reset_head=reset_head)
