@@ -126,8 +126,7 @@ def check_batch(name: str, batch_size: int, mesh: Mesh, *, parts: int = 1) -> No
         axes = " x ".join(f"{axis} = {mesh.shape[axis]}" for axis in BATCH_AXES)
         accumulated = f" times config.train.accumulate_steps = {parts}" if parts > 1 else ""
         raise InputError(
-            f"config.{name} = {batch_size} must be a multiple of {shards * parts}: the mesh axes {axes} split "
-            f"it{accumulated}."
+            f"{name} = {batch_size} must be a multiple of {shards * parts}: the mesh axes {axes} split it{accumulated}."
         )
 
 
