@@ -131,8 +131,10 @@ def compile_case(*, what: str, options: dict[str, Any], topology: str, devices: 
 
 
 def _devices(topology: str, count: int) -> list[Any]:
+    # The two cores of a v4's chip are one device, as they are of a v5p's; this must be asked for.
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
-        known = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        known = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise InputError(f"there is no topology {topology!r}: {_sentence(error)}") from error
     if not 0 <= count <= len(known):

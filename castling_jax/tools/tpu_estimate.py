@@ -33,13 +33,13 @@ Dumped = TypeVar("Dumped")
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A chip, or what JAX shows as a device where a chip has two of them."""
+    """A chip, both of its cores where it has two: a device, as JAX shows it."""
 
     gigahertz: float
     hbm_gigabytes_per_second: float
 
 
-CHIPS = {"v4": Chip(1.05, 614), "v5e": Chip(1.5, 819), "v5p": Chip(1.75, 2765), "v6e": Chip(1.75, 1640)}
+CHIPS = {"v4": Chip(1.05, 1228), "v5e": Chip(1.5, 819), "v5p": Chip(1.75, 2765), "v6e": Chip(1.75, 1640)}
 # Operations that take no time worth counting where the compiler gives them no cycles: they work on scalars, move
 # nothing, or run beside the others.
 FREE = {
