@@ -107,4 +107,6 @@ def _plain(
     # kept, and seen.
     kept = ~(weights <= threshold) & (threshold < 1)
     out = jnp.einsum("bhqk,bhkd->bhqd", jnp.where(kept, weights, 0), v_wide)
-    return jnp.swapaxes(out, 1, 2).astype(v.dtype), jnp.sum(kept, dtype=jnp.float32) / kept.size
+    # A float: the batch of a pod has more weights than an int32 counts.
+    density = jnp.sum(kept, dtype=jnp.float32) / float(kept.size)
+    return jnp.swapaxes(out, 1, 2).astype(v.dtype), density

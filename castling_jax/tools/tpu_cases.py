@@ -3,14 +3,16 @@
 import functools
 import importlib.util
 import inspect
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from castling_jax.models.attention import ATTENTIONS, FORMS, attend
 from castling_jax.models.registry import abstract_model
@@ -20,6 +22,16 @@ from castling_jax.ops.errors import InputError, check_known
 from castling_jax.training.config import default_config
 from castling_jax.training.optimizers import make_optimizer
 from castling_jax.training.schedules import learning_rate_schedule
+from castling_jax.training.sharding import (
+    AXES,
+    batch_sharding,
+    check_batch,
+    check_heads,
+    make_mesh,
+    replicated,
+    state_shardings,
+    with_shardings,
+)
 from castling_jax.training.state import create_state
 from castling_jax.training.step import make_train_step
 
@@ -27,7 +39,7 @@ CHANNELS, HEADS, TAPS = 768, 12, 9  # of DeiT-B
 
 
 class Case(NamedTuple):
-    """A function, the shapes it is compiled for, and what jax.jit is told besides.
+    """A function, the shapes it is compiled for, what jax.jit is told besides, and the mesh it is traced on.
 
     Whatever varies from call to call is an argument, the cotangent and the threshold too: of constants, the compiler
     drops what they make needless.
@@ -36,6 +48,7 @@ class Case(NamedTuple):
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     jit_options: Mapping[str, Any] = MappingProxyType({})
+    mesh: Mesh | None = None
 
 
 def load_case(what: str, options: dict[str, Any], devices: list[Any]) -> Case:
@@ -51,9 +64,10 @@ def load_case(what: str, options: dict[str, Any], devices: list[Any]) -> Case:
     """
     if what in CASES:
         words = list(inspect.signature(CASES[what]).parameters)
+        given = {"devices": devices} if "devices" in words else {}
         for word in options:
-            check_known(f"option of {what}", word, words)
-        return CASES[what](**options)
+            check_known(f"option of {what}", word, [known for known in words if known not in given])
+        return CASES[what](**options, **given)
     if ":" not in what:
         check_known("case", what, [*CASES, "FILE.py:NAME"])
     if options:
@@ -141,16 +155,25 @@ def model(
     batch: int = 128,
     form: str = "inference",
     attention: str = "castling",
+    depth: int | None = None,
     remat: bool = False,
+    mesh: str | None = None,
+    devices: Sequence[Any] = (),
 ) -> Case:
     """A whole model that computes in bfloat16, its parameters float32.
 
     With form="inference" it is the forward pass. With form="train" it is the training step of the training form:
     forward, backward and AdamW's update, the state donated; the threshold is under 1. With `remat` the backward pass
-    computes again what is inside a block.
+    computes again what is inside a block. With a `mesh` such as "data:64,fsdp:4" the step is the one that pods run:
+    `devices` along its axes, the state where `state_shardings` has it, and `batch` the images of all devices together.
     """
     _check_positive(image_size=image_size, batch=batch)
-    built = abstract_model(name, attention=attention, form=form, image_size=image_size, dtype=jnp.bfloat16, remat=remat)
+    if mesh is not None and form != "train":
+        raise InputError("--mesh splits the training step: it needs --form=train.")
+    words: dict[str, Any] = {} if depth is None else {"depth": depth}
+    built = abstract_model(
+        name, attention=attention, form=form, image_size=image_size, dtype=jnp.bfloat16, remat=remat, **words
+    )
     size = built.spec.image_size
     images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
     variables = get_variables(built)
@@ -161,10 +184,34 @@ def model(
     rate = learning_rate_schedule(config.optimizer, total_steps=100_000, steps_per_epoch=1_000)
     optimizer = make_optimizer(config.optimizer, rate)
     state = jax.eval_shape(lambda variables: create_state(variables, optimizer, config.seed), variables)
-    step = make_train_step(built, optimizer, label_smoothing=config.loss.label_smoothing)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    threshold = jax.ShapeDtypeStruct((), jnp.float32)
-    return Case(step, (state, {"image": images, "label": labels}, threshold), {"donate_argnums": 0})
+    arguments = state, {"image": images, "label": labels}, jax.ShapeDtypeStruct((), jnp.float32)
+    placed = shardings = None
+    if mesh is not None:
+        placed = make_mesh(read_mesh(mesh), devices)
+        check_heads(built, placed)
+        check_batch("--batch", batch, placed)
+        shardings = state_shardings(state, placed)
+        rows = batch_sharding(placed)
+        arguments = with_shardings(arguments, (shardings, {"image": rows, "label": rows}, replicated(placed)))
+    step = make_train_step(built, optimizer, label_smoothing=config.loss.label_smoothing, shardings=shardings)
+    return Case(step, arguments, {"donate_argnums": 0}, placed)
+
+
+def read_mesh(text: str) -> dict[str, int]:
+    """Sizes of all axes of a mesh, of a text such as "data:64,fsdp:-1"; those it leaves out are 1.
+
+    Raises:
+      InputError: there is no such axis, or it is not written so.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.partition(":")
+        check_known("axis of --mesh", axis, AXES)
+        if axis in sizes or not re.fullmatch(r"-?\d+", size):
+            raise InputError(f"--mesh names each axis once, with its size, as in data:64,fsdp:4, not {text!r}.")
+        sizes[axis] = int(size)
+    return dict.fromkeys(AXES, 1) | sizes
 
 
 CASES: dict[str, Callable[..., Case]] = {"layer": layer, "model": model}

@@ -1,5 +1,6 @@
 """Compiles a case for TPUs with no TPU at hand, in a process of its own: libtpu reads its environment only once."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from castling_jax.ops.errors import InputError
 from castling_jax.tools.tpu_cases import load_case
@@ -29,12 +30,13 @@ LIBTPU_ENVIRONMENT = {
 STDERR_LINES = 15  # shown where compilation ends in a bug
 
 
-def compile_apart(request: dict[str, Any], work: Path) -> dict[str, Any]:
+def compile_apart(request: dict[str, Any], work: Path, *, schedules: bool = True) -> dict[str, Any]:
     """Compiles in another process, which leaves the dumps of the schedules in work/llo.
 
     Args:
       request: the arguments of `compile_case`.
       work: an empty folder.
+      schedules: without them, a large program compiles several times as fast.
 
     Returns:
       What `compile_case` does.
@@ -51,7 +53,7 @@ def compile_apart(request: dict[str, Any], work: Path) -> dict[str, Any]:
     request_file.write_text(json.dumps(request))
     process = subprocess.run(
         [sys.executable, "-m", "castling_jax.tools.tpu_compile", request_file, answer_file],
-        env=os.environ | _environment(work / "llo"),
+        env=os.environ | _environment(work / "llo" if schedules else None),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -66,14 +68,15 @@ def compile_apart(request: dict[str, Any], work: Path) -> dict[str, Any]:
     return answer
 
 
-def _environment(dump: Path) -> dict[str, str]:
-    options = [
-        os.environ.get("LIBTPU_INIT_ARGS", ""),
-        f"--xla_jf_dump_to={dump}",
-        "--xla_jf_dump_llo_text=true",
-        # Writing what each of 70 passes makes of a kernel would take three times as long as compiling.
-        f"--xla_jf_dump_llo_pass_label_regex={SCHEDULE_DUMP}|{UTILIZATION_DUMP}",
-    ]
+def _environment(dump: Path | None) -> dict[str, str]:
+    options = [os.environ.get("LIBTPU_INIT_ARGS", "")]
+    if dump is not None:
+        options += [
+            f"--xla_jf_dump_to={dump}",
+            "--xla_jf_dump_llo_text=true",
+            # Writing what each of 70 passes makes of a kernel would take three times as long as compiling.
+            f"--xla_jf_dump_llo_pass_label_regex={SCHEDULE_DUMP}|{UTILIZATION_DUMP}",
+        ]
     return LIBTPU_ENVIRONMENT | {
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes from the cache leaves no dump
         "LIBTPU_INIT_ARGS": " ".join(options).strip(),
@@ -98,7 +101,7 @@ def compile_case(*, what: str, options: dict[str, Any], topology: str, devices: 
         `load_case` raises.
     """
     chosen = _devices(topology, devices)
-    function, arguments, jit_options = load_case(what, options, chosen)
+    function, arguments, jit_options, mesh = load_case(what, options, chosen)
     everywhere = NamedSharding(Mesh(np.array(chosen), ("devices",)), PartitionSpec())
     arguments = jax.tree.map(
         lambda leaf: (
@@ -108,7 +111,9 @@ def compile_case(*, what: str, options: dict[str, Any], topology: str, devices: 
         ),
         arguments,
     )
-    traced = jax.jit(function, **jit_options).trace(*arguments)
+    # A topology's devices hold no arrays, so that jax.set_mesh refuses them.
+    with contextlib.nullcontext() if mesh is None else use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.jit(function, **jit_options).trace(*arguments)
     try:
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -126,8 +131,10 @@ def compile_case(*, what: str, options: dict[str, Any], topology: str, devices: 
 
 
 def _devices(topology: str, count: int) -> list[Any]:
+    # The two cores of a v4's chip are one device, as they are of a v5p's; this must be asked for.
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
-        known = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        known = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise InputError(f"there is no topology {topology!r}: {_sentence(error)}") from error
     if not 0 <= count <= len(known):

@@ -13,6 +13,7 @@ SHAPE = re.compile(r"\b(pred|[subf]\w*?\d+)\[([\d,]*)\]")
 SCHEDULE_DUMP = "final_bundles"  # how the dumps of a kernel are called
 UTILIZATION_DUMP = "final_hlo-static-per-bundle-utilization"
 GRANULE_BYTES = 32  # what copies to and from HBM are counted in
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BRANCHES = ("true_computation", "false_computation", "branch_computations")
 
 
@@ -121,6 +122,43 @@ def signature(shapes: Iterable[tuple[str, str]]) -> str:
       shapes: pairs such as ("f32", "8,128").
     """
     return ",".join(sorted(f"{kind}[{dims}]" for kind, dims in shapes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """What devices exchange: one of COLLECTIVES, the arrays a device gets, as pairs (dtype, dims), and its label."""
+
+    kind: str
+    arrays: list[tuple[str, str]]
+    label: str
+
+    @property
+    def bytes(self) -> int:
+        return shape_bytes(" ".join(f"{kind}[{dims}]" for kind, dims in self.arrays))
+
+
+def collective(program: Program, instruction: Instruction) -> Collective | None:
+    """The collective that an instruction is, or starts; None of any other, and of what waits for one.
+
+    The compiler runs collectives beside the compute in two ways: as a pair of -start and -done, and inside the fusions
+    they run beside, where one collective stands in its first fusion, in its last one and in all between.
+    """
+    kind = instruction.kind.removesuffix("-start")
+    arrays = SHAPE.findall(instruction.result)
+    if kind in COLLECTIVES:
+        if instruction.kind in ("all-gather-start", "collective-permute-start"):
+            # (what goes in, what comes out, numbers that it is known by)
+            arrays = [array for array in arrays if array[1]]
+            arrays = arrays[len(arrays) // 2 :]
+        return Collective(kind, arrays, instruction.label)
+    name = next(iter(instruction.called("calls")), "")
+    found = next((i for i in program.computations.get(name, []) if i.kind in COLLECTIVES), None)
+    if found is None:
+        return None
+    if name.startswith("all-reduce-scatter"):
+        return Collective("reduce-scatter", arrays, found.label)
+    starts = instruction.kind == "async-start" or instruction.name.startswith("%async-collective-start")
+    return Collective(found.kind, SHAPE.findall(found.result), found.label) if starts else None
 
 
 def trip_count(program: Program, loop: Instruction, around: Computation) -> int | None:

@@ -20,6 +20,7 @@ from castling_jax.tools.tpu_dump import (
     Instruction,
     Program,
     Schedule,
+    collective,
     read_schedule,
     read_utilization,
     shape_bytes,
@@ -32,14 +33,13 @@ Dumped = TypeVar("Dumped")
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A chip, or what JAX shows as a device where a chip has two of them."""
+    """A chip, both of its cores where it has two: a device, as JAX shows it."""
 
     gigahertz: float
     hbm_gigabytes_per_second: float
 
 
-CHIPS = {"v4": Chip(1.05, 614), "v5e": Chip(1.5, 819), "v5p": Chip(1.75, 2765), "v6e": Chip(1.75, 1640)}
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+CHIPS = {"v4": Chip(1.05, 1228), "v5e": Chip(1.5, 819), "v5p": Chip(1.75, 2765), "v6e": Chip(1.75, 1640)}
 # Operations that take no time worth counting where the compiler gives them no cycles: they work on scalars, move
 # nothing, or run beside the others.
 FREE = {
@@ -96,7 +96,7 @@ class Row:
 
 @dataclasses.dataclass
 class Cost:
-    """Of a computation: its operations, bytes sent by each kind of collective, bytes of asynchronous copies."""
+    """Of a computation: its operations, bytes of each kind of collective's results, bytes of asynchronous copies."""
 
     rows: list[Row] = dataclasses.field(default_factory=list)
     collectives: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -161,8 +161,8 @@ class Estimator:
     def _operation(self, instruction: Instruction, times: int) -> Cost:
         cost = Cost()
         kind, name, text = instruction.kind, instruction.name, instruction.text
-        if kind.removesuffix("-start") in COLLECTIVES:
-            cost.collectives[kind.removesuffix("-start")] += times * shape_bytes(instruction.result)
+        if sent := collective(self.program, instruction):
+            cost.collectives[sent.kind] += times * sent.bytes
         if kind == "copy-start" and (copied := SHAPE.search(instruction.result)):
             cost.prefetched_bytes += times * shape_bytes(copied[0])
         if instruction.cycles is not None:

@@ -3,10 +3,12 @@
     python -m castling_jax.tools.tpu_report FILE.py:NAME [--topology=v5e:2x2] [--devices=1]
     python -m castling_jax.tools.tpu_report layer [--form=train] [--tokens=197] [--implementation=pallas] ...
     python -m castling_jax.tools.tpu_report model [--name=deit_base] [--form=train] [--image_size=224] ...
+    python -m castling_jax.tools.tpu_report model --form=train --topology=v5e:16x16 --mesh=data:64,fsdp:4 --batch=32768
 
 NAME is a function of FILE.py that returns (function, arguments) or (function, arguments, jit options); the arguments
 are trees of jax.ShapeDtypeStruct, on all devices where they have no sharding. For shardings of its own NAME takes an
-argument `devices`. `layer` is the attention layer of DeiT-B and `model` a whole model, both in bfloat16.
+argument `devices`. `layer` is the attention layer of DeiT-B and `model` a whole model, both in bfloat16; with --mesh it
+is the training step as a pod runs it, each device's share of which is what the report is of.
 
 It needs libtpu: pip install "jax[tpu]". Compiling takes from seconds to many minutes, for the training step of a large
 model. What it tells:
@@ -16,7 +18,7 @@ model. What it tells:
                schedule or its traffic with HBM, whichever is longer
   prefetches   asynchronous copies of whole arrays; they run beside the compute and are not in the estimate
   HBM          what the program needs of a device's memory
-  collectives  bytes of each kind on a device; their time is not in the estimate
+  collectives  bytes of each kind's results on a device; their time is not in the estimate
   incomplete   what cannot be known from the program: a loop whose trip count depends on data, an operation without an
                estimate, work on the host. It counts once or not at all; with --strict the status is 1
   kernels      the share of issue slots that each unit uses, by which one sees what a kernel is bound by: at 100 % a
@@ -38,6 +40,7 @@ from castling_jax.ops.errors import InputError, check_known
 from castling_jax.tools.tpu_compile import compile_apart
 from castling_jax.tools.tpu_dump import read_program
 from castling_jax.tools.tpu_estimate import CHIPS, Estimator, Kernel
+from castling_jax.training.sharding import AXES
 
 LABEL_WIDTH = 150
 
@@ -141,7 +144,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", help="FILE.py:NAME, layer or model")
     parser.add_argument("--topology", default="v5e:2x2", help=f"a pod of {', '.join(CHIPS)}; by default %(default)s")
-    parser.add_argument("--devices", type=int, default=1, help="how many of its devices to use, 0 for all; default 1")
+    parser.add_argument(
+        "--devices", type=int, help="how many of its devices to use, 0 for all; default 1, or with --mesh all"
+    )
     parser.add_argument("--top", type=int, default=12, help="how many of the dearest operations to print; default 12")
     parser.add_argument("--json", action="store_true", help="print all of it as JSON")
     parser.add_argument("--strict", action="store_true", help="status 1 where something could not be counted")
@@ -149,13 +154,17 @@ def main() -> None:
     group = parser.add_argument_group("options of layer and model", argument_default=argparse.SUPPRESS)
     group.add_argument("--form", help=f"{' or '.join(FORMS)}; train is forward and backward (default inference)")
     group.add_argument("--attention", help=f"{', '.join(ATTENTIONS)} (default castling)")
-    group.add_argument("--batch", type=int, help="images (default 128)")
+    group.add_argument("--batch", type=int, help="images of all devices together (default 128)")
     group.add_argument("--tokens", type=int, help="of layer (default 197)")
     group.add_argument("--implementation", help=f"of layer: {', '.join(IMPLEMENTATIONS)} (default auto)")
     group.add_argument("--name", help="of model (default deit_base)")
     group.add_argument("--image_size", type=int, help="of model: pixels a side (default the model's own)")
+    group.add_argument("--depth", type=int, help="of model: blocks (default the model's own)")
+    group.add_argument("--mesh", help=f"of model: sizes of {', '.join(AXES)}, such as data:64,fsdp:-1 (others are 1)")
     group.add_argument("--remat", action="store_true", help="of model: compute blocks again in the backward pass")
     options = vars(parser.parse_args())
+    if options["devices"] is None:
+        options["devices"] = 0 if "mesh" in options else 1
     shared = {word: options.pop(word) for word in ("what", "topology", "devices", "top", "json", "strict")}
     try:
         figures = report(shared["what"], options, topology=shared["topology"], devices=shared["devices"])

@@ -84,7 +84,7 @@ def evaluate_checkpoint(path: epath.Path, mesh_sizes: Mapping[str, int]) -> dict
     mesh = make_mesh(mesh_sizes)
     snapshot = read_snapshot(path)
     config = snapshot.config
-    check_batch("evaluation.batch_size", config.evaluation.batch_size, mesh)
+    check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
     dataset = load_dataset(config.dataset.name, config.dataset.eval_split)
     shardings = whole_over_fsdp(state_shardings(snapshot.variables, mesh))
     with jax.set_mesh(mesh):

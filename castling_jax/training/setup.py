@@ -69,8 +69,8 @@ def set_up(config: ConfigDict, devices: Sequence[Any] | None = None) -> Setup:
     """
     check_config(config)
     mesh = make_mesh(config.mesh, devices)
-    check_batch("train.batch_size", config.train.batch_size, mesh, parts=config.train.accumulate_steps)
-    check_batch("evaluation.batch_size", config.evaluation.batch_size, mesh)
+    check_batch("config.train.batch_size", config.train.batch_size, mesh, parts=config.train.accumulate_steps)
+    check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
     train_set = load_dataset(config.dataset.name, config.dataset.train_split)
     eval_set = load_dataset(config.dataset.name, config.dataset.eval_split)
     steps_per_epoch = len(train_set) // config.train.batch_size

@@ -55,13 +55,15 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         raise InputError(f"config.mesh with {said} does not make up the {len(devices)} devices that are here.")
     shape = [len(devices) // known if size == -1 else size for size in shape]
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    types = (AxisType.Auto,) * len(AXES)
+    # A pod is a torus, of which an axis here may take a part of a side: tensor = 2 of 4 x 4 x 4.
     if slices == 1:
-        return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
-    if shape[0] % slices:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    elif shape[0] % slices:
         raise InputError(f"config.mesh.replica must be a multiple of the {slices} slices, not {shape[0]}.")
-    within = [shape[0] // slices, *shape[1:]]
-    return Mesh(mesh_utils.create_hybrid_device_mesh(within, [slices, 1, 1, 1], devices), AXES, axis_types=types)
+    else:
+        within, across = [shape[0] // slices, *shape[1:]], [slices, 1, 1, 1]
+        placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
@@ -126,8 +128,7 @@ def check_batch(name: str, batch_size: int, mesh: Mesh, *, parts: int = 1) -> No
         axes = " x ".join(f"{axis} = {mesh.shape[axis]}" for axis in BATCH_AXES)
         accumulated = f" times config.train.accumulate_steps = {parts}" if parts > 1 else ""
         raise InputError(
-            f"config.{name} = {batch_size} must be a multiple of {shards * parts}: the mesh axes {axes} split "
-            f"it{accumulated}."
+            f"{name} = {batch_size} must be a multiple of {shards * parts}: the mesh axes {axes} split it{accumulated}."
         )
 
 

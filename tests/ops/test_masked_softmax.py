@@ -46,6 +46,16 @@ def test_weights_over_the_threshold_are_summed_as_they_are(bias, near, dtype):
     rounding.assert_within(out, expected, rounding.branch(q64, k64, v64, threshold, dtype, b64))
 
 
+@pytest.mark.parametrize("implementation", ["auto", "pallas", "xla"])
+def test_the_density_of_a_pods_batch_can_be_counted(implementation):
+    # 7.6e9 weights, more than an int32 counts.
+    q = jax.ShapeDtypeStruct((16384, 197, 12, 64), jnp.bfloat16)
+    out, density = jax.eval_shape(
+        lambda *qkv: ops.masked_softmax_attention(*qkv, mask_threshold=0.1, implementation=implementation), q, q, q
+    )
+    assert (out.shape, density.shape) == (q.shape, ())
+
+
 def test_what_is_kept_is_not_renormalised():
     # Weights 3/4 and 1/4.
     k = jnp.log(jnp.asarray([3.0, 1.0]))[None, :, None, None]

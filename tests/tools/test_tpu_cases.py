@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from castling_jax.models.attention import Attention
-from castling_jax.tools.tpu_cases import CHANNELS, HEADS, load_case
+from castling_jax.tools.tpu_cases import CHANNELS, HEADS, load_case, read_mesh
 
 
 def draw(tree):
@@ -73,6 +74,21 @@ def test_model_in_training_makes_a_step_of_any_threshold():
     assert jaxpr.invars[-1] in [variable for equation in jaxpr.eqns for variable in equation.invars]
 
 
+def test_step_of_a_mesh_has_its_state_and_its_batch_on_it():
+    options = {"name": "deit_micro", "depth": 1, "batch": 3, "form": "train", "mesh": "data:-1"}
+    case = load_case("model", options, jax.devices()[:1])
+    assert dict(case.mesh.shape) == {"replica": 1, "data": 1, "fsdp": 1, "tensor": 1}
+    state, batch, threshold = case.arguments
+    assert state.params["blocks"].keys() == {"0"}
+    assert state.opt_state[0].mu["blocks"]["0"]["attn"]["qkv"]["kernel"].sharding.spec == P("fsdp", "tensor")
+    assert {leaf.sharding.spec for leaf in jax.tree.leaves(batch)} == {P(("replica", "data", "fsdp"))}
+    assert threshold.sharding.spec == P()
+
+
+def test_sizes_of_a_mesh():
+    assert read_mesh("data:64,fsdp:-1") == {"replica": 1, "data": 64, "fsdp": -1, "tensor": 1}
+
+
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "mine.py"
@@ -101,10 +117,11 @@ def file(tmp_path):
 
 
 def test_function_of_a_file(file):
-    function, arguments, options = load_case(f"{file}:plain", {}, ["a", "b"])
+    function, arguments, options, mesh = load_case(f"{file}:plain", {}, ["a", "b"])
     assert function(1) == 2
     assert arguments[0].shape == (2,)
     assert not options
+    assert mesh is None
     assert load_case(f"{file}:with_options", {}, []).jit_options == {"donate_argnums": 0}
     assert load_case(f"{file}:with_devices", {}, ["a", "b"]).function(1) == 3
 
@@ -131,5 +148,16 @@ def test_options_that_do_not_fit_are_refused(file, refuses):
         load_case("layer", {"batch": 0}, [])
     with refuses("there are no Pallas kernels of softmax attention"):
         load_case("layer", {"attention": "softmax", "implementation": "pallas"}, [])
+    with refuses("unknown axis of --mesh 'dat'", "did you mean 'data'?"):
+        load_case("model", {"form": "train", "mesh": "dat:2"}, [])
+    for mesh in ("data", "data:", "data:2,data:2", "fsdp:two"):
+        with refuses("--mesh names each axis once, with its size", repr(mesh)):
+            load_case("model", {"name": "deit_micro", "form": "train", "mesh": mesh}, [])
+    with refuses("--mesh splits the training step: it needs --form=train"):
+        load_case("model", {"mesh": "data:2"}, [])
+    with refuses("data = 2, fsdp = 1, tensor = 1 does not make up the 1 devices"):
+        load_case("model", {"name": "deit_micro", "form": "train", "mesh": "data:2"}, jax.devices()[:1])
+    with refuses("unknown option of model 'devices'"):
+        load_case("model", {"devices": 2}, [])
     with refuses("unknown model 'deit_bass'", "did you mean 'deit_base'?"):
         load_case("model", {"name": "deit_bass"}, [])

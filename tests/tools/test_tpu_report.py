@@ -93,6 +93,9 @@ def test_command_line(monkeypatch, run):
     assert run(*arguments) == (0, '{"incomplete": ["something"]}\n')
     assert asked == [("layer", {"form": "train", "tokens": 5}, {"topology": "v6e:2x2", "devices": 0})]
     assert run(*arguments, "--strict")[0] == 1
+    run("model", "--mesh=data:-1", "--json")
+    run("model", "--json")
+    assert [(options, rest["devices"]) for _, options, rest in asked[2:]] == [({"mesh": "data:-1"}, 0), ({}, 1)]
     assert run("wrong")[0] == "tpu_report: unknown case 'wrong'."
 
 

@@ -121,8 +121,7 @@ def collectives(mesh_name: str, family: str = "deit") -> dict:
 
     from castling_jax.models.registry import abstract_model
     from castling_jax.models.variables import get_variables
-    from castling_jax.tools.tpu_dump import read_program, shape_bytes
-    from castling_jax.tools.tpu_estimate import COLLECTIVES
+    from castling_jax.tools.tpu_dump import collective, read_program
     from castling_jax.training import sharding
     from castling_jax.training.state import create_state
     from castling_jax.training.step import make_train_step
@@ -150,8 +149,8 @@ def collectives(mesh_name: str, family: str = "deit") -> dict:
     sent: dict[str, list[int]] = {}
     for computation in program.computations.values():
         for instruction in computation:
-            if instruction.kind in COLLECTIVES:
-                sent.setdefault(instruction.kind, []).append(shape_bytes(instruction.result))
+            if found := collective(program, instruction):
+                sent.setdefault(found.kind, []).append(found.bytes)
     matrices = [leaf for leaf in jax.tree.leaves(shardings.params) if not leaf.is_fully_replicated]
     return {
         "gradients": sum(4 * leaf.size for leaf in jax.tree.leaves(state.params)),

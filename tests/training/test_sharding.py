@@ -52,11 +52,11 @@ def test_batch_is_placed_on_the_mesh():
 
 def test_axes_must_divide_the_batch(refuses):
     mesh = abstract_mesh(data=4, fsdp=2, tensor=3)
-    check_batch("train.batch_size", 16, mesh)
+    check_batch("config.train.batch_size", 16, mesh)
     with refuses("config.train.batch_size = 12 must be a multiple of 8: the mesh axes", "data = 4 x fsdp = 2 split it"):
-        check_batch("train.batch_size", 12, mesh)
+        check_batch("config.train.batch_size", 12, mesh)
     with refuses("multiple of 32", "config.train.accumulate_steps = 4"):
-        check_batch("train.batch_size", 16, mesh, parts=4)
+        check_batch("config.train.batch_size", 16, mesh, parts=4)
 
 
 def test_axes_must_divide_heads_and_channels(refuses):

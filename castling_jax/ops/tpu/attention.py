@@ -103,7 +103,8 @@ def masked_softmax_attention(
         if otherwise is None:
             raise
         return otherwise(q, k, v, threshold, bias)
-    size = math.prod(q.shape[:3]) * k.shape[1]
+    # A float: the batch of a pod has more weights than an int32 counts.
+    size = float(math.prod(q.shape[:3]) * k.shape[1])
     names = () if mesh is None else mesh[2]
 
     def run(q, k, v, threshold, bias, *, interpret):
