@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config.model.name = "deit_micro"
     config.model.drop_path_rate = 0.1
     config.dataset.name = "digits"
-    config.dataset.shift_pixels = 1
+    config.augment.shift_pixels = 1
     config.train.epochs = 80
     config.train.batch_size = 64
     config.optimizer.learning_rate = 2e-3

@@ -1,11 +1,31 @@
-"""What is done to one example: numpy in, numpy out, with the randomness given."""
+"""What is done to one example: an image of any size in, float32 of the model's size out, with the randomness given.
 
+An example is {"image", "label"}; its image is encoded or uint8, as decode.py takes it, or float32 in [0, 1], which has
+to be of the model's size already: floats are neither resized nor given to operations on 8 bits.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from ml_collections import ConfigDict
+from PIL import Image as PillowImage
+from PIL import ImageEnhance
 
-Image = Float[np.ndarray, "height width channels"]
+from castling_jax.data.decode import Box, decode, image_size, read_crop
+from castling_jax.data.randaugment import RandAugment, parse_policy
+from castling_jax.ops.errors import InputError
+
+Image = Float[np.ndarray, "height width 3"]
+Example = dict[str, Any]
+Channels = tuple[float, ...]  # red, green, blue
+TRIES = 10  # that a random box of an area and an aspect ratio has to fit into the image
+CROP_RATIOS = (3 / 4, 4 / 3)  # width / height
+ERASED_AREAS = (0.02, 1 / 3)
+ERASED_RATIOS = (0.3, 1 / 0.3)  # height / width
 
 
 def random_shift(image: Image, rng: np.random.Generator, pixels: int) -> Image:
@@ -16,12 +36,231 @@ def random_shift(image: Image, rng: np.random.Generator, pixels: int) -> Image:
     return padded[row : row + height, column : column + width]
 
 
-def normalize(image: Image) -> Image:
-    """From [0, 1] to [-1, 1]."""
-    return 2 * image - 1
+def normalize(image: Image, mean: Channels = (0.5, 0.5, 0.5), std: Channels = (0.5, 0.5, 0.5)) -> Image:
+    """From [0, 1] to a mean of 0 and a standard deviation of 1, where `mean` and `std` are the data set's."""
+    # Row by row: numpy is slow where the last axis has three entries only.
+    height, width, _ = image.shape
+    rows = (image.reshape(height, -1) - np.tile(np.float32(mean), width)) / np.tile(np.float32(std), width)
+    return rows.reshape(image.shape)
 
 
-def training_example(example: dict[str, Any], rng: np.random.Generator, *, shift_pixels: int) -> dict[str, Any]:
-    """The augmentations of training, in their order."""
+def random_resized_crop_box(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> Box:
+    """A box of a random area and aspect ratio (Szegedy et al., arXiv 1409.4842), as torchvision and timm draw it.
+
+    Args:
+      size: (height, width) of the image.
+      scale: between which shares of the image's area.
+      rng: what is drawn from.
+
+    Returns:
+      (top, left, height, width). Where no draw fits, what is in the image's middle: all of it but what makes it longer
+      or higher than the aspect ratio may be.
+    """
+    height, width = size
+    for _ in range(TRIES):
+        area = rng.uniform(*scale) * height * width
+        ratio = math.exp(rng.uniform(*np.log(CROP_RATIOS)))
+        across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < across <= width and 0 < down <= height:
+            return int(rng.integers(height - down + 1)), int(rng.integers(width - across + 1)), down, across
+    down = min(height, round(width / CROP_RATIOS[0]))
+    across = min(width, round(height * CROP_RATIOS[1]))
+    return (height - down) // 2, (width - across) // 2, down, across
+
+
+def center_crop_box(size: tuple[int, int], side: int, crop_ratio: float) -> Box:
+    """What becomes side x side when an image's short side is resized to side / crop_ratio and its middle cut out.
+
+    Sizes are rounded as in torchvision's Resize and CenterCrop, which timm's evaluation consists of.
+    """
+    height, width = size
+    short = math.floor(side / crop_ratio)
+    down, across = (int(short * length / min(size)) for length in size)
+    top, left = round((down - side) / 2), round((across - side) / 2)
+    return top * height / down, left * width / across, side * height / down, side * width / across
+
+
+def color_jitter(image: PillowImage.Image, rng: np.random.Generator, strength: float) -> PillowImage.Image:
+    """Brightness, contrast and saturation in a random order, each times up to 1 +- strength, as torchvision's does."""
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    factors = rng.uniform(max(0, 1 - strength), 1 + strength, size=3)
+    for chosen in rng.permutation(3):
+        image = enhancers[chosen](image).enhance(factors[chosen])
+    return image
+
+
+def random_erasing(image: Image, rng: np.random.Generator) -> Image:
+    """Puts normal noise in the place of a random box (Zhong et al., arXiv 1708.04896); timm's mode "pixel".
+
+    Args:
+      image: normalised.
+      rng: what is drawn from.
+    """
+    height, width, channels = image.shape
+    for _ in range(TRIES):
+        area = rng.uniform(*ERASED_AREAS) * height * width
+        ratio = math.exp(rng.uniform(*np.log(ERASED_RATIOS)))
+        down, across = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if down < height and across < width:
+            top, left = rng.integers(height - down + 1), rng.integers(width - across + 1)
+            erased = image.copy()
+            noise = rng.standard_normal((down, across, channels), np.float32)
+            erased[top : top + down, left : left + across] = noise
+            return erased
+    return image
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalTransform:
+    """Resizes the short side to image_size / crop_ratio, cuts out the middle, and normalises.
+
+    An image that is image_size x image_size is not touched but for that.
+    """
+
+    image_size: int
+    mean: Channels
+    std: Channels
+    crop_ratio: float
+
+    def __call__(self, example: Example) -> Example:
+        """{"image", "label"} -> {"image" float32 [image_size, image_size, 3], "label"}.
+
+        Raises:
+          InputError: the image cannot be decoded, or is of floats and of another size.
+        """
+        image = _as_floats(self.read(example["image"]))
+        return {"image": normalize(image, self.mean, self.std), "label": example["label"]}
+
+    def read(self, image: Any) -> PillowImage.Image | Image:
+        """The image at its size; floats stay floats."""
+        side = (self.image_size, self.image_size)
+        if _is_float(image):
+            if image.shape[:2] != side:
+                raise InputError(
+                    f"images of floats are not resized: they are {image.shape[0]} x {image.shape[1]}, and the model "
+                    f"takes {self.image_size} x {self.image_size}."
+                )
+            return image
+        size = image_size(image)
+        if size == side:
+            return decode(image)
+        return read_crop(image, center_crop_box(size, self.image_size, self.crop_ratio), side)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTransform:
+    """The augmentations of training, in their order; the fields are those of `augment` in a configuration."""
+
+    resize: EvalTransform  # where there is no random crop
+    crop_scale: tuple[float, float] | None
+    flip: float
+    randaugment: RandAugment | None
+    color_jitter: float
+    shift_pixels: int
+    erasing: float
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """{"image", "label"} -> {"image" float32 [image_size, image_size, 3], "label"}.
+
+        Raises:
+          InputError: the image cannot be decoded, or is of floats and of another size or meant to be changed as only 8
+            bits can be.
+        """
+        image = self._read(example["image"], rng)
+        # Nothing is drawn for what is turned off: to turn one thing on leaves the other draws as they were.
+        if self.flip and rng.random() < self.flip:
+            image = np.fliplr(image) if _is_float(image) else image.transpose(PillowImage.Transpose.FLIP_LEFT_RIGHT)
+        if self.randaugment is not None:
+            image = self.randaugment(image, rng)
+        if self.color_jitter:
+            image = color_jitter(image, rng, self.color_jitter)
+        floats = _as_floats(image)
+        if self.shift_pixels:
+            floats = random_shift(floats, rng, self.shift_pixels)
+        floats = normalize(floats, self.resize.mean, self.resize.std)
+        if self.erasing and rng.random() < self.erasing:
+            floats = random_erasing(floats, rng)
+        return {"image": floats, "label": example["label"]}
+
+    def _read(self, image: Any, rng: np.random.Generator) -> Any:
+        if _is_float(image):
+            for name in ("crop_scale", "randaugment", "color_jitter"):
+                if getattr(self, name):
+                    raise InputError(f"config.augment.{name} is for images of 8 bits, and these are of floats.")
+        if self.crop_scale is None:
+            return self.resize.read(image)
+        side = self.resize.image_size
+        return read_crop(image, random_resized_crop_box(image_size(image), self.crop_scale, rng), (side, side))
+
+
+def train_transform(
+    augment: ConfigDict, *, image_size: int, mean: Channels, std: Channels, crop_ratio: float = 0.875
+) -> Callable[[Example, np.random.Generator], Example]:
+    """What is done to an example in training; it can be pickled, and draws from nothing but its second argument.
+
+    Args:
+      augment: as `default_config` has it; what it says of repeats and mixing is for others.
+      image_size: of the model.
+      mean: of the channels, in [0, 1].
+      std: of the channels.
+      crop_ratio: of images that are resized for want of a random crop, as in `eval_transform`.
+
+    Raises:
+      InputError: a field is out of range.
+    """
+    check_augment(augment)
+    return TrainTransform(
+        resize=EvalTransform(image_size, tuple(mean), tuple(std), crop_ratio),
+        crop_scale=None if augment.crop_scale is None else tuple(augment.crop_scale),
+        flip=augment.flip,
+        # What comes in from outside is the mean color.
+        randaugment=augment.randaugment and parse_policy(augment.randaugment, tuple(round(255 * x) for x in mean)),
+        color_jitter=augment.color_jitter,
+        shift_pixels=augment.shift_pixels,
+        erasing=augment.erasing,
+    )
+
+
+def eval_transform(
+    *, image_size: int, mean: Channels, std: Channels, crop_ratio: float
+) -> Callable[[Example], Example]:
+    """What is done to an example in evaluation; arguments as `train_transform`'s."""
+    return EvalTransform(image_size, tuple(mean), tuple(std), crop_ratio)
+
+
+def check_augment(augment: ConfigDict) -> None:
+    """Refuses a group `augment` with values out of range, or that exclude each other.
+
+    Raises:
+      InputError: names the field, the value and what is allowed.
+    """
+    for name in ("flip", "erasing", "mix_switch", "mix_probability"):
+        if not 0 <= augment[name] <= 1:
+            raise InputError(f"config.augment.{name} must be in [0, 1], not {augment[name]}.")
+    for name, least in (("shift_pixels", 0), ("color_jitter", 0), ("mixup", 0), ("cutmix", 0), ("repeats", 1)):
+        if augment[name] < least:
+            raise InputError(f"config.augment.{name} must be at least {least}, not {augment[name]}.")
+    scale = augment.crop_scale
+    if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
+        raise InputError(f"config.augment.crop_scale must be two numbers with 0 < first <= second <= 1, not {scale}.")
+    if augment.randaugment is not None:
+        parse_policy(augment.randaugment, (0, 0, 0))
+        if augment.color_jitter:
+            raise InputError(
+                "config.augment.color_jitter must be 0 where config.augment.randaugment, which changes colors too, is "
+                f"set, not {augment.color_jitter}."
+            )
+
+
+def _is_float(image: Any) -> bool:
+    return isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating)
+
+
+def _as_floats(image: PillowImage.Image | Image) -> Image:
+    return image if _is_float(image) else np.asarray(image, np.float32) / 255
+
+
+def training_example(example: Example, rng: np.random.Generator, *, shift_pixels: int) -> Example:
+    """Until the loader takes a transform."""
     image = random_shift(example["image"], rng, shift_pixels) if shift_pixels else example["image"]
-    return example | {"image": normalize(image)}
+    return {"image": normalize(image), "label": example["label"]}

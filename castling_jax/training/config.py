@@ -6,6 +6,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict, config_dict
 
+from castling_jax.data.transforms import check_augment
 from castling_jax.models.variables import flatten
 from castling_jax.ops.errors import InputError, check_known
 
@@ -47,7 +48,28 @@ def default_config() -> ConfigDict:
                 "name": "digits",
                 "train_split": "train",
                 "eval_split": "test",
-                "shift_pixels": 0,  # largest random shift of a training image
+                # Of the channels, in [0, 1]: what the model sees is (image - mean) / std.
+                "mean": (0.5, 0.5, 0.5),
+                "std": (0.5, 0.5, 0.5),
+                # An image is resized so that its short side is image_size / crop_ratio, and its middle is cut out.
+                "crop_ratio": 0.875,
+            },
+            # Of training images, in this order. What is 0 or None is not done.
+            "augment": {
+                # Random resized crop: its least and largest share of the image, as (0.08, 1.0).
+                "crop_scale": config_dict.placeholder(tuple),
+                "flip": 0.0,  # probability of a mirror image
+                "randaugment": config_dict.placeholder(str),  # timm's policy, as "rand-m9-mstd0.5-inc1"
+                "color_jitter": 0.0,  # brightness, contrast and saturation, times up to 1 +- this
+                "shift_pixels": 0,  # largest random shift
+                "erasing": 0.0,  # probability of random erasing
+                "repeats": 1,  # how many times in a row of the shuffled examples each of them comes
+                # Of batches: the alphas of mixup and CutMix, the probability of CutMix where there are both, and that
+                # of mixing at all.
+                "mixup": 0.0,
+                "cutmix": 0.0,
+                "mix_switch": 0.5,
+                "mix_probability": 1.0,
             },
             "train": {
                 "epochs": 100,
@@ -111,7 +133,6 @@ def check_config(config: ConfigDict) -> None:
         "optimizer.learning_rate",
         "optimizer.warmup_epochs",
         "optimizer.weight_decay",
-        "dataset.shift_pixels",
     ):
         if given[name] < 0:
             raise InputError(f"config.{name} must be at least 0, not {given[name]}.")
@@ -119,6 +140,13 @@ def check_config(config: ConfigDict) -> None:
         sizes = given[name] if isinstance(given[name], tuple | list) else [given[name]]
         if given[name] is not None and not all(isinstance(size, int) for size in sizes):
             raise InputError(f"config.{name} must be an integer or a tuple of integers, not {given[name]}.")
+    for name in ("dataset.mean", "dataset.std"):
+        if len(given[name]) != 3 or (name == "dataset.std" and min(given[name]) <= 0):
+            above = " above 0" if name == "dataset.std" else ""
+            raise InputError(f"config.{name} must be three numbers{above}, not {given[name]}.")
+    if not 0 < given["dataset.crop_ratio"] <= 1:
+        raise InputError(f"config.dataset.crop_ratio must be in (0, 1], not {given['dataset.crop_ratio']}.")
+    check_augment(config.augment)
     if not 0 <= given["loss.label_smoothing"] < 1:
         raise InputError(f"config.loss.label_smoothing must be in [0, 1), not {given['loss.label_smoothing']}.")
 

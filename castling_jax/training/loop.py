@@ -147,7 +147,7 @@ def _loop(
         setup.train_set,
         batch_size=config.train.batch_size,
         seed=config.seed,
-        shift_pixels=config.dataset.shift_pixels,
+        shift_pixels=config.augment.shift_pixels,
         first_step=step,
         rows=process_rows(config.train.batch_size, setup.mesh),
     )

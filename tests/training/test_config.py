@@ -42,7 +42,7 @@ def test_missing_field_is_named():
         ("logging.every_steps", 0),
         ("checkpoint.keep", 0),
         ("optimizer.weight_decay", -0.1),
-        ("dataset.shift_pixels", -1),
+        ("augment.shift_pixels", -1),
         ("loss.label_smoothing", 1.0),
         ("model.embed_dim", (8, 1.5)),
         ("model.depth", 2.5),

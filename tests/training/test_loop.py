@@ -21,7 +21,7 @@ def small_config(**changes):
     """Two epochs of 11 steps; the mask is empty from step 11 on; a checkpoint every 4 steps."""
     config = default_config()
     config.model.update({"name": "deit_micro", "depth": 1, "embed_dim": 32, "drop_path_rate": 0.2})
-    config.dataset.shift_pixels = 1
+    config.augment.shift_pixels = 1
     config.train.update({"epochs": 2, "batch_size": 128})
     config.optimizer.warmup_epochs = 0.5
     config.mask.update({"begin": 0.1, "end": 0.5})

@@ -1,0 +1,79 @@
+"""mixup (Zhang et al., arXiv 1710.09412) and CutMix (Yun et al., arXiv 1905.04899) of a batch, on the device.
+
+As timm's Mixup does in its "batch" mode: one weight, and one box, for the whole batch.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Images = Float[Array, "batch height width channels"]
+Targets = Float[Array, "batch classes"]
+
+
+def soft_labels(labels: Int[Array, "batch"], num_classes: int, label_smoothing: float = 0.0) -> Targets:
+    """One-hot labels of which the share `label_smoothing` is spread evenly over all classes; float32."""
+    return jax.nn.one_hot(labels, num_classes) * (1 - label_smoothing) + label_smoothing / num_classes
+
+
+def mix(
+    images: Images,
+    labels: Int[Array, "batch"],
+    key: jax.Array,
+    *,
+    mixup: float,
+    cutmix: float,
+    switch: float,
+    probability: float,
+    num_classes: int,
+    label_smoothing: float = 0.0,
+) -> tuple[Images, Targets]:
+    """Mixes every image with the one at its place from the batch's end, and their labels by the same weights.
+
+    The partner is that of the whole batch over all devices, so that what a step does is a function of the key and of
+    the batch, whatever the mesh. On a mesh, each device exchanges its images with one other device.
+
+    Args:
+      images: in any units; mixing is linear.
+      labels: their classes.
+      key: of this step.
+      mixup: alpha of mixup's weight, Beta(alpha, alpha); 0 is no mixup.
+      cutmix: alpha of CutMix's, before its box is cut off at the image's border; 0 is no CutMix.
+      switch: probability of CutMix rather than mixup, where there are both.
+      probability: of a batch to be mixed at all.
+      num_classes: of the labels.
+      label_smoothing: share of each label that is spread over all classes.
+
+    Returns:
+      The images, in their dtype, and what they are to be told to be, float32; of each, the targets sum to one.
+    """
+    targets = soft_labels(labels, num_classes, label_smoothing)
+    if not mixup and not cutmix:
+        return images, targets
+    mixed_key, switch_key, weight_key, box_key = jax.random.split(key, 4)
+    is_cutmix = jax.random.uniform(switch_key) < (switch if mixup and cutmix else float(cutmix > 0))
+    alpha = jnp.where(is_cutmix, cutmix, mixup)
+    weight = jax.random.beta(weight_key, alpha, alpha)
+    weight = jnp.where(jax.random.uniform(mixed_key) < probability, weight, 1.0)
+
+    inside = _box(box_key, weight, images.shape[1], images.shape[2])
+    own = jnp.where(is_cutmix, 1.0 - inside, weight)[:, :, None].astype(images.dtype)
+    # CutMix's weight is the area that was in fact left.
+    weight = jnp.where(is_cutmix, 1.0 - jnp.mean(inside), weight)
+    mixed = own * images + (1 - own) * images[::-1]
+    return mixed, weight * targets + (1 - weight) * targets[::-1]
+
+
+def _box(key: jax.Array, weight: jax.Array, height: int, width: int) -> Float[Array, "height width"]:
+    """1 inside a box of the image's shape and 1 - weight of its area, cut off at the border; 0 outside."""
+    share = jnp.sqrt(1 - weight)
+    row_key, column_key = jax.random.split(key)
+    return _interval(row_key, share, height)[:, None] * _interval(column_key, share, width)
+
+
+def _interval(key: jax.Array, share: jax.Array, size: int) -> Float[Array, "size"]:
+    """1 within `share` of the size around a random pixel, the larger half of what is odd behind it."""
+    length = (size * share).astype(jnp.int32)
+    center = jax.random.randint(key, (), 0, size)
+    pixel = jnp.arange(size)
+    return ((pixel >= center - length // 2) & (pixel < center + (length + 1) // 2)).astype(jnp.float32)

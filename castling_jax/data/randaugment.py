@@ -1,0 +1,147 @@
+"""RandAugment (Cubuk et al., arXiv 1909.13719) as timm's policy strings name it, on Pillow's operations.
+
+These are timm's "increasing" operations (`inc1`): the further a magnitude is from 0, the further is the image from
+what it was. A magnitude is in [0, 10].
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from castling_jax.ops.errors import InputError
+
+MAX_MAGNITUDE = 10
+Color = tuple[int, ...]  # red, green, blue
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One of RandAugment's.
+
+    Attributes:
+      apply: (image, argument, fill color of what comes in from outside) -> image.
+      argument: of a magnitude, times -1 in half of the draws where `signed`.
+      signed: whether there are two directions.
+    """
+
+    apply: Callable[[Image.Image, Any, Color], Image.Image]
+    argument: Callable[[float], Any] = lambda magnitude: None
+    signed: bool = False
+
+
+def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Color) -> Image.Image:
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=fill
+    )
+
+
+def _rotate(image: Image.Image, degrees: float, fill: Color) -> Image.Image:
+    return image.rotate(degrees, resample=Image.Resampling.BICUBIC, fillcolor=fill)
+
+
+def _posterize(image: Image.Image, bits: int, fill: Color) -> Image.Image:
+    """Keeps the upper bits, 4 to 0. Without any, all is black, which Pillow 13's ImageOps.posterize refuses."""
+    return image.point([value >> (8 - bits) << (8 - bits) for value in range(256)] * 3)
+
+
+def _solarize_add(image: Image.Image, amount: int, fill: Color) -> Image.Image:
+    """Adds to what is darker than 128."""
+    return image.point([min(255, value + amount) if value < 128 else value for value in range(256)] * 3)
+
+
+def _enhance(enhancer: Any) -> Operation:
+    """Takes the image nearer to its grey, black or blurred form (a change below 0) or further away from it."""
+    return Operation(
+        lambda image, change, fill: enhancer(image).enhance(max(0.1, 1 + change)),
+        lambda magnitude: magnitude / MAX_MAGNITUDE * 0.9,
+        signed=True,
+    )
+
+
+_OF_SHEAR = {"argument": lambda magnitude: magnitude / MAX_MAGNITUDE * 0.3, "signed": True}
+_OF_TRANSLATION = {"argument": lambda magnitude: magnitude / MAX_MAGNITUDE * 0.45, "signed": True}  # share of the side
+
+OPERATIONS: dict[str, Operation] = {
+    "AutoContrast": Operation(lambda image, _, fill: ImageOps.autocontrast(image)),
+    "Equalize": Operation(lambda image, _, fill: ImageOps.equalize(image)),
+    "Invert": Operation(lambda image, _, fill: ImageOps.invert(image)),
+    "Rotate": Operation(_rotate, lambda magnitude: magnitude / MAX_MAGNITUDE * 30, signed=True),  # degrees
+    "Posterize": Operation(_posterize, lambda magnitude: 4 - int(magnitude / MAX_MAGNITUDE * 4)),
+    # What is at least so light is inverted: from 256, nothing, to 0, everything.
+    "Solarize": Operation(
+        lambda image, threshold, fill: ImageOps.solarize(image, threshold),
+        lambda magnitude: 256 - int(magnitude / MAX_MAGNITUDE * 256),
+    ),
+    "SolarizeAdd": Operation(_solarize_add, lambda magnitude: int(magnitude / MAX_MAGNITUDE * 110)),
+    "Color": _enhance(ImageEnhance.Color),
+    "Contrast": _enhance(ImageEnhance.Contrast),
+    "Brightness": _enhance(ImageEnhance.Brightness),
+    "Sharpness": _enhance(ImageEnhance.Sharpness),
+    "ShearX": Operation(lambda image, shear, fill: _affine(image, (1, shear, 0, 0, 1, 0), fill), **_OF_SHEAR),
+    "ShearY": Operation(lambda image, shear, fill: _affine(image, (1, 0, 0, shear, 1, 0), fill), **_OF_SHEAR),
+    "TranslateX": Operation(
+        lambda image, share, fill: _affine(image, (1, 0, share * image.width, 0, 1, 0), fill), **_OF_TRANSLATION
+    ),
+    "TranslateY": Operation(
+        lambda image, share, fill: _affine(image, (1, 0, 0, 0, 1, share * image.height), fill), **_OF_TRANSLATION
+    ),
+}
+_NAMES = tuple(OPERATIONS)
+_SECTION = re.compile(r"(m)(\d|10)|(n)([1-9]\d*)|(p)(1|0?\.\d+)|(mstd)(\d{1,2}|\d{0,2}\.\d+)|(inc)(1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class RandAugment:
+    """Applies operations drawn with replacement, one after the other.
+
+    Attributes:
+      fill: the color of what comes in from outside.
+      magnitude: the mean one.
+      magnitude_std: its standard deviation, normal; what falls outside [0, 10] is put to the nearer end.
+      layers: how many operations are drawn.
+      probability: of each of them, to be applied.
+    """
+
+    fill: Color
+    magnitude: int = MAX_MAGNITUDE
+    magnitude_std: float = 0.0
+    layers: int = 2
+    probability: float = 0.5
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """An RGB image, changed."""
+        for chosen in rng.integers(len(_NAMES), size=self.layers):
+            if rng.random() < self.probability:
+                magnitude = float(np.clip(rng.normal(self.magnitude, self.magnitude_std), 0, MAX_MAGNITUDE))
+                image = apply_operation(_NAMES[chosen], image, magnitude, rng.random() < 0.5, self.fill)
+        return image
+
+
+def apply_operation(name: str, image: Image.Image, magnitude: float, negative: bool, fill: Color) -> Image.Image:
+    """One of OPERATIONS, at a magnitude in [0, 10], and in the other direction where it has one and `negative`."""
+    operation = OPERATIONS[name]
+    argument = operation.argument(magnitude)
+    return operation.apply(image, -argument if operation.signed and negative else argument, fill)
+
+
+def parse_policy(policy: str, fill: Color) -> RandAugment:
+    """ "rand-m9-mstd0.5-inc1" -> RandAugment. m, n, p, mstd: magnitude, layers, probability, magnitude_std.
+
+    Raises:
+      InputError: the string is of another form, a number out of range, or inc1 is missing: timm's other operations,
+        some of which change less at a larger magnitude, are not here.
+    """
+    kind, *sections = policy.split("-")
+    found = [_SECTION.fullmatch(section) for section in sections]
+    values = dict(tuple(filter(None, match.groups())) for match in found if match)
+    if kind != "rand" or None in found or "inc" not in values:
+        raise InputError(
+            f"a RandAugment policy must be such as 'rand-m9-mstd0.5-inc1' or 'rand-m9-n6-mstd0.5-inc1', with inc1, "
+            f"m up to {MAX_MAGNITUDE}, n of at least 1, p up to 1 and mstd below 100, not {policy!r}."
+        )
+    magnitude, layers = (int(values.get(name, default)) for name, default in (("m", MAX_MAGNITUDE), ("n", 2)))
+    return RandAugment(fill, magnitude, float(values.get("mstd", 0)), layers, float(values.get("p", 0.5)))

@@ -1,0 +1,108 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from castling_jax.data.mixing import mix, soft_labels
+
+CLASSES = 6
+LABELS = jnp.arange(CLASSES)  # each image of a class of its own: the targets show the weights
+SMOOTHING = 0.1
+MIX = {"mixup": 0.8, "cutmix": 1.0, "switch": 0.4, "probability": 0.8, "num_classes": CLASSES}
+SEEDS = 3000
+HEIGHT, WIDTH = 13, 10
+IMAGES = np.random.default_rng(0).normal(size=(CLASSES, HEIGHT, WIDTH, 3)).astype(np.float32)
+ONES = np.where(np.eye(CLASSES), 1 - SMOOTHING + SMOOTHING / CLASSES, SMOOTHING / CLASSES)  # smoothed labels
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """What becomes of one batch under SEEDS keys, sorted by what was done to it. (The draws take seconds to compile.)
+
+    Returns:
+      kind -> (images, where they are their own [seeds, height, width], weights of the own labels [seeds]).
+    """
+
+    def one(seed):
+        key = jax.random.key(seed)
+        return mix(jnp.asarray(IMAGES), LABELS, key, **MIX, label_smoothing=SMOOTHING)
+
+    images, targets = map(np.asarray, jax.jit(lambda seeds: jax.lax.map(one, seeds))(jnp.arange(SEEDS)))
+    # timm's targets: y1 * lam + y2 * (1 - lam), the partner's from the batch's end.
+    weights = (targets[:, 0, 0].astype(float) - ONES[0, 1]) / (1 - SMOOTHING)
+    expected = weights[:, None, None] * ONES + (1 - weights[:, None, None]) * ONES[::-1]
+    np.testing.assert_allclose(targets, expected, atol=2e-7)
+    np.testing.assert_allclose(targets.sum(-1), 1, atol=5e-7)
+    own, others = ((images == batch).all(-1) for batch in (IMAGES, IMAGES[::-1]))
+    assert (own == own[:, :1]).all()  # one box for the batch
+    is_whole, is_cut = own.all((1, 2, 3)), (own | others).all((1, 2, 3))
+    kinds = {"none": is_whole, "cutmix": is_cut & ~is_whole, "mixup": ~is_cut}
+    return {kind: (images[chosen], own[chosen, 0], weights[chosen]) for kind, chosen in kinds.items()}
+
+
+def test_switch_and_probability_are_shares_of_the_batches(mixed):
+    shares = {kind: len(weights) / SEEDS for kind, (*_, weights) in mixed.items()}
+    # CutMix's box may be shorter than a pixel, sqrt(1 - lambda) < 1 / 10: under 1 % of the batches.
+    for kind, expected in (("none", 0.2), ("cutmix", 0.8 * 0.4), ("mixup", 0.8 * 0.6)):
+        assert abs(shares[kind] - expected) < 5 * np.sqrt(expected * (1 - expected) / SEEDS) + 0.01
+    np.testing.assert_allclose(mixed["none"][2], 1, atol=5e-7)
+
+
+def test_mixup_weighs_images_and_labels_alike(mixed):
+    images, _, weights = mixed["mixup"]
+    weights = weights[:, None, None, None, None]
+    # Roundings of weights to 2e-7, as recovered from the targets, times numbers up to 8.
+    np.testing.assert_allclose(images, weights * IMAGES + (1 - weights) * IMAGES[::-1], atol=3e-6)
+
+
+def test_mixups_weight_is_from_the_beta_distribution(mixed):
+    *_, weights = mixed["mixup"]
+    count = len(weights)
+    assert scipy.stats.kstest(weights, scipy.stats.beta(0.8, 0.8).cdf).pvalue > 1e-4
+    # Mean 1/2 and variance 1 / (4 (2 alpha + 1)), within five standard deviations.
+    assert abs(weights.mean() - 0.5) < 5 * weights.std() / np.sqrt(count)
+    assert abs(weights.var() - 1 / (4 * 2.6)) < 5 * weights.var() * np.sqrt(2 / count)
+
+
+def test_cutmixs_label_weight_is_the_area_that_is_left(mixed):
+    _, own, weights = mixed["cutmix"]
+    # A pixel is 8e-3; the weights are recovered from float32 targets.
+    np.testing.assert_allclose(weights, own.mean((1, 2)), rtol=0, atol=3e-7)
+
+
+def test_cutmixs_boxes_are_the_papers(mixed):
+    """Sides of sqrt(1 - lambda) around a uniform pixel, cut off at the border; lambda is uniform where alpha is 1."""
+    cut = ~mixed["cutmix"][1]
+    rng = np.random.default_rng(0)
+    expected = []
+    for share in np.sqrt(1 - rng.uniform(size=20_000)):
+        area = 1
+        for size in (HEIGHT, WIDTH):
+            length, center = int(size * share), rng.integers(size)
+            area *= min(size, center + (length + 1) // 2) - max(0, center - length // 2)
+        expected.append(area)
+    assert scipy.stats.ks_2samp(cut.sum((1, 2)), [area for area in expected if area]).pvalue > 1e-4
+    for of_image in cut:  # a box, and full
+        rows, columns = np.nonzero(of_image)
+        assert of_image.sum() == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+    assert cut.any(0).all()  # wherever it may lie
+
+
+def test_labels_are_smoothed_over_all_classes():
+    expected = np.full((2, 4), 0.1 / 4)
+    expected[[0, 1], [2, 0]] += 0.9
+    np.testing.assert_allclose(soft_labels(jnp.array([2, 0]), 4, 0.1), expected, rtol=2e-7)
+
+
+def test_without_mixing_labels_are_one_hot():
+    result, targets = mix(jnp.asarray(IMAGES), LABELS, jax.random.key(0), **(MIX | {"mixup": 0.0, "cutmix": 0.0}))
+    np.testing.assert_array_equal(result, IMAGES)
+    np.testing.assert_array_equal(targets, np.eye(CLASSES))
+
+
+def test_images_keep_their_dtype_and_targets_are_float32():
+    batch = jax.ShapeDtypeStruct(IMAGES.shape, jnp.bfloat16)
+    result, targets = jax.eval_shape(lambda images: mix(images, LABELS, jax.random.key(0), **MIX), batch)
+    assert (result.dtype, result.shape) == (jnp.bfloat16, IMAGES.shape)
+    assert (targets.dtype, targets.shape) == (jnp.float32, (CLASSES, CLASSES))
