@@ -39,6 +39,7 @@ from etils import epath
 from castling_jax.convert.files import MODEL_FILE, PAYLOADS, load_inference, save_inference
 from castling_jax.convert.inference import SOFTMAX_BRANCH, check_switch, to_inference
 from castling_jax.data.loader import evaluation_batches
+from castling_jax.data.plain import eval_example
 from castling_jax.data.sources import load_dataset
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
@@ -62,6 +63,7 @@ class Source:
       variables: its.
       mask_threshold: what training has reached; None without a run.
       dataset: (name, held-out split) to check it on.
+      data_dir: where it is, if not where its kind is usually.
     """
 
     about: str
@@ -69,6 +71,7 @@ class Source:
     variables: Variables
     mask_threshold: float | None = None
     dataset: tuple[str, str] = ("digits", "test")
+    data_dir: str | None = None
 
 
 def read_source(path: epath.Path, *, ema: bool) -> Source:
@@ -81,8 +84,9 @@ def read_source(path: epath.Path, *, ema: bool) -> Source:
     if inference is None or checkpoint_steps(path / CHECKPOINTS):
         found = read_snapshot(path, ema=ema)
         about = f"{found.folder}, step {found.step:,}" + (", moving average" if ema else "")
-        held_out = (found.config.dataset.name, found.config.dataset.eval_split)
-        return Source(about, found.model, found.variables, found.mask_threshold, held_out)
+        data = found.config.dataset
+        held_out = (data.name, data.eval_split)
+        return Source(about, found.model, found.variables, found.mask_threshold, held_out, data.data_dir)
     if ema:
         raise InputError(f"'{inference}' is in inference form and holds no moving average: leave out --ema.")
     return Source(str(inference), *load_inference(inference))
@@ -102,7 +106,7 @@ def convert(path: epath.Path, out: epath.Path, *, format: str, ema: bool, bfloat
     print(f"{spec.name}, {spec.attention}, {spec.image_size} pixels, {spec.num_classes} classes: {source.about}\n")
     print(table(source.variables, variables))
     if check:
-        images = held_out_images(model, *source.dataset)
+        images = held_out_images(model, *source.dataset, source.data_dir)
         print(f"\nOn {len(images)} images of {' '.join(source.dataset)}:")
         for line in check_forms(source, images):
             print(f"  {line}")
@@ -161,10 +165,11 @@ def _fate(path: str, old: dict[str, np.ndarray], new: dict[str, np.ndarray]) -> 
     return "averaged into head" if "/head_dist/" in path and "/bn/" not in path else "folded into linear"
 
 
-def held_out_images(model: Backbone, name: str, split: str) -> jax.Array:
+def held_out_images(model: Backbone, name: str, split: str, data_dir: str | None) -> jax.Array:
     """Up to CHECK_IMAGES held-out images, [batch, size, size, 3], of the model's size."""
-    dataset = load_dataset(name, split)
-    images = next(evaluation_batches(dataset, batch_size=min(CHECK_IMAGES, len(dataset))))["image"]
+    dataset = load_dataset(name, split, data_dir=data_dir)
+    batches = evaluation_batches(dataset, batch_size=min(CHECK_IMAGES, len(dataset)), transform=eval_example)
+    images = next(batches)["image"]
     size = model.spec.image_size
     return jax.image.resize(images, (len(images), size, size, 3), "nearest")
 

@@ -1,6 +1,7 @@
 """Training from a configuration to a finished run, resumable at any moment, on any number of processes."""
 
 import contextlib
+import functools
 import json
 import math
 import time
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from castling_jax.convert.files import save_inference, write_atomically
 from castling_jax.data.loader import training_batches
+from castling_jax.data.plain import train_example
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model, create_model
 from castling_jax.models.variables import Variables, get_variables
@@ -146,11 +148,19 @@ def _loop(
         setup.train_set,
         batch_size=config.train.batch_size,
         seed=config.seed,
-        shift_pixels=config.dataset.shift_pixels,
+        transform=functools.partial(train_example, shift_pixels=config.dataset.shift_pixels),
         first_step=step,
         rows=process_rows(config.train.batch_size, setup.mesh),
+        workers=config.dataset.workers,
+        max_corrupt_share=config.dataset.max_corrupt_share,
     )
-    evaluate = make_evaluator(setup.model, setup.eval_set, batch_size=config.evaluation.batch_size, mesh=setup.mesh)
+    evaluate = make_evaluator(
+        setup.model,
+        setup.eval_set,
+        batch_size=config.evaluation.batch_size,
+        mesh=setup.mesh,
+        max_corrupt_share=config.dataset.max_corrupt_share,
+    )
     macs = _macs(setup)
     meter = Meter(batch_size=config.train.batch_size, step=step, total_steps=total_steps, peak=peak_flops())
     best = checkpoints.best()

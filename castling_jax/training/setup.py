@@ -71,8 +71,9 @@ def set_up(config: ConfigDict, devices: Sequence[Any] | None = None) -> Setup:
     mesh = make_mesh(config.mesh, devices)
     check_batch("train.batch_size", config.train.batch_size, mesh, parts=config.train.accumulate_steps)
     check_batch("evaluation.batch_size", config.evaluation.batch_size, mesh)
-    train_set = load_dataset(config.dataset.name, config.dataset.train_split)
-    eval_set = load_dataset(config.dataset.name, config.dataset.eval_split)
+    data = config.dataset
+    train_set = load_dataset(data.name, data.train_split, data_dir=data.data_dir)
+    eval_set = load_dataset(data.name, data.eval_split, data_dir=data.data_dir)
     steps_per_epoch = len(train_set) // config.train.batch_size
     if not steps_per_epoch:
         raise InputError(
