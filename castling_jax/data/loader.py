@@ -1,21 +1,33 @@
 """Batches: an endless shuffled stream for training, and exactly one pass for evaluation."""
 
+import dataclasses
 import functools
+import logging
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 from jaxtyping import Int
 
 from castling_jax.data.sources import Dataset
-from castling_jax.data.transforms import normalize, training_example
 from castling_jax.ops.errors import InputError
 
-READ_THREADS = 2  # more are slower on small machines, and images in memory need no more
-BATCHES_AHEAD = 8  # that are kept ready
+LOGGER = logging.getLogger(__name__)
+PART = 32  # images that one thread reads at a time: a batch is shared out, and what is read ahead is bounded
+PARTS_AHEAD = 4  # for each thread
+MAX_THREADS = 16  # in one process; beyond, they wait for Python's lock more than they work
+CORRUPT_IN_A_ROW = 100  # after so many, nothing good is looked for any further
+MIN_IMAGES_JUDGED = 10_000  # the share of corrupt images is of at least so many
+NAMED = 3  # corrupt images in an error message
 Batch = dict[str, np.ndarray]
 Rows = Int[np.ndarray, "rows"]
+Example = dict[str, Any]
+TrainTransform = Callable[[Example, np.random.Generator], Example]
+EvalTransform = Callable[[Example], Example]
 
 
 def training_batches(
@@ -23,62 +35,214 @@ def training_batches(
     *,
     batch_size: int,
     seed: int,
-    shift_pixels: int,
+    transform: TrainTransform,
+    repeats: int = 1,
     first_step: int = 0,
     rows: Rows | None = None,
+    workers: int = 0,
+    max_corrupt_share: float = 0.0,
 ) -> Iterator[Batch]:
     """An endless stream of shuffled, augmented batches; every epoch in another order.
 
-    Batch number `step` is a function of the seed and of the step alone, on any number of processes: a run that goes
-    on needs to know nothing but its step.
+    Batch number `step` is a function of the seed and of the step alone, on any number of processes and workers: a run
+    that goes on needs to know nothing but its step.
+
+    The batches cut one endless stream of images, and run over the end of an epoch: of each len(dataset) images from a
+    multiple of it on, every one is another example, and none is ever left out. With `repeats` that is said of
+    repeats * len(dataset) images, in which each example comes `repeats` times in a row, each time augmented anew
+    (Hoffer et al. 2020, as in DeiT's recipe). An example that is corrupt is replaced by the next one of the dataset
+    that is not.
 
     Args:
       dataset: examples.
       batch_size: of all processes together.
       seed: of the order and of the augmentations.
-      shift_pixels: largest random shift; 0 is none.
+      transform: (example, random generator) -> {"image": [height, width, 3], "label": int}, all images of one size. It
+        raises an InputError where the image is corrupt.
+      repeats: how often an example comes in a row.
       first_step: the number of the first batch that is given.
       rows: which rows of every batch are given; None is all.
+      workers: processes that read; 0 is threads of this one. Dataset and transform must then be picklable, and the main
+        program guarded by `if __name__ == "__main__"`.
+      max_corrupt_share: of the images read.
 
     Returns:
-      An iterator of {"image": [rows, height, width, 3] in [-1, 1], "label": [rows]}.
+      An iterator of {"image": [rows, height, width, 3], "label": [rows] int32}. It raises an InputError when more than
+      max_corrupt_share of the images that this process has read are corrupt.
 
     Raises:
       InputError: the batch is larger than the dataset.
     """
     if not 1 <= batch_size <= len(dataset):
         raise InputError(f"a batch must be of 1 to {len(dataset)} images (there are no more), not {batch_size}.")
-    examples = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat()
-    examples = examples.random_map(functools.partial(training_example, shift_pixels=shift_pixels))
-    chosen = np.arange(batch_size) if rows is None else rows
-    steps = grain.MapDataset.range(first_step, sys.maxsize // batch_size)
-    batches = steps.map(functools.partial(_batch, examples, batch_size=batch_size, rows=chosen))
-    return iter(batches.to_iter_dataset(grain.ReadOptions(READ_THREADS, BATCHES_AHEAD)))
+    order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat()
+    read = functools.partial(_training_image, dataset, transform, order, seed, repeats)
+    parts = _Parts(read, batch_size, rows)
+    first, last = first_step * len(parts.rows), sys.maxsize // batch_size
+    batches = _batches(parts, range(first, last), workers=workers, max_corrupt_share=max_corrupt_share)
+    return ({"image": batch["image"], "label": batch["label"]} for batch in batches)
 
 
-def _batch(examples: grain.MapDataset, step: int, *, batch_size: int, rows: Rows) -> Batch:
-    chosen = [examples[step * batch_size + int(row)] for row in rows]
-    return {name: np.stack([example[name] for example in chosen]) for name in chosen[0]}
-
-
-def evaluation_batches(dataset: Dataset, *, batch_size: int, rows: Rows | None = None) -> Iterator[Batch]:
+def evaluation_batches(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    transform: EvalTransform,
+    rows: Rows | None = None,
+    workers: int = 0,
+    max_corrupt_share: float = 0.0,
+) -> Iterator[Batch]:
     """One pass over the dataset in batches of one size: the last is padded, and `weight` is 0 where it is.
+
+    A corrupt image has the weight 0 too, and is counted as in training.
 
     Args:
       dataset: examples.
       batch_size: of all processes together.
+      transform: example -> {"image": [height, width, 3], "label": int}, all images of one size.
       rows: which rows of every batch are given; None is all.
+      workers: as in training.
+      max_corrupt_share: as in training.
 
-    Yields:
-      {"image", "label", "weight"}, each of these rows.
+    Returns:
+      An iterator of {"image", "label", "weight"}, each of these rows.
     """
-    chosen = np.arange(batch_size) if rows is None else rows
-    for start in range(0, len(dataset), batch_size):
-        indices = start + chosen
-        weight = (indices < len(dataset)).astype(np.float32)
-        examples = [dataset[index] for index in np.minimum(indices, len(dataset) - 1)]
-        yield {
-            "image": np.stack([normalize(example["image"]) for example in examples]),
-            "label": np.stack([example["label"] for example in examples]),
-            "weight": weight,
+    parts = _Parts(functools.partial(_evaluation_image, dataset, transform), batch_size, rows)
+    count = -(-len(dataset) // batch_size) * len(parts.rows)
+    return _batches(parts, range(count), workers=workers, max_corrupt_share=max_corrupt_share)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """An image that was read, its label, the weight that it has in an evaluation, and what was corrupt before it."""
+
+    example: Example
+    weight: float
+    corrupt: tuple[str, ...]
+
+
+def _training_image(
+    dataset: Dataset, transform: TrainTransform, order: grain.MapDataset, seed: int, repeats: int, position: int
+) -> _Read:
+    """The image at a position of the endless stream."""
+
+    def augmented(example: Example) -> Example:
+        return transform(example, np.random.default_rng((seed, position)))
+
+    return _first_good(dataset, augmented, int(order[position // repeats]))
+
+
+def _evaluation_image(dataset: Dataset, transform: EvalTransform, position: int) -> _Read:
+    """The image at a position of the padded dataset."""
+    if position >= len(dataset):
+        read = _first_good(dataset, transform, len(dataset) - 1)
+        return _Read(read.example, 0.0, ())
+    read = _first_good(dataset, transform, position)
+    return dataclasses.replace(read, weight=0.0) if read.corrupt else read
+
+
+def _first_good(dataset: Dataset, transform: EvalTransform, index: int) -> _Read:
+    """The example at an index or, where that is corrupt, the next one that is not."""
+    corrupt: list[str] = []
+    for offset in range(min(len(dataset), CORRUPT_IN_A_ROW)):
+        nearby = (index + offset) % len(dataset)
+        try:
+            return _Read(transform(dataset[nearby]), 1.0, tuple(corrupt))
+        except InputError as error:
+            corrupt.append(f"{dataset.describe(nearby)}: {error}")
+    raise InputError(f"{len(corrupt)} images in a row are corrupt, the first of them {corrupt[0]}")
+
+
+class _Parts:
+    """Batches in parts of up to PART rows, numbered from the first part of batch 0 on.
+
+    Args:
+      read: position in the stream -> image.
+      batch_size: of all processes together.
+      rows: of every batch; None is all.
+    """
+
+    def __init__(self, read: Callable[[int], _Read], batch_size: int, rows: Rows | None):
+        rows = np.arange(batch_size) if rows is None else rows
+        self.rows = np.array_split(rows, -(-len(rows) // PART))
+        self._read, self._batch_size = read, batch_size
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        step, part = divmod(number, len(self.rows))
+        read = [self._read(step * self._batch_size + int(row)) for row in self.rows[part]]
+        return {
+            "image": np.stack([image.example["image"] for image in read]),
+            "label": np.array([image.example["label"] for image in read], np.int32),
+            "weight": np.array([image.weight for image in read], np.float32),
+            "corrupt": [text for image in read for text in image.corrupt],
         }
+
+
+def _batches(parts: _Parts, numbers: range, *, workers: int, max_corrupt_share: float) -> Iterator[Batch]:
+    """Whole batches from the parts of these numbers, read ahead."""
+    threads = 1 if workers else min(os.cpu_count() or 1, MAX_THREADS)
+    options = grain.ReadOptions(threads, PARTS_AHEAD * threads)
+    stream = grain.MapDataset.range(numbers.start, numbers.stop).map(parts).to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain hands flags on to its processes; a notebook or a test has none
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=PARTS_AHEAD))
+    return _whole(stream, len(parts.rows), max_corrupt_share)
+
+
+def _whole(stream: grain.IterDataset, count: int, max_corrupt_share: float) -> Iterator[Batch]:
+    corrupt = _Corrupt(max_corrupt_share)
+    iterator = iter(stream)
+    try:
+        while True:
+            parts = []
+            for _ in range(count):
+                try:
+                    parts.append(next(iterator))
+                except StopIteration:
+                    return
+            batch = {name: np.concatenate([part[name] for part in parts]) for name in ("image", "label", "weight")}
+            corrupt.add(len(batch["label"]), [text for part in parts for text in part["corrupt"]])
+            yield batch
+    finally:
+        iterator.close()
+
+
+@functools.cache  # once each, however often it is read
+def _warn(text: str) -> None:
+    LOGGER.warning("Corrupt image, the next takes its place: %s", text)
+
+
+class _Corrupt:
+    """Counts the corrupt images among those that this process reads, and logs each one's name once.
+
+    Counted where batches are used, not where they are read: so in the same order with any threads and workers.
+
+    Args:
+      max_share: of the images read, of MIN_IMAGES_JUDGED at least, so that a few bad images at first end nothing.
+    """
+
+    def __init__(self, max_share: float):
+        self._max_share = max_share
+        self._read = self._count = 0
+        self._named: dict[str, None] = {}
+
+    def add(self, read: int, corrupt: list[str]) -> None:
+        """Counts the images of a batch.
+
+        Raises:
+          InputError: too many are corrupt.
+        """
+        self._read += read
+        self._count += len(corrupt)
+        for text in corrupt:
+            self._named[text] = None
+            _warn(text)
+        if self._count > self._max_share * max(self._read, MIN_IMAGES_JUDGED):
+            named = list(self._named)
+            more = f"; and {len(named) - NAMED} others" if len(named) > NAMED else ""
+            raise InputError(
+                f"{self._count:,} of the {self._read:,} images read so far are corrupt, more than "
+                f"config.dataset.max_corrupt_share = {self._max_share:g} allows: "
+                f"{'; '.join(text.rstrip('.') for text in named[:NAMED])}{more}."
+            )

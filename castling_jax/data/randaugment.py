@@ -62,8 +62,9 @@ def _enhance(enhancer: Any) -> Operation:
     )
 
 
-_OF_SHEAR = {"argument": lambda magnitude: magnitude / MAX_MAGNITUDE * 0.3, "signed": True}
-_OF_TRANSLATION = {"argument": lambda magnitude: magnitude / MAX_MAGNITUDE * 0.45, "signed": True}  # share of the side
+_OF_SHEAR: dict[str, Any] = {"argument": lambda magnitude: magnitude / MAX_MAGNITUDE * 0.3, "signed": True}
+# As a share of the side.
+_OF_TRANSLATION: dict[str, Any] = {"argument": lambda magnitude: magnitude / MAX_MAGNITUDE * 0.45, "signed": True}
 
 OPERATIONS: dict[str, Operation] = {
     "AutoContrast": Operation(lambda image, _, fill: ImageOps.autocontrast(image)),

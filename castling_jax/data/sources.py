@@ -1,19 +1,53 @@
-"""Where examples come from: names -> random-access datasets."""
+"""Where examples come from: names -> random-access datasets.
 
+digits                 scikit-learn's handwritten digits, in its wheel
+folder:PATH            images in PATH/SPLIT/CLASS/
+NAME[/CONFIG][:VERSION]  a data set of tensorflow-datasets, prepared by castling_jax.tools.prepare
+"""
+
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import difflib
+import re
+from typing import Any, Protocol
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float, Int
 
-from castling_jax.ops.errors import check_known
+from castling_jax.ops.errors import InputError, check_known
 
 DIGITS_SPLITS = ("train", "test", "minitrain", "minival")
+FOLDER = "folder:"  # how the name of a folder of images starts
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+UNREADABLE = (ValueError, RuntimeError)  # what ArrayRecord and protocol buffers raise
+# A data set of no more bytes is held in memory, encoded: to read one small record takes longer than to decode it.
+IN_MEMORY_BYTES = 256_000_000
+TFDS_NAME = r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?"
+
+
+class Dataset(Protocol):
+    """Labelled images, read at random access by many threads at once."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"image": encoded bytes, or float32 [height, width, 3] in [0, 1]; "label": from 0}.
+
+        Raises:
+          InputError: the image cannot be read.
+        """
+
+    def describe(self, index: int) -> str:
+        """Names an example to a person."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
-    """Labelled images in memory: a source for grain.
+class ArrayDataset:
+    """Labelled images in memory.
 
     Images are in [0, 1] with three channels always: grey ones are repeated, so that every model takes every dataset.
     """
@@ -25,11 +59,107 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"image": self.images[index], "label": self.labels[index]}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index], "label": int(self.labels[index])}
+
+    def describe(self, index: int) -> str:
+        return f"image {index}"
 
 
-def digits(split: str) -> Dataset:
+@dataclasses.dataclass(frozen=True)
+class FolderDataset:
+    """Image files in a folder for each class.
+
+    Attributes:
+      folder: of the split.
+      files: relative to the folder, CLASS/NAME, sorted.
+      labels: of the files.
+      classes: names of all classes.
+    """
+
+    folder: epath.Path
+    files: list[str]
+    labels: Int[np.ndarray, "examples"]
+    classes: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            image = (self.folder / self.files[index]).read_bytes()
+        except OSError as error:
+            raise InputError(f"the file cannot be read ({error.strerror or error}).") from error
+        return {"image": image, "label": int(self.labels[index])}
+
+    def describe(self, index: int) -> str:
+        return f"'{self.folder / self.files[index]}'"
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsDataset:
+    """A split of a data set of tensorflow-datasets, as ArrayRecord.
+
+    Attributes:
+      name: with configuration and version, if they were given.
+      split: in TFDS's notation.
+      source: gives TFDS's examples, the images still encoded; a list of them where they are in memory.
+      image: the name of the feature.
+      label: likewise.
+      num_classes: of the labels.
+    """
+
+    name: str
+    split: str
+    source: Any
+    image: str
+    label: str
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self._example(index)
+        return {"image": example[self.image], "label": int(example[self.label])}
+
+    def describe(self, index: int) -> str:
+        try:
+            file_name = self._example(index).get("file_name", b"")
+        except InputError:
+            file_name = b""
+        return f"{self.name} {self.split} {index}" + (f" '{file_name.decode()}'" if file_name else "")
+
+    def _example(self, index: int) -> dict[str, Any]:
+        try:
+            return self.source[int(index)]
+        except UNREADABLE as error:
+            raise InputError(f"the record cannot be read ({' '.join(str(error).split())}).") from error
+
+
+def load_dataset(name: str, split: str, *, data_dir: epath.PathLike | None = None) -> Dataset:
+    """A split of a dataset by its name; the module's docstring says which there are.
+
+    Args:
+      name: of the dataset.
+      split: one of its splits; of tensorflow-datasets' in its notation, such as "train[:90%]".
+      data_dir: where tensorflow-datasets' are; None is where it puts them, ~/tensorflow_datasets.
+
+    Raises:
+      InputError: the dataset or the split is unknown, not prepared or empty, or no labelled images.
+    """
+    if name == "digits":
+        return digits(split)
+    if name.startswith(FOLDER):
+        return folder(name.removeprefix(FOLDER), split)
+    return tfds_dataset(name, split, data_dir=data_dir)
+
+
+def digits(split: str) -> ArrayDataset:
     """scikit-learn's handwritten digits: 1,797 real grey images of 8 x 8 pixels.
 
     Args:
@@ -52,17 +182,144 @@ def digits(split: str) -> Dataset:
         train, test = train_test_split(train, test_size=0.2, stratify=labels[train], random_state=0)
     chosen = np.sort(train if split.endswith("train") else test)
     images = (data.images[chosen] / 16).astype(np.float32)
-    return Dataset(np.repeat(images[..., None], 3, axis=-1), labels[chosen], num_classes=10)
+    return ArrayDataset(np.repeat(images[..., None], 3, axis=-1), labels[chosen], num_classes=10)
 
 
-DATASETS: dict[str, Callable[[str], Dataset]] = {"digits": digits}
+def folder(path: epath.PathLike, split: str) -> FolderDataset:
+    """The images PATH/SPLIT/CLASS/*, in sorted order.
 
+    The folders in PATH/train, sorted, are the classes, so that a label means the same in every split.
 
-def load_dataset(name: str, split: str) -> Dataset:
-    """A split of a dataset by its name.
+    Args:
+      path: of the folder.
+      split: a folder in it.
 
     Raises:
-      InputError: the dataset or the split is unknown.
+      InputError: a folder is missing, holds no classes, no images, or a class that PATH/train has not.
     """
-    check_known("dataset", name, DATASETS)
-    return DATASETS[name](split)
+    root = epath.Path(path).expanduser()
+    if not root.is_dir():
+        raise InputError(f"there is no folder '{root}'.")
+    splits = _folders(root)
+    if "train" not in splits:
+        raise InputError(f"'{root}' has no folder 'train', whose folders would be the classes.")
+    check_known(f"split of '{root}'", split, splits)
+    classes = _folders(root / "train")
+    if not classes:
+        raise InputError(f"'{root / 'train'}' holds no folders, one for the images of each class.")
+    files: list[str] = []
+    labels: list[int] = []
+    for name in _folders(root / split):
+        if name not in classes:
+            raise InputError(f"'{root / split / name}' is of a class for which '{root / 'train'}' has no folder.")
+        found = sorted(file.name for file in (root / split / name).iterdir() if _is_image(file.name))
+        if not found:
+            raise InputError(f"'{root / split / name}' holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+        files += [f"{name}/{file}" for file in found]
+        labels += [classes.index(name)] * len(found)
+    if not files:
+        raise InputError(f"'{root / split}' holds no folders, one for the images of each class.")
+    return FolderDataset(root / split, files, np.array(labels, np.int32), tuple(classes))
+
+
+def _folders(path: epath.Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.is_dir())
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def tfds_dataset(name: str, split: str, *, data_dir: epath.PathLike | None = None) -> TfdsDataset:
+    """A split of a data set of tensorflow-datasets; TensorFlow is not needed.
+
+    Args:
+      name: NAME[/CONFIG][:VERSION], also of one that tensorflow-datasets does not know but that is in data_dir.
+      split: in TFDS's notation.
+      data_dir: None is TFDS's own.
+
+    Raises:
+      InputError: an unknown name or split, or a data set that is not prepared, or not of labelled images.
+    """
+    import tensorflow_datasets as tfds  # takes a second
+
+    builder = tfds_builder(name, data_dir=data_dir)
+    image, label = labelled_image(builder)
+    try:
+        source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
+    except Exception as error:  # of many kinds
+        raise _unreadable(builder, name, split, data_dir, error) from error
+    if 0 < builder.info.dataset_size <= IN_MEMORY_BYTES:
+        with contextlib.suppress(*UNREADABLE):  # one record that cannot be read must not be the end of the others
+            source = source.__getitems__(range(len(source)))
+    dataset = TfdsDataset(name, split, source, image, label, builder.info.features[label].num_classes)
+    if not len(dataset):
+        raise InputError(f"the split {split!r} of {name} holds no images.")
+    first = 0
+    with contextlib.suppress(InputError):  # the first record is corrupt: whoever reads the dataset counts those
+        first = dataset[0]["label"]
+    if first < 0:
+        raise InputError(f"the split {split!r} of {name} has no labels.")
+    return dataset
+
+
+def tfds_builder(name: str, *, data_dir: epath.PathLike | None, **options: Any) -> Any:
+    """tfds.builder, with its complaints in one sentence.
+
+    Raises:
+      InputError: the name, configuration or version is unknown.
+    """
+    import tensorflow_datasets as tfds
+
+    known = ["digits", f"{FOLDER}PATH", *tfds.list_builders(with_community_datasets=False)]
+    if not re.fullmatch(TFDS_NAME, name):
+        raise InputError(f"a dataset is named digits, {FOLDER}PATH or NAME[/CONFIG][:VERSION], not {name!r}.")
+    try:
+        return tfds.builder(name, data_dir=data_dir, **options)
+    except tfds.core.DatasetNotFoundError as error:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "tensorflow-datasets has none of this name."
+        raise InputError(f"unknown dataset {name!r}: {hint}") from error
+    except (AssertionError, ValueError) as error:  # the configuration or the version
+        said = " ".join(str(error).split(": ", 1)[-1].split()).rstrip(".:")
+        raise InputError(f"unknown dataset {name!r} (tensorflow-datasets: {said}).") from error
+
+
+def labelled_image(builder: Any) -> tuple[str, str]:
+    """The names of the features of a data set that are its image and its label.
+
+    Raises:
+      InputError: it has none.
+    """
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    names = builder.info.supervised_keys or ("image", "label")
+    image, label = (features[name] if isinstance(name, str) and name in features else None for name in names[:2])
+    if not isinstance(image, tfds.features.Image) or np.dtype(image.np_dtype).kind != "u":
+        raise InputError(f"the dataset {builder.name} is not of labelled images: it has {', '.join(features)}.")
+    if not isinstance(label, tfds.features.ClassLabel):
+        raise InputError(f"the labels of the dataset {builder.name} are not classes.")
+    return names[0], names[1]
+
+
+def prepare_command(name: str, data_dir: epath.PathLike | None) -> str:
+    """What prepares a data set of tensorflow-datasets."""
+    return f"python -m castling_jax.tools.prepare {name}" + (f" --data_dir={data_dir}" if data_dir else "")
+
+
+def _unreadable(builder: Any, name: str, split: str, data_dir: epath.PathLike | None, error: Exception) -> InputError:
+    """Why a split cannot be read."""
+    if not builder.is_prepared():
+        return InputError(f"{name} is not prepared in '{builder.data_path}'; run {prepare_command(name, data_dir)}.")
+    if isinstance(error, NotImplementedError):
+        return InputError(
+            f"'{builder.data_path}' is prepared as {builder.info.file_format.value}, which cannot be read at random "
+            f"access: remove it, or choose another data_dir, and run {prepare_command(name, data_dir)}."
+        )
+    for used in re.findall(r"(?:^|\+)\s*([\w-]+)", split):
+        try:
+            check_known(f"split of {name}", used, builder.info.splits)
+        except InputError as unknown:
+            return unknown
+    return InputError(f"the split {split!r} of {name} cannot be read ({' '.join(str(error).split()).rstrip('.')}).")

@@ -40,7 +40,9 @@ def normalize(image: Image, mean: Channels = (0.5, 0.5, 0.5), std: Channels = (0
     """From [0, 1] to a mean of 0 and a standard deviation of 1, where `mean` and `std` are the data set's."""
     # Row by row: numpy is slow where the last axis has three entries only.
     height, width, _ = image.shape
-    rows = (image.reshape(height, -1) - np.tile(np.float32(mean), width)) / np.tile(np.float32(std), width)
+    rows = (image.reshape(height, -1) - np.tile(np.asarray(mean, np.float32), width)) / np.tile(
+        np.asarray(std, np.float32), width
+    )
     return rows.reshape(image.shape)
 
 
@@ -257,10 +259,4 @@ def _is_float(image: Any) -> bool:
 
 
 def _as_floats(image: PillowImage.Image | Image) -> Image:
-    return image if _is_float(image) else np.asarray(image, np.float32) / 255
-
-
-def training_example(example: Example, rng: np.random.Generator, *, shift_pixels: int) -> Example:
-    """Until the loader takes a transform."""
-    image = random_shift(example["image"], rng, shift_pixels) if shift_pixels else example["image"]
-    return {"image": normalize(image), "label": example["label"]}
+    return np.asarray(image, np.float32) / (1 if _is_float(image) else 255)

@@ -35,16 +35,19 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
+from ml_collections import ConfigDict
 
 from castling_jax.convert.files import MODEL_FILE, PAYLOADS, check_bucket, load_inference, save_inference
 from castling_jax.convert.inference import SOFTMAX_BRANCH, check_switch, to_inference
 from castling_jax.data.loader import evaluation_batches
 from castling_jax.data.sources import load_dataset
+from castling_jax.data.transforms import eval_transform
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, count_parameters, flatten
 from castling_jax.ops.errors import InputError
 from castling_jax.training.checkpoints import CHECKPOINTS
+from castling_jax.training.config import default_config, image_options
 from castling_jax.training.restore import checkpoint_steps, read_snapshot
 
 CHECK_IMAGES = 128
@@ -61,14 +64,14 @@ class Source:
       model: in either form.
       variables: its.
       mask_threshold: what training has reached; None without a run.
-      dataset: (name, held-out split) to check it on.
+      config: the run's, or without a run the default, of which the held-out images are taken to check it on.
     """
 
     about: str
     model: Backbone
     variables: Variables
     mask_threshold: float | None = None
-    dataset: tuple[str, str] = ("digits", "test")
+    config: ConfigDict = dataclasses.field(default_factory=default_config)
 
 
 def read_source(path: epath.Path, *, ema: bool) -> Source:
@@ -81,8 +84,7 @@ def read_source(path: epath.Path, *, ema: bool) -> Source:
     if inference is None or checkpoint_steps(path / CHECKPOINTS):
         found = read_snapshot(path, ema=ema)
         about = f"{found.folder}, step {found.step:,}" + (", moving average" if ema else "")
-        held_out = (found.config.dataset.name, found.config.dataset.eval_split)
-        return Source(about, found.model, found.variables, found.mask_threshold, held_out)
+        return Source(about, found.model, found.variables, found.mask_threshold, found.config)
     if ema:
         raise InputError(f"'{inference}' is in inference form and holds no moving average: leave out --ema.")
     return Source(str(inference), *load_inference(inference))
@@ -104,8 +106,8 @@ def convert(path: epath.Path, out: epath.Path, *, format: str, ema: bool, bfloat
     print(f"{spec.name}, {spec.attention}, {spec.image_size} pixels, {spec.num_classes} classes: {source.about}\n")
     print(table(source.variables, variables))
     if check:
-        images = held_out_images(model, *source.dataset)
-        print(f"\nOn {len(images)} images of {' '.join(source.dataset)}:")
+        images = held_out_images(model, source.config)
+        print(f"\nOn {len(images)} images of {source.config.dataset.name} {source.config.dataset.eval_split}:")
         for line in check_forms(source, images):
             print(f"  {line}")
     save_inference(out, model, variables, format=format)
@@ -163,12 +165,12 @@ def _fate(path: str, old: dict[str, np.ndarray], new: dict[str, np.ndarray]) -> 
     return "averaged into head" if "/head_dist/" in path and "/bn/" not in path else "folded into linear"
 
 
-def held_out_images(model: Backbone, name: str, split: str) -> jax.Array:
-    """Up to CHECK_IMAGES held-out images, [batch, size, size, 3], of the model's size."""
-    dataset = load_dataset(name, split)
-    images = next(evaluation_batches(dataset, batch_size=min(CHECK_IMAGES, len(dataset))))["image"]
-    size = model.spec.image_size
-    return jax.image.resize(images, (len(images), size, size, 3), "nearest")
+def held_out_images(model: Backbone, config: ConfigDict) -> jax.Array:
+    """Up to CHECK_IMAGES held-out images, [batch, size, size, 3], as the model takes them."""
+    data = config.dataset
+    dataset = load_dataset(data.name, data.eval_split, data_dir=data.data_dir)
+    transform = eval_transform(**image_options(config, model.spec.image_size))
+    return next(evaluation_batches(dataset, batch_size=min(CHECK_IMAGES, len(dataset)), transform=transform))["image"]
 
 
 def check_forms(source: Source, images: jax.Array) -> list[str]:

@@ -11,8 +11,9 @@ from castling_jax.models.variables import flatten
 from castling_jax.ops.errors import InputError, check_known
 
 CONFIG_FILE = "config.json"  # a run's own, in its folder
-# Groups that concern how a run runs, not what comes of it: they may differ when a run goes on.
+# Groups and fields that concern how a run runs, not what comes of it: they may differ when a run goes on.
 RUNTIME_GROUPS = ("mesh", "evaluation", "checkpoint", "logging")
+RUNTIME_FIELDS = ("dataset/data_dir", "dataset/workers", "dataset/max_corrupt_share")
 
 
 def default_config() -> ConfigDict:
@@ -48,6 +49,9 @@ def default_config() -> ConfigDict:
                 "name": "digits",
                 "train_split": "train",
                 "eval_split": "test",
+                "data_dir": config_dict.placeholder(str),  # tensorflow-datasets'; None: where it puts them
+                "workers": 0,  # processes that read and augment; 0: threads of the training process
+                "max_corrupt_share": 0.001,  # of the images read; a run stops above it
                 # Of the channels, in [0, 1]: what the model sees is (image - mean) / std.
                 "mean": (0.5, 0.5, 0.5),
                 "std": (0.5, 0.5, 0.5),
@@ -133,9 +137,14 @@ def check_config(config: ConfigDict) -> None:
         "optimizer.learning_rate",
         "optimizer.warmup_epochs",
         "optimizer.weight_decay",
+        "dataset.workers",
     ):
         if given[name] < 0:
             raise InputError(f"config.{name} must be at least 0, not {given[name]}.")
+    if not 0 <= given["dataset.max_corrupt_share"] <= 1:
+        raise InputError(
+            f"config.dataset.max_corrupt_share must be in [0, 1], not {given['dataset.max_corrupt_share']}."
+        )
     for name in ("model.embed_dim", "model.depth", "model.num_heads"):
         sizes = given[name] if isinstance(given[name], tuple | list) else [given[name]]
         if given[name] is not None and not all(isinstance(size, int) for size in sizes):
@@ -159,13 +168,19 @@ def model_arguments(config: ConfigDict) -> dict[str, Any]:
     return arguments
 
 
+def image_options(config: ConfigDict, image_size: int) -> dict[str, Any]:
+    """How images come to be as a model of this size takes them: the arguments of `eval_transform`."""
+    data = config.dataset
+    return {"image_size": image_size, "mean": data.mean, "std": data.std, "crop_ratio": data.crop_ratio}
+
+
 def check_same_run(config: ConfigDict, path: epath.Path) -> None:
     """Refuses to go on in a folder whose config.json, at `path`, is another configuration's.
 
     A field that the folder's configuration lacks, because it is of an earlier version, has its default there.
 
     Raises:
-      InputError: the file is damaged, or fields differ that are not in RUNTIME_GROUPS; names them.
+      InputError: the file is damaged, or fields differ that are not RUNTIME_GROUPS' or RUNTIME_FIELDS; names them.
     """
     try:
         earlier = json.loads(path.read_text())
@@ -180,7 +195,9 @@ def check_same_run(config: ConfigDict, path: epath.Path) -> None:
     different = [
         f"config.{name.replace('/', '.')} = {earlier.get(name)!r}, not {now.get(name)!r}"
         for name in sorted(earlier.keys() | now.keys())
-        if name.split("/")[0] not in RUNTIME_GROUPS and earlier.get(name) != now.get(name)
+        if name.split("/")[0] not in RUNTIME_GROUPS
+        and name not in RUNTIME_FIELDS
+        and earlier.get(name) != now.get(name)
     ]
     if different:
         raise InputError(

@@ -10,11 +10,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from castling_jax.convert.inference import to_inference
-from castling_jax.data.loader import evaluation_batches
+from castling_jax.data.loader import EvalTransform, evaluation_batches
 from castling_jax.data.sources import Dataset, load_dataset
+from castling_jax.data.transforms import eval_transform
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply
+from castling_jax.training.config import image_options
 from castling_jax.training.losses import cross_entropy
 from castling_jax.training.restore import read_snapshot
 from castling_jax.training.sharding import (
@@ -31,8 +33,20 @@ from castling_jax.training.sharding import (
 Evaluator = Callable[[Variables, float], dict[str, float]]
 
 
-def make_evaluator(model: Backbone, dataset: Dataset, *, batch_size: int, mesh: Mesh) -> Evaluator:
+def make_evaluator(
+    model: Backbone,
+    dataset: Dataset,
+    *,
+    transform: EvalTransform,
+    batch_size: int,
+    mesh: Mesh,
+    workers: int = 0,
+    max_corrupt_share: float = 0.0,
+) -> Evaluator:
     """Builds (variables, threshold) -> figures over the whole dataset, every example counted once.
+
+    Corrupt images are left out, and more of them than max_corrupt_share are an InputError. The dataset, its transform
+    and the workers are as `evaluation_batches` takes them.
 
     The figures: accuracy_train_form, accuracy_inference_form (shares), eval_loss (cross entropy of the inference form
     in nats, without smoothing), max_difference (largest absolute difference between the two forms' logits).
@@ -53,20 +67,27 @@ def make_evaluator(model: Backbone, dataset: Dataset, *, batch_size: int, mesh: 
             "accuracy_inference_form": totals["accuracy_inference_form"]
             + jnp.sum(weight * (logits.argmax(-1) == labels)),
             "eval_loss": totals["eval_loss"] + jnp.sum(weight * cross_entropy(logits, labels)),
+            "examples": totals["examples"] + jnp.sum(weight),
             "max_difference": jnp.maximum(totals["max_difference"], jnp.max(difference)),
         }
 
     def evaluate(variables: Variables, threshold: float) -> dict[str, float]:
         names = ("accuracy_train_form", "accuracy_inference_form", "eval_loss", "max_difference")
-        totals = {name: jnp.zeros((), jnp.float32) for name in names}
+        totals = {name: jnp.zeros((), jnp.float32) for name in (*names, "examples")}
         # Gathered once, not for every batch.
         variables = jax.device_put(variables, whole_over_fsdp(state_shardings(variables, mesh)))
-        for batch in evaluation_batches(dataset, batch_size=batch_size, rows=process_rows(batch_size, mesh)):
+        for batch in evaluation_batches(
+            dataset,
+            batch_size=batch_size,
+            transform=transform,
+            rows=process_rows(batch_size, mesh),
+            workers=workers,
+            max_corrupt_share=max_corrupt_share,
+        ):
             global_batch = shard_batch(batch, mesh, batch_size=batch_size)
             totals = evaluate_batch(totals, variables, global_batch, jnp.float32(threshold))
-        return {
-            name: float(total) / (1 if name == "max_difference" else len(dataset)) for name, total in totals.items()
-        }
+        examples = float(totals["examples"])
+        return {name: float(totals[name]) / (1 if name == "max_difference" else examples) for name in names}
 
     return evaluate
 
@@ -85,9 +106,17 @@ def evaluate_checkpoint(path: epath.Path, mesh_sizes: Mapping[str, int]) -> dict
     snapshot = read_snapshot(path)
     config = snapshot.config
     check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
-    dataset = load_dataset(config.dataset.name, config.dataset.eval_split)
+    dataset = load_dataset(config.dataset.name, config.dataset.eval_split, data_dir=config.dataset.data_dir)
     shardings = whole_over_fsdp(state_shardings(snapshot.variables, mesh))
     with jax.set_mesh(mesh):
-        evaluate = make_evaluator(snapshot.model, dataset, batch_size=config.evaluation.batch_size, mesh=mesh)
+        evaluate = make_evaluator(
+            snapshot.model,
+            dataset,
+            transform=eval_transform(**image_options(config, snapshot.model.spec.image_size)),
+            batch_size=config.evaluation.batch_size,
+            mesh=mesh,
+            workers=config.dataset.workers,
+            max_corrupt_share=config.dataset.max_corrupt_share,
+        )
         figures = evaluate(place(snapshot.variables, shardings), snapshot.mask_threshold)
     return {"step": snapshot.step, "mask_threshold": snapshot.mask_threshold, **figures}

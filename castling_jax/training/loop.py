@@ -147,11 +147,22 @@ def _loop(
         setup.train_set,
         batch_size=config.train.batch_size,
         seed=config.seed,
-        shift_pixels=config.augment.shift_pixels,
+        transform=setup.train_transform,
+        repeats=config.augment.repeats,
         first_step=step,
         rows=process_rows(config.train.batch_size, setup.mesh),
+        workers=config.dataset.workers,
+        max_corrupt_share=config.dataset.max_corrupt_share,
     )
-    evaluate = make_evaluator(setup.model, setup.eval_set, batch_size=config.evaluation.batch_size, mesh=setup.mesh)
+    evaluate = make_evaluator(
+        setup.model,
+        setup.eval_set,
+        transform=setup.eval_transform,
+        batch_size=config.evaluation.batch_size,
+        mesh=setup.mesh,
+        workers=config.dataset.workers,
+        max_corrupt_share=config.dataset.max_corrupt_share,
+    )
     macs = _macs(setup)
     meter = Meter(batch_size=config.train.batch_size, step=step, total_steps=total_steps, peak=peak_flops())
     best = checkpoints.best()

@@ -13,7 +13,7 @@ from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, check_variables, flatten
 from castling_jax.ops.errors import InputError
 from castling_jax.training.checkpoints import CHECKPOINTS, checkpoint_steps, read_checkpoint
-from castling_jax.training.config import CONFIG_FILE, model_arguments
+from castling_jax.training.config import CONFIG_FILE, default_config, model_arguments
 from castling_jax.training.metrics import read_metrics
 
 EMA = "ema_params"  # under which a state keeps the moving average of its params, where it has one
@@ -55,7 +55,9 @@ def read_snapshot(path: epath.Path, *, ema: bool = False) -> Snapshot:
     if not (step_folder / "state").is_dir():
         raise InputError(f"'{path}' is neither a run's folder with checkpoints nor one of its {CHECKPOINTS}/STEP.")
     try:
-        config = ConfigDict(json.loads((run / CONFIG_FILE).read_text()))
+        config = default_config()
+        with config.unlocked():  # an earlier version's may lack fields, and may have others
+            config.update(json.loads((run / CONFIG_FILE).read_text()))
         arguments, first_threshold = model_arguments(config), config.mask.start_threshold
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"'{run / CONFIG_FILE}' is missing or damaged: {error!r}.") from error

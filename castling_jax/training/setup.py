@@ -9,12 +9,14 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from castling_jax.data.loader import EvalTransform, TrainTransform
 from castling_jax.data.sources import Dataset, load_dataset
+from castling_jax.data.transforms import eval_transform, train_transform
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import get_variables
 from castling_jax.ops.errors import InputError
-from castling_jax.training.config import check_config, model_arguments
+from castling_jax.training.config import check_config, image_options, model_arguments
 from castling_jax.training.optimizers import make_optimizer
 from castling_jax.training.schedules import learning_rate_schedule, mask_threshold_schedule
 from castling_jax.training.sharding import check_batch, check_heads, make_mesh, state_shardings
@@ -31,6 +33,8 @@ class Setup:
       mesh: over which it runs.
       train_set: examples to learn from.
       eval_set: held-out examples.
+      train_transform: what is done to an example to learn from, (example, random generator) -> example.
+      eval_transform: what is done to a held-out one.
       model: in training form; holds shapes only.
       steps_per_epoch: whole batches.
       total_steps: of the run.
@@ -46,6 +50,8 @@ class Setup:
     mesh: Mesh
     train_set: Dataset
     eval_set: Dataset
+    train_transform: TrainTransform
+    eval_transform: EvalTransform
     model: Backbone
     steps_per_epoch: int
     total_steps: int
@@ -71,8 +77,9 @@ def set_up(config: ConfigDict, devices: Sequence[Any] | None = None) -> Setup:
     mesh = make_mesh(config.mesh, devices)
     check_batch("config.train.batch_size", config.train.batch_size, mesh, parts=config.train.accumulate_steps)
     check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
-    train_set = load_dataset(config.dataset.name, config.dataset.train_split)
-    eval_set = load_dataset(config.dataset.name, config.dataset.eval_split)
+    data = config.dataset
+    train_set = load_dataset(data.name, data.train_split, data_dir=data.data_dir)
+    eval_set = load_dataset(data.name, data.eval_split, data_dir=data.data_dir)
     steps_per_epoch = len(train_set) // config.train.batch_size
     if not steps_per_epoch:
         raise InputError(
@@ -84,6 +91,7 @@ def set_up(config: ConfigDict, devices: Sequence[Any] | None = None) -> Setup:
     threshold_at = mask_threshold_schedule(config.mask, total_steps=total_steps)
     model = abstract_model(num_classes=train_set.num_classes, **model_arguments(config))
     check_heads(model, mesh)
+    seen = image_options(config, model.spec.image_size)
     optimizer = make_optimizer(config.optimizer, learning_rate)
     state = jax.eval_shape(lambda variables: create_state(variables, optimizer, config.seed), get_variables(model))
     shardings = state_shardings(state, mesh)
@@ -99,6 +107,8 @@ def set_up(config: ConfigDict, devices: Sequence[Any] | None = None) -> Setup:
         mesh=mesh,
         train_set=train_set,
         eval_set=eval_set,
+        train_transform=train_transform(config.augment, **seen),
+        eval_transform=eval_transform(**seen),
         model=model,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from castling_jax.convert.inference import to_inference
-from castling_jax.data.sources import Dataset
+from castling_jax.data.sources import ArrayDataset
 from castling_jax.data.transforms import normalize
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import apply, get_variables
@@ -15,7 +15,7 @@ from tests.training.test_sharding import SIZES
 @pytest.mark.parametrize("size", [3, 8, 10])
 def test_figures_are_those_of_one_whole_batch(size):
     rng = np.random.default_rng(0)
-    dataset = Dataset(rng.random((size, 8, 8, 3), np.float32), rng.integers(0, 10, size).astype(np.int32), 10)
+    dataset = ArrayDataset(rng.random((size, 8, 8, 3), np.float32), rng.integers(0, 10, size).astype(np.int32), 10)
     model = create_model("deit_micro", num_classes=10, depth=1)
     variables = get_variables(model)
     figures = make_evaluator(model, dataset, batch_size=4, mesh=make_mesh(SIZES))(variables, 0.05)
@@ -32,7 +32,7 @@ def test_figures_are_those_of_one_whole_batch(size):
 
 
 def test_forms_agree_at_an_empty_mask():
-    dataset = Dataset(np.random.default_rng(0).random((5, 8, 8, 3), np.float32), np.zeros(5, np.int32), 10)
+    dataset = ArrayDataset(np.random.default_rng(0).random((5, 8, 8, 3), np.float32), np.zeros(5, np.int32), 10)
     model = create_model("deit_micro", num_classes=10, depth=1)
     evaluate = make_evaluator(model, dataset, batch_size=4, mesh=make_mesh(SIZES))
     assert evaluate(get_variables(model), 1.0)["max_difference"] < 1e-6

@@ -157,8 +157,8 @@ def test_a_run_starts_from_another_and_goes_on_without_it(whole_run, tmp_path, m
 
 @pytest.mark.slow
 def test_levit_trains_castles_and_is_restored(tmp_path, monkeypatch):
-    def large_digits(name, split):
-        digits = load_dataset(name, split)
+    def large_digits(name, split, data_dir=None):
+        digits = load_dataset(name, split, data_dir=data_dir)
         return dataclasses.replace(digits, images=digits.images.repeat(4, axis=1).repeat(4, axis=2))
 
     monkeypatch.setattr(setup, "load_dataset", large_digits)

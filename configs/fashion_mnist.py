@@ -1,0 +1,24 @@
+"""DeiT-micro on Fashion-MNIST: 60,000 real grey images of 28 x 28 pixels, in minutes on two CPU cores.
+
+python -m castling_jax.tools.prepare fashion_mnist
+python main.py --config=configs/fashion_mnist.py
+"""
+
+from ml_collections import ConfigDict
+
+from castling_jax.training.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.model.name = "deit_micro"
+    config.model.image_size = 28
+    config.model.patch_size = 4
+    config.model.drop_path_rate = 0.1
+    config.dataset.name = "fashion_mnist"
+    config.dataset.shift_pixels = 2
+    config.train.epochs = 5
+    config.train.batch_size = 128
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_epochs = 0.5
+    return config
