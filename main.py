@@ -1,4 +1,4 @@
-"""Trains a model: python main.py --config=configs/digits.py [--workdir=DIR] [--config.GROUP.FIELD=VALUE ...].
+"""Trains a model: python main.py --config=configs/NAME.py[:VARIANT] [--workdir=DIR] [--config.GROUP.FIELD=VALUE ...].
 
 Started again, the same command goes on where an interrupted run stopped; of a finished run it prints the summary.
 --evaluate=RUN (or RUN/checkpoints/STEP) prints the held-out figures of both forms, and does nothing else.
@@ -82,7 +82,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}; flags are --config, --workdir and --config.GROUP.FIELD.")
     options = flags.FLAGS
-    config_file = Path(config_flags.get_config_filename(options["config"]))
+    path, _, variant = config_flags.get_config_filename(options["config"]).partition(":")
+    config_file = Path(path)
     if not config_file.is_file():
         raise InputError(f"there is no configuration file '{config_file}'.")
     profile = profiled_steps(options.profile)
@@ -94,7 +95,8 @@ def main(argv: list[str]) -> None:
         print(summary.describe_evaluation(figures) if is_writer else "", end="")
         return
     config = options.config
-    workdir = epath.Path(options.workdir or Path("runs") / config_file.stem)
+    name = "-".join([config_file.stem, *filter(None, variant.split(","))])
+    workdir = epath.Path(options.workdir or Path("runs") / name)
     check_config(config)
     distributed.use_compilation_cache(workdir / "compiled")
     finished = summary.read_summary(workdir)

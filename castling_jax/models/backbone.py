@@ -38,9 +38,26 @@ class Backbone(nnx.Module):
         mask_threshold: ArrayLike | None = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "batch classes"], Float[Array, "layers"]]:
-        """Logits in float32 and the mask density of each layer.
+        """Logits in float32, the mean of the heads', and the mask density of each layer.
+
+        The arguments are as in `head_logits`, and so is what is raised.
+        """
+        logits, densities = self.head_logits(images, mask_threshold=mask_threshold, key=key)
+        return logits.mean(axis=0), densities
+
+    def head_logits(
+        self,
+        images: Float[Array, "batch height width channels"],
+        *,
+        mask_threshold: ArrayLike | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "heads batch classes"], Float[Array, "layers"]]:
+        """Each classifier's logits in float32, the one for distillation last, and the mask density of each layer.
 
         With a key in training mode: drop-path is on, and batch norm goes by the batch's statistics and updates its own.
+
+        Raises:
+          InputError: images that do not fit the model, or a castling model in training form without a threshold.
         """
         raise NotImplementedError
 

@@ -120,14 +120,14 @@ class DeiT(Backbone):
         self.head = linear(embed_dim, num_classes, **layer)
         self.head_dist = linear(embed_dim, num_classes, **layer) if distilled else None
 
-    def __call__(
+    def head_logits(
         self,
         images: Float[Array, "batch height width channels"],
         *,
         mask_threshold: ArrayLike | None = None,
         key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "batch classes"], Float[Array, "layers"]]:
-        """Logits in float32 and the mask density of each layer; with a key, drop-path is on, as in training.
+    ) -> tuple[Float[Array, "heads batch classes"], Float[Array, "layers"]]:
+        """Each head's logits in float32, and the mask density of each layer; with a key, drop-path is on.
 
         Raises:
           InputError: the image is no multiple of the patch or has other channels, or a castling model in training
@@ -135,10 +135,10 @@ class DeiT(Backbone):
         """
         x, densities = self._tokens(images, mask_threshold, key)
         with jax.named_scope("head"):
-            logits = self.head(x[:, 0])
+            logits = [self.head(x[:, 0])]
             if self.head_dist is not None:
-                logits = (logits + self.head_dist(x[:, 1])) / 2
-        return logits.astype(jnp.float32), densities
+                logits.append(self.head_dist(x[:, 1]))
+        return jnp.stack(logits).astype(jnp.float32), densities
 
     def features(
         self,

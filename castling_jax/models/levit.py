@@ -350,14 +350,14 @@ class LeViT(Backbone):
         has_second_head = distilled and form == "train"
         self.head_dist = NormLinear(embed_dim[-1], num_classes, **layer) if has_second_head else None
 
-    def __call__(
+    def head_logits(
         self,
         images: Float[Array, "batch height width channels"],
         *,
         mask_threshold: ArrayLike | None = None,
         key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "batch classes"], Float[Array, "layers"]]:
-        """Logits in float32 and the mask density of each layer, subsampling attentions among them.
+    ) -> tuple[Float[Array, "heads batch classes"], Float[Array, "layers"]]:
+        """Each head's logits in float32 and the mask density of each layer, subsampling attentions among them.
 
         With a key, drop-path is on and batch norm goes by the batch's statistics and updates its own, as in training.
 
@@ -367,10 +367,9 @@ class LeViT(Backbone):
         """
         features, densities = self._stages(images, mask_threshold, key)
         pooled = jnp.mean(features[-1], axis=(1, 2))
-        logits = self.head(pooled, training=key is not None)
-        if self.head_dist is not None:
-            logits = (logits + self.head_dist(pooled, training=key is not None)) / 2
-        return logits.astype(jnp.float32), densities
+        heads = [self.head] if self.head_dist is None else [self.head, self.head_dist]
+        logits = [head(pooled, training=key is not None) for head in heads]
+        return jnp.stack(logits).astype(jnp.float32), densities
 
     def features(
         self,

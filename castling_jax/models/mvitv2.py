@@ -362,13 +362,13 @@ class MViTv2(Backbone):
         self.norm = layer_norm(width, **common)
         self.head = Head(width, num_classes, **common)
 
-    def __call__(
+    def head_logits(
         self,
         images: Float[Array, "batch height width channels"],
         *,
         mask_threshold: ArrayLike | None = None,
         key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "batch classes"], Float[Array, "layers"]]:
+    ) -> tuple[Float[Array, "1 batch classes"], Float[Array, "layers"]]:
         """Logits in float32 and the mask density of each layer; with a key, drop-path is on, as in training.
 
         Raises:
@@ -376,7 +376,7 @@ class MViTv2(Backbone):
         """
         features, densities = self._run(images, mask_threshold, key)
         logits = self.head(jnp.mean(self.norm(features[-1]), axis=(1, 2)))
-        return logits.astype(jnp.float32), jnp.stack(densities)
+        return logits.astype(jnp.float32)[None], jnp.stack(densities)
 
     def features(
         self,

@@ -117,8 +117,8 @@ def forward_train(
     *,
     mask_threshold: ArrayLike | None = None,
     key: Key[Array, ""],
-) -> tuple[Float[Array, "batch classes"], Float[Array, "layers"], Any]:
-    """(logits, densities, batch_stats) in training mode; pure, as `apply`.
+) -> tuple[Float[Array, "heads batch classes"], Float[Array, "layers"], Any]:
+    """(each head's logits, densities, batch_stats) in training mode; pure, as `apply`.
 
     The key is drop-path's. `batch_stats` are the running statistics of batch norm after this batch, {} without any.
     """
@@ -126,7 +126,7 @@ def forward_train(
     # The copy's variables were made here, so what batch norm writes into them neither leaves a trace of jit or grad
     # nor reaches the model.
     bound = bind(model, variables)
-    logits, densities = bound(images, mask_threshold=mask_threshold, key=key)
+    logits, densities = bound.head_logits(images, mask_threshold=mask_threshold, key=key)
     return logits, densities, get_variables(bound).get("batch_stats", {})
 
 

@@ -170,7 +170,8 @@ def held_out_images(model: Backbone, config: ConfigDict) -> jax.Array:
     data = config.dataset
     dataset = load_dataset(data.name, data.eval_split, data_dir=data.data_dir)
     transform = eval_transform(**image_options(config, model.spec.image_size))
-    return next(evaluation_batches(dataset, batch_size=min(CHECK_IMAGES, len(dataset)), transform=transform))["image"]
+    batches = evaluation_batches(dataset, batch_size=min(CHECK_IMAGES, len(dataset)), transform=transform)
+    return jnp.asarray(next(batches)["image"])
 
 
 def check_forms(source: Source, images: jax.Array) -> list[str]:

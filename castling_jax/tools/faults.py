@@ -26,6 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from castling_jax.ops.errors import InputError
+from castling_jax.tools.summary import SUMMARY_FILE
 from castling_jax.training.checkpoints import CHECKPOINTS
 from castling_jax.training.metrics import read_metrics
 
@@ -41,6 +42,8 @@ SMALL = (
     "--config.logging.progress=False",
     "--config.logging.tensorboard=False",
 )
+LONGER = (*SMALL, "--config.train.epochs=24")  # so that there is something to kill
+LATEST_SECONDS = 40  # after a start, that it is killed
 POLL_SECONDS = 0.005
 TIMEOUT_SECONDS = 600  # of one start
 
@@ -56,7 +59,8 @@ class Pod:
     """
 
     def __init__(self, workdir: Path, *, processes: int, devices: int = 1, flags: tuple[str, ...] = SMALL):
-        self.workdir, self._count = workdir, processes
+        self.workdir = workdir
+        self._started = time.time()
         workdir.parent.mkdir(parents=True, exist_ok=True)
         self._log = workdir.with_suffix(".log")
         with self._log.open("ab") as log:
@@ -92,16 +96,21 @@ class Pod:
         return lines[-1]["step"] if lines else 0
 
     def is_saving(self) -> bool:
-        """Whether a checkpoint is being written."""
-        return any((self.workdir / CHECKPOINTS).glob("*tmp*"))
+        """Whether a checkpoint is being written, not what an earlier kill left."""
+        unfinished = (self.workdir / CHECKPOINTS).glob("*tmp*")
+        with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+            return any(path.stat().st_mtime > self._started for path in unfinished)
+        return True
 
-    def kill_one(self, index: int) -> None:
-        """SIGKILL of one process."""
+    def kill_one(self, index: int) -> bool:
+        """SIGKILL of one process; whether it was there."""
         children = Path(f"/proc/{self._launcher.pid}/task/{self._launcher.pid}/children").read_text().split()
         for child in map(int, children):
             with contextlib.suppress(OSError):
                 if f"--process_id={index}".encode() in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
                     os.kill(child, signal.SIGKILL)
+                    return True
+        return False
 
     def kill(self) -> None:
         """SIGKILL of all, the launcher too."""
@@ -122,7 +131,7 @@ class Pod:
         Raises:
           InputError: the run has not ended well.
         """
-        summary = self.workdir / "summary.json"
+        summary = self.workdir / SUMMARY_FILE
         if not summary.exists():
             raise InputError(f"the run in '{self.workdir}' did not reach its end; its last words: {self.said()[-500:]}")
         return json.loads(summary.read_text())["parameters_sha256"]
@@ -130,80 +139,93 @@ class Pod:
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """What was done to a run, and when: at which step, how long before the launcher had ended, with which status."""
+    """What was done to a run.
+
+    Attributes:
+      kind: the way.
+      moment: seconds from its start.
+      step: the last that its metrics tell of.
+      seconds: from the kill until all had ended.
+      status: the launcher's.
+    """
 
     kind: str
+    moment: float
     step: int
     seconds: float
     status: int
 
 
-def kill_somehow(pod: Pod, draw: random.Random, processes: int, until_step: int) -> Kill | None:
+def kill_somehow(pod: Pod, draw: random.Random, processes: int) -> Kill | None:
     """Lets the run get somewhere and kills it in one of four ways; None if it ended before.
 
     Args:
       pod: a run just started.
       draw: of the moment and of the way.
       processes: of the pod.
-      until_step: a step that it will reach.
     """
     kind = draw.choice(("one", "all", "all, while saving", "SIGTERM"))
-    # From the very start, when the processes are still finding each other, to some steps on.
-    pause, step = draw.uniform(0, 15), draw.randrange(until_step)
-    since = time.monotonic()
-    if not pod.wait_until(lambda: time.monotonic() - since > pause or pod.steps() > step):
+    # From the very start, when the processes are still finding each other, to well into the training.
+    pause, index = draw.uniform(0, LATEST_SECONDS), draw.randrange(processes)
+    start = time.monotonic()
+    if not pod.wait_until(lambda: time.monotonic() - start > pause):
         return None
     if kind == "all, while saving" and not pod.wait_until(pod.is_saving):
         return None
-    at, since = pod.steps(), time.monotonic()
+    step, since = pod.steps(), time.monotonic()
     if kind == "one":
-        pod.kill_one(draw.randrange(processes))
+        if not pod.kill_one(index):
+            return None
     elif kind == "SIGTERM":
         pod.terminate()
     else:
         pod.kill()
     status = pod.wait()
-    return Kill(kind, at, time.monotonic() - since, status)
+    return Kill(kind, since - start, step, time.monotonic() - since, status)
 
 
-def sweep(folder: Path, *, kills: int, processes: int, seed: int) -> tuple[list[Kill], str, str]:
-    """Both runs; returns the kills, and the parameters' SHA-256 of the run left alone and of the other."""
-    alone = Pod(folder / "alone", processes=processes)
+def sweep(folder: Path, *, kills: int, processes: int, seed: int) -> tuple[list[Kill], str, set[str]]:
+    """The kills, the parameters' SHA-256 of a run left alone, and those of the runs that were killed, to their ends.
+
+    A run that gets to its end between two kills is begun anew.
+    """
+    alone = Pod(folder / "alone", processes=processes, flags=LONGER)
     print("A run that is left alone ...", flush=True)
     alone.wait()
-    expected, total = alone.sha256(), alone.steps()
-    draw = random.Random(seed)
+    expected, draw = alone.sha256(), random.Random(seed)
     done: list[Kill] = []
+    found: set[str] = set()
     with tqdm(total=kills, unit="kill") as bar:
         while len(done) < kills:
-            pod = Pod(folder / "killed", processes=processes)
-            kill = kill_somehow(pod, draw, processes, total)
+            pod = Pod(folder / "killed", processes=processes, flags=LONGER)
+            kill = kill_somehow(pod, draw, processes)
             if kill is not None:
                 done.append(kill)
                 bar.update()
-            else:  # it got to its end first: begin anew, after a look at it
-                pod.wait()
-                if pod.sha256() != expected:
-                    return done, expected, pod.sha256()
+            pod.wait()
+            if (folder / "killed" / SUMMARY_FILE).exists():
+                found.add(pod.sha256())
                 shutil.rmtree(folder / "killed")
-    last = Pod(folder / "killed", processes=processes)
+    last = Pod(folder / "killed", processes=processes, flags=LONGER)
     last.wait()
-    return done, expected, last.sha256()
+    return done, expected, found | {last.sha256()}
 
 
-def describe(kills: list[Kill], processes: int, expected: str, found: str) -> str:
+def describe(kills: list[Kill], processes: int, expected: str, found: set[str]) -> str:
     """A page in Markdown."""
     rows = [
-        f"| {n} | {kill.kind} | {kill.step} | {kill.seconds:.1f} | {kill.status} |" for n, kill in enumerate(kills, 1)
+        f"| {n} | {kill.kind} | {kill.moment:.1f} | {kill.step} | {kill.seconds:.1f} | {kill.status} |"
+        for n, kill in enumerate(kills, 1)
     ]
-    same = "the same, bit for bit," if expected == found else "NOT the same"
+    same = "the same, bit for bit," if found == {expected} else "NOT the same"
     return "\n".join(
         [
-            f"{len(kills)} kills of a run of {processes} processes. Its parameters are **{same}** as those of a run",
-            f"left alone: `{found}` and `{expected}`.",
+            f"{len(kills)} kills of a run of {processes} processes on one machine, which went on by the same command",
+            f"each time. Its parameters at the end are **{same}** as those of a run left alone: SHA-256",
+            f"`{'`, `'.join(sorted(found))}` and `{expected}`.",
             "",
-            "| | killed | at step | seconds until all had ended | launcher's status |",
-            "|---|---|---|---|---|",
+            "| | killed | seconds after its start | at step | seconds until all had ended | launcher's status |",
+            "|---|---|---|---|---|---|",
             *rows,
             "",
         ]
@@ -230,7 +252,7 @@ def main() -> None:
     print(page)
     if options.out is not None:
         options.out.write_text(page)
-    sys.exit(expected != found)
+    sys.exit(found != {expected})
 
 
 if __name__ == "__main__":

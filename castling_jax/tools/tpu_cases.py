@@ -181,7 +181,7 @@ def model(
         return Case(functools.partial(apply, built), (variables, images))
 
     config = default_config()
-    rate = learning_rate_schedule(config.optimizer, total_steps=100_000, steps_per_epoch=1_000)
+    rate = learning_rate_schedule(config.optimizer, batch_size=batch, total_steps=100_000, steps_per_epoch=1_000)
     optimizer = make_optimizer(config.optimizer, rate)
     state = jax.eval_shape(lambda variables: create_state(variables, optimizer, config.seed), variables)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)

@@ -9,11 +9,21 @@ from ml_collections import ConfigDict, config_dict
 from castling_jax.data.transforms import check_augment
 from castling_jax.models.variables import flatten
 from castling_jax.ops.errors import InputError, check_known
+from castling_jax.training.losses import DISTILLATIONS
 
 CONFIG_FILE = "config.json"  # a run's own, in its folder
 # Groups and fields that concern how a run runs, not what comes of it: they may differ when a run goes on.
 RUNTIME_GROUPS = ("mesh", "evaluation", "checkpoint", "logging")
 RUNTIME_FIELDS = ("dataset/data_dir", "dataset/workers", "dataset/max_corrupt_share")
+# What must lie between two numbers, neither of them allowed.
+OPEN_RANGES = {
+    "train.ema_decay": (0, 1),
+    "optimizer.clip_norm": (0, float("inf")),
+    "optimizer.adaptive_clip": (0, float("inf")),
+    "optimizer.reference_batch": (0, float("inf")),
+    "distillation.alpha": (0, 1),
+    "distillation.temperature": (0, float("inf")),
+}
 
 
 def default_config() -> ConfigDict:
@@ -79,9 +89,14 @@ def default_config() -> ConfigDict:
                 "epochs": 100,
                 "batch_size": 128,  # of all devices together
                 "accumulate_steps": 1,  # parts of a batch that go through the model one after the other: less memory
+                # Of the moving average of the variables, which then is what is evaluated and switched; None: none.
+                "ema_decay": config_dict.placeholder(float),
             },
             "optimizer": {
                 "learning_rate": 1e-3,  # the peak
+                # Images a batch that the rates are for, with which they grow: the "peak" alone or "all". None: as is.
+                "reference_batch": config_dict.placeholder(int),
+                "scaled_rates": "peak",
                 "initial_learning_rate": 1e-6,  # where the warm-up starts
                 "final_learning_rate": 1e-5,  # where the cosine ends
                 "warmup_epochs": 5.0,
@@ -89,8 +104,19 @@ def default_config() -> ConfigDict:
                 "b1": 0.9,
                 "b2": 0.999,
                 "clip_norm": config_dict.placeholder(float),  # of all gradients together; None: not clipped
+                "adaptive_clip": config_dict.placeholder(float),  # of each unit's, as a share of its weights' norm
             },
             "loss": {"label_smoothing": 0.1},
+            # A teacher whose decisions ("hard") or probabilities ("soft") are learnt besides; None: none. In a
+            # distilled model by the second head.
+            "distillation": {
+                "kind": config_dict.placeholder(str),
+                "alpha": 0.5,  # the teacher's share of the loss
+                "temperature": 3.0,  # of "soft"
+                # A run's folder, an inference folder, or timm's weights of the model `name`, in softmax attention.
+                "teacher": config_dict.placeholder(str),
+                "name": config_dict.placeholder(str),  # None: the run's own model
+            },
             # The threshold stays at start_threshold until the fraction `begin` of training, and is 1 from `end` on.
             "mask": {"schedule": "cosine", "start_threshold": 0.02, "begin": 0.2, "end": 0.8},
             # Sizes of the mesh's axes; one may be -1, what the others leave. `replica`: copies, one or more to each
@@ -156,6 +182,13 @@ def check_config(config: ConfigDict) -> None:
     if not 0 < given["dataset.crop_ratio"] <= 1:
         raise InputError(f"config.dataset.crop_ratio must be in (0, 1], not {given['dataset.crop_ratio']}.")
     check_augment(config.augment)
+    if (kind := given["distillation.kind"]) is not None:
+        check_known("config.distillation.kind", kind, DISTILLATIONS)
+        if given["distillation.teacher"] is None:
+            raise InputError(f"config.distillation.kind = {kind!r} needs a teacher: give config.distillation.teacher.")
+    for name, (low, high) in OPEN_RANGES.items():
+        if given[name] is not None and not low < given[name] < high:
+            raise InputError(f"config.{name} must be above {low} and below {high}, not {given[name]}.")
     if not 0 <= given["loss.label_smoothing"] < 1:
         raise InputError(f"config.loss.label_smoothing must be in [0, 1), not {given['loss.label_smoothing']}.")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -17,7 +18,6 @@ from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply
 from castling_jax.training.config import image_options
-from castling_jax.training.losses import cross_entropy
 from castling_jax.training.restore import read_snapshot
 from castling_jax.training.sharding import (
     check_batch,
@@ -66,7 +66,8 @@ def make_evaluator(
             + jnp.sum(weight * (train_logits.argmax(-1) == labels)),
             "accuracy_inference_form": totals["accuracy_inference_form"]
             + jnp.sum(weight * (logits.argmax(-1) == labels)),
-            "eval_loss": totals["eval_loss"] + jnp.sum(weight * cross_entropy(logits, labels)),
+            "eval_loss": totals["eval_loss"]
+            + jnp.sum(weight * optax.softmax_cross_entropy_with_integer_labels(logits, labels)),
             "examples": totals["examples"] + jnp.sum(weight),
             "max_difference": jnp.maximum(totals["max_difference"], jnp.max(difference)),
         }

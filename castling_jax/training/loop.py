@@ -98,7 +98,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None 
         )
 
         # 5. What the run was for: the inference form, and its figures.
-        variables = to_host(state.variables, setup.mesh)
+        variables, params = to_host((state.averaged, state.params), setup.mesh)
         if is_writer:
             save_inference(workdir / "inference", setup.model, variables)
     return {
@@ -106,7 +106,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None 
         "mask_threshold": setup.threshold_at(setup.total_steps - 1),
         "steps": setup.total_steps,
         "train_seconds": train_seconds,
-        "parameters_sha256": parameters_sha256(variables["params"]),
+        "parameters_sha256": parameters_sha256(params),
     }
 
 
@@ -125,7 +125,8 @@ def _first_state(setup: Setup, variables: Variables) -> TrainState:
     where = {"params": setup.shardings.params, "batch_stats": setup.shardings.batch_stats}
     placed = place(variables, {name: where[name] for name in variables})
     create = jax.jit(
-        lambda variables: create_state(variables, setup.optimizer, setup.config.seed), out_shardings=setup.shardings
+        lambda variables: create_state(variables, setup.optimizer, setup.config.seed, ema=bool(setup.state.ema)),
+        out_shardings=setup.shardings,
     )
     return create(placed)
 
@@ -201,7 +202,7 @@ def _loop(
                 }
                 bar.set_postfix({"loss": f"{line['loss']:.3f}", "images/s": f"{line['images_per_second']:,.0f}"})
             if evaluates:
-                figures = evaluate(state.variables, threshold)
+                figures = evaluate(state.averaged, threshold)
                 line |= {"accuracy": figures["accuracy_train_form"], **figures}
                 if figures["accuracy_inference_form"] > best:
                     best, saves = figures["accuracy_inference_form"], True
@@ -218,7 +219,7 @@ def _loop(
         jax.block_until_ready(state)
     seconds = seconds_before + (time.perf_counter() - start if step > first_step else 0)
     if not figures:
-        figures = evaluate(state.variables, setup.threshold_at(total_steps - 1))
+        figures = evaluate(state.averaged, setup.threshold_at(total_steps - 1))
     return state, figures, seconds
 
 

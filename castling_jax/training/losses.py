@@ -1,14 +1,37 @@
-"""Loss functions."""
+"""Loss functions, an example each."""
 
 import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+
+DISTILLATIONS = ("hard", "soft")
 
 
 def cross_entropy(
-    logits: Float[Array, "batch classes"], labels: Int[Array, "batch"], *, label_smoothing: float = 0.0
+    logits: Float[Array, "batch classes"], targets: Float[Array, "batch classes"]
 ) -> Float[Array, "batch"]:
-    """Softmax cross entropy in nats, an example each; smoothing spreads its share evenly over all classes."""
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32), label_smoothing)
+    """Softmax cross entropy in nats; the targets are shares of the classes that sum to 1."""
     return optax.softmax_cross_entropy(logits, targets)
+
+
+def distillation_loss(
+    logits: Float[Array, "batch classes"],
+    teacher_logits: Float[Array, "batch classes"],
+    *,
+    kind: str,
+    temperature: float,
+) -> Float[Array, "batch"]:
+    """How far a student is from its teacher (Touvron et al., DeiT, section 4).
+
+    Args:
+      logits: the student's.
+      teacher_logits: the teacher's.
+      kind: "hard", the cross entropy with the teacher's decision (equation 3); or "soft", temperature^2 times the
+        Kullback-Leibler divergence of the two softmaxes at that temperature (equation 2). DeiT's code divides the
+        latter by the number of classes besides; the paper does not, nor do we.
+      temperature: of "soft".
+    """
+    if kind == "hard":
+        return optax.softmax_cross_entropy_with_integer_labels(logits, teacher_logits.argmax(-1))
+    student, teacher = (jax.nn.log_softmax(values / temperature) for values in (logits, teacher_logits))
+    return temperature**2 * optax.losses.kl_divergence_with_log_targets(student, teacher)

@@ -8,18 +8,27 @@ from ml_collections import ConfigDict
 
 
 def make_optimizer(optimizer: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW, with weight decay on matrices only, behind an optional clip of the gradients' global norm."""
+    """AdamW, with weight decay on matrices only, behind optional clips of the gradients.
+
+    `clip_norm` is of all gradients' norm together; `adaptive_clip` of each output unit's norm, as a share of the norm
+    of that unit's weights (Brock et al., NFNets, equation 3).
+    """
+    clips = []
+    if optimizer.adaptive_clip is not None:
+        clips.append(optax.adaptive_grad_clip(optimizer.adaptive_clip))
+    if optimizer.clip_norm is not None:
+        clips.append(optax.clip_by_global_norm(optimizer.clip_norm))
     adamw = optax.adamw(
         learning_rate, b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay, mask=decay_mask
     )
-    if optimizer.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), adamw)
+    return optax.chain(*clips, adamw) if clips else adamw
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the kernels of linear and convolution layers.
+    """True for the kernels of linear and convolution layers, and for MViTv2's tables of relative positions.
 
-    Biases, norms, tokens, position embeddings and the token kernels' taps are not decayed (DeiT's recipe).
+    Biases, norms, tokens, position embeddings, LeViT's attention biases and the token kernels' taps are not decayed
+    (the recipes of DeiT, LeViT and MViTv2).
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    decayed = ("kernel", "rel_pos_h", "rel_pos_w")
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in decayed, params)

@@ -3,10 +3,13 @@
 import dataclasses
 import json
 
+import jax
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from castling_jax.convert.files import absolute, check_bucket, is_remote, local_copy
+from castling_jax.convert.files import MODEL_FILE, absolute, check_bucket, is_remote, load_inference, local_copy
+from castling_jax.convert.inference import to_inference
 from castling_jax.convert.torch import from_torch, read_state_dict, to_torch
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
@@ -15,8 +18,6 @@ from castling_jax.ops.errors import InputError
 from castling_jax.training.checkpoints import CHECKPOINTS, checkpoint_steps, read_checkpoint
 from castling_jax.training.config import CONFIG_FILE, default_config, model_arguments
 from castling_jax.training.metrics import read_metrics
-
-EMA = "ema_params"  # under which a state keeps the moving average of its params, where it has one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ def read_snapshot(path: epath.Path, *, ema: bool = False) -> Snapshot:
 
     Args:
       path: a run's folder, of which the newest checkpoint is read, or the folder of one, RUN/checkpoints/STEP.
-      ema: whether the params are to be their moving average.
+      ema: whether the variables are to be their moving averages.
 
     Raises:
       InputError: it is neither, config.json is missing or damaged, the checkpoint is, or it holds no moving average.
@@ -61,11 +62,10 @@ def read_snapshot(path: epath.Path, *, ema: bool = False) -> Snapshot:
         arguments, first_threshold = model_arguments(config), config.mask.start_threshold
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"'{run / CONFIG_FILE}' is missing or damaged: {error!r}.") from error
-    params = EMA if ema else "params"
-    state, _ = read_checkpoint(absolute(step_folder), (params, "batch_stats"))
-    if params not in state:
+    state, _ = read_checkpoint(absolute(step_folder), ("ema",) if ema else ("params", "batch_stats"))
+    if ema and not state:
         raise InputError(f"the checkpoint '{step_folder}' holds no moving average of its parameters.")
-    variables = {"params" if name == params else name: tree for name, tree in state.items()}
+    variables = state["ema"] if ema else state
     classes = [leaf.shape[-1] for name, leaf in flatten(variables["params"]).items() if name.startswith("head/")]
     model = abstract_model(num_classes=classes[-1], **arguments)  # the last one's: batch norm comes before
     check_variables(model, variables)
@@ -101,3 +101,40 @@ def initial_variables(path: epath.Path, model: Backbone, *, reset_head: bool) ->
     else:
         state_dict = read_state_dict(path)
     return from_torch(model, state_dict, reset_head=reset_head)
+
+
+def read_teacher(path: epath.Path, name: str, student: Backbone) -> tuple[Backbone, Variables]:
+    """A trained model, in inference form, that a student of the same images and classes learns from.
+
+    Args:
+      path: a run's folder or one checkpoint's, an inference folder, or a file that `read_state_dict` reads.
+      name: the model that such a file is of, in softmax attention.
+      student: gives the size of the images and the number of classes.
+
+    Raises:
+      InputError: what is at `path` cannot be read, or has other classes or another image size.
+    """
+    if (path / MODEL_FILE).exists():
+        model, variables = load_inference(path)
+    elif path.is_dir():
+        snapshot = read_snapshot(path)
+        model, variables = abstract_model(**snapshot.model.spec.arguments(form="inference")), snapshot.variables
+        variables = to_inference(variables)
+    else:
+        state_dict = read_state_dict(path)
+        spec = student.spec
+        given = {"num_classes": spec.num_classes, "image_size": spec.image_size, "dtype": spec.dtype}
+        # With the student's own architecture, where it is the student in softmax form.
+        given |= dict(spec.overrides) if name == spec.name else {}
+        distilled = any("head_dist" in key for key in state_dict)
+        given |= {"distilled": distilled} if distilled or given.get("distilled") else {}
+        source = abstract_model(name, attention="softmax", **given)
+        variables = to_inference(from_torch(source, state_dict))
+        model = abstract_model(**source.spec.arguments(form="inference"))
+    for word in ("num_classes", "image_size"):
+        if getattr(model.spec, word) != getattr(student.spec, word):
+            raise InputError(
+                f"the teacher '{path}' has {word} = {getattr(model.spec, word)}, which must be that of the model that "
+                f"learns from it, {getattr(student.spec, word)}."
+            )
+    return model, jax.tree.map(np.asarray, variables)

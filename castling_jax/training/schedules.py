@@ -9,25 +9,34 @@ from ml_collections import ConfigDict
 from castling_jax.ops.errors import InputError, check_known
 
 MASK_SCHEDULES = ("constant", "linear", "cosine")
+SCALED_RATES = ("peak", "all")
 
 
-def learning_rate_schedule(optimizer: ConfigDict, *, total_steps: int, steps_per_epoch: int) -> optax.Schedule:
+def learning_rate_schedule(
+    optimizer: ConfigDict, *, batch_size: int, total_steps: int, steps_per_epoch: int
+) -> optax.Schedule:
     """Linear warm-up, then a cosine to `final_learning_rate` at the last step (DeiT's recipe).
 
+    Rates that are given for batches of `reference_batch` images grow with the batch: the peak alone (DeiT, LeViT), or
+    with `scaled_rates` = "all" those at the start and at the end too (MViTv2).
+
     Raises:
-      InputError: the warm-up is as long as the training or longer.
+      InputError: the warm-up is as long as the training or longer, or `scaled_rates` is unknown.
     """
+    check_known("config.optimizer.scaled_rates", optimizer.scaled_rates, SCALED_RATES)
+    scale = 1.0 if optimizer.reference_batch is None else batch_size / optimizer.reference_batch
+    ends = scale if optimizer.scaled_rates == "all" else 1.0
     warmup_steps = round(optimizer.warmup_epochs * steps_per_epoch)
     if warmup_steps >= total_steps:
         raise InputError(
             f"config.optimizer.warmup_epochs = {optimizer.warmup_epochs} leaves nothing of the {total_steps} steps."
         )
     return optax.warmup_cosine_decay_schedule(
-        init_value=optimizer.initial_learning_rate,
-        peak_value=optimizer.learning_rate,
+        init_value=ends * optimizer.initial_learning_rate,
+        peak_value=scale * optimizer.learning_rate,
         warmup_steps=warmup_steps,
         decay_steps=total_steps,
-        end_value=optimizer.final_learning_rate,
+        end_value=ends * optimizer.final_learning_rate,
     )
 
 

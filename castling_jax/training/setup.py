@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import optax
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -18,10 +19,11 @@ from castling_jax.models.variables import get_variables
 from castling_jax.ops.errors import InputError
 from castling_jax.training.config import check_config, image_options, model_arguments
 from castling_jax.training.optimizers import make_optimizer
+from castling_jax.training.restore import read_teacher
 from castling_jax.training.schedules import learning_rate_schedule, mask_threshold_schedule
-from castling_jax.training.sharding import check_batch, check_heads, make_mesh, state_shardings
+from castling_jax.training.sharding import check_batch, check_heads, make_mesh, place, state_shardings, whole_over_fsdp
 from castling_jax.training.state import TrainState, create_state
-from castling_jax.training.step import make_train_step
+from castling_jax.training.step import Teacher, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,18 +89,34 @@ def set_up(config: ConfigDict, devices: Sequence[Any] | None = None) -> Setup:
             f"{config.train.batch_size}."
         )
     total_steps = config.train.epochs * steps_per_epoch
-    learning_rate = learning_rate_schedule(config.optimizer, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    learning_rate = learning_rate_schedule(
+        config.optimizer,
+        batch_size=config.train.batch_size,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+    )
     threshold_at = mask_threshold_schedule(config.mask, total_steps=total_steps)
     model = abstract_model(num_classes=train_set.num_classes, **model_arguments(config))
     check_heads(model, mesh)
     seen = image_options(config, model.spec.image_size)
     optimizer = make_optimizer(config.optimizer, learning_rate)
-    state = jax.eval_shape(lambda variables: create_state(variables, optimizer, config.seed), get_variables(model))
+    keeps_ema = config.train.ema_decay is not None
+    state = jax.eval_shape(
+        lambda variables: create_state(variables, optimizer, config.seed, ema=keeps_ema), get_variables(model)
+    )
     shardings = state_shardings(state, mesh)
     train_step = make_train_step(
         model,
         optimizer,
         label_smoothing=config.loss.label_smoothing,
+        mixing={
+            "mixup": config.augment.mixup,
+            "cutmix": config.augment.cutmix,
+            "switch": config.augment.mix_switch,
+            "probability": config.augment.mix_probability,
+        },
+        teacher=_teacher(config, model, mesh),
+        ema_decay=config.train.ema_decay,
         accumulate_steps=config.train.accumulate_steps,
         shardings=shardings,
     )
@@ -119,3 +137,13 @@ def set_up(config: ConfigDict, devices: Sequence[Any] | None = None) -> Setup:
         shardings=shardings,
         train_step=train_step,
     )
+
+
+def _teacher(config: ConfigDict, student: Backbone, mesh: Mesh) -> Teacher | None:
+    """The model that `config.distillation` names, on the mesh."""
+    options = config.distillation
+    if options.kind is None:
+        return None
+    model, variables = read_teacher(epath.Path(options.teacher), options.name or student.spec.name, student)
+    placed = place(variables, whole_over_fsdp(state_shardings(variables, mesh)))
+    return Teacher(model, placed, kind=options.kind, alpha=options.alpha, temperature=options.temperature)

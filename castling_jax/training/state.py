@@ -12,6 +12,8 @@ from jaxtyping import Array, Int, Key
 
 from castling_jax.models.variables import Variables, flatten
 
+OPTIONAL: dict[str, Any] = {"batch_stats": {}, "ema": {}}
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -21,6 +23,7 @@ class TrainState:
       params: the parameters, nested dicts.
       batch_stats: batch norm's running statistics, nested dicts; {} without batch norm.
       opt_state: the optimiser's.
+      ema: moving averages of the variables, as `variables` has them; {} where none are kept.
       step: how many steps were made.
       key: where each step's random key comes from; it does not change.
     """
@@ -28,35 +31,44 @@ class TrainState:
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
+    ema: Any
     step: Int[Array, ""]
     key: Key[Array, ""]
 
     @property
     def variables(self) -> Variables:
-        """What `apply` and `to_inference` take."""
+        """What `apply` and `to_inference` take, as the optimiser left it."""
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def averaged(self) -> Variables:
+        """The moving averages where they are kept, else the variables: what is evaluated and switched."""
+        return self.ema or self.variables
 
 
 def _children(state: TrainState) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
-    names = tuple(name for name in vars(state) if name != "batch_stats" or state.batch_stats)
+    names = tuple(name for name in vars(state) if name not in OPTIONAL or getattr(state, name))
     return [(jax.tree_util.GetAttrKey(name), getattr(state, name)) for name in names], names
 
 
-# Empty statistics are no part of the tree: a checkpoint of a model without batch norm has no place for them.
+# What is empty is no part of the tree: a checkpoint of a model without batch norm has no place for statistics.
 jax.tree_util.register_pytree_with_keys(
     TrainState,
     _children,
-    lambda names, children: TrainState(**{"batch_stats": {}, **dict(zip(names, children, strict=True))}),
+    lambda names, children: TrainState(**{**OPTIONAL, **dict(zip(names, children, strict=True))}),
 )
 
 
-def create_state(variables: Variables, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step."""
+def create_state(
+    variables: Variables, optimizer: optax.GradientTransformation, seed: int, *, ema: bool = False
+) -> TrainState:
+    """The state before the first step; with `ema` it keeps moving averages, which start as the variables are."""
     params = variables["params"]
     return TrainState(
         params=params,
         batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, variables) if ema else {},
         step=jnp.zeros((), jnp.int32),
         key=jax.random.key(seed),
     )

@@ -11,6 +11,14 @@ from castling_jax.training.config import default_config
 from castling_jax.training.optimizers import decay_mask, make_optimizer
 
 
+def test_relative_positions_are_decayed_and_attention_biases_are_not():
+    for name, path, decays in [
+        ("mvitv2_tiny", "stages/0/blocks/0/attn/softmax_branch/rel_pos_h", True),
+        ("levit_128s", "stages/0/blocks/0/attn/softmax_branch/attention_biases", False),
+    ]:
+        assert flatten(decay_mask(get_variables(abstract_model(name))["params"]))[path] is decays
+
+
 def test_only_matrices_are_decayed():
     params = get_variables(abstract_model("deit_micro", distilled=True))["params"]
     decayed = {path for path, decays in flatten(decay_mask(params)).items() if decays}
@@ -44,3 +52,18 @@ def test_gradients_are_clipped_together(clip_norm):
     largest = float(jnp.max(jnp.abs(jax.tree.leaves(updates)[0])))
     # Clipped far below Adam's epsilon of 1e-8, the step all but vanishes.
     assert largest < 1e-5 if clip_norm else largest == pytest.approx(0.01, rel=1e-5)
+
+
+def test_adaptive_clip_goes_by_each_units_weights():
+    config = default_config().optimizer
+    config.adaptive_clip = 0.01
+    rng = np.random.default_rng(0)
+    weights, gradients = rng.standard_normal((2, 6, 4)).astype(np.float32)
+    gradients[:, 0] *= 1e-4  # one unit stays below its limit
+    optimizer = make_optimizer(config, optax.constant_schedule(0.01))
+    state = optimizer.init({"kernel": jnp.asarray(weights)})
+    _, state = optimizer.update({"kernel": jnp.asarray(gradients)}, state, {"kernel": jnp.asarray(weights)})
+    limit = 0.01 * np.linalg.norm(weights, axis=0)
+    expected = gradients * np.minimum(1, limit / np.linalg.norm(gradients, axis=0))
+    (moments,) = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (6, 4)][:1]  # 0.1 of the gradient, first
+    np.testing.assert_allclose(moments, 0.1 * expected, rtol=1e-5)

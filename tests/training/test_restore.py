@@ -105,17 +105,15 @@ def test_other_arrays_than_were_saved_are_noticed(refuses, run, tmp_path):
 def test_the_moving_average_is_read_where_there_is_one(refuses, run, tmp_path, model):
     with refuses("checkpoints/10", "no moving average"):
         read_snapshot(run, ema=True)
-    params, average = (small.random_variables(model, seed=seed)["params"] for seed in (3, 4))
-    stats = small.random_variables(model)["batch_stats"]
-    state = {"params": params, "ema_params": average, "batch_stats": stats}
+    variables, average = (small.random_variables(model, seed=seed) for seed in (3, 4))
+    state = variables | {"ema": average}
     folder = tmp_path / "checkpoints"
     with ocp.CheckpointManager(folder) as manager:
         items = {"state": ocp.args.StandardSave(state), "about": ocp.args.JsonSave({"checksums": checksums(state)})}
         manager.save(5, args=ocp.args.Composite(**items))
     shutil.copy(run / "config.json", tmp_path)
-    for ema, expected in [(True, average), (False, params)]:
-        variables = read_snapshot(folder / "5", ema=ema).variables
-        chex.assert_trees_all_equal(variables, {"params": expected, "batch_stats": stats})
+    for ema, expected in [(True, average), (False, variables)]:
+        chex.assert_trees_all_equal(read_snapshot(folder / "5", ema=ema).variables, expected)
 
 
 def test_what_is_no_run(refuses, run, tmp_path):

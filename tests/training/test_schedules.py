@@ -19,16 +19,27 @@ def test_learning_rate_warms_up_linearly_and_ends_as_a_cosine():
     optimizer.update(
         {"learning_rate": 1.0, "initial_learning_rate": 0.0, "final_learning_rate": 0.1, "warmup_epochs": 2}
     )
-    rate = learning_rate_schedule(optimizer, total_steps=100, steps_per_epoch=10)
+    rate = learning_rate_schedule(optimizer, batch_size=8, total_steps=100, steps_per_epoch=10)
     # float32 schedules: a few roundings of 6e-8.
     np.testing.assert_allclose([rate(0), rate(10), rate(20)], [0, 0.5, 1], atol=1e-6)
     expected = [0.1 + 0.9 * (1 + math.cos(math.pi * (step - 20) / 80)) / 2 for step in (40, 60, 100)]
     np.testing.assert_allclose([rate(40), rate(60), rate(100)], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("scaled", "ends"), [("peak", 1), ("all", 4)])
+def test_rates_grow_with_the_batch(scaled, ends):
+    optimizer = default_config().optimizer
+    optimizer.update(
+        {"learning_rate": 1.0, "initial_learning_rate": 0.1, "final_learning_rate": 0.2, "warmup_epochs": 2}
+        | {"reference_batch": 256, "scaled_rates": scaled}
+    )
+    rate = learning_rate_schedule(optimizer, batch_size=1024, total_steps=100, steps_per_epoch=10)
+    np.testing.assert_allclose([rate(0), rate(20), rate(100)], [0.1 * ends, 4, 0.2 * ends], rtol=1e-6)
+
+
 def test_warmup_must_leave_some_steps():
     with pytest.raises(InputError, match="warmup_epochs = 5.0 leaves nothing of the 50 steps"):
-        learning_rate_schedule(default_config().optimizer, total_steps=50, steps_per_epoch=10)
+        learning_rate_schedule(default_config().optimizer, batch_size=8, total_steps=50, steps_per_epoch=10)
 
 
 def test_constant_threshold_stays():

@@ -1,0 +1,96 @@
+"""Trains several attentions side by side, and says what each has reached and what it costs.
+
+    python -m castling_jax.tools.compare --config=configs/fashion_mnist.py [--attentions=castling,softmax]
+        [--epochs=N] [--workdir=runs/compare-fashion_mnist]
+
+trains the configuration once for each attention, all else being equal, prints held-out accuracy beside parameters and
+multiply-accumulates (MACs) of what is run in the end, and writes the table to WORKDIR/compare.md. Each run is one of
+main.py's in a folder of its own, WORKDIR/ATTENTION: started again, the command goes on where it was.
+"""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from castling_jax.convert.files import write_atomically
+from castling_jax.models.attention import ATTENTIONS
+from castling_jax.ops.errors import InputError, check_known
+from castling_jax.tools import summary
+from castling_jax.training.config import CONFIG_FILE, check_same_run
+from castling_jax.training.loop import train
+
+TABLE_FILE = "compare.md"
+
+
+def load_config(name: str) -> ConfigDict:
+    """The configuration of FILE.py or FILE.py:ARGUMENT, as main.py reads it.
+
+    Raises:
+      InputError: there is no such file.
+    """
+    path, _, argument = name.partition(":")
+    spec = importlib.util.spec_from_file_location("config", path)
+    if not Path(path).is_file() or spec is None or spec.loader is None:
+        raise InputError(f"there is no configuration file '{path}'.")
+    sys.path.insert(0, str(Path(path).resolve().parents[1]))  # configurations are made of one another
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument) if argument else module.get_config()
+
+
+def compare(config: ConfigDict, attentions: list[str], workdir: epath.Path) -> dict[str, dict[str, Any]]:
+    """Trains, or goes on with, a run of each attention; their summaries."""
+    found = {}
+    for attention in attentions:
+        run = config.copy_and_resolve_references()
+        run.model.attention = attention
+        folder = workdir / attention
+        finished = summary.read_summary(folder)
+        if finished is not None:
+            check_same_run(run, folder / CONFIG_FILE)
+        print(f"{attention}: {folder}", flush=True)
+        found[attention] = finished or summary.finish(folder, train(run, folder))
+    return found
+
+
+def table(summaries: dict[str, dict[str, Any]]) -> str:
+    """Accuracy beside cost, in Markdown; of the form that is run in the end."""
+    rows = [
+        f"| {attention} | {100 * found['accuracy_inference_form']:.2f} % | {found['eval_loss']:.4f} | "
+        f"{found['parameters_inference_form']:,} | {found['macs_inference_form'] / 1e6:,.2f} M | "
+        f"{found['macs_train_form'] / 1e6:,.2f} M | {found['steps']:,} | {found['train_seconds']:.0f} s |"
+        for attention, found in summaries.items()
+    ]
+    head = "| attention | held-out accuracy | loss (nats) | parameters | MACs an image | in training | steps | time |"
+    return "\n".join([head, "|---|---|---|---|---|---|---|---|", *rows, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="FILE.py or FILE.py:VARIANT")
+    parser.add_argument("--attentions", default="castling,softmax", help="by commas (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, help="instead of the configuration's")
+    parser.add_argument("--workdir", type=epath.Path, help="by default runs/compare- and the configuration's name")
+    options = parser.parse_args()
+    try:
+        config = load_config(options.config)
+        attentions = options.attentions.split(",")
+        for attention in attentions:
+            check_known("attention", attention, ATTENTIONS)
+        if options.epochs is not None:
+            config.train.epochs = options.epochs
+        workdir = options.workdir or epath.Path("runs") / f"compare-{Path(options.config.partition(':')[0]).stem}"
+        page = table(compare(config, attentions, workdir))
+        write_atomically(workdir / TABLE_FILE, page.encode())
+    except InputError as error:
+        sys.exit(str(error))
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What the recipes on ImageNet share: the data, and the augmentations of DeiT. A base, not a configuration.
+
+python -m castling_jax.tools.prepare imagenet2012 --help says how to get the data.
+"""
+
+from ml_collections import ConfigDict
+
+from castling_jax.models.attention import ATTENTIONS
+from castling_jax.ops.errors import InputError, check_known
+from castling_jax.training.config import default_config
+
+
+def imagenet_config(family: str, argument: str, variants: dict[str, str], default: str) -> ConfigDict:
+    """A configuration of one model of a family, as `--config=configs/FILE.py:VARIANT,ATTENTION` names it.
+
+    Args:
+      family: for the error.
+      argument: "VARIANT", "VARIANT,ATTENTION" or "".
+      variants: names -> models of the registry.
+      default: the variant of an empty argument. The attention is castling unless it is named.
+
+    Raises:
+      InputError: an unknown variant or attention.
+    """
+    words = argument.split(",") if argument else [default]
+    if len(words) > 2:
+        raise InputError(f"a configuration of {family} takes VARIANT,ATTENTION and no more, not {argument!r}.")
+    variant, attention = words[0], words[1] if len(words) == 2 else "castling"
+    check_known(f"variant of {family}", variant, variants)
+    check_known("attention", attention, ATTENTIONS)
+    config = default_config()
+    config.model.update({"name": variants[variant], "attention": attention, "dtype": "bfloat16"})
+    config.dataset.update(
+        {
+            **{"name": "imagenet2012", "train_split": "train", "eval_split": "validation", "workers": 8},
+            **{"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_ratio": 0.875},
+        }
+    )
+    config.augment.update(
+        {
+            **{"crop_scale": (0.08, 1.0), "flip": 0.5, "randaugment": "rand-m9-mstd0.5-inc1", "erasing": 0.25},
+            **{"mixup": 0.8, "cutmix": 1.0, "mix_switch": 0.5},
+        }
+    )
+    config.loss.label_smoothing = 0.1
+    config.evaluation.batch_size = 1024
+    config.checkpoint.every_steps = 1000
+    config.logging.every_steps = 50
+    return config
