@@ -151,7 +151,7 @@ def _figure(metrics: Any) -> float:
 
 def checkpoint_steps(folder: epath.Path) -> list[int]:
     """The steps of which a folder of checkpoints holds one, sorted; what is still being written does not count."""
-    steps = [path for path in folder.glob("*") if path.name.isdigit()] if folder.exists() else []
+    steps = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
     if is_remote(folder):  # where a folder cannot be renamed once it is whole, Orbax marks it
         steps = [path for path in steps if (path / COMMIT_SUCCESS_FILE).exists()]
     return sorted(int(path.name) for path in steps)

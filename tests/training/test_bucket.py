@@ -1,0 +1,128 @@
+"""A run in a bucket, by the same command as one on disk: against a Google Cloud Storage in memory."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from castling_jax.convert import files
+from castling_jax.tools import convert
+from tests.training import fake_gcs
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "--config.model.depth=1",
+    "--config.model.embed_dim=32",
+    "--config.train.epochs=2",
+    "--config.optimizer.warmup_epochs=0.5",
+    "--config.checkpoint.every_steps=10",
+    "--config.logging.every_steps=5",
+]
+needs_gcsfs = pytest.mark.skipif(
+    importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed: pip install castling_jax[gcs]"
+)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with fake_gcs.serve() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # programs are to be kept in the bucket
+        yield server
+
+
+def command(workdir):
+    return [sys.executable, str(ROOT / "main.py"), f"--workdir={workdir}", *SMALL]
+
+
+def run(workdir):
+    return subprocess.run(command(workdir), capture_output=True, text=True, timeout=600)
+
+
+def kill_when(workdir, server, name):
+    """Starts the run and kills it, with no warning, once there is an object whose name starts with `name`."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command(workdir), **quiet) as process:
+        while process.poll() is None and not any(key.startswith(name) for key in list(server.objects)):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+
+
+def steps_of(text):
+    return [json.loads(line)["step"] for line in text.splitlines()]
+
+
+@needs_gcsfs
+@pytest.mark.slow
+def test_run_in_a_bucket_is_killed_and_damaged_and_ends_as_one_on_disk(server, tmp_path, capsys):
+    on_disk = run(tmp_path / "run")
+    assert on_disk.returncode == 0, on_disk.stderr
+    expected = json.loads((tmp_path / "run" / "summary.json").read_text())
+
+    workdir = "gs://bucket/run"
+    # Half-way through its first checkpoint, which then counts for nothing, and after its third.
+    kill_when(workdir, server, "run/checkpoints/10/state/")
+    assert "run/checkpoints/10/commit_success.txt" not in server.objects
+    kill_when(workdir, server, "run/checkpoints/30/commit_success.txt")
+    largest = max(
+        (name for name in server.objects if name.startswith("run/checkpoints/30/state/")),
+        key=lambda name: len(server.objects[name][0]),
+    )
+    data, generation = server.objects[largest]
+    server.objects[largest] = data[: len(data) // 2], generation
+    last = run(workdir)
+    assert last.returncode == 0, last.stderr
+    assert "It was moved to 'gs://bucket/run/checkpoints_damaged/30'" in last.stderr
+    assert "Going on from step 20 of 44 in gs://bucket/run." in last.stdout
+    assert largest.replace("checkpoints", "checkpoints_damaged") in server.objects
+
+    summary = json.loads(server.objects["run/summary.json"][0])
+    assert summary["parameters_sha256"] == expected["parameters_sha256"]
+    assert summary["files"]["picture"] == "gs://bucket/run/training.png"
+    written = server.objects["run/metrics.jsonl"][0].decode()
+    assert steps_of(written) == steps_of((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert any(name.startswith("run/tensorboard/events") for name in server.objects)
+    assert any(name.startswith("run/compiled/jit_step") for name in server.objects)
+    assert "This run is finished" in run(workdir).stdout
+    assert not any(tmp_path.glob("gs*"))
+
+    # And what reads a run: twice to the same place, the second time in another format.
+    for format in ("orbax", "orbax", "safetensors"):
+        arguments = {"format": format, "ema": False, "bfloat16": False, "check": True}
+        convert.convert(epath.Path(workdir), epath.Path("gs://bucket/out"), **arguments)
+        assert "read back, gives the same logits" in capsys.readouterr().out
+    assert {name for name in server.objects if name.startswith("out/")} == {
+        "out/model.json",
+        "out/variables.safetensors",
+    }
+
+
+@needs_gcsfs
+def test_bucket_out_of_reach_is_one_sentence(server, refuses):
+    with refuses("there is no bucket 'gs://other'"):
+        files.check_bucket("gs://other/run")
+    with refuses("'gs://bucket/nothing' is not an inference folder"):
+        files.load_inference("gs://bucket/nothing")
+
+
+def test_bucket_without_gcsfs_is_one_sentence(refuses, monkeypatch):
+    def exists(path):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(type(epath.Path("gs://bucket")), "exists", exists)
+    with refuses("'gs://bucket/run' is in a bucket, which takes gcsfs: pip install 'castling_jax[gcs]'"):
+        files.load_inference("gs://bucket/run")
+    files.check_bucket("runs/digits")
+
+
+def test_paths_in_buckets_are_absolute():
+    assert os.fspath(files.absolute(epath.Path("gs://bucket/run"))) == "gs://bucket/run"
+    assert os.fspath(files.absolute(epath.Path("run"))) == str(Path.cwd() / "run")
