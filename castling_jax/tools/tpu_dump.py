@@ -161,6 +161,19 @@ def collective(program: Program, instruction: Instruction) -> Collective | None:
     return Collective(found.kind, SHAPE.findall(found.result), found.label) if starts else None
 
 
+def collectives(program: Program) -> list[Collective]:
+    """All collectives of a program, those of a loop once."""
+    parts = {
+        name
+        for computation in program.computations.values()
+        for instruction in computation
+        if instruction.kind in ("fusion", "async-start")
+        for name in instruction.called("calls")
+    }
+    run = (computation for name, computation in program.computations.items() if name not in parts)
+    return [found for computation in run for i in computation if (found := collective(program, i))]
+
+
 def trip_count(program: Program, loop: Instruction, around: Computation) -> int | None:
     """How often a loop runs that counts upwards by one between constants; None where it is another.
 

@@ -2,7 +2,7 @@ import pytest
 
 from castling_jax.tools.tpu_dump import (
     Collective,
-    collective,
+    collectives,
     read_program,
     read_schedule,
     read_utilization,
@@ -123,13 +123,12 @@ ENTRY %main (x: bf16[96,8]) -> bf16[96,8] {
 
 
 def test_collectives_are_found_once_however_they_are_written():
-    program = read_program(ASYNCHRONOUS)
-    found = [collective(program, instruction) for instruction in program.computations["main"]]
-    assert [one for one in found if one] == [
+    found = collectives(read_program(ASYNCHRONOUS))
+    assert found == [
         Collective("all-gather", [("bf16", "768,8")], "jit(f)/gather"),
         Collective("reduce-scatter", [("f32", "96,8"), ("f32", "8")], "jit(f)/sum"),
         Collective("collective-permute", [("f32", "8")], "jit(f)/split"),
         Collective("all-gather", [("f32", "16")], ""),
         Collective("all-reduce", [("f32", "8")], ""),
     ]
-    assert [one.bytes for one in found if one] == [768 * 8 * 2, 97 * 8 * 4, 32, 64, 32]
+    assert [one.bytes for one in found] == [768 * 8 * 2, 97 * 8 * 4, 32, 64, 32]
