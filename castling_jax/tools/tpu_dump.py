@@ -151,14 +151,32 @@ def collective(program: Program, instruction: Instruction) -> Collective | None:
             arrays = [array for array in arrays if array[1]]
             arrays = arrays[len(arrays) // 2 :]
         return Collective(kind, arrays, instruction.label)
-    name = next(iter(instruction.called("calls")), "")
-    found = next((i for i in program.computations.get(name, []) if i.kind in COLLECTIVES), None)
+    found = collective_inside(program, instruction)
     if found is None:
         return None
-    if name.startswith("all-reduce-scatter"):
+    if "calls=%all-reduce-scatter" in instruction.text:
         return Collective("reduce-scatter", arrays, found.label)
     starts = instruction.kind == "async-start" or instruction.name.startswith("%async-collective-start")
     return Collective(found.kind, SHAPE.findall(found.result), found.label) if starts else None
+
+
+def collective_inside(program: Program, instruction: Instruction) -> Instruction | None:
+    """The collective that a fusion starts, waits for or runs beside; None where there is none."""
+    inside = (i for name in instruction.called("calls") for i in program.computations.get(name, []))
+    return next((i for i in inside if i.kind in COLLECTIVES), None)
+
+
+def collectives(program: Program) -> list[Collective]:
+    """All collectives of a program, those of a loop once."""
+    parts = {
+        name
+        for computation in program.computations.values()
+        for instruction in computation
+        if instruction.kind in ("fusion", "async-start")
+        for name in instruction.called("calls")
+    }
+    run = (computation for name, computation in program.computations.items() if name not in parts)
+    return [found for computation in run for i in computation if (found := collective(program, i))]
 
 
 def trip_count(program: Program, loop: Instruction, around: Computation) -> int | None:

@@ -21,6 +21,7 @@ from castling_jax.tools.tpu_dump import (
     Program,
     Schedule,
     collective,
+    collective_inside,
     read_schedule,
     read_utilization,
     shape_bytes,
@@ -46,7 +47,7 @@ FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "domain", "opt-barrier"),
     *("partition-id", "replica-id", "after-all", "while", "conditional", "call", "iota", "broadcast"),
     *("copy", "copy-start", "copy-done", "slice-start", "slice-done", "async-start", "async-update", "async-done"),
-    *("add", "subtract", "multiply", "negate", "minimum", "maximum", "clamp", "convert"),
+    *("add", "subtract", "multiply", "negate", "minimum", "maximum", "clamp", "convert", "cosine", "power", "sqrt"),
     *("compare", "select", "and", "or", "not"),
     *("slice", "dynamic-slice", "dynamic-update-slice", "pad", "concatenate", "transpose"),
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
@@ -163,6 +164,8 @@ class Estimator:
         kind, name, text = instruction.kind, instruction.name, instruction.text
         if sent := collective(self.program, instruction):
             cost.collectives[sent.kind] += times * sent.bytes
+        # The time of collectives is not counted, nor then that of a fusion which does nothing else.
+        waits = collective_inside(self.program, instruction) is not None
         if kind == "copy-start" and (copied := SHAPE.search(instruction.result)):
             cost.prefetched_bytes += times * shape_bytes(copied[0])
         if instruction.cycles is not None:
@@ -170,7 +173,7 @@ class Estimator:
             cost.rows.append(Row(milliseconds, name, instruction.label))
         elif kind in ("send", "recv") or "is_host_transfer=true" in text or "host_compute" in text:
             self.incomplete.add(f"{kind} {name}: talks to the host")
-        elif kind and kind not in FREE and not FREE_CUSTOM_CALLS.search(text):
+        elif kind and kind not in FREE and not FREE_CUSTOM_CALLS.search(text) and not waits:
             self.incomplete.add(f"{kind} {name} ({instruction.label}): no estimate")
         if "execution_thread=" in text and 'execution_thread="main"' not in text:
             self.incomplete.add(f"{kind} {name}: runs elsewhere than on the chip")

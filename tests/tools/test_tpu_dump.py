@@ -2,7 +2,7 @@ import pytest
 
 from castling_jax.tools.tpu_dump import (
     Collective,
-    collective,
+    collectives,
     read_program,
     read_schedule,
     read_utilization,
@@ -10,7 +10,7 @@ from castling_jax.tools.tpu_dump import (
     signature,
     trip_count,
 )
-from tests.tools.tpu_texts import BUNDLES, HLO, TIMES, UTILIZATION
+from tests.tools.tpu_texts import ASYNCHRONOUS, BUNDLES, HLO, TIMES, UTILIZATION
 
 
 def loop_of(hlo):
@@ -95,41 +95,13 @@ def test_utilization_of_another_schedule_is_none():
     assert read_utilization(UTILIZATION, TIMES[1:]) == {}
 
 
-# As the compiler writes collectives that run beside the compute, and a reduce-scatter.
-ASYNCHRONOUS = """
-%start (a: bf16[96,8]) -> (bf16[96,8], bf16[768,8], u32[]) {
-  %all-gather.1 = bf16[768,8]{1,0} all-gather(%a), channel_id=3, dimensions={0}, metadata={op_name="jit(f)/gather"}
-}
-
-%go_on (b: bf16[96,8]) -> (bf16[96,8], bf16[768,8], u32[]) {
-  %all-gather.2 = bf16[768,8]{1,0} all-gather(%b), channel_id=3, dimensions={0}, metadata={op_name="jit(f)/gather"}
-}
-
-%all-reduce-scatter.1 (c: f32[768,8], d: f32[64]) -> (f32[96,8], f32[8]) {
-  %all-reduce.1 = (f32[768,8]{1,0}, f32[64]{0}) all-reduce(%c, %d), to_apply=%sum, metadata={op_name="jit(f)/sum"}
-}
-
-ENTRY %main (x: bf16[96,8]) -> bf16[96,8] {
-  %async-collective-start.1 = (bf16[96,8]{1,0}, bf16[768,8]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%start
-  %async_collective_fusion.1 = (f32[2]{0}, bf16[96,8]{1,0}, u32[]) fusion(%y), kind=kCustom, calls=%go_on
-  %async-collective-done.1 = bf16[768,8]{1,0} fusion(%z), kind=kCustom, calls=%go_on
-  %fusion.1 = (f32[96,8]{1,0}, f32[8]{0}) fusion(%c, %d), kind=kCustom, calls=%all-reduce-scatter.1
-  %permute = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%e), metadata={op_name="jit(f)/split"}
-  %permuted = f32[8]{0} collective-permute-done(%permute)
-  %gather = (f32[2]{0}, f32[16]{0}) all-gather-start(%e), dimensions={0}
-  %reduce = f32[8]{0} all-reduce-start(%e), to_apply=%sum
-}
-"""
-
-
 def test_collectives_are_found_once_however_they_are_written():
-    program = read_program(ASYNCHRONOUS)
-    found = [collective(program, instruction) for instruction in program.computations["main"]]
-    assert [one for one in found if one] == [
+    found = collectives(read_program(ASYNCHRONOUS))
+    assert found == [
         Collective("all-gather", [("bf16", "768,8")], "jit(f)/gather"),
         Collective("reduce-scatter", [("f32", "96,8"), ("f32", "8")], "jit(f)/sum"),
         Collective("collective-permute", [("f32", "8")], "jit(f)/split"),
         Collective("all-gather", [("f32", "16")], ""),
         Collective("all-reduce", [("f32", "8")], ""),
     ]
-    assert [one.bytes for one in found if one] == [768 * 8 * 2, 97 * 8 * 4, 32, 64, 32]
+    assert [one.bytes for one in found] == [768 * 8 * 2, 97 * 8 * 4, 32, 64, 32]

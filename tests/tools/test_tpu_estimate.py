@@ -2,7 +2,7 @@ import pytest
 
 from castling_jax.tools.tpu_dump import read_program
 from castling_jax.tools.tpu_estimate import CHIPS, Estimator
-from tests.tools.tpu_texts import BUNDLES, HLO, TIMES, UTILIZATION
+from tests.tools.tpu_texts import ASYNCHRONOUS, BUNDLES, HLO, TIMES, UTILIZATION
 
 V5E = CHIPS["v5e"]  # 1.5 GHz: 1500 cycles are a microsecond
 SCALE = "f32[8,128],f32[8,128]"
@@ -46,6 +46,13 @@ def test_collectives_and_prefetches_are_counted_in_bytes(dump):
     cost, _ = estimate(HLO, dump)
     assert cost.collectives == {"all-reduce": 8 * 128 * 4}
     assert cost.prefetched_bytes == 8 * 128 * 4
+
+
+def test_fusions_that_only_wait_for_a_collective_are_not_incomplete(dump):
+    cost, incomplete = estimate(ASYNCHRONOUS, dump)
+    sent = {"all-gather": 768 * 8 * 2 + 64, "reduce-scatter": 97 * 8 * 4, "collective-permute": 32, "all-reduce": 32}
+    assert cost.collectives == sent
+    assert incomplete == set()
 
 
 def test_kernel_takes_its_bundles_or_its_traffic(dump):

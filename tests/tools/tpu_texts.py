@@ -81,3 +81,29 @@ MXU, VALU, VLOAD, VLOAD:FILL
 0 0 0 0
 4 0 0 0
 """
+
+# As the compiler writes collectives that run beside the compute, and a reduce-scatter.
+ASYNCHRONOUS = """
+%start (a: bf16[96,8]) -> (bf16[96,8], bf16[768,8], u32[]) {
+  %all-gather.1 = bf16[768,8]{1,0} all-gather(%a), channel_id=3, dimensions={0}, metadata={op_name="jit(f)/gather"}
+}
+
+%go_on (b: bf16[96,8]) -> (bf16[96,8], bf16[768,8], u32[]) {
+  %all-gather.2 = bf16[768,8]{1,0} all-gather(%b), channel_id=3, dimensions={0}, metadata={op_name="jit(f)/gather"}
+}
+
+%all-reduce-scatter.1 (c: f32[768,8], d: f32[64]) -> (f32[96,8], f32[8]) {
+  %all-reduce.1 = (f32[768,8]{1,0}, f32[64]{0}) all-reduce(%c, %d), to_apply=%sum, metadata={op_name="jit(f)/sum"}
+}
+
+ENTRY %main (x: bf16[96,8]) -> bf16[96,8] {
+  %async-collective-start.1 = (bf16[96,8]{1,0}, bf16[768,8]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%start
+  %async_collective_fusion.1 = (f32[2]{0}, bf16[96,8]{1,0}, u32[]) fusion(%y), kind=kCustom, calls=%go_on
+  %async-collective-done.1 = bf16[768,8]{1,0} fusion(%z), kind=kCustom, calls=%go_on
+  %fusion.1 = (f32[96,8]{1,0}, f32[8]{0}) fusion(%c, %d), kind=kCustom, calls=%all-reduce-scatter.1
+  %permute = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%e), metadata={op_name="jit(f)/split"}
+  %permuted = f32[8]{0} collective-permute-done(%permute)
+  %gather = (f32[2]{0}, f32[16]{0}) all-gather-start(%e), dimensions={0}
+  %reduce = f32[8]{0} all-reduce-start(%e), to_apply=%sum
+}
+"""

@@ -121,7 +121,7 @@ def collectives(mesh_name: str, family: str = "deit") -> dict:
 
     from castling_jax.models.registry import abstract_model
     from castling_jax.models.variables import get_variables
-    from castling_jax.tools.tpu_dump import collective, read_program
+    from castling_jax.tools import tpu_dump
     from castling_jax.training import sharding
     from castling_jax.training.state import create_state
     from castling_jax.training.step import make_train_step
@@ -145,12 +145,9 @@ def collectives(mesh_name: str, family: str = "deit") -> dict:
     step = make_train_step(model, optimizer, label_smoothing=0.1, shardings=shardings)
     with jax.set_mesh(mesh):
         lowered = jax.jit(step, donate_argnums=0).lower(jax.tree.map(placed, state, shardings), batch, threshold)
-    program = read_program(lowered.compile().as_text())
     sent: dict[str, list[int]] = {}
-    for computation in program.computations.values():
-        for instruction in computation:
-            if found := collective(program, instruction):
-                sent.setdefault(found.kind, []).append(found.bytes)
+    for found in tpu_dump.collectives(tpu_dump.read_program(lowered.compile().as_text())):
+        sent.setdefault(found.kind, []).append(found.bytes)
     matrices = [leaf for leaf in jax.tree.leaves(shardings.params) if not leaf.is_fully_replicated]
     return {
         "gradients": sum(4 * leaf.size for leaf in jax.tree.leaves(state.params)),
