@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.model.patch_size = 4
     config.model.drop_path_rate = 0.1
     config.dataset.name = "fashion_mnist"
-    config.dataset.shift_pixels = 2
+    config.augment.shift_pixels = 2
     config.train.epochs = 5
     config.train.batch_size = 128
     config.optimizer.learning_rate = 2e-3
