@@ -1,0 +1,40 @@
+import json
+
+import pytest
+from etils import epath
+
+from castling_jax.tools import compare
+from castling_jax.training.config import default_config
+from tests.training.test_loop import small_config
+
+SUMMARY = {
+    **{"accuracy_inference_form": 0.9812, "eval_loss": 0.1, "parameters_inference_form": 1234, "steps": 22},
+    **{"macs_inference_form": 3_670_000, "macs_train_form": 3_820_000, "train_seconds": 12.3},
+}
+
+
+def test_table_has_a_row_of_each():
+    head, _, row, _ = compare.table({"castling": SUMMARY}).split("\n")
+    assert head.count("|") == row.count("|")
+    assert row == "| castling | 98.12 % | 0.1000 | 1,234 | 3.67 M | 3.82 M | 22 | 12 s |"
+
+
+def test_configurations_are_read_as_main_reads_them(refuses):
+    assert compare.load_config("configs/digits.py").model.name == "deit_micro"
+    assert compare.load_config("configs/deit.py:base,softmax").model.name == "deit_base"
+    with refuses("there is no configuration file 'configs/nothing.py'"):
+        compare.load_config("configs/nothing.py:base")
+
+
+@pytest.mark.slow
+def test_attentions_are_trained_side_by_side_and_not_twice(tmp_path, monkeypatch):
+    found = compare.compare(small_config(), ["castling", "softmax"], epath.Path(tmp_path))
+    assert found.keys() == {"castling", "softmax"}
+    for attention in found:
+        config = json.loads((tmp_path / attention / "config.json").read_text())
+        assert config == default_config().to_dict() | small_config().to_dict() | {
+            "model": small_config().model.to_dict() | {"attention": attention}
+        }
+    assert found["castling"]["macs_inference_form"] < found["castling"]["macs_train_form"]
+    monkeypatch.setattr(compare, "train", None)  # would be called
+    assert compare.compare(small_config(), ["castling", "softmax"], epath.Path(tmp_path)) == found
