@@ -99,4 +99,5 @@ def _load(opened: Image.Image) -> Image.Image:
             raise ValueError("its pixels are floating-point numbers")
         if opened.mode.startswith("I"):  # up to 65,535, which Pillow would clip at 255
             opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
-        return opened.convert("RGB")
+        opened.load()
+        return opened if opened.mode == "RGB" else opened.convert("RGB")  # which would copy it

@@ -33,10 +33,14 @@ class Operation:
     signed: bool = False
 
 
-def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Color) -> Image.Image:
-    return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=fill
-    )
+def _affine(matrix: Callable[[Image.Image, float], tuple[float, ...]], most: float) -> Operation:
+    """Moves pixels by a matrix of the image and of an amount, up to `most` in either direction."""
+
+    def apply(image: Image.Image, amount: float, fill: Color) -> Image.Image:
+        kind, resample = Image.Transform.AFFINE, Image.Resampling.BICUBIC
+        return image.transform(image.size, kind, matrix(image, amount), resample=resample, fillcolor=fill)
+
+    return Operation(apply, lambda magnitude: magnitude / MAX_MAGNITUDE * most, signed=True)
 
 
 def _rotate(image: Image.Image, degrees: float, fill: Color) -> Image.Image:
@@ -62,10 +66,6 @@ def _enhance(enhancer: Any) -> Operation:
     )
 
 
-_OF_SHEAR: dict[str, Any] = {"argument": lambda magnitude: magnitude / MAX_MAGNITUDE * 0.3, "signed": True}
-# As a share of the side.
-_OF_TRANSLATION: dict[str, Any] = {"argument": lambda magnitude: magnitude / MAX_MAGNITUDE * 0.45, "signed": True}
-
 OPERATIONS: dict[str, Operation] = {
     "AutoContrast": Operation(lambda image, _, fill: ImageOps.autocontrast(image)),
     "Equalize": Operation(lambda image, _, fill: ImageOps.equalize(image)),
@@ -82,14 +82,10 @@ OPERATIONS: dict[str, Operation] = {
     "Contrast": _enhance(ImageEnhance.Contrast),
     "Brightness": _enhance(ImageEnhance.Brightness),
     "Sharpness": _enhance(ImageEnhance.Sharpness),
-    "ShearX": Operation(lambda image, shear, fill: _affine(image, (1, shear, 0, 0, 1, 0), fill), **_OF_SHEAR),
-    "ShearY": Operation(lambda image, shear, fill: _affine(image, (1, 0, 0, shear, 1, 0), fill), **_OF_SHEAR),
-    "TranslateX": Operation(
-        lambda image, share, fill: _affine(image, (1, 0, share * image.width, 0, 1, 0), fill), **_OF_TRANSLATION
-    ),
-    "TranslateY": Operation(
-        lambda image, share, fill: _affine(image, (1, 0, 0, 0, 1, share * image.height), fill), **_OF_TRANSLATION
-    ),
+    "ShearX": _affine(lambda image, shear: (1, shear, 0, 0, 1, 0), 0.3),
+    "ShearY": _affine(lambda image, shear: (1, 0, 0, shear, 1, 0), 0.3),
+    "TranslateX": _affine(lambda image, share: (1, 0, share * image.width, 0, 1, 0), 0.45),
+    "TranslateY": _affine(lambda image, share: (1, 0, 0, 0, 1, share * image.height), 0.45),
 }
 _NAMES = tuple(OPERATIONS)
 _SECTION = re.compile(r"(m)(\d|10)|(n)([1-9]\d*)|(p)(1|0?\.\d+)|(mstd)(\d{1,2}|\d{0,2}\.\d+)|(inc)(1)")

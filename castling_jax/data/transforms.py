@@ -36,14 +36,16 @@ def random_shift(image: Image, rng: np.random.Generator, pixels: int) -> Image:
     return padded[row : row + height, column : column + width]
 
 
-def normalize(image: Image, mean: Channels = (0.5, 0.5, 0.5), std: Channels = (0.5, 0.5, 0.5)) -> Image:
+def normalize(
+    images: Float[np.ndarray, "*batch height width 3"],
+    mean: Channels = (0.5, 0.5, 0.5),
+    std: Channels = (0.5, 0.5, 0.5),
+) -> Float[np.ndarray, "*batch height width 3"]:
     """From [0, 1] to a mean of 0 and a standard deviation of 1, where `mean` and `std` are the data set's."""
     # Row by row: numpy is slow where the last axis has three entries only.
-    height, width, _ = image.shape
-    rows = (image.reshape(height, -1) - np.tile(np.asarray(mean, np.float32), width)) / np.tile(
-        np.asarray(std, np.float32), width
-    )
-    return rows.reshape(image.shape)
+    rows = images.reshape(*images.shape[:-2], -1)
+    means, stds = (np.tile(np.asarray(values, np.float32), images.shape[-2]) for values in (mean, std))
+    return ((rows - means) / stds).reshape(images.shape)
 
 
 def random_resized_crop_box(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> Box:
@@ -259,4 +261,4 @@ def _is_float(image: Any) -> bool:
 
 
 def _as_floats(image: PillowImage.Image | Image) -> Image:
-    return np.asarray(image, np.float32) / (1 if _is_float(image) else 255)
+    return image if isinstance(image, np.ndarray) else np.asarray(image, np.float32) / np.float32(255)

@@ -10,6 +10,11 @@ range over the repeats is printed too, rather than the milliseconds. The batch f
 call has about 2,048 tokens, and where one sequence is longer, that one.
 It writes DIR/benchmark.json (every figure, the machine, versions) and DIR/benchmark.png (time over tokens).
 On two CPU cores it takes some five minutes, and with --backward and --models twenty.
+
+    python -m castling_jax.tools.benchmark --loader [--out=DIR]
+
+times the reading of training images instead, JPEGs to random crops, on one core, beside Pillow decoding whole images
+and, where it is installed, TensorFlow decoding crops (pip install tensorflow-cpu). It writes DIR/benchmark.json alone.
 """
 
 import argparse
@@ -20,7 +25,6 @@ import json
 import math
 import os
 import platform
-import statistics
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -42,6 +46,7 @@ from castling_jax.models.variables import apply, get_variables
 from castling_jax.ops.errors import InputError
 from castling_jax.tools.memory import keep_freed_memory
 from castling_jax.tools.peers import INFERENCE, SOFTMAX, Layer, equimo_layers, our_layers, torch_layers
+from castling_jax.tools.reading import describe_reading, measure_reading, spread
 from castling_jax.tools.timing import interleaved_seconds
 
 JSON_FILE, PICTURE_FILE = "benchmark.json", "benchmark.png"
@@ -69,15 +74,11 @@ def time_group(calls: dict[str, Callable[[], object]], repeats: int) -> list[Row
     seconds = interleaved_seconds(calls, repeats=repeats)
     rows = []
     for name, values in seconds.items():
-        row: Row = {"name": name, "milliseconds": _spread([1e3 * value for value in values])}
+        row: Row = {"name": name, "milliseconds": spread([1e3 * value for value in values])}
         if SOFTMAX in seconds:
-            row["ratio_to_softmax"] = _spread([a / b for a, b in zip(values, seconds[SOFTMAX], strict=True)])
+            row["ratio_to_softmax"] = spread([a / b for a, b in zip(values, seconds[SOFTMAX], strict=True)])
         rows.append(row)
     return rows
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 def peers_that_agree(ours: list[Layer], peers: list[Layer], channels: int, tokens: int) -> tuple[list[Layer], list]:
@@ -249,6 +250,7 @@ def describe(results: dict[str, Any]) -> str:
     ]
     layers = [(f"attention layer, {row['pass']}", row) for row in results["layers"]]
     models = [(f"{row['model']} at {row['image_size']} pixels, forward", row) for row in results["models"]]
+    lines += describe_reading(results["reading"])
     header = f"{'tokens':>8s} {'batch':>6s}  {'':36s}{'median ms':>10s}   ratio to softmax: min  median     max"
     title = None
     for of, row in layers + models:
@@ -287,7 +289,7 @@ def describe_machine() -> dict[str, Any]:
 def find_versions() -> dict[str, str]:
     """The versions of Python, this package, JAX, and the peers that are there."""
     found = {"python": platform.python_version(), "castling_jax": castling_jax.__version__}
-    for name in ("jax", "jaxlib", "flax", "torch", "timm", "equimo"):
+    for name in ("jax", "jaxlib", "flax", "pillow", "torch", "timm", "equimo", "tensorflow-cpu"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -329,6 +331,7 @@ def parse_arguments(arguments: Iterable[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--keep-memory", action="store_true", help="have malloc keep what is freed (Linux): half the time of long calls"
     )
+    parser.add_argument("--loader", action="store_true", help="time the reading of images instead")
     parser.add_argument("--no-peers", action="store_true", help="leave out PyTorch, timm and Equimo")
     parser.add_argument(
         "--max-score-gib",
@@ -346,16 +349,8 @@ def parse_arguments(arguments: Iterable[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures what the command line asks for, and writes both files.
-
-    Raises:
-      InputError: heads that do not divide the channels, an unknown model, a size it does not take, or a C library that
-        cannot keep memory.
-    """
-    if arguments.keep_memory and not keep_freed_memory():
-        raise InputError("--keep-memory needs glibc, the C library of most Linux systems, which this is not.")
-    machine = describe_machine()  # before the load is our own
+def measure_attention(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Layers and, where they are asked for, models: their rows, slopes and notes."""
     layers, weights = our_layers(arguments.channels, arguments.heads)
     notes: list[str] = []
     if not arguments.no_peers:
@@ -371,28 +366,46 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         backward=arguments.backward,
         max_score_gib=arguments.max_score_gib,
     )
-    results = {
-        "machine": machine,
+    models = measure_models(arguments.model, arguments.image_sizes, arguments.repeats) if arguments.models else []
+    return {"layers": rows, "slopes": slopes(rows), "models": models, "reading": [], "notes": notes + left_out}
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures what the command line asks for, and writes the files.
+
+    Raises:
+      InputError: heads that do not divide the channels, an unknown model, a size it does not take, or a C library that
+        cannot keep memory.
+    """
+    if arguments.keep_memory and not keep_freed_memory():
+        raise InputError("--keep-memory needs glibc, the C library of most Linux systems, which this is not.")
+    results: dict[str, Any] = {
+        "machine": describe_machine(),  # before the load is our own
         "versions": find_versions(),
         "settings": {name: value for name, value in vars(arguments).items() if name != "out"},
-        "layers": rows,
-        "slopes": slopes(rows),
-        "models": measure_models(arguments.model, arguments.image_sizes, arguments.repeats) if arguments.models else [],
-        "notes": notes + left_out,
     }
+    if arguments.loader:
+        rows, notes = measure_reading(arguments.repeats)
+        results |= {"layers": [], "slopes": {}, "models": [], "reading": rows, "notes": notes}
+    else:
+        results |= measure_attention(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / JSON_FILE).write_text(json.dumps(results, indent=2))
-    draw(results, arguments.out / PICTURE_FILE)
+    if results["layers"]:
+        draw(results, arguments.out / PICTURE_FILE)
     return results
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
     try:
         parsed = parse_arguments(arguments)
-        print(describe(run(parsed)))
+        results = run(parsed)
     except InputError as error:
         sys.exit(str(error))
-    print(f"\n{parsed.out / JSON_FILE}\n{parsed.out / PICTURE_FILE}")
+    print(describe(results))
+    print(f"\n{parsed.out / JSON_FILE}")
+    if results["layers"]:
+        print(parsed.out / PICTURE_FILE)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ main.py's in a folder of its own, WORKDIR/ATTENTION: started again, the command 
 """
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,26 +20,10 @@ from castling_jax.convert.files import write_atomically
 from castling_jax.models.attention import ATTENTIONS
 from castling_jax.ops.errors import InputError, check_known
 from castling_jax.tools import summary
-from castling_jax.training.config import CONFIG_FILE, check_same_run
+from castling_jax.training.config import CONFIG_FILE, check_same_run, load_config
 from castling_jax.training.loop import train
 
 TABLE_FILE = "compare.md"
-
-
-def load_config(name: str) -> ConfigDict:
-    """The configuration of FILE.py or FILE.py:ARGUMENT, as main.py reads it.
-
-    Raises:
-      InputError: there is no such file.
-    """
-    path, _, argument = name.partition(":")
-    spec = importlib.util.spec_from_file_location("config", path)
-    if not Path(path).is_file() or spec is None or spec.loader is None:
-        raise InputError(f"there is no configuration file '{path}'.")
-    sys.path.insert(0, str(Path(path).resolve().parents[1]))  # configurations are made of one another
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(argument) if argument else module.get_config()
 
 
 def compare(config: ConfigDict, attentions: list[str], workdir: epath.Path) -> dict[str, dict[str, Any]]:

@@ -1,26 +1,43 @@
-"""Pictures of a run.
+"""Pictures: of a run, and of what a configuration does to its images.
 
     python -m castling_jax.tools.plots RUN
 
 draws RUN/training.png anew from RUN/metrics.jsonl; a run that is still going on will do.
+
+    python -m castling_jax.tools.plots augment --config=configs/NAME.py [--out=FILE.png] [--examples=6]
+
+draws a contact sheet: in each row an image of the training split, first as evaluation sees it, then as training does,
+several times; below them mixed batches, with the labels' weights under each image.
 """
 
 import argparse
+import functools
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from castling_jax.convert.files import check_bucket
+from castling_jax.data.mixing import mix
+from castling_jax.data.sources import load_dataset
+from castling_jax.data.transforms import eval_transform, train_transform
+from castling_jax.models.registry import abstract_model
 from castling_jax.ops.errors import InputError
+from castling_jax.training.config import default_config, load_config, model_arguments
 from castling_jax.training.metrics import METRICS_FILE, read_metrics
 
 TRAINING_FILE = "training.png"
+COLUMNS = 8  # of a contact sheet; even, so that no image is its own partner
+MIXED_ROWS = 3
 
 
 def draw_training(workdir: epath.Path) -> epath.Path:
@@ -79,13 +96,114 @@ def _series(lines: list[dict[str, Any]], name: str, scale: float = 1) -> tuple[n
     return np.array([line["step"] for line in chosen]), scale * np.array([line[name] for line in chosen])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=epath.Path, help="the folder of a run, such as runs/digits")
-    run = parser.parse_args().run
+def draw_augmentations(config: ConfigDict, path: epath.Path, *, examples: int) -> epath.Path:
+    """Draws the contact sheet of a configuration.
+
+    Args:
+      config: as `default_config` gives it.
+      path: of the picture; its folder is made.
+      examples: rows of single images.
+
+    Returns:
+      The path.
+
+    Raises:
+      InputError: there is no such data set, or its images do not fit the configuration.
+    """
+    dataset = load_dataset(config.dataset.name, config.dataset.train_split, data_dir=config.dataset.data_dir)
+    channels = {"mean": tuple(config.dataset.mean), "std": tuple(config.dataset.std)}
+    size = abstract_model(**model_arguments(config)).spec.image_size
+    evaluation = eval_transform(image_size=size, crop_ratio=config.dataset.crop_ratio, **channels)
+    training = train_transform(config.augment, image_size=size, crop_ratio=config.dataset.crop_ratio, **channels)
+    chosen = [dataset[int(index)] for index in np.linspace(0, len(dataset) - 1, max(examples, COLUMNS))]
+    drawn = [
+        [training(example, np.random.default_rng((config.seed, row, column))) for column in range(1, COLUMNS)]
+        for row, example in enumerate(chosen)
+    ]
+
+    mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
+    rows = examples + (MIXED_ROWS if mixes else 0)
+    figure, axes = plt.subplots(
+        rows, COLUMNS, figsize=(1.5 * COLUMNS, 1.75 * rows + 0.9), layout="constrained", squeeze=False
+    )
+    for row, (example, draws) in enumerate(zip(chosen[:examples], drawn, strict=False)):
+        for axis, shown in zip(axes[row], [evaluation(example), *draws], strict=True):
+            _show(axis, shown["image"], **channels)
+        axes[row, 0].set_ylabel(f"class {example['label']}", fontsize="small")
+    axes[0, 0].set_title("evaluation", fontsize="medium")
+    axes[0, 1].set_title("training", fontsize="medium", loc="left")
+    if mixes:
+        batch = [draws[0] for draws in drawn[:COLUMNS]]
+        for row, (images, targets) in zip(axes[examples:], _mixed(config, batch, dataset.num_classes), strict=True):
+            for axis, image, target in zip(row, np.asarray(images), np.asarray(targets), strict=True):
+                _show(axis, image, **channels)
+                axis.set_xlabel(_describe_target(target), fontsize="small")
+            row[0].set_ylabel("mixed batch", fontsize="small")
+
+    changed = [f"{name} {value}" for name, value in config.augment.items() if value != default_config().augment[name]]
+    figure.suptitle(f"{config.dataset.name} at {size} x {size}: {', '.join(changed) or 'no augmentation'}", wrap=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        figure.savefig(file, dpi=110, format="png")
+    plt.close(figure)
+    return path
+
+
+def _mixed(config: ConfigDict, batch: list[dict[str, Any]], num_classes: int) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """A batch's images and targets, mixed anew each time."""
+    augment = config.augment
+    mixed = jax.jit(
+        functools.partial(
+            mix,
+            jnp.stack([example["image"] for example in batch]),
+            jnp.array([example["label"] for example in batch]),
+            mixup=augment.mixup,
+            cutmix=augment.cutmix,
+            switch=augment.mix_switch,
+            probability=augment.mix_probability,
+            num_classes=num_classes,
+            label_smoothing=config.loss.label_smoothing,
+        )
+    )
+    for key in jax.random.split(jax.random.key(config.seed), MIXED_ROWS):
+        yield mixed(key)
+
+
+def _show(axis: Any, image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> None:
+    axis.imshow(np.clip(image * np.asarray(std) + np.asarray(mean), 0, 1))
+    axis.set(xticks=[], yticks=[])
+
+
+def _describe_target(target: np.ndarray) -> str:
+    """The two heaviest classes: what label smoothing gives to all of them is not said of each."""
+    heaviest = [label for label in np.argsort(-target)[:2] if target[label] > target.min()]
+    return ", ".join(f"{label}: {target[label]:.2f}" for label in heaviest)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    of_config = given[:1] == ["augment"]
+    parser = argparse.ArgumentParser(
+        prog="python -m castling_jax.tools.plots" + (" augment" if of_config else ""),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if of_config:
+        parser.add_argument("--config", required=True, help="FILE.py or FILE.py:VARIANT")
+        parser.add_argument("--out", type=epath.Path, help="the picture (runs/augment_NAME.png)")
+        parser.add_argument("--examples", type=int, default=6, help="rows of single images (6)")
+    else:
+        parser.add_argument("run", type=epath.Path, help="the folder of a run, such as runs/digits, or: augment")
+    parsed = parser.parse_args(given[of_config:])
     try:
-        check_bucket(run)
-        print(draw_training(run))
+        if of_config:
+            if parsed.examples < 1:
+                raise InputError(f"--examples must be at least 1, not {parsed.examples}.")
+            path = parsed.out or epath.Path("runs") / f"augment_{epath.Path(parsed.config.partition(':')[0]).stem}.png"
+            print(draw_augmentations(load_config(parsed.config), path, examples=parsed.examples))
+        else:
+            check_bucket(parsed.run)
+            print(draw_training(parsed.run))
     except InputError as error:
         sys.exit(str(error))
 

@@ -1,6 +1,9 @@
 """Every field a configuration has, with its default; configs/*.py change what they need."""
 
+import importlib.util
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -128,6 +131,24 @@ def default_config() -> ConfigDict:
             "logging": {"every_steps": 20, "tensorboard": True, "progress": True},
         }
     )
+
+
+def load_config(name: str) -> ConfigDict:
+    """The configuration of FILE.py or FILE.py:ARGUMENT, as main.py reads it.
+
+    Raises:
+      InputError: there is no such file, or a field is wrong.
+    """
+    path, _, argument = name.partition(":")
+    spec = importlib.util.spec_from_file_location("config", path)
+    if not Path(path).is_file() or spec is None or spec.loader is None:
+        raise InputError(f"there is no configuration file '{path}'.")
+    sys.path.insert(0, str(Path(path).resolve().parents[1]))  # configurations are made of one another
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(argument) if argument else module.get_config()
+    check_config(config)
+    return config
 
 
 def field_names() -> list[str]:

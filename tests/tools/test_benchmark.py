@@ -143,6 +143,16 @@ def test_bad_input_is_refused_in_a_sentence(refuses, tmp_path, arguments, fragme
         benchmark.run(benchmark.parse_arguments([*arguments, f"--out={tmp_path}"]))
 
 
+def test_reading_is_measured_instead(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "measure_reading", lambda repeats: ([], [f"{repeats} repeats."]))
+    benchmark.main(["--loader", "--repeats=3", f"--out={tmp_path}"])
+    assert json.loads((tmp_path / "benchmark.json").read_text())["notes"] == ["3 repeats."]
+    assert not (tmp_path / "benchmark.png").exists()
+    printed = capsys.readouterr().out
+    assert "3 repeats." in printed
+    assert "benchmark.png" not in printed
+
+
 def test_command_line_says_what_is_wrong_without_a_traceback():
     with pytest.raises(SystemExit, match=r"--repeats must be at least 1, not 0."):
         benchmark.main(["--repeats=0"])

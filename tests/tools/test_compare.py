@@ -19,13 +19,6 @@ def test_table_has_a_row_of_each():
     assert row == "| castling | 98.12 % | 0.1000 | 1,234 | 3.67 M | 3.82 M | 22 | 12 s |"
 
 
-def test_configurations_are_read_as_main_reads_them(refuses):
-    assert compare.load_config("configs/digits.py").model.name == "deit_micro"
-    assert compare.load_config("configs/deit.py:base,softmax").model.name == "deit_base"
-    with refuses("there is no configuration file 'configs/nothing.py'"):
-        compare.load_config("configs/nothing.py:base")
-
-
 @pytest.mark.slow
 def test_attentions_are_trained_side_by_side_and_not_twice(tmp_path, monkeypatch):
     found = compare.compare(small_config(), ["castling", "softmax"], epath.Path(tmp_path))

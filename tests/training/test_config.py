@@ -4,7 +4,14 @@ import re
 import pytest
 
 from castling_jax.ops.errors import InputError
-from castling_jax.training.config import check_config, check_same_run, default_config, field_names, model_arguments
+from castling_jax.training.config import (
+    check_config,
+    check_same_run,
+    default_config,
+    field_names,
+    load_config,
+    model_arguments,
+)
 
 
 def changed(field, value):
@@ -93,3 +100,10 @@ def test_damaged_config_file_is_refused(tmp_path):
     path.write_text('{"seed": ')
     with pytest.raises(InputError, match="is damaged"):
         check_same_run(default_config(), path)
+
+
+def test_configurations_are_read_as_main_reads_them(refuses):
+    assert load_config("configs/digits.py").model.name == "deit_micro"
+    assert load_config("configs/deit.py:base,softmax").model.name == "deit_base"
+    with refuses("there is no configuration file 'configs/nothing.py'"):
+        load_config("configs/nothing.py:base")

@@ -44,7 +44,7 @@ def test_figures_and_files_of_a_run(whole_run):
     assert figures["max_difference"] <= 1e-5
     assert figures["accuracy_train_form"] == figures["accuracy_inference_form"]
     assert figures["train_seconds"] > 0
-    assert json.loads((workdir / "config.json").read_text()) == small_config().to_dict()
+    assert (workdir / "config.json").read_text() == json.dumps(small_config().to_dict(), indent=2)
     lines = read_metrics(workdir)
     assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 12, 15, 18, 21, 22]
     assert [line["step"] for line in lines if "accuracy" in line] == [11, 22]
