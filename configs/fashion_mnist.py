@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.model.name = "deit_micro"
     config.model.image_size = 28
-    config.model.patch_size = 4
+    config.model.patch_size = 7
     config.model.drop_path_rate = 0.1
     config.dataset.name = "fashion_mnist"
     config.augment.shift_pixels = 2

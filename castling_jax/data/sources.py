@@ -138,7 +138,7 @@ class TfdsDataset:
         try:
             return self.source[int(index)]
         except UNREADABLE as error:
-            raise InputError(f"the record cannot be read ({' '.join(str(error).split())}).") from error
+            raise InputError(f"the record cannot be read ({in_one_sentence(error)}).") from error
 
 
 def load_dataset(name: str, split: str, *, data_dir: epath.PathLike | None = None) -> Dataset:
@@ -271,18 +271,18 @@ def tfds_builder(name: str, *, data_dir: epath.PathLike | None, **options: Any) 
     """
     import tensorflow_datasets as tfds
 
-    known = ["digits", f"{FOLDER}PATH", *tfds.list_builders(with_community_datasets=False)]
     if not re.fullmatch(TFDS_NAME, name):
         raise InputError(f"a dataset is named digits, {FOLDER}PATH or NAME[/CONFIG][:VERSION], not {name!r}.")
     try:
         return tfds.builder(name, data_dir=data_dir, **options)
     except tfds.core.DatasetNotFoundError as error:
+        known = ["digits", f"{FOLDER}PATH", *tfds.list_builders(with_community_datasets=False)]
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else "tensorflow-datasets has none of this name."
         raise InputError(f"unknown dataset {name!r}: {hint}") from error
     except (AssertionError, ValueError) as error:  # the configuration or the version
-        said = " ".join(str(error).split(": ", 1)[-1].split()).rstrip(".:")
-        raise InputError(f"unknown dataset {name!r} (tensorflow-datasets: {said}).") from error
+        first_line = str(error.__cause__ or error).splitlines()[0]
+        raise InputError(f"unknown dataset {name!r} ({in_one_sentence(first_line)}).") from error
 
 
 def labelled_image(builder: Any) -> tuple[str, str]:
@@ -301,6 +301,11 @@ def labelled_image(builder: Any) -> tuple[str, str]:
     if not isinstance(label, tfds.features.ClassLabel):
         raise InputError(f"the labels of the dataset {builder.name} are not classes.")
     return names[0], names[1]
+
+
+def in_one_sentence(said: object) -> str:
+    """What a library says, to stand in brackets."""
+    return re.sub(r"[.!?]+ ", "; ", " ".join(str(said).split())).rstrip(".:")
 
 
 def prepare_command(name: str, data_dir: epath.PathLike | None) -> str:
@@ -322,4 +327,4 @@ def _unreadable(builder: Any, name: str, split: str, data_dir: epath.PathLike | 
             check_known(f"split of {name}", used, builder.info.splits)
         except InputError as unknown:
             return unknown
-    return InputError(f"the split {split!r} of {name} cannot be read ({' '.join(str(error).split()).rstrip('.')}).")
+    return InputError(f"the split {split!r} of {name} cannot be read ({in_one_sentence(error)}).")

@@ -36,12 +36,12 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
-from castling_jax.data.sources import FOLDER, folder, labelled_image, load_dataset, tfds_builder
+from castling_jax.data.sources import FOLDER, folder, in_one_sentence, labelled_image, load_dataset, tfds_builder
 from castling_jax.ops.errors import InputError
 
 IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 DEBIAN_ARCHIVES = epath.Path("/usr/share/datasets/fashion-mnist")  # where dataset-fashion-mnist is installed
-# Debian compresses no anew, but drops the original's name and time from the header: split -> (file's start, time).
+# Debian's copies are the published files but for gzip's header, which lacks name and time: split -> (start, time).
 FASHION_MNIST = {"train": ("train", 1504176606), "test": ("t10k", 1504176627)}
 IDX_IMAGES, IDX_LABELS = 0x803, 0x801  # magic numbers: unsigned bytes in three dimensions, and in one
 
@@ -92,10 +92,9 @@ def _check_manual(builder: Any, manual: epath.Path) -> None:
                 "there, or name their folder by --manual_dir."
             )
     elif builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not manual.is_dir():
-        said = " ".join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split()).rstrip(".")
         raise InputError(
             f"{builder.name} has files to be fetched by hand, into '{manual}' or a folder named by --manual_dir "
-            f"(tensorflow-datasets: {said})."
+            f"({in_one_sentence(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)})."
         )
 
 
@@ -113,8 +112,7 @@ def _download_and_prepare(builder: Any, name: str, manual: epath.Path) -> None:
                 f"{debian}, and run this again."
             ) from error
         if isinstance(error, OSError | tfds.download.DownloadError):
-            said = " ".join(str(error).split()).rstrip(".")
-            raise InputError(f"{name} could not be fetched or written ({said}).") from error
+            raise InputError(f"{name} could not be fetched or written ({in_one_sentence(error)}).") from error
         raise
 
 

@@ -1,9 +1,13 @@
+import functools
+import logging
+
 import chex
 import numpy as np
 import pytest
 
+from castling_jax.data import loader
 from castling_jax.data.loader import evaluation_batches, training_batches
-from castling_jax.data.sources import Dataset
+from castling_jax.data.sources import ArrayDataset
 from castling_jax.ops.errors import InputError
 
 
@@ -11,42 +15,117 @@ def numbered(size):
     """A dataset whose images hold their own number."""
     numbers = np.arange(size)
     images = np.broadcast_to(numbers[:, None, None, None], (size, 4, 4, 3)).astype(np.float32) / size
-    return Dataset(images, numbers.astype(np.int32), num_classes=size)
+    return ArrayDataset(images, numbers.astype(np.int32), num_classes=size)
+
+
+def noisy(example, rng):
+    return example | {"image": example["image"] + rng.random()}
+
+
+def corrupt_at(corrupt, example, rng=None):
+    """A transform; it is a partial so that worker processes can take it."""
+    if example["label"] in corrupt:
+        raise InputError(f"image {example['label']} cannot be decoded.")
+    return example
 
 
 def batches(size=12, **options):
-    return training_batches(numbered(size), **{"batch_size": 4, "seed": 0, "shift_pixels": 1} | options)
+    return training_batches(numbered(size), **{"batch_size": 4, "seed": 0, "transform": noisy} | options)
 
 
-def test_each_epoch_has_every_example_once_in_another_order():
-    iterator = batches()
-    epochs = [np.concatenate([next(iterator)["label"] for _ in range(3)]) for _ in range(3)]
-    for epoch in epochs:
-        np.testing.assert_array_equal(np.sort(epoch), np.arange(12))
-    assert len({epoch.tobytes() for epoch in epochs}) == 3
+def labels(iterator, count):
+    return [next(iterator)["label"].tolist() for _ in range(count)]
+
+
+@pytest.mark.parametrize("batch_size", [4, 5, 12])  # 5 does not divide 12: batches run over the end of an epoch
+def test_each_epoch_has_every_example_once_in_another_order(batch_size):
+    stream = np.concatenate(labels(batches(batch_size=batch_size), 5 * 12 // batch_size))
+    epochs = stream.reshape(5, 12)
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(12), (5, 1)))
+    assert len({epoch.tobytes() for epoch in epochs}) == 5
+
+
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_repeats_come_in_a_row_each_augmented_anew(repeats):
+    once = np.concatenate(labels(batches(), 6))
+    repeated = batches(repeats=repeats)
+    found = [next(repeated) for _ in range(3 * repeats)]
+    np.testing.assert_array_equal(np.concatenate([batch["label"] for batch in found]), np.repeat(once[:12], repeats))
+    assert len({image.tobytes() for batch in found for image in batch["image"]}) == 12 * repeats
 
 
 def test_stream_is_a_function_of_the_seed():
     chex.assert_trees_all_equal(next(batches(seed=1)), next(batches(seed=1)))
-    assert not np.array_equal(next(batches(seed=1))["label"], next(batches(seed=2))["label"])
+    first, other = next(batches(seed=1)), next(batches(seed=2))
+    assert not np.array_equal(first["label"], other["label"])
+    noise = [batch["image"][:, 0, 0, 0] - batch["label"] / np.float32(12) for batch in (first, other)]
+    assert not np.intersect1d(*(np.round(values, 5) for values in noise)).size
 
 
-def test_a_run_that_goes_on_gets_the_batches_it_would_have_got():
-    iterator = batches()
-    for _ in range(5):  # into the second epoch
+def test_batches_are_of_the_types_that_the_model_takes():
+    batch = next(batches())
+    assert {name: (array.dtype, array.shape) for name, array in batch.items()} == {
+        "image": (np.float32, (4, 4, 4, 3)),
+        "label": (np.int32, (4,)),
+    }
+
+
+@pytest.mark.parametrize("first_step", [1, 5])  # in the first epoch, and in the second
+def test_a_run_that_goes_on_gets_the_batches_it_would_have_got(first_step):
+    iterator = batches(batch_size=5)
+    for _ in range(first_step):
         next(iterator)
     expected = [next(iterator) for _ in range(3)]
-    resumed = batches(first_step=5)
+    resumed = batches(batch_size=5, first_step=first_step)
     chex.assert_trees_all_equal([next(resumed) for _ in range(3)], expected)
 
 
-def test_processes_share_every_batch():
-    whole = batches()
-    shares = [batches(rows=np.array(rows)) for rows in ([0, 1], [3], [1, 2])]  # tensor parallelism: some have the same
+@pytest.mark.parametrize(
+    "shares",
+    [[[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 1], [3], [1, 2]]],  # the last as with tensor parallelism
+)
+def test_processes_share_every_batch(shares):
+    whole, parts = batches(), [batches(rows=np.array(rows)) for rows in shares]
     for _ in range(4):
         expected = next(whole)
-        for share, rows in zip(shares, ([0, 1], [3], [1, 2]), strict=True):
-            chex.assert_trees_all_equal(next(share), {name: array[rows] for name, array in expected.items()})
+        for part, rows in zip(parts, shares, strict=True):
+            chex.assert_trees_all_equal(next(part), {name: array[rows] for name, array in expected.items()})
+
+
+def test_large_batches_are_read_in_parts(monkeypatch):
+    expected = [next(iterator) for iterator in [batches(80, batch_size=70)] for _ in range(3)]
+    monkeypatch.setattr(loader, "PART", 1000)
+    whole = batches(80, batch_size=70)
+    chex.assert_trees_all_equal([next(whole) for _ in range(3)], expected)
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing():
+    options = {"batch_size": 10, "repeats": 2, "first_step": 3, "rows": np.arange(2, 9)}
+    iterator = batches(**options)
+    expected = [next(iterator) for _ in range(5)]
+    for workers in (1, 2):
+        iterator = batches(workers=workers, **options)
+        chex.assert_trees_all_equal([next(iterator) for _ in range(5)], expected)
+    sizes = [
+        [
+            batch["weight"].sum()
+            for batch in evaluation_batches(numbered(9), batch_size=4, transform=dict, workers=workers)
+        ]
+        for workers in (0, 2)
+    ]
+    assert sizes == [[4, 4, 1], [4, 4, 1]]
+
+
+@pytest.mark.slow
+def test_worker_processes_count_corrupt_images(caplog):
+    options = {"transform": functools.partial(corrupt_at, [1, 5]), "max_corrupt_share": 0.5, "size": 6, "batch_size": 3}
+    expected = labels(batches(**options), 4)
+    loader._warn.cache_clear()
+    caplog.clear()
+    iterator = batches(**options, workers=2)
+    assert labels(iterator, 4) == expected
+    assert len(caplog.messages) == 2
 
 
 @pytest.mark.parametrize("batch_size", [0, 13])
@@ -56,11 +135,63 @@ def test_batch_must_fit_the_dataset(batch_size):
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9])
-@pytest.mark.parametrize("process_count", [1, 2])
+@pytest.mark.parametrize("process_count", [1, 2, 4])
 def test_evaluation_counts_every_example_once(size, process_count):
     seen = []
     for rows in np.arange(4).reshape(process_count, -1):
-        for batch in evaluation_batches(numbered(size), batch_size=4, rows=rows):
+        for batch in evaluation_batches(numbered(size), batch_size=4, transform=dict, rows=rows):
             chex.assert_shape(batch["image"], (4 // process_count, 4, 4, 3))
             seen += list(batch["label"][batch["weight"] == 1])
     assert sorted(seen) == list(range(size))
+
+
+class TestCorruptImages:
+    @pytest.fixture(autouse=True)
+    def nothing_named_before(self):
+        loader._warn.cache_clear()
+
+    def test_the_next_good_one_takes_their_place(self, caplog):
+        caplog.set_level(logging.WARNING)
+        replaced = batches(transform=functools.partial(corrupt_at, [3, 4, 11]), max_corrupt_share=0.01)
+        expected = np.concatenate(labels(batches(), 9))
+        for corrupt, good in ((3, 5), (4, 5), (11, 0)):
+            expected[expected == corrupt] = good
+        np.testing.assert_array_equal(np.concatenate(labels(replaced, 9)), expected)
+        assert sorted(caplog.messages) == [  # once each, though they were read in each of three epochs
+            f"Corrupt image, the next takes its place: image {number}: image {number} cannot be decoded."
+            for number in (11, 3, 4)
+        ]
+
+    def test_processes_agree_on_what_takes_their_place(self):
+        options = {"transform": functools.partial(corrupt_at, [3, 4]), "max_corrupt_share": 0.5}
+        whole, part = batches(**options), batches(**options, rows=np.array([1, 3]))
+        for _ in range(3):
+            np.testing.assert_array_equal(next(whole)["label"][[1, 3]], next(part)["label"])
+
+    def test_a_run_stops_above_the_share(self, refuses):
+        # 10 of 10,000 images are allowed at any time; of 12 images 1 is corrupt, so the 11th is in epoch 11.
+        iterator = batches(transform=functools.partial(corrupt_at, [7]), max_corrupt_share=0.001)
+        labels(iterator, 10 * 3)
+        with refuses("11 of the", "max_corrupt_share = 0.001", "image 7 cannot be decoded"):
+            labels(iterator, 3)
+
+    def test_the_share_is_of_all_that_was_read(self, monkeypatch):
+        monkeypatch.setattr(loader, "MIN_IMAGES_JUDGED", 12)
+        labels(batches(transform=functools.partial(corrupt_at, [7]), max_corrupt_share=1 / 6), 30)
+
+    def test_the_first_few_are_named(self, refuses):
+        iterator = batches(transform=functools.partial(corrupt_at, range(6)), max_corrupt_share=0.0, batch_size=12)
+        with refuses("of the 12 images read so far are corrupt", "; and 3 others."):
+            next(iterator)
+
+    def test_nothing_but_corrupt_images(self, refuses):
+        iterator = batches(transform=functools.partial(corrupt_at, range(12)), max_corrupt_share=1.0)
+        with refuses("12 images in a row are corrupt, the first of them image"):
+            next(iterator)
+
+    def test_evaluation_leaves_them_out(self, refuses):
+        options = {"batch_size": 4, "transform": functools.partial(corrupt_at, [2, 6])}
+        found = list(evaluation_batches(numbered(7), **options, max_corrupt_share=0.001))
+        np.testing.assert_array_equal(np.concatenate([batch["weight"] for batch in found]), [1, 1, 0, 1, 1, 1, 0, 0])
+        with refuses("1 of the 4 images read so far are corrupt"):
+            list(evaluation_batches(numbered(7), **options))
