@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,3 +110,38 @@ def test_images_keep_their_dtype_and_targets_are_float32():
     result, targets = jax.eval_shape(lambda images: mix(images, LABELS, jax.random.key(0), **MIX), batch)
     assert (result.dtype, result.shape) == (jnp.bfloat16, IMAGES.shape)
     assert (targets.dtype, targets.shape) == (jnp.float32, (CLASSES, CLASSES))
+
+
+ON_A_MESH = """
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from castling_jax.data.mixing import mix
+
+mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+options = {"mixup": 0.8, "cutmix": 1.0, "switch": 0.5, "probability": 1.0, "num_classes": 10}
+images = np.random.default_rng(0).normal(size=(32, 16, 16, 3)).astype(np.float32)
+given = images, np.arange(32) % 10, jax.random.key(5)
+
+
+def run(images, labels, key):
+    return mix(images, labels, key, **options)
+
+
+over_mesh = jax.jit(run, in_shardings=(split, split, None), out_shardings=split).lower(*given).compile()
+text = over_mesh.as_text()
+assert "collective-permute" in text
+assert "all-gather" not in text
+everywhere = NamedSharding(mesh, PartitionSpec())
+placed = [jax.device_put(array, where) for array, where in zip(given, (split, split, everywhere))]
+for ours, expected in zip(over_mesh(*placed), jax.jit(run)(*given), strict=True):
+    np.testing.assert_array_equal(ours, expected)
+"""
+
+
+@pytest.mark.slow
+def test_on_a_mesh_devices_exchange_images_in_pairs_and_the_result_is_the_same():
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    run = subprocess.run([sys.executable, "-c", ON_A_MESH], env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
