@@ -5,8 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-
 from castling_jax.data.plain import eval_example
+
 from castling_jax.data.sources import load_dataset
 from castling_jax.tools import prepare
 from tests.data.tfds_builders import encoded, prepared

@@ -3,13 +3,15 @@ import pytest
 
 from castling_jax.convert.inference import to_inference
 from castling_jax.data.sources import ArrayDataset
-from castling_jax.data.transforms import normalize
+from castling_jax.data.transforms import eval_transform, normalize
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import apply, get_variables
 from castling_jax.training.evaluate import make_evaluator
 from castling_jax.training.losses import cross_entropy
 from castling_jax.training.sharding import make_mesh
 from tests.training.test_sharding import SIZES
+
+TRANSFORM = eval_transform(image_size=8, mean=(0.5,) * 3, std=(0.5,) * 3, crop_ratio=0.875)
 
 
 @pytest.mark.parametrize("size", [3, 8, 10])
@@ -18,7 +20,7 @@ def test_figures_are_those_of_one_whole_batch(size):
     dataset = ArrayDataset(rng.random((size, 8, 8, 3), np.float32), rng.integers(0, 10, size).astype(np.int32), 10)
     model = create_model("deit_micro", num_classes=10, depth=1)
     variables = get_variables(model)
-    figures = make_evaluator(model, dataset, batch_size=4, mesh=make_mesh(SIZES))(variables, 0.05)
+    figures = make_evaluator(model, dataset, transform=TRANSFORM, batch_size=4, mesh=make_mesh(SIZES))(variables, 0.05)
 
     images = normalize(dataset.images)
     inference_model = create_model("deit_micro", num_classes=10, depth=1, form="inference")
@@ -36,5 +38,5 @@ def test_figures_are_those_of_one_whole_batch(size):
 def test_forms_agree_at_an_empty_mask():
     dataset = ArrayDataset(np.random.default_rng(0).random((5, 8, 8, 3), np.float32), np.zeros(5, np.int32), 10)
     model = create_model("deit_micro", num_classes=10, depth=1)
-    evaluate = make_evaluator(model, dataset, batch_size=4, mesh=make_mesh(SIZES))
+    evaluate = make_evaluator(model, dataset, transform=TRANSFORM, batch_size=4, mesh=make_mesh(SIZES))
     assert evaluate(get_variables(model), 1.0)["max_difference"] < 1e-6
