@@ -89,8 +89,8 @@ def main(argv: list[str]) -> None:
     profile = profiled_steps(options.profile)
     distributed.initialize(options.coordinator, options.num_processes, options.process_id)
     is_writer = jax.process_index() == 0
-    check_bucket(options.evaluate or options.workdir or "")
     if options.evaluate is not None:
+        check_bucket(options.evaluate)
         figures = evaluate_checkpoint(epath.Path(options.evaluate), options.config.mesh)
         print(summary.describe_evaluation(figures) if is_writer else "", end="")
         return
@@ -98,6 +98,7 @@ def main(argv: list[str]) -> None:
     name = "-".join([config_file.stem, *filter(None, variant.split(","))])
     workdir = epath.Path(options.workdir or Path("runs") / name)
     check_config(config)
+    check_bucket(workdir, for_a_run=True)
     distributed.use_compilation_cache(workdir / "compiled")
     finished = summary.read_summary(workdir)
     if finished is None:

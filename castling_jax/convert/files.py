@@ -220,8 +220,13 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def check_bucket(path: str | os.PathLike) -> None:
+def check_bucket(path: str | os.PathLike, *, for_a_run: bool = False) -> None:
     """Refuses a path in a bucket that is out of reach.
+
+    Args:
+      path: of any kind; one on this machine is not looked at.
+      for_a_run: whether a run is to be kept there; Orbax asks for the bucket's description before it deletes a
+        checkpoint, hours later, so it is asked for here.
 
     Raises:
       InputError: the package for buckets is not installed, there is no such bucket, or there is no way to it.
@@ -231,15 +236,19 @@ def check_bucket(path: str | os.PathLike) -> None:
     bucket = "/".join(os.fspath(path).split("/")[:3])
     try:
         is_there = epath.Path(bucket).exists()
+        if is_there and for_a_run:
+            from google.cloud import storage  # gcsfs brings it
+
+            storage.Client().get_bucket(bucket.removeprefix("gs://"))
     except ImportError:
         raise InputError(f"'{path}' is in a bucket, which takes gcsfs: pip install 'castling_jax[gcs]'.") from None
     except Exception as error:  # gcsfs, google.auth and aiohttp raise many kinds
         raise InputError(
-            f"the bucket '{bucket}' cannot be reached ({reason(error)}); is there a network, and is this machine "
-            "or person logged in (gcloud auth application-default login)?"
+            f"the bucket '{bucket}' cannot be reached ({reason(error)}); is there a network, and is this machine or "
+            "person logged in (gcloud auth application-default login) and allowed storage.buckets.get?"
         ) from error
     if not is_there:
-        raise InputError(f"there is no bucket '{bucket}', or its description may not be read (storage.buckets.get).")
+        raise InputError(f"there is no bucket '{bucket}', or nothing in it may be seen.")
 
 
 @contextlib.contextmanager

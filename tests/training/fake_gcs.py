@@ -21,6 +21,7 @@ class FakeGCS(ThreadingHTTPServer):
     """The server: `objects` is {name: (bytes, generation)} of what is in gs://bucket."""
 
     daemon_threads = True
+    bucket_status = 200  # of an answer about the bucket itself; 403 for those that may not know
 
     def __init__(self) -> None:
         super().__init__(("localhost", 0), _Handler)
@@ -70,8 +71,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.upload()
             elif found[3]:
                 self.one(*map(unquote, found[3].split("/moveTo/o/")))
+            elif found[2]:
+                self.send(200, self.page())
             else:
-                self.send(200, self.page() if found[2] else {"kind": "storage#bucket", "name": "bucket"})
+                self.send(self.server.bucket_status, {"kind": "storage#bucket", "name": "bucket"})
 
     do_GET = do_POST = do_PUT = do_DELETE = answer  # noqa: N815  as http.server names them
 

@@ -106,9 +106,13 @@ def test_run_in_a_bucket_is_killed_and_damaged_and_ends_as_one_on_disk(server, t
 
 
 @needs_gcsfs
-def test_bucket_out_of_reach_is_one_sentence(server, refuses):
+def test_bucket_out_of_reach_is_one_sentence(server, refuses, monkeypatch):
     with refuses("there is no bucket 'gs://other'"):
         files.check_bucket("gs://other/run")
+    server.objects["x"] = b"", 1
+    monkeypatch.setattr(server, "bucket_status", 403)
+    with refuses("the bucket 'gs://bucket' cannot be reached (403 GET", "allowed storage.buckets.get?"):
+        files.check_bucket("gs://bucket/run", for_a_run=True)
     with refuses("'gs://bucket/nothing' is not an inference folder"):
         files.load_inference("gs://bucket/nothing")
 
