@@ -133,7 +133,9 @@ class Pod:
         """
         summary = self.workdir / SUMMARY_FILE
         if not summary.exists():
-            raise InputError(f"the run in '{self.workdir}' did not reach its end; its last words: {self.said()[-500:]}")
+            raise InputError(
+                f"the run in '{self.workdir}' did not reach its end, and said: {' '.join(self.said().split())[-500:]}"
+            )
         return json.loads(summary.read_text())["parameters_sha256"]
 
 
