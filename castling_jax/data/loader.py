@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 import sys
@@ -17,12 +18,14 @@ from castling_jax.data.sources import Dataset
 from castling_jax.ops.errors import InputError
 
 LOGGER = logging.getLogger(__name__)
+LOGGER.setLevel(logging.WARNING)  # also where the program wants no more of its libraries than what is fatal
 PART = 32  # images that one thread reads at a time: a batch is shared out, and what is read ahead is bounded
 PARTS_AHEAD = 4  # for each thread
 MAX_THREADS = 16  # in one process; beyond, they wait for Python's lock more than they work
 CORRUPT_IN_A_ROW = 100  # after so many, nothing good is looked for any further
 MIN_IMAGES_JUDGED = 10_000  # the share of corrupt images is of at least so many
 NAMED = 3  # corrupt images in an error message
+_LOGGED: set[str] = set()  # the corrupt images that were named, in training or in an evaluation
 Batch = dict[str, np.ndarray]
 Rows = Int[np.ndarray, "rows"]
 Example = dict[str, Any]
@@ -118,7 +121,7 @@ class _Read:
 
     example: Example
     weight: float
-    corrupt: tuple[str, ...]
+    corrupt: dict[str, str]  # name -> why
 
 
 def _training_image(
@@ -136,21 +139,23 @@ def _evaluation_image(dataset: Dataset, transform: EvalTransform, position: int)
     """The image at a position of the padded dataset."""
     if position >= len(dataset):
         read = _first_good(dataset, transform, len(dataset) - 1)
-        return _Read(read.example, 0.0, ())
+        return _Read(read.example, 0.0, {})
     read = _first_good(dataset, transform, position)
-    return dataclasses.replace(read, weight=0.0) if read.corrupt else read
+    own = dict(itertools.islice(read.corrupt.items(), 1))  # those behind it have their own turn
+    return _Read(read.example, 0.0 if own else 1.0, own)
 
 
 def _first_good(dataset: Dataset, transform: EvalTransform, index: int) -> _Read:
     """The example at an index or, where that is corrupt, the next one that is not."""
-    corrupt: list[str] = []
+    corrupt: dict[str, str] = {}
     for offset in range(min(len(dataset), CORRUPT_IN_A_ROW)):
         nearby = (index + offset) % len(dataset)
         try:
-            return _Read(transform(dataset[nearby]), 1.0, tuple(corrupt))
+            return _Read(transform(dataset[nearby]), 1.0, corrupt)
         except InputError as error:
-            corrupt.append(f"{dataset.describe(nearby)}: {error}")
-    raise InputError(f"{len(corrupt)} images in a row are corrupt, the first of them {corrupt[0]}")
+            corrupt[dataset.describe(nearby)] = str(error)
+    name, why = next(iter(corrupt.items()))
+    raise InputError(f"{len(corrupt)} images in a row are corrupt, the first of them {name}: {why}")
 
 
 class _Parts:
@@ -174,7 +179,7 @@ class _Parts:
             "image": np.stack([image.example["image"] for image in read]),
             "label": np.array([image.example["label"] for image in read], np.int32),
             "weight": np.array([image.weight for image in read], np.float32),
-            "corrupt": [text for image in read for text in image.corrupt],
+            "corrupt": [item for image in read for item in image.corrupt.items()],
         }
 
 
@@ -202,15 +207,10 @@ def _whole(stream: grain.IterDataset, count: int, max_corrupt_share: float) -> I
                 except StopIteration:
                     return
             batch = {name: np.concatenate([part[name] for part in parts]) for name in ("image", "label", "weight")}
-            corrupt.add(len(batch["label"]), [text for part in parts for text in part["corrupt"]])
+            corrupt.add(len(batch["label"]), [item for part in parts for item in part["corrupt"]])
             yield batch
     finally:
         iterator.close()
-
-
-@functools.cache  # once each, however often it is read
-def _warn(text: str) -> None:
-    LOGGER.warning("Corrupt image, the next takes its place: %s", text)
 
 
 class _Corrupt:
@@ -225,9 +225,9 @@ class _Corrupt:
     def __init__(self, max_share: float):
         self._max_share = max_share
         self._read = self._count = 0
-        self._named: dict[str, None] = {}
+        self._named: dict[str, str] = {}  # name -> why
 
-    def add(self, read: int, corrupt: list[str]) -> None:
+    def add(self, read: int, corrupt: list[tuple[str, str]]) -> None:
         """Counts the images of a batch.
 
         Raises:
@@ -235,14 +235,16 @@ class _Corrupt:
         """
         self._read += read
         self._count += len(corrupt)
-        for text in corrupt:
-            self._named[text] = None
-            _warn(text)
+        for name, why in corrupt:
+            self._named[name] = why
+            if name not in _LOGGED:
+                _LOGGED.add(name)
+                LOGGER.warning("Corrupt image, skipped: %s: %s", name, why)
         if self._count > self._max_share * max(self._read, MIN_IMAGES_JUDGED):
-            named = list(self._named)
+            named = [f"{name}: {why.rstrip('.')}" for name, why in self._named.items()]
             more = f"; and {len(named) - NAMED} others" if len(named) > NAMED else ""
             raise InputError(
                 f"{self._count:,} of the {self._read:,} images read so far are corrupt, more than "
                 f"config.dataset.max_corrupt_share = {self._max_share:g} allows: "
-                f"{'; '.join(text.rstrip('.') for text in named[:NAMED])}{more}."
+                f"{'; '.join(named[:NAMED])}{more}."
             )

@@ -242,14 +242,15 @@ class TestTfds:
 
             sys.meta_path = [Hiding if finder is PathFinder else finder for finder in sys.meta_path]
             from castling_jax.data.loader import training_batches
-            from castling_jax.data.plain import eval_example
             from castling_jax.data.sources import load_dataset
+            from castling_jax.data.transforms import eval_transform
 
             dataset = load_dataset("tiny_animals", "train", data_dir={str(data_dir)!r})
+            transform = eval_transform(image_size=6, mean=(0.5,) * 3, std=(0.5,) * 3, crop_ratio=1.0)
             batches = training_batches(
-                dataset, batch_size=4, seed=0, transform=lambda example, rng: eval_example(example)
+                dataset, batch_size=4, seed=0, transform=lambda example, rng: transform(example)
             )
             print(next(batches)["image"].shape, "tensorflow" in sys.modules, flush=True)
         """
         done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
-        assert done.stdout == "(4, 8, 6, 3) False\n", done.stderr
+        assert done.stdout == "(4, 6, 6, 3) False\n", done.stderr

@@ -50,6 +50,8 @@ def test_missing_field_is_named():
         ("checkpoint.keep", 0),
         ("optimizer.weight_decay", -0.1),
         ("augment.shift_pixels", -1),
+        ("dataset.workers", -1),
+        ("dataset.max_corrupt_share", 1.5),
         ("loss.label_smoothing", 1.0),
         ("model.embed_dim", (8, 1.5)),
         ("model.depth", 2.5),
@@ -79,6 +81,7 @@ def test_runtime_fields_may_differ_and_others_may_not(tmp_path):
     check_same_run(changed("checkpoint.every_steps", 7), path)
     check_same_run(changed("mesh.fsdp", 2), path)
     check_same_run(changed("evaluation.every_epochs", 2), path)
+    check_same_run(changed("dataset.workers", 2), path)
     config = changed("optimizer.b1", 0.5)
     config.seed = 3
     with pytest.raises(InputError, match=r"b1 = 0.9, not 0.5; config.seed = 0, not 3: choose another --workdir"):

@@ -111,7 +111,7 @@ def test_other_configurations_run_is_refused_and_left_alone(whole_run):
         ({"model": {"name": "deit_micr"}}, "did you mean 'deit_micro'"),
         ({"model": {"attention": "castle"}}, "did you mean 'castling'"),
         ({"model": {"num_heads": 5}}, "5 heads do not divide the width 32"),
-        ({"dataset": {"name": "digitz"}}, "'digitz'"),
+        ({"dataset": {"name": "fashion_mnst"}}, "unknown dataset 'fashion_mnst'"),
         ({"train": {"batch_size": 2000}}, "not 2000"),
         ({"mask": {"schedule": "steps"}}, "unknown config.mask.schedule"),
     ],
