@@ -58,9 +58,10 @@ def read_snapshot(path: epath.Path, *, ema: bool = False) -> Snapshot:
     try:
         config = default_config()
         with config.unlocked():  # an earlier version's may lack fields, and may have others
-            config.update(json.loads((run / CONFIG_FILE).read_text()))
-        arguments, first_threshold = model_arguments(config), config.mask.start_threshold
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+            given = json.loads((run / CONFIG_FILE).read_text())
+            config.update(given)
+        arguments, first_threshold = model_arguments(config), given["mask"]["start_threshold"]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise InputError(f"'{run / CONFIG_FILE}' is missing or damaged: {error!r}.") from error
     state, _ = read_checkpoint(absolute(step_folder), ("ema",) if ema else ("params", "batch_stats"))
     if ema and not state:
