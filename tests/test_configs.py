@@ -24,7 +24,7 @@ TRAINED = [attention for attention in ATTENTIONS if attention != "angular"]  # w
 SMALL = {
     "deit": {"depth": 1, "embed_dim": 32, "num_heads": 2, "image_size": 32},
     "levit": {"embed_dim": (16, 24), "depth": (1, 1), "num_heads": (2, 3), "key_dim": 8, "image_size": 32},
-    "mvitv2": {"image_size": 64},
+    "mvitv2": {"depths": (1, 1), "embed_dim": 16, "image_size": 32},
 }
 
 

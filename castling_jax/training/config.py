@@ -43,9 +43,10 @@ def default_config() -> ConfigDict:
                 "attention": "castling",
                 "dtype": "float32",
                 "image_size": config_dict.placeholder(int),
-                # A number, or of LeViT a tuple with one for each stage.
+                # A number, or of LeViT a tuple with one for each stage; MViTv2 has `depths`.
                 "embed_dim": config_dict.placeholder(object),
                 "depth": config_dict.placeholder(object),
+                "depths": config_dict.placeholder(object),
                 "num_heads": config_dict.placeholder(object),
                 "key_dim": config_dict.placeholder(int),
                 "patch_size": config_dict.placeholder(int),
@@ -192,7 +193,7 @@ def check_config(config: ConfigDict) -> None:
         raise InputError(
             f"config.dataset.max_corrupt_share must be in [0, 1], not {given['dataset.max_corrupt_share']}."
         )
-    for name in ("model.embed_dim", "model.depth", "model.num_heads"):
+    for name in ("model.embed_dim", "model.depth", "model.depths", "model.num_heads"):
         sizes = given[name] if isinstance(given[name], tuple | list) else [given[name]]
         if given[name] is not None and not all(isinstance(size, int) for size in sizes):
             raise InputError(f"config.{name} must be an integer or a tuple of integers, not {given[name]}.")
