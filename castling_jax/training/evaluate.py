@@ -96,6 +96,8 @@ def make_evaluator(
 def evaluate_checkpoint(path: epath.Path, mesh_sizes: Mapping[str, int]) -> dict[str, Any]:
     """The figures of `make_evaluator` of a checkpoint, on its run's held-out split, and step and mask_threshold.
 
+    They are those of the moving averages where the run keeps them.
+
     Args:
       path: as `read_snapshot` takes it.
       mesh_sizes: as `make_mesh` takes them; the run may have had another mesh.
@@ -106,6 +108,8 @@ def evaluate_checkpoint(path: epath.Path, mesh_sizes: Mapping[str, int]) -> dict
     mesh = make_mesh(mesh_sizes)
     snapshot = read_snapshot(path)
     config = snapshot.config
+    if config.train.ema_decay is not None:  # as the run itself does
+        snapshot = read_snapshot(path, ema=True)
     check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
     dataset = load_dataset(config.dataset.name, config.dataset.eval_split, data_dir=config.dataset.data_dir)
     shardings = whole_over_fsdp(state_shardings(snapshot.variables, mesh))
