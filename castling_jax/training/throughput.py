@@ -52,7 +52,8 @@ class Meter:
 
         Returns:
           images_per_second, images_per_second_per_chip; mfu, the model's operations as a share of the chips' peak,
-          where that is known; data_wait_share, of the time; eta_seconds, to the end at this speed.
+          where that is known; data_wait_share, of the time, in part of which earlier steps may still have been
+          computed; eta_seconds, to the end at this speed.
         """
         now = time.perf_counter()
         seconds, steps = now - self._since, step - self._step
