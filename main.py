@@ -79,6 +79,7 @@ def main(argv: list[str]) -> None:
         # Orbax tells of every file it writes, and logs the errors that it raises too.
         logging.set_verbosity(logging.FATAL)
         stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
+        stdlib_logging.getLogger("castling_jax").setLevel(stdlib_logging.WARNING)  # what we say is meant to be read
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}; flags are --config, --workdir and --config.GROUP.FIELD.")
     options = flags.FLAGS

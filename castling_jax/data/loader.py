@@ -18,7 +18,6 @@ from castling_jax.data.sources import Dataset
 from castling_jax.ops.errors import InputError
 
 LOGGER = logging.getLogger(__name__)
-LOGGER.setLevel(logging.WARNING)  # also where the program wants no more of its libraries than what is fatal
 PART = 32  # images that one thread reads at a time: a batch is shared out, and what is read ahead is bounded
 PARTS_AHEAD = 4  # for each thread
 MAX_THREADS = 16  # in one process; beyond, they wait for Python's lock more than they work
