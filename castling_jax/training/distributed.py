@@ -1,5 +1,6 @@
 """Several processes that run one program: how they find each other, and how they end together."""
 
+import contextlib
 import os
 import sys
 from typing import NoReturn
@@ -22,16 +23,15 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         is the only process.
 
     Raises:
-      InputError: one is given without the others, or the coordinator cannot be reached.
+      InputError: one is given without the others, or they do not fit each other.
     """
     given = (coordinator, num_processes, process_id)
     if given == (None, None, None):
         if "tpu" not in os.environ.get("JAX_PLATFORMS", "tpu"):
             return
-        try:
+        with contextlib.suppress(ValueError):  # JAX sees no cluster here
             jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-        except ValueError:  # JAX sees no cluster here
-            return
+        return
     if coordinator is None or num_processes is None or process_id is None:
         raise InputError("--coordinator, --num_processes and --process_id go together: give all three or none.")
     if process_id >= num_processes:

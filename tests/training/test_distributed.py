@@ -1,0 +1,61 @@
+import jax
+import pytest
+from etils import epath
+
+from castling_jax.training import distributed
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """What jax.distributed.initialize was given, a call each; nothing is joined."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **options: calls.append(given))
+    return calls
+
+
+def test_the_hosts_of_a_pod_find_each_other(joined, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    distributed.initialize(None, None, None)
+    assert joined == [()]
+
+
+def test_where_there_is_no_cluster_this_is_the_only_process(monkeypatch):
+    def no_cluster(**options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(jax.distributed, "initialize", no_cluster)
+    distributed.initialize(None, None, None)
+
+
+def test_on_a_cpu_no_cluster_is_looked_for(joined, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    distributed.initialize(None, None, None)
+    assert joined == []
+
+
+def test_elsewhere_all_is_given(joined, refuses):
+    distributed.initialize("localhost:1234", 2, 1)
+    assert joined == [("localhost:1234", 2, 1)]
+    with refuses("--coordinator, --num_processes and --process_id go together"):
+        distributed.initialize("localhost:1234", None, 0)
+    with refuses("--process_id must be from 0 to 1, not 2"):
+        distributed.initialize("localhost:1234", 2, 2)
+    with refuses("--coordinator must be HOST:PORT, not 'localhost'"):
+        distributed.initialize("localhost", 2, 0)
+
+
+@pytest.mark.parametrize("own", [None, "/elsewhere"])
+def test_compiled_programs_are_kept_with_the_run_unless_the_environment_says_where(monkeypatch, own):
+    updates = []
+    monkeypatch.setattr(jax.config, "update", lambda *given: updates.append(given))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    if own:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", own)
+    distributed.use_compilation_cache(epath.Path("gs://bucket/run/compiled"))
+    assert updates == ([] if own else [("jax_compilation_cache_dir", "gs://bucket/run/compiled")])
+
+
+def test_a_process_alone_ends_as_usual():
+    with pytest.raises(SystemExit, match="main.py: no."):
+        distributed.end("main.py: no.")
