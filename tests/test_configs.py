@@ -15,7 +15,7 @@ from castling_jax.models.variables import get_variables
 from castling_jax.training import setup
 from castling_jax.training.config import check_config
 from castling_jax.training.setup import set_up
-from castling_jax.training.sharding import batch_sharding, replicated, with_shardings
+from castling_jax.training.sharding import batch_shapes, replicated, with_shardings
 from castling_jax.training.state import create_state
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -92,12 +92,7 @@ def test_the_step_of_every_configuration_is_lowered(datasets, name, argument):
     config = load(name, argument)
     config.distillation.kind = None  # whose teacher would have to be there
     made = set_up(config)
-    size, rows = made.model.spec.image_size, batch_sharding(made.mesh)
-    shape = (config.train.batch_size, size, size, 3)
-    batch = {
-        "image": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows),
-        "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=rows),
-    }
+    batch = batch_shapes(config.train.batch_size, made.model.spec.image_size, made.mesh)
     threshold = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(made.mesh))
     with jax.set_mesh(made.mesh):
         lowered = jax.jit(made.train_step).lower(with_shardings(made.state, made.shardings), batch, threshold)

@@ -32,7 +32,7 @@ from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import eval_transform, train_transform
 from castling_jax.models.registry import abstract_model
 from castling_jax.ops.errors import InputError
-from castling_jax.training.config import default_config, load_config, model_arguments
+from castling_jax.training.config import default_config, image_options, load_config, mixing_options, model_arguments
 from castling_jax.training.metrics import METRICS_FILE, read_metrics
 
 TRAINING_FILE = "training.png"
@@ -113,8 +113,8 @@ def draw_augmentations(config: ConfigDict, path: epath.Path, *, examples: int) -
     dataset = load_dataset(config.dataset.name, config.dataset.train_split, data_dir=config.dataset.data_dir)
     channels = {"mean": tuple(config.dataset.mean), "std": tuple(config.dataset.std)}
     size = abstract_model(**model_arguments(config)).spec.image_size
-    evaluation = eval_transform(image_size=size, crop_ratio=config.dataset.crop_ratio, **channels)
-    training = train_transform(config.augment, image_size=size, crop_ratio=config.dataset.crop_ratio, **channels)
+    evaluation = eval_transform(**image_options(config, size))
+    training = train_transform(config.augment, **image_options(config, size))
     chosen = [dataset[int(index)] for index in np.linspace(0, len(dataset) - 1, max(examples, COLUMNS))]
     drawn = [
         [training(example, np.random.default_rng((config.seed, row, column))) for column in range(1, COLUMNS)]
@@ -151,16 +151,12 @@ def draw_augmentations(config: ConfigDict, path: epath.Path, *, examples: int) -
 
 def _mixed(config: ConfigDict, batch: list[dict[str, Any]], num_classes: int) -> Iterator[tuple[jax.Array, jax.Array]]:
     """A batch's images and targets, mixed anew each time."""
-    augment = config.augment
     mixed = jax.jit(
         functools.partial(
             mix,
             jnp.stack([example["image"] for example in batch]),
             jnp.array([example["label"] for example in batch]),
-            mixup=augment.mixup,
-            cutmix=augment.cutmix,
-            switch=augment.mix_switch,
-            probability=augment.mix_probability,
+            **mixing_options(config),
             num_classes=num_classes,
             label_smoothing=config.loss.label_smoothing,
         )

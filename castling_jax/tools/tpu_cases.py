@@ -24,7 +24,7 @@ from castling_jax.training.optimizers import make_optimizer
 from castling_jax.training.schedules import learning_rate_schedule
 from castling_jax.training.sharding import (
     AXES,
-    batch_sharding,
+    batch_shapes,
     check_batch,
     check_heads,
     make_mesh,
@@ -184,18 +184,16 @@ def model(
     rate = learning_rate_schedule(config.optimizer, batch_size=batch, total_steps=100_000, steps_per_epoch=1_000)
     optimizer = make_optimizer(config.optimizer, rate)
     state = jax.eval_shape(lambda variables: create_state(variables, optimizer, config.seed), variables)
-    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    arguments = state, {"image": images, "label": labels}, jax.ShapeDtypeStruct((), jnp.float32)
+    threshold = jax.ShapeDtypeStruct((), jnp.float32)
     placed = shardings = None
     if mesh is not None:
         placed = make_mesh(read_mesh(mesh), devices)
         check_heads(built, placed)
         check_batch("--batch", batch, placed)
         shardings = state_shardings(state, placed)
-        rows = batch_sharding(placed)
-        arguments = with_shardings(arguments, (shardings, {"image": rows, "label": rows}, replicated(placed)))
+        state, threshold = with_shardings((state, threshold), (shardings, replicated(placed)))
     step = make_train_step(built, optimizer, label_smoothing=config.loss.label_smoothing, shardings=shardings)
-    return Case(step, arguments, {"donate_argnums": 0}, placed)
+    return Case(step, (state, batch_shapes(batch, size, placed), threshold), {"donate_argnums": 0}, placed)
 
 
 def read_mesh(text: str) -> dict[str, int]:

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from castling_jax.tools.tpu_dump import (
     BRANCHES,
+    COLLECTIVES,
     SCHEDULE_DUMP,
     SHAPE,
     UTILIZATION_DUMP,
@@ -50,7 +51,7 @@ FREE = {
     *("add", "subtract", "multiply", "negate", "minimum", "maximum", "clamp", "convert", "cosine", "power", "sqrt"),
     *("compare", "select", "and", "or", "not"),
     *("slice", "dynamic-slice", "dynamic-update-slice", "pad", "concatenate", "transpose"),
-    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
+    *COLLECTIVES,
     *("all-reduce-start", "all-reduce-done", "all-gather-start", "all-gather-done"),
     *("collective-permute-start", "collective-permute-done"),
 }

@@ -229,6 +229,17 @@ def image_options(config: ConfigDict, image_size: int) -> dict[str, Any]:
     return {"image_size": image_size, "mean": data.mean, "std": data.std, "crop_ratio": data.crop_ratio}
 
 
+def mixing_options(config: ConfigDict) -> dict[str, Any]:
+    """How batches are mixed: what `mix` takes of them."""
+    augment = config.augment
+    return {
+        "mixup": augment.mixup,
+        "cutmix": augment.cutmix,
+        "switch": augment.mix_switch,
+        "probability": augment.mix_probability,
+    }
+
+
 def check_same_run(config: ConfigDict, path: epath.Path) -> None:
     """Refuses to go on in a folder whose config.json, at `path`, is another configuration's.
 

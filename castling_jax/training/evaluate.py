@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from castling_jax.convert.inference import to_inference
 from castling_jax.data.loader import EvalTransform, evaluation_batches
@@ -93,6 +94,19 @@ def make_evaluator(
     return evaluate
 
 
+def configured_evaluator(config: ConfigDict, model: Backbone, dataset: Dataset, mesh: Mesh) -> Evaluator:
+    """`make_evaluator` with all that a configuration says of it."""
+    return make_evaluator(
+        model,
+        dataset,
+        transform=eval_transform(**image_options(config, model.spec.image_size)),
+        batch_size=config.evaluation.batch_size,
+        mesh=mesh,
+        workers=config.dataset.workers,
+        max_corrupt_share=config.dataset.max_corrupt_share,
+    )
+
+
 def evaluate_checkpoint(path: epath.Path, mesh_sizes: Mapping[str, int]) -> dict[str, Any]:
     """The figures of `make_evaluator` of a checkpoint, on its run's held-out split, and step and mask_threshold.
 
@@ -106,22 +120,12 @@ def evaluate_checkpoint(path: epath.Path, mesh_sizes: Mapping[str, int]) -> dict
       InputError: the checkpoint cannot be read, or the mesh does not fit.
     """
     mesh = make_mesh(mesh_sizes)
-    snapshot = read_snapshot(path)
+    snapshot = read_snapshot(path, ema=None)
     config = snapshot.config
-    if config.train.ema_decay is not None:  # as the run itself does
-        snapshot = read_snapshot(path, ema=True)
     check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
     dataset = load_dataset(config.dataset.name, config.dataset.eval_split, data_dir=config.dataset.data_dir)
     shardings = whole_over_fsdp(state_shardings(snapshot.variables, mesh))
     with jax.set_mesh(mesh):
-        evaluate = make_evaluator(
-            snapshot.model,
-            dataset,
-            transform=eval_transform(**image_options(config, snapshot.model.spec.image_size)),
-            batch_size=config.evaluation.batch_size,
-            mesh=mesh,
-            workers=config.dataset.workers,
-            max_corrupt_share=config.dataset.max_corrupt_share,
-        )
+        evaluate = configured_evaluator(config, snapshot.model, dataset, mesh)
         figures = evaluate(place(snapshot.variables, shardings), snapshot.mask_threshold)
     return {"step": snapshot.step, "mask_threshold": snapshot.mask_threshold, **figures}

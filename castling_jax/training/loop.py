@@ -24,7 +24,7 @@ from castling_jax.models.variables import Variables, get_variables
 from castling_jax.ops.errors import InputError
 from castling_jax.training.checkpoints import CHECKPOINTS, Checkpoints, Progress, checkpoint_steps
 from castling_jax.training.config import CONFIG_FILE, check_same_run, model_arguments
-from castling_jax.training.evaluate import make_evaluator
+from castling_jax.training.evaluate import configured_evaluator
 from castling_jax.training.metrics import MetricsWriter
 from castling_jax.training.preemption import Preempted, PreemptionWatch
 from castling_jax.training.restore import initial_variables
@@ -155,17 +155,10 @@ def _loop(
         workers=config.dataset.workers,
         max_corrupt_share=config.dataset.max_corrupt_share,
     )
-    evaluate = make_evaluator(
-        setup.model,
-        setup.eval_set,
-        transform=setup.eval_transform,
-        batch_size=config.evaluation.batch_size,
-        mesh=setup.mesh,
-        workers=config.dataset.workers,
-        max_corrupt_share=config.dataset.max_corrupt_share,
-    )
-    macs = _macs(setup)
-    meter = Meter(batch_size=config.train.batch_size, step=step, total_steps=total_steps, peak=peak_flops())
+    evaluate = configured_evaluator(config, setup.model, setup.eval_set, setup.mesh)
+    peak = peak_flops()
+    macs = (0, 0) if peak is None else _macs(setup)  # which takes two traces of the model, for this share alone
+    meter = Meter(batch_size=config.train.batch_size, step=step, total_steps=total_steps, peak=peak)
     best = checkpoints.best()
     start = time.perf_counter()
     unchecked: list[tuple[int, Any]] = []

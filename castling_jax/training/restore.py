@@ -41,12 +41,12 @@ class Snapshot:
     variables: Variables
 
 
-def read_snapshot(path: epath.Path, *, ema: bool = False) -> Snapshot:
+def read_snapshot(path: epath.Path, *, ema: bool | None = False) -> Snapshot:
     """Reads a checkpoint.
 
     Args:
       path: a run's folder, of which the newest checkpoint is read, or the folder of one, RUN/checkpoints/STEP.
-      ema: whether the variables are to be their moving averages.
+      ema: whether the variables are to be their moving averages; None is where the run keeps them.
 
     Raises:
       InputError: it is neither, config.json is missing or damaged, the checkpoint is, or it holds no moving average.
@@ -63,6 +63,8 @@ def read_snapshot(path: epath.Path, *, ema: bool = False) -> Snapshot:
         arguments, first_threshold = model_arguments(config), given["mask"]["start_threshold"]
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise InputError(f"'{run / CONFIG_FILE}' is missing or damaged: {error!r}.") from error
+    if ema is None:
+        ema = config.train.ema_decay is not None
     state, _ = read_checkpoint(absolute(step_folder), ("ema",) if ema else ("params", "batch_stats"))
     if ema and not state:
         raise InputError(f"the checkpoint '{step_folder}' holds no moving average of its parameters.")
@@ -96,12 +98,17 @@ def initial_variables(path: epath.Path, model: Backbone, *, reset_head: bool) ->
     if path.is_dir():
         snapshot = read_snapshot(path)
         state_dict = to_torch(snapshot.model, snapshot.variables)
-    elif is_remote(path):
-        with local_copy(path) as copy:
-            state_dict = read_state_dict(copy)
     else:
-        state_dict = read_state_dict(path)
+        state_dict = _read_weights(path)
     return from_torch(model, state_dict, reset_head=reset_head)
+
+
+def _read_weights(path: epath.Path) -> dict[str, np.ndarray]:
+    """`read_state_dict`, of a bucket's file too."""
+    if is_remote(path):
+        with local_copy(path) as copy:
+            return read_state_dict(copy)
+    return read_state_dict(path)
 
 
 def read_teacher(path: epath.Path, name: str, student: Backbone) -> tuple[Backbone, Variables]:
@@ -115,6 +122,7 @@ def read_teacher(path: epath.Path, name: str, student: Backbone) -> tuple[Backbo
     Raises:
       InputError: what is at `path` cannot be read, or has other classes or another image size.
     """
+    check_bucket(path)
     if (path / MODEL_FILE).exists():
         model, variables = load_inference(path)
     elif path.is_dir():
@@ -122,7 +130,7 @@ def read_teacher(path: epath.Path, name: str, student: Backbone) -> tuple[Backbo
         model, variables = abstract_model(**snapshot.model.spec.arguments(form="inference")), snapshot.variables
         variables = to_inference(variables)
     else:
-        state_dict = read_state_dict(path)
+        state_dict = _read_weights(path)
         spec = student.spec
         given = {"num_classes": spec.num_classes, "image_size": spec.image_size, "dtype": spec.dtype}
         # With the student's own architecture, where it is the student in softmax form.

@@ -10,14 +10,14 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from castling_jax.data.loader import EvalTransform, TrainTransform
+from castling_jax.data.loader import TrainTransform
 from castling_jax.data.sources import Dataset, load_dataset
-from castling_jax.data.transforms import eval_transform, train_transform
+from castling_jax.data.transforms import train_transform
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import get_variables
 from castling_jax.ops.errors import InputError
-from castling_jax.training.config import check_config, image_options, model_arguments
+from castling_jax.training.config import check_config, image_options, mixing_options, model_arguments
 from castling_jax.training.optimizers import make_optimizer
 from castling_jax.training.restore import read_teacher
 from castling_jax.training.schedules import learning_rate_schedule, mask_threshold_schedule
@@ -36,7 +36,6 @@ class Setup:
       train_set: examples to learn from.
       eval_set: held-out examples.
       train_transform: what is done to an example to learn from, (example, random generator) -> example.
-      eval_transform: what is done to a held-out one.
       model: in training form; holds shapes only.
       steps_per_epoch: whole batches.
       total_steps: of the run.
@@ -53,7 +52,6 @@ class Setup:
     train_set: Dataset
     eval_set: Dataset
     train_transform: TrainTransform
-    eval_transform: EvalTransform
     model: Backbone
     steps_per_epoch: int
     total_steps: int
@@ -98,7 +96,6 @@ def set_up(config: ConfigDict, devices: Sequence[Any] | None = None) -> Setup:
     threshold_at = mask_threshold_schedule(config.mask, total_steps=total_steps)
     model = abstract_model(num_classes=train_set.num_classes, **model_arguments(config))
     check_heads(model, mesh)
-    seen = image_options(config, model.spec.image_size)
     optimizer = make_optimizer(config.optimizer, learning_rate)
     keeps_ema = config.train.ema_decay is not None
     state = jax.eval_shape(
@@ -109,12 +106,7 @@ def set_up(config: ConfigDict, devices: Sequence[Any] | None = None) -> Setup:
         model,
         optimizer,
         label_smoothing=config.loss.label_smoothing,
-        mixing={
-            "mixup": config.augment.mixup,
-            "cutmix": config.augment.cutmix,
-            "switch": config.augment.mix_switch,
-            "probability": config.augment.mix_probability,
-        },
+        mixing=mixing_options(config),
         teacher=_teacher(config, model, mesh),
         ema_decay=config.train.ema_decay,
         accumulate_steps=config.train.accumulate_steps,
@@ -125,8 +117,7 @@ def set_up(config: ConfigDict, devices: Sequence[Any] | None = None) -> Setup:
         mesh=mesh,
         train_set=train_set,
         eval_set=eval_set,
-        train_transform=train_transform(config.augment, **seen),
-        eval_transform=eval_transform(**seen),
+        train_transform=train_transform(config.augment, **image_options(config, model.spec.image_size)),
         model=model,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,

@@ -1,11 +1,13 @@
 """Where arrays live: one mesh, rules on the parameters' names, and the rows of a batch that a process holds."""
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
@@ -132,6 +134,15 @@ def check_batch(name: str, batch_size: int, mesh: Mesh, *, parts: int = 1) -> No
         )
 
 
+def batch_shapes(batch_size: int, image_size: int, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of a batch as the training step takes it: what that is compiled for."""
+    rows = None if mesh is None else batch_sharding(mesh)
+    return {
+        "image": jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32, sharding=rows),
+        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
+    }
+
+
 def with_shardings(shapes: Any, shardings: Any) -> Any:
     """Shapes that say where the arrays are to lie: what is restored or compiled for."""
     return jax.tree.map(
@@ -156,6 +167,7 @@ def to_host(tree: Any, mesh: Mesh) -> Any:
     return jax.device_get(jax.device_put(tree, replicated(mesh)))
 
 
+@functools.cache  # asked for with every batch
 def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
     """Which rows of a global batch this process's devices hold, sorted."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()

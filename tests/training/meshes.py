@@ -133,18 +133,11 @@ def collectives(mesh_name: str, family: str = "deit") -> dict:
     state = jax.eval_shape(lambda variables: create_state(variables, optimizer, 0), get_variables(model))
     shardings = sharding.state_shardings(state, mesh)
 
-    def placed(shape, sharding):
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-    rows, size = sharding.batch_sharding(mesh), model.spec.image_size
-    batch = {
-        "image": jax.ShapeDtypeStruct((BATCH, size, size, 3), jnp.float32, sharding=rows),
-        "label": jax.ShapeDtypeStruct((BATCH,), jnp.int32, sharding=rows),
-    }
+    batch = sharding.batch_shapes(BATCH, model.spec.image_size, mesh)
     threshold = jax.ShapeDtypeStruct((), jnp.float32)
     step = make_train_step(model, optimizer, label_smoothing=0.1, shardings=shardings)
     with jax.set_mesh(mesh):
-        lowered = jax.jit(step, donate_argnums=0).lower(jax.tree.map(placed, state, shardings), batch, threshold)
+        lowered = jax.jit(step, donate_argnums=0).lower(sharding.with_shardings(state, shardings), batch, threshold)
     sent: dict[str, list[int]] = {}
     for found in tpu_dump.collectives(tpu_dump.read_program(lowered.compile().as_text())):
         sent.setdefault(found.kind, []).append(found.bytes)

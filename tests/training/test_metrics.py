@@ -35,3 +35,12 @@ def test_tensorboard_events_are_written(tmp_path):
     events = list((tmp_path / "tensorboard").glob("events*"))
     assert events
     assert b"mask_density/layer_1" in events[0].read_bytes()
+
+
+def test_what_a_run_is_made_of_is_shown_once(tmp_path):
+    writer = MetricsWriter(tmp_path, first_step=0, tensorboard=True)
+    writer.describe({"config.json": '{"seed": 0}', "parameters.txt": "head/bias  (10,)"})
+    writer.close()
+    (events,) = (tmp_path / "tensorboard").glob("events*")
+    assert b'{"seed": 0}' in events.read_bytes()
+    assert b"head/bias  (10,)" in events.read_bytes()

@@ -2,6 +2,7 @@ import json
 import shutil
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -12,10 +13,11 @@ from safetensors.numpy import save_file
 
 from castling_jax.convert import to_torch
 from castling_jax.convert.files import save_inference
+from castling_jax.convert.inference import to_inference
 from castling_jax.models.variables import get_variables
 from castling_jax.training.checkpoints import Checkpoints, Progress, checkpoint_steps, checksums
 from castling_jax.training.config import default_config
-from castling_jax.training.restore import initial_variables, read_snapshot
+from castling_jax.training.restore import initial_variables, read_snapshot, read_teacher
 from castling_jax.training.state import create_state
 from tests.models import small
 
@@ -112,8 +114,12 @@ def test_the_moving_average_is_read_where_there_is_one(refuses, run, tmp_path, m
         items = {"state": ocp.args.StandardSave(state), "about": ocp.args.JsonSave({"checksums": checksums(state)})}
         manager.save(5, args=ocp.args.Composite(**items))
     shutil.copy(run / "config.json", tmp_path)
-    for ema, expected in [(True, average), (False, variables)]:
+    for ema, expected in [(True, average), (False, variables), (None, variables)]:
         chex.assert_trees_all_equal(read_snapshot(folder / "5", ema=ema).variables, expected)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["train"]["ema_decay"] = 0.9
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    chex.assert_trees_all_equal(read_snapshot(folder / "5", ema=None).variables, average)
 
 
 def test_what_is_no_run(refuses, run, tmp_path):
@@ -156,3 +162,23 @@ def test_a_run_starts_from_another(refuses, run, model, tmp_path):
     save_inference(tmp_path, model, expected)
     with refuses(str(tmp_path), "neither a run's folder"):
         initial_variables(tmp_path, model, reset_head=False)
+
+
+def test_a_teacher_is_a_run_an_inference_folder_or_timms_weights(refuses, run, tmp_path, model):
+    variables = small.random_variables(model, seed=10)  # of the run's newest checkpoint
+    expected = to_inference(variables)
+    save_inference(tmp_path / "inference", model, variables)
+    for path in (run, tmp_path / "inference"):
+        teacher, found = read_teacher(epath.Path(path), "levit_128s", model)
+        assert (teacher.spec.form, teacher.spec.attention) == ("inference", "castling")
+        # Folding multiplies in numpy's order or in XLA's: a rounding or two of numbers below 1.
+        chex.assert_trees_all_close(found, jax.tree.map(np.asarray, expected), rtol=0, atol=2e-7)
+    softmax = small.small_levit(image_size=32, distilled=True, attention="softmax")
+    weights = small.random_variables(softmax, seed=3)
+    save_file(to_torch(softmax, weights), tmp_path / "weights.safetensors")
+    teacher, found = read_teacher(epath.Path(tmp_path / "weights.safetensors"), "levit_128s", softmax)
+    assert (teacher.spec.form, teacher.spec.attention) == ("inference", "softmax")
+    chex.assert_trees_all_close(found, jax.tree.map(np.asarray, to_inference(weights)), rtol=0, atol=2e-7)
+    other = small.small_levit(image_size=32, num_classes=5)
+    with refuses("the teacher", "has num_classes = ", "which must be that of the model that learns from it, 5"):
+        read_teacher(epath.Path(run), "levit_128s", other)
