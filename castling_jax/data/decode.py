@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-from castling_jax.ops.errors import InputError
+from castling_jax.ops.errors import InputError, in_one_sentence
 
 Encoded = bytes | UInt8[np.ndarray, "height width *channels"]
 Box = tuple[float, float, float, float]  # top, left, height, width
@@ -76,8 +76,8 @@ def _decoding() -> Iterator[None]:
     except UnidentifiedImageError as error:
         raise InputError("an image cannot be decoded: it is of no format that Pillow knows.") from error
     except Exception as error:
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise InputError(f"an image cannot be decoded: {reason}.") from error
+        said = in_one_sentence(error) or type(error).__name__
+        raise InputError(f"an image cannot be decoded: {said}.") from error
 
 
 def _open(image: Encoded) -> Image.Image:

@@ -5,6 +5,7 @@ As timm's Mixup does in its "batch" mode: one weight, and one box, for the whole
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
 Images = Float[Array, "batch height width channels"]
@@ -13,7 +14,7 @@ Targets = Float[Array, "batch classes"]
 
 def soft_labels(labels: Int[Array, "batch"], num_classes: int, label_smoothing: float = 0.0) -> Targets:
     """One-hot labels of which the share `label_smoothing` is spread evenly over all classes; float32."""
-    return jax.nn.one_hot(labels, num_classes) * (1 - label_smoothing) + label_smoothing / num_classes
+    return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), label_smoothing)
 
 
 def mix(

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
-from castling_jax.ops.errors import InputError, check_known
+from castling_jax.ops.errors import InputError, check_known, in_one_sentence
 
 DIGITS_SPLITS = ("train", "test", "minitrain", "minival")
 FOLDER = "folder:"  # how the name of a folder of images starts
@@ -301,11 +301,6 @@ def labelled_image(builder: Any) -> tuple[str, str]:
     if not isinstance(label, tfds.features.ClassLabel):
         raise InputError(f"the labels of the dataset {builder.name} are not classes.")
     return names[0], names[1]
-
-
-def in_one_sentence(said: object) -> str:
-    """What a library says, to stand in brackets."""
-    return re.sub(r"[.!?]+ ", "; ", " ".join(str(said).split())).rstrip(".:")
 
 
 def prepare_command(name: str, data_dir: epath.PathLike | None) -> str:

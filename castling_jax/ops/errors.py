@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import re
 from collections.abc import Iterable
 
 
@@ -37,3 +38,8 @@ def reason(error: Exception) -> str:
         if os.strerror(code) in str(error):  # TensorStore tells the whole way down to it
             return os.strerror(code)
     return (str(error).strip() or repr(error)).splitlines()[0][:300].rstrip(".")
+
+
+def in_one_sentence(said: object) -> str:
+    """What a library says, to stand in brackets."""
+    return re.sub(r"[.!?]+ ", "; ", " ".join(str(said).split())).rstrip(".:")
