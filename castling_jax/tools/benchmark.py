@@ -46,8 +46,8 @@ from castling_jax.models.variables import apply, get_variables
 from castling_jax.ops.errors import InputError
 from castling_jax.tools.memory import keep_freed_memory
 from castling_jax.tools.peers import INFERENCE, SOFTMAX, Layer, equimo_layers, our_layers, torch_layers
-from castling_jax.tools.reading import describe_reading, measure_reading, spread
-from castling_jax.tools.timing import interleaved_seconds
+from castling_jax.tools.reading import describe_reading, measure_reading
+from castling_jax.tools.timing import interleaved_seconds, spread
 
 JSON_FILE, PICTURE_FILE = "benchmark.json", "benchmark.png"
 TOKENS = "49,197,577,1024,4096,16384"

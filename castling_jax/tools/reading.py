@@ -7,7 +7,6 @@ installed.
 import functools
 import importlib.util
 import io
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from PIL import Image
 
 from castling_jax.data.decode import Box, image_size, read_crop
 from castling_jax.data.transforms import random_resized_crop_box
-from castling_jax.tools.timing import interleaved_seconds
+from castling_jax.tools.timing import interleaved_seconds, spread
 
 SIDE = 224
 SIZES = ((375, 500), (1500, 2000))  # ImageNet's usual one, and a camera's
@@ -110,11 +109,6 @@ def measure_reading(repeats: int, *, count: int = 48) -> tuple[list[dict[str, An
             speeds = [images / value for value in seconds]
             rows.append(row | {"images_per_second": spread(speeds), "ratio_to_pillow": spread(ratios)})
     return rows, notes
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """The smallest, the median and the largest."""
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 def describe_reading(rows: list[dict[str, Any]]) -> list[str]:

@@ -28,3 +28,8 @@ def interleaved_seconds(functions: dict[str, Callable[[], object]], *, repeats: 
 def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
     """The median of each."""
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """The smallest, the median and the largest."""
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
