@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -39,6 +41,32 @@ def test_one_size_may_be_what_is_left():
 def test_sizes_that_are_no_mesh_are_refused(refuses, changes, sentence):
     with refuses(sentence):
         make_mesh(SIZES | changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device of a slice, as far as a mesh looks at it; four of them are a slice."""
+
+    id: int
+    platform = device_kind = "cpu"
+    process_index = 0
+
+    @property
+    def slice_index(self):
+        return self.id // 4
+
+
+@pytest.mark.parametrize("replica", [2, 4])
+def test_a_replica_lies_within_one_slice(replica):
+    mesh = make_mesh(SIZES | {"replica": replica, "fsdp": 2}, [Chip(number) for number in range(8)])
+    assert mesh.shape["replica"] == replica
+    slices = [{chip.slice_index for chip in part.flat} for part in mesh.devices]
+    assert slices == [{number * 2 // replica} for number in range(replica)]
+
+
+def test_slices_must_divide_the_replicas(refuses):
+    with refuses("config.mesh.replica must be a multiple of the 2 slices, not 1"):
+        make_mesh(SIZES | {"fsdp": 2}, [Chip(number) for number in range(8)])
 
 
 def test_batch_is_placed_on_the_mesh():
