@@ -1,7 +1,7 @@
 """What is done to one example: an image of any size in, float32 of the model's size out, with the randomness given.
 
-An example is {"image", "label"}; its image is encoded or uint8, as decode.py takes it, or float32 in [0, 1], which has
-to be of the model's size already: floats are neither resized nor given to operations on 8 bits.
+An example is {"image", "label"}; its image is encoded or uint8, as decode.py takes it, or float32 in [0, 1], which is
+cropped and resized as those are, but not given to operations on 8 bits.
 """
 
 import dataclasses
@@ -130,7 +130,7 @@ class EvalTransform:
         """{"image", "label"} -> {"image" float32 [image_size, image_size, 3], "label"}.
 
         Raises:
-          InputError: the image cannot be decoded, or is of floats and of another size.
+          InputError: the image cannot be decoded.
         """
         image = _as_floats(self.read(example["image"]))
         return {"image": normalize(image, self.mean, self.std), "label": example["label"]}
@@ -138,17 +138,10 @@ class EvalTransform:
     def read(self, image: Any) -> PillowImage.Image | Image:
         """The image at its size; floats stay floats."""
         side = (self.image_size, self.image_size)
-        if _is_float(image):
-            if image.shape[:2] != side:
-                raise InputError(
-                    f"images of floats are not resized: they are {image.shape[0]} x {image.shape[1]}, and the model "
-                    f"takes {self.image_size} x {self.image_size}."
-                )
-            return image
-        size = image_size(image)
+        size = _size(image)
         if size == side:
-            return decode(image)
-        return read_crop(image, center_crop_box(size, self.image_size, self.crop_ratio), side)
+            return image if _is_float(image) else decode(image)
+        return _crop(image, center_crop_box(size, self.image_size, self.crop_ratio), side)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +160,7 @@ class TrainTransform:
         """{"image", "label"} -> {"image" float32 [image_size, image_size, 3], "label"}.
 
         Raises:
-          InputError: the image cannot be decoded, or is of floats and of another size or meant to be changed as only 8
-            bits can be.
+          InputError: the image cannot be decoded, or is of floats and meant to be changed as only 8 bits can be.
         """
         image = self._read(example["image"], rng)
         # Nothing is drawn for what is turned off: to turn one thing on leaves the other draws as they were.
@@ -188,13 +180,13 @@ class TrainTransform:
 
     def _read(self, image: Any, rng: np.random.Generator) -> Any:
         if _is_float(image):
-            for name in ("crop_scale", "randaugment", "color_jitter"):
+            for name in ("randaugment", "color_jitter"):
                 if getattr(self, name):
                     raise InputError(f"config.augment.{name} is for images of 8 bits, and these are of floats.")
         if self.crop_scale is None:
             return self.resize.read(image)
         side = self.resize.image_size
-        return read_crop(image, random_resized_crop_box(image_size(image), self.crop_scale, rng), (side, side))
+        return _crop(image, random_resized_crop_box(_size(image), self.crop_scale, rng), (side, side))
 
 
 def train_transform(
@@ -258,6 +250,21 @@ def check_augment(augment: ConfigDict) -> None:
 
 def _is_float(image: Any) -> bool:
     return isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating)
+
+
+def _size(image: Any) -> tuple[int, int]:
+    return image.shape[:2] if _is_float(image) else image_size(image)
+
+
+def _crop(image: Any, box: Box, size: tuple[int, int]) -> PillowImage.Image | Image:
+    """`read_crop` of an image that may be of floats, of which Pillow resizes a channel at a time."""
+    if not _is_float(image):
+        return read_crop(image, box, size)
+    top, left, height, width = box
+    corners = (left, top, left + width, top + height)
+    channels = [PillowImage.fromarray(np.ascontiguousarray(image[..., channel], np.float32)) for channel in range(3)]
+    resized = [channel.resize(size[::-1], PillowImage.Resampling.BICUBIC, corners) for channel in channels]
+    return np.stack(resized, -1).clip(0, 1)  # as 8 bits are clipped where the filter overshoots
 
 
 def _as_floats(image: PillowImage.Image | Image) -> Image:

@@ -274,15 +274,19 @@ def test_transforms_are_pickled_and_draw_from_nothing_but_their_generator():
     assert pickle.loads(pickle.dumps(evaluation)) == evaluation
 
 
-def test_floats_of_another_size_are_refused(refuses):
-    example = {"image": np.zeros((8, 9, 3), np.float32), "label": 0}
-    with refuses("8 x 9", "16 x 16"):
-        eval_transform(image_size=16, crop_ratio=0.875, **HALF)(example)
+@pytest.mark.parametrize("crop_scale", [None, (0.3, 1.0)])
+@pytest.mark.parametrize("size", [(8, 8), (40, 50)])
+def test_floats_are_cropped_and_resized_as_eight_bits_are(size, crop_scale):
+    image = picture(*size) // 2 + 64  # 8 bits are clipped between the two directions too: here is nothing to clip
+    floats = {"image": image.astype(np.float32) / 255, "label": 0}
+    transform = training(24, crop_scale=crop_scale)
+    results = [transform(each, np.random.default_rng(0))["image"] for each in (floats, {"image": image, "label": 0})]
+    assert results[0].dtype == np.float32
+    # Eight bits are rounded after each of the two directions: a level is 2 / 255 of a normalised image.
+    np.testing.assert_allclose(*results, atol=1.5 * 2 / 255)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("crop_scale", (0.5, 1.0)), ("randaugment", "rand-inc1"), ("color_jitter", 0.4)]
-)
+@pytest.mark.parametrize(("field", "value"), [("randaugment", "rand-inc1"), ("color_jitter", 0.4)])
 def test_floats_are_not_changed_as_eight_bits(refuses, field, value):
     with refuses(f"config.augment.{field} is for images of 8 bits"):
         training(8, **{field: value})({"image": np.zeros((8, 8, 3), np.float32), "label": 0}, np.random.default_rng(0))
