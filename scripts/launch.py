@@ -61,7 +61,12 @@ def watch(processes: list[subprocess.Popen]) -> int:
     """Waits for all; ends the others when one fails. Returns the status of the launcher."""
     while True:
         statuses = [process.poll() for process in processes]
-        failed = next((index for index, status in enumerate(statuses) if status), None)
+        # One that was killed first: the others may have ended because of it, since they were last looked at.
+        failed = min(
+            (index for index, status in enumerate(statuses) if status),
+            key=lambda index: statuses[index] > 0,
+            default=None,
+        )
         if failed is not None or None not in statuses:
             break
         time.sleep(POLL_SECONDS)
