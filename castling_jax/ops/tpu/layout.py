@@ -8,7 +8,8 @@ masked out of the products, for a matrix unit of 128 x 128 takes no longer over 
 import dataclasses
 import functools
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,14 @@ USUAL_FAST_MEMORY = 64 * 2**20
 NN = (((1,), (0,)), ((), ()))  # a @ b
 NT = (((1,), (1,)), ((), ()))  # a @ b.T
 TN = (((0,), (0,)), ((), ()))  # a.T @ b
+
+
+def traced_once(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates a function of arrays and `static` arguments that is traced once for all of a model's blocks.
+
+    To trace the kernels takes longer than all the rest of a model. Nothing of it is seen in the program.
+    """
+    return functools.partial(jax.jit, static_argnames=static, inline=True)
 
 
 @dataclasses.dataclass(frozen=True)

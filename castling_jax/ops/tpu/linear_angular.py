@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from castling_jax.ops.angular import SQUARED_NORM_EPSILON
-from castling_jax.ops.tpu.layout import NN, NT, TN, Heads, arrange, compiler_params, product, same_head
+from castling_jax.ops.tpu.layout import NN, NT, TN, Heads, arrange, compiler_params, product, same_head, traced_once
 
 PAD = 8  # rows before and after the values in scratch: taps reach at most so far, and a register has 8 rows
 MAX_TAPS = 2 * PAD + 1
@@ -61,6 +61,7 @@ def _attention(q, k, v, taps, auxiliary, heads, interpret):
     return _forward(q, k, v, taps, auxiliary, heads, interpret)[0]
 
 
+@traced_once("heads", "interpret")
 def _forward(q, k, v, taps, auxiliary, heads, interpret):
     layout = _arrange(q, v, heads, blocks=5)
     batch, tokens, _ = q.shape
@@ -85,6 +86,7 @@ def _forward(q, k, v, taps, auxiliary, heads, interpret):
     return out, (q, k, v, taps, auxiliary)
 
 
+@traced_once("heads", "interpret")
 def _backward(heads, interpret, residuals, cotangent):
     q, k, v, taps, auxiliary = residuals
     layout = _arrange(q, v, heads, blocks=9)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from castling_jax.ops.tpu.layout import NN, NT, TN, Heads, arrange, compiler_params, product
+from castling_jax.ops.tpu.layout import NN, NT, TN, Heads, arrange, compiler_params, product, traced_once
 from castling_jax.ops.tpu.linear_angular import PAD, head_sums, inverse_norms, shifted, spread_taps, through_norm
 
 TOKEN_BLOCK = 512
@@ -107,6 +107,7 @@ def _sum_keys(k, v, heads, interpret):
     return _sum_keys_forward(k, v, heads, interpret)[0]
 
 
+@traced_once("heads", "interpret")
 def _sum_keys_forward(k, v, heads, interpret):
     layout, (batch, tokens, _) = _arrange(k, v, heads), k.shape
     block = _block(tokens)
@@ -129,6 +130,7 @@ def _sum_keys_forward(k, v, heads, interpret):
     return key_values, (k, v)
 
 
+@traced_once("heads", "interpret")
 def _sum_keys_backward(heads, interpret, residuals, d_key_values):
     k, v = residuals
     layout, (batch, tokens, _) = _arrange(k, v, heads), k.shape
@@ -205,6 +207,7 @@ def _padded(layout: Heads, block: int):
     return pltpu.VMEM((block + 2 * PAD, layout.group * layout.value_dim), jnp.float32)
 
 
+@traced_once("heads", "interpret")
 def _attend_forward(q, key_values, v, taps, auxiliary, heads, interpret):
     layout, (batch, tokens, _) = _arrange(q, v, heads), q.shape
     block = _block(tokens)
@@ -225,6 +228,7 @@ def _attend_forward(q, key_values, v, taps, auxiliary, heads, interpret):
     return out, (q, key_values, v, taps, auxiliary)
 
 
+@traced_once("heads", "interpret")
 def _attend_backward(heads, interpret, residuals, cotangent):
     q, key_values, v, taps, auxiliary = residuals
     layout, (batch, tokens, _) = _arrange(q, v, heads), q.shape

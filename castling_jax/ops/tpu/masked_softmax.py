@@ -28,6 +28,7 @@ from castling_jax.ops.tpu.layout import (
     lanes_of_head,
     product,
     rows_of_head,
+    traced_once,
 )
 
 QUERY_BLOCK = 128
@@ -113,6 +114,7 @@ def _bias_block(layout: Heads, block: int, keys: int, shared: bool):
     return pl.BlockSpec(shape, lambda h, b, i: (0 if shared else b, h, 0, i))
 
 
+@traced_once("heads", "scale", "interpret")
 def _forward(q, k, v, threshold, bias, heads, scale, interpret):
     layout, size = _arrange(q, k, v, heads, bias)
     (batch, queries, _), keys = q.shape, k.shape[1]
@@ -144,6 +146,7 @@ def _forward(q, k, v, threshold, bias, heads, scale, interpret):
     return (out, kept[..., 0]), (q, k, v, threshold, bias, out, largest, inverse, kept)
 
 
+@traced_once("heads", "scale", "interpret")
 def _backward(heads, scale, interpret, residuals, cotangents):
     q, k, v, threshold, bias, out, largest, inverse, kept = residuals
     layout, size = _arrange(q, k, v, heads, bias)

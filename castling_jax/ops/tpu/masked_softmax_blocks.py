@@ -27,6 +27,7 @@ from castling_jax.ops.tpu.layout import (
     compiler_params,
     product,
     rows_of_head,
+    traced_once,
 )
 from castling_jax.ops.tpu.masked_softmax import d_scores_of, is_kept, of_head
 
@@ -117,6 +118,7 @@ class _Call:
         )(*inputs)
 
 
+@traced_once("heads", "scale", "interpret")
 def _forward(q, k, v, threshold, bias, heads, scale, interpret):
     call = _Call(q, k, v, bias, heads, scale, interpret, keys_inside=True)
     layout = call.layout
@@ -154,6 +156,7 @@ def _forward(q, k, v, threshold, bias, heads, scale, interpret):
     return (out, kept[..., 0]), (q, k, v, threshold, bias, out, largest, inverse, kept)
 
 
+@traced_once("heads", "scale", "interpret")
 def _backward(heads, scale, interpret, residuals, cotangents):
     q, k, v, threshold, bias, out, largest, inverse, kept = residuals
     inputs = [threshold, q, k, v, cotangents[0], out, largest, inverse, kept]
