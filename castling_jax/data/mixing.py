@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 Images = Float[Array, "batch height width channels"]
 Targets = Float[Array, "batch classes"]
+GROUP = 16  # images among which partners are: more than are augmented repeatedly, and few enough to be on one device
 
 
 def soft_labels(labels: Int[Array, "batch"], num_classes: int, label_smoothing: float = 0.0) -> Targets:
@@ -29,10 +30,11 @@ def mix(
     num_classes: int,
     label_smoothing: float = 0.0,
 ) -> tuple[Images, Targets]:
-    """Mixes every image with the one at its place from the batch's end, and their labels by the same weights.
+    """Mixes every image with its partner in the batch, and their labels by the same weights.
 
-    The partner is that of the whole batch over all devices, so that what a step does is a function of the key and of
-    the batch, whatever the mesh. On a mesh, each device exchanges its images with one other device.
+    What a step does is a function of the key and of the whole batch, whatever the mesh. Partners are near each other,
+    so that on a mesh where a device has a multiple of 16 images none are exchanged; and not so near that they would be
+    the same image, augmented repeatedly.
 
     Args:
       images: in any units; mixing is linear.
@@ -61,8 +63,18 @@ def mix(
     own = jnp.where(is_cutmix, 1.0 - inside, weight)[:, :, None].astype(images.dtype)
     # CutMix's weight is the area that was in fact left.
     weight = jnp.where(is_cutmix, 1.0 - jnp.mean(inside), weight)
-    mixed = own * images + (1 - own) * images[::-1]
-    return mixed, weight * targets + (1 - weight) * targets[::-1]
+    mixed = own * images + (1 - own) * partners(images)
+    return mixed, weight * targets + (1 - weight) * partners(targets)
+
+
+def partners(rows: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
+    """Rows in the order of their partners: 8 further on or back, in pairs; from the batch's end if 16 do not divide it.
+
+    Over a whole batch that is spread over a pod, what is exchanged would take the links longer than gradients do.
+    """
+    if len(rows) % GROUP:
+        return rows[::-1]
+    return rows.reshape(-1, 2, GROUP // 2, *rows.shape[1:])[:, ::-1].reshape(rows.shape)
 
 
 def _box(key: jax.Array, weight: jax.Array, height: int, width: int) -> Float[Array, "height width"]:

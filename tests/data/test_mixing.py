@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from castling_jax.data.mixing import mix, soft_labels
+from castling_jax.data.mixing import mix, partners, soft_labels
 
 CLASSES = 6
 LABELS = jnp.arange(CLASSES)  # each image of a class of its own: the targets show the weights
@@ -33,7 +33,7 @@ def mixed():
         return mix(jnp.asarray(IMAGES), LABELS, key, **MIX, label_smoothing=SMOOTHING)
 
     images, targets = map(np.asarray, jax.jit(lambda seeds: jax.lax.map(one, seeds))(jnp.arange(SEEDS)))
-    # timm's targets: y1 * lam + y2 * (1 - lam), the partner's from the batch's end.
+    # timm's targets: y1 * lam + y2 * (1 - lam); of a batch that 16 do not divide, the partner's from its end as there.
     weights = (targets[:, 0, 0].astype(float) - ONES[0, 1]) / (1 - SMOOTHING)
     expected = weights[:, None, None] * ONES + (1 - weights[:, None, None]) * ONES[::-1]
     np.testing.assert_allclose(targets, expected, atol=2e-7)
@@ -93,6 +93,15 @@ def test_cutmixs_boxes_are_the_papers(mixed):
     assert cut.any(0).all()  # wherever it may lie
 
 
+@pytest.mark.parametrize("count", [16, 48, 6, 7])
+def test_partners_come_in_pairs_and_are_not_repetitions(count):
+    order = np.asarray(partners(jnp.arange(count)))
+    np.testing.assert_array_equal(order[order], np.arange(count))
+    if count % 16 == 0:
+        assert (np.abs(order - np.arange(count)) == 8).all()
+        assert (order // 16 == np.arange(count) // 16).all()
+
+
 def test_labels_are_smoothed_over_all_classes():
     expected = np.full((2, 4), 0.1 / 4)
     expected[[0, 1], [2, 0]] += 0.9
@@ -121,8 +130,8 @@ from castling_jax.data.mixing import mix
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 options = {"mixup": 0.8, "cutmix": 1.0, "switch": 0.5, "probability": 1.0, "num_classes": 10}
-images = np.random.default_rng(0).normal(size=(32, 16, 16, 3)).astype(np.float32)
-given = images, np.arange(32) % 10, jax.random.key(5)
+images = np.random.default_rng(0).normal(size=(ROWS, 16, 16, 3)).astype(np.float32)
+given = images, np.arange(ROWS) % 10, jax.random.key(5)
 
 
 def run(images, labels, key):
@@ -131,8 +140,8 @@ def run(images, labels, key):
 
 over_mesh = jax.jit(run, in_shardings=(split, split, None), out_shardings=split).lower(*given).compile()
 text = over_mesh.as_text()
-assert "collective-permute" in text
-assert "all-gather" not in text
+assert ("collective-permute" in text) == (ROWS < 8 * 16)
+assert not any(kind in text for kind in ("all-gather", "all-to-all", "all-reduce"))
 everywhere = NamedSharding(mesh, PartitionSpec())
 placed = [jax.device_put(array, where) for array, where in zip(given, (split, split, everywhere))]
 for ours, expected in zip(over_mesh(*placed), jax.jit(run)(*given), strict=True):
@@ -141,7 +150,14 @@ for ours, expected in zip(over_mesh(*placed), jax.jit(run)(*given), strict=True)
 
 
 @pytest.mark.slow
-def test_on_a_mesh_devices_exchange_images_in_pairs_and_the_result_is_the_same():
+@pytest.mark.parametrize("rows", [32, 256])
+def test_on_a_mesh_images_with_partners_elsewhere_are_exchanged_and_the_result_is_the_same(rows):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    run = subprocess.run([sys.executable, "-c", ON_A_MESH], env=env, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", ON_A_MESH.replace("ROWS", str(rows))],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
