@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from castling_jax.data.sources import Unread
 from castling_jax.models.attention import ATTENTIONS
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import get_variables
-from castling_jax.training import setup
 from castling_jax.training.config import check_config
 from castling_jax.training.setup import set_up
 from castling_jax.training.sharding import batch_shapes, replicated, with_shardings
@@ -53,23 +53,11 @@ def load(name, argument):
     return module.get_config() if argument is None else module.get_config(argument)
 
 
-@pytest.fixture
-def datasets(monkeypatch):
-    """Datasets of their published numbers of images and classes, with nothing in them."""
-
-    class Sized:
-        def __init__(self, length, num_classes):
-            self._length, self.num_classes = length, num_classes
-
-        def __len__(self):
-            return self._length
-
-    def load_dataset(name, split, **_):
-        if name == "imagenet2012":
-            return Sized(IMAGENET[split], 1000)
-        return Sized(60_000, 10)
-
-    monkeypatch.setattr(setup, "load_dataset", load_dataset)
+def datasets(config):
+    """Of their published numbers of images and classes, with nothing in them."""
+    if config.dataset.name == "imagenet2012":
+        return Unread(IMAGENET["train"], 1000), Unread(IMAGENET["validation"], 1000)
+    return Unread(60_000, 10), Unread(10_000, 10)
 
 
 @pytest.mark.parametrize(("name", "argument"), ALL)
@@ -88,10 +76,10 @@ def filled(config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "argument"), ALL)
-def test_the_step_of_every_configuration_is_lowered(datasets, name, argument):
+def test_the_step_of_every_configuration_is_lowered(name, argument):
     config = load(name, argument)
     config.distillation.kind = None  # whose teacher would have to be there
-    made = set_up(config)
+    made = set_up(config, datasets=datasets(config))
     batch = batch_shapes(config.train.batch_size, made.model.spec.image_size, made.mesh)
     threshold = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(made.mesh))
     with jax.set_mesh(made.mesh):
@@ -102,12 +90,12 @@ def test_the_step_of_every_configuration_is_lowered(datasets, name, argument):
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", TRAINED)
 @pytest.mark.parametrize("family", SMALL)
-def test_a_reduced_step_of_each_recipe_runs(datasets, family, attention):
+def test_a_reduced_step_of_each_recipe_runs(family, attention):
     config = load(family, f"{next(iter(module_of(family).VARIANTS))},{attention}")
     config.model.update(SMALL[family])
     config.train.batch_size = 4
     config.evaluation.batch_size = 4
-    made = set_up(config)
+    made = set_up(config, datasets=datasets(config))
     spec = made.model.spec
     variables = get_variables(create_model(**spec.arguments()))
     state = create_state(variables, made.optimizer, 0, ema=config.train.ema_decay is not None)

@@ -141,6 +141,23 @@ class TfdsDataset:
             raise InputError(f"the record cannot be read ({in_one_sentence(error)}).") from error
 
 
+@dataclasses.dataclass(frozen=True)
+class Unread:
+    """The sizes of a data set that is not here: what a training step is compiled for."""
+
+    length: int
+    num_classes: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raise InputError(f"image {index} is not here.")
+
+    def describe(self, index: int) -> str:
+        return f"image {index}"
+
+
 def load_dataset(name: str, split: str, *, data_dir: epath.PathLike | None = None) -> Dataset:
     """A split of a dataset by its name; the module's docstring says which there are.
 

@@ -1,8 +1,9 @@
-"""What tpu_report compiles: a function of the user's, an attention layer of DeiT-B, or a whole model."""
+"""What tpu_report compiles: a user's function, an attention layer of DeiT-B, a whole model, what a config runs."""
 
 import functools
 import importlib.util
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,42 +14,60 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from castling_jax.data.sources import Dataset, Unread, load_dataset
 from castling_jax.models.attention import ATTENTIONS, FORMS, attend
+from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import apply, get_variables
 from castling_jax.ops.checks import check_implementation
 from castling_jax.ops.errors import InputError, check_known
-from castling_jax.training.config import default_config
+from castling_jax.training.config import default_config, load_config
 from castling_jax.training.optimizers import make_optimizer
 from castling_jax.training.schedules import learning_rate_schedule
+from castling_jax.training.setup import set_up
 from castling_jax.training.sharding import (
     AXES,
+    BATCH_AXES,
     batch_shapes,
     check_batch,
     check_heads,
     make_mesh,
     replicated,
     state_shardings,
+    whole_over_fsdp,
     with_shardings,
 )
 from castling_jax.training.state import create_state
 from castling_jax.training.step import make_train_step
 
 CHANNELS, HEADS, TAPS = 768, 12, 9  # of DeiT-B
+# Classes, training and held-out images of data sets, which a step depends on by its last layer and its schedule alone.
+PUBLISHED_SIZES = {"imagenet2012": (1000, 1_281_167, 50_000), "fashion_mnist": (10, 60_000, 10_000)}
 
 
 class Case(NamedTuple):
-    """A function, the shapes it is compiled for, what jax.jit is told besides, and the mesh it is traced on.
+    """What is compiled.
 
     Whatever varies from call to call is an argument, the cotangent and the threshold too: of constants, the compiler
     drops what they make needless.
+
+    Attributes:
+      function: of the arguments.
+      arguments: trees of the shapes it is compiled for.
+      jit_options: what jax.jit is told besides.
+      mesh: that it is traced on.
+      held: what of the arguments is the parameters, the optimiser's and so on: kinds -> trees.
+      facts: what a report tells of it.
     """
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     jit_options: Mapping[str, Any] = MappingProxyType({})
     mesh: Mesh | None = None
+    held: Mapping[str, Any] = MappingProxyType({})
+    facts: Mapping[str, Any] = MappingProxyType({})
 
 
 def load_case(what: str, options: dict[str, Any], devices: list[Any]) -> Case:
@@ -196,6 +215,91 @@ def model(
     return Case(step, (state, batch_shapes(batch, size, placed), threshold), {"donate_argnums": 0}, placed)
 
 
+def recipe(
+    *,
+    config: str,
+    form: str = "train",
+    attention: str | None = None,
+    image_size: int | None = None,
+    batch: int | None = None,
+    remat: bool | None = None,
+    mesh: str | None = None,
+    devices: Sequence[Any] = (),
+) -> Case:
+    """What a run of a configuration compiles: its training step, or the forward pass of its inference form.
+
+    Args:
+      config: FILE.py or FILE.py:ARGUMENT.
+      form: "train" or "inference".
+      attention: in place of the configuration's.
+      image_size: likewise, in pixels.
+      batch: images of each device, in place of the configuration's batch of all devices.
+      remat: in place of the configuration's: whether the backward pass computes blocks again.
+      mesh: as `read_mesh` takes it, in place of the configuration's.
+      devices: along the mesh's axes.
+    """
+    check_known("form", form, FORMS)
+    _check_positive(image_size=image_size, batch=batch)
+    settings = load_config(config)
+    chosen = {"attention": attention, "image_size": image_size, "remat": remat}
+    settings.model.update({word: value for word, value in chosen.items() if value is not None})
+    if mesh is not None:
+        settings.mesh.update(read_mesh(mesh))
+    notes = []
+    if settings.distillation.kind is not None:
+        settings.distillation.kind = None
+        notes.append("the teacher and its forward pass: a compile report reads no weights")
+    placed = make_mesh(settings.mesh, devices)
+    shards = math.prod(placed.shape[axis] for axis in BATCH_AXES)
+    if batch is not None:
+        settings.train.batch_size = batch * len(devices)
+    settings.evaluation.batch_size = shards  # which is not compiled
+    datasets, assumed = _datasets(settings)
+    made = set_up(settings, devices, datasets)
+    spec, images = made.model.spec, settings.train.batch_size
+    shapes = batch_shapes(images, spec.image_size, placed)
+    facts = {
+        **{"model": spec.name, "attention": spec.attention, "image_size": spec.image_size, "form": form},
+        **{"mesh": dict(placed.shape), "images": images, "images_per_device": images / len(devices)},
+        **{"steps": made.total_steps, "not_counted": notes, "assumed": assumed},
+    }
+    if form == "train":
+        state = with_shardings(made.state, made.shardings)
+        threshold = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(placed))
+        held = {
+            **{"parameters": state.params, "optimiser": state.opt_state, "moving averages": state.ema},
+            **{"batch statistics": state.batch_stats, "images and labels": shapes},
+        }
+        return Case(
+            made.train_step,
+            (state, shapes, threshold),
+            {"donate_argnums": 0},
+            placed,
+            held,
+            facts | {"macs": count_macs(made.model)},
+        )
+    model = abstract_model(**spec.arguments(form="inference"))
+    variables = get_variables(model)
+    variables = with_shardings(variables, whole_over_fsdp(state_shardings(variables, placed)))
+    held = {"parameters": variables, "images": shapes["image"]}
+    function = functools.partial(apply, model)
+    return Case(function, (variables, shapes["image"]), {}, placed, held, facts | {"macs": count_macs(model)})
+
+
+def _datasets(config: ConfigDict) -> tuple[tuple[Dataset, Dataset] | None, list[str]]:
+    """Stand-ins for a configuration's data sets where they are not here, and a sentence that says so."""
+    data = config.dataset
+    try:
+        load_dataset(data.name, data.train_split, data_dir=data.data_dir)
+        return None, []
+    except InputError:
+        if data.name not in PUBLISHED_SIZES:
+            raise
+    classes, train, held_out = PUBLISHED_SIZES[data.name]
+    said = f"{data.name} is not here: its published {train:,} images and {classes:,} classes are taken"
+    return (Unread(train, classes), Unread(held_out, classes)), [said]
+
+
 def read_mesh(text: str) -> dict[str, int]:
     """Sizes of all axes of a mesh, of a text such as "data:64,fsdp:-1"; those it leaves out are 1.
 
@@ -212,4 +316,4 @@ def read_mesh(text: str) -> dict[str, int]:
     return dict.fromkeys(AXES, 1) | sizes
 
 
-CASES: dict[str, Callable[..., Case]] = {"layer": layer, "model": model}
+CASES: dict[str, Callable[..., Case]] = {"layer": layer, "model": model, "recipe": recipe}

@@ -1,11 +1,14 @@
-"""Compiles a case for TPUs with no TPU at hand, in a process of its own: libtpu reads its environment only once."""
+"""Compiles a case for TPUs with no TPU at hand, in processes of its own: libtpu reads its environment only once."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from castling_jax.ops.errors import InputError
-from castling_jax.tools.tpu_cases import load_case
+from castling_jax.tools.tpu_cases import Case, load_case
 from castling_jax.tools.tpu_dump import SCHEDULE_DUMP, UTILIZATION_DUMP
-from castling_jax.tools.tpu_traffic import kernel_traffic
+from castling_jax.tools.tpu_kernels import KernelSchedule, compile_kernels, find_kernels
 
 LIBTPU_ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -30,16 +33,40 @@ LIBTPU_ENVIRONMENT = {
 STDERR_LINES = 15  # shown where compilation ends in a bug
 
 
-def compile_apart(request: dict[str, Any], work: Path, *, schedules: bool = True) -> dict[str, Any]:
-    """Compiles in another process, which leaves the dumps of the schedules in work/llo.
+class DoesNotFitError(InputError):
+    """A program needs more memory than a device has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program, as the compiler leaves it.
+
+    Attributes:
+      hlo: the scheduled program.
+      memory: bytes that it needs of a device: of its arguments, outputs, aliased (outputs in the place of arguments),
+        temporary arrays and code.
+      traffic_bytes: what all operations read and write, as XLA counts it; None where it does not.
+      held: bytes of what the arguments are, by kind, where the case says so.
+      facts: what else the case tells of itself.
+      devices: where in the torus each device of the program's mesh is.
+      kernels: its Pallas kernels, by their `kernel_key`; {} where they were not asked for.
+    """
+
+    hlo: str
+    memory: dict[str, int]
+    traffic_bytes: float | None
+    held: dict[str, int]
+    facts: dict[str, Any]
+    devices: list[list[int]]
+    kernels: dict[str, KernelSchedule] = dataclasses.field(default_factory=dict)
+
+
+def compile_apart(request: dict[str, Any], *, schedules: bool = True) -> Compiled:
+    """Compiles in other processes: one for the program and, at the same time, one for its kernels' schedules.
 
     Args:
       request: the arguments of `compile_case`.
-      work: an empty folder.
-      schedules: without them, a large program compiles several times as fast.
-
-    Returns:
-      What `compile_case` does.
+      schedules: whether the kernels are wanted too.
 
     Raises:
       InputError: libtpu is not installed; and what `compile_case` raises.
@@ -49,42 +76,55 @@ def compile_apart(request: dict[str, Any], work: Path, *, schedules: bool = True
         raise InputError(
             'libtpu, the TPU compiler, is not installed: run pip install "jax[tpu]" (650 MB, no TPU is needed).'
         )
-    request_file, answer_file = work / "request.json", work / "answer.json"
-    request_file.write_text(json.dumps(request))
-    process = subprocess.run(
-        [sys.executable, "-m", "castling_jax.tools.tpu_compile", request_file, answer_file],
-        env=os.environ | _environment(work / "llo" if schedules else None),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if process.returncode:
-        said = process.stdout.splitlines()[-STDERR_LINES:]
-        raise SystemExit("\n".join([*said, f"the compiler's process ended with status {process.returncode}"]))
-    answer = json.loads(answer_file.read_text())
-    if "error" in answer:
-        raise InputError(answer["error"])
-    return answer
+    jobs = ("program", "kernels") if schedules else ("program",)
+    with tempfile.TemporaryDirectory(prefix="tpu_report_") as folder:
+        work = Path(folder)
+        (work / "request.json").write_text(json.dumps(request))
+        processes = [_start(job, work) for job in jobs]
+        try:
+            said = [process.communicate()[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        answers = [
+            _answer(process, text, work / f"{job}.json")
+            for process, text, job in zip(processes, said, jobs, strict=True)
+        ]
+    kernels = answers[1] if schedules else {}
+    return Compiled(**answers[0], kernels={key: KernelSchedule(**figures) for key, figures in kernels.items()})
 
 
-def _environment(dump: Path | None) -> dict[str, str]:
+def _start(job: str, work: Path) -> subprocess.Popen[str]:
     options = [os.environ.get("LIBTPU_INIT_ARGS", "")]
-    if dump is not None:
+    if job == "kernels":
         options += [
-            f"--xla_jf_dump_to={dump}",
+            f"--xla_jf_dump_to={work / 'llo'}",
             "--xla_jf_dump_llo_text=true",
             # Writing what each of 70 passes makes of a kernel would take three times as long as compiling.
             f"--xla_jf_dump_llo_pass_label_regex={SCHEDULE_DUMP}|{UTILIZATION_DUMP}",
         ]
-    return LIBTPU_ENVIRONMENT | {
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes from the cache leaves no dump
-        "LIBTPU_INIT_ARGS": " ".join(options).strip(),
-    }
+    environment = LIBTPU_ENVIRONMENT | {"LIBTPU_INIT_ARGS": " ".join(options).strip()}
+    return subprocess.Popen(
+        [sys.executable, "-m", "castling_jax.tools.tpu_compile", job, work],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
-def compile_case(*, what: str, options: dict[str, Any], topology: str, devices: int) -> dict[str, Any]:
-    """Compiles a case; libtpu's environment must be set.
+def _answer(process: subprocess.Popen[str], said: str, file: Path) -> dict[str, Any]:
+    if process.returncode:
+        last = said.splitlines()[-STDERR_LINES:]
+        raise SystemExit("\n".join([*last, f"the compiler's process ended with status {process.returncode}"]))
+    answer = json.loads(file.read_text())
+    if "error" in answer:
+        raise (InputError if answer["fits"] else DoesNotFitError)(answer["error"])
+    return answer
+
+
+def compile_case(*, what: str, options: dict[str, Any], topology: str, devices: int) -> Compiled:
+    """Compiles a case, without its kernels' schedules; libtpu's environment must be set.
 
     Args:
       what: as `load_case` takes it.
@@ -92,42 +132,73 @@ def compile_case(*, what: str, options: dict[str, Any], topology: str, devices: 
       topology: such as "v5e:2x2".
       devices: how many of its devices are used, 0 for all. Arguments without a sharding are on each of them.
 
-    Returns:
-      hlo, the scheduled program; traffic, of its Pallas kernels; temp_bytes, argument_bytes and output_bytes, in the
-      HBM of a device.
-
     Raises:
-      InputError: there is no such topology, or so many devices, or the program does not fit their memory; and what
-        `load_case` raises.
+      InputError: there is no such topology, or so many devices; and what `load_case` raises.
+      DoesNotFitError: the program does not fit the devices' memory.
+    """
+    case, traced = _trace(what, options, _devices(topology, devices))
+    try:
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFitError(f"it does not fit a device of {topology}: {_sentence(error)}") from error
+    memory = compiled.memory_analysis()
+    parts = {
+        "arguments": "argument",
+        "outputs": "output",
+        "aliased": "alias",
+        "temporary": "temp",
+        "code": "generated_code",
+    }
+    return Compiled(
+        hlo=compiled.as_text(),
+        memory={name: getattr(memory, f"{part}_size_in_bytes") for name, part in parts.items()},
+        traffic_bytes=(compiled.cost_analysis() or {}).get("bytes accessed"),
+        held={kind: sum(map(_device_bytes, jax.tree.leaves(tree))) for kind, tree in case.held.items()},
+        facts=dict(case.facts),
+        devices=[list(device.coords) for device in _mesh_devices(case, topology, devices)],
+    )
+
+
+def compile_case_kernels(
+    dump: Path, *, what: str, options: dict[str, Any], topology: str, devices: int
+) -> dict[str, KernelSchedule]:
+    """The schedules of a case's Pallas kernels, by their `kernel_key`; arguments as `compile_case`'s.
+
+    Args:
+      dump: where libtpu leaves them, by its environment.
     """
     chosen = _devices(topology, devices)
-    function, arguments, jit_options, mesh = load_case(what, options, chosen)
-    everywhere = NamedSharding(Mesh(np.array(chosen), ("devices",)), PartitionSpec())
+    _, traced = _trace(what, options, chosen)
+    return compile_kernels(find_kernels(traced.jaxpr.jaxpr), chosen[0], dump)
+
+
+def _trace(what: str, options: dict[str, Any], devices: list[Any]) -> tuple[Case, Any]:
+    case = load_case(what, options, devices)
+    everywhere = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
     arguments = jax.tree.map(
         lambda leaf: (
             leaf
             if getattr(leaf, "sharding", None) is not None
             else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
         ),
-        arguments,
+        case.arguments,
     )
     # A topology's devices hold no arrays, so that jax.set_mesh refuses them.
-    with contextlib.nullcontext() if mesh is None else use_abstract_mesh(mesh.abstract_mesh):
-        traced = jax.jit(function, **jit_options).trace(*arguments)
-    try:
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise InputError(f"it does not fit a device of {topology}: {_sentence(error)}") from error
-    memory = compiled.memory_analysis()
-    return {
-        "hlo": compiled.as_text(),
-        "traffic": kernel_traffic(traced.jaxpr.jaxpr),
-        "temp_bytes": memory.temp_size_in_bytes,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-    }
+    with contextlib.nullcontext() if case.mesh is None else use_abstract_mesh(case.mesh.abstract_mesh):
+        return case, jax.jit(case.function, **case.jit_options).trace(*arguments)
+
+
+def _mesh_devices(case: Case, topology: str, devices: int) -> list[Any]:
+    return _devices(topology, devices) if case.mesh is None else list(case.mesh.devices.flat)
+
+
+def _device_bytes(leaf: Any) -> int:
+    """Of an array, on each device."""
+    sharding = getattr(leaf, "sharding", None)
+    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
 
 
 def _devices(topology: str, count: int) -> list[Any]:
@@ -149,12 +220,20 @@ def _sentence(error: Exception) -> str:
 
 
 def main() -> None:
-    request_file, answer_file = map(Path, sys.argv[1:])
+    job, work = sys.argv[1], Path(sys.argv[2])
+    jax.config.update("jax_enable_compilation_cache", False)  # what comes from the cache leaves no dump
+    request = json.loads((work / "request.json").read_text())
+    answer: dict[str, Any]
     try:
-        answer = compile_case(**json.loads(request_file.read_text()))
+        if job == "program":
+            answer = dataclasses.asdict(compile_case(**request))
+            del answer["kernels"]
+        else:
+            found = compile_case_kernels(work / "llo", **request)
+            answer = {key: dataclasses.asdict(kernel) for key, kernel in found.items()}
     except InputError as error:
-        answer = {"error": str(error)}
-    answer_file.write_text(json.dumps(answer))
+        answer = {"error": str(error), "fits": not isinstance(error, DoesNotFitError)}
+    (work / f"{job}.json").write_text(json.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Pallas kernel is the outermost one.
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
 
 SHAPE = re.compile(r"\b(pred|[subf]\w*?\d+)\[([\d,]*)\]")
 SCHEDULE_DUMP = "final_bundles"  # how the dumps of a kernel are called
@@ -47,12 +46,6 @@ class Instruction:
     def kernel_operands(self) -> str:
         """The part that says the shapes a Pallas kernel takes."""
         return self.text.split("operand_layout_constraints=")[-1].split("}}")[0]
-
-    @property
-    def kernel_code(self) -> str:
-        """What a Pallas kernel does, and to which shapes; "" of other instructions."""
-        body = re.search(r'"body":"([^"]*)"', self.text)
-        return f"{body[1]} {self.result}" if body else ""
 
     @property
     def cycles(self) -> int | None:
@@ -115,22 +108,21 @@ def _element_bytes(kind: str) -> int:
     return max(1, int(bits[0]) // 8) if bits else 1
 
 
-def signature(shapes: Iterable[tuple[str, str]]) -> str:
-    """What a kernel in the program and the same one in the HLO have in common: the shapes it takes and gives.
-
-    Args:
-      shapes: pairs such as ("f32", "8,128").
-    """
-    return ",".join(sorted(f"{kind}[{dims}]" for kind, dims in shapes))
-
-
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """What devices exchange: one of COLLECTIVES, the arrays a device gets, as pairs (dtype, dims), and its label."""
+    """What devices exchange.
+
+    Attributes:
+      kind: one of COLLECTIVES.
+      arrays: that a device gets, pairs (dtype, dims).
+      label: the operation in the program that it comes from.
+      text: the instruction, which says between which devices.
+    """
 
     kind: str
     arrays: list[tuple[str, str]]
     label: str
+    text: str
 
     @property
     def bytes(self) -> int:
@@ -150,14 +142,14 @@ def collective(program: Program, instruction: Instruction) -> Collective | None:
             # (what goes in, what comes out, numbers that it is known by)
             arrays = [array for array in arrays if array[1]]
             arrays = arrays[len(arrays) // 2 :]
-        return Collective(kind, arrays, instruction.label)
+        return Collective(kind, arrays, instruction.label, instruction.text)
     found = collective_inside(program, instruction)
     if found is None:
         return None
     if "calls=%all-reduce-scatter" in instruction.text:
-        return Collective("reduce-scatter", arrays, found.label)
+        return Collective("reduce-scatter", arrays, found.label, found.text)
     starts = instruction.kind == "async-start" or instruction.name.startswith("%async-collective-start")
-    return Collective(found.kind, SHAPE.findall(found.result), found.label) if starts else None
+    return Collective(found.kind, SHAPE.findall(found.result), found.label, found.text) if starts else None
 
 
 def collective_inside(program: Program, instruction: Instruction) -> Instruction | None:

@@ -8,40 +8,22 @@ the dearest branch counts, and what cannot be known from the program is listed a
 import collections
 import dataclasses
 import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import TypeVar
 
+from castling_jax.tools.tpu_chips import Chip
 from castling_jax.tools.tpu_dump import (
     BRANCHES,
     COLLECTIVES,
-    SCHEDULE_DUMP,
     SHAPE,
-    UTILIZATION_DUMP,
+    Collective,
     Instruction,
     Program,
-    Schedule,
     collective,
     collective_inside,
-    read_schedule,
-    read_utilization,
     shape_bytes,
-    signature,
     trip_count,
 )
+from castling_jax.tools.tpu_kernels import KernelSchedule, kernel_key
 
-Dumped = TypeVar("Dumped")
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A chip, both of its cores where it has two: a device, as JAX shows it."""
-
-    gigahertz: float
-    hbm_gigabytes_per_second: float
-
-
-CHIPS = {"v4": Chip(1.05, 1228), "v5e": Chip(1.5, 819), "v5p": Chip(1.75, 2765), "v6e": Chip(1.75, 1640)}
 # Operations that take no time worth counting where the compiler gives them no cycles: they work on scalars, move
 # nothing, or run beside the others.
 FREE = {
@@ -55,6 +37,7 @@ FREE = {
     *("all-reduce-start", "all-reduce-done", "all-gather-start", "all-gather-done"),
     *("collective-permute-start", "collective-permute-done"),
 }
+REGISTER_BYTES = 8 * 128 * 4  # whatever works on no more takes some cycles
 FREE_CUSTOM_CALLS = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer)"')
 
 
@@ -98,16 +81,24 @@ class Row:
 
 @dataclasses.dataclass
 class Cost:
-    """Of a computation: its operations, bytes of each kind of collective's results, bytes of asynchronous copies."""
+    """Of a computation: its operations, collectives with how often they are run, bytes of asynchronous copies."""
 
     rows: list[Row] = dataclasses.field(default_factory=list)
-    collectives: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    sent: list[tuple[int, Collective]] = dataclasses.field(default_factory=list)
     prefetched_bytes: int = 0
 
     def add(self, other: "Cost") -> None:
         self.rows += other.rows
-        self.collectives.update(other.collectives)
+        self.sent += other.sent
         self.prefetched_bytes += other.prefetched_bytes
+
+    @property
+    def collectives(self) -> dict[str, int]:
+        """Bytes of each kind's results."""
+        total: collections.Counter[str] = collections.Counter()
+        for times, sent in self.sent:
+            total[sent.kind] += times * sent.bytes
+        return dict(total)
 
     @property
     def milliseconds(self) -> float:
@@ -119,22 +110,15 @@ class Estimator:
 
     Args:
       program: the scheduled HLO.
-      traffic: of its Pallas kernels, as `kernel_traffic` has it.
-      dump: the folder with the kernels' schedules.
+      kernels: its Pallas kernels, by their `kernel_key`.
       chip: what it runs on.
     """
 
-    def __init__(self, program: Program, traffic: dict[str, int | None], dump: Path, chip: Chip):
+    def __init__(self, program: Program, kernels: dict[str, KernelSchedule], chip: Chip):
         self.program = program
-        self.traffic = traffic
-        self.dump = dump
+        self.kernels = kernels
         self.chip = chip
         self.incomplete: set[str] = set()
-        self._twins: dict[str, list[str]] = collections.defaultdict(list)
-        for computation in program.computations.values():
-            for instruction in computation:
-                if instruction.kernel_code:
-                    self._twins[instruction.kernel_code].append(instruction.name)
 
     def computation(self, name: str, times: int) -> Cost:
         """What a computation that is run so many times costs."""
@@ -164,7 +148,7 @@ class Estimator:
         cost = Cost()
         kind, name, text = instruction.kind, instruction.name, instruction.text
         if sent := collective(self.program, instruction):
-            cost.collectives[sent.kind] += times * sent.bytes
+            cost.sent.append((times, sent))
         # The time of collectives is not counted, nor then that of a fusion which does nothing else.
         waits = collective_inside(self.program, instruction) is not None
         if kind == "copy-start" and (copied := SHAPE.search(instruction.result)):
@@ -174,39 +158,33 @@ class Estimator:
             cost.rows.append(Row(milliseconds, name, instruction.label))
         elif kind in ("send", "recv") or "is_host_transfer=true" in text or "host_compute" in text:
             self.incomplete.add(f"{kind} {name}: talks to the host")
-        elif kind and kind not in FREE and not FREE_CUSTOM_CALLS.search(text) and not waits:
+        elif kind and not (kind in FREE or FREE_CUSTOM_CALLS.search(text) or waits or self._is_small(instruction)):
             self.incomplete.add(f"{kind} {name} ({instruction.label}): no estimate")
         if "execution_thread=" in text and 'execution_thread="main"' not in text:
             self.incomplete.add(f"{kind} {name}: runs elsewhere than on the chip")
         return cost
 
+    @staticmethod
+    def _is_small(instruction: Instruction) -> bool:
+        return shape_bytes(instruction.result) <= REGISTER_BYTES
+
     def _kernel(self, instruction: Instruction) -> Kernel:
         name, result, operands = instruction.name, instruction.result, instruction.kernel_operands
-        # Kernels that are the same, as of a model's layers, are compiled once, and dumped under the first one's name.
-        names = [name, *(twin for twin in self._twins.get(instruction.kernel_code, ()) if twin != name)]
-        schedule = self._read_dump(names, SCHEDULE_DUMP, read_schedule)
+        shapes = SHAPE.findall(f"{result} {operands}")
+        keys = [kernel_key(known, shapes) for known in (name, None)]  # the HLO finds a name for every kernel
+        schedule = next((self.kernels[key] for key in keys if key in self.kernels), None)
         if schedule is None:
             self.incomplete.add(f"kernel {name}: no schedule dumped, HBM traffic only")
-            schedule = Schedule([], copied_bytes=0, unknown_loops=0)
+            schedule = KernelSchedule(0, copied_bytes=0, pipeline_bytes=None, unknown_loops=0, utilization={})
         if schedule.unknown_loops:
             loops = f"{schedule.unknown_loops} loops whose trip count is not a constant, counted once"
             self.incomplete.add(f"kernel {name}: {loops}")
-        moved = self.traffic.get(signature(SHAPE.findall(f"{result} {operands}")))
+        moved = schedule.pipeline_bytes
         if moved is None:
             moved = max(shape_bytes(result) + shape_bytes(operands), schedule.copied_bytes)
-        utilization = self._read_dump(names, UTILIZATION_DUMP, lambda text: read_utilization(text, schedule.times))
         return Kernel(
             cycles=schedule.cycles,
             compute_ms=schedule.cycles / self.chip.gigahertz / 1e6,
             traffic_ms=moved / self.chip.hbm_gigabytes_per_second / 1e6,
-            utilization=utilization or {},
+            utilization=schedule.utilization,
         )
-
-    def _read_dump(self, names: list[str], what: str, read: Callable[[str], Dumped]) -> Dumped | None:
-        """Reads the dump STAMP-NAME-PASS-WHAT.txt of the first of these kernels that has one; None where none has."""
-        for name in names:
-            pattern = re.compile(rf"\d+-{re.escape(name.lstrip('%'))}-\d+-{what}\.txt")
-            found = sorted(path for path in self.dump.glob("*.txt") if pattern.fullmatch(path.name))
-            if found:
-                return read(found[-1].read_text())
-        return None

@@ -1,9 +1,16 @@
 """What a function would cost on a TPU, by the TPU compiler's own estimate, with no TPU at hand.
 
+    python -m castling_jax.tools.tpu_report --config=configs/deit.py:base --topology=v5e:16x16 [--mesh=data:64,fsdp:4]
+    python -m castling_jax.tools.tpu_report --config=configs/deit.py:base --topology=v5e:16x16 --sweep --batch=128
     python -m castling_jax.tools.tpu_report FILE.py:NAME [--topology=v5e:2x2] [--devices=1]
     python -m castling_jax.tools.tpu_report layer [--form=train] [--tokens=197] [--implementation=pallas] ...
     python -m castling_jax.tools.tpu_report model [--name=deit_base] [--form=train] [--image_size=224] ...
     python -m castling_jax.tools.tpu_report model --form=train --topology=v5e:16x16 --mesh=data:64,fsdp:4 --batch=32768
+
+With --config it compiles what main.py would run on that pod, the training step and the inference of the configuration,
+and both with softmax attention beside them: whether it fits and what of, where time goes, what chips send each other
+and how long the links need for it. --sweep does so for growing numbers of chips and of tokens. The report is printed,
+and kept in --out as text, JSON and a picture; what was compiled is kept too, so that the same command goes on.
 
 NAME is a function of FILE.py that returns (function, arguments) or (function, arguments, jit options); the arguments
 are trees of jax.ShapeDtypeStruct, on all devices where they have no sharding. For shardings of its own NAME takes an
@@ -17,8 +24,9 @@ model. What it tells:
                the dearest branch, of a predicated region (pl.when) both sides. A Pallas kernel takes the bundles of its
                schedule or its traffic with HBM, whichever is longer
   prefetches   asynchronous copies of whole arrays; they run beside the compute and are not in the estimate
-  HBM          what the program needs of a device's memory
+  HBM          what the program needs of a device's memory; its activations by when arrays are made and last used
   collectives  bytes of each kind's results on a device; their time is not in the estimate
+  links        that time, by the published bandwidth of the links (castling_jax/tools/tpu_links.py says how)
   incomplete   what cannot be known from the program: a loop whose trip count depends on data, an operation without an
                estimate, work on the host. It counts once or not at all; with --strict the status is 1
   kernels      the share of issue slots that each unit uses, by which one sees what a kernel is bound by: at 100 % a
@@ -30,81 +38,19 @@ An estimate ranks designs and shows where time goes; it is not a measurement.
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from castling_jax.models.attention import ATTENTIONS, FORMS
 from castling_jax.ops.checks import IMPLEMENTATIONS
 from castling_jax.ops.errors import InputError, check_known
-from castling_jax.tools.tpu_compile import compile_apart
-from castling_jax.tools.tpu_dump import read_program
-from castling_jax.tools.tpu_estimate import CHIPS, Estimator, Kernel
+from castling_jax.tools.tpu_chips import CHIPS
+from castling_jax.tools.tpu_figures import report
+from castling_jax.tools.tpu_plots import draw_pod, draw_sweep
+from castling_jax.tools.tpu_pod import Measured, describe_pod, describe_sweep, pod_report, sweep
 from castling_jax.training.sharding import AXES
 
 LABEL_WIDTH = 150
-
-
-def report(what: str, options: dict[str, Any], *, topology: str, devices: int) -> dict[str, Any]:
-    """Compiles a case and adds up what the compiler says of it.
-
-    Args:
-      what: "layer", "model" or "FILE.py:NAME".
-      options: of layer and model, as their functions in tpu_cases take them.
-      topology: such as "v5e:2x2".
-      devices: how many of its devices are used, 0 for all.
-
-    Returns:
-      topology; est_ms; prefetch_ms; temp_MB, args_MB, out_MB; collectives, bytes by kind; incomplete, sentences; top,
-      [milliseconds, operation, label] of all operations, the dearest first; kernels, a dict for each Pallas kernel.
-
-    Raises:
-      InputError: libtpu is missing, or any of the arguments is wrong, or the program does not fit a device.
-    """
-    chip = topology.split(":")[0]
-    check_known("chip", chip, CHIPS)
-    with tempfile.TemporaryDirectory(prefix="tpu_report_") as folder:
-        work = Path(folder)
-        request = {"what": what, "options": options, "topology": topology, "devices": devices}
-        return {"topology": topology} | summarize(compile_apart(request, work), work / "llo", chip)
-
-
-def summarize(compiled: dict[str, Any], dump: Path, chip: str) -> dict[str, Any]:
-    """The report on what `compile_case` returned, with the dumps it left."""
-    program = read_program(compiled["hlo"])
-    estimator = Estimator(program, compiled["traffic"], dump, CHIPS[chip])
-    cost = estimator.computation(program.entry, times=1)
-    rows = sorted(cost.rows, key=lambda row: (row.milliseconds, row.name, row.label), reverse=True)
-    return {
-        "est_ms": sum(row.milliseconds for row in rows),
-        "prefetch_ms": cost.prefetched_bytes / CHIPS[chip].hbm_gigabytes_per_second / 1e6,
-        "temp_MB": compiled["temp_bytes"] / 1e6,
-        "args_MB": compiled["argument_bytes"] / 1e6,
-        "out_MB": compiled["output_bytes"] / 1e6,
-        "collectives": dict(cost.collectives),
-        "incomplete": sorted(estimator.incomplete),
-        "top": [
-            [row.milliseconds, row.name, row.label + (f" [{_describe(row.kernel)}]" if row.kernel else "")]
-            for row in rows
-        ],
-        "kernels": [
-            {
-                "name": row.name,
-                "ms": row.milliseconds,
-                "cycles": row.kernel.cycles,
-                "compute_ms": row.kernel.compute_ms,
-                "traffic_ms": row.kernel.traffic_ms,
-                "bound": row.kernel.bound,
-                "utilization": row.kernel.utilization,
-            }
-            for row in rows
-            if row.kernel
-        ],
-    }
-
-
-def _describe(kernel: Kernel) -> str:
-    return f"kernel: {kernel.cycles:,} cycles, compute {kernel.compute_ms:.3f} ms, traffic {kernel.traffic_ms:.3f} ms"
 
 
 def describe(figures: dict[str, Any], top: int) -> str:
@@ -142,36 +88,93 @@ def _kernel_table(kernels: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", help="FILE.py:NAME, layer or model")
+    parser.add_argument("what", nargs="?", help="FILE.py:NAME, layer or model; without it, --config is reported on")
     parser.add_argument("--topology", default="v5e:2x2", help=f"a pod of {', '.join(CHIPS)}; by default %(default)s")
     parser.add_argument(
-        "--devices", type=int, help="how many of its devices to use, 0 for all; default 1, or with --mesh all"
+        "--devices",
+        type=int,
+        help="how many of its devices to use, 0 for all; default 1, or with --mesh or --config all",
     )
     parser.add_argument("--top", type=int, default=12, help="how many of the dearest operations to print; default 12")
     parser.add_argument("--json", action="store_true", help="print all of it as JSON")
     parser.add_argument("--strict", action="store_true", help="status 1 where something could not be counted")
+    pod = parser.add_argument_group("of a configuration")
+    pod.add_argument("--config", help="configs/NAME.py or configs/NAME.py:VARIANT,ATTENTION")
+    pod.add_argument("--sweep", action="store_true", help="scale its chips, up to those of --topology, and its tokens")
+    pod.add_argument("--out", type=Path, help="where the report is kept; default tpu_reports/ and the config's name")
     # What is not given is absent, so that an option of layer that is given to model is noticed.
-    group = parser.add_argument_group("options of layer and model", argument_default=argparse.SUPPRESS)
+    group = parser.add_argument_group("options of layer, model and --config", argument_default=argparse.SUPPRESS)
     group.add_argument("--form", help=f"{' or '.join(FORMS)}; train is forward and backward (default inference)")
     group.add_argument("--attention", help=f"{', '.join(ATTENTIONS)} (default castling)")
-    group.add_argument("--batch", type=int, help="images of all devices together (default 128)")
+    group.add_argument(
+        "--batch", type=int, help="images of all devices together (default 128); with --config, of each device"
+    )
     group.add_argument("--tokens", type=int, help="of layer (default 197)")
     group.add_argument("--implementation", help=f"of layer: {', '.join(IMPLEMENTATIONS)} (default auto)")
     group.add_argument("--name", help="of model (default deit_base)")
-    group.add_argument("--image_size", type=int, help="of model: pixels a side (default the model's own)")
+    group.add_argument("--image_size", type=int, help="of model and --config: pixels a side (default the model's own)")
     group.add_argument("--depth", type=int, help="of model: blocks (default the model's own)")
-    group.add_argument("--mesh", help=f"of model: sizes of {', '.join(AXES)}, such as data:64,fsdp:-1 (others are 1)")
-    group.add_argument("--remat", action="store_true", help="of model: compute blocks again in the backward pass")
+    group.add_argument(
+        "--mesh", help=f"of model and --config: sizes of {', '.join(AXES)}, such as data:64,fsdp:-1 (others are 1)"
+    )
+    group.add_argument(
+        "--remat", action="store_true", help="of model and --config: compute blocks again in the backward pass"
+    )
     options = vars(parser.parse_args())
-    if options["devices"] is None:
-        options["devices"] = 0 if "mesh" in options else 1
-    shared = {word: options.pop(word) for word in ("what", "topology", "devices", "top", "json", "strict")}
+    words = ("what", "topology", "devices", "top", "json", "strict", "config", "sweep", "out")
+    shared = {word: options.pop(word) for word in words}
     try:
-        figures = report(shared["what"], options, topology=shared["topology"], devices=shared["devices"])
+        if shared["config"] is not None:
+            incomplete = report_config(options, shared)
+        elif shared["what"] is None or shared["sweep"]:
+            raise InputError("give --config=configs/NAME.py, or what to compile: FILE.py:NAME, layer or model.")
+        else:
+            devices = shared["devices"] if shared["devices"] is not None else 0 if "mesh" in options else 1
+            figures = report(shared["what"], options, topology=shared["topology"], devices=devices)
+            print(json.dumps(figures) if shared["json"] else describe(figures, shared["top"]))
+            incomplete = figures["incomplete"]
     except InputError as error:
         sys.exit(f"tpu_report: {error}")
-    print(json.dumps(figures) if shared["json"] else describe(figures, shared["top"]))
-    sys.exit(shared["strict"] and bool(figures["incomplete"]))
+    sys.exit(shared["strict"] and bool(incomplete))
+
+
+def report_config(options: dict[str, Any], shared: dict[str, Any]) -> list[str]:
+    """The report on a configuration, or its sweep: printed, and kept as text, JSON and a picture.
+
+    Returns:
+      What could not be counted of the programs.
+
+    Raises:
+      InputError: the configuration or an option is wrong.
+    """
+    config, topology = shared["config"], shared["topology"]
+    if shared["what"] is not None:
+        raise InputError(f"--config is reported on by itself: leave out {shared['what']!r}.")
+    for word in options:
+        check_known("option of --config", word, ("batch", "image_size", "mesh", "remat"))
+    name = config.replace(".py", "").replace("configs/", "").replace("/", "_").replace(":", "-").replace(",", "-")
+    out = shared["out"] or Path("tpu_reports") / name
+    measured = Measured(out)
+    if shared["sweep"]:
+        if "batch" not in options or shared["devices"] is not None:
+            raise InputError("--sweep needs --batch, the images of each chip, and takes no --devices.")
+        found = sweep(config, topology=topology, options=options, measured=measured)
+        incomplete = sorted({sentence for _, _, figures in found["chips"] for sentence in figures["incomplete"]})
+        text, draw = describe_sweep(found), draw_sweep
+    else:
+        found = pod_report(
+            config, topology=topology, options=options, devices=shared["devices"] or 0, measured=measured
+        )
+        programs = [figures for row in found["programs"].values() for figures in row.values()]
+        incomplete = sorted({sentence for figures in programs for sentence in figures.get("incomplete", [])})
+        text, draw = describe_pod(found, shared["top"]), draw_pod
+    stem = f"{'sweep' if shared['sweep'] else 'report'}-{topology.replace(':', '-')}"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{stem}.json").write_text(json.dumps(found))
+    (out / f"{stem}.txt").write_text(f"{text}\n")
+    draw(found, out / f"{stem}.png")
+    print(json.dumps(found) if shared["json"] else f"{text}\n\nKept in {out}: {stem}.txt, {stem}.json and {stem}.png.")
+    return incomplete
 
 
 if __name__ == "__main__":

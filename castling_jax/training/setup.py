@@ -63,12 +63,15 @@ class Setup:
     train_step: Callable[..., Any]
 
 
-def set_up(config: ConfigDict, devices: Sequence[Any] | None = None) -> Setup:
+def set_up(
+    config: ConfigDict, devices: Sequence[Any] | None = None, datasets: tuple[Dataset, Dataset] | None = None
+) -> Setup:
     """Builds what `config` describes; nothing is drawn, and no file is written.
 
     Args:
       config: as `default_config` gives it.
       devices: that the mesh is of; None is all.
+      datasets: to learn from and held out; None is those that `config` names.
 
     Raises:
       InputError: a field, a name or a size is wrong.
@@ -78,8 +81,9 @@ def set_up(config: ConfigDict, devices: Sequence[Any] | None = None) -> Setup:
     check_batch("config.train.batch_size", config.train.batch_size, mesh, parts=config.train.accumulate_steps)
     check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
     data = config.dataset
-    train_set = load_dataset(data.name, data.train_split, data_dir=data.data_dir)
-    eval_set = load_dataset(data.name, data.eval_split, data_dir=data.data_dir)
+    train_set, eval_set = datasets or (
+        load_dataset(data.name, split, data_dir=data.data_dir) for split in (data.train_split, data.eval_split)
+    )
     steps_per_epoch = len(train_set) // config.train.batch_size
     if not steps_per_epoch:
         raise InputError(

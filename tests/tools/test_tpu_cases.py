@@ -117,11 +117,11 @@ def file(tmp_path):
 
 
 def test_function_of_a_file(file):
-    function, arguments, options, mesh = load_case(f"{file}:plain", {}, ["a", "b"])
-    assert function(1) == 2
-    assert arguments[0].shape == (2,)
-    assert not options
-    assert mesh is None
+    case = load_case(f"{file}:plain", {}, ["a", "b"])
+    assert case.function(1) == 2
+    assert case.arguments[0].shape == (2,)
+    assert not case.jit_options
+    assert case.mesh is None
     assert load_case(f"{file}:with_options", {}, []).jit_options == {"donate_argnums": 0}
     assert load_case(f"{file}:with_devices", {}, ["a", "b"]).function(1) == 3
 

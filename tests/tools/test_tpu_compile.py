@@ -7,7 +7,7 @@ import pytest
 
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import get_variables
-from castling_jax.tools.tpu_compile import compile_apart
+from castling_jax.tools.tpu_compile import DoesNotFitError, compile_apart
 from castling_jax.tools.tpu_dump import collectives, read_program
 from castling_jax.training.sharding import state_shardings, whole_over_fsdp
 
@@ -23,10 +23,10 @@ def broken():
 """
 
 
-def test_missing_compiler_is_said_in_a_sentence(monkeypatch, tmp_path, refuses):
+def test_missing_compiler_is_said_in_a_sentence(monkeypatch, refuses):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with refuses("libtpu, the TPU compiler, is not installed", 'pip install "jax[tpu]"'):
-        compile_apart({}, tmp_path)
+        compile_apart({})
 
 
 @pytest.mark.slow
@@ -36,14 +36,14 @@ def test_what_does_not_compile_is_said_in_a_sentence(tmp_path, refuses):
     file = tmp_path / "case.py"
     file.write_text(CASE)
     request = {"what": f"{file}:too_large", "options": {}, "topology": "v5e:2x2", "devices": 1}
-    with refuses("it does not fit a device of v5e:2x2"):
-        compile_apart(request, tmp_path)
+    with pytest.raises(DoesNotFitError, match="it does not fit a device of v5e:2x2"):
+        compile_apart(request)
     with refuses("there is no topology 'v5e:3x7'"):
-        compile_apart(request | {"topology": "v5e:3x7"}, tmp_path)
+        compile_apart(request | {"topology": "v5e:3x7"})
     with refuses("--devices must be from 0 (all) to 4"):
-        compile_apart(request | {"devices": 5}, tmp_path)
+        compile_apart(request | {"devices": 5})
     with pytest.raises(SystemExit, match="RuntimeError: this is a bug"):
-        compile_apart(request | {"what": f"{file}:broken"}, tmp_path)
+        compile_apart(request | {"what": f"{file}:broken"})
 
 
 # Pods, and of each a mesh that uses every axis.
@@ -57,7 +57,7 @@ DEPTH, ROWS, SIZE, TOKENS = 2, 16, 32, 5  # blocks, images a device, their pixel
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", MESHES)
-def test_a_pods_step_gathers_each_parameter_once_and_nothing_else(tmp_path, topology):
+def test_a_pods_step_gathers_each_parameter_once_and_nothing_else(topology):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, the TPU compiler, is not installed")
     sizes = MESHES[topology]
@@ -68,8 +68,8 @@ def test_a_pods_step_gathers_each_parameter_once_and_nothing_else(tmp_path, topo
         **{"batch": ROWS * mesh.size // sizes["tensor"]},
     }
     request = {"what": "model", "options": options, "topology": topology, "devices": 0}
-    compiled = compile_apart(request, tmp_path, schedules=False)  # refuses what does not fit
-    sent = collectives(read_program(compiled["hlo"]))
+    compiled = compile_apart(request, schedules=False)  # refuses what does not fit
+    sent = collectives(read_program(compiled.hlo))
 
     params = get_variables(abstract_model("deit_base", depth=DEPTH, image_size=SIZE))["params"]
     split = state_shardings(params, mesh)
@@ -94,4 +94,4 @@ def test_a_pods_step_gathers_each_parameter_once_and_nothing_else(tmp_path, topo
 
     # A device holds its part of the parameters and of their two moments; arrays are padded to whole registers.
     held = 3 * 4 * sum(math.prod(here) for _, here, _ in leaves)
-    assert held <= compiled["output_bytes"] <= 1.1 * held
+    assert held <= compiled.memory["outputs"] <= 1.1 * held

@@ -1,5 +1,8 @@
 """A program and a kernel's dumps as the TPU compiler writes them, cut down to what is read."""
 
+from castling_jax.tools.tpu_compile import Compiled
+from castling_jax.tools.tpu_kernels import KernelSchedule
+
 # ruff: noqa: E501
 
 # A loop of 4 trips (2 to 6) that calls a fusion, a conditional, a kernel, a collective and a prefetch.
@@ -41,7 +44,7 @@ ENTRY %main (x.3: f32[8,128]) -> f32[8,128] {
   %while.1 = (s32[], f32[8,128]{1,0}) while(%start), condition=%test, body=%body, metadata={op_name="jit(f)/while"}
   %y = f32[8,128]{1,0:T(8,128)} get-tuple-element(%while.1), index=1
   %copy-start.1 = (f32[8,128]{1,0:S(1)}, f32[8,128]{1,0}, u32[]{:S(2)}) copy-start(%y)
-  %all-reduce.1 = f32[8,128]{1,0} all-reduce(%y), channel_id=1, to_apply=%sum, backend_config={"estimated_cycles":"750"}
+  %all-reduce.1 = f32[8,128]{1,0} all-reduce(%y), channel_id=1, replica_groups={{0,1}}, to_apply=%sum, backend_config={"estimated_cycles":"750"}
   %switch = s32[] parameter(1)
   %conditional.1 = f32[8,128]{1,0} conditional(%switch, %y, %y), branch_computations={%cheap, %dear}
   ROOT %scale.1 = f32[8,128]{1,0:T(8,128)S(1)} custom-call(%conditional.1), custom_call_target="tpu_custom_call", operand_layout_constraints={f32[8,128]{1,0}}, frontend_attributes={kernel_metadata={
@@ -107,3 +110,18 @@ ENTRY %main (x: bf16[96,8]) -> bf16[96,8] {
   %reduce = f32[8]{0} all-reduce-start(%e), to_apply=%sum
 }
 """
+
+# What is known of HLO's program, on two devices.
+COMPILED = Compiled(
+    hlo=HLO,
+    memory={"arguments": 8_000, "outputs": 4_096, "aliased": 4_000, "temporary": 2_000_000, "code": 1_000},
+    traffic_bytes=5e6,
+    held={"parameters": 7_000, "moving averages": 0},
+    facts={"form": "train", "images_per_device": 2, "macs": 3},
+    devices=[[0, 0, 0], [0, 1, 0]],
+    kernels={
+        "scale f32[8,128] f32[8,128]": KernelSchedule(
+            cycles=62, copied_bytes=0, pipeline_bytes=0, unknown_loops=0, utilization={"MXU": 0.01, "VLOAD": 0.15}
+        )
+    },
+)

@@ -4,7 +4,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from castling_jax.tools.tpu_traffic import kernel_traffic
+from castling_jax.tools.tpu_kernels import find_kernels, kernel_key, pipeline_bytes
 
 X = jax.ShapeDtypeStruct((4, 128, 768), jnp.bfloat16)
 OUT = jax.ShapeDtypeStruct((512, 128), jnp.float32)
@@ -16,8 +16,8 @@ def compute(*refs):
 
 
 def traffic(function, *arguments):
-    (found,) = kernel_traffic(jax.make_jaxpr(function)(*arguments).jaxpr).items()
-    return found
+    ((key, call),) = find_kernels(jax.make_jaxpr(function)(*arguments).jaxpr).items()
+    return key, pipeline_bytes(call)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_blocks_are_fetched_as_they_change(index_map, fetches):
         out_specs=pl.BlockSpec((128, 128), lambda i, j: (i, 0)),
         out_shape=OUT,
     )
-    expected = ("bf16[4,128,768],f32[512,128]", fetches * X_BLOCK + 4 * OUT_BLOCK)
+    expected = ("unnamed_kernel bf16[4,128,768] f32[512,128]", fetches * X_BLOCK + 4 * OUT_BLOCK)
     assert traffic(call, X) == expected
     # Inside loops, conditionals and nested jits it is found too.
     assert traffic(lambda x: jax.lax.fori_loop(0, 3, lambda i, y: y + jax.jit(call)(x), call(x)), X) == expected
@@ -56,7 +56,7 @@ def test_block_that_depends_on_data_is_fetched_each_step():
     )
     call = pl.pallas_call(compute, grid_spec=grid, out_shape=OUT)
     assert traffic(call, jax.ShapeDtypeStruct((4,), jnp.int32), X) == (
-        "bf16[4,128,768],f32[512,128],s32[4]",
+        "unnamed_kernel bf16[4,128,768] f32[512,128] s32[4]",
         4 * X_BLOCK + OUT_BLOCK,
     )
 
@@ -78,3 +78,17 @@ def test_traffic_of_a_grid_that_is_not_constant_is_not_known():
         return pl.pallas_call(compute, grid=(steps,), in_specs=[blocks], out_shape=OUT)(x)
 
     assert traffic(call, jax.ShapeDtypeStruct((), jnp.int32), X)[1] is None
+
+
+def test_a_kernel_is_known_by_its_name_and_its_arrays():
+    arrays = [("f32", "512,128"), ("bf16", "4,128,768")]
+    key = "masked_softmax bf16[4,128,768] f32[512,128]"
+    assert kernel_key("masked_softmax", arrays) == key
+    assert kernel_key("%masked_softmax.12.clone", reversed(arrays)) == key
+    call = pl.pallas_call(compute, out_shape=OUT, name="masked_softmax")
+    assert list(find_kernels(jax.make_jaxpr(call)(X).jaxpr)) == [key]
+
+
+def test_a_kernel_that_is_interpreted_is_none():
+    call = pl.pallas_call(compute, out_shape=OUT, interpret=True)
+    assert not find_kernels(jax.make_jaxpr(call)(X).jaxpr)

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Castles a pretrained softmax model: copies timm's weights to BUCKET, and trains from them: castle.sh [--dry-run] [flags]
+# MODEL, of timm's on Hugging Face, is by default DeiT-B's; CONFIG goes with it (configs/castle_pretrained.py:base).
+CONFIG=${CONFIG:-configs/castle_pretrained.py:base} RUN=${RUN:-castled-deit-base}
+export CONFIG RUN
+source "$(dirname "$0")/common.sh"
+bucket
+MODEL=${MODEL:-deit_base_patch16_224.fb_in1k}
+WEIGHTS=$BUCKET/weights/$MODEL.safetensors
+dry=()
+[ "$DRY" = 0 ] || dry=(--dry-run)
+
+run curl --location --fail --output "/tmp/$MODEL.safetensors" \
+    "https://huggingface.co/timm/$MODEL/resolve/main/model.safetensors"
+run gcloud storage cp "/tmp/$MODEL.safetensors" "$WEIGHTS"
+scripts/pod/train.sh "${dry[@]}" --config.init_from="$WEIGHTS" --config.distillation.teacher="$WEIGHTS" "$@"

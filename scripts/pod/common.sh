@@ -1,0 +1,75 @@
+# What the steps share. Settings come from the environment; `run` prints a command and, unless --dry-run is given, runs it.
+#
+#   NAME     of the pod (castling)
+#   ZONE     (us-west4-a)
+#   TYPE     its accelerator type: v5litepod-256, v5p-128, v6e-64 ... (v5litepod-256)
+#   RUNTIME  its software version; by default the one for TYPE
+#   SLICES   how many pods of that type train together (1)
+#   SPOT     1: it may be taken away at any time, and costs less; 0: on demand (1)
+#   BUCKET   gs://... in the same region: data, runs, exports
+#   CONFIG   of main.py (configs/deit.py:base)
+#   RUN      the run's name: it is kept in BUCKET/runs/RUN (deit-base)
+set -euo pipefail
+SCRIPT=$(realpath "$0")
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+NAME=${NAME:-castling} ZONE=${ZONE:-us-west4-a} TYPE=${TYPE:-v5litepod-256} SLICES=${SLICES:-1} SPOT=${SPOT:-1}
+CONFIG=${CONFIG:-configs/deit.py:base} RUN=${RUN:-deit-base}
+case "$TYPE" in
+    v4-*) RUNTIME=${RUNTIME:-tpu-ubuntu2204-base} ;;
+    v5litepod-*) RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite} ;;
+    v5p-*) RUNTIME=${RUNTIME:-v2-alpha-tpuv5} ;;
+    v6e-*) RUNTIME=${RUNTIME:-v2-alpha-tpuv6e} ;;
+    *) echo "TYPE must start with v4-, v5litepod-, v5p- or v6e-, not '$TYPE'." >&2 && exit 2 ;;
+esac
+CODE=castling_jax       # the clone, in every worker's home
+MOUNT=/mnt/castling     # where every worker sees BUCKET: ArrayRecord files are read from a disk
+
+DRY=0
+if [ "${1:-}" = --help ]; then
+    sed -n '2,/^source/s/^# \{0,1\}//p' "$SCRIPT"
+    echo "Settings, from the environment:"
+    sed -n '3,/^set/s/^# \{0,1\}//p' "$(dirname "$SCRIPT")/common.sh"
+    exit
+elif [ "${1:-}" = --dry-run ]; then
+    DRY=1
+    shift
+fi
+
+# run COMMAND...: prints it as it can be typed, and runs it.
+run() {
+    local word line=
+    for word in "$@"; do
+        [[ "$word" =~ ^[A-Za-z0-9_./:=,@%+~-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+        line+="${line:+ }$word"
+    done
+    echo "$line"
+    [ "$DRY" = 1 ] || "$@"
+}
+
+# need VARIABLE WHAT: refuses to go on without a setting.
+need() {
+    [ -n "${!1:-}" ] || { echo "$(basename "$0"): set $1, $2." >&2 && exit 2; }
+}
+
+bucket() {
+    need BUCKET "the bucket that everything is kept in, such as gs://my-bucket"
+    [[ "$BUCKET" == gs://* ]] || { echo "$(basename "$0"): BUCKET must start with gs://, not '$BUCKET'." >&2 && exit 2; }
+}
+
+# nodes: the names of all slices.
+nodes() {
+    if [ "$SLICES" = 1 ]; then echo "$NAME"; else seq -f "$NAME-%g" 0 $((SLICES - 1)); fi
+}
+
+# everywhere COMMAND: runs it on every worker of every slice.
+everywhere() {
+    local node
+    for node in $(nodes); do
+        run gcloud compute tpus tpu-vm ssh "$node" --zone="$ZONE" --worker=all --command="$1"
+    done
+}
+
+state() {
+    gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format="value(state.state)"
+}

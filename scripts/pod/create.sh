@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Asks for the pod, or for SLICES of them, and waits until it is there: create.sh [--dry-run]
+source "$(dirname "$0")/common.sh"
+
+named=(--node-id="$NAME")
+[ "$SLICES" = 1 ] || named=(--node-count="$SLICES" --node-prefix="$NAME")
+[ "$SPOT" = 0 ] || named+=(--spot)
+run gcloud compute tpus queued-resources create "$NAME" --zone="$ZONE" \
+    --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "${named[@]}"
+run gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" "--format=value(state.state)"
+[ "$DRY" = 1 ] && exit
+until [ "$(state)" = ACTIVE ]; do
+    case "$(state)" in
+        FAILED | SUSPENDED) echo "The request has failed: delete.sh removes it." >&2 && exit 1 ;;
+    esac
+    sleep 30
+done

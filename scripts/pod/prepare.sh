@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Prepares ImageNet on this machine, and copies it to BUCKET: ARCHIVES=FOLDER prepare.sh [--dry-run]
+# ARCHIVES has ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar; 300 GB must be free in DATA (~/tensorflow_datasets).
+source "$(dirname "$0")/common.sh"
+bucket
+need ARCHIVES "the folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"
+DATA=${DATA:-$HOME/tensorflow_datasets}
+
+run python3 -m venv .venv
+run .venv/bin/python -m pip install --quiet -e ".[tf]"
+run .venv/bin/python -m castling_jax.tools.prepare imagenet2012 --data_dir="$DATA" --manual_dir="$ARCHIVES"
+run gcloud storage rsync --recursive "$DATA/imagenet2012" "$BUCKET/tensorflow_datasets/imagenet2012"

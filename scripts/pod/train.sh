@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Starts the run on all workers, or goes on with it: train.sh [--dry-run] [--config.GROUP.FIELD=VALUE ...]
+source "$(dirname "$0")/common.sh"
+bucket
+
+flags=(
+    --config="$CONFIG" --workdir="$BUCKET/runs/$RUN"
+    --config.dataset.data_dir="$MOUNT/tensorflow_datasets" --config.mesh.replica="$SLICES" "$@"
+)
+everywhere "cd $CODE && nohup .venv/bin/python main.py $(printf '%q ' "${flags[@]}")> ~/train.log 2>&1 < /dev/null &"
