@@ -46,8 +46,8 @@ def summarize(compiled: Compiled, chip: Chip) -> dict[str, Any]:
       pass's; held_MB, by kind, and facts, as the case has them; traffic_MB, what operations read and write;
       collectives, bytes by kind; links_ms, likewise; incomplete, sentences; top, [milliseconds, operation, label] of
       all operations, the dearest first; sources, [milliseconds, operations, label] of all operations that come from
-      the same place in the program, likewise; parts_ms, the estimate by the model's parts; kernels, a dict for each Pallas
-      kernel.
+      the same place in the program, likewise; parts_ms, the estimate by the model's parts; kernels, a dict for each
+      Pallas kernel.
     """
     program = read_program(compiled.hlo)
     estimator = Estimator(program, compiled.kernels, chip)
