@@ -13,10 +13,12 @@ from castling_jax.models.layers import (
     DEIT_STD,
     Mlp,
     PatchEmbed,
+    draw_drop_path,
     drop_path,
     layer_norm,
     linear,
     normal_parameter,
+    of_layer,
     run_block,
 )
 from castling_jax.models.position import resize_position_embedding
@@ -42,13 +44,12 @@ class Block(nnx.Module):
         self.norm2 = layer_norm(dim, **common)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **layer)
 
-    def __call__(self, x, *, grid, prefix_tokens, mask_threshold, key):
-        keys = (None, None) if key is None else jax.random.split(key)
+    def __call__(self, x, *, grid, prefix_tokens, mask_threshold, drawn):
         attended, density = self.attn(
             self.norm1(x), grid=grid, prefix_tokens=prefix_tokens, mask_threshold=mask_threshold
         )
-        x = x + drop_path(attended, self.drop_path_rate, keys[0])
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, keys[1]), density
+        x = x + drop_path(attended, self.drop_path_rate, of_layer(drawn, 0))
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, of_layer(drawn, 1)), density
 
 
 class DeiT(Backbone):
@@ -164,6 +165,7 @@ class DeiT(Backbone):
         prefix = [jnp.broadcast_to(token, (images.shape[0], *token.shape[1:])).astype(tokens.dtype) for token in prefix]
         positions = resize_position_embedding(self.pos_embed[...], self.grid, grid, self.prefix_tokens)
         x = jnp.concatenate([*prefix, tokens], axis=1) + positions.astype(tokens.dtype)
+        drawn = draw_drop_path(key, len(self.blocks), x.shape[0])
         densities = []
         for i, block in enumerate(self.blocks):
             x, density = run_block(
@@ -173,7 +175,7 @@ class DeiT(Backbone):
                 grid=grid,
                 prefix_tokens=self.prefix_tokens,
                 mask_threshold=mask_threshold,
-                key=None if key is None else jax.random.fold_in(key, i),
+                drawn=of_layer(drawn, i),
             )
             densities.append(density)
         return self.norm(x), jnp.stack(densities)

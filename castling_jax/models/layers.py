@@ -228,15 +228,30 @@ def gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
     return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
-def drop_path(x: Float[Array, "batch *axes"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "batch *axes"]:
+def draw_drop_path(key: Key[Array, ""] | None, layers: int, batch: int) -> Float[Array, "layers 2 batch"] | None:
+    """What decides which samples `drop_path` drops, in the two branches of each layer; None without a key.
+
+    Drawn all at once: a key for every branch would be a hundred operations on single numbers, for each of them.
+    """
+    return None if key is None else jax.random.uniform(key, (layers, 2, batch))
+
+
+def drop_path(
+    x: Float[Array, "batch *axes"], rate: float, drawn: Float[Array, "batch"] | None
+) -> Float[Array, "batch *axes"]:
     """Stochastic depth: drops a residual branch of whole samples, and scales the others up to keep the mean.
 
-    Without a key, as in evaluation, it does nothing.
+    Without numbers drawn from [0, 1), as in evaluation, it does nothing.
     """
-    if key is None or rate == 0:
+    if drawn is None or rate == 0:
         return x
-    kept = jax.random.bernoulli(key, 1 - rate, (x.shape[0], *(1,) * (x.ndim - 1)))
+    kept = drawn.reshape(-1, *(1,) * (x.ndim - 1)) < 1 - rate
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+def of_layer(drawn: Float[Array, "layers ..."] | None, layer: int | slice) -> Any:
+    """A layer's part of what was drawn, or several layers'; None of None."""
+    return None if drawn is None else drawn[layer]
 
 
 def run_block(block: nnx.Module, x: Array, *, remat: bool, **options: Any) -> Any:

@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from castling_jax.models.attention import attend, new_token_kernel
 from castling_jax.models.backbone import Backbone
-from castling_jax.models.layers import ConvNorm, LinearNorm, NormLinear, drop_path, run_block
+from castling_jax.models.layers import ConvNorm, LinearNorm, NormLinear, draw_drop_path, drop_path, of_layer, run_block
 from castling_jax.ops.errors import InputError
 
 STEM_STRIDE = 16
@@ -208,11 +208,11 @@ class LevitBlock(nnx.Module):
         )
         self.mlp = LevitMlp(dim, int(dim * mlp_ratio), **layer)
 
-    def __call__(self, x, *, grid, mask_threshold, key):
-        keys, training = (None, None) if key is None else jax.random.split(key), key is not None
+    def __call__(self, x, *, grid, mask_threshold, drawn):
+        training = drawn is not None
         attended, density = self.attn(x, grid=grid, mask_threshold=mask_threshold, training=training)
-        x = x + drop_path(attended, self.drop_path_rate, keys[0])
-        return x + drop_path(self.mlp(x, training=training), self.drop_path_rate, keys[1]), density
+        x = x + drop_path(attended, self.drop_path_rate, of_layer(drawn, 0))
+        return x + drop_path(self.mlp(x, training=training), self.drop_path_rate, of_layer(drawn, 1)), density
 
 
 class LevitDownsample(nnx.Module):
@@ -235,10 +235,10 @@ class LevitDownsample(nnx.Module):
         )
         self.mlp = LevitMlp(out_dim, out_dim * SUBSAMPLING_MLP_RATIO, **layer)
 
-    def __call__(self, x, *, grid, mask_threshold, key):
-        training = key is not None
+    def __call__(self, x, *, grid, mask_threshold, drawn):
+        training = drawn is not None
         x, density = self.attn_downsample(x, grid=grid, mask_threshold=mask_threshold, training=training)
-        return x + drop_path(self.mlp(x, training=training), self.drop_path_rate, key), density
+        return x + drop_path(self.mlp(x, training=training), self.drop_path_rate, of_layer(drawn, 1)), density
 
 
 class LevitStage(nnx.Module):
@@ -263,18 +263,22 @@ class LevitStage(nnx.Module):
             LevitBlock(dim, num_heads, mlp_ratio=mlp_ratio, grid=grid, **common) for _ in range(depth)
         )
 
-    def __call__(self, x, *, grid, mask_threshold, key):
+    @property
+    def layers(self) -> int:
+        return len(self.blocks) + (self.downsample is not None)
+
+    def __call__(self, x, *, grid, mask_threshold, drawn):
         """(tokens, their grid, the layers' mask densities)."""
-        keys = [None] * (1 + len(self.blocks)) if key is None else list(jax.random.split(key, 1 + len(self.blocks)))
         densities = []
         if self.downsample is not None:
             x, density = run_block(
-                self.downsample, x, remat=self.remat, grid=grid, mask_threshold=mask_threshold, key=keys[0]
+                self.downsample, x, remat=self.remat, grid=grid, mask_threshold=mask_threshold, drawn=of_layer(drawn, 0)
             )
             grid = halved(grid)
             densities.append(density)
-        for block, block_key in zip(self.blocks, keys[1:], strict=True):
-            x, density = run_block(block, x, remat=self.remat, grid=grid, mask_threshold=mask_threshold, key=block_key)
+        for block in self.blocks:
+            of_block = of_layer(drawn, len(densities))
+            x, density = run_block(block, x, remat=self.remat, grid=grid, mask_threshold=mask_threshold, drawn=of_block)
             densities.append(density)
         return x, grid, densities
 
@@ -390,10 +394,12 @@ class LeViT(Backbone):
         grid = stem_grid(images.shape[1:3])
         x = self.stem(images, training=key is not None)
         x = x.reshape(x.shape[0], math.prod(grid), x.shape[3])
-        features, densities = [], []
-        for i, stage in enumerate(self.stages):
-            stage_key = None if key is None else jax.random.fold_in(key, i)
-            x, grid, kept = stage(x, grid=grid, mask_threshold=mask_threshold, key=stage_key)
+        drawn = draw_drop_path(key, sum(stage.layers for stage in self.stages), x.shape[0])
+        features: list[jax.Array] = []
+        densities: list[jax.Array] = []
+        for stage in self.stages:
+            of_stage = of_layer(drawn, slice(len(densities), len(densities) + stage.layers))
+            x, grid, kept = stage(x, grid=grid, mask_threshold=mask_threshold, drawn=of_stage)
             features.append(x.reshape(x.shape[0], *grid, x.shape[2]))
             densities += kept
         return features, jnp.stack(densities)

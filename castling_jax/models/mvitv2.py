@@ -10,7 +10,17 @@ from jaxtyping import Array, ArrayLike, Float, Key
 
 from castling_jax.models.attention import attend, new_token_kernel
 from castling_jax.models.backbone import Backbone
-from castling_jax.models.layers import Mlp, drop_path, layer_norm, linear, normal_parameter, run_block, split_linear
+from castling_jax.models.layers import (
+    Mlp,
+    draw_drop_path,
+    drop_path,
+    layer_norm,
+    linear,
+    normal_parameter,
+    of_layer,
+    run_block,
+    split_linear,
+)
 from castling_jax.models.position import resize_relative_positions
 from castling_jax.ops.errors import InputError
 
@@ -243,14 +253,13 @@ class Block(nnx.Module):
         self.norm2 = layer_norm(dim_out, **common)
         self.mlp = Mlp(dim_out, int(dim_out * mlp_ratio), **common)
 
-    def __call__(self, x, *, mask_threshold, key):
-        keys = (None, None) if key is None else jax.random.split(key)
+    def __call__(self, x, *, mask_threshold, drawn):
         normed = self.norm1(x)
         with jax.named_scope("shortcut"):
             skip = x if self.shortcut_proj_attn is None else self.shortcut_proj_attn(normed)
         attended, density = self.attn(normed, mask_threshold=mask_threshold)
-        x = max_pool(skip, self.stride_q) + drop_path(attended, self.drop_path_rate, keys[0])
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, keys[1]), density
+        x = max_pool(skip, self.stride_q) + drop_path(attended, self.drop_path_rate, of_layer(drawn, 0))
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, of_layer(drawn, 1)), density
 
 
 class Stage(nnx.Module):
@@ -401,12 +410,13 @@ class MViTv2(Backbone):
         if min(images.shape[1:3]) < 1:
             raise InputError(f"an image of {images.shape[1]} x {images.shape[2]} pixels is empty: give at least 1 x 1.")
         x = self.patch_embed(images)
+        drawn = draw_drop_path(key, sum(len(stage.blocks) for stage in self.stages), x.shape[0])
         features: list[jax.Array] = []
         densities: list[jax.Array] = []
         for stage in self.stages:
             for block in stage.blocks:
-                block_key = None if key is None else jax.random.fold_in(key, len(densities))
-                x, density = run_block(block, x, remat=self.remat, mask_threshold=mask_threshold, key=block_key)
+                of_block = of_layer(drawn, len(densities))
+                x, density = run_block(block, x, remat=self.remat, mask_threshold=mask_threshold, drawn=of_block)
                 densities.append(density)
             features.append(x)
         return features, densities

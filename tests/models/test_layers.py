@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import chex
@@ -14,6 +15,7 @@ from castling_jax.models.layers import (
     Mlp,
     NormLinear,
     PatchEmbed,
+    draw_drop_path,
     drop_path,
     layer_norm,
     linear,
@@ -27,7 +29,8 @@ FLOAT32 = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     rate, samples = 0.3, 20_000
-    out = np.asarray(drop_path(jnp.ones((samples, 2, 3)), rate, jax.random.key(0)))
+    drawn = draw_drop_path(jax.random.key(0), 3, samples)[2, 1]
+    out = np.asarray(drop_path(jnp.ones((samples, 2, 3)), rate, drawn))
     assert set(np.unique(out)) == {np.float32(0), np.float32(1 / (1 - rate))}
     assert np.all(out == out[:, :1, :1])
     # Five standard deviations of a mean of so many coins.
@@ -36,16 +39,20 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
 
 def test_drop_path_without_a_key_or_a_rate_does_nothing():
     x = jnp.ones((4, 2))
+    assert draw_drop_path(None, 3, 4) is None
     assert drop_path(x, 0.5, None) is x
-    assert drop_path(x, 0.0, jax.random.key(0)) is x
+    assert drop_path(x, 0.0, jnp.ones(4)) is x
 
 
 def test_drop_path_follows_its_key_and_keeps_the_dtype():
     x = jnp.ones((64, 2), jnp.bfloat16)
-    first, again, other = (drop_path(x, 0.5, jax.random.key(seed)) for seed in (0, 0, 1))
+    draws = [draw_drop_path(jax.random.key(seed), 2, 64) for seed in (0, 0, 1)]
+    first, again, other = (drop_path(x, 0.5, drawn[1, 0]) for drawn in draws)
     chex.assert_type(first, jnp.bfloat16)
     chex.assert_trees_all_equal(first, again)
     assert jnp.any(first != other)
+    branches = [np.asarray(drop_path(x, 0.5, drawn)) for drawn in draws[0].reshape(4, 64)]
+    assert all(np.any(one != two) for one, two in itertools.combinations(branches, 2))
 
 
 @pytest.mark.parametrize("hidden", [5, 16])

@@ -1,5 +1,6 @@
 import textwrap
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,3 +162,46 @@ def test_options_that_do_not_fit_are_refused(file, refuses):
         load_case("model", {"devices": 2}, [])
     with refuses("unknown model 'deit_bass'", "did you mean 'deit_base'?"):
         load_case("model", {"name": "deit_bass"}, [])
+
+
+def test_a_configurations_step_is_the_one_that_main_runs():
+    case = load_case("recipe", {"config": "configs/digits.py", "batch": 8}, jax.devices()[:1])
+    assert case.facts["images"] == case.facts["images_per_device"] == 8
+    assert case.facts["assumed"] == []
+    state, batch, threshold = case.arguments
+    assert case.held["parameters"] is state.params
+    assert batch["image"].shape == (8, 8, 8, 3)
+    with jax.set_mesh(case.mesh):
+        new, metrics = jax.eval_shape(case.function, state, batch, threshold)
+    chex.assert_trees_all_equal_shapes(new.params, state.params)
+    assert metrics["loss"].shape == ()
+
+
+def test_a_configurations_inference_is_of_the_form_without_softmax():
+    options = {"config": "configs/digits.py", "form": "inference", "attention": "softmax", "image_size": 16, "batch": 4}
+    case = load_case("recipe", options, jax.devices()[:1])
+    assert (case.facts["attention"], case.facts["image_size"]) == ("softmax", 16)
+    assert jax.eval_shape(case.function, *case.arguments).shape == (4, 10)
+
+
+def test_data_that_is_not_here_is_of_its_published_size(monkeypatch, refuses, tmp_path):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    config = tmp_path / "configs" / "absent.py"
+    config.parent.mkdir()
+    text = """
+from castling_jax.training.config import default_config
+
+def get_config():
+    config = default_config()
+    config.model.name = "deit_micro"
+    config.dataset.update({"name": "imagenet2012", "eval_split": "validation", "data_dir": "/nowhere"})
+    config.distillation.update({"kind": "soft", "teacher": "/no/weights"})
+    return config
+"""
+    config.write_text(text)
+    case = load_case("recipe", {"config": str(config), "batch": 4}, jax.devices()[:1])
+    assert "1,281,167 images and 1,000 classes" in case.facts["assumed"][0]
+    assert "the teacher" in case.facts["not_counted"][0]
+    config.write_text(text.replace("imagenet2012", "emnist"))
+    with refuses("emnist"):
+        load_case("recipe", {"config": str(config), "batch": 4}, jax.devices()[:1])
