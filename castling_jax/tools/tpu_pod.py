@@ -247,16 +247,16 @@ def sweep(config: str, *, topology: str, options: dict[str, Any], measured: Meas
     chip = topology.split(":")[0]
     check_known("chip", chip, CHIPS)
     sides = topology.split(":")[1]
+    attentions = dict.fromkeys((load_config(config).model.attention, "softmax"))
     chips = []
     for pod in CHIPS[chip].pods:
-        asked = {"config": config, "form": "train"} | options
+        asked = {"config": config, "form": "train", "attention": next(iter(attentions))} | options
         figures = measured("recipe", asked, topology=f"{chip}:{pod}", devices=0)
         if "does_not_fit" in figures:
             raise InputError(figures["does_not_fit"])
         chips.append((_product(pod), f"{chip}:{pod}", with_step(figures)))
         if pod == sides:
             break
-    attentions = dict.fromkeys((load_config(config).model.attention, "softmax"))
     images = options["batch"]
     tokens: dict[str, dict[str, list[Any]]] = {form: {a: [] for a in attentions} for form in reversed(FORMS)}
     for pixels in TOKEN_SIZES:
