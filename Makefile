@@ -18,7 +18,7 @@ test: $(VENV)/dev-installed
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/dev-installed
-	$(BIN)/python -m pytest --numprocesses auto -m slow
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup -m slow
 
 faults: $(VENV)/requirements-installed
 	$(BIN)/python -m castling_jax.tools.faults --kills=20

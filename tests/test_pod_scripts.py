@@ -101,3 +101,8 @@ def test_a_setting_that_is_missing_or_wrong_is_named():
     assert "set ARCHIVES" in dry_run("prepare", status=2, ARCHIVES="")
     assert "set TOPOLOGY" in dry_run("report", status=2, TOPOLOGY="")
     assert "TYPE must start with" in dry_run("create", status=2, TYPE="v3-8")
+
+
+def test_the_guide_has_every_step_and_no_other():
+    named = set(re.findall(r"scripts/pod/(\w+)\.sh", (ROOT / "docs" / "tpu_pods.md").read_text()))
+    assert named == {path.stem for path in STEPS} - {"common"}

@@ -14,7 +14,8 @@ from castling_jax.tools.faults import LAUNCHER, SMALL, Pod
 from castling_jax.training.checkpoints import CHECKPOINTS, checkpoint_steps
 from castling_jax.training.metrics import read_metrics
 
-pytestmark = pytest.mark.slow
+# One process of pytest runs them all: each has the run of `alone` to compare with.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pod")]
 TOTAL = 6 * 22  # steps of SMALL
 
 
