@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from castling_jax import ops
+from castling_jax.ops import depthwise
 from tests.ops import reference, rounding
 
 DTYPES = [jnp.float32, jnp.bfloat16]
@@ -106,3 +107,21 @@ def test_a_float64_reference_agrees_with_numpy_convolve():
     v, kernel = rng.normal(size=(1, 12, 1, 1)), rng.normal(size=(5, 1))
     expected = np.convolve(v[0, :, 0, 0], kernel[::-1, 0], "same")
     np.testing.assert_allclose(reference.convolve_tokens(v, kernel)[0, :, 0, 0], expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sizes", "taps"), [((17,), (9,)), ((3,), (5,)), ((4, 6), (3, 3)), ((2, 2), (5, 3))])
+def test_what_a_tpu_runs_is_the_same_convolution(sizes, taps, dtype):
+    arrays = rounding.draw(0, dtype, (2, *sizes, 2, 3), (*taps, 2), (2, *sizes, 2, 3))[0]
+    patches, kernel, cotangent = arrays
+
+    def both(convolve):
+        out, backward = jax.vjp(convolve, patches, kernel)
+        return out, *backward(cotangent)
+
+    on_tpu, elsewhere = both(depthwise._convolution), both(depthwise._shifted_taps)
+    chex.assert_trees_all_equal_shapes_and_dtypes(on_tpu, elsewhere)
+    # Up to 2 x 24 x 3 products of numbers up to 4, added in another order and rounded once.
+    for ours, theirs in zip(on_tpu, elsewhere, strict=True):
+        largest = float(jnp.max(jnp.abs(theirs.astype(jnp.float32))))
+        chex.assert_trees_all_close(ours, theirs, rtol=0, atol=4 * float(jnp.finfo(dtype).eps) * max(largest, 8))
