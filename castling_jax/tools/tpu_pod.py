@@ -31,6 +31,7 @@ NOT_COUNTED = (
 )
 
 
+PACKAGE = Path(__file__).parents[1]
 TOP = 60  # of the dearest operations, that are kept
 PATCH = 16  # pixels to a token's side, of all that is swept
 TOKEN_SIZES = (224, 448, 896, 1344, 2048)  # pixels: 196, 784, 3,136, 7,056 and 16,384 tokens
@@ -40,11 +41,13 @@ class Measured:
     """Compiles what is asked for, and keeps the figures in a folder, so that what breaks off goes on.
 
     Args:
-      folder: where they are kept, a file for each program and the versions it was compiled by.
+      folder: where they are kept, a file for each program and the versions of JAX, libtpu and this code.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder / "programs"
+        texts = [path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))]
+        self.code = hashlib.sha256(b"".join(texts)).hexdigest()[:8]
 
     def __call__(self, what: str, options: dict[str, Any], *, topology: str, devices: int) -> Figures:
         """What `report` returns, without all operations but the dearest; or {"does_not_fit": a sentence}.
@@ -53,7 +56,8 @@ class Measured:
           InputError: what `report` raises.
         """
         versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-        request = {"what": what, "options": options, "topology": topology, "devices": devices} | versions
+        request = {"what": what, "options": options, "topology": topology, "devices": devices, "code": self.code}
+        request |= versions
         words = [str(value).replace("/", "_") for value in (what, topology, *options.values())]
         digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
         file = self.folder / f"{'-'.join(words)[:120]}-{digest}.json"
