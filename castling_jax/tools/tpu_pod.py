@@ -58,8 +58,10 @@ class Measured:
         versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
         request = {"what": what, "options": options, "topology": topology, "devices": devices, "code": self.code}
         request |= versions
+        if "config" in options:
+            request["settings"] = load_config(options["config"]).to_dict()
         words = [str(value).replace("/", "_") for value in (what, topology, *options.values())]
-        digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(json.dumps(request, sort_keys=True, default=str).encode()).hexdigest()[:8]
         file = self.folder / f"{'-'.join(words)[:120]}-{digest}.json"
         if file.is_file():
             return json.loads(file.read_text())["figures"]
@@ -71,7 +73,7 @@ class Measured:
             figures = {"does_not_fit": str(error)}
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(".part")
-        temporary.write_text(json.dumps({"request": request, "figures": figures}))
+        temporary.write_text(json.dumps({"request": request, "figures": figures}, default=str))
         temporary.replace(file)
         return figures
 
