@@ -16,6 +16,7 @@ from castling_jax.models.layers import (
     drop_path,
     layer_norm,
     linear,
+    norm_heads,
     normal_parameter,
     of_layer,
     run_block,
@@ -169,7 +170,7 @@ class MultiScaleAttention(nnx.Module):
     def _tokens(
         self, norm: nnx.LayerNorm, x: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch tokens heads head_dim"]:
-        return norm(x.reshape(x.shape[0], x.shape[1] * x.shape[2], self.num_heads, -1))
+        return norm_heads(norm, x.reshape(x.shape[0], -1, x.shape[3]), self.num_heads)
 
     def _bias(self, q: jax.Array, q_grid: Pair, kv_grid: Pair) -> tuple[jax.Array, jax.Array] | None:
         tables: Any = self if self.attention == "softmax" else self.softmax_branch

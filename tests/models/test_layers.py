@@ -19,6 +19,7 @@ from castling_jax.models.layers import (
     drop_path,
     layer_norm,
     linear,
+    norm_heads,
     normal_parameter,
 )
 from castling_jax.models.variables import forward_train
@@ -173,3 +174,26 @@ def test_remat_changes_nothing_but_memory(name):
     kept, again = map(run, models)
     # Compiled apart, the two programs may round differently.
     chex.assert_trees_all_close(kept, again, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_norms_of_heads_are_the_same_by_products_as_by_reductions(monkeypatch, heads, dtype):
+    norm = layer_norm(4, dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    norm.scale = nnx.Param(jnp.array([1.0, -2.0, 0.5, 3.0]))
+    norm.bias = nnx.Param(jnp.array([0.0, 1.0, -1.0, 2.0]))
+    x = jnp.asarray(np.random.default_rng(0).normal(0.5, 2, (2, 5, 4 * heads)), dtype)
+
+    def both(x):
+        out, backward = jax.vjp(lambda x: norm_heads(norm, x, heads), x)
+        return out, backward(jnp.cos(jnp.arange(out.size)).reshape(out.shape).astype(dtype))[0]
+
+    expected, gradient = both(x)
+    np.testing.assert_array_equal(expected, norm(x.reshape(2, 5, heads, 4)))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, tpu, default: tpu(*arguments))
+    on_tpu, gradient_on_tpu = both(x)
+    chex.assert_type([on_tpu, gradient_on_tpu], dtype)
+    # Another order of sums, and a variance that is no difference, which of four numbers far from zero loses some bits.
+    bound = 16 * 8 * float(jnp.finfo(dtype).eps)  # of numbers up to 8
+    np.testing.assert_allclose(np.asarray(on_tpu, float), np.asarray(expected, float), rtol=0, atol=bound)
+    np.testing.assert_allclose(np.asarray(gradient_on_tpu, float), np.asarray(gradient, float), rtol=0, atol=bound)
