@@ -1,6 +1,7 @@
 """Layers that the backbones share."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -45,8 +46,8 @@ def linear(
     )
 
 
-def split_linear(layer: nnx.Linear, x: Float[Array, "*batch channels"], parts: int) -> list[Array]:
-    """The result of a fused layer in so many equal parts, by as many products.
+def split_linear(layer: nnx.Linear, x: Float[Array, "*batch channels"], parts: int | Sequence[int]) -> list[Array]:
+    """The result of a fused layer in so many equal parts, or cut at these columns, by a product for each.
 
     Columns of the weights are cut out for less than those of the result: on a TPU each part of a result is a copy.
     """
@@ -189,6 +190,12 @@ class LinearNorm(nnx.Module):
     def __call__(self, x: Float[Array, "batch tokens channels"], *, training: bool) -> Float[Array, "batch tokens _"]:
         x = self.linear(x)
         return x if self.bn is None else self.bn.normalize(x, training)
+
+    def split(self, x: Float[Array, "batch tokens channels"], edges: Sequence[int], *, training: bool) -> list[Array]:
+        """The result cut at these channels; in form="inference" as `split_linear` does it."""
+        if self.bn is None:
+            return split_linear(self.linear, x, edges)
+        return jnp.split(self(x, training=training), edges, axis=-1)
 
 
 class NormLinear(nnx.Module):

@@ -131,11 +131,11 @@ class LevitAttention(nnx.Module):
         """The attention's output, and the mask density: the share of softmax weights kept, 0 without the branch."""
         if self.q is None:
             with jax.named_scope("qkv"):
-                q, k, v = self._split(self.qkv(x, training=training))
+                q, k, v = self._split(self.qkv, x, training)
             own_values, query_grid = None, grid
         else:
             with jax.named_scope("qkv"):
-                k, v = self._split(self.kv(x, training=training))
+                k, v = self._split(self.kv, x, training)
                 q = self.q(x, grid=grid, training=training).reshape(x.shape[0], -1, self.num_heads, k.shape[3])
             # A query of the new grid stands on one token of the old one, so 1/2 V is here, as in every other layer,
             # of each query the value of its own token. The token kernel takes the same values on the new grid: its
@@ -156,9 +156,11 @@ class LevitAttention(nnx.Module):
         )
         return self.proj(out.reshape(*out.shape[:2], -1), training=training), density
 
-    def _split(self, fused: Float[Array, "batch tokens channels"]) -> list[Float[Array, "batch tokens heads _"]]:
-        edges = np.cumsum([self.num_heads * dim for dim in self.fused_dims])[:-1]
-        return [part.reshape(*part.shape[:2], self.num_heads, -1) for part in jnp.split(fused, edges, axis=-1)]
+    def _split(self, layer: LinearNorm, x: Float[Array, "batch tokens channels"], training: bool) -> list[jax.Array]:
+        """What a fused layer gives, part by part, [batch, tokens, heads, dim]."""
+        edges = np.cumsum([self.num_heads * dim for dim in self.fused_dims])[:-1].tolist()
+        parts = layer.split(x, edges, training=training)
+        return [part.reshape(*part.shape[:2], self.num_heads, -1) for part in parts]
 
     def _bias(self, grid: tuple[int, int]) -> Float[Array, "1 heads queries keys"] | None:
         table = self.attention_biases if self.softmax_branch is None else self.softmax_branch.attention_biases
