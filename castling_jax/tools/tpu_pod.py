@@ -29,15 +29,13 @@ NOT_COUNTED = (
     "the host: reading and augmenting images, sending them to the chips, evaluation, checkpoints",
     "traffic between slices: the pod is one slice",
 )
-
-
 PACKAGE = Path(__file__).parents[1]
 TOP = 60  # of the dearest operations, that are kept
 PATCH = 16  # pixels to a token's side, of all that is swept
 TOKEN_SIZES = (224, 448, 896, 1344, 2048)  # pixels: 196, 784, 3,136, 7,056 and 16,384 tokens
 
 
-class Measured:
+class Compiler:
     """Compiles what is asked for, and keeps the figures in a folder, so that what breaks off goes on.
 
     Args:
@@ -46,8 +44,10 @@ class Measured:
 
     def __init__(self, folder: Path):
         self.folder = folder / "programs"
-        texts = [path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))]
-        self.code = hashlib.sha256(b"".join(texts)).hexdigest()[:8]
+        code = b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py")))
+        installed = {package.name: package.version for package in importlib.metadata.distributions()}
+        self.versions = {name: installed.get(name) for name in ("jax", "libtpu")}
+        self.versions["castling_jax"] = hashlib.sha256(code).hexdigest()[:8]
 
     def __call__(self, what: str, options: dict[str, Any], *, topology: str, devices: int) -> Figures:
         """What `report` returns, without all operations but the dearest; or {"does_not_fit": a sentence}.
@@ -55,9 +55,13 @@ class Measured:
         Raises:
           InputError: what `report` raises.
         """
-        versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-        request = {"what": what, "options": options, "topology": topology, "devices": devices, "code": self.code}
-        request |= versions
+        request = {
+            "what": what,
+            "options": options,
+            "topology": topology,
+            "devices": devices,
+            "versions": self.versions,
+        }
         if "config" in options:
             request["settings"] = load_config(options["config"]).to_dict()
         words = [str(value).replace("/", "_") for value in (what, topology, *options.values())]
@@ -78,7 +82,7 @@ class Measured:
         return figures
 
 
-def pod_report(config: str, *, topology: str, options: dict[str, Any], devices: int, measured: Measured) -> Figures:
+def pod_report(config: str, *, topology: str, options: dict[str, Any], devices: int, compiler: Compiler) -> Figures:
     """Compiles a configuration's training step and inference for a pod, with its attention and with softmax.
 
     Args:
@@ -86,7 +90,7 @@ def pod_report(config: str, *, topology: str, options: dict[str, Any], devices: 
       topology: such as "v5e:16x16".
       options: mesh, batch (of a device) and image_size, where they are not the configuration's.
       devices: how many of the pod's are used; 0 is all.
-      measured: compiles.
+      compiler: of its programs.
 
     Returns:
       config; topology; programs, form -> attention -> figures as `with_step` completes them.
@@ -101,7 +105,7 @@ def pod_report(config: str, *, topology: str, options: dict[str, Any], devices: 
     for form, row in programs.items():
         for attention in attentions:
             asked = {"config": config, "form": form, "attention": attention} | options
-            figures = measured("recipe", asked, topology=topology, devices=devices)
+            figures = compiler("recipe", asked, topology=topology, devices=devices)
             row[attention] = figures if "does_not_fit" in figures else with_step(figures)
     return {"config": config, "topology": topology, "programs": programs}
 
@@ -234,14 +238,14 @@ def _table(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
     ]
 
 
-def sweep(config: str, *, topology: str, options: dict[str, Any], measured: Measured) -> Figures:
+def sweep(config: str, *, topology: str, options: dict[str, Any], compiler: Compiler) -> Figures:
     """Scales a configuration: chips at fixed images a chip, and tokens at fixed tokens a chip, with `remat`.
 
     Args:
       config: FILE.py or FILE.py:ARGUMENT.
       topology: that says which chip, and up to how many of them.
       options: as `pod_report` takes them; batch is needed.
-      measured: compiles.
+      compiler: of its programs.
 
     Returns:
       chips, a list of (devices, topology, figures) of training steps; tokens, form -> attention -> a list of (tokens,
@@ -257,7 +261,7 @@ def sweep(config: str, *, topology: str, options: dict[str, Any], measured: Meas
     chips = []
     for pod in CHIPS[chip].pods:
         asked = {"config": config, "form": "train", "attention": next(iter(attentions))} | options
-        figures = measured("recipe", asked, topology=f"{chip}:{pod}", devices=0)
+        figures = compiler("recipe", asked, topology=f"{chip}:{pod}", devices=0)
         if "does_not_fit" in figures:
             raise InputError(figures["does_not_fit"])
         chips.append((_product(pod), f"{chip}:{pod}", with_step(figures)))
@@ -274,7 +278,7 @@ def sweep(config: str, *, topology: str, options: dict[str, Any], measured: Meas
                     **{"config": config, "form": form, "attention": attention, "image_size": pixels},
                     **{"batch": batch, "mesh": "data:1", "remat": pixels > TOKEN_SIZES[0]},
                 }
-                figures = measured("recipe", asked, topology=f"{chip}:{CHIPS[chip].pods[0]}", devices=1)
+                figures = compiler("recipe", asked, topology=f"{chip}:{CHIPS[chip].pods[0]}", devices=1)
                 series.append((count, batch, None if "does_not_fit" in figures else with_step(figures)))
     return {"config": config, "topology": topology, "chips": chips, "tokens": tokens}
 

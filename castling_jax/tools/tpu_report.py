@@ -47,7 +47,7 @@ from castling_jax.ops.errors import InputError, check_known
 from castling_jax.tools.tpu_chips import CHIPS
 from castling_jax.tools.tpu_figures import report
 from castling_jax.tools.tpu_plots import draw_pod, draw_sweep
-from castling_jax.tools.tpu_pod import Measured, describe_pod, describe_sweep, pod_report, sweep
+from castling_jax.tools.tpu_pod import Compiler, describe_pod, describe_sweep, pod_report, sweep
 from castling_jax.training.sharding import AXES
 
 LABEL_WIDTH = 150
@@ -154,16 +154,16 @@ def report_config(options: dict[str, Any], shared: dict[str, Any]) -> list[str]:
         check_known("option of --config", word, ("batch", "image_size", "mesh", "remat"))
     name = config.replace(".py", "").replace("configs/", "").replace("/", "_").replace(":", "-").replace(",", "-")
     out = shared["out"] or Path("tpu_reports") / name
-    measured = Measured(out)
+    compiler = Compiler(out)
     if shared["sweep"]:
         if "batch" not in options or shared["devices"] is not None:
             raise InputError("--sweep needs --batch, the images of each chip, and takes no --devices.")
-        found = sweep(config, topology=topology, options=options, measured=measured)
+        found = sweep(config, topology=topology, options=options, compiler=compiler)
         incomplete = sorted({sentence for _, _, figures in found["chips"] for sentence in figures["incomplete"]})
         text, draw = describe_sweep(found), draw_sweep
     else:
         found = pod_report(
-            config, topology=topology, options=options, devices=shared["devices"] or 0, measured=measured
+            config, topology=topology, options=options, devices=shared["devices"] or 0, compiler=compiler
         )
         programs = [figures for row in found["programs"].values() for figures in row.values()]
         incomplete = sorted({sentence for figures in programs for sentence in figures.get("incomplete", [])})

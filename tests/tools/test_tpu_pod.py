@@ -9,7 +9,7 @@ from castling_jax.tools import tpu_pod, tpu_report
 from castling_jax.tools.tpu_chips import CHIPS
 from castling_jax.tools.tpu_compile import DoesNotFitError
 from castling_jax.tools.tpu_figures import summarize
-from castling_jax.tools.tpu_pod import Measured, describe_pod, pod_report, sweep, with_step
+from castling_jax.tools.tpu_pod import Compiler, describe_pod, pod_report, sweep, with_step
 from tests.tools.tpu_texts import COMPILED
 
 CONFIG = "configs/digits.py"
@@ -52,7 +52,7 @@ def test_a_step_is_the_estimate_and_the_links():
 
 
 def test_report_has_both_attentions_and_says_what_it_is(compiled, tmp_path):
-    found = pod_report(CONFIG, topology="v5e:2x2", options={"batch": 128}, devices=0, measured=Measured(tmp_path))
+    found = pod_report(CONFIG, topology="v5e:2x2", options={"batch": 128}, devices=0, compiler=Compiler(tmp_path))
     assert [(o["form"], o["attention"], topology, n) for o, topology, n in compiled] == [
         (form, attention, "v5e:2x2", 0) for form in ("inference", "train") for attention in ("castling", "softmax")
     ]
@@ -75,15 +75,15 @@ def test_report_has_both_attentions_and_says_what_it_is(compiled, tmp_path):
 
 def test_what_is_compiled_is_kept(compiled, tmp_path):
     for _ in range(2):
-        pod_report(CONFIG, topology="v5e:2x2", options={"batch": 128}, devices=0, measured=Measured(tmp_path))
+        pod_report(CONFIG, topology="v5e:2x2", options={"batch": 128}, devices=0, compiler=Compiler(tmp_path))
     assert len(compiled) == 4
-    pod_report(CONFIG, topology="v5e:2x2", options={"batch": 64}, devices=0, measured=Measured(tmp_path))
+    pod_report(CONFIG, topology="v5e:2x2", options={"batch": 64}, devices=0, compiler=Compiler(tmp_path))
     assert len(compiled) == 8
     assert not list(tmp_path.rglob("*.part"))
 
 
 def test_sweep_scales_chips_and_tokens(compiled, tmp_path):
-    found = sweep(CONFIG, topology="v5e:4x8", options={"batch": 128}, measured=Measured(tmp_path))
+    found = sweep(CONFIG, topology="v5e:4x8", options={"batch": 128}, compiler=Compiler(tmp_path))
     assert [(count, pod) for count, pod, _ in found["chips"]] == [(8, "v5e:2x4"), (16, "v5e:4x4"), (32, "v5e:4x8")]
     assert all(o["batch"] == 128 for o, _, devices in compiled if devices == 0)
     castling = found["tokens"]["inference"]["castling"]
@@ -131,7 +131,7 @@ def test_a_configuration_is_compiled_for_a_pod(tmp_path):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, the TPU compiler, is not installed")
     options = {"config": CONFIG, "form": "train", "batch": 32, "mesh": "data:2,fsdp:2"}
-    figures = with_step(Measured(tmp_path)("recipe", options, topology="v5e:2x2", devices=0))
+    figures = with_step(Compiler(tmp_path)("recipe", options, topology="v5e:2x2", devices=0))
     assert figures["facts"]["images"] == 128
     assert figures["incomplete"] == []
     held = figures["held_MB"]
