@@ -1,0 +1,98 @@
+"""Whether the loader keeps up with a configuration's training step on this machine.
+
+    python -m castling_jax.tools.feeding --config=configs/fashion_mnist.py [--batches=100] [--repeats=5]
+
+reads batches, makes steps of one batch that is there already, and does both as training does, in turns; and prints the
+images a second of each. Where reading is faster than the step the loader keeps up, but for what the two take from each
+other of the same cores.
+"""
+
+import argparse
+import sys
+
+import jax
+
+from castling_jax.data.loader import training_batches
+from castling_jax.models.registry import create_model
+from castling_jax.models.variables import get_variables
+from castling_jax.ops.errors import InputError
+from castling_jax.tools.timing import interleaved_seconds, spread
+from castling_jax.training.config import load_config
+from castling_jax.training.setup import set_up
+from castling_jax.training.sharding import process_rows, shard_batch
+from castling_jax.training.state import create_state
+
+THRESHOLD = 0.02  # one at which both attentions are computed
+
+
+def rates(config_name: str, *, batches: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Images a second: min, median and max over the repeats, of "reading", "steps" and "both".
+
+    Args:
+      config_name: FILE.py or FILE.py:ARGUMENT.
+      batches: in each repeat; more than the loader reads ahead.
+      repeats: of each.
+
+    Raises:
+      InputError: the configuration is wrong, or its data set is not here.
+    """
+    made = set_up(load_config(config_name))
+    config, size = made.config, made.config.train.batch_size
+    stream = training_batches(
+        made.train_set,
+        batch_size=size,
+        seed=config.seed,
+        transform=made.train_transform,
+        repeats=config.augment.repeats,
+        rows=process_rows(size, made.mesh),
+        workers=config.dataset.workers,
+        max_corrupt_share=config.dataset.max_corrupt_share,
+    )
+    variables = get_variables(create_model(**made.model.spec.arguments()))
+    state = create_state(variables, made.optimizer, config.seed, ema=bool(made.state.ema))
+    state = jax.device_put(state, made.shardings)
+    held = shard_batch(next(stream), made.mesh, batch_size=size)
+
+    def read() -> None:
+        for _ in range(batches):
+            next(stream)
+
+    def step() -> jax.Array:
+        nonlocal state
+        for _ in range(batches):
+            state, metrics = made.train_step(state, held, THRESHOLD)
+        return metrics["loss"]
+
+    def both() -> jax.Array:
+        nonlocal state
+        for _ in range(batches):
+            batch = shard_batch(next(stream), made.mesh, batch_size=size)
+            state, metrics = made.train_step(state, batch, THRESHOLD)
+        return metrics["loss"]
+
+    with jax.set_mesh(made.mesh):
+        seconds = interleaved_seconds({"reading": read, "steps": step, "both": both}, repeats=repeats)
+    return {name: spread([batches * size / value for value in values]) for name, values in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/fashion_mnist.py", help="default %(default)s")
+    parser.add_argument("--batches", type=int, default=100, help="in each repeat; default %(default)s")
+    parser.add_argument("--repeats", type=int, default=5, help="of each; default %(default)s")
+    options = parser.parse_args()
+    try:
+        for name in ("batches", "repeats"):
+            if getattr(options, name) < 1:
+                raise InputError(f"--{name} must be at least 1, not {getattr(options, name)}.")
+        print(f"{options.config}: images/s, least / median / greatest of {options.repeats}", flush=True)
+        found = rates(options.config, batches=options.batches, repeats=options.repeats)
+    except InputError as error:
+        sys.exit(f"feeding: {error}")
+    for name, figures in found.items():
+        print(f"  {name:8}  {figures['min']:9,.0f} / {figures['median']:9,.0f} / {figures['max']:9,.0f}")
+    print(f"  reading is {found['reading']['median'] / found['steps']['median']:.2f} times as fast as the steps.")
+
+
+if __name__ == "__main__":
+    main()
