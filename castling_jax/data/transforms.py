@@ -264,9 +264,8 @@ def _crop(image: Any, box: Box, size: tuple[int, int]) -> PillowImage.Image | Im
     corners = (left, top, left + width, top + height)
     channels = [PillowImage.fromarray(np.ascontiguousarray(image[..., channel], np.float32)) for channel in range(3)]
     resized = [channel.resize(size[::-1], PillowImage.Resampling.BICUBIC, corners) for channel in channels]
-    return np.stack([np.asarray(channel) for channel in resized], -1).clip(
-        0, 1
-    )  # as 8 bits are clipped where the filter overshoots
+    # As 8 bits are clipped where the filter overshoots.
+    return np.stack([np.asarray(channel) for channel in resized], -1).clip(0, 1)
 
 
 def _as_floats(image: PillowImage.Image | Image) -> Image:

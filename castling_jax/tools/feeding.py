@@ -12,15 +12,11 @@ import sys
 
 import jax
 
-from castling_jax.data.loader import training_batches
-from castling_jax.models.registry import create_model
-from castling_jax.models.variables import get_variables
 from castling_jax.ops.errors import InputError
 from castling_jax.tools.timing import interleaved_seconds, spread
 from castling_jax.training.config import load_config
-from castling_jax.training.setup import set_up
-from castling_jax.training.sharding import process_rows, shard_batch
-from castling_jax.training.state import create_state
+from castling_jax.training.setup import configured_batches, first_state, first_variables, set_up
+from castling_jax.training.sharding import shard_batch
 
 THRESHOLD = 0.02  # one at which both attentions are computed
 
@@ -37,20 +33,9 @@ def rates(config_name: str, *, batches: int, repeats: int) -> dict[str, dict[str
       InputError: the configuration is wrong, or its data set is not here.
     """
     made = set_up(load_config(config_name))
-    config, size = made.config, made.config.train.batch_size
-    stream = training_batches(
-        made.train_set,
-        batch_size=size,
-        seed=config.seed,
-        transform=made.train_transform,
-        repeats=config.augment.repeats,
-        rows=process_rows(size, made.mesh),
-        workers=config.dataset.workers,
-        max_corrupt_share=config.dataset.max_corrupt_share,
-    )
-    variables = get_variables(create_model(**made.model.spec.arguments()))
-    state = create_state(variables, made.optimizer, config.seed, ema=bool(made.state.ema))
-    state = jax.device_put(state, made.shardings)
+    size = made.config.train.batch_size
+    stream = configured_batches(made)
+    state = first_state(made, first_variables(made))
     held = shard_batch(next(stream), made.mesh, batch_size=size)
 
     def read() -> None:

@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import inspect
-import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,6 @@ from castling_jax.training.schedules import learning_rate_schedule
 from castling_jax.training.setup import set_up
 from castling_jax.training.sharding import (
     AXES,
-    BATCH_AXES,
     batch_shapes,
     check_batch,
     check_heads,
@@ -249,19 +247,17 @@ def recipe(
     if settings.distillation.kind is not None:
         settings.distillation.kind = None
         notes.append("the teacher and its forward pass: a compile report reads no weights")
-    placed = make_mesh(settings.mesh, devices)
-    shards = math.prod(placed.shape[axis] for axis in BATCH_AXES)
     if batch is not None:
         settings.train.batch_size = batch * len(devices)
-    settings.evaluation.batch_size = shards  # which is not compiled
+    settings.evaluation.batch_size = settings.train.batch_size  # which is not compiled
     datasets, assumed = _datasets(settings)
     made = set_up(settings, devices, datasets)
-    spec, images = made.model.spec, settings.train.batch_size
+    spec, images, placed = made.model.spec, settings.train.batch_size, made.mesh
     shapes = batch_shapes(images, spec.image_size, placed)
     facts = {
         **{"model": spec.name, "attention": spec.attention, "image_size": spec.image_size, "form": form},
         **{"mesh": dict(placed.shape), "images": images, "images_per_device": images / len(devices)},
-        **{"steps": made.total_steps, "not_counted": notes, "assumed": assumed},
+        **{"not_counted": notes, "assumed": assumed},
     }
     if form == "train":
         state = with_shardings(made.state, made.shardings)
@@ -286,12 +282,14 @@ def recipe(
     return Case(function, (variables, shapes["image"]), {}, placed, held, facts | {"macs": count_macs(model)})
 
 
-def _datasets(config: ConfigDict) -> tuple[tuple[Dataset, Dataset] | None, list[str]]:
-    """Stand-ins for a configuration's data sets where they are not here, and a sentence that says so."""
+def _datasets(config: ConfigDict) -> tuple[tuple[Dataset, Dataset], list[str]]:
+    """A configuration's data sets; stand-ins where they are not here, and a sentence that says so."""
     data = config.dataset
     try:
-        load_dataset(data.name, data.train_split, data_dir=data.data_dir)
-        return None, []
+        train_set, eval_set = (
+            load_dataset(data.name, split, data_dir=data.data_dir) for split in (data.train_split, data.eval_split)
+        )
+        return (train_set, eval_set), []
     except InputError:
         if data.name not in PUBLISHED_SIZES:
             raise

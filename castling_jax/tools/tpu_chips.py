@@ -12,6 +12,8 @@ is made of whole cubes of 4 x 4 x 4 chips.
 
 import dataclasses
 
+from castling_jax.ops.errors import check_known
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -44,3 +46,14 @@ CHIPS = {
     "v5p": Chip(1.75, 95, 2765, 459, 100, ring=4, pods=CUBES),
     "v6e": Chip(1.75, 32, 1640, 918, 100, ring=16, pods=FLAT),
 }
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip that a topology such as "v5e:2x2" is made of.
+
+    Raises:
+      InputError: it is unknown.
+    """
+    name = topology.split(":")[0]
+    check_known("chip", name, CHIPS)
+    return CHIPS[name]

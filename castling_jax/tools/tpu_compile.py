@@ -136,7 +136,8 @@ def compile_case(*, what: str, options: dict[str, Any], topology: str, devices: 
       InputError: there is no such topology, or so many devices; and what `load_case` raises.
       DoesNotFitError: the program does not fit the devices' memory.
     """
-    case, traced = _trace(what, options, _devices(topology, devices))
+    chosen = _devices(topology, devices)
+    case, traced = _trace(what, options, chosen)
     try:
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -157,7 +158,7 @@ def compile_case(*, what: str, options: dict[str, Any], topology: str, devices: 
         traffic_bytes=(compiled.cost_analysis() or {}).get("bytes accessed"),
         held={kind: sum(map(_device_bytes, jax.tree.leaves(tree))) for kind, tree in case.held.items()},
         facts=dict(case.facts),
-        devices=[list(device.coords) for device in _mesh_devices(case, topology, devices)],
+        devices=[list(device.coords) for device in (chosen if case.mesh is None else case.mesh.devices.flat)],
     )
 
 
@@ -188,10 +189,6 @@ def _trace(what: str, options: dict[str, Any], devices: list[Any]) -> tuple[Case
     # A topology's devices hold no arrays, so that jax.set_mesh refuses them.
     with contextlib.nullcontext() if case.mesh is None else use_abstract_mesh(case.mesh.abstract_mesh):
         return case, jax.jit(case.function, **case.jit_options).trace(*arguments)
-
-
-def _mesh_devices(case: Case, topology: str, devices: int) -> list[Any]:
-    return _devices(topology, devices) if case.mesh is None else list(case.mesh.devices.flat)
 
 
 def _device_bytes(leaf: Any) -> int:

@@ -5,8 +5,7 @@ from collections import defaultdict
 from typing import Any
 
 from castling_jax.models.macs import OTHER, PARTS
-from castling_jax.ops.errors import check_known
-from castling_jax.tools.tpu_chips import CHIPS, Chip
+from castling_jax.tools.tpu_chips import Chip, chip_of
 from castling_jax.tools.tpu_compile import Compiled, compile_apart
 from castling_jax.tools.tpu_dump import read_program
 from castling_jax.tools.tpu_estimate import Estimator, Kernel, Row
@@ -32,10 +31,9 @@ def report(what: str, options: dict[str, Any], *, topology: str, devices: int) -
       InputError: libtpu is missing, or any of the arguments is wrong.
       DoesNotFitError: the program needs more memory than a device has.
     """
-    chip = topology.split(":")[0]
-    check_known("chip", chip, CHIPS)
+    chip = chip_of(topology)
     request = {"what": what, "options": options, "topology": topology, "devices": devices}
-    return {"topology": topology} | summarize(compile_apart(request), CHIPS[chip])
+    return {"topology": topology} | summarize(compile_apart(request), chip)
 
 
 def summarize(compiled: Compiled, chip: Chip) -> dict[str, Any]:

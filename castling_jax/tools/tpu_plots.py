@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from castling_jax.tools.tpu_chips import CHIPS
+from castling_jax.tools.tpu_chips import chip_of
 from castling_jax.tools.tpu_pod import HONEST, Figures
 
 LINKS = "links"
@@ -17,7 +17,7 @@ LINKS = "links"
 
 def draw_pod(found: Figures, file: Path) -> None:
     """Draws what is held in HBM, where time goes, what is sent, and the roofline, of all programs of a report."""
-    chip = CHIPS[found["topology"].split(":")[0]]
+    chip = chip_of(found["topology"])
     programs = {
         f"{attention},\n{'training' if form == 'train' else form}": figures
         for form, row in found["programs"].items()

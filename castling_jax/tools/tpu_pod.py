@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from castling_jax.models.attention import FORMS
-from castling_jax.ops.errors import InputError, check_known
-from castling_jax.tools.tpu_chips import CHIPS
+from castling_jax.ops.errors import InputError
+from castling_jax.tools.tpu_chips import chip_of
 from castling_jax.tools.tpu_compile import DoesNotFitError
 from castling_jax.tools.tpu_figures import report
 from castling_jax.training.config import load_config
@@ -98,8 +98,7 @@ def pod_report(config: str, *, topology: str, options: dict[str, Any], devices: 
     Raises:
       InputError: the configuration, the topology or an option is wrong.
     """
-    chip = topology.split(":")[0]
-    check_known("chip", chip, CHIPS)
+    chip_of(topology)  # or refuses it, before anything is compiled
     attentions = dict.fromkeys((load_config(config).model.attention, "softmax"))
     programs: dict[str, dict[str, Figures]] = {form: {} for form in reversed(FORMS)}
     for form, row in programs.items():
@@ -118,7 +117,7 @@ def with_step(figures: Figures) -> Figures:
       as a share of what the chip could do in step_ms; roofline: flops of a chip, compute_ms that they take at its
       peak, hbm_ms that reading and writing takes; besides all that the figures have.
     """
-    chip = CHIPS[figures["topology"].split(":")[0]]
+    chip = chip_of(figures["topology"])
     facts = figures["facts"]
     per_mac = FLOPS_PER_MAC if facts["form"] == "train" else 2
     flops = per_mac * facts["macs"] * facts["images_per_device"]
@@ -140,7 +139,7 @@ def with_step(figures: Figures) -> Figures:
 
 def describe_pod(found: Figures, top: int) -> str:
     """The report for a person, with so many of each program's dearest operations."""
-    chip = CHIPS[found["topology"].split(":")[0]]
+    chip = chip_of(found["topology"])
     lines = [f"{found['config']} on {found['topology']}: {HONEST}."]
     for form, row in found["programs"].items():
         lines += ["", "TRAINING STEP" if form == "train" else "INFERENCE"]
@@ -254,12 +253,11 @@ def sweep(config: str, *, topology: str, options: dict[str, Any], compiler: Comp
     Raises:
       InputError: the configuration, the topology or an option is wrong.
     """
-    chip = topology.split(":")[0]
-    check_known("chip", chip, CHIPS)
-    sides = topology.split(":")[1]
+    pods = chip_of(topology).pods
+    chip, _, sides = topology.partition(":")
     attentions = dict.fromkeys((load_config(config).model.attention, "softmax"))
     chips = []
-    for pod in CHIPS[chip].pods:
+    for pod in pods:
         asked = {"config": config, "form": "train", "attention": next(iter(attentions))} | options
         figures = compiler("recipe", asked, topology=f"{chip}:{pod}", devices=0)
         if "does_not_fit" in figures:
@@ -278,7 +276,7 @@ def sweep(config: str, *, topology: str, options: dict[str, Any], compiler: Comp
                     **{"config": config, "form": form, "attention": attention, "image_size": pixels},
                     **{"batch": batch, "mesh": "data:1", "remat": pixels > TOKEN_SIZES[0]},
                 }
-                figures = compiler("recipe", asked, topology=f"{chip}:{CHIPS[chip].pods[0]}", devices=1)
+                figures = compiler("recipe", asked, topology=f"{chip}:{pods[0]}", devices=1)
                 series.append((count, batch, None if "does_not_fit" in figures else with_step(figures)))
     return {"config": config, "topology": topology, "chips": chips, "tokens": tokens}
 

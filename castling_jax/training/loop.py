@@ -10,27 +10,22 @@ from typing import Any
 
 import jax
 import jax.profiler
-import numpy as np
 from etils import epath
-from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from castling_jax.convert.files import absolute, copy_folder, is_remote, save_inference, write_atomically
-from castling_jax.data.loader import training_batches
 from castling_jax.models.macs import count_macs
-from castling_jax.models.registry import abstract_model, create_model
-from castling_jax.models.variables import Variables, get_variables
+from castling_jax.models.registry import abstract_model
 from castling_jax.ops.errors import InputError
 from castling_jax.training.checkpoints import CHECKPOINTS, Checkpoints, Progress, checkpoint_steps
-from castling_jax.training.config import CONFIG_FILE, check_same_run, model_arguments
+from castling_jax.training.config import CONFIG_FILE, check_same_run
 from castling_jax.training.evaluate import configured_evaluator
 from castling_jax.training.metrics import MetricsWriter
 from castling_jax.training.preemption import Preempted, PreemptionWatch
-from castling_jax.training.restore import initial_variables
-from castling_jax.training.setup import Setup, set_up
-from castling_jax.training.sharding import place, process_rows, shard_batch, to_host, with_shardings
-from castling_jax.training.state import TrainState, create_state, parameter_table, parameters_sha256
+from castling_jax.training.setup import Setup, configured_batches, first_state, first_variables, set_up
+from castling_jax.training.sharding import shard_batch, to_host, with_shardings
+from castling_jax.training.state import TrainState, parameter_table, parameters_sha256
 from castling_jax.training.throughput import Meter, peak_flops
 
 PARAMETERS_FILE = "parameters.txt"
@@ -64,7 +59,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None 
     if (workdir / CONFIG_FILE).exists():
         check_same_run(config, workdir / CONFIG_FILE)
     folder = absolute(workdir / CHECKPOINTS)
-    variables = {} if checkpoint_steps(folder) else _first_variables(setup)  # a run that goes on has its own
+    variables = {} if checkpoint_steps(folder) else first_variables(setup)  # a run that goes on has its own
     is_writer = jax.process_index() == 0
     if is_writer:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -76,7 +71,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None 
         # 2. The state; 3. its place in an earlier, interrupted run of the same configuration.
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, keep=config.checkpoint.keep)))
         restored = checkpoints.restore(with_shardings(setup.state, setup.shardings))
-        state, progress = restored or (_first_state(setup, variables), Progress(0.0))
+        state, progress = restored or (first_state(setup, variables), Progress(0.0))
         first_step = int(state.step)
         metrics = None
         if is_writer:
@@ -110,27 +105,6 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None 
     }
 
 
-def _first_variables(setup: Setup) -> Variables:
-    """numpy arrays, drawn or read."""
-    config = setup.config
-    if config.init_from:
-        variables = initial_variables(epath.Path(config.init_from), setup.model, reset_head=config.reset_head)
-    else:
-        arguments = model_arguments(config) | {"num_classes": setup.train_set.num_classes}
-        variables = get_variables(create_model(rngs=nnx.Rngs(config.seed), **arguments))
-    return jax.tree.map(np.asarray, variables)
-
-
-def _first_state(setup: Setup, variables: Variables) -> TrainState:
-    where = {"params": setup.shardings.params, "batch_stats": setup.shardings.batch_stats}
-    placed = place(variables, {name: where[name] for name in variables})
-    create = jax.jit(
-        lambda variables: create_state(variables, setup.optimizer, setup.config.seed, ema=bool(setup.state.ema)),
-        out_shardings=setup.shardings,
-    )
-    return create(placed)
-
-
 def _loop(
     setup: Setup,
     state: TrainState,
@@ -144,17 +118,7 @@ def _loop(
     """4. The steps from the state's own to the last: the state, the last evaluation's figures, and the seconds."""
     config, total_steps = setup.config, setup.total_steps
     step = first_step = int(state.step)
-    batches = training_batches(
-        setup.train_set,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        transform=setup.train_transform,
-        repeats=config.augment.repeats,
-        first_step=step,
-        rows=process_rows(config.train.batch_size, setup.mesh),
-        workers=config.dataset.workers,
-        max_corrupt_share=config.dataset.max_corrupt_share,
-    )
+    batches = configured_batches(setup, first_step=step)
     evaluate = configured_evaluator(config, setup.model, setup.eval_set, setup.mesh)
     peak = peak_flops()
     macs = (0, 0) if peak is None else _macs(setup)  # which takes two traces of the model, for this share alone

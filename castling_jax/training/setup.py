@@ -1,27 +1,37 @@
-"""All that a configuration describes, built and checked before anything is computed or written."""
+"""All that a configuration describes, built and checked before anything is computed or written; and a run's start."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from etils import epath
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from castling_jax.data.loader import TrainTransform
+from castling_jax.data.loader import Batch, TrainTransform, training_batches
 from castling_jax.data.sources import Dataset, load_dataset
 from castling_jax.data.transforms import train_transform
 from castling_jax.models.backbone import Backbone
-from castling_jax.models.registry import abstract_model
-from castling_jax.models.variables import get_variables
+from castling_jax.models.registry import abstract_model, create_model
+from castling_jax.models.variables import Variables, get_variables
 from castling_jax.ops.errors import InputError
 from castling_jax.training.config import check_config, image_options, mixing_options, model_arguments
 from castling_jax.training.optimizers import make_optimizer
-from castling_jax.training.restore import read_teacher
+from castling_jax.training.restore import initial_variables, read_teacher
 from castling_jax.training.schedules import learning_rate_schedule, mask_threshold_schedule
-from castling_jax.training.sharding import check_batch, check_heads, make_mesh, place, state_shardings, whole_over_fsdp
+from castling_jax.training.sharding import (
+    check_batch,
+    check_heads,
+    make_mesh,
+    place,
+    process_rows,
+    state_shardings,
+    whole_over_fsdp,
+)
 from castling_jax.training.state import TrainState, create_state
 from castling_jax.training.step import Teacher, make_train_step
 
@@ -132,6 +142,44 @@ def set_up(
         shardings=shardings,
         train_step=train_step,
     )
+
+
+def configured_batches(setup: Setup, *, first_step: int = 0) -> Iterator[Batch]:
+    """The endless stream of batches to learn from: this process's rows of each, from a step on."""
+    config = setup.config
+    return training_batches(
+        setup.train_set,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        transform=setup.train_transform,
+        repeats=config.augment.repeats,
+        first_step=first_step,
+        rows=process_rows(config.train.batch_size, setup.mesh),
+        workers=config.dataset.workers,
+        max_corrupt_share=config.dataset.max_corrupt_share,
+    )
+
+
+def first_variables(setup: Setup) -> Variables:
+    """Where a new run starts: numpy arrays, drawn or read."""
+    config = setup.config
+    if config.init_from:
+        variables = initial_variables(epath.Path(config.init_from), setup.model, reset_head=config.reset_head)
+    else:
+        arguments = model_arguments(config) | {"num_classes": setup.train_set.num_classes}
+        variables = get_variables(create_model(rngs=nnx.Rngs(config.seed), **arguments))
+    return jax.tree.map(np.asarray, variables)
+
+
+def first_state(setup: Setup, variables: Variables) -> TrainState:
+    """The state of a new run, on its mesh."""
+    where = {"params": setup.shardings.params, "batch_stats": setup.shardings.batch_stats}
+    placed = place(variables, {name: where[name] for name in variables})
+    create = jax.jit(
+        lambda variables: create_state(variables, setup.optimizer, setup.config.seed, ema=bool(setup.state.ema)),
+        out_shardings=setup.shardings,
+    )
+    return create(placed)
 
 
 def _teacher(config: ConfigDict, student: Backbone, mesh: Mesh) -> Teacher | None:

@@ -7,8 +7,6 @@ source "$(dirname "$0")/common.sh"
 bucket
 MODEL=${MODEL:-deit_base_patch16_224.fb_in1k}
 WEIGHTS=$BUCKET/weights/$MODEL.safetensors
-dry=()
-[ "$DRY" = 0 ] || dry=(--dry-run)
 
 run curl --location --fail --output "/tmp/$MODEL.safetensors" \
     "https://huggingface.co/timm/$MODEL/resolve/main/model.safetensors"

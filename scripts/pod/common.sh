@@ -26,6 +26,7 @@ CODE=castling_jax       # the clone, in every worker's home
 MOUNT=/mnt/castling     # where every worker sees BUCKET: ArrayRecord files are read from a disk
 
 DRY=0
+dry=()  # the flag, for steps that are made of others
 if [ "${1:-}" = --help ]; then
     sed -n '2,/^source/s/^# \{0,1\}//p' "$SCRIPT"
     echo "Settings, from the environment:"
@@ -33,6 +34,7 @@ if [ "${1:-}" = --help ]; then
     exit
 elif [ "${1:-}" = --dry-run ]; then
     DRY=1
+    dry=(--dry-run)
     shift
 fi
 
@@ -70,6 +72,4 @@ everywhere() {
     done
 }
 
-state() {
-    gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format="value(state.state)"
-}
+describe=(gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" "--format=value(state.state)")

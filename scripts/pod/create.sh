@@ -7,10 +7,10 @@ named=(--node-id="$NAME")
 [ "$SPOT" = 0 ] || named+=(--spot)
 run gcloud compute tpus queued-resources create "$NAME" --zone="$ZONE" \
     --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "${named[@]}"
-run gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" "--format=value(state.state)"
+run "${describe[@]}"
 [ "$DRY" = 1 ] && exit
-until [ "$(state)" = ACTIVE ]; do
-    case "$(state)" in
+until state=$("${describe[@]}") && [ "$state" = ACTIVE ]; do
+    case "$state" in
         FAILED | SUSPENDED) echo "The request has failed: delete.sh removes it." >&2 && exit 1 ;;
     esac
     sleep 30

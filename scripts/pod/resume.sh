@@ -4,8 +4,6 @@
 source "$(dirname "$0")/common.sh"
 bucket
 here=scripts/pod
-dry=()
-[ "$DRY" = 0 ] || dry=(--dry-run)
 
 again() {
     "$here/delete.sh" "${dry[@]}"
@@ -20,6 +18,6 @@ if [ "$DRY" = 1 ]; then
     exit
 fi
 until gcloud storage ls "$BUCKET/runs/$RUN/summary.json" > /dev/null 2>&1; do
-    [ "$(state 2> /dev/null)" = ACTIVE ] || again "$@"
+    [ "$("${describe[@]}" 2> /dev/null)" = ACTIVE ] || again "$@"
     sleep 60
 done

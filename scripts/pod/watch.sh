@@ -4,5 +4,5 @@ source "$(dirname "$0")/common.sh"
 bucket
 
 echo "# in another terminal: tensorboard --logdir=$BUCKET/runs/$RUN"
-run gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" "--format=value(state.state)"
+run "${describe[@]}"
 run gcloud compute tpus tpu-vm ssh "$(nodes | head -n 1)" --zone="$ZONE" --worker=0 --command="tail -n 50 -F ~/train.log"
