@@ -74,12 +74,25 @@ def filled(config):
     return config
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "argument"), ALL)
-def test_the_step_of_every_configuration_is_lowered(name, argument):
+def set_up_without_teacher(name, argument):
     config = load(name, argument)
     config.distillation.kind = None  # whose teacher would have to be there
-    made = set_up(config, datasets=datasets(config))
+    return config, set_up(config, datasets=datasets(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "argument"), ALL)
+def test_every_configuration_is_set_up(name, argument):
+    config, made = set_up_without_teacher(name, argument)
+    assert made.model.spec.num_classes == datasets(config)[0].num_classes
+    assert jax.tree.structure(made.state) == jax.tree.structure(made.shardings)
+
+
+# A variant's program is that of the family's first, of other sizes.
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "argument"), [one for one in ALL if one[1] in arguments_of(one[0])[: len(TRAINED)]])
+def test_the_step_of_each_kind_is_lowered(name, argument):
+    config, made = set_up_without_teacher(name, argument)
     batch = batch_shapes(config.train.batch_size, made.model.spec.image_size, made.mesh)
     threshold = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(made.mesh))
     with jax.set_mesh(made.mesh):
@@ -88,8 +101,9 @@ def test_the_step_of_every_configuration_is_lowered(name, argument):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", TRAINED)
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize(
+    ("family", "attention"), [*((family, "castling") for family in SMALL), *(("deit", other) for other in TRAINED[1:])]
+)
 def test_a_reduced_step_of_each_recipe_runs(family, attention):
     config = load(family, f"{next(iter(module_of(family).VARIANTS))},{attention}")
     config.model.update(SMALL[family])

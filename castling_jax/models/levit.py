@@ -159,7 +159,11 @@ class LevitAttention(nnx.Module):
     def _split(self, layer: LinearNorm, x: Float[Array, "batch tokens channels"], training: bool) -> list[jax.Array]:
         """What a fused layer gives, part by part, [batch, tokens, heads, dim]."""
         edges = np.cumsum([self.num_heads * dim for dim in self.fused_dims])[:-1].tolist()
-        parts = layer.split(x, edges, training=training)
+        if self.attention == "softmax" and layer.bn is not None:
+            # Where no kernel wants arrays of their own, XLA takes parts of one normalised result for less.
+            parts = jnp.split(layer(x, training=training), edges, axis=-1)
+        else:
+            parts = layer.split(x, edges, training=training)
         return [part.reshape(*part.shape[:2], self.num_heads, -1) for part in parts]
 
     def _bias(self, grid: tuple[int, int]) -> Float[Array, "1 heads queries keys"] | None:

@@ -4,7 +4,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from castling_jax.ops.angular import add_linear_angular
 from castling_jax.ops.checks import check_qkv, check_query_values, is_known_empty
-from castling_jax.ops.masked_softmax import Bias, masked_softmax_attention
+from castling_jax.ops.masked_softmax import Bias, masked_softmax_first
 
 
 def castling_attention(
@@ -43,7 +43,7 @@ def castling_attention(
     """
     check_qkv(q, k, v)
     check_query_values(q, v, query_values)
-    auxiliary, density = masked_softmax_attention(
+    auxiliary, density, (q, k, v) = masked_softmax_first(
         q, k, v, mask_threshold=mask_threshold, bias=bias, implementation=implementation
     )
     # Of an empty mask the branch is zero: it is not worth reading.

@@ -77,24 +77,45 @@ def masked_softmax_attention(
       InputError: shapes do not fit or the kernels do not serve them, the threshold is negative or NaN (where it is
         concrete), or a name is unknown.
     """
+    return masked_softmax_first(
+        q, k, v, mask_threshold=mask_threshold, bias=bias, implementation=implementation, hand_on=False
+    )[:2]
+
+
+def masked_softmax_first(
+    q: Float[Array, "batch queries heads key_dim"],
+    k: Float[Array, "batch keys heads key_dim"],
+    v: Float[Array, "batch keys heads value_dim"],
+    *,
+    mask_threshold: ArrayLike,
+    bias: Bias | None,
+    implementation: str,
+    hand_on: bool = True,
+) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""], tuple[Array, Array, Array]]:
+    """`masked_softmax_attention`, and q, k and v for what comes after it.
+
+    What takes these in the place of those given saves passes over their gradients: a kernel adds its own to what comes
+    back by them. With `hand_on` false they are those given.
+    """
     check_implementation(implementation)
     check_qkv(q, k, v)
     if bias is not None:
         check_bias(q, k, bias)
     if is_known_empty(mask_threshold):
-        return jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype), jnp.zeros((), jnp.float32)
+        return jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype), jnp.zeros((), jnp.float32), (q, k, v)
     if implementation == "xla":
         return _plain(q, k, v, mask_threshold, bias)
     from castling_jax.ops.tpu import attention as kernels  # Pallas takes a while to import
 
     otherwise = _plain if implementation == "auto" else None
-    return kernels.masked_softmax_attention(q, k, v, mask_threshold, bias, otherwise=otherwise)
+    return kernels.masked_softmax_attention(q, k, v, mask_threshold, bias, hand_on=hand_on, otherwise=otherwise)
 
 
 @jax.named_scope("masked_softmax")
 def _plain(
     q: jax.Array, k: jax.Array, v: jax.Array, mask_threshold: ArrayLike, bias: Bias | None
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    given = q, k, v
     wide = jnp.promote_types(v.dtype, jnp.float32)
     # Heads go beside the batch at once, and the queries are scaled rather than the scores: both spare a CPU passes.
     q, k, v_wide = (jnp.swapaxes(x, 1, 2).astype(wide) for x in (q, k, v))
@@ -109,4 +130,4 @@ def _plain(
     out = jnp.einsum("bhqk,bhkd->bhqd", jnp.where(kept, weights, 0), v_wide)
     # A float: the batch of a pod has more weights than an int32 counts.
     density = jnp.sum(kept, dtype=jnp.float32) / float(kept.size)
-    return jnp.swapaxes(out, 1, 2).astype(v.dtype), density
+    return jnp.swapaxes(out, 1, 2).astype(v.dtype), density, given

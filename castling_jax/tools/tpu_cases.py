@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from castling_jax.data.sources import Dataset, Unread, load_dataset
 from castling_jax.models.attention import ATTENTIONS, FORMS, attend
+from castling_jax.models.layers import add_bias
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import apply, get_variables
@@ -155,14 +156,17 @@ def layer(
 
 def _run_layer(weights, x, threshold, *, attention: str, form: str, implementation: str) -> jax.Array:
     def project(x, name):
-        return x @ weights[name]["kernel"] + weights[name]["bias"]
+        return x @ weights[name]["kernel"]
 
-    q, k, v = (project(x, name).reshape(*x.shape[:2], HEADS, CHANNELS // HEADS) for name in "qkv")
+    q, k, v = (
+        add_bias(project(x, name), weights[name]["bias"]).reshape(*x.shape[:2], HEADS, CHANNELS // HEADS)
+        for name in "qkv"
+    )
     taps = weights["token_kernel"]
     out, _ = attend(
         q, k, v, taps, attention=attention, form=form, mask_threshold=threshold, implementation=implementation
     )
-    return project(out.reshape(x.shape), "proj")
+    return project(out.reshape(x.shape), "proj") + weights["proj"]["bias"]
 
 
 def model(

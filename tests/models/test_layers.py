@@ -15,6 +15,7 @@ from castling_jax.models.layers import (
     Mlp,
     NormLinear,
     PatchEmbed,
+    add_bias,
     draw_drop_path,
     drop_path,
     layer_norm,
@@ -197,3 +198,39 @@ def test_norms_of_heads_are_the_same_by_products_as_by_reductions(monkeypatch, h
     bound = 16 * 8 * float(jnp.finfo(dtype).eps)  # of numbers up to 8
     np.testing.assert_allclose(np.asarray(on_tpu, float), np.asarray(expected, float), rtol=0, atol=bound)
     np.testing.assert_allclose(np.asarray(gradient_on_tpu, float), np.asarray(gradient, float), rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 5)])
+def test_a_biass_gradient_is_the_sum_over_tokens_in_either_way(monkeypatch, lead, dtype):
+    rng = np.random.default_rng(0)
+    x, cotangent = (jnp.asarray(rng.normal(size=(*lead, 6)), dtype) for _ in range(2))
+    bias = jnp.asarray(rng.normal(size=6), dtype)
+    expected = np.asarray(cotangent, np.float64).sum(tuple(range(len(lead))))
+    # Ten numbers, and the rounding of the result.
+    bound = 16 * float(jnp.finfo(dtype).eps)
+    for on_tpu in (False, True):
+        if on_tpu:
+            monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, tpu, default: tpu(*arguments))
+        out, backward = jax.vjp(add_bias, x, bias)
+        np.testing.assert_array_equal(out, x + bias)
+        d_x, d_bias = backward(cotangent)
+        np.testing.assert_array_equal(d_x, cotangent)
+        chex.assert_type(d_bias, dtype)
+        np.testing.assert_allclose(np.asarray(d_bias, np.float64), expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_of_parts_is_flaxs_of_the_whole(training):
+    norm, whole = (BatchNorm(9, param_dtype=jnp.float32, rngs=nnx.Rngs(0)) for _ in range(2))
+    for one in (norm, whole):
+        one.scale[...], one.bias[...] = jnp.linspace(-1, 2, 9), jnp.linspace(0, 1, 9)
+        one.mean[...], one.var[...] = jnp.linspace(0, 3, 9), jnp.linspace(1, 2, 9)
+    x = jnp.asarray(np.random.default_rng(0).normal(1.0, 2.0, (4, 5, 9)), jnp.float32)
+    parts = norm.normalize_parts(jnp.split(x, [2, 7], axis=2), training)
+    expected = nnx.BatchNorm.__call__(whole, x, use_running_average=not training)
+    assert [part.shape[2] for part in parts] == [2, 5, 2]
+    # Of numbers up to 6; the orders of products differ.
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=2), expected, rtol=0, atol=6e-6)
+    np.testing.assert_allclose(norm.mean[...], whole.mean[...], rtol=1e-6)
+    np.testing.assert_allclose(norm.var[...], whole.var[...], rtol=1e-6)

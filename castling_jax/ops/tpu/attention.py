@@ -77,9 +77,10 @@ def masked_softmax_attention(
     mask_threshold: ArrayLike,
     bias: Bias | None,
     *,
+    hand_on: bool,
     otherwise: Callable[..., Any] | None,
-) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""]]:
-    """The masked softmax branch, fused, and its mask density.
+) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""], tuple[Array, Array, Array]]:
+    """The masked softmax branch, fused, its mask density, and q, k and v.
 
     A bias in two factors is never expanded: the factors stand beside the queries, and beside the keys ones where a key
     lies in that row or column, so that the product of the two adds the bias.
@@ -90,6 +91,7 @@ def masked_softmax_attention(
       v: values.
       mask_threshold: a scalar.
       bias: dense, or two factors.
+      hand_on: that q, k and v are gone on with as returned, not as given: the kernel then adds their gradients.
       otherwise: as in `linear_angular_attention`.
 
     Raises:
@@ -108,25 +110,34 @@ def masked_softmax_attention(
     names = () if mesh is None else mesh[2]
 
     def run(q, k, v, threshold, bias, *, interpret):
+        given = [q, k, v]
+        handed_on: tuple[int, ...] = (0, 1, 2) if hand_on else ()
         scale = 1 / math.sqrt(q.shape[3])
         if isinstance(bias, tuple | list):
             q, k = _with_factors(q, k, bias, scale)
             scale, bias = 1.0, None
+            handed_on = (2,) if hand_on else ()  # queries and keys are others
         elif bias is not None:
             bias = jnp.swapaxes(bias, 2, 3)
-        whole = masked_softmax.needed_bytes(q, k, v, bias) <= fast_memory_bytes()
-        kernel = masked_softmax if whole else masked_softmax_blocks
-        flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
-        out, kept = kernel.masked_softmax(*flat, threshold.reshape(1, 1), bias, q.shape[2], scale, interpret)
+        arguments = *(x.reshape(*x.shape[:2], -1) for x in (q, k, v)), threshold.reshape(1, 1), bias
+        static = q.shape[2], scale, interpret
+        if masked_softmax.needed_bytes(q, k, v, bias) <= fast_memory_bytes():
+            out, kept, *on = masked_softmax.masked_softmax(*arguments, *static, handed_on)
+            for which, x in zip(handed_on, on, strict=True):
+                given[which] = x.reshape(given[which].shape)
+        else:
+            out, kept = masked_softmax_blocks.masked_softmax(*arguments, *static)
         kept = kept.sum()
-        return out.reshape(*q.shape[:3], v.shape[3]), (jax.lax.psum(kept, names) if names else kept) / size
+        density = (jax.lax.psum(kept, names) if names else kept) / size
+        return out.reshape(*q.shape[:3], v.shape[3]), density, tuple(given)
 
     if mesh is not None:
         tokens = mesh[0]
         biases = jax.tree.map(
             lambda factor: PartitionSpec(None if factor.shape[0] == 1 else tokens[0], tokens[2]), bias
         )
-        run = _over_mesh(run, (tokens, tokens, tokens, PartitionSpec(), biases), (tokens, PartitionSpec()))
+        out_specs = tokens, PartitionSpec(), (tokens, tokens, tokens)
+        run = _over_mesh(run, (tokens, tokens, tokens, PartitionSpec(), biases), out_specs)
     return _on_platform(run, q, k, v, threshold, bias, otherwise=otherwise)
 
 

@@ -75,6 +75,19 @@ class Heads:
         width = self.group * self.value_dim
         return slice(group * width, (group + 1) * width)
 
+    def windows(self, *dims: int) -> list[tuple[range, list[slice]]]:
+        """A step's blocks of so many lanes a head, cut wherever a register and a head end in all of them.
+
+        What is one head's is multiplied within its window: the lanes of other heads only take a matrix unit's time.
+
+        Returns:
+          Of each window its heads and its lanes in the blocks.
+        """
+        size = math.lcm(*(math.lcm(dim, LANES) // dim for dim in dims))
+        heads = range(self.step_heads)
+        windows = [heads[first : first + size] for first in range(0, self.step_heads, size)]
+        return [(some, [slice(some.start * dim, some.stop * dim) for dim in dims]) for some in windows]
+
 
 def arrange(heads: int, key_dim: int, value_dim: int, *, bytes_per_head: int) -> Heads:
     """The smallest groups that fill whole registers, and as many of them a step as fit the fast memory.
@@ -95,12 +108,12 @@ def arrange(heads: int, key_dim: int, value_dim: int, *, bytes_per_head: int) ->
     return Heads(heads, key_dim, value_dim, group, max(steps, default=1))
 
 
-def same_head(heads: Heads, rows: int, columns: int, dtype: jnp.dtype) -> jax.Array:
-    """1 where a row of `rows` lanes a head and a column of `columns` lanes a head are of one head, 0 elsewhere.
+def same_head(heads: int, rows: int, columns: int, dtype: jnp.dtype) -> jax.Array:
+    """1 where a row of `rows` lanes a head and a column of `columns` lanes a head are of one of the heads, 0 elsewhere.
 
     The product with it sums over each head's lanes, and leaves the sum in all of them.
     """
-    return jnp.asarray(np.kron(np.eye(heads.group), np.ones((rows, columns))), dtype)
+    return jnp.asarray(np.kron(np.eye(heads), np.ones((rows, columns))), dtype)
 
 
 def lanes_of_head(head: int, dim: int, shape: tuple[int, ...]) -> jax.Array:

@@ -67,7 +67,7 @@ def _forward(q, k, v, taps, auxiliary, heads, interpret):
     batch, tokens, _ = q.shape
     key_block, value_block, taps_block, *constants = _blocks(layout, tokens, taps.shape[0])
     inputs, specs = (
-        [q, k, v, taps, *head_sums(layout, q.dtype)],
+        [q, k, v, taps, *head_sums(layout, _window(layout), q.dtype)],
         [key_block, key_block, value_block, taps_block, *constants],
     )
     if auxiliary is not None:
@@ -92,7 +92,7 @@ def _backward(heads, interpret, residuals, cotangent):
     layout = _arrange(q, v, heads, blocks=9)
     batch, tokens, _ = q.shape
     key_block, value_block, taps_block, *constants = _blocks(layout, tokens, taps.shape[0])
-    inputs = [q, k, v, taps, *head_sums(layout, q.dtype), cotangent]
+    inputs = [q, k, v, taps, *head_sums(layout, _window(layout), q.dtype), cotangent]
     specs = [key_block, key_block, value_block, taps_block, *constants, value_block]
     outputs = [(key_block, q), (key_block, k), (value_block, v)]
     if auxiliary is not None:
@@ -134,26 +134,38 @@ def _parameters(layout, tokens, q):
 
 
 def _padded(layout: Heads, tokens: int):
-    return pltpu.VMEM((tokens + 2 * PAD, layout.group * layout.value_dim), jnp.float32)
+    return pltpu.VMEM((tokens + 2 * PAD, _window(layout) * layout.value_dim), jnp.float32)
+
+
+def _window(layout: Heads) -> int:
+    """Heads that are worked on together."""
+    return len(layout.windows(layout.key_dim, layout.value_dim)[0][0])
 
 
 def _blocks(layout: Heads, tokens: int, taps: int):
     """Blocks of [batch, tokens, heads * key_dim], of values, of the taps, and of the three constants."""
-    keys, values = layout.group * layout.key_dim, layout.group * layout.value_dim
+    keys, values = _window(layout) * layout.key_dim, _window(layout) * layout.value_dim
     constants = [pl.BlockSpec(shape, lambda b, h: (0, 0)) for shape in ((keys, keys), (values, values), (keys, values))]
     return (
-        pl.BlockSpec((1, tokens, layout.step * keys), lambda b, h: (b, 0, h)),
-        pl.BlockSpec((1, tokens, layout.step * values), lambda b, h: (b, 0, h)),
-        pl.BlockSpec((taps, layout.step * values), lambda b, h: (0, h)),
+        pl.BlockSpec((1, tokens, layout.step_heads * layout.key_dim), lambda b, h: (b, 0, h)),
+        pl.BlockSpec((1, tokens, layout.step_heads * layout.value_dim), lambda b, h: (b, 0, h)),
+        pl.BlockSpec((taps, layout.step_heads * layout.value_dim), lambda b, h: (0, h)),
         *constants,
     )
 
 
-def head_sums(layout: Heads, dtype: jnp.dtype):
-    """Zeros and ones that say which lanes are of one head: keys and keys, values and values, keys and values."""
+def head_sums(layout: Heads, heads: int, dtype: jnp.dtype):
+    """Zeros and ones that say which lanes are of one of so many heads: keys and keys, values and values, both."""
     key_dim, value_dim = layout.key_dim, layout.value_dim
     sizes = ((key_dim, key_dim), (value_dim, value_dim), (key_dim, value_dim))
-    return [same_head(layout, rows, columns, dtype) for rows, columns in sizes]
+    return [same_head(heads, rows, columns, dtype) for rows, columns in sizes]
+
+
+def _sums_of(keys: slice, values: slice, keys_ref, values_ref, cross_ref):
+    """`head_sums` of a window's size, the cross one over pi: the last window may have fewer heads."""
+    key_lanes, value_lanes = slice(keys.stop - keys.start), slice(values.stop - values.start)
+    cross = cross_ref[key_lanes, value_lanes].astype(jnp.float32) / math.pi
+    return keys_ref[key_lanes, key_lanes], values_ref[value_lanes, value_lanes], cross
 
 
 def inverse_norms(dot, x, sums):
@@ -173,27 +185,27 @@ def shifted(padded_ref, rows, taps, leading=None, trailing=None):
     """
     tokens, width = rows.shape
     zeros = jnp.zeros((PAD, width), jnp.float32)
-    padded_ref[:PAD] = zeros if leading is None else leading
-    padded_ref[PAD + tokens :] = zeros if trailing is None else trailing
-    padded_ref[PAD : PAD + tokens] = rows
+    padded_ref[:PAD, :width] = zeros if leading is None else leading
+    padded_ref[PAD + tokens :, :width] = zeros if trailing is None else trailing
+    padded_ref[PAD : PAD + tokens, :width] = rows
     for tap in range(taps):
-        yield padded_ref[pl.ds(PAD - taps // 2 + tap, tokens)]
+        yield padded_ref[pl.ds(PAD - taps // 2 + tap, tokens), :width]
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, taps_ref, keys_ref, values_ref, cross_ref, *rest, layout, has_auxiliary):
     *auxiliary_ref, out_ref, padded_ref = rest
     dot = product(q_ref.dtype)
-    for group in range(layout.step):
-        keys, values = layout.key_lanes(group), layout.value_lanes(group)
+    for _, [keys, values] in layout.windows(layout.key_dim, layout.value_dim):
+        key_sums, value_sums, cross = _sums_of(keys, values, keys_ref, values_ref, cross_ref)
         q, k, v = q_ref[0, :, keys], k_ref[0, :, keys], v_ref[0, :, values]
         wide_q, wide_k, wide_v = (x.astype(jnp.float32) for x in (q, k, v))
-        normal_k = wide_k * inverse_norms(dot, wide_k, keys_ref[...])
-        key_values = dot(normal_k, v, TN) * (cross_ref[...].astype(jnp.float32) / math.pi)
-        normal_q = wide_q * inverse_norms(dot, wide_q, keys_ref[...])
+        normal_k = wide_k * inverse_norms(dot, wide_k, key_sums)
+        key_values = dot(normal_k, v, TN) * cross
+        normal_q = wide_q * inverse_norms(dot, wide_q, key_sums)
         core = 0.5 * wide_v + dot(normal_q, key_values, NN)
         if has_auxiliary:
             core += auxiliary_ref[0][0, :, values].astype(jnp.float32)
-        out = core * inverse_norms(dot, core, values_ref[...])
+        out = core * inverse_norms(dot, core, value_sums)
         for tap, window in enumerate(shifted(padded_ref, wide_v, taps_ref.shape[0])):
             out += window * taps_ref[tap : tap + 1, values]
         out_ref[0, :, values] = out.astype(out_ref.dtype)
@@ -207,12 +219,10 @@ def _backward_kernel(
         auxiliary_refs if has_auxiliary else (None, *auxiliary_refs, None)
     )
     dot = product(q_ref.dtype)
-    for group in range(layout.step):
-        keys, values = layout.key_lanes(group), layout.value_lanes(group)
+    for _, [keys, values] in layout.windows(layout.key_dim, layout.value_dim):
+        key_sums, value_sums, cross = _sums_of(keys, values, keys_ref, values_ref, cross_ref)
         wide_q, wide_k = q_ref[0, :, keys].astype(jnp.float32), k_ref[0, :, keys].astype(jnp.float32)
         wide_v, cotangent = v_ref[0, :, values].astype(jnp.float32), cotangent_ref[0, :, values].astype(jnp.float32)
-        key_sums, value_sums = keys_ref[...], values_ref[...]
-        cross = cross_ref[...].astype(jnp.float32) / math.pi
         # The forward pass again: only its inputs were kept.
         inverse_k, inverse_q = inverse_norms(dot, wide_k, key_sums), inverse_norms(dot, wide_q, key_sums)
         normal_k, normal_q = wide_k * inverse_k, wide_q * inverse_q

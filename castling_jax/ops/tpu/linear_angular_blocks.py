@@ -112,7 +112,7 @@ def _sum_keys_forward(k, v, heads, interpret):
     layout, (batch, tokens, _) = _arrange(k, v, heads), k.shape
     block = _block(tokens)
     key_width, value_width = layout.step_heads * layout.key_dim, layout.step_heads * layout.value_dim
-    constants = head_sums(layout, k.dtype)
+    constants = head_sums(layout, layout.group, k.dtype)
     key_values = pl.pallas_call(
         functools.partial(_sum_keys_kernel, layout=layout, tokens=tokens, block=block),
         grid=(batch, layout.steps, pl.cdiv(tokens, block)),
@@ -137,7 +137,7 @@ def _sum_keys_backward(heads, interpret, residuals, d_key_values):
     block = _block(tokens)
     key_spec = _tokens_spec(block, layout.step_heads * layout.key_dim)
     value_spec = _tokens_spec(block, layout.step_heads * layout.value_dim)
-    constants = head_sums(layout, k.dtype)
+    constants = head_sums(layout, layout.group, k.dtype)
     return pl.pallas_call(
         functools.partial(_sum_keys_backward_kernel, layout=layout),
         grid=(batch, layout.steps, pl.cdiv(tokens, block)),
@@ -194,7 +194,7 @@ def _attend_inputs(layout, q, key_values, v, taps, auxiliary, block):
     key_spec = _tokens_spec(block, layout.step_heads * layout.key_dim)
     value_spec = _tokens_spec(block, value_width)
     halo = _halo_specs(q.shape[1], block, value_width)
-    constants = head_sums(layout, q.dtype)[:2]
+    constants = head_sums(layout, layout.group, q.dtype)[:2]
     taps_spec = pl.BlockSpec((taps.shape[0], value_width), lambda b, h, i: (0, h))
     inputs = [q, key_values, v, v, v, taps, *constants]
     specs = [key_spec, _sums_spec(layout), value_spec, *halo, taps_spec, *(_whole_spec(x.shape) for x in constants)]

@@ -43,7 +43,7 @@ def query_block(queries: int) -> int:
 
 def block_bytes(queries: int, keys: int, key_dim: int, value_dim: int, itemsize: int) -> int:
     """What one head takes of the backward kernel's blocks and of its float32 sums."""
-    return (keys * 2 + 3 * query_block(queries)) * (key_dim + value_dim) * itemsize + 4 * keys * (key_dim + value_dim)
+    return (keys * 3 + 3 * query_block(queries)) * (key_dim + value_dim) * itemsize + 4 * keys * (key_dim + value_dim)
 
 
 def score_bytes(queries: int, keys: int) -> int:
@@ -63,9 +63,9 @@ def needed_bytes(q, k, v, bias) -> int:
     return layout.group * (2 * size + scores * (4 if dense else 1)) + 6 * scores
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def masked_softmax(q, k, v, threshold, bias, heads, scale, interpret):
-    """((M P) V, weights kept), differentiable.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def masked_softmax(q, k, v, threshold, bias, heads, scale, interpret, handed_on=()):
+    """((M P) V, weights kept, what is handed on), differentiable.
 
     Args:
       q: [batch, queries, heads * key_dim].
@@ -76,11 +76,13 @@ def masked_softmax(q, k, v, threshold, bias, heads, scale, interpret):
       heads: how many.
       scale: of the products of queries and keys.
       interpret: run as plain JAX, on any platform.
+      handed_on: 0, 1 and 2, for q, k and v, of those that are returned too. Whoever goes on with these has the
+        gradients that come back by them added in the backward kernel, and not in a pass over memory.
 
     Returns:
-      The branch's output, like v at the queries, and how many weights each block kept, float32.
+      The branch's output, like v at the queries; how many weights each block kept, float32; what is handed on.
     """
-    return _forward(q, k, v, threshold, bias, heads, scale, interpret)[0]
+    return _forward(q, k, v, threshold, bias, heads, scale, interpret, handed_on)[0]
 
 
 def _arrange(q, k, v, heads, bias) -> tuple[Heads, int]:
@@ -114,8 +116,8 @@ def _bias_block(layout: Heads, block: int, keys: int, shared: bool):
     return pl.BlockSpec(shape, lambda h, b, i: (0 if shared else b, h, 0, i))
 
 
-@traced_once("heads", "scale", "interpret")
-def _forward(q, k, v, threshold, bias, heads, scale, interpret):
+@traced_once("heads", "scale", "interpret", "handed_on")
+def _forward(q, k, v, threshold, bias, heads, scale, interpret, handed_on):
     layout, size = _arrange(q, k, v, heads, bias)
     (batch, queries, _), keys = q.shape, k.shape[1]
     block = query_block(queries)
@@ -143,23 +145,28 @@ def _forward(q, k, v, threshold, bias, heads, scale, interpret):
         interpret=interpret,
         name="masked_softmax_forward",
     )(*inputs)
-    return (out, kept[..., 0]), (q, k, v, threshold, bias, out, largest, inverse, kept)
+    on = ((q, k, v)[which] for which in handed_on)
+    return (out, kept[..., 0], *on), (q, k, v, threshold, bias, out, largest, inverse, kept)
 
 
-@traced_once("heads", "scale", "interpret")
-def _backward(heads, scale, interpret, residuals, cotangents):
+@traced_once("heads", "scale", "interpret", "handed_on")
+def _backward(heads, scale, interpret, handed_on, residuals, cotangents):
     q, k, v, threshold, bias, out, largest, inverse, kept = residuals
     layout, size = _arrange(q, k, v, heads, bias)
     (batch, queries, _), keys = q.shape, k.shape[1]
     block = query_block(queries)
     count = pl.cdiv(queries, block)
     q_block, out_block, k_block, v_block, row_block, kept_block = _blocks(layout, block, keys)
-    inputs = [threshold, q, k, v, cotangents[0], out, largest, inverse, kept]
+    d_out, _, *d_handed_on = cotangents
+    outputs = [(q_block, q), (k_block, k), (v_block, v)]
+    inputs = [threshold, q, k, v, d_out, out, largest, inverse, kept]
+    aliases = {len(inputs) + place: which for place, which in enumerate(handed_on)}
+    inputs += d_handed_on
     specs = [
         pl.BlockSpec(memory_space=pltpu.SMEM),
         *(q_block, k_block, v_block, out_block, out_block, row_block, row_block, kept_block),
+        *(outputs[which][0] for which in handed_on),
     ]
-    outputs = [(q_block, q), (k_block, k), (v_block, v)]
     summed = bias is not None and bias.shape[0] == 1 and count == 1
     if bias is not None:
         inputs, specs = [*inputs, bias], [*specs, _bias_block(layout, block, keys, bias.shape[0] == 1)]
@@ -173,6 +180,7 @@ def _backward(heads, scale, interpret, residuals, cotangents):
             scale=scale,
             queries=queries,
             block=block,
+            handed_on=handed_on,
             has_bias=bias is not None,
             summed=summed,
         ),
@@ -181,6 +189,7 @@ def _backward(heads, scale, interpret, residuals, cotangents):
         out_specs=[spec for spec, _ in outputs],
         out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for _, like in outputs],
         scratch_shapes=sums,
+        input_output_aliases=aliases,
         compiler_params=compiler_params(
             "parallel", "arbitrary" if summed else "parallel", "arbitrary", block_bytes=size
         ),
@@ -225,13 +234,11 @@ def _forward_kernel(threshold_ref, q_ref, k_ref, v_ref, *rest, layout, scale, qu
     keys = k_ref.shape[1]
     chunks = [slice(start, min(start + KEY_CHUNK, keys)) for start in range(0, keys, KEY_CHUNK)]
     kept = jnp.zeros((1, block), jnp.float32)
-    for group in range(layout.step):
-        key_lanes = layout.key_lanes(group)
-        q = q_ref[0, :, key_lanes].astype(jnp.float32) * scale
-        for member in range(layout.group):
-            head = group * layout.group + member
+    for heads, [lanes] in layout.windows(layout.key_dim):
+        q = q_ref[0, :, lanes].astype(jnp.float32) * scale
+        for member, head in enumerate(heads):
             query = of_head(q, member, layout.key_dim)
-            parts = [dot(k_ref[0, chunk, key_lanes], query, NT) for chunk in chunks]  # [keys, queries]
+            parts = [dot(k_ref[0, chunk, lanes], query, NT) for chunk in chunks]  # [keys, queries]
             if has_bias:
                 parts = [
                     part + bias_ref[0][0, head, chunk].astype(jnp.float32)
@@ -255,13 +262,12 @@ def _forward_kernel(threshold_ref, q_ref, k_ref, v_ref, *rest, layout, scale, qu
 
     @pl.when(any_kept)
     def _():
-        for group in range(layout.step):
-            value_lanes = layout.value_lanes(group)
-            out = jnp.zeros((layout.group * layout.value_dim, block), jnp.float32)
-            for member in range(layout.group):
-                attended = dot(v_ref[0, :, value_lanes], masked_ref[group * layout.group + member], TN)
+        for heads, [lanes] in layout.windows(layout.value_dim):
+            out = jnp.zeros((lanes.stop - lanes.start, block), jnp.float32)
+            for member, head in enumerate(heads):
+                attended = dot(v_ref[0, :, lanes], masked_ref[head], TN)
                 out = jnp.where(rows_of_head(member, layout.value_dim, out.shape), attended, out)
-            out_ref[0, :, value_lanes] = jnp.transpose(out).astype(out_ref.dtype)
+            out_ref[0, :, lanes] = jnp.transpose(out).astype(out_ref.dtype)
 
     @pl.when(~any_kept)
     def _():
@@ -270,6 +276,11 @@ def _forward_kernel(threshold_ref, q_ref, k_ref, v_ref, *rest, layout, scale, qu
 
 def _set_to_zero(ref) -> None:
     ref[...] = jnp.zeros_like(ref)
+
+
+def _start(sum_ref, added_ref) -> None:
+    """Starts a sum from one image's block, or from zero."""
+    sum_ref[...] = jnp.zeros_like(sum_ref) if added_ref is None else added_ref[0].astype(sum_ref.dtype)
 
 
 def _backward_kernel(
@@ -287,19 +298,21 @@ def _backward_kernel(
     scale,
     queries,
     block,
+    handed_on,
     has_bias,
     summed,
 ):
-    *bias_refs, dk_sum_ref, dv_sum_ref = rest
+    *bias_refs, dk_sum_ref, dv_sum_ref = rest[len(handed_on) :]
     bias_ref, dq_ref, dk_ref, dv_ref, d_bias_ref = bias_refs if has_bias else (None, *bias_refs, None)
     dot = product(q_ref.dtype)
     threshold = threshold_ref[0, 0]
     step = pl.program_id(2)
+    added_q, added_k, added_v = (rest[handed_on.index(which)] if which in handed_on else None for which in range(3))
 
     @pl.when(step == 0)
     def _():
-        dk_sum_ref[...] = jnp.zeros_like(dk_sum_ref)
-        dv_sum_ref[...] = jnp.zeros_like(dv_sum_ref)
+        _start(dk_sum_ref, added_k)
+        _start(dv_sum_ref, added_v)
 
     if has_bias:
         pl.when((pl.program_id(1) == 0) | (not summed))(functools.partial(_set_to_zero, d_bias_ref))
@@ -309,17 +322,24 @@ def _backward_kernel(
         # What lies beyond the queries may be anything, NaN too: it is made zero, so that it adds nothing to the sums.
         valid = step * block + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0) < queries
         valid_row = step * block + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1) < queries
-        for group in range(layout.step):
-            key_lanes, value_lanes = layout.key_lanes(group), layout.value_lanes(group)
-            k, v = k_ref[0, :, key_lanes], v_ref[0, :, value_lanes]
+        values = [
+            (
+                heads,
+                lanes,
+                v_ref[0, :, lanes],
+                jnp.where(valid, cotangent_ref[0, :, lanes].astype(jnp.float32), 0),
+                jnp.where(valid, out_ref[0, :, lanes].astype(jnp.float32), 0),
+            )
+            for heads, [lanes] in layout.windows(layout.value_dim)
+        ]
+        for heads, [key_lanes] in layout.windows(layout.key_dim):
+            k = k_ref[0, :, key_lanes]
             q = jnp.where(valid, q_ref[0, :, key_lanes].astype(jnp.float32) * scale, 0)
-            cotangent = jnp.where(valid, cotangent_ref[0, :, value_lanes].astype(jnp.float32), 0)
-            out = jnp.where(valid, out_ref[0, :, value_lanes].astype(jnp.float32), 0)
             dq = jnp.zeros((q.shape[1], block), jnp.float32)
-            for member in range(layout.group):
-                head = group * layout.group + member
+            for member, head in enumerate(heads):
                 query = of_head(q, member, layout.key_dim)
-                d_out = of_head(cotangent, member, layout.value_dim)
+                together, value_lanes, v, cotangent, out = next(window for window in values if head in window[0])
+                d_out = of_head(cotangent, together.index(head), layout.value_dim)
                 scores = dot(k, query, NT)  # [keys, queries]
                 if has_bias:
                     scores += jnp.where(valid_row, bias_ref[0, head].astype(jnp.float32), 0)
@@ -335,12 +355,15 @@ def _backward_kernel(
                 dq = jnp.where(rows_of_head(member, layout.key_dim, dq.shape), dot(k, d_scores, TN), dq)
                 if has_bias:
                     d_bias_ref[0, head] += d_scores
-            dq_ref[0, :, key_lanes] = jnp.transpose(dq * scale).astype(dq_ref.dtype)
+            dq = jnp.transpose(dq * scale)
+            if added_q is not None:
+                dq += added_q[0, :, key_lanes].astype(jnp.float32)
+            dq_ref[0, :, key_lanes] = dq.astype(dq_ref.dtype)
 
     # Where nothing was kept, no gradient comes back.
     @pl.when(jnp.max(kept_ref[0, 0, 0]) == 0)
     def _():
-        dq_ref[...] = jnp.zeros_like(dq_ref)
+        dq_ref[...] = jnp.zeros_like(dq_ref) if added_q is None else added_q[...]
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
