@@ -59,8 +59,8 @@ def linear_angular_attention(
         return otherwise(*arguments)
 
     def run(q, k, v, token_kernel, query_values, auxiliary, *, interpret):
-        if query_values is None and linear_angular.needed_bytes(q, v) <= fast_memory_bytes():
-            return linear_angular.linear_angular(q, k, v, token_kernel, auxiliary, interpret=interpret)
+        if linear_angular.needed_bytes(q, k, v) <= fast_memory_bytes():
+            return linear_angular.linear_angular(q, k, v, query_values, token_kernel, auxiliary, interpret=interpret)
         own_values = v if query_values is None else query_values
         return linear_angular_blocks.linear_angular(q, k, v, own_values, token_kernel, auxiliary, interpret=interpret)
 

@@ -1,7 +1,7 @@
-"""Linear-angular attention in two passes over blocks of tokens, forward and backward, for what one pass cannot serve.
+"""Linear-angular attention in two passes over blocks of tokens, forward and backward, for more than fit fast memory.
 
-That is more tokens than fit the fast memory, and queries that are not the keys' tokens. The first pass sums K^^T V over
-the keys, the second takes the queries through it; each is differentiable, and the gradients go the same way back.
+The first pass sums K^^T V over the keys, the second takes the queries through it; each is differentiable, and the
+gradients go the same way back.
 """
 
 import functools
