@@ -246,6 +246,13 @@ def test_jit_and_vmap():
     mapped = jax.jit(jax.vmap(lambda q, k, v: attention(q, k, v, "pallas")))(*split)
     np.testing.assert_allclose(mapped.reshape(v.shape), attention(q, k, v, "xla"), atol=1e-5)
 
+    def gradients(implementation):
+        return jax.grad(lambda *x: jnp.sum(jnp.sin(attention(*x, implementation))), (0, 1, 2))
+
+    of_parts, expected = (jax.jit(jax.vmap(gradients(name)))(*split) for name in ("pallas", "xla"))
+    for one, other in zip(of_parts, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4 * float(jnp.max(jnp.abs(other))))
+
 
 def test_auto_on_a_cpu_is_the_plain_operation():
     q, k, v, taps, _, cotangent = draw(SHAPES[0])
