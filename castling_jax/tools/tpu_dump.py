@@ -16,6 +16,9 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 BRANCHES = ("true_computation", "false_computation", "branch_computations")
 
 
+NO_CYCLES = 2**63 - 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Instruction:
     """An instruction of the scheduled HLO.
@@ -49,9 +52,9 @@ class Instruction:
 
     @property
     def cycles(self) -> int | None:
-        """The compiler's estimate."""
+        """The compiler's estimate; None where it has none, and where it gives up, with the largest number there is."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
-        return int(found[1]) if found else None
+        return int(found[1]) if found and int(found[1]) < NO_CYCLES else None
 
     def called(self, *attributes: str) -> list[str]:
         """Names of the computations that are called as one of these, such as "body", in the order they stand in."""

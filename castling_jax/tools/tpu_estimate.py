@@ -37,6 +37,7 @@ FREE = {
     *("all-reduce-start", "all-reduce-done", "all-gather-start", "all-gather-done"),
     *("collective-permute-start", "collective-permute-done"),
 }
+NO_ESTIMATE = "no estimate"
 REGISTER_BYTES = 8 * 128 * 4  # whatever works on no more takes some cycles
 FREE_CUSTOM_CALLS = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer)"')
 
@@ -159,7 +160,7 @@ class Estimator:
         elif kind in ("send", "recv") or "is_host_transfer=true" in text or "host_compute" in text:
             self.incomplete.add(f"{kind} {name}: talks to the host")
         elif kind and not (kind in FREE or FREE_CUSTOM_CALLS.search(text) or waits or self._is_small(instruction)):
-            self.incomplete.add(f"{kind} {name} ({instruction.label}): no estimate")
+            self.incomplete.add(f"{kind} {name} ({instruction.label}): {NO_ESTIMATE}")
         if "execution_thread=" in text and 'execution_thread="main"' not in text:
             self.incomplete.add(f"{kind} {name}: runs elsewhere than on the chip")
         return cost

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from castling_jax.tools.tpu_chips import chip_of
-from castling_jax.tools.tpu_pod import HONEST, Figures
+from castling_jax.tools.tpu_pod import HONEST, Figures, is_more
 
 LINKS = "links"
 
@@ -99,6 +99,9 @@ def draw_sweep(found: Figures, file: Path) -> None:
             label = f"{attention}, {'training' if form == 'train' else form}"
             if len(there) < len(series):
                 label += f" (does not fit from {series[len(there)][0]:,} tokens)"
+            more = [f"{count:,}" for count, _, figures in series if figures and is_more(figures)]
+            if more:
+                label += f" (more than this at {', '.join(more)})"
             tokens.loglog(*zip(*there, strict=True), style, marker="o", color=color, label=label)
     tokens.set(title="One chip", xlabel="tokens of an image", ylabel="ms an image")
     tokens.grid(True, which="both", alpha=0.3)

@@ -16,6 +16,7 @@ from castling_jax.models.attention import FORMS
 from castling_jax.ops.errors import InputError
 from castling_jax.tools.tpu_chips import chip_of
 from castling_jax.tools.tpu_compile import DoesNotFitError
+from castling_jax.tools.tpu_estimate import NO_ESTIMATE
 from castling_jax.tools.tpu_figures import report
 from castling_jax.training.config import load_config
 from castling_jax.training.throughput import FLOPS_PER_MAC
@@ -299,10 +300,18 @@ def describe_sweep(found: Figures) -> str:
         lines += ["", f"{'TRAINING STEP' if form == 'train' else 'INFERENCE'} on one chip, ms an image"]
         lines.append(f"  {'tokens':>8}  {'images':>6}  " + "  ".join(f"{attention:>14}" for attention in row))
         for series in zip(*row.values(), strict=True):
-            cells = [f"{f['step_ms'] / batch:14.3f}" if f else f"{'does not fit':>14}" for _, batch, f in series]
-            lines.append(f"  {series[0][0]:8,}  {series[0][1]:6}  " + "  ".join(cells))
+            cells = [
+                f"{'> ' * is_more(f)}{f['step_ms'] / batch:.3f}" if f else "does not fit" for _, batch, f in series
+            ]
+            lines.append(f"  {series[0][0]:8,}  {series[0][1]:6}  " + "  ".join(f"{cell:>14}" for cell in cells))
     lines += ["", "Not in these figures:", *(f"  - {what}" for what in NOT_COUNTED)]
+    lines.append("  - of what stands behind > (more than), operations that the compiler gives no estimate for")
     return "\n".join(lines)
+
+
+def is_more(figures: Figures) -> bool:
+    """Whether a program takes more than its estimate: there is none for some operation."""
+    return any(NO_ESTIMATE in sentence for sentence in figures["incomplete"])
 
 
 def _product(pod: str) -> int:

@@ -95,6 +95,11 @@ def test_kernel_with_a_loop_of_unknown_length_is_incomplete():
             '%sort.1 = f32[2048]{0} sort(%y), metadata={op_name="jit(f)/sort"}',
             "sort %sort.1 (jit(f)/sort): no estimate",
         ),
+        (  # where the compiler gives up
+            '%fusion.9 = f32[2048]{0} fusion(%y), calls=%dear, metadata={op_name="jit(f)/div"}, '
+            'backend_config={"estimated_cycles":"9223372036854775807"}',
+            "fusion %fusion.9 (jit(f)/div): no estimate",
+        ),
         ("%send.1 = (f32[8]{0}, u32[]) send(%y), channel_id=1", "send %send.1: talks to the host"),
         (
             '%async.1 = ((f32[8]{0}), f32[8]{0}) async-start(%y), async_execution_thread="host", calls=%dear',

@@ -9,7 +9,7 @@ from castling_jax.tools import tpu_pod, tpu_report
 from castling_jax.tools.tpu_chips import CHIPS
 from castling_jax.tools.tpu_compile import DoesNotFitError
 from castling_jax.tools.tpu_figures import summarize
-from castling_jax.tools.tpu_pod import Compiler, describe_pod, pod_report, sweep, with_step
+from castling_jax.tools.tpu_pod import Compiler, describe_pod, describe_sweep, pod_report, sweep, with_step
 from tests.tools.tpu_texts import COMPILED
 
 CONFIG = "configs/digits.py"
@@ -89,6 +89,11 @@ def test_sweep_scales_chips_and_tokens(compiled, tmp_path):
     castling = found["tokens"]["inference"]["castling"]
     assert [(count, batch) for count, batch, _ in castling] == [(196, 128), (784, 32), (3136, 8), (7056, 3), (16384, 1)]
     assert all(figures is None for *_, figures in found["tokens"]["train"]["softmax"])
+    # Which takes 10 ms and more.
+    found["tokens"]["inference"]["castling"][3][2]["incomplete"] = ["fusion %fusion.9 (jit(f)/div): no estimate"]
+    rows = [line.split() for line in describe_sweep(found).splitlines()]
+    assert next(row for row in rows if row[:2] == ["7,056", "3"])[2:4] == [">", "3.333"]
+    assert next(row for row in rows if row[:2] == ["3,136", "8"])[2] == "1.250"
 
 
 @pytest.mark.parametrize("extra", [[], ["--sweep"]])
