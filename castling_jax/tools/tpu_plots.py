@@ -105,6 +105,6 @@ def draw_sweep(found: Figures, file: Path) -> None:
             tokens.loglog(*zip(*there, strict=True), style, marker="o", color=color, label=label)
     tokens.set(title="One chip", xlabel="tokens of an image", ylabel="ms an image")
     tokens.grid(True, which="both", alpha=0.3)
-    tokens.legend(fontsize=8)
+    tokens.legend(fontsize=8, loc="upper left")
     figure.savefig(file, dpi=110)
     plt.close(figure)
