@@ -65,7 +65,9 @@ class Compiler:
         }
         if "config" in options:
             request["settings"] = load_config(options["config"]).to_dict()
-        words = [str(value).replace("/", "_") for value in (what, topology, *dict(sorted(options.items())).values())]
+        words = [
+            str(value).replace("/", "_") for value in (what, topology, *(options[name] for name in sorted(options)))
+        ]
         digest = hashlib.sha256(json.dumps(request, sort_keys=True, default=str).encode()).hexdigest()[:8]
         file = self.folder / f"{'-'.join(words)[:120]}-{digest}.json"
         if file.is_file():

@@ -120,7 +120,7 @@ def _backward(heads, interpret, residuals, cotangent):
 _attention.defvjp(_forward, _backward)
 
 
-def arrange_heads(q, k, v, blocks: int = 5) -> Heads:
+def arrange_heads(q, k, v, blocks: int) -> Heads:
     """How the heads of q, k and v, [batch, tokens, heads, dim], are worked on by a kernel with so many blocks."""
     size = block_bytes(q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype.itemsize) * blocks // 5
     return arrange(q.shape[2], q.shape[3], v.shape[3], bytes_per_head=size)

@@ -64,7 +64,7 @@ def needed_bytes(q, k, v, bias) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def masked_softmax(q, k, v, threshold, bias, heads, scale, interpret, handed_on=()):
+def masked_softmax(q, k, v, threshold, bias, heads, scale, interpret, handed_on):
     """((M P) V, weights kept, what is handed on), differentiable.
 
     Args:
