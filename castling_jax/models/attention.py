@@ -160,12 +160,16 @@ def attend(
     density = jnp.zeros((), jnp.float32)
     if attention == "softmax":
         return _softmax_attention(q, k, v, bias), density
-    own_values = v if query_values is None else query_values
-    taps = token_kernel if token_kernel is not None and token_kernel.ndim == 2 else None
+    where: dict[str, Any] = {"grid": None, "prefix_tokens": 0}
+    if token_kernel is not None and token_kernel.ndim == 3:
+        where = {"grid": grid, "prefix_tokens": prefix_tokens}
     if attention == "angular":
-        out = normalize_and_convolve(ops.angular_attention(q, k, v), own_values, taps)
+        own_values = v if query_values is None else query_values
+        out = normalize_and_convolve(ops.angular_attention(q, k, v), own_values, token_kernel, **where)
     elif attention == "linear_angular" or form == "inference":
-        out = ops.linear_angular_attention(q, k, v, taps, query_values=query_values, implementation=implementation)
+        out = ops.linear_angular_attention(
+            q, k, v, token_kernel, query_values=query_values, implementation=implementation, **where
+        )
     elif mask_threshold is None:
         raise InputError("a castling model in training form needs mask_threshold, a number of at least 0.")
     else:
@@ -173,14 +177,13 @@ def attend(
             q,
             k,
             v,
-            taps,
+            token_kernel,
             mask_threshold=mask_threshold,
             bias=bias,
             query_values=query_values,
             implementation=implementation,
+            **where,
         )
-    if token_kernel is not None and taps is None:
-        out += ops.depthwise_convolution(own_values, token_kernel, grid=grid, prefix_tokens=prefix_tokens)
     return out, density
 
 

@@ -114,21 +114,28 @@ def _swap_tokens_and_heads(x: Float[Array, "batch first second dim"]) -> Float[A
 def normalize_and_convolve(
     core: Float[Array, "batch queries heads value_dim"],
     query_values: Float[Array, "batch queries heads value_dim"],
-    token_kernel: Float[Array, "taps heads"] | None,
+    token_kernel: Float[Array, "taps heads"] | Float[Array, "rows columns heads"] | None,
+    *,
+    grid: tuple[int, int] | None,
+    prefix_tokens: int,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """l2normalise(core) + DWConv(V): how every form of the attention ends. In query_values' dtype."""
     # Normalised where `core` was made, heads beside the batch, so that on a CPU this too is one pass with its product.
     out = _swap_tokens_and_heads(l2_normalize(_swap_tokens_and_heads(core))).astype(query_values.dtype)
-    return out if token_kernel is None else out + depthwise_convolution(query_values, token_kernel)
+    if token_kernel is None:
+        return out
+    return out + depthwise_convolution(query_values, token_kernel, grid=grid, prefix_tokens=prefix_tokens)
 
 
 def linear_angular_attention(
     q: Float[Array, "batch queries heads key_dim"],
     k: Float[Array, "batch keys heads key_dim"],
     v: Float[Array, "batch keys heads value_dim"],
-    token_kernel: Float[Array, "taps heads"] | None = None,
+    token_kernel: Float[Array, "taps heads"] | Float[Array, "rows columns heads"] | None = None,
     *,
     query_values: Float[Array, "batch queries heads value_dim"] | None = None,
+    grid: tuple[int, int] | None = None,
+    prefix_tokens: int = 0,
     implementation: str = "auto",
 ) -> Float[Array, "batch queries heads value_dim"]:
     """Linear-angular attention, the inference form: l2normalise(1/2 V + Q^ (K^^T V) / pi) + DWConv(V).
@@ -139,8 +146,10 @@ def linear_angular_attention(
       q: queries; any scale, they are normalised here.
       k: keys; likewise.
       v: values; never normalised.
-      token_kernel: one set of taps a head for the convolution of the values over tokens; their number is odd.
+      token_kernel: of the values, as `depthwise_convolution` takes it.
       query_values: the values at the queries' positions, where queries and keys are different tokens.
+      grid: (height, width) of the queries, for a token kernel over the grid.
+      prefix_tokens: leading queries that the token kernel leaves out.
       implementation: "xla"; "pallas", fused TPU kernels (interpreted, and slow, on a CPU); or "auto", the kernels where
         it is lowered for a TPU and they serve these arguments, "xla" elsewhere.
 
@@ -151,7 +160,17 @@ def linear_angular_attention(
       InputError: shapes do not fit or the kernels do not serve them, queries unlike keys come without query_values,
         or a name is unknown.
     """
-    return add_linear_angular(None, q, k, v, token_kernel, query_values=query_values, implementation=implementation)
+    return add_linear_angular(
+        None,
+        q,
+        k,
+        v,
+        token_kernel,
+        query_values=query_values,
+        grid=grid,
+        prefix_tokens=prefix_tokens,
+        implementation=implementation,
+    )
 
 
 def add_linear_angular(
@@ -159,9 +178,11 @@ def add_linear_angular(
     q: Float[Array, "batch queries heads key_dim"],
     k: Float[Array, "batch keys heads key_dim"],
     v: Float[Array, "batch keys heads value_dim"],
-    token_kernel: Float[Array, "taps heads"] | None,
+    token_kernel: Float[Array, "taps heads"] | Float[Array, "rows columns heads"] | None,
     *,
     query_values: Float[Array, "batch queries heads value_dim"] | None,
+    grid: tuple[int, int] | None,
+    prefix_tokens: int,
     implementation: str,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V); otherwise as `linear_angular_attention`."""
@@ -169,17 +190,19 @@ def add_linear_angular(
     check_qkv(q, k, v)
     check_query_values(q, v, query_values)
     if token_kernel is not None:
-        check_token_kernel(token_kernel, v.shape[2])
+        check_token_kernel(token_kernel, v if query_values is None else query_values, grid, prefix_tokens)
 
     def plain(q, k, v, token_kernel, query_values, auxiliary):
         query_values = v if query_values is None else query_values
         core = linear_angular_core(q, k, v, query_values)
         core = core if auxiliary is None else core + auxiliary.astype(core.dtype)
-        return normalize_and_convolve(core, query_values, token_kernel)
+        return normalize_and_convolve(core, query_values, token_kernel, grid=grid, prefix_tokens=prefix_tokens)
 
     if implementation == "xla":
         return plain(q, k, v, token_kernel, query_values, auxiliary)
     from castling_jax.ops.tpu import attention as kernels  # Pallas takes a while to import
 
     otherwise = plain if implementation == "auto" else None
-    return kernels.linear_angular_attention(q, k, v, token_kernel, query_values, auxiliary, otherwise=otherwise)
+    return kernels.linear_angular_attention(
+        q, k, v, token_kernel, query_values, auxiliary, grid=grid, prefix_tokens=prefix_tokens, otherwise=otherwise
+    )

@@ -11,11 +11,13 @@ def castling_attention(
     q: Float[Array, "batch queries heads key_dim"],
     k: Float[Array, "batch keys heads key_dim"],
     v: Float[Array, "batch keys heads value_dim"],
-    token_kernel: Float[Array, "taps heads"] | None = None,
+    token_kernel: Float[Array, "taps heads"] | Float[Array, "rows columns heads"] | None = None,
     *,
     mask_threshold: ArrayLike,
     bias: Bias | None = None,
     query_values: Float[Array, "batch queries heads value_dim"] | None = None,
+    grid: tuple[int, int] | None = None,
+    prefix_tokens: int = 0,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""]]:
     """l2normalise(aux + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V), the training form of the authors' block.
@@ -27,10 +29,12 @@ def castling_attention(
       q: queries.
       k: keys.
       v: values.
-      token_kernel: one set of taps a head for the convolution of the values over tokens; their number is odd.
+      token_kernel: of the values, as `depthwise_convolution` takes it.
       mask_threshold: scalar of at least 0; softmax weights at or under it are masked out.
       bias: of the softmax branch alone; see `masked_softmax_attention`.
       query_values: the values at the queries' positions, where queries and keys are different tokens.
+      grid: (height, width) of the queries, for a token kernel over the grid.
+      prefix_tokens: leading queries that the token kernel leaves out.
       implementation: "xla"; "pallas", fused TPU kernels (interpreted, and slow, on a CPU); or "auto", the kernels where
         it is lowered for a TPU and they serve these arguments, "xla" elsewhere.
 
@@ -48,5 +52,15 @@ def castling_attention(
     )
     # Of an empty mask the branch is zero: it is not worth reading.
     added = None if is_known_empty(mask_threshold) else auxiliary
-    out = add_linear_angular(added, q, k, v, token_kernel, query_values=query_values, implementation=implementation)
+    out = add_linear_angular(
+        added,
+        q,
+        k,
+        v,
+        token_kernel,
+        query_values=query_values,
+        grid=grid,
+        prefix_tokens=prefix_tokens,
+        implementation=implementation,
+    )
     return out, density

@@ -36,32 +36,34 @@ def depthwise_convolution(
     """
     if v.ndim != 4:
         raise InputError(f"v must be [batch, tokens, heads, value_dim], not of shape {v.shape}.")
-    check_token_kernel(kernel, v.shape[2])
-    tokens, taps = v.shape[1] - prefix_tokens, kernel.shape[:-1]
-    if not 0 <= prefix_tokens <= v.shape[1]:
-        raise InputError(f"prefix_tokens must be between 0 and the {v.shape[1]} tokens there are, not {prefix_tokens}.")
-    if (grid is not None) != (len(taps) == 2):
-        raise InputError(
-            f"grid=(height, width) goes with a [rows, columns, heads] kernel and only there, "
-            f"not grid={grid} with a kernel of shape {kernel.shape}."
-        )
+    check_token_kernel(kernel, v, grid, prefix_tokens)
+    tokens = v.shape[1] - prefix_tokens
     sizes = (tokens,) if grid is None else tuple(grid)
-    if math.prod(sizes) != tokens:
-        raise InputError(f"a grid of {grid} does not hold the {tokens} tokens after {prefix_tokens} prefix tokens.")
     patches = v[:, prefix_tokens:].reshape(v.shape[0], *sizes, *v.shape[2:])
     out = _depthwise_taps(patches, kernel).reshape(v.shape[0], tokens, *v.shape[2:])
     return jnp.pad(out, ((0, 0), (prefix_tokens, 0), (0, 0), (0, 0)))
 
 
-def check_token_kernel(kernel: jax.Array, heads: int) -> None:
-    """Raises an InputError unless `kernel` is of odd sizes and has taps for `heads` heads."""
+def check_token_kernel(kernel: jax.Array, v: jax.Array, grid: tuple[int, int] | None, prefix_tokens: int) -> None:
+    """Raises an InputError unless `depthwise_convolution` takes these arguments; v has four axes."""
     *taps, kernel_heads = kernel.shape
+    _, all_tokens, heads, _ = v.shape
     if len(taps) not in (1, 2) or any(size % 2 == 0 for size in taps):
         raise InputError(
             f"a token kernel must be [taps, heads] or [rows, columns, heads] of odd sizes, not {kernel.shape}."
         )
     if kernel_heads != heads:
         raise InputError(f"a token kernel for {kernel_heads} heads does not fit values of {heads} heads.")
+    if not 0 <= prefix_tokens <= all_tokens:
+        raise InputError(f"prefix_tokens must be between 0 and the {all_tokens} tokens there are, not {prefix_tokens}.")
+    if (grid is not None) != (len(taps) == 2):
+        raise InputError(
+            f"grid=(height, width) goes with a [rows, columns, heads] kernel and only there, "
+            f"not grid={grid} with a kernel of shape {kernel.shape}."
+        )
+    tokens = all_tokens - prefix_tokens
+    if grid is not None and math.prod(grid) != tokens:
+        raise InputError(f"a grid of {grid} does not hold the {tokens} tokens after {prefix_tokens} prefix tokens.")
 
 
 # Compiled on its own so that it keeps its name in a jaxpr, where models/macs.py counts its multiply-adds.

@@ -277,10 +277,49 @@ def test_a_gpu_is_refused(refuses, monkeypatch):
         ops.masked_softmax_attention(q, k, v, mask_threshold=0.1, implementation="pallas")
 
 
-def test_many_taps_are_not_served(refuses):
-    q, k, v, *_ = draw(SHAPES[0])
-    with refuses("at most 17 taps", "(19, 2)"):
-        ops.linear_angular_attention(q, k, v, jnp.ones((19, 2)), implementation="pallas")
+@pytest.mark.parametrize(
+    ("sizes", "shape", "prefix_tokens"),
+    [
+        ((3, 3), (2, 49, 49, 2, 32, 64), 0),
+        ((3, 3), (1, 16, 60, 3, 16, 64), 0),  # queries unlike keys
+        ((1, 5), (2, 15, 15, 2, 16, 16), 0),
+        ((7, 5), (2, 4, 4, 2, 16, 16), 0),  # farther than the grid goes
+        ((5, 3), (1, 27, 27, 2, 64, 64), 2),
+        ((19,), (1, 70, 70, 2, 64, 64), 0),
+    ],
+)
+def test_token_kernels(sizes, shape, prefix_tokens):
+    grids = {49: (7, 7), 16: (4, 4), 15: (5, 3), 4: (2, 2), 27: (5, 5)}
+    grid = grids[shape[1]] if len(sizes) == 2 else None
+    q, k, v, _, own, cotangent = draw(shape)
+    kernel = jax.random.normal(jax.random.key(9), (*sizes, shape[3]))
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def compute(*arguments, implementation):
+        def attention(q, k, v, kernel, own):
+            return ops.linear_angular_attention(
+                *(q, k, v, kernel),
+                query_values=own,
+                grid=grid,
+                prefix_tokens=prefix_tokens,
+                implementation=implementation,
+            )
+
+        out, pullback = jax.vjp(attention, *arguments)
+        return out, None, pullback(cotangent)
+
+    arguments = q, k, v, kernel, own
+    actual = compute(*arguments, implementation="pallas")
+    assert_close(actual, compute(*arguments, implementation="xla"), FLOAT32)
+    wide_q, wide_k, wide_v = (np.asarray(x, np.float64) for x in (q, k, v))
+    wide_own = wide_v if own is None else np.asarray(own, np.float64)
+    expected = reference.linear_angular(wide_q, wide_k, wide_v, query_values=wide_own)
+    patches = wide_own[:, prefix_tokens:]
+    expected[:, prefix_tokens:] += (
+        reference.convolve_tokens(patches, kernel) if grid is None else reference.convolve_grid(patches, kernel, grid)
+    )
+    # Sums of up to 35 products of numbers up to about 4.
+    np.testing.assert_allclose(actual[0], expected, rtol=0, atol=1e-4)
 
 
 def mesh_of(data, tensor):
@@ -315,18 +354,20 @@ COMPILE = """
     mesh = Mesh(np.array(devices[: data * tensor]).reshape(data, tensor), ("data", "tensor"),
                 axis_types=(AxisType.Auto,) * 2)
     split, whole = P("data", None, "tensor", None), P()
-    for queries, keys, heads, key_dim, value_dim, dtype, bias in cases:
+    for queries, keys, heads, key_dim, value_dim, dtype, bias, grid in cases:
         def step(q, k, v, taps, own, biases, threshold, cotangent):
             def attention(q, k, v, taps, own, biases):
                 bias = None if biases is None else biases[0] if len(biases) == 1 else biases
-                return ops.castling_attention(q, k, v, taps, mask_threshold=threshold, bias=bias, query_values=own)
+                return ops.castling_attention(
+                    q, k, v, taps, mask_threshold=threshold, bias=bias, query_values=own, grid=grid)
             out, pullback, density = jax.vjp(attention, q, k, v, taps, own, biases, has_aux=True)
             return out, density, pullback(cotangent)
         def array(spec, *shape, dtype=dtype):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
         q, out = (array(split, 2 * data, queries, heads, dim) for dim in (key_dim, value_dim))
         k, v = (array(split, 2 * data, keys, heads, dim) for dim in (key_dim, value_dim))
-        taps = array(P(None, "tensor"), 9, heads, dtype="float32")
+        taps = (9,) if grid is None else (3, 3)
+        taps = array(P(*[None] * len(taps), "tensor"), *taps, heads, dtype="float32")
         sizes = {None: None, "shared": [(1, keys)], "factored": [(2 * data, 7), (2 * data, keys // 7)]}[bias]
         biases = sizes and [array(P(None if rows == 1 else "data", "tensor"), rows, heads, queries, width)
                             for rows, width in sizes]
@@ -336,7 +377,7 @@ COMPILE = """
         text = lowered.compile().as_text()
         assert text.count("tpu_custom_call") >= 4, text
         assert "all-gather" not in text, text
-        print(queries, keys, heads, key_dim, value_dim, dtype, bias)
+        print(queries, keys, heads, key_dim, value_dim, dtype, bias, grid)
 """
 
 
@@ -353,13 +394,13 @@ def compile_for(topology, data, model, cases):
     assert run.stdout.count("\n") == len(cases)
 
 
-LEVIT = (49, 196, 4, 16, 64, "bfloat16", "shared")  # its subsampling attention
+LEVIT = (49, 196, 4, 16, 64, "bfloat16", "shared", (7, 7))  # its subsampling attention
 CASES = [
-    (197, 197, 2, 64, 64, "bfloat16", None),
+    (197, 197, 2, 64, 64, "bfloat16", None, None),
     LEVIT,
-    (49, 49, 9, 32, 64, "bfloat16", "shared"),  # heads that do not fill the registers evenly
-    (196, 49, 1, 96, 96, "bfloat16", "factored"),
-    (2048, 2048, 2, 64, 64, "float32", None),  # in blocks
+    (49, 49, 9, 32, 64, "bfloat16", "shared", (7, 7)),  # heads that do not fill the registers evenly
+    (196, 49, 1, 96, 96, "bfloat16", "factored", (14, 14)),
+    (2048, 2048, 2, 64, 64, "float32", None, None),  # in blocks
 ]
 
 
@@ -370,10 +411,11 @@ def test_kernels_compile_for(topology, kind):
     if kind == "blocks":
         pytest.skip("the kind follows from the sizes here")
     more = [
-        (50, 50, 4, 32, 128, "bfloat16", None),
-        (100, 100, 1, 128, 128, "float32", None),
-        (1025, 1025, 2, 64, 64, "bfloat16", None),
-        (16384, 16384, 2, 64, 64, "bfloat16", None),
+        (50, 50, 4, 32, 128, "bfloat16", None, None),
+        (100, 100, 1, 128, 128, "float32", None, None),
+        (1025, 1025, 2, 64, 64, "bfloat16", None, None),
+        (3136, 49, 1, 96, 96, "bfloat16", "factored", (56, 56)),
+        (16384, 16384, 2, 64, 64, "bfloat16", None, (128, 128)),
     ]
     compile_for(topology, 1, 1, CASES + (more if topology == "v5e:2x2" else []))
 
@@ -382,4 +424,4 @@ def test_kernels_compile_for(topology, kind):
 def test_kernels_compile_under_a_mesh_of_batch_and_heads(kind):
     if kind == "blocks":
         pytest.skip("the kind follows from the sizes here")
-    compile_for("v5e:2x4", 4, 2, [(197, 197, 4, 64, 64, "bfloat16", None), LEVIT])
+    compile_for("v5e:2x4", 4, 2, [(197, 197, 4, 64, 64, "bfloat16", None, None), LEVIT])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float
 
+from castling_jax.ops.depthwise import depthwise_convolution
 from castling_jax.ops.errors import InputError
 from castling_jax.ops.masked_softmax import Bias
 from castling_jax.ops.tpu import linear_angular, linear_angular_blocks, masked_softmax, masked_softmax_blocks
@@ -22,10 +23,12 @@ def linear_angular_attention(
     q: Float[Array, "batch queries heads key_dim"],
     k: Float[Array, "batch keys heads key_dim"],
     v: Float[Array, "batch keys heads value_dim"],
-    token_kernel: Float[Array, "taps heads"] | None,
+    token_kernel: Float[Array, "taps heads"] | Float[Array, "rows columns heads"] | None,
     query_values: Float[Array, "batch queries heads value_dim"] | None,
     auxiliary: Float[Array, "batch queries heads value_dim"] | None,
     *,
+    grid: tuple[int, int] | None,
+    prefix_tokens: int,
     otherwise: Callable[..., Any] | None,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V), fused.
@@ -34,38 +37,43 @@ def linear_angular_attention(
       q: queries.
       k: keys.
       v: values.
-      token_kernel: of the values over tokens.
+      token_kernel: of the values.
       query_values: the values at the queries' positions; None where those are the keys'.
       auxiliary: what is added before the normalisation.
+      grid: (height, width) of the queries, for a token kernel over the grid.
+      prefix_tokens: leading queries that the token kernel leaves out.
       otherwise: what to run, with these arguments, where there is no TPU or the kernels do not serve them; None
         refuses instead, and interprets the kernel on a CPU.
 
     Raises:
-      InputError: with no `otherwise`: dtypes differ, there are too many taps, the mesh does not divide batch or heads,
-        or the platform is a GPU.
+      InputError: with no `otherwise`: dtypes differ, the mesh does not divide batch or heads, or the platform is a GPU.
     """
     arguments = q, k, v, token_kernel, query_values, auxiliary
     try:
         mesh = _mesh_specs(q)
         _check_dtypes(q, k, v)
-        if token_kernel is not None and (token_kernel.ndim != 2 or token_kernel.shape[0] > linear_angular.MAX_TAPS):
-            raise InputError(
-                f"the linear-angular kernel serves [taps, heads] of at most {linear_angular.MAX_TAPS} taps, not "
-                f"{token_kernel.shape}: {INSTEAD}."
-            )
     except InputError:
         if otherwise is None:
             raise
         return otherwise(*arguments)
 
     def run(q, k, v, token_kernel, query_values, auxiliary, *, interpret):
-        if linear_angular.needed_bytes(q, k, v) <= fast_memory_bytes():
-            return linear_angular.linear_angular(q, k, v, query_values, token_kernel, auxiliary, interpret=interpret)
         own_values = v if query_values is None else query_values
-        return linear_angular_blocks.linear_angular(q, k, v, own_values, token_kernel, auxiliary, interpret=interpret)
+        whole = linear_angular.needed_bytes(q, k, v, token_kernel, grid) <= fast_memory_bytes()
+        # Blocks see no more than a register of their neighbours, which is less than a grid's row.
+        seen = whole or token_kernel is None or (grid is None and len(token_kernel) <= linear_angular_blocks.MAX_TAPS)
+        taps = token_kernel if seen and not prefix_tokens else None
+        if whole:
+            out = linear_angular.linear_angular(q, k, v, query_values, taps, auxiliary, grid=grid, interpret=interpret)
+        else:
+            out = linear_angular_blocks.linear_angular(q, k, v, own_values, taps, auxiliary, interpret=interpret)
+        if token_kernel is None or taps is not None:
+            return out
+        return out + depthwise_convolution(own_values, token_kernel, grid=grid, prefix_tokens=prefix_tokens)
 
     if mesh is not None:
-        tokens, taps, _ = mesh
+        tokens, axes = mesh[0], () if token_kernel is None else (None,) * (token_kernel.ndim - 1)
+        taps = PartitionSpec(*axes, tokens[2])
         run = _over_mesh(run, (tokens, tokens, tokens, taps, tokens, tokens), tokens)
     return _on_platform(run, *arguments, otherwise=otherwise)
 
@@ -107,7 +115,7 @@ def masked_softmax_attention(
         return otherwise(q, k, v, threshold, bias)
     # A float: the batch of a pod has more weights than an int32 counts.
     size = float(math.prod(q.shape[:3]) * k.shape[1])
-    names = () if mesh is None else mesh[2]
+    names = () if mesh is None else mesh[1]
 
     def run(q, k, v, threshold, bias, *, interpret):
         given = [q, k, v]
@@ -132,7 +140,7 @@ def masked_softmax_attention(
         return out.reshape(*q.shape[:3], v.shape[3]), density, tuple(given)
 
     if mesh is not None:
-        tokens = mesh[0]
+        tokens, _ = mesh
         biases = jax.tree.map(
             lambda factor: PartitionSpec(None if factor.shape[0] == 1 else tokens[0], tokens[2]), bias
         )
@@ -161,8 +169,8 @@ def _check_dtypes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
         )
 
 
-def _mesh_specs(q: jax.Array) -> tuple[PartitionSpec, PartitionSpec, tuple[str, ...]] | None:
-    """How [batch, tokens, heads, dim] and [taps, heads] lie on the mesh in use, and its axes; None if there is none.
+def _mesh_specs(q: jax.Array) -> tuple[PartitionSpec, tuple[str, ...]] | None:
+    """How [batch, tokens, heads, dim] lies on the mesh in use, and its axes; None if there is none.
 
     Axes that are manual already, inside a shard_map, have split the arrays and are left out.
     """
@@ -179,7 +187,7 @@ def _mesh_specs(q: jax.Array) -> tuple[PartitionSpec, PartitionSpec, tuple[str, 
                 f"the mesh splits the {what} in {parts} (its axes {', '.join(axes)}), which does not divide {size}: "
                 f"choose another mesh or {what}, or {INSTEAD}."
             )
-    return PartitionSpec(batch_axes, None, head_axes), PartitionSpec(None, head_axes), tuple(free)
+    return PartitionSpec(batch_axes, None, head_axes), tuple(free)
 
 
 def _over_mesh(run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -9,13 +9,21 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from castling_jax.ops.angular import SQUARED_NORM_EPSILON
-from castling_jax.ops.tpu.layout import NN, NT, TN, Heads, arrange, compiler_params, product, same_head, traced_once
-
-PAD = 8  # rows before and after the values in scratch: taps reach at most so far, and a register has 8 rows
-MAX_TAPS = 2 * PAD + 1
+from castling_jax.ops.tpu.layout import (
+    LANES,
+    NN,
+    NT,
+    TN,
+    Heads,
+    arrange,
+    compiler_params,
+    product,
+    same_head,
+    traced_once,
+)
+from castling_jax.ops.tpu.taps import Taps, arrange_taps, spread_taps
 
 
 def block_bytes(queries: int, keys: int, key_dim: int, value_dim: int, itemsize: int) -> int:
@@ -23,17 +31,18 @@ def block_bytes(queries: int, keys: int, key_dim: int, value_dim: int, itemsize:
     return itemsize * ((queries + keys) * key_dim + (3 * queries + keys) * value_dim)
 
 
-def needed_bytes(q, k, v) -> int:
+def needed_bytes(q, k, v, taps, grid) -> int:
     """What the backward kernel needs of the fast memory at the least, for one group of heads.
 
-    Nine blocks in two buffers each, and some 14 arrays like them in float32.
+    Nine blocks in two buffers each, some 12 arrays like them in float32, and the padded copies of two.
     """
     heads = arrange_heads(q, k, v, blocks=9)
     tokens = max(q.shape[1], k.shape[1])
-    return heads.group * tokens * max(heads.key_dim, heads.value_dim) * (2 * 9 * q.dtype.itemsize + 14 * 4)
+    wide = 12 + 2 * arrange_taps(taps, grid).copies
+    return heads.group * tokens * max(heads.key_dim, heads.value_dim) * (2 * 9 * q.dtype.itemsize + wide * 4)
 
 
-def linear_angular(q, k, v, own, taps, auxiliary, *, interpret: bool):
+def linear_angular(q, k, v, own, taps, auxiliary, *, grid: tuple[int, int] | None, interpret: bool):
     """l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V), differentiable; shapes as the public operation's.
 
     Args:
@@ -41,30 +50,25 @@ def linear_angular(q, k, v, own, taps, auxiliary, *, interpret: bool):
       k: [batch, keys, heads, key_dim].
       v: [batch, keys, heads, value_dim].
       own: the values at the queries' positions, V outside of the products; None where queries and keys are the same.
-      taps: [taps, heads], or None.
+      taps: [taps, heads], [rows, columns, heads] with a grid, or None.
       auxiliary: what is added before the normalisation, like the output; or None.
+      grid: (height, width) of the queries, for taps in rows and columns.
       interpret: run as plain JAX, on any platform.
     """
     heads, value_dim = v.shape[2:]
     flat = [None if x is None else x.reshape(*x.shape[:2], -1) for x in (q, k, v, own, auxiliary)]
-    out = _attention(*flat[:4], spread_taps(taps, heads, value_dim), flat[4], heads, interpret)
+    places = arrange_taps(taps, grid)
+    out = _attention(*flat[:4], spread_taps(taps, heads, value_dim), flat[4], heads, places, interpret)
     return out.reshape(*q.shape[:3], value_dim)
 
 
-def spread_taps(taps, heads: int, value_dim: int):
-    """[taps, heads] as [taps, heads * value_dim] in float32; None as one tap of zero."""
-    if taps is None:
-        return jnp.zeros((1, heads * value_dim), jnp.float32)
-    return jnp.repeat(taps.astype(jnp.float32), value_dim, axis=1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _attention(q, k, v, own, taps, auxiliary, heads, places, interpret):
+    return _forward(q, k, v, own, taps, auxiliary, heads, places, interpret)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attention(q, k, v, own, taps, auxiliary, heads, interpret):
-    return _forward(q, k, v, own, taps, auxiliary, heads, interpret)[0]
-
-
-@traced_once("heads", "interpret")
-def _forward(q, k, v, own, taps, auxiliary, heads, interpret):
+@traced_once("heads", "places", "interpret")
+def _forward(q, k, v, own, taps, auxiliary, heads, places, interpret):
     layout = _arrange(q, k, v, heads, blocks=5)
     query_block, key_block, value_block, out_block, taps_block, *constants = _blocks(layout, q, k, taps)
     inputs = [q, k, v, taps, *head_sums(layout, _window(layout), q.dtype)]
@@ -73,12 +77,18 @@ def _forward(q, k, v, own, taps, auxiliary, heads, interpret):
         if optional is not None:
             inputs, specs = [*inputs, optional], [*specs, out_block]
     out = pl.pallas_call(
-        functools.partial(_forward_kernel, layout=layout, has_own=own is not None, has_auxiliary=auxiliary is not None),
+        functools.partial(
+            _forward_kernel,
+            layout=layout,
+            places=places,
+            has_own=own is not None,
+            has_auxiliary=auxiliary is not None,
+        ),
         grid=(q.shape[0], layout.steps),
         in_specs=specs,
         out_specs=out_block,
         out_shape=jax.ShapeDtypeStruct((*q.shape[:2], v.shape[2]), v.dtype),
-        scratch_shapes=[_padded(layout, q.shape[1])],
+        scratch_shapes=[places.scratch(q.shape[1], _window(layout) * layout.value_dim)],
         compiler_params=_parameters(layout, q, k),
         interpret=interpret,
         name="linear_angular_forward",
@@ -86,8 +96,8 @@ def _forward(q, k, v, own, taps, auxiliary, heads, interpret):
     return out, (q, k, v, own, taps, auxiliary)
 
 
-@traced_once("heads", "interpret")
-def _backward(heads, interpret, residuals, cotangent):
+@traced_once("heads", "places", "interpret")
+def _backward(heads, places, interpret, residuals, cotangent):
     q, k, v, own, taps, auxiliary = residuals
     layout = _arrange(q, k, v, heads, blocks=9)
     query_block, key_block, value_block, out_block, taps_block, *constants = _blocks(layout, q, k, taps)
@@ -102,13 +112,17 @@ def _backward(heads, interpret, residuals, cotangent):
     outputs.append((pl.BlockSpec((1, taps.shape[0], width), lambda b, h: (b, 0, h)), taps_gradient))
     dq, dk, dv, *d_optional, d_taps = pl.pallas_call(
         functools.partial(
-            _backward_kernel, layout=layout, has_own=own is not None, has_auxiliary=auxiliary is not None
+            _backward_kernel,
+            layout=layout,
+            places=places,
+            has_own=own is not None,
+            has_auxiliary=auxiliary is not None,
         ),
         grid=(q.shape[0], layout.steps),
         in_specs=specs,
         out_specs=[spec for spec, _ in outputs],
         out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for _, like in outputs],
-        scratch_shapes=[_padded(layout, q.shape[1])] * 2,
+        scratch_shapes=[places.scratch(q.shape[1], _window(layout) * layout.value_dim)] * 2,
         compiler_params=_parameters(layout, q, k),
         interpret=interpret,
         name="linear_angular_backward",
@@ -136,10 +150,6 @@ def _parameters(layout, q, k):
     return compiler_params("parallel", "parallel", block_bytes=layout.step_heads * size)
 
 
-def _padded(layout: Heads, tokens: int):
-    return pltpu.VMEM((tokens + 2 * PAD, _window(layout) * layout.value_dim), jnp.float32)
-
-
 def _window(layout: Heads) -> int:
     """Heads that are worked on together."""
     return len(layout.windows(layout.key_dim, layout.value_dim)[0][0])
@@ -152,60 +162,54 @@ def _blocks(layout: Heads, q, k, taps):
     def of_tokens(x, width):
         return pl.BlockSpec((1, x.shape[1], width), lambda b, h: (b, 0, h))
 
-    keys, values = _window(layout) * layout.key_dim, _window(layout) * layout.value_dim
     return (
         *(of_tokens(q, key_width), of_tokens(k, key_width), of_tokens(k, value_width), of_tokens(q, value_width)),
         pl.BlockSpec((taps.shape[0], value_width), lambda b, h: (0, h)),
-        *(pl.BlockSpec(shape, lambda b, h: (0, 0)) for shape in ((keys, keys), (values, values), (keys, values))),
+        *(pl.BlockSpec(x.shape, lambda b, h: (0, 0)) for x in head_sums(layout, _window(layout), q.dtype)),
     )
 
 
 def head_sums(layout: Heads, heads: int, dtype: jnp.dtype):
-    """Zeros and ones that say which lanes are of one of so many heads: keys and keys, values and values, both."""
+    """Zeros and ones that say which lanes are of one head, three `same_head`.
+
+    Of keys with keys and of values with values for the norms, as few heads as fill whole registers; of keys with values
+    for the products of so many heads.
+    """
     key_dim, value_dim = layout.key_dim, layout.value_dim
-    sizes = ((key_dim, key_dim), (value_dim, value_dim), (key_dim, value_dim))
-    return [same_head(heads, rows, columns, dtype) for rows, columns in sizes]
+    keys, values = (min(heads, math.lcm(dim, LANES) // dim) for dim in (key_dim, value_dim))
+    sizes = ((keys, key_dim, key_dim), (values, value_dim, value_dim), (heads, key_dim, value_dim))
+    return [same_head(*size, dtype) for size in sizes]
 
 
-def _sums_of(keys: slice, values: slice, keys_ref, values_ref, cross_ref):
-    """`head_sums` of a window's size, the cross one over pi: the last window may have fewer heads."""
-    key_lanes, value_lanes = slice(keys.stop - keys.start), slice(values.stop - values.start)
-    cross = cross_ref[key_lanes, value_lanes].astype(jnp.float32) / math.pi
-    return keys_ref[key_lanes, key_lanes], values_ref[value_lanes, value_lanes], cross
+def _cross_of(keys: slice, values: slice, cross_ref):
+    """Which lanes of a window's keys and values are of one head, over pi: the last window may have fewer heads."""
+    return cross_ref[: keys.stop - keys.start, : values.stop - values.start].astype(jnp.float32) / math.pi
+
+
+def _sum_heads(dot, x, sums):
+    """The sum over each head's lanes, in all of them; `sums` is `same_head` of some heads, and taken for as many."""
+    parts = [x[:, start : start + len(sums)] for start in range(0, x.shape[1], len(sums))]
+    return jnp.concatenate([dot(part, sums[: part.shape[1], : part.shape[1]], NN) for part in parts], axis=1)
 
 
 def inverse_norms(dot, x, sums):
-    """1 / |x| of each head, in all of its lanes; `sums` is `same_head`."""
-    return jax.lax.rsqrt(dot(x * x, sums, NN) + SQUARED_NORM_EPSILON)
+    """1 / |x| of each head, in all of its lanes; `sums` is `same_head` of at least as many heads as fill registers."""
+    return jax.lax.rsqrt(_sum_heads(dot, x * x, sums) + SQUARED_NORM_EPSILON)
 
 
 def through_norm(dot, d_normal, normal, inverse, sums):
     """The gradient of x from that of x / |x|."""
-    return inverse * (d_normal - normal * dot(d_normal * normal, sums, NN))
-
-
-def shifted(padded_ref, rows, taps, leading=None, trailing=None):
-    """The rows as the taps see them, one tap after the other: by -taps // 2 ... taps // 2 tokens.
-
-    Beyond the ends there is `leading` and `trailing`, PAD rows each, or zeros.
-    """
-    tokens, width = rows.shape
-    zeros = jnp.zeros((PAD, width), jnp.float32)
-    padded_ref[:PAD, :width] = zeros if leading is None else leading
-    padded_ref[PAD + tokens :, :width] = zeros if trailing is None else trailing
-    padded_ref[PAD : PAD + tokens, :width] = rows
-    for tap in range(taps):
-        yield padded_ref[pl.ds(PAD - taps // 2 + tap, tokens), :width]
+    return inverse * (d_normal - normal * _sum_heads(dot, d_normal * normal, sums))
 
 
 def _forward_kernel(
-    q_ref, k_ref, v_ref, taps_ref, keys_ref, values_ref, cross_ref, *rest, layout, has_own, has_auxiliary
+    q_ref, k_ref, v_ref, taps_ref, keys_ref, values_ref, cross_ref, *rest, layout, places: Taps, has_own, has_auxiliary
 ):
     *optional_refs, out_ref, padded_ref = rest
     own_ref = optional_refs[0] if has_own else v_ref
     dot = product(q_ref.dtype)
     for _, [keys, values] in layout.windows(layout.key_dim, layout.value_dim):
-        key_sums, value_sums, cross = _sums_of(keys, values, keys_ref, values_ref, cross_ref)
+        key_sums, value_sums, cross = keys_ref[...], values_ref[...], _cross_of(keys, values, cross_ref)
         q, k, v = q_ref[0, :, keys], k_ref[0, :, keys], v_ref[0, :, values]
         wide_q, wide_k, own = (x.astype(jnp.float32) for x in (q, k, own_ref[0, :, values]))
         normal_k = wide_k * inverse_norms(dot, wide_k, key_sums)
@@ -215,13 +219,25 @@ def _forward_kernel(
         if has_auxiliary:
             core += optional_refs[-1][0, :, values].astype(jnp.float32)
         out = core * inverse_norms(dot, core, value_sums)
-        for tap, window in enumerate(shifted(padded_ref, own, taps_ref.shape[0])):
+        for tap, window in enumerate(places.windows(padded_ref, own)):
             out += window * taps_ref[tap : tap + 1, values]
         out_ref[0, :, values] = out.astype(out_ref.dtype)
 
 
 def _backward_kernel(
-    q_ref, k_ref, v_ref, taps_ref, keys_ref, values_ref, cross_ref, cotangent_ref, *rest, layout, has_own, has_auxiliary
+    q_ref,
+    k_ref,
+    v_ref,
+    taps_ref,
+    keys_ref,
+    values_ref,
+    cross_ref,
+    cotangent_ref,
+    *rest,
+    layout,
+    places: Taps,
+    has_own,
+    has_auxiliary,
 ):
     count = has_own + has_auxiliary
     optional_refs, (dq_ref, dk_ref, dv_ref, *d_optional_refs) = rest[:count], rest[count:-3]
@@ -229,7 +245,7 @@ def _backward_kernel(
     own_ref = optional_refs[0] if has_own else v_ref
     dot = product(q_ref.dtype)
     for _, [keys, values] in layout.windows(layout.key_dim, layout.value_dim):
-        key_sums, value_sums, cross = _sums_of(keys, values, keys_ref, values_ref, cross_ref)
+        key_sums, value_sums, cross = keys_ref[...], values_ref[...], _cross_of(keys, values, cross_ref)
         wide_q, wide_k = q_ref[0, :, keys].astype(jnp.float32), k_ref[0, :, keys].astype(jnp.float32)
         wide_v, cotangent = v_ref[0, :, values].astype(jnp.float32), cotangent_ref[0, :, values].astype(jnp.float32)
         own = own_ref[0, :, values].astype(jnp.float32)
@@ -250,10 +266,9 @@ def _backward_kernel(
         dk = through_norm(dot, dot(wide_v, d_key_values, NT), normal_k, inverse_k, key_sums)
         d_own = 0.5 * d_core
         # The convolution's transpose has the taps in the other order.
-        taps = taps_ref.shape[0]
-        for tap, window in enumerate(shifted(padded_cotangent_ref, cotangent, taps)):
-            d_own += window * taps_ref[taps - 1 - tap : taps - tap, values]
-        for tap, window in enumerate(shifted(padded_ref, own, taps)):
+        for tap, window in enumerate(places.windows(padded_cotangent_ref, cotangent)):
+            d_own += window * taps_ref[places.count - 1 - tap : places.count - tap, values]
+        for tap, window in enumerate(places.windows(padded_ref, own)):
             d_taps_ref[0, tap : tap + 1, values] = jnp.sum(window * cotangent, axis=0, keepdims=True)
         dq_ref[0, :, keys] = dq.astype(dq_ref.dtype)
         dk_ref[0, :, keys] = dk.astype(dk_ref.dtype)

@@ -10,13 +10,14 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from castling_jax.ops.tpu.layout import NN, NT, TN, Heads, arrange, compiler_params, product, traced_once
-from castling_jax.ops.tpu.linear_angular import PAD, head_sums, inverse_norms, shifted, spread_taps, through_norm
+from castling_jax.ops.tpu.linear_angular import head_sums, inverse_norms, through_norm
+from castling_jax.ops.tpu.taps import SUBLANES, Taps, spread_taps
 
 TOKEN_BLOCK = 512
-_HALO = 16  # rows of the neighbouring blocks that the taps see, in whole registers of either type
+MAX_TAPS = 2 * SUBLANES + 1  # those that need no more than a register of each neighbouring block
+_HALO = 16  # rows of the neighbouring blocks that are read, in whole registers of either type
 
 
 def linear_angular(q, k, v, query_values, taps, auxiliary, *, interpret: bool):
@@ -203,8 +204,12 @@ def _attend_inputs(layout, q, key_values, v, taps, auxiliary, block):
     return inputs, specs
 
 
-def _padded(layout: Heads, block: int):
-    return pltpu.VMEM((block + 2 * PAD, layout.group * layout.value_dim), jnp.float32)
+def _padded(layout: Heads, block: int, taps):
+    return _places(taps).scratch(block, layout.group * layout.value_dim)
+
+
+def _places(taps) -> Taps:
+    return Taps(1, taps.shape[0], None)
 
 
 @traced_once("heads", "interpret")
@@ -220,7 +225,7 @@ def _attend_forward(q, key_values, v, taps, auxiliary, heads, interpret):
         in_specs=specs,
         out_specs=specs[2],
         out_shape=jax.ShapeDtypeStruct(v.shape, v.dtype),
-        scratch_shapes=[_padded(layout, block)],
+        scratch_shapes=[_padded(layout, block, taps)],
         compiler_params=_parameters(layout, block, q.dtype.itemsize),
         interpret=interpret,
         name="linear_angular_attend",
@@ -253,7 +258,7 @@ def _attend_backward(heads, interpret, residuals, cotangent):
         in_specs=[value_spec, *halo, *specs],
         out_specs=[spec for spec, _ in outputs],
         out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for _, like in outputs],
-        scratch_shapes=[_padded(layout, block), _padded(layout, block)],
+        scratch_shapes=[_padded(layout, block, taps)] * 2,
         compiler_params=_parameters(layout, block, q.dtype.itemsize),
         interpret=interpret,
         name="linear_angular_attend_backward",
@@ -264,14 +269,14 @@ def _attend_backward(heads, interpret, residuals, cotangent):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _windows(padded_ref, refs, lanes, tokens, block, taps):
+def _windows(padded_ref, refs, lanes, tokens, block, places):
     """A block's rows as the taps see them, one tap after the other, and before that the rows themselves."""
     own, before, after = refs
     first = _valid(tokens, block, -_HALO, _HALO)
     rows = _read(own, lanes, _valid(tokens, block))
-    leading = _read(before, lanes, first)[-PAD:]
-    trailing = _read(after, lanes, _valid(tokens, block, block, _HALO))[:PAD]
-    return rows, shifted(padded_ref, rows, taps, leading, trailing)
+    leading = _read(before, lanes, first)[-places.pad :]
+    trailing = _read(after, lanes, _valid(tokens, block, block, _HALO))[: places.pad]
+    return rows, places.windows(padded_ref, rows, leading, trailing)
 
 
 def _attend_kernel(
@@ -290,11 +295,11 @@ def _attend_kernel(
     has_auxiliary,
 ):
     *auxiliary_ref, out_ref, padded_ref = rest
-    dot = product(q_ref.dtype)
+    dot, places = product(q_ref.dtype), _places(taps_ref)
     for group in range(layout.step):
         keys, values = layout.key_lanes(group), layout.value_lanes(group)
         q = q_ref[0, :, keys].astype(jnp.float32)
-        v, windows = _windows(padded_ref, (v_ref, before_ref, after_ref), values, tokens, block, taps_ref.shape[0])
+        v, windows = _windows(padded_ref, (v_ref, before_ref, after_ref), values, tokens, block, places)
         core = 0.5 * v + dot(q * inverse_norms(dot, q, keys_ref[...]), key_values_ref[0, group], NN)
         if has_auxiliary:
             core += auxiliary_ref[0][0, :, values].astype(jnp.float32)
@@ -327,7 +332,7 @@ def _attend_backward_kernel(
         auxiliary_refs if has_auxiliary else (None, *auxiliary_refs, None)
     )
     dot = product(q_ref.dtype)
-    count, valid = taps_ref.shape[0], _valid(tokens, block)
+    places, valid = _places(taps_ref), _valid(tokens, block)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -337,9 +342,9 @@ def _attend_backward_kernel(
     for group in range(layout.step):
         keys, values = layout.key_lanes(group), layout.value_lanes(group)
         q = _read(q_ref, keys, valid)
-        v, windows = _windows(padded_ref, (v_ref, before_ref, after_ref), values, tokens, block, count)
+        v, windows = _windows(padded_ref, (v_ref, before_ref, after_ref), values, tokens, block, places)
         cotangent_refs = (cotangent_ref, cotangent_before_ref, cotangent_after_ref)
-        cotangent, cotangent_windows = _windows(padded_cotangent_ref, cotangent_refs, values, tokens, block, count)
+        cotangent, cotangent_windows = _windows(padded_cotangent_ref, cotangent_refs, values, tokens, block, places)
         # The forward pass again: only its inputs were kept.
         inverse_q = inverse_norms(dot, q, keys_ref[...])
         normal_q = q * inverse_q
@@ -356,7 +361,7 @@ def _attend_backward_kernel(
         dv = 0.5 * d_core
         # The convolution's transpose has the taps in the other order.
         for tap, window in enumerate(cotangent_windows):
-            dv += window * taps_ref[count - 1 - tap : count - tap, values]
+            dv += window * taps_ref[places.count - 1 - tap : places.count - tap, values]
         for tap, window in enumerate(windows):
             d_taps_ref[0, tap : tap + 1, values] += jnp.sum(window * cotangent, axis=0, keepdims=True)
         dv_ref[0, :, values] = dv.astype(dv_ref.dtype)
