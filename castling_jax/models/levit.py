@@ -170,8 +170,7 @@ class LevitAttention(nnx.Module):
         table = self.attention_biases if self.softmax_branch is None else self.softmax_branch.attention_biases
         if table is None:
             return None
-        index = offset_index(grid, self.table_grid, stride=1 if self.q is None else 2)
-        return table[...][:, index][None]
+        return bias_of_offsets(table[...], grid, self.table_grid, stride=1 if self.q is None else 2)
 
 
 class LevitMlp(nnx.Module):
@@ -448,22 +447,41 @@ def subsample(x: Float[Array, "batch tokens *axes"], grid: tuple[int, int]) -> F
     return patches.reshape(x.shape[0], -1, *x.shape[2:])
 
 
-def offset_index(grid: tuple[int, int], table_grid: tuple[int, int], *, stride: int) -> Int[np.ndarray, "queries keys"]:
-    """Where in the table of attention biases that of each query and key stands: at |dy| * columns + |dx|.
+def bias_of_offsets(
+    table: Float[Array, "heads offsets"], grid: tuple[int, int], table_grid: tuple[int, int], *, stride: int
+) -> Float[Array, "1 heads queries keys"]:
+    """The attention bias of each query and key: the table's at the offset between them, |dy| * columns + |dx|.
 
     Args:
+      table: the biases.
       grid: (height, width) of the keys.
       table_grid: how many offsets (down, across) the table has; a larger one counts as the largest.
       stride: the queries are each such row's each such token.
     """
+    offsets = [_offsets(length, limit, stride=stride) for length, limit in zip(grid, table_grid, strict=True)]
+    on_grid = table.reshape(-1, *table_grid)
+    # A TPU looks numbers up one at a time, and so adds their gradients; elsewhere it is the products that take long.
+    bias = jax.lax.platform_dependent(
+        on_grid, tpu=lambda table: _select(table, *offsets), default=lambda table: _look_up(table, *offsets)
+    )
+    return bias.reshape(1, len(table), len(offsets[0]) * len(offsets[1]), -1)
 
-    def distances(length: int, limit: int) -> np.ndarray:
-        places = np.arange(length)
-        return np.minimum(np.abs(places[::stride, None] - places), limit - 1)
 
-    down, across = (distances(length, limit) for length, limit in zip(grid, table_grid, strict=True))
-    index = down[:, None, :, None] * table_grid[1] + across[None, :, None, :]
-    return index.reshape(len(down) * len(across), -1)
+def _look_up(table: jax.Array, down: np.ndarray, across: np.ndarray) -> jax.Array:
+    return table[:, down[:, None, :, None], across[None, :, None, :]]
+
+
+def _select(table: jax.Array, down: np.ndarray, across: np.ndarray) -> jax.Array:
+    rows, columns = (
+        jax.nn.one_hot(x, size, dtype=table.dtype) for x, size in zip((down, across), table.shape[1:], strict=True)
+    )
+    return jnp.einsum("hij,yYi,xXj->hyxYX", table, rows, columns, precision=jax.lax.Precision.HIGHEST)
+
+
+def _offsets(length: int, limit: int, *, stride: int) -> Int[np.ndarray, "queries keys"]:
+    """How far the keys of one axis are from its queries, at most limit - 1."""
+    places = np.arange(length)
+    return np.minimum(np.abs(places[::stride, None] - places), limit - 1)
 
 
 def fit_bias_table(

@@ -9,7 +9,7 @@ import pytest
 
 import castling_jax
 from castling_jax.models import levit
-from castling_jax.models.levit import fit_bias_table, halved, offset_index
+from castling_jax.models.levit import bias_of_offsets, fit_bias_table, halved
 from castling_jax.models.registry import abstract_model, create_model
 from castling_jax.models.variables import bind, flatten, forward_train, get_variables
 from tests.models import small
@@ -138,24 +138,37 @@ def test_published_grids():
 def test_offsets_are_those_of_every_pair(grid, side, stride):
     keys = [(row, column) for row in range(grid[0]) for column in range(grid[1])]
     queries = [key for key in keys if key[0] % stride == key[1] % stride == 0]
-    table = np.random.default_rng(0).normal(size=(2, side * side))
-    index = offset_index(grid, (side, side), stride=stride)
-    np.testing.assert_array_equal(table[:, index][None], bias_of(table, queries, keys, side))
+    table = np.random.default_rng(0).normal(size=(2, side * side)).astype(np.float32)
+    bias = bias_of_offsets(table, grid, (side, side), stride=stride)
+    np.testing.assert_array_equal(bias, bias_of(table, queries, keys, side))
     if stride == 2:
         assert len(queries) == math.prod(halved(grid))
 
 
+@pytest.mark.parametrize(("grid", "side", "stride"), [((7, 7), 7, 1), ((4, 6), 5, 2), ((3, 5), 2, 1)])
+def test_a_tpus_products_select_the_same_biases(monkeypatch, grid, side, stride):
+    table = np.random.default_rng(0).normal(size=(2, side * side)).astype(np.float32)
+
+    def bias_and_gradient():
+        bias, pullback = jax.vjp(lambda table: bias_of_offsets(table, grid, (side, side), stride=stride), table)
+        return bias, pullback(jnp.sin(jnp.arange(bias.size, dtype=jnp.float32)).reshape(bias.shape))[0]
+
+    expected, expected_gradient = bias_and_gradient()
+    monkeypatch.setattr(levit, "_look_up", levit._select)
+    selected, gradient = bias_and_gradient()
+    np.testing.assert_array_equal(selected, expected)
+    # Sums of up to 49 numbers of at most 1, in another order.
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("side", [3, 4, 6])
 def test_a_table_of_another_size_gives_the_same_biases(side):
-    table = np.random.default_rng(0).normal(size=(2, 16))
+    table = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
     fitted = fit_bias_table(table, (4, 4), (side, side))
-    # On a grid that neither reaches beyond: the small one's.
-    for grid in [(3, 3), (min(side, 4),) * 2]:
-        index, new_index = (offset_index(grid, (size, size), stride=1) for size in (4, side))
-        np.testing.assert_array_equal(fitted[:, new_index], table[:, index])
-    # And beyond what the old table has, where the new one has it.
-    index, new_index = (offset_index((side, side), (size, size), stride=2) for size in (4, side))
-    np.testing.assert_array_equal(fitted[:, new_index], table[:, index])
+    # On grids that neither reaches beyond; and beyond what the old table has, where the new one has it.
+    for grid, stride in [((3, 3), 1), ((min(side, 4),) * 2, 1), ((side, side), 2)]:
+        new, old = (bias_of_offsets(x, grid, (size, size), stride=stride) for x, size in ((fitted, side), (table, 4)))
+        np.testing.assert_array_equal(new, old)
 
 
 # Training
