@@ -13,6 +13,7 @@ from castling_jax.models.layers import linear, split_linear
 from castling_jax.ops.angular import normalize_and_convolve
 from castling_jax.ops.errors import InputError, check_known
 from castling_jax.ops.masked_softmax import Bias, dense_bias
+from castling_jax.ops.tokens import QueryValues, values_of_queries
 
 ATTENTIONS = ("castling", "linear_angular", "softmax", "angular")
 FORMS = ("train", "inference")
@@ -130,7 +131,7 @@ def attend(
     form: str,
     mask_threshold: ArrayLike | None,
     bias: Bias | None = None,
-    query_values: Float[Array, "batch queries heads value_dim"] | None = None,
+    query_values: QueryValues = None,
     grid: tuple[int, int] | None = None,
     prefix_tokens: int = 0,
     implementation: str = "auto",
@@ -146,7 +147,7 @@ def attend(
       form: "inference" leaves out castling's softmax branch.
       mask_threshold: of castling in training form.
       bias: of the scores, where there is a softmax.
-      query_values: the values at the queries' positions, where queries and keys are different tokens.
+      query_values: at the queries' positions, where queries and keys are different tokens; as in `ops`.
       grid: (height, width) of the queries, for a kernel over the grid.
       prefix_tokens: tokens before the grid.
       implementation: of the linear-angular and the masked attention, as in `ops`.
@@ -164,7 +165,7 @@ def attend(
     if token_kernel is not None and token_kernel.ndim == 3:
         where = {"grid": grid, "prefix_tokens": prefix_tokens}
     if attention == "angular":
-        own_values = v if query_values is None else query_values
+        own_values = values_of_queries(v, query_values)
         out = normalize_and_convolve(ops.angular_attention(q, k, v), own_values, token_kernel, **where)
     elif attention == "linear_angular" or form == "inference":
         out = ops.linear_angular_attention(

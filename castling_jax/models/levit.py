@@ -16,6 +16,7 @@ from castling_jax.models.attention import attend, new_token_kernel
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.layers import ConvNorm, LinearNorm, NormLinear, draw_drop_path, drop_path, of_layer, run_block
 from castling_jax.ops.errors import InputError
+from castling_jax.ops.tokens import select_tokens
 
 STEM_STRIDE = 16
 # Value channels a key channel, and the MLP's ratio where the grid shrinks, whatever mlp_ratio is (as in timm).
@@ -57,7 +58,7 @@ class Queries(nnx.Module):
         self.ln = LinearNorm(dim, out_dim, **layer)
 
     def __call__(self, x, *, grid, training):
-        return self.ln(subsample(x, grid), training=training)
+        return self.ln(select_tokens(x, every_second(grid)), training=training)
 
 
 class LevitAttention(nnx.Module):
@@ -140,7 +141,7 @@ class LevitAttention(nnx.Module):
             # A query of the new grid stands on one token of the old one, so 1/2 V is here, as in every other layer,
             # of each query the value of its own token. The token kernel takes the same values on the new grid: its
             # neighbours are the tokens that the layers behind work on, at a quarter of the work.
-            own_values, query_grid = subsample(v, grid), halved(grid)
+            own_values, query_grid = every_second(grid), halved(grid)
         out, density = attend(
             q,
             k,
@@ -441,10 +442,9 @@ def halved(grid: tuple[int, int]) -> tuple[int, int]:
     return (grid[0] + 1) // 2, (grid[1] + 1) // 2
 
 
-def subsample(x: Float[Array, "batch tokens *axes"], grid: tuple[int, int]) -> Float[Array, "batch queries *axes"]:
+def every_second(grid: tuple[int, int]) -> Int[np.ndarray, "queries"]:
     """Every second token of every second row of the grid, the first among them."""
-    patches = x.reshape(x.shape[0], *grid, *x.shape[2:])[:, ::2, ::2]
-    return patches.reshape(x.shape[0], -1, *x.shape[2:])
+    return np.arange(math.prod(grid)).reshape(grid)[::2, ::2].ravel()
 
 
 def bias_of_offsets(

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from castling_jax.ops.checks import check_implementation, check_qkv, check_query_values
 from castling_jax.ops.depthwise import check_token_kernel, depthwise_convolution
 from castling_jax.ops.errors import InputError
+from castling_jax.ops.tokens import QueryValues, tokens_of, values_of_queries
 
 # Added to the squared norm. Vectors of norm 1e-9 and above are normalised to float32's rounding, and
 # its power -3/2, which the gradient holds, is still a finite float32: a zero vector gives no NaN.
@@ -133,7 +134,7 @@ def linear_angular_attention(
     v: Float[Array, "batch keys heads value_dim"],
     token_kernel: Float[Array, "taps heads"] | Float[Array, "rows columns heads"] | None = None,
     *,
-    query_values: Float[Array, "batch queries heads value_dim"] | None = None,
+    query_values: QueryValues = None,
     grid: tuple[int, int] | None = None,
     prefix_tokens: int = 0,
     implementation: str = "auto",
@@ -147,7 +148,8 @@ def linear_angular_attention(
       k: keys; likewise.
       v: values; never normalised.
       token_kernel: of the values, as `depthwise_convolution` takes it.
-      query_values: the values at the queries' positions, where queries and keys are different tokens.
+      query_values: the values at the queries' positions, where queries and keys are different tokens; or, where the
+        queries stand on some of the keys' tokens, which: integers [queries], in NumPy.
       grid: (height, width) of the queries, for a token kernel over the grid.
       prefix_tokens: leading queries that the token kernel leaves out.
       implementation: "xla"; "pallas", fused TPU kernels (interpreted, and slow, on a CPU); or "auto", the kernels where
@@ -180,7 +182,7 @@ def add_linear_angular(
     v: Float[Array, "batch keys heads value_dim"],
     token_kernel: Float[Array, "taps heads"] | Float[Array, "rows columns heads"] | None,
     *,
-    query_values: Float[Array, "batch queries heads value_dim"] | None,
+    query_values: QueryValues,
     grid: tuple[int, int] | None,
     prefix_tokens: int,
     implementation: str,
@@ -190,19 +192,32 @@ def add_linear_angular(
     check_qkv(q, k, v)
     check_query_values(q, v, query_values)
     if token_kernel is not None:
-        check_token_kernel(token_kernel, v if query_values is None else query_values, grid, prefix_tokens)
+        check_token_kernel(token_kernel, q.shape[1], q.shape[2], grid, prefix_tokens)
 
-    def plain(q, k, v, token_kernel, query_values, auxiliary):
-        query_values = v if query_values is None else query_values
+    # Tokens are known now, and no argument of a program.
+    tokens = tokens_of(query_values)
+    given = None if query_values is None or tokens is not None else jnp.asarray(query_values)
+
+    def plain(q, k, v, token_kernel, given, auxiliary):
+        query_values = values_of_queries(v, tokens if given is None else given)
         core = linear_angular_core(q, k, v, query_values)
         core = core if auxiliary is None else core + auxiliary.astype(core.dtype)
         return normalize_and_convolve(core, query_values, token_kernel, grid=grid, prefix_tokens=prefix_tokens)
 
     if implementation == "xla":
-        return plain(q, k, v, token_kernel, query_values, auxiliary)
+        return plain(q, k, v, token_kernel, given, auxiliary)
     from castling_jax.ops.tpu import attention as kernels  # Pallas takes a while to import
 
     otherwise = plain if implementation == "auto" else None
     return kernels.linear_angular_attention(
-        q, k, v, token_kernel, query_values, auxiliary, grid=grid, prefix_tokens=prefix_tokens, otherwise=otherwise
+        q,
+        k,
+        v,
+        token_kernel,
+        given,
+        auxiliary,
+        query_tokens=tokens,
+        grid=grid,
+        prefix_tokens=prefix_tokens,
+        otherwise=otherwise,
     )

@@ -5,6 +5,7 @@ from jaxtyping import Array, ArrayLike, Float
 from castling_jax.ops.angular import add_linear_angular
 from castling_jax.ops.checks import check_qkv, check_query_values, is_known_empty
 from castling_jax.ops.masked_softmax import Bias, masked_softmax_first
+from castling_jax.ops.tokens import QueryValues
 
 
 def castling_attention(
@@ -15,7 +16,7 @@ def castling_attention(
     *,
     mask_threshold: ArrayLike,
     bias: Bias | None = None,
-    query_values: Float[Array, "batch queries heads value_dim"] | None = None,
+    query_values: QueryValues = None,
     grid: tuple[int, int] | None = None,
     prefix_tokens: int = 0,
     implementation: str = "auto",
@@ -32,7 +33,8 @@ def castling_attention(
       token_kernel: of the values, as `depthwise_convolution` takes it.
       mask_threshold: scalar of at least 0; softmax weights at or under it are masked out.
       bias: of the softmax branch alone; see `masked_softmax_attention`.
-      query_values: the values at the queries' positions, where queries and keys are different tokens.
+      query_values: the values at the queries' positions, where queries and keys are different tokens; or, where the
+        queries stand on some of the keys' tokens, which: integers [queries], in NumPy.
       grid: (height, width) of the queries, for a token kernel over the grid.
       prefix_tokens: leading queries that the token kernel leaves out.
       implementation: "xla"; "pallas", fused TPU kernels (interpreted, and slow, on a CPU); or "auto", the kernels where

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import ArrayLike
 
 from castling_jax.ops.errors import InputError, check_known
+from castling_jax.ops.tokens import QueryValues, tokens_of
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas")
 
@@ -32,13 +33,21 @@ def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array | None = None) -> None:
         raise InputError(f"k and v must have one number of tokens, not {k.shape[1]} and {v.shape[1]}.")
 
 
-def check_query_values(q: jax.Array, v: jax.Array, query_values: jax.Array | None) -> None:
+def check_query_values(q: jax.Array, v: jax.Array, query_values: QueryValues) -> None:
     """Raises an InputError unless there are values at the queries' own positions: these, or v's, at the same tokens."""
     if query_values is None:
         if q.shape[1] != v.shape[1]:
             raise InputError(
                 f"{q.shape[1]} queries and {v.shape[1]} keys are different tokens: "
                 "give query_values [batch, queries, heads, value_dim] for the 1/2 V term and the token kernel."
+            )
+        return
+    tokens = tokens_of(query_values)
+    if tokens is not None:
+        if tokens.shape != q.shape[1:2] or not np.all((tokens >= 0) & (tokens < v.shape[1])):
+            raise InputError(
+                f"query_values must name one of the {v.shape[1]} keys for each of the {q.shape[1]} queries, or be "
+                f"values: not {tokens.tolist()}."
             )
         return
     expected = (*q.shape[:3], v.shape[3])

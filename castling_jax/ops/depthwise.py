@@ -36,7 +36,7 @@ def depthwise_convolution(
     """
     if v.ndim != 4:
         raise InputError(f"v must be [batch, tokens, heads, value_dim], not of shape {v.shape}.")
-    check_token_kernel(kernel, v, grid, prefix_tokens)
+    check_token_kernel(kernel, v.shape[1], v.shape[2], grid, prefix_tokens)
     tokens = v.shape[1] - prefix_tokens
     sizes = (tokens,) if grid is None else tuple(grid)
     patches = v[:, prefix_tokens:].reshape(v.shape[0], *sizes, *v.shape[2:])
@@ -44,10 +44,11 @@ def depthwise_convolution(
     return jnp.pad(out, ((0, 0), (prefix_tokens, 0), (0, 0), (0, 0)))
 
 
-def check_token_kernel(kernel: jax.Array, v: jax.Array, grid: tuple[int, int] | None, prefix_tokens: int) -> None:
-    """Raises an InputError unless `depthwise_convolution` takes these arguments; v has four axes."""
+def check_token_kernel(
+    kernel: jax.Array, all_tokens: int, heads: int, grid: tuple[int, int] | None, prefix_tokens: int
+) -> None:
+    """Raises an InputError unless `depthwise_convolution` takes these arguments with so many tokens and heads."""
     *taps, kernel_heads = kernel.shape
-    _, all_tokens, heads, _ = v.shape
     if len(taps) not in (1, 2) or any(size % 2 == 0 for size in taps):
         raise InputError(
             f"a token kernel must be [taps, heads] or [rows, columns, heads] of odd sizes, not {kernel.shape}."

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from castling_jax import ops
+from castling_jax.ops import tokens
 from tests.ops import reference, rounding
 
 DTYPES = [jnp.float32, jnp.bfloat16]
@@ -312,6 +313,26 @@ def test_query_values_default_to_the_values():
         castling_attention(q, k, v, taps, mask_threshold=0.1),
         castling_attention(q, k, v, taps, mask_threshold=0.1, query_values=v),
     )
+
+
+@pytest.mark.parametrize("size", [(3,), (3, 3)])
+def test_query_values_by_their_tokens_are_those_values(size):
+    (q, k, v, _, _), _ = draw()
+    which = np.array([0, 3, 6, 8])
+    arguments = q[:, :4], k, v, jax.random.normal(jax.random.key(3), (*size, q.shape[2]))
+    where = {"grid": (2, 2)} if len(size) == 2 else {}
+    for attention, threshold in [(ops.castling_attention, {"mask_threshold": 0.1}), (ops.linear_angular_attention, {})]:
+        chex.assert_trees_all_equal(
+            attention(*arguments, query_values=which, **threshold, **where),
+            attention(*arguments, query_values=v[:, which], **threshold, **where),
+        )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_tpus_product_selects_the_same_tokens(dtype):
+    x, which = jax.random.normal(jax.random.key(0), (2, 9, 3, 4)).astype(dtype), np.array([8, 0, 3, 3])
+    multiplied = tokens._multiply(x.reshape(2, 9, 12), which).reshape(2, 4, 3, 4)
+    chex.assert_trees_all_equal(multiplied, x[:, which], tokens.select_tokens(x, which))
 
 
 def test_auto_is_xla():

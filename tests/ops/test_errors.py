@@ -94,6 +94,12 @@ def test_queries_unlike_keys_need_query_values(refuses, name):
         ATTENTIONS[name](Q, jnp.ones((2, 7, 3, 4)), jnp.ones((2, 7, 3, 6)))
 
 
+@pytest.mark.parametrize("tokens", [[0, 1], [0, 1, 2, 3, 5], [-1, 0, 1, 2, 3]])
+def test_query_values_by_tokens_that_there_are_not(refuses, tokens):
+    with refuses("query_values must name one of the 5 keys for each of the 5 queries", str(tokens)):
+        ops.linear_angular_attention(Q, Q, Q, query_values=np.array(tokens))
+
+
 def test_query_values_of_another_shape(refuses):
     with refuses("query_values", "(2, 5, 3, 4)", "(2, 4, 3, 4)"):
         ops.linear_angular_attention(Q, Q, Q, query_values=Q[:, :4])

@@ -280,8 +280,10 @@ def test_a_gpu_is_refused(refuses, monkeypatch):
 @pytest.mark.parametrize(
     ("sizes", "shape", "prefix_tokens"),
     [
+        ((3, 3), (2, 16, 49, 2, 32, 64), 0),  # queries on some of the keys' tokens
         ((3, 3), (2, 49, 49, 2, 32, 64), 0),
-        ((3, 3), (1, 16, 60, 3, 16, 64), 0),  # queries unlike keys
+        ((9,), (2, 16, 49, 2, 32, 64), 1),
+        ((3, 3), (1, 16, 60, 3, 16, 64), 0),  # on others
         ((1, 5), (2, 15, 15, 2, 16, 16), 0),
         ((7, 5), (2, 4, 4, 2, 16, 16), 0),  # farther than the grid goes
         ((5, 3), (1, 27, 27, 2, 64, 64), 2),
@@ -292,6 +294,8 @@ def test_token_kernels(sizes, shape, prefix_tokens):
     grids = {49: (7, 7), 16: (4, 4), 15: (5, 3), 4: (2, 2), 27: (5, 5)}
     grid = grids[shape[1]] if len(sizes) == 2 else None
     q, k, v, _, own, cotangent = draw(shape)
+    tokens = np.arange(49).reshape(7, 7)[::2, ::2].ravel() if shape[2] == 49 != shape[1] else None
+    own = own if tokens is None else None
     kernel = jax.random.normal(jax.random.key(9), (*sizes, shape[3]))
 
     @functools.partial(jax.jit, static_argnames="implementation")
@@ -299,7 +303,7 @@ def test_token_kernels(sizes, shape, prefix_tokens):
         def attention(q, k, v, kernel, own):
             return ops.linear_angular_attention(
                 *(q, k, v, kernel),
-                query_values=own,
+                query_values=own if tokens is None else tokens,
                 grid=grid,
                 prefix_tokens=prefix_tokens,
                 implementation=implementation,
@@ -313,6 +317,7 @@ def test_token_kernels(sizes, shape, prefix_tokens):
     assert_close(actual, compute(*arguments, implementation="xla"), FLOAT32)
     wide_q, wide_k, wide_v = (np.asarray(x, np.float64) for x in (q, k, v))
     wide_own = wide_v if own is None else np.asarray(own, np.float64)
+    wide_own = wide_own if tokens is None else wide_v[:, tokens]
     expected = reference.linear_angular(wide_q, wide_k, wide_v, query_values=wide_own)
     patches = wide_own[:, prefix_tokens:]
     expected[:, prefix_tokens:] += (

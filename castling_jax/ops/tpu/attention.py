@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from castling_jax.ops.depthwise import depthwise_convolution
 from castling_jax.ops.errors import InputError
 from castling_jax.ops.masked_softmax import Bias
+from castling_jax.ops.tokens import values_of_queries
 from castling_jax.ops.tpu import linear_angular, linear_angular_blocks, masked_softmax, masked_softmax_blocks
 from castling_jax.ops.tpu.layout import fast_memory_bytes
 
@@ -27,6 +29,7 @@ def linear_angular_attention(
     query_values: Float[Array, "batch queries heads value_dim"] | None,
     auxiliary: Float[Array, "batch queries heads value_dim"] | None,
     *,
+    query_tokens: Int[np.ndarray, "queries"] | None,
     grid: tuple[int, int] | None,
     prefix_tokens: int,
     otherwise: Callable[..., Any] | None,
@@ -38,8 +41,9 @@ def linear_angular_attention(
       k: keys.
       v: values.
       token_kernel: of the values.
-      query_values: the values at the queries' positions; None where those are the keys'.
+      query_values: the values at the queries' positions; None where `v` has them.
       auxiliary: what is added before the normalisation.
+      query_tokens: those of the keys' tokens that the queries stand on; None where it is all of them.
       grid: (height, width) of the queries, for a token kernel over the grid.
       prefix_tokens: leading queries that the token kernel leaves out.
       otherwise: what to run, with these arguments, where there is no TPU or the kernels do not serve them; None
@@ -58,13 +62,15 @@ def linear_angular_attention(
         return otherwise(*arguments)
 
     def run(q, k, v, token_kernel, query_values, auxiliary, *, interpret):
-        own_values = v if query_values is None else query_values
         whole = linear_angular.needed_bytes(q, k, v, token_kernel, grid) <= fast_memory_bytes()
         # Blocks see no more than a register of their neighbours, which is less than a grid's row.
         seen = whole or token_kernel is None or (grid is None and len(token_kernel) <= linear_angular_blocks.MAX_TAPS)
         taps = token_kernel if seen and not prefix_tokens else None
+        own_values = values_of_queries(v, query_tokens if query_values is None else query_values)
         if whole:
-            out = linear_angular.linear_angular(q, k, v, query_values, taps, auxiliary, grid=grid, interpret=interpret)
+            out = linear_angular.linear_angular(
+                q, k, v, query_values, taps, auxiliary, query_tokens=query_tokens, grid=grid, interpret=interpret
+            )
         else:
             out = linear_angular_blocks.linear_angular(q, k, v, own_values, taps, auxiliary, interpret=interpret)
         if token_kernel is None or taps is not None:

@@ -8,9 +8,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from castling_jax.ops.angular import SQUARED_NORM_EPSILON
+from castling_jax.ops.tokens import selection
 from castling_jax.ops.tpu.layout import (
     LANES,
     NN,
@@ -42,37 +44,52 @@ def needed_bytes(q, k, v, taps, grid) -> int:
     return heads.group * tokens * max(heads.key_dim, heads.value_dim) * (2 * 9 * q.dtype.itemsize + wide * 4)
 
 
-def linear_angular(q, k, v, own, taps, auxiliary, *, grid: tuple[int, int] | None, interpret: bool):
+def linear_angular(
+    q,
+    k,
+    v,
+    own,
+    taps,
+    auxiliary,
+    *,
+    query_tokens: np.ndarray | None,
+    grid: tuple[int, int] | None,
+    interpret: bool,
+):
     """l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V), differentiable; shapes as the public operation's.
 
     Args:
       q: [batch, queries, heads, key_dim].
       k: [batch, keys, heads, key_dim].
       v: [batch, keys, heads, value_dim].
-      own: the values at the queries' positions, V outside of the products; None where queries and keys are the same.
+      own: the values at the queries' positions, V outside of the products; None where `v` has them.
       taps: [taps, heads], [rows, columns, heads] with a grid, or None.
       auxiliary: what is added before the normalisation, like the output; or None.
+      query_tokens: those of the keys' tokens that the queries stand on; None where it is all of them.
       grid: (height, width) of the queries, for taps in rows and columns.
       interpret: run as plain JAX, on any platform.
     """
     heads, value_dim = v.shape[2:]
     flat = [None if x is None else x.reshape(*x.shape[:2], -1) for x in (q, k, v, own, auxiliary)]
     places = arrange_taps(taps, grid)
-    out = _attention(*flat[:4], spread_taps(taps, heads, value_dim), flat[4], heads, places, interpret)
+    chosen = None if query_tokens is None else tuple(query_tokens.tolist())
+    out = _attention(*flat[:4], spread_taps(taps, heads, value_dim), flat[4], heads, places, chosen, interpret)
     return out.reshape(*q.shape[:3], value_dim)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _attention(q, k, v, own, taps, auxiliary, heads, places, interpret):
-    return _forward(q, k, v, own, taps, auxiliary, heads, places, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def _attention(q, k, v, own, taps, auxiliary, heads, places, chosen, interpret):
+    return _forward(q, k, v, own, taps, auxiliary, heads, places, chosen, interpret)[0]
 
 
-@traced_once("heads", "places", "interpret")
-def _forward(q, k, v, own, taps, auxiliary, heads, places, interpret):
+@traced_once("heads", "places", "chosen", "interpret")
+def _forward(q, k, v, own, taps, auxiliary, heads, places, chosen, interpret):
     layout = _arrange(q, k, v, heads, blocks=5)
     query_block, key_block, value_block, out_block, taps_block, *constants = _blocks(layout, q, k, taps)
     inputs = [q, k, v, taps, *head_sums(layout, _window(layout), q.dtype)]
     specs = [query_block, key_block, value_block, taps_block, *constants]
+    if chosen is not None:
+        inputs, specs = [*inputs, _selection(chosen, k)], [*specs, _selection_block(chosen, k)]
     for optional in (own, auxiliary):
         if optional is not None:
             inputs, specs = [*inputs, optional], [*specs, out_block]
@@ -81,6 +98,7 @@ def _forward(q, k, v, own, taps, auxiliary, heads, places, interpret):
             _forward_kernel,
             layout=layout,
             places=places,
+            has_selection=chosen is not None,
             has_own=own is not None,
             has_auxiliary=auxiliary is not None,
         ),
@@ -96,13 +114,15 @@ def _forward(q, k, v, own, taps, auxiliary, heads, places, interpret):
     return out, (q, k, v, own, taps, auxiliary)
 
 
-@traced_once("heads", "places", "interpret")
-def _backward(heads, places, interpret, residuals, cotangent):
+@traced_once("heads", "places", "chosen", "interpret")
+def _backward(heads, places, chosen, interpret, residuals, cotangent):
     q, k, v, own, taps, auxiliary = residuals
     layout = _arrange(q, k, v, heads, blocks=9)
     query_block, key_block, value_block, out_block, taps_block, *constants = _blocks(layout, q, k, taps)
     inputs = [q, k, v, taps, *head_sums(layout, _window(layout), q.dtype), cotangent]
     specs = [query_block, key_block, value_block, taps_block, *constants, out_block]
+    if chosen is not None:
+        inputs, specs = [*inputs, _selection(chosen, k)], [*specs, _selection_block(chosen, k)]
     outputs = [(query_block, q), (key_block, k), (value_block, v)]
     for optional in (own, auxiliary):
         if optional is not None:
@@ -115,6 +135,7 @@ def _backward(heads, places, interpret, residuals, cotangent):
             _backward_kernel,
             layout=layout,
             places=places,
+            has_selection=chosen is not None,
             has_own=own is not None,
             has_auxiliary=auxiliary is not None,
         ),
@@ -148,6 +169,14 @@ def _arrange(q, k, v, heads, blocks):
 def _parameters(layout, q, k):
     size = block_bytes(q.shape[1], k.shape[1], layout.key_dim, layout.value_dim, q.dtype.itemsize)
     return compiler_params("parallel", "parallel", block_bytes=layout.step_heads * size)
+
+
+def _selection(chosen, k):
+    return selection(np.array(chosen), k.shape[1], k.dtype)
+
+
+def _selection_block(chosen, k):
+    return pl.BlockSpec((len(chosen), k.shape[1]), lambda b, h: (0, 0))
 
 
 def _window(layout: Heads) -> int:
@@ -202,16 +231,35 @@ def through_norm(dot, d_normal, normal, inverse, sums):
     return inverse * (d_normal - normal * _sum_heads(dot, d_normal * normal, sums))
 
 
+def _own(dot, v, optional_refs, values: slice, has_selection: bool, has_own: bool):
+    """The values at the queries' positions, of a window: of their own, some of v, or v."""
+    if has_own:
+        return optional_refs[0][0, :, values].astype(jnp.float32)
+    return dot(optional_refs[0][...], v, NN) if has_selection else v.astype(jnp.float32)
+
+
 def _forward_kernel(
-    q_ref, k_ref, v_ref, taps_ref, keys_ref, values_ref, cross_ref, *rest, layout, places: Taps, has_own, has_auxiliary
+    q_ref,
+    k_ref,
+    v_ref,
+    taps_ref,
+    keys_ref,
+    values_ref,
+    cross_ref,
+    *rest,
+    layout,
+    places: Taps,
+    has_selection,
+    has_own,
+    has_auxiliary,
 ):
     *optional_refs, out_ref, padded_ref = rest
-    own_ref = optional_refs[0] if has_own else v_ref
     dot = product(q_ref.dtype)
     for _, [keys, values] in layout.windows(layout.key_dim, layout.value_dim):
         key_sums, value_sums, cross = keys_ref[...], values_ref[...], _cross_of(keys, values, cross_ref)
         q, k, v = q_ref[0, :, keys], k_ref[0, :, keys], v_ref[0, :, values]
-        wide_q, wide_k, own = (x.astype(jnp.float32) for x in (q, k, own_ref[0, :, values]))
+        wide_q, wide_k = q.astype(jnp.float32), k.astype(jnp.float32)
+        own = _own(dot, v, optional_refs, values, has_selection, has_own)
         normal_k = wide_k * inverse_norms(dot, wide_k, key_sums)
         key_values = dot(normal_k, v, TN) * cross
         normal_q = wide_q * inverse_norms(dot, wide_q, key_sums)
@@ -236,19 +284,19 @@ def _backward_kernel(
     *rest,
     layout,
     places: Taps,
+    has_selection,
     has_own,
     has_auxiliary,
 ):
-    count = has_own + has_auxiliary
+    count = has_selection + has_own + has_auxiliary
     optional_refs, (dq_ref, dk_ref, dv_ref, *d_optional_refs) = rest[:count], rest[count:-3]
     d_taps_ref, padded_ref, padded_cotangent_ref = rest[-3:]
-    own_ref = optional_refs[0] if has_own else v_ref
     dot = product(q_ref.dtype)
     for _, [keys, values] in layout.windows(layout.key_dim, layout.value_dim):
         key_sums, value_sums, cross = keys_ref[...], values_ref[...], _cross_of(keys, values, cross_ref)
         wide_q, wide_k = q_ref[0, :, keys].astype(jnp.float32), k_ref[0, :, keys].astype(jnp.float32)
         wide_v, cotangent = v_ref[0, :, values].astype(jnp.float32), cotangent_ref[0, :, values].astype(jnp.float32)
-        own = own_ref[0, :, values].astype(jnp.float32)
+        own = _own(dot, wide_v, optional_refs, values, has_selection, has_own)
         # The forward pass again: only its inputs were kept.
         inverse_k, inverse_q = inverse_norms(dot, wide_k, key_sums), inverse_norms(dot, wide_q, key_sums)
         normal_k, normal_q = wide_k * inverse_k, wide_q * inverse_q
@@ -275,5 +323,5 @@ def _backward_kernel(
         if has_own:
             d_optional_refs[0][0, :, values] = d_own.astype(dv_ref.dtype)
         else:
-            dv += d_own
+            dv += dot(optional_refs[0][...], d_own, TN) if has_selection else d_own
         dv_ref[0, :, values] = dv.astype(dv_ref.dtype)
