@@ -96,8 +96,7 @@ def masked_softmax_attention(
 ) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""], tuple[Array, Array, Array]]:
     """The masked softmax branch, fused, its mask density, and q, k and v.
 
-    A bias in two factors is never expanded: the factors stand beside the queries, and beside the keys ones where a key
-    lies in that row or column, so that the product of the two adds the bias.
+    A bias in two factors is never expanded: it is their product with ones where a key lies in that row or column.
 
     Args:
       q: queries.
@@ -124,26 +123,10 @@ def masked_softmax_attention(
     names = () if mesh is None else mesh[1]
 
     def run(q, k, v, threshold, bias, *, interpret):
-        given = [q, k, v]
-        handed_on: tuple[int, ...] = (0, 1, 2) if hand_on else ()
-        scale = 1 / math.sqrt(q.shape[3])
-        if isinstance(bias, tuple | list):
-            q, k = _with_factors(q, k, bias, scale)
-            scale, bias = 1.0, None
-            handed_on = (2,) if hand_on else ()  # queries and keys are others
-        elif bias is not None:
-            bias = jnp.swapaxes(bias, 2, 3)
-        arguments = *(x.reshape(*x.shape[:2], -1) for x in (q, k, v)), threshold.reshape(1, 1), bias
-        static = q.shape[2], scale, interpret
-        if masked_softmax.needed_bytes(q, k, v, bias) <= fast_memory_bytes():
-            out, kept, *on = masked_softmax.masked_softmax(*arguments, *static, handed_on)
-            for which, x in zip(handed_on, on, strict=True):
-                given[which] = x.reshape(given[which].shape)
-        else:
-            out, kept = masked_softmax_blocks.masked_softmax(*arguments, *static)
+        out, kept, on = _masked_softmax(q, k, v, threshold.reshape(1, 1), bias, hand_on=hand_on, interpret=interpret)
         kept = kept.sum()
         density = (jax.lax.psum(kept, names) if names else kept) / size
-        return out.reshape(*q.shape[:3], v.shape[3]), density, tuple(given)
+        return out.reshape(*q.shape[:3], v.shape[3]), density, on
 
     if mesh is not None:
         tokens, _ = mesh
@@ -155,7 +138,34 @@ def masked_softmax_attention(
     return _on_platform(run, q, k, v, threshold, bias, otherwise=otherwise)
 
 
+def _masked_softmax(q, k, v, threshold, bias, *, hand_on: bool, interpret: bool):
+    """The output, flat; weights kept, of some parts; and q, k and v to go on with."""
+    scale, heads = 1 / math.sqrt(q.shape[3]), q.shape[2]
+    dense = factors = sides = None
+    if isinstance(bias, tuple | list):
+        factors = masked_softmax.join_factors(bias[0], bias[1], q.shape[0], q.dtype)
+        sides = bias[0].shape[3], bias[1].shape[3]
+    elif bias is not None:
+        dense = jnp.swapaxes(bias, 2, 3)
+    if masked_softmax.needed_bytes(q, k, v, dense, factors) <= fast_memory_bytes():
+        out, kept, *on = masked_softmax.masked_softmax(
+            *_flat(q, k, v), threshold, dense, factors, heads, scale, interpret, hand_on, sides
+        )
+        on = [x.reshape(like.shape) for x, like in zip(on, (q, k, v), strict=True)] if hand_on else [q, k, v]
+        return out, kept, tuple(on)
+    given = q, k, v
+    if factors is not None:
+        q, k = _with_factors(q, k, bias, scale)
+        scale = 1.0
+    return *masked_softmax_blocks.masked_softmax(*_flat(q, k, v), threshold, dense, heads, scale, interpret), given
+
+
+def _flat(*arrays: jax.Array) -> list[jax.Array]:
+    return [x.reshape(*x.shape[:2], -1) for x in arrays]
+
+
 def _with_factors(q: jax.Array, k: jax.Array, factors: Any, scale: float) -> tuple[jax.Array, jax.Array]:
+    """Scaled queries and the factors beside them, keys and the ones beside them, for the kernels in blocks."""
     rows, columns = (jnp.moveaxis(factor, 1, 2) for factor in factors)
     rows, columns = (jnp.broadcast_to(x, (q.shape[0], *x.shape[1:])).astype(q.dtype) for x in (rows, columns))
     place = jnp.arange(k.shape[1])

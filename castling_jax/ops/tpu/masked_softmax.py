@@ -11,9 +11,11 @@ whole backward pass are skipped.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -51,20 +53,21 @@ def score_bytes(queries: int, keys: int) -> int:
     return 4 * query_block(queries) * keys
 
 
-def needed_bytes(q, k, v, bias) -> int:
+def needed_bytes(q, k, v, bias, factors) -> int:
     """What the backward kernel needs of the fast memory at the least, for one group of heads.
 
     Its blocks in two buffers each, float32 sums of two, some six arrays of scores, and a group's masked weights.
     """
-    dense = bias is not None and not isinstance(bias, tuple | list)
+    dense = bias is not None
     layout = arrange(q.shape[2], q.shape[3], v.shape[3], bytes_per_head=1)
-    size = block_bytes(q.shape[1], k.shape[1], layout.key_dim, layout.value_dim, q.dtype.itemsize)
+    width = 0 if factors is None else factors.shape[2] // q.shape[2]
+    size = block_bytes(q.shape[1], k.shape[1], layout.key_dim + width, layout.value_dim, q.dtype.itemsize)
     scores = score_bytes(q.shape[1], k.shape[1])
     return layout.group * (2 * size + scores * (4 if dense else 1)) + 6 * scores
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def masked_softmax(q, k, v, threshold, bias, heads, scale, interpret, handed_on):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9, 10))
+def masked_softmax(q, k, v, threshold, bias, factors, heads, scale, interpret, hand_on, sides):
     """((M P) V, weights kept, what is handed on), differentiable.
 
     Args:
@@ -73,16 +76,55 @@ def masked_softmax(q, k, v, threshold, bias, heads, scale, interpret, handed_on)
       v: [batch, keys, heads * value_dim].
       threshold: [1, 1], float32.
       bias: dense and transposed, [1 or batch, heads, keys, queries], or None.
+      factors: `join_factors` of a bias that is the sum of one for the keys' row and one for their column, or None.
       heads: how many.
       scale: of the products of queries and keys.
       interpret: run as plain JAX, on any platform.
-      handed_on: 0, 1 and 2, for q, k and v, of those that are returned too. Whoever goes on with these has the
-        gradients that come back by them added in the backward kernel, and not in a pass over memory.
+      hand_on: that q, k and v are returned too. Whoever goes on with these has the gradients that come back by them
+        added in the backward kernel, and not in a pass over memory.
+      sides: (rows, columns) of the keys' grid, where there are factors.
 
     Returns:
       The branch's output, like v at the queries; how many weights each block kept, float32; what is handed on.
     """
-    return _forward(q, k, v, threshold, bias, heads, scale, interpret, handed_on)[0]
+    return _forward(q, k, v, threshold, bias, factors, heads, scale, interpret, hand_on, sides)[0]
+
+
+def join_factors(rows: jax.Array, columns: jax.Array, batch: int, dtype: jnp.dtype) -> jax.Array:
+    """Two factors of a bias, [1 or batch, heads, queries, rows] and [..., columns], as [batch, queries, heads * width].
+
+    Each head's lanes are a power of two, so that none is in two registers.
+    """
+    factors = jnp.moveaxis(jnp.concatenate([rows, columns], axis=3).astype(dtype), 1, 2)
+    size = factors.shape[3]
+    padded = jnp.pad(factors, [(0, 0)] * 3 + [(0, _factor_width(size) - size)])
+    return jnp.broadcast_to(padded, (batch, *padded.shape[1:])).reshape(batch, padded.shape[1], -1)
+
+
+def _factor_width(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _marks(sides: tuple[int, int], heads: int, dtype: jnp.dtype) -> jax.Array:
+    """Ones where a key lies in a factor's row or column, [heads, keys, lanes]: the product with factors is the bias.
+
+    For as many heads as share a register's lanes, each in lanes of its own.
+    """
+    rows, columns = sides
+    width = _factor_width(rows + columns)
+    place = np.arange(rows * columns)
+    marks = np.zeros((len(place), width))
+    marks[place, place // columns] = marks[place, rows + place % columns] = 1
+    together = min(heads, max(1, LANES // width))
+    return jnp.asarray(np.einsum("hg,kw->hkgw", np.eye(together), marks).reshape(together, len(place), -1), dtype)
+
+
+def _factor_lanes(head: int, factors_ref, marks_ref) -> tuple[slice, jax.Array]:
+    """The lanes of a step's factors in which a head's are, and the marks that are the head's in them."""
+    together, _, width = marks_ref.shape
+    start = head // together * width
+    lanes = slice(start, min(start + width, factors_ref.shape[3]))
+    return lanes, marks_ref[head % together, :, : lanes.stop - lanes.start]
 
 
 def _arrange(q, k, v, heads, bias) -> tuple[Heads, int]:
@@ -116,8 +158,19 @@ def _bias_block(layout: Heads, block: int, keys: int, shared: bool):
     return pl.BlockSpec(shape, lambda h, b, i: (0 if shared else b, h, 0, i))
 
 
-@traced_once("heads", "scale", "interpret", "handed_on")
-def _forward(q, k, v, threshold, bias, heads, scale, interpret, handed_on):
+def _factor_inputs(layout: Heads, block: int, factors, sides):
+    """The factors by steps along the heads and the marks, and their blocks."""
+    batch, queries, width = factors.shape
+    by_step = jnp.moveaxis(factors.reshape(batch, queries, layout.steps, -1), 2, 0)
+    marks = _marks(sides, layout.step_heads, factors.dtype)
+    return [by_step, marks], [
+        pl.BlockSpec((1, 1, block, width // layout.steps), lambda h, b, i: (h, b, i, 0)),
+        pl.BlockSpec(marks.shape, lambda h, b, i: (0, 0, 0)),
+    ]
+
+
+@traced_once("heads", "scale", "interpret", "hand_on", "sides")
+def _forward(q, k, v, threshold, bias, factors, heads, scale, interpret, hand_on, sides):
     layout, size = _arrange(q, k, v, heads, bias)
     (batch, queries, _), keys = q.shape, k.shape[1]
     block = query_block(queries)
@@ -126,9 +179,18 @@ def _forward(q, k, v, threshold, bias, heads, scale, interpret, handed_on):
     inputs, specs = [threshold, q, k, v], [pl.BlockSpec(memory_space=pltpu.SMEM), q_block, k_block, v_block]
     if bias is not None:
         inputs, specs = [*inputs, bias], [*specs, _bias_block(layout, block, keys, bias.shape[0] == 1)]
+    if factors is not None:
+        more, more_specs = _factor_inputs(layout, block, factors, sides)
+        inputs, specs = [*inputs, *more], [*specs, *more_specs]
     out, largest, inverse, kept = pl.pallas_call(
         functools.partial(
-            _forward_kernel, layout=layout, scale=scale, queries=queries, block=block, has_bias=bias is not None
+            _forward_kernel,
+            layout=layout,
+            scale=scale,
+            queries=queries,
+            block=block,
+            has_bias=bias is not None,
+            has_factors=factors is not None,
         ),
         grid=(layout.steps, batch, count),
         in_specs=specs,
@@ -145,33 +207,37 @@ def _forward(q, k, v, threshold, bias, heads, scale, interpret, handed_on):
         interpret=interpret,
         name="masked_softmax_forward",
     )(*inputs)
-    on = ((q, k, v)[which] for which in handed_on)
-    return (out, kept[..., 0], *on), (q, k, v, threshold, bias, out, largest, inverse, kept)
+    on = (q, k, v) if hand_on else ()
+    return (out, kept[..., 0], *on), (q, k, v, threshold, bias, factors, out, largest, inverse, kept)
 
 
-@traced_once("heads", "scale", "interpret", "handed_on")
-def _backward(heads, scale, interpret, handed_on, residuals, cotangents):
-    q, k, v, threshold, bias, out, largest, inverse, kept = residuals
+@traced_once("heads", "scale", "interpret", "hand_on", "sides")
+def _backward(heads, scale, interpret, hand_on, sides, residuals, cotangents):
+    q, k, v, threshold, bias, factors, out, largest, inverse, kept = residuals
     layout, size = _arrange(q, k, v, heads, bias)
     (batch, queries, _), keys = q.shape, k.shape[1]
     block = query_block(queries)
     count = pl.cdiv(queries, block)
     q_block, out_block, k_block, v_block, row_block, kept_block = _blocks(layout, block, keys)
-    d_out, _, *d_handed_on = cotangents
+    d_out, _, *d_on = cotangents
     outputs = [(q_block, q), (k_block, k), (v_block, v)]
     inputs = [threshold, q, k, v, d_out, out, largest, inverse, kept]
-    aliases = {len(inputs) + place: which for place, which in enumerate(handed_on)}
-    inputs += d_handed_on
+    aliases = {len(inputs) + place: place for place in range(len(d_on))}
+    inputs += d_on
     specs = [
         pl.BlockSpec(memory_space=pltpu.SMEM),
         *(q_block, k_block, v_block, out_block, out_block, row_block, row_block, kept_block),
-        *(outputs[which][0] for which in handed_on),
+        *(block for block, _ in outputs[: len(d_on)]),
     ]
     summed = bias is not None and bias.shape[0] == 1 and count == 1
     if bias is not None:
         inputs, specs = [*inputs, bias], [*specs, _bias_block(layout, block, keys, bias.shape[0] == 1)]
-        d_bias = jax.ShapeDtypeStruct((1 if summed else batch, *bias.shape[1:]), jnp.float32)
-        outputs.append((_bias_block(layout, block, keys, summed), d_bias))
+        of_bias = jax.ShapeDtypeStruct((1 if summed else batch, *bias.shape[1:]), jnp.float32)
+        outputs.append((_bias_block(layout, block, keys, summed), of_bias))
+    if factors is not None:
+        more, more_specs = _factor_inputs(layout, block, factors, sides)
+        inputs, specs = [*inputs, *more], [*specs, *more_specs]
+        outputs.append((more_specs[0], more[0]))
     sums = [pltpu.VMEM((keys, layout.step_heads * dim), jnp.float32) for dim in (layout.key_dim, layout.value_dim)]
     gradients = pl.pallas_call(
         functools.partial(
@@ -180,8 +246,9 @@ def _backward(heads, scale, interpret, handed_on, residuals, cotangents):
             scale=scale,
             queries=queries,
             block=block,
-            handed_on=handed_on,
+            hand_on=hand_on,
             has_bias=bias is not None,
+            has_factors=factors is not None,
             summed=summed,
         ),
         grid=(layout.steps, batch, count),
@@ -196,10 +263,15 @@ def _backward(heads, scale, interpret, handed_on, residuals, cotangents):
         interpret=interpret,
         name="masked_softmax_backward",
     )(*inputs)
-    dq, dk, dv, *d_biases = gradients
-    if d_biases and d_biases[0].shape != bias.shape:
-        d_biases = [d_biases[0].sum(0, keepdims=True)]
-    return dq, dk, dv, jnp.zeros_like(threshold), (d_biases[0].astype(bias.dtype) if d_biases else None)
+    dq, dk, dv, *more = gradients
+    d_bias: jax.Array | None = None
+    d_factors: jax.Array | None = None
+    if bias is not None:
+        of_each = more.pop(0)
+        d_bias = (of_each if of_each.shape == bias.shape else of_each.sum(0, keepdims=True)).astype(bias.dtype)
+    if factors is not None:
+        d_factors = jnp.moveaxis(more.pop(0), 0, 2).reshape(factors.shape)
+    return dq, dk, dv, jnp.zeros_like(threshold), d_bias, d_factors
 
 
 masked_softmax.defvjp(_forward, _backward)
@@ -225,8 +297,9 @@ def d_scores_of(dot, weights, masked, v, cotangent, out):
     return masked * dot(v, cotangent, NT) - weights * projection
 
 
-def _forward_kernel(threshold_ref, q_ref, k_ref, v_ref, *rest, layout, scale, queries, block, has_bias):
-    *bias_ref, out_ref, largest_ref, inverse_ref, kept_ref, masked_ref = rest
+def _forward_kernel(threshold_ref, q_ref, k_ref, v_ref, *rest, layout, scale, queries, block, has_bias, has_factors):
+    *optional_refs, out_ref, largest_ref, inverse_ref, kept_ref, masked_ref = rest
+    bias_ref: Any = optional_refs.pop(0) if has_bias else None
     dot = product(q_ref.dtype)
     threshold = threshold_ref[0, 0]
     # The last block may reach beyond the queries: what is there is not counted.
@@ -241,9 +314,14 @@ def _forward_kernel(threshold_ref, q_ref, k_ref, v_ref, *rest, layout, scale, qu
             parts = [dot(k_ref[0, chunk, lanes], query, NT) for chunk in chunks]  # [keys, queries]
             if has_bias:
                 parts = [
-                    part + bias_ref[0][0, head, chunk].astype(jnp.float32)
+                    part + bias_ref[0, head, chunk].astype(jnp.float32)
                     for part, chunk in zip(parts, chunks, strict=True)
                 ]
+            if has_factors:
+                factors_ref, marks_ref = optional_refs
+                factor_lanes, marks = _factor_lanes(head, factors_ref, marks_ref)
+                factors = factors_ref[0, 0, :, factor_lanes]
+                parts = [part + dot(marks[chunk], factors, NT) for part, chunk in zip(parts, chunks, strict=True)]
             largest = functools.reduce(jnp.maximum, [jnp.max(part, axis=0, keepdims=True) for part in parts])
             parts = [jnp.exp(part - largest) for part in parts]
             inverse = 1 / sum(jnp.sum(part, axis=0, keepdims=True) for part in parts)
@@ -298,16 +376,21 @@ def _backward_kernel(
     scale,
     queries,
     block,
-    handed_on,
+    hand_on,
     has_bias,
+    has_factors,
     summed,
 ):
-    *bias_refs, dk_sum_ref, dv_sum_ref = rest[len(handed_on) :]
-    bias_ref, dq_ref, dk_ref, dv_ref, d_bias_ref = bias_refs if has_bias else (None, *bias_refs, None)
+    refs = list(rest)
+    added_q, added_k, added_v = (refs.pop(0) if hand_on else None for _ in range(3))
+    bias_ref: Any = refs.pop(0) if has_bias else None
+    factors_ref: Any = refs.pop(0) if has_factors else None
+    marks_ref = refs.pop(0) if has_factors else None
+    dq_ref, dk_ref, dv_ref, *d_bias_refs, dk_sum_ref, dv_sum_ref = refs
+    d_bias_ref: Any = d_bias_refs.pop(0) if has_bias else None
     dot = product(q_ref.dtype)
     threshold = threshold_ref[0, 0]
     step = pl.program_id(2)
-    added_q, added_k, added_v = (rest[handed_on.index(which)] if which in handed_on else None for which in range(3))
 
     @pl.when(step == 0)
     def _():
@@ -332,6 +415,7 @@ def _backward_kernel(
             )
             for heads, [lanes] in layout.windows(layout.value_dim)
         ]
+        d_factors: dict[int, tuple[slice, jax.Array]] = {}
         for heads, [key_lanes] in layout.windows(layout.key_dim):
             k = k_ref[0, :, key_lanes]
             q = jnp.where(valid, q_ref[0, :, key_lanes].astype(jnp.float32) * scale, 0)
@@ -343,6 +427,9 @@ def _backward_kernel(
                 scores = dot(k, query, NT)  # [keys, queries]
                 if has_bias:
                     scores += jnp.where(valid_row, bias_ref[0, head].astype(jnp.float32), 0)
+                if has_factors:
+                    factor_lanes, marks = _factor_lanes(head, factors_ref, marks_ref)
+                    scores += jnp.where(valid_row, dot(marks, factors_ref[0, 0, :, factor_lanes], NT), 0)
                 largest = jnp.where(valid_row, largest_ref[0, 0, head : head + 1, :], 0)
                 inverse = jnp.where(valid_row, inverse_ref[0, 0, head : head + 1, :], 0)
                 # As in the forward pass, operation by operation: a weight on the threshold is masked in both or in
@@ -355,15 +442,23 @@ def _backward_kernel(
                 dq = jnp.where(rows_of_head(member, layout.key_dim, dq.shape), dot(k, d_scores, TN), dq)
                 if has_bias:
                     d_bias_ref[0, head] += d_scores
+                if has_factors:
+                    # Each head's is zero in the lanes of others.
+                    _, before = d_factors.get(factor_lanes.start, (None, 0))
+                    d_factors[factor_lanes.start] = factor_lanes, before + dot(d_scores, marks, TN)
             dq = jnp.transpose(dq * scale)
             if added_q is not None:
                 dq += added_q[0, :, key_lanes].astype(jnp.float32)
             dq_ref[0, :, key_lanes] = dq.astype(dq_ref.dtype)
+        for lanes, d_factor in d_factors.values():
+            d_bias_refs[0][0, 0, :, lanes] = d_factor.astype(dq_ref.dtype)
 
     # Where nothing was kept, no gradient comes back.
     @pl.when(jnp.max(kept_ref[0, 0, 0]) == 0)
     def _():
         dq_ref[...] = jnp.zeros_like(dq_ref) if added_q is None else added_q[...]
+        if has_factors:
+            _set_to_zero(d_bias_refs[0])
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
