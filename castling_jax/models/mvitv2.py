@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Key
 
@@ -24,6 +25,7 @@ from castling_jax.models.layers import (
 )
 from castling_jax.models.position import resize_relative_positions
 from castling_jax.ops.errors import InputError
+from castling_jax.ops.tokens import select_tokens
 
 Pair = tuple[int, int]  # (height, width)
 PATCH_KERNEL, PATCH_STRIDE = 7, 4
@@ -212,9 +214,10 @@ def relative_positions(
     """
     longer = max(queries, keys)
     table = resize_relative_positions(table, 2 * longer - 1)
-    query_steps = jnp.arange(queries) * longer // queries
-    key_steps = (keys - 1 - jnp.arange(keys)) * longer // keys
-    return table[query_steps[:, None] + key_steps[None]]
+    query_steps = np.arange(queries) * longer // queries
+    key_steps = (keys - 1 - np.arange(keys)) * longer // keys
+    distances = query_steps[:, None] + key_steps[None]
+    return select_tokens(table[None], distances.ravel()).reshape(queries, keys, -1)
 
 
 def pooled(grid: tuple[int, ...], stride: Pair) -> Pair:
@@ -227,6 +230,8 @@ def max_pool(
     x: Float[Array, "batch height width channels"], stride: Pair
 ) -> Float[Array, "batch rows columns channels"]:
     """The skip path's pooling: the maximum over one token more than the stride, on the grid of the queries."""
+    if stride == (1, 1):
+        return x  # a window of one token, of whose gradient the TPU's compiler makes a search all the same
     window = tuple(step + 1 if step > 1 else 1 for step in stride)
     padding = tuple(((step + 1) // 2, step // 2) if step > 1 else (0, 0) for step in stride)
     return nnx.max_pool(x, window, stride, padding)
