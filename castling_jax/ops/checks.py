@@ -44,10 +44,14 @@ def check_query_values(q: jax.Array, v: jax.Array, query_values: QueryValues) ->
         return
     tokens = tokens_of(query_values)
     if tokens is not None:
-        if tokens.shape != q.shape[1:2] or not np.all((tokens >= 0) & (tokens < v.shape[1])):
+        if tokens.shape != q.shape[1:2]:
             raise InputError(
-                f"query_values must name one of the {v.shape[1]} keys for each of the {q.shape[1]} queries, or be "
-                f"values: not {tokens.tolist()}."
+                f"query_values must be values, or name a key for each of the {q.shape[1]} queries, not be integers of "
+                f"shape {tokens.shape}."
+            )
+        if not np.all((tokens >= 0) & (tokens < v.shape[1])):
+            raise InputError(
+                f"query_values must name keys from 0 to {v.shape[1] - 1}, not from {tokens.min()} to {tokens.max()}."
             )
         return
     expected = (*q.shape[:3], v.shape[3])

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+# So many tokens are selected by products: of more these would be dearer than what is done with the tokens.
+MAX_MULTIPLIED = 4096
+
 # The values at the queries' positions: None where queries and keys are the same tokens, those of the keys' tokens that
 # the queries stand on, or values of their own.
 QueryValues = Float[Array, "batch queries heads value_dim"] | Int[np.ndarray, "queries"] | None
@@ -13,7 +16,9 @@ QueryValues = Float[Array, "batch queries heads value_dim"] | Int[np.ndarray, "q
 def select_tokens(
     x: Float[Array, "batch tokens *axes"], tokens: Int[np.ndarray, "selected"]
 ) -> Float[Array, "batch selected *axes"]:
-    """x[:, tokens], of tokens that are known when it is traced."""
+    """x[:, tokens], of tokens that are known when it is traced and, on a TPU, finite."""
+    if x.shape[1] > MAX_MULTIPLIED:
+        return x[:, tokens]
     flat = x.reshape(*x.shape[:2], -1)
     # On a TPU a product with zeros and ones reads what other slices would first have to lay out anew.
     selected = jax.lax.platform_dependent(flat, tpu=lambda x: _multiply(x, tokens), default=lambda x: x[:, tokens])
@@ -32,7 +37,7 @@ def selection(tokens: Int[np.ndarray, "selected"], count: int, dtype: jnp.dtype)
 def tokens_of(query_values: QueryValues) -> Int[np.ndarray, "queries"] | None:
     """The tokens by which query values are said; None where they are not."""
     is_said = isinstance(query_values, np.ndarray) and np.issubdtype(query_values.dtype, np.integer)
-    return np.asarray(query_values) if is_said else None
+    return query_values if is_said else None  # type: ignore[return-value]
 
 
 def values_of_queries(

@@ -94,9 +94,16 @@ def test_queries_unlike_keys_need_query_values(refuses, name):
         ATTENTIONS[name](Q, jnp.ones((2, 7, 3, 4)), jnp.ones((2, 7, 3, 6)))
 
 
-@pytest.mark.parametrize("tokens", [[0, 1], [0, 1, 2, 3, 5], [-1, 0, 1, 2, 3]])
-def test_query_values_by_tokens_that_there_are_not(refuses, tokens):
-    with refuses("query_values must name one of the 5 keys for each of the 5 queries", str(tokens)):
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        ([0, 1], "name a key for each of the 5 queries, not be integers of shape (2,)"),
+        ([0, 1, 2, 3, 5], "keys from 0 to 4, not from 0 to 5"),
+        ([-1, 0, 1, 2, 3], "keys from 0 to 4, not from -1 to 3"),
+    ],
+)
+def test_query_values_by_tokens_that_there_are_not(refuses, tokens, said):
+    with refuses("query_values must", said):
         ops.linear_angular_attention(Q, Q, Q, query_values=np.array(tokens))
 
 

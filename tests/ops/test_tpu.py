@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from castling_jax import ops
 from castling_jax.ops.tpu import attention as kernels
-from castling_jax.ops.tpu import linear_angular_blocks, masked_softmax, masked_softmax_blocks
+from castling_jax.ops.tpu import layout, linear_angular_blocks, masked_softmax, masked_softmax_blocks
 from castling_jax.tools.tpu_compile import LIBTPU_ENVIRONMENT
 from tests.ops import reference
 
@@ -132,6 +132,7 @@ def draw_bias(shape, bias):
         "shared": [(1, keys)],
         "each": [(batch, keys)],
         "factored": [(batch, keys // 5), (batch, 5)],
+        "factored, one shared": [(1, keys // 5), (batch, 5)],
     }
     return [
         jax.random.normal(jax.random.key(7 + width), (rows, heads, queries, width)) for rows, width in sizes[bias]
@@ -144,10 +145,18 @@ def test_agrees_with_the_plain_operations(kind, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bias", ["shared", "each", "factored"])
+@pytest.mark.parametrize("bias", ["shared", "each", "factored", "factored, one shared"])
 @pytest.mark.parametrize("shape", [(2, 33, 20, 2, 16, 64), (1, 12, 20, 12, 16, 32)])
 def test_bias(kind, shape, bias):
     compare(kind, shape, 0.1, bias=bias)
+
+
+@pytest.mark.slow
+def test_several_steps_along_the_heads(kind, monkeypatch):
+    if kind == "blocks":
+        pytest.skip("as many as fit in the kernels of whole sequences")
+    monkeypatch.setattr(layout, "BLOCK_BYTES", 1)
+    compare("steps", (1, 11, 20, 4, 64, 64), 0.1, bias="factored")
 
 
 @pytest.mark.slow
@@ -354,6 +363,7 @@ COMPILE = """
     from jax.experimental import topologies
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
     from castling_jax import ops
+    from castling_jax.models.levit import every_second
     topology, data, tensor, cases = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), eval(sys.argv[4])
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.array(devices[: data * tensor]).reshape(data, tensor), ("data", "tensor"),
@@ -364,7 +374,8 @@ COMPILE = """
             def attention(q, k, v, taps, own, biases):
                 bias = None if biases is None else biases[0] if len(biases) == 1 else biases
                 return ops.castling_attention(
-                    q, k, v, taps, mask_threshold=threshold, bias=bias, query_values=own, grid=grid)
+                    q, k, v, taps, mask_threshold=threshold, bias=bias, grid=grid,
+                    query_values=every_second((14, 14)) if (queries, keys) == (49, 196) else own)
             out, pullback, density = jax.vjp(attention, q, k, v, taps, own, biases, has_aux=True)
             return out, density, pullback(cotangent)
         def array(spec, *shape, dtype=dtype):

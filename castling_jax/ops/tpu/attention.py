@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from castling_jax.ops.depthwise import depthwise_convolution
 from castling_jax.ops.errors import InputError
 from castling_jax.ops.masked_softmax import Bias
-from castling_jax.ops.tokens import values_of_queries
+from castling_jax.ops.tokens import MAX_MULTIPLIED, values_of_queries
 from castling_jax.ops.tpu import linear_angular, linear_angular_blocks, masked_softmax, masked_softmax_blocks
 from castling_jax.ops.tpu.layout import fast_memory_bytes
 
@@ -62,24 +62,29 @@ def linear_angular_attention(
         return otherwise(*arguments)
 
     def run(q, k, v, token_kernel, query_values, auxiliary, *, interpret):
-        whole = linear_angular.needed_bytes(q, k, v, token_kernel, grid) <= fast_memory_bytes()
-        # Blocks see no more than a register of their neighbours, which is less than a grid's row.
-        seen = whole or token_kernel is None or (grid is None and len(token_kernel) <= linear_angular_blocks.MAX_TAPS)
-        taps = token_kernel if seen and not prefix_tokens else None
         own_values = values_of_queries(v, query_tokens if query_values is None else query_values)
+        selected = query_tokens if k.shape[1] <= MAX_MULTIPLIED else None
+        if query_tokens is not None and selected is None:
+            query_values = own_values
+        inside = None if prefix_tokens else token_kernel
+        needed = linear_angular.needed_bytes(q, k, v, inside, query_tokens=selected, grid=grid)
+        whole = needed <= fast_memory_bytes()
+        # Blocks see no more than eight tokens of their neighbours, which is not enough for a grid.
+        if not whole and inside is not None and (grid or len(inside) > linear_angular_blocks.MAX_TAPS):
+            inside = None
         if whole:
             out = linear_angular.linear_angular(
-                q, k, v, query_values, taps, auxiliary, query_tokens=query_tokens, grid=grid, interpret=interpret
+                q, k, v, query_values, inside, auxiliary, query_tokens=selected, grid=grid, interpret=interpret
             )
         else:
-            out = linear_angular_blocks.linear_angular(q, k, v, own_values, taps, auxiliary, interpret=interpret)
-        if token_kernel is None or taps is not None:
+            out = linear_angular_blocks.linear_angular(q, k, v, own_values, inside, auxiliary, interpret=interpret)
+        if token_kernel is None or inside is not None:
             return out
         return out + depthwise_convolution(own_values, token_kernel, grid=grid, prefix_tokens=prefix_tokens)
 
     if mesh is not None:
-        tokens, axes = mesh[0], () if token_kernel is None else (None,) * (token_kernel.ndim - 1)
-        taps = PartitionSpec(*axes, tokens[2])
+        tokens = mesh[0]
+        taps = PartitionSpec(None, tokens[2]) if grid is None else PartitionSpec(None, None, tokens[2])
         run = _over_mesh(run, (tokens, tokens, tokens, taps, tokens, tokens), tokens)
     return _on_platform(run, *arguments, otherwise=otherwise)
 

@@ -150,8 +150,10 @@ def fast_memory_bytes() -> int:
         return USUAL_FAST_MEMORY
 
 
-def compiler_params(*dimensions: Literal["parallel", "arbitrary"], block_bytes: int) -> pltpu.CompilerParams:
-    """Grid semantics, and room in the fast memory: two buffers a block, and the kernel's own float32 values."""
-    needed = math.ceil(8 * block_bytes / 2**20) + 16
+def compiler_params(
+    *dimensions: Literal["parallel", "arbitrary"], block_bytes: int, staying_bytes: int = 0
+) -> pltpu.CompilerParams:
+    """Grid semantics, and room in the fast memory: two buffers a block, the kernel's own float32 values, what stays."""
+    needed = math.ceil((8 * block_bytes + staying_bytes) / 2**20) + 16
     room = min(needed * 2**20, fast_memory_bytes())
     return pltpu.CompilerParams(dimension_semantics=dimensions, vmem_limit_bytes=room)

@@ -33,15 +33,21 @@ def block_bytes(queries: int, keys: int, key_dim: int, value_dim: int, itemsize:
     return itemsize * ((queries + keys) * key_dim + (3 * queries + keys) * value_dim)
 
 
-def needed_bytes(q, k, v, taps, grid) -> int:
+def needed_bytes(q, k, v, taps, *, query_tokens, grid) -> int:
     """What the backward kernel needs of the fast memory at the least, for one group of heads.
 
-    Nine blocks in two buffers each, some 12 arrays like them in float32, and the padded copies of two.
+    Nine blocks in two buffers each, some 12 arrays like them in float32, and what stays beside them.
     """
     heads = arrange_heads(q, k, v, blocks=9)
     tokens = max(q.shape[1], k.shape[1])
-    wide = 12 + 2 * arrange_taps(taps, grid).copies
-    return heads.group * tokens * max(heads.key_dim, heads.value_dim) * (2 * 9 * q.dtype.itemsize + wide * 4)
+    blocks = heads.group * tokens * max(heads.key_dim, heads.value_dim) * (2 * 9 * q.dtype.itemsize + 12 * 4)
+    return blocks + _staying_bytes(heads, q, k, arrange_taps(taps, grid), query_tokens)
+
+
+def _staying_bytes(layout: Heads, q, k, places: Taps, chosen) -> int:
+    """What stays in the fast memory: the padded copies of two arrays and, in two buffers, the selection of values."""
+    copies = 2 * places.scratch_bytes(q.shape[1], _window(layout) * layout.value_dim)
+    return copies + (0 if chosen is None else 2 * q.shape[1] * k.shape[1] * k.dtype.itemsize)
 
 
 def linear_angular(
@@ -107,7 +113,7 @@ def _forward(q, k, v, own, taps, auxiliary, heads, places, chosen, interpret):
         out_specs=out_block,
         out_shape=jax.ShapeDtypeStruct((*q.shape[:2], v.shape[2]), v.dtype),
         scratch_shapes=[places.scratch(q.shape[1], _window(layout) * layout.value_dim)],
-        compiler_params=_parameters(layout, q, k),
+        compiler_params=_parameters(layout, q, k, places, chosen),
         interpret=interpret,
         name="linear_angular_forward",
     )(*inputs)
@@ -144,7 +150,7 @@ def _backward(heads, places, chosen, interpret, residuals, cotangent):
         out_specs=[spec for spec, _ in outputs],
         out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for _, like in outputs],
         scratch_shapes=[places.scratch(q.shape[1], _window(layout) * layout.value_dim)] * 2,
-        compiler_params=_parameters(layout, q, k),
+        compiler_params=_parameters(layout, q, k, places, chosen),
         interpret=interpret,
         name="linear_angular_backward",
     )(*inputs)
@@ -166,9 +172,10 @@ def _arrange(q, k, v, heads, blocks):
     return arrange_heads(q, k, v, blocks)
 
 
-def _parameters(layout, q, k):
+def _parameters(layout, q, k, places, chosen):
     size = block_bytes(q.shape[1], k.shape[1], layout.key_dim, layout.value_dim, q.dtype.itemsize)
-    return compiler_params("parallel", "parallel", block_bytes=layout.step_heads * size)
+    staying = _staying_bytes(layout, q, k, places, chosen)
+    return compiler_params("parallel", "parallel", block_bytes=layout.step_heads * size, staying_bytes=staying)
 
 
 def _selection(chosen, k):
@@ -222,7 +229,7 @@ def _sum_heads(dot, x, sums):
 
 
 def inverse_norms(dot, x, sums):
-    """1 / |x| of each head, in all of its lanes; `sums` is `same_head` of at least as many heads as fill registers."""
+    """1 / |x| of each head, in all of its lanes; `sums` is the first or second of `head_sums`."""
     return jax.lax.rsqrt(_sum_heads(dot, x * x, sums) + SQUARED_NORM_EPSILON)
 
 

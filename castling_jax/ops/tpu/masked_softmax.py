@@ -56,14 +56,18 @@ def score_bytes(queries: int, keys: int) -> int:
 def needed_bytes(q, k, v, bias, factors) -> int:
     """What the backward kernel needs of the fast memory at the least, for one group of heads.
 
-    Its blocks in two buffers each, float32 sums of two, some six arrays of scores, and a group's masked weights.
+    Its blocks in two buffers each, float32 sums of two, some six arrays of scores, and a group's masked weights; of a
+    bias in factors its blocks and the marks.
     """
-    dense = bias is not None
     layout = arrange(q.shape[2], q.shape[3], v.shape[3], bytes_per_head=1)
-    width = 0 if factors is None else factors.shape[2] // q.shape[2]
-    size = block_bytes(q.shape[1], k.shape[1], layout.key_dim + width, layout.value_dim, q.dtype.itemsize)
+    size = block_bytes(q.shape[1], k.shape[1], layout.key_dim, layout.value_dim, q.dtype.itemsize)
     scores = score_bytes(q.shape[1], k.shape[1])
-    return layout.group * (2 * size + scores * (4 if dense else 1)) + 6 * scores
+    needed = layout.group * (2 * size + scores * (1 if bias is None else 4)) + 6 * scores
+    if factors is not None:
+        width = factors.shape[2] // q.shape[2]
+        marks = k.shape[1] * max(LANES, width) * min(layout.group, max(1, LANES // width))
+        needed += q.dtype.itemsize * (4 * query_block(q.shape[1]) * layout.group * width + 2 * marks)
+    return needed
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9, 10))
@@ -76,7 +80,8 @@ def masked_softmax(q, k, v, threshold, bias, factors, heads, scale, interpret, h
       v: [batch, keys, heads * value_dim].
       threshold: [1, 1], float32.
       bias: dense and transposed, [1 or batch, heads, keys, queries], or None.
-      factors: `join_factors` of a bias that is the sum of one for the keys' row and one for their column, or None.
+      factors: in place of `bias`, `join_factors` of one that is the sum of one for the keys' row and one for their
+        column, finite both; or None.
       heads: how many.
       scale: of the products of queries and keys.
       interpret: run as plain JAX, on any platform.
@@ -93,12 +98,13 @@ def masked_softmax(q, k, v, threshold, bias, factors, heads, scale, interpret, h
 def join_factors(rows: jax.Array, columns: jax.Array, batch: int, dtype: jnp.dtype) -> jax.Array:
     """Two factors of a bias, [1 or batch, heads, queries, rows] and [..., columns], as [batch, queries, heads * width].
 
-    Each head's lanes are a power of two, so that none is in two registers.
+    Each head's lanes are a power of two, so that none has a part of two registers.
     """
-    factors = jnp.moveaxis(jnp.concatenate([rows, columns], axis=3).astype(dtype), 1, 2)
+    both = [jnp.broadcast_to(x, (batch, *x.shape[1:])).astype(dtype) for x in (rows, columns)]
+    factors = jnp.moveaxis(jnp.concatenate(both, axis=3), 1, 2)
     size = factors.shape[3]
     padded = jnp.pad(factors, [(0, 0)] * 3 + [(0, _factor_width(size) - size)])
-    return jnp.broadcast_to(padded, (batch, *padded.shape[1:])).reshape(batch, padded.shape[1], -1)
+    return padded.reshape(batch, padded.shape[1], -1)
 
 
 def _factor_width(size: int) -> int:
@@ -388,6 +394,7 @@ def _backward_kernel(
     marks_ref = refs.pop(0) if has_factors else None
     dq_ref, dk_ref, dv_ref, *d_bias_refs, dk_sum_ref, dv_sum_ref = refs
     d_bias_ref: Any = d_bias_refs.pop(0) if has_bias else None
+    d_factors_ref: Any = d_bias_refs.pop(0) if has_factors else None
     dot = product(q_ref.dtype)
     threshold = threshold_ref[0, 0]
     step = pl.program_id(2)
@@ -451,14 +458,14 @@ def _backward_kernel(
                 dq += added_q[0, :, key_lanes].astype(jnp.float32)
             dq_ref[0, :, key_lanes] = dq.astype(dq_ref.dtype)
         for lanes, d_factor in d_factors.values():
-            d_bias_refs[0][0, 0, :, lanes] = d_factor.astype(dq_ref.dtype)
+            d_factors_ref[0, 0, :, lanes] = d_factor.astype(d_factors_ref.dtype)
 
     # Where nothing was kept, no gradient comes back.
     @pl.when(jnp.max(kept_ref[0, 0, 0]) == 0)
     def _():
         dq_ref[...] = jnp.zeros_like(dq_ref) if added_q is None else added_q[...]
         if has_factors:
-            _set_to_zero(d_bias_refs[0])
+            _set_to_zero(d_factors_ref)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():

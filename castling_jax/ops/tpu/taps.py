@@ -44,6 +44,10 @@ class Taps:
         """Padded copies: on a grid one for each column of taps, without the tokens that it must not see."""
         return 1 if self.grid_width is None else self.columns
 
+    def scratch_bytes(self, tokens: int, width: int) -> int:
+        """What `scratch` takes."""
+        return 4 * self.copies * (tokens + 2 * self.pad) * width
+
     def scratch(self, tokens: int, width: int):
         """Room for the padded copies of [tokens, width]."""
         return pltpu.VMEM((self.copies, tokens + 2 * self.pad, width), jnp.float32)
@@ -79,8 +83,8 @@ class Taps:
         lanes = math.gcd(x.shape[1], LANES)
         token = jax.lax.broadcasted_iota(jnp.int32, (x.shape[0], lanes), 0).astype(jnp.float32)
         place = token - self.grid_width * jnp.floor((token + 0.5) * (1 / self.grid_width))
-        seen = (place >= across) & (place < self.grid_width + across)
-        return x * jnp.concatenate([seen.astype(jnp.float32)] * (x.shape[1] // lanes), axis=1)
+        place = jnp.concatenate([place] * (x.shape[1] // lanes), axis=1)
+        return jnp.where(place >= across if across > 0 else place < self.grid_width + across, x, 0.0)
 
 
 def arrange_taps(kernel: jax.Array | None, grid: tuple[int, int] | None) -> Taps:
