@@ -36,8 +36,9 @@ def selection(tokens: Int[np.ndarray, "selected"], count: int, dtype: jnp.dtype)
 
 def tokens_of(query_values: QueryValues) -> Int[np.ndarray, "queries"] | None:
     """The tokens by which query values are said; None where they are not."""
-    is_said = isinstance(query_values, np.ndarray) and np.issubdtype(query_values.dtype, np.integer)
-    return query_values if is_said else None  # type: ignore[return-value]
+    if isinstance(query_values, np.ndarray) and np.issubdtype(query_values.dtype, np.integer):
+        return query_values
+    return None
 
 
 def values_of_queries(

@@ -94,8 +94,8 @@ def _forward(q, k, v, own, taps, auxiliary, heads, places, chosen, interpret):
     query_block, key_block, value_block, out_block, taps_block, *constants = _blocks(layout, q, k, taps)
     inputs = [q, k, v, taps, *head_sums(layout, _window(layout), q.dtype)]
     specs = [query_block, key_block, value_block, taps_block, *constants]
-    if chosen is not None:
-        inputs, specs = [*inputs, _selection(chosen, k)], [*specs, _selection_block(chosen, k)]
+    more, more_specs = _selection_inputs(chosen, k)
+    inputs, specs = [*inputs, *more], [*specs, *more_specs]
     for optional in (own, auxiliary):
         if optional is not None:
             inputs, specs = [*inputs, optional], [*specs, out_block]
@@ -127,8 +127,8 @@ def _backward(heads, places, chosen, interpret, residuals, cotangent):
     query_block, key_block, value_block, out_block, taps_block, *constants = _blocks(layout, q, k, taps)
     inputs = [q, k, v, taps, *head_sums(layout, _window(layout), q.dtype), cotangent]
     specs = [query_block, key_block, value_block, taps_block, *constants, out_block]
-    if chosen is not None:
-        inputs, specs = [*inputs, _selection(chosen, k)], [*specs, _selection_block(chosen, k)]
+    more, more_specs = _selection_inputs(chosen, k)
+    inputs, specs = [*inputs, *more], [*specs, *more_specs]
     outputs = [(query_block, q), (key_block, k), (value_block, v)]
     for optional in (own, auxiliary):
         if optional is not None:
@@ -178,12 +178,13 @@ def _parameters(layout, q, k, places, chosen):
     return compiler_params("parallel", "parallel", block_bytes=layout.step_heads * size, staying_bytes=staying)
 
 
-def _selection(chosen, k):
-    return selection(np.array(chosen), k.shape[1], k.dtype)
-
-
-def _selection_block(chosen, k):
-    return pl.BlockSpec((len(chosen), k.shape[1]), lambda b, h: (0, 0))
+def _selection_inputs(chosen, k):
+    """The matrix that selects the queries' values, if they are selected, and its block."""
+    if chosen is None:
+        return [], []
+    return [selection(np.array(chosen), k.shape[1], k.dtype)], [
+        pl.BlockSpec((len(chosen), k.shape[1]), lambda b, h: (0, 0))
+    ]
 
 
 def _window(layout: Heads) -> int:
