@@ -15,6 +15,7 @@ from castling_jax.ops.errors import InputError
 from castling_jax.ops.masked_softmax import Bias
 from castling_jax.ops.tokens import MAX_MULTIPLIED, values_of_queries
 from castling_jax.ops.tpu import linear_angular, linear_angular_blocks, masked_softmax, masked_softmax_blocks
+from castling_jax.ops.tpu.factors import append_factors, join_factors
 from castling_jax.ops.tpu.layout import fast_memory_bytes
 
 INSTEAD = 'use implementation="xla", which serves all'
@@ -148,7 +149,7 @@ def _masked_softmax(q, k, v, threshold, bias, *, hand_on: bool, interpret: bool)
     scale, heads = 1 / math.sqrt(q.shape[3]), q.shape[2]
     dense = factors = sides = None
     if isinstance(bias, tuple | list):
-        factors = masked_softmax.join_factors(bias[0], bias[1], q.shape[0], q.dtype)
+        factors = join_factors(bias[0], bias[1], q.shape[0], q.dtype)
         sides = bias[0].shape[3], bias[1].shape[3]
     elif bias is not None:
         dense = jnp.swapaxes(bias, 2, 3)
@@ -160,26 +161,13 @@ def _masked_softmax(q, k, v, threshold, bias, *, hand_on: bool, interpret: bool)
         return out, kept, tuple(on)
     given = q, k, v
     if factors is not None:
-        q, k = _with_factors(q, k, bias, scale)
+        q, k = append_factors(q, k, bias, scale)
         scale = 1.0
     return *masked_softmax_blocks.masked_softmax(*_flat(q, k, v), threshold, dense, heads, scale, interpret), given
 
 
 def _flat(*arrays: jax.Array) -> list[jax.Array]:
     return [x.reshape(*x.shape[:2], -1) for x in arrays]
-
-
-def _with_factors(q: jax.Array, k: jax.Array, factors: Any, scale: float) -> tuple[jax.Array, jax.Array]:
-    """Scaled queries and the factors beside them, keys and the ones beside them, for the kernels in blocks."""
-    rows, columns = (jnp.moveaxis(factor, 1, 2) for factor in factors)
-    rows, columns = (jnp.broadcast_to(x, (q.shape[0], *x.shape[1:])).astype(q.dtype) for x in (rows, columns))
-    place = jnp.arange(k.shape[1])
-    in_row = jax.nn.one_hot(place // columns.shape[3], rows.shape[3], dtype=k.dtype)
-    in_column = jax.nn.one_hot(place % columns.shape[3], columns.shape[3], dtype=k.dtype)
-    marks = jnp.concatenate([in_row, in_column], axis=1)[None, :, None]
-    marks = jnp.broadcast_to(marks, (*k.shape[:3], marks.shape[3]))
-    scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
-    return jnp.concatenate([scaled, rows, columns], axis=3), jnp.concatenate([k, marks], axis=3)
 
 
 def _check_dtypes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:

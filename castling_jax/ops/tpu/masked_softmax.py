@@ -15,10 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from castling_jax.ops.tpu.factors import factor_bytes, factor_inputs, factor_lanes
 from castling_jax.ops.tpu.layout import (
     LANES,
     NN,
@@ -64,9 +64,8 @@ def needed_bytes(q, k, v, bias, factors) -> int:
     scores = score_bytes(q.shape[1], k.shape[1])
     needed = layout.group * (2 * size + scores * (1 if bias is None else 4)) + 6 * scores
     if factors is not None:
-        width = factors.shape[2] // q.shape[2]
-        marks = k.shape[1] * max(LANES, width) * min(layout.group, max(1, LANES // width))
-        needed += q.dtype.itemsize * (4 * query_block(q.shape[1]) * layout.group * width + 2 * marks)
+        block = query_block(q.shape[1])
+        needed += factor_bytes(factors, q.shape[2], group=layout.group, block=block, keys=k.shape[1])
     return needed
 
 
@@ -93,44 +92,6 @@ def masked_softmax(q, k, v, threshold, bias, factors, heads, scale, interpret, h
       The branch's output, like v at the queries; how many weights each block kept, float32; what is handed on.
     """
     return _forward(q, k, v, threshold, bias, factors, heads, scale, interpret, hand_on, sides)[0]
-
-
-def join_factors(rows: jax.Array, columns: jax.Array, batch: int, dtype: jnp.dtype) -> jax.Array:
-    """Two factors of a bias, [1 or batch, heads, queries, rows] and [..., columns], as [batch, queries, heads * width].
-
-    Each head's lanes are a power of two, so that none has a part of two registers.
-    """
-    both = [jnp.broadcast_to(x, (batch, *x.shape[1:])).astype(dtype) for x in (rows, columns)]
-    factors = jnp.moveaxis(jnp.concatenate(both, axis=3), 1, 2)
-    size = factors.shape[3]
-    padded = jnp.pad(factors, [(0, 0)] * 3 + [(0, _factor_width(size) - size)])
-    return padded.reshape(batch, padded.shape[1], -1)
-
-
-def _factor_width(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
-def _marks(sides: tuple[int, int], heads: int, dtype: jnp.dtype) -> jax.Array:
-    """Ones where a key lies in a factor's row or column, [heads, keys, lanes]: the product with factors is the bias.
-
-    For as many heads as share a register's lanes, each in lanes of its own.
-    """
-    rows, columns = sides
-    width = _factor_width(rows + columns)
-    place = np.arange(rows * columns)
-    marks = np.zeros((len(place), width))
-    marks[place, place // columns] = marks[place, rows + place % columns] = 1
-    together = min(heads, max(1, LANES // width))
-    return jnp.asarray(np.einsum("hg,kw->hkgw", np.eye(together), marks).reshape(together, len(place), -1), dtype)
-
-
-def _factor_lanes(head: int, factors_ref, marks_ref) -> tuple[slice, jax.Array]:
-    """The lanes of a step's factors in which a head's are, and the marks that are the head's in them."""
-    together, _, width = marks_ref.shape
-    start = head // together * width
-    lanes = slice(start, min(start + width, factors_ref.shape[3]))
-    return lanes, marks_ref[head % together, :, : lanes.stop - lanes.start]
 
 
 def _arrange(q, k, v, heads, bias) -> tuple[Heads, int]:
@@ -164,17 +125,6 @@ def _bias_block(layout: Heads, block: int, keys: int, shared: bool):
     return pl.BlockSpec(shape, lambda h, b, i: (0 if shared else b, h, 0, i))
 
 
-def _factor_inputs(layout: Heads, block: int, factors, sides):
-    """The factors by steps along the heads and the marks, and their blocks."""
-    batch, queries, width = factors.shape
-    by_step = jnp.moveaxis(factors.reshape(batch, queries, layout.steps, -1), 2, 0)
-    marks = _marks(sides, layout.step_heads, factors.dtype)
-    return [by_step, marks], [
-        pl.BlockSpec((1, 1, block, width // layout.steps), lambda h, b, i: (h, b, i, 0)),
-        pl.BlockSpec(marks.shape, lambda h, b, i: (0, 0, 0)),
-    ]
-
-
 @traced_once("heads", "scale", "interpret", "hand_on", "sides")
 def _forward(q, k, v, threshold, bias, factors, heads, scale, interpret, hand_on, sides):
     layout, size = _arrange(q, k, v, heads, bias)
@@ -186,7 +136,7 @@ def _forward(q, k, v, threshold, bias, factors, heads, scale, interpret, hand_on
     if bias is not None:
         inputs, specs = [*inputs, bias], [*specs, _bias_block(layout, block, keys, bias.shape[0] == 1)]
     if factors is not None:
-        more, more_specs = _factor_inputs(layout, block, factors, sides)
+        more, more_specs = factor_inputs(layout, block, factors, sides)
         inputs, specs = [*inputs, *more], [*specs, *more_specs]
     out, largest, inverse, kept = pl.pallas_call(
         functools.partial(
@@ -241,7 +191,7 @@ def _backward(heads, scale, interpret, hand_on, sides, residuals, cotangents):
         of_bias = jax.ShapeDtypeStruct((1 if summed else batch, *bias.shape[1:]), jnp.float32)
         outputs.append((_bias_block(layout, block, keys, summed), of_bias))
     if factors is not None:
-        more, more_specs = _factor_inputs(layout, block, factors, sides)
+        more, more_specs = factor_inputs(layout, block, factors, sides)
         inputs, specs = [*inputs, *more], [*specs, *more_specs]
         outputs.append((more_specs[0], more[0]))
     sums = [pltpu.VMEM((keys, layout.step_heads * dim), jnp.float32) for dim in (layout.key_dim, layout.value_dim)]
@@ -325,8 +275,8 @@ def _forward_kernel(threshold_ref, q_ref, k_ref, v_ref, *rest, layout, scale, qu
                 ]
             if has_factors:
                 factors_ref, marks_ref = optional_refs
-                factor_lanes, marks = _factor_lanes(head, factors_ref, marks_ref)
-                factors = factors_ref[0, 0, :, factor_lanes]
+                of_factors, marks = factor_lanes(head, factors_ref, marks_ref)
+                factors = factors_ref[0, 0, :, of_factors]
                 parts = [part + dot(marks[chunk], factors, NT) for part, chunk in zip(parts, chunks, strict=True)]
             largest = functools.reduce(jnp.maximum, [jnp.max(part, axis=0, keepdims=True) for part in parts])
             parts = [jnp.exp(part - largest) for part in parts]
@@ -435,8 +385,8 @@ def _backward_kernel(
                 if has_bias:
                     scores += jnp.where(valid_row, bias_ref[0, head].astype(jnp.float32), 0)
                 if has_factors:
-                    factor_lanes, marks = _factor_lanes(head, factors_ref, marks_ref)
-                    scores += jnp.where(valid_row, dot(marks, factors_ref[0, 0, :, factor_lanes], NT), 0)
+                    of_factors, marks = factor_lanes(head, factors_ref, marks_ref)
+                    scores += jnp.where(valid_row, dot(marks, factors_ref[0, 0, :, of_factors], NT), 0)
                 largest = jnp.where(valid_row, largest_ref[0, 0, head : head + 1, :], 0)
                 inverse = jnp.where(valid_row, inverse_ref[0, 0, head : head + 1, :], 0)
                 # As in the forward pass, operation by operation: a weight on the threshold is masked in both or in
@@ -451,8 +401,8 @@ def _backward_kernel(
                     d_bias_ref[0, head] += d_scores
                 if has_factors:
                     # Each head's is zero in the lanes of others.
-                    _, before = d_factors.get(factor_lanes.start, (None, 0))
-                    d_factors[factor_lanes.start] = factor_lanes, before + dot(d_scores, marks, TN)
+                    _, before = d_factors.get(of_factors.start, (None, 0))
+                    d_factors[of_factors.start] = of_factors, before + dot(d_scores, marks, TN)
             dq = jnp.transpose(dq * scale)
             if added_q is not None:
                 dq += added_q[0, :, key_lanes].astype(jnp.float32)
