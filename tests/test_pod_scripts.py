@@ -1,9 +1,11 @@
-"""The steps of docs/tpu_pods.md, as their dry runs print them."""
+"""The steps of docs/tpu_pods.md: as their dry runs print them, and with a gcloud that only says what it is told to."""
 
 import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,13 +22,17 @@ SETTINGS = {
 }
 
 
-def dry_run(step, *flags, status=0, **settings):
-    """The commands of a step, each a list of words; or what it says where it refuses."""
+def run_step(step, *flags, **settings):
     environment = {word: os.environ[word] for word in ("PATH", "HOME")} | SETTINGS | settings
     script = ROOT / "scripts" / "pod" / f"{step}.sh"
-    done = subprocess.run(
-        [script, "--dry-run", *flags], env=environment, capture_output=True, text=True, check=False, cwd="/"
+    return subprocess.run(
+        [script, *flags], env=environment, capture_output=True, text=True, check=False, cwd="/", timeout=60
     )
+
+
+def dry_run(step, *flags, status=0, **settings):
+    """The commands of a step, each a list of words; or what it says where it refuses."""
+    done = run_step(step, *flags, "--dry-run", **settings)
     assert done.returncode == status, done.stderr
     return done.stderr if status else [shlex.split(line) for line in done.stdout.splitlines() if line[0] != "#"]
 
@@ -84,6 +90,8 @@ def test_castling_starts_from_the_weights_that_were_copied():
     ((_, command),) = on_workers(commands)
     assert f"--config.init_from={weights}" in command
     assert f"--config.distillation.teacher={weights}" in command
+    said = dry_run("castle", status=2, CONFIG="configs/deit.py:base")
+    assert "must be one of configs/castle_pretrained.py, which has a teacher, not 'configs/deit.py:base'" in said
 
 
 def test_pods_are_asked_for_and_given_back():
@@ -93,6 +101,115 @@ def test_pods_are_asked_for_and_given_back():
     again = dry_run("resume")
     assert again[0] == ["gcloud", "compute", "tpus", "queued-resources", "delete", "castling", *again[0][6:]]
     assert [words[4] for words in again if words[3] == "queued-resources"] == ["delete", "create", "describe"]
+
+
+GCLOUD = """#!/usr/bin/env bash
+# The first line of a file is its answer, and goes, unless it is the last; a line that starts with ! is an error.
+echo "$*" >> calls
+next() {
+    line=$(head -n 1 "$1")
+    [ "$(wc -l < "$1")" = 1 ] || sed -i 1d "$1"
+    [ "${line:0:1}" != ! ] || { echo "${line:1}" >&2; exit 255; }
+    echo "$line"
+}
+case "$*" in
+    "storage ls"*) next looks ;;
+    *describe*) next states ;;
+    *"echo running"*) next answers ;;
+    *nohup*) next starts ;;
+esac
+"""
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    """Runs resume.sh with a gcloud of our own; returns its status, what it asked of pods, and what it said."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "gcloud").write_text(GCLOUD.replace("calls", f"{tmp_path}/calls", 1))
+    (bin_folder / "sleep").write_text("#!/usr/bin/env bash\n")
+    for program in bin_folder.iterdir():
+        program.chmod(0o755)
+
+    def resume(*, looks, states=("ACTIVE",), answers=("running",), starts=("started",)):
+        for name, lines in {"looks": looks, "states": states, "answers": answers, "starts": starts}.items():
+            (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+        program = bin_folder / "gcloud"
+        program.write_text(re.sub(r"next (\w+) ;;", rf"next {tmp_path}/\1 ;;", program.read_text()))
+        done = run_step("resume", "--config.train.epochs=9", PATH=f"{bin_folder}:{os.environ['PATH']}")
+        words = [call.split() for call in (tmp_path / "calls").read_text().splitlines()]
+        made = [w[3] for w in words if w[2:3] == ["queued-resources"] and w[3] != "describe"]
+        started = [w for w in words if "nohup" in w]
+        assert all("--config.train.epochs=9" in w for w in started)
+        return done.returncode, [*made, *["start"] * len(started)], done.stdout + done.stderr
+
+    return resume
+
+
+def test_a_run_that_goes_on_is_let_be_until_it_is_finished(cloud):
+    status, asked, said = cloud(looks=["!none", "!none", "!none", "summary.json"])
+    assert (status, asked) == (0, [])
+    assert "finished" in said
+
+
+def test_a_question_without_an_answer_touches_no_pod(cloud):
+    states = ["!the network is down", "ACTIVE"]
+    status, asked, said = cloud(looks=["!none"] * 3 + ["there"], states=states, answers=["!no ssh", "running"])
+    assert (status, asked) == (0, [])
+    assert "the network is down" in said
+
+
+@pytest.mark.parametrize(
+    ("state", "made"), [("SUSPENDED", ["delete", "create"]), ("!NOT_FOUND: it is gone", ["create"])]
+)
+def test_a_pod_that_was_taken_away_is_asked_for_again(cloud, state, made):
+    assert cloud(looks=["!none", "!none", "there"], states=[state, "ACTIVE"])[:2] == (0, [*made, "start"])
+
+
+def test_what_fails_on_the_way_is_tried_again(cloud):
+    # The request fails while it is waited for; then the pod is there, and goes away as the run is started.
+    states = ["SUSPENDED", "WAITING", "FAILED", "FAILED", "ACTIVE", "ACTIVE"]
+    status, asked, _ = cloud(
+        looks=["!none"] * 4 + ["there"], states=states, answers=["ended", "running"], starts=["!gone", "started"]
+    )
+    assert (status, asked) == (0, ["delete", "create", "delete", "create", "start", "start"])
+
+
+def test_a_run_that_ends_by_itself_is_started_again_and_not_for_ever(cloud):
+    status, asked, said = cloud(looks=["!none"], answers=["ended"])
+    assert (status, asked) == (1, ["start"] * 3)
+    assert "has ended 4 times" in said
+
+
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="workers have it; this machine has not")
+def test_a_start_returns_at_once_and_is_one(tmp_path):
+    """What train.sh and stop.sh run on a worker, run here, where main.py only waits."""
+    settings = {"BUCKET": f"gs://bucket-{os.getpid()}", "HOME": str(tmp_path)}
+    code = tmp_path / "castling_jax"
+    (code / ".venv" / "bin").mkdir(parents=True)
+    (code / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    (code / "main.py").write_text("import time\nprint('it trains', flush=True)\ntime.sleep(600)\n")
+    ((_, start),) = on_workers(dry_run("train", **settings))
+    ((_, stop),) = on_workers(dry_run("stop", **settings))
+
+    def worker(command):
+        # With its output in a pipe, as ssh has it: this returns when nothing holds the pipe.
+        return subprocess.run(
+            ["bash", "-c", command],
+            env=os.environ | {"HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=tmp_path,
+            check=True,
+        ).stdout
+
+    try:
+        assert worker(start) == ""
+        assert worker(start) == "it runs already\n"
+    finally:
+        assert worker(stop) == ""
+    assert "nothing runs\n" in (worker(stop) for _ in range(100))
 
 
 def test_a_setting_that_is_missing_or_wrong_is_named():

@@ -23,20 +23,24 @@ case "$TYPE" in
     *) echo "TYPE must start with v4-, v5litepod-, v5p- or v6e-, not '$TYPE'." >&2 && exit 2 ;;
 esac
 CODE=castling_jax       # the clone, in every worker's home
+TRAINING="^[^ ]*python main.py .*--workdir=${BUCKET:-}/runs/$RUN( |$)"  # by which pgrep finds the run
 MOUNT=/mnt/castling     # where every worker sees BUCKET: ArrayRecord files are read from a disk
 
-DRY=0
-dry=()  # the flag, for steps that are made of others
-if [ "${1:-}" = --help ]; then
-    sed -n '2,/^source/s/^# \{0,1\}//p' "$SCRIPT"
-    echo "Settings, from the environment:"
-    sed -n '3,/^set/s/^# \{0,1\}//p' "$(dirname "$SCRIPT")/common.sh"
-    exit
-elif [ "${1:-}" = --dry-run ]; then
-    DRY=1
-    dry=(--dry-run)
+# --dry-run and --help count wherever they stand. The environment hands the first on to steps that are made of others.
+export DRY_RUN=${DRY_RUN:-0}
+for word in "$@"; do
     shift
-fi
+    case "$word" in
+        --dry-run) DRY_RUN=1 ;;
+        --help)
+            sed -n '2,/^source/s/^# \{0,1\}//p' "$SCRIPT"
+            echo "Settings, from the environment:"
+            sed -n '3,/^set/s/^# \{0,1\}//p' "$(dirname "$SCRIPT")/common.sh"
+            exit
+            ;;
+        *) set -- "$@" "$word" ;;
+    esac
+done
 
 # run COMMAND...: prints it as it can be typed, and runs it.
 run() {
@@ -46,7 +50,7 @@ run() {
         line+="${line:+ }$word"
     done
     echo "$line"
-    [ "$DRY" = 1 ] || "$@"
+    [ "$DRY_RUN" = 1 ] || "$@"
 }
 
 # need VARIABLE WHAT: refuses to go on without a setting.
@@ -64,11 +68,16 @@ nodes() {
     if [ "$SLICES" = 1 ]; then echo "$NAME"; else seq -f "$NAME-%g" 0 $((SLICES - 1)); fi
 }
 
+# on_workers NODE all|0 COMMAND: runs it there.
+on_workers() {
+    run gcloud compute tpus tpu-vm ssh "$1" --zone="$ZONE" --worker="$2" --command="$3"
+}
+
 # everywhere COMMAND: runs it on every worker of every slice.
 everywhere() {
     local node
     for node in $(nodes); do
-        run gcloud compute tpus tpu-vm ssh "$node" --zone="$ZONE" --worker=all --command="$1"
+        on_workers "$node" all "$1"
     done
 }
 

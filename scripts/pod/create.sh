@@ -8,7 +8,7 @@ named=(--node-id="$NAME")
 run gcloud compute tpus queued-resources create "$NAME" --zone="$ZONE" \
     --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "${named[@]}"
 run "${describe[@]}"
-[ "$DRY" = 1 ] && exit
+[ "$DRY_RUN" = 1 ] && exit
 until state=$("${describe[@]}") && [ "$state" = ACTIVE ]; do
     case "$state" in
         FAILED | SUSPENDED) echo "The request has failed: delete.sh removes it." >&2 && exit 1 ;;

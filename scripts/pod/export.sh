@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Converts the run to its inference form, checks it, and copies it to BUCKET: export.sh [--dry-run] [convert's flags ...]
+# Converts the run to its inference form on a worker's CPU, compares both forms on held-out images, and copies what was
+# written to BUCKET: export.sh [--dry-run] [convert's flags ...]
 source "$(dirname "$0")/common.sh"
 bucket
 
-run python3 -m venv .venv
-run .venv/bin/python -m pip install --quiet -e ".[gcs]"
-run .venv/bin/python -m castling_jax.tools.convert "$BUCKET/runs/$RUN" "exported/$RUN" "$@"
-run gcloud storage cp --recursive "exported/$RUN" "$BUCKET/exported/"
+flags=("$BUCKET/runs/$RUN" "exported/$RUN" --check "$@")
+# On one host of a pod JAX would wait for the others.
+on_workers "$(nodes | head -n 1)" 0 "cd $CODE && \
+JAX_PLATFORMS=cpu .venv/bin/python -m castling_jax.tools.convert $(printf '%q ' "${flags[@]}")&& \
+gcloud storage cp --recursive exported/$RUN $BUCKET/exported/"

@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
 # Installs castling_jax on all workers, and mounts BUCKET there to read data from: install.sh [--dry-run]
+# REPOSITORY is where they clone it from (this clone's origin), REVISION the commit they check out (this clone's).
 source "$(dirname "$0")/common.sh"
 bucket
-REPOSITORY=${REPOSITORY:-$(git remote get-url origin 2>/dev/null || echo https://github.com/YOUR_NAME/castling_jax)}
+REPOSITORY=${REPOSITORY:-$(git remote get-url origin 2> /dev/null || true)}
+REVISION=${REVISION:-$(git rev-parse HEAD 2> /dev/null || echo origin/HEAD)}
+need REPOSITORY "an address that the workers can clone, such as https://github.com/YOU/castling_jax"
 
 # The pods' system has an older Python than 3.11, so uv brings one.
 everywhere "curl -LsSf https://astral.sh/uv/install.sh | sh; \
-git clone --quiet $REPOSITORY $CODE || git -C $CODE pull --quiet; \
-cd $CODE && ~/.local/bin/uv venv --quiet --clear --python 3.12 .venv && ~/.local/bin/uv pip install --quiet -e '.[tpu]'"
+[ -d $CODE ] || git clone --quiet $REPOSITORY $CODE; \
+cd $CODE && git fetch --quiet && git checkout --quiet --detach $REVISION \
+&& ~/.local/bin/uv venv --quiet --clear --python 3.12 .venv && ~/.local/bin/uv pip install --quiet -e '.[tpu]'"
+# A new machine updates itself: apt-get waits for its lock.
 everywhere "curl -s https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null; \
 echo deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-\$(lsb_release -cs) main \
 | sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null; \
-sudo apt-get update -qq && sudo apt-get install -y -qq gcsfuse; \
+sudo apt-get -o DPkg::Lock::Timeout=600 update -qq && sudo apt-get -o DPkg::Lock::Timeout=600 install -y -qq gcsfuse; \
 sudo mkdir -p $MOUNT && sudo chown \$USER $MOUNT && (mountpoint -q $MOUNT || gcsfuse -o ro --implicit-dirs ${BUCKET#gs://} $MOUNT)"
-everywhere "cd $CODE && .venv/bin/python -c 'import jax; print(jax.__version__)'"
+everywhere "cd $CODE && .venv/bin/python -c 'import importlib.metadata; print(importlib.metadata.version(\"jax\"))'"

@@ -1,23 +1,58 @@
 #!/usr/bin/env bash
-# Brings a pod that was taken away back, until the run is finished: resume.sh [--dry-run] [train.sh's flags ...]
-# Each time it deletes what is left of the pod, asks for another, installs, and starts the same run, which goes on.
+# Looks once a minute until the run is finished, and has it go on: resume.sh [--dry-run] [train.sh's flags ...]
+# A pod that was taken away is deleted, asked for again and installed; a run that ended on a pod that is there is started
+# again, RESTARTS times at most (3). A question that gets no answer is asked again.
 source "$(dirname "$0")/common.sh"
 bucket
-here=scripts/pod
+RESTARTS=${RESTARTS:-3}
 
-again() {
-    "$here/delete.sh" "${dry[@]}"
-    "$here/create.sh" "${dry[@]}"
-    "$here/install.sh" "${dry[@]}"
-    "$here/train.sh" "${dry[@]}" "$@"
+ask() {
+    scripts/pod/create.sh && start "$@"
 }
 
-if [ "$DRY" = 1 ]; then
-    echo "# until there is $BUCKET/runs/$RUN/summary.json, whenever the pod is not ACTIVE:"
-    again "$@"
+start() {
+    scripts/pod/install.sh && scripts/pod/train.sh "$@"
+}
+
+# What worker 0 says: running, ended, or, where it cannot be reached, something else.
+answer() {
+    gcloud compute tpus tpu-vm ssh "$(nodes | head -n 1)" --zone="$ZONE" --worker=0 \
+        --command="pgrep -f '$TRAINING' > /dev/null && echo running || echo ended" 2> /dev/null || true
+}
+
+if [ "$DRY_RUN" = 1 ]; then
+    echo "# until there is $BUCKET/runs/$RUN/summary.json, whenever the pod was taken away:"
+    scripts/pod/delete.sh
+    ask "$@"
     exit
 fi
+left=$RESTARTS
 until gcloud storage ls "$BUCKET/runs/$RUN/summary.json" > /dev/null 2>&1; do
-    [ "$("${describe[@]}" 2> /dev/null)" = ACTIVE ] || again "$@"
+    state=$("${describe[@]}" 2>&1) || state="no answer: $state"
+    case "$state" in
+        ACTIVE)
+            case "$(answer)" in
+                *running*) ;;
+                *ended*)
+                    if [ "$left" = 0 ]; then
+                        echo "The run has ended $((RESTARTS + 1)) times on this pod: watch.sh shows why." >&2
+                        exit 1
+                    fi
+                    left=$((left - 1))
+                    start "$@" || echo "That failed; once more in a minute." >&2
+                    ;;
+            esac
+            ;;
+        SUSPENDING | SUSPENDED | FAILED)
+            left=$RESTARTS
+            { scripts/pod/delete.sh && ask "$@"; } || echo "That failed; once more in a minute." >&2
+            ;;
+        *NOT_FOUND*)
+            left=$RESTARTS
+            ask "$@" || echo "That failed; once more in a minute." >&2
+            ;;
+        *) echo "The pod: $state" >&2 ;;
+    esac
     sleep 60
 done
+echo "The run is finished. The pod costs until delete.sh."
