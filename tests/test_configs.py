@@ -62,16 +62,15 @@ def datasets(config):
 
 @pytest.mark.parametrize(("name", "argument"), ALL)
 def test_configuration_is_complete(name, argument):
-    check_config(filled(load(name, argument)))
+    check_config(load(name, argument))
     assert f"configs/{name}.py" in module_of(name).__doc__
     assert len((CONFIGS / f"{name}.py").read_text().splitlines()) <= 60  # one screen
 
 
-def filled(config):
-    """With what a person has to give."""
-    if config.distillation.kind is not None:
-        config.distillation.teacher = "weights.safetensors"
-    return config
+def test_a_teacher_has_to_be_given(refuses):
+    config = load("castle_pretrained", "base")
+    with refuses("config.distillation.kind = 'soft' needs a teacher: give config.distillation.teacher"):
+        set_up(config, datasets=datasets(config))
 
 
 def set_up_without_teacher(name, argument):

@@ -20,11 +20,12 @@ from castling_jax.models.attention import ATTENTIONS, FORMS, attend
 from castling_jax.models.layers import add_bias
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
-from castling_jax.models.variables import apply, get_variables
+from castling_jax.models.variables import Variables, apply, get_variables
 from castling_jax.ops.checks import check_implementation
 from castling_jax.ops.errors import InputError, check_known
-from castling_jax.training.config import default_config, load_config
+from castling_jax.training.config import default_config, load_config, model_arguments
 from castling_jax.training.optimizers import make_optimizer
+from castling_jax.training.restore import teacher_model
 from castling_jax.training.schedules import learning_rate_schedule
 from castling_jax.training.setup import set_up
 from castling_jax.training.sharding import (
@@ -39,7 +40,7 @@ from castling_jax.training.sharding import (
     with_shardings,
 )
 from castling_jax.training.state import create_state
-from castling_jax.training.step import make_train_step
+from castling_jax.training.step import Teacher, make_train_step
 
 CHANNELS, HEADS, TAPS = 768, 12, 9  # of DeiT-B
 # Classes, training and held-out images of data sets, which a step depends on by its last layer and its schedule alone.
@@ -247,43 +248,56 @@ def recipe(
     settings.model.update({word: value for word, value in chosen.items() if value is not None})
     if mesh is not None:
         settings.mesh.update(read_mesh(mesh))
-    notes = []
-    if settings.distillation.kind is not None:
-        settings.distillation.kind = None
-        notes.append("the teacher and its forward pass: a compile report reads no weights")
     if batch is not None:
         settings.train.batch_size = batch * len(devices)
+    evaluated = settings.evaluation.batch_size
     settings.evaluation.batch_size = settings.train.batch_size  # which is not compiled
     datasets, assumed = _datasets(settings)
-    made = set_up(settings, devices, datasets)
+    teacher, taught_by = _teacher(settings, datasets[0].num_classes)
+    made = set_up(settings, devices, datasets, teacher)
     spec, images, placed = made.model.spec, settings.train.batch_size, made.mesh
+    try:
+        check_batch("config.evaluation.batch_size", evaluated, placed)
+    except InputError as error:
+        assumed = [*assumed, f"main.py would refuse to evaluate: {error}"]
     shapes = batch_shapes(images, spec.image_size, placed)
     facts = {
         **{"model": spec.name, "attention": spec.attention, "image_size": spec.image_size, "form": form},
         **{"mesh": dict(placed.shape), "images": images, "images_per_device": images / len(devices)},
-        **{"not_counted": notes, "assumed": assumed},
+        **{"assumed": assumed + taught_by * (form == "train")},
     }
+
+    def whole(variables: Variables) -> Variables:
+        return with_shardings(variables, whole_over_fsdp(state_shardings(variables, placed)))
+
     if form == "train":
         state = with_shardings(made.state, made.shardings)
         threshold = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(placed))
+        taught = {} if teacher is None else whole(teacher.variables)
         held = {
             **{"parameters": state.params, "optimiser": state.opt_state, "moving averages": state.ema},
-            **{"batch statistics": state.batch_stats, "images and labels": shapes},
+            **{"batch statistics": state.batch_stats, "teacher": taught, "images and labels": shapes},
         }
-        return Case(
-            made.train_step,
-            (state, shapes, threshold),
-            {"donate_argnums": 0},
-            placed,
-            held,
-            facts | {"macs": count_macs(made.model)},
-        )
+        arguments = state, shapes, threshold, taught
+        facts |= {"macs": count_macs(made.model)}
+        return Case(made.train_step, arguments, {"donate_argnums": 0}, placed, held, facts)
     model = abstract_model(**spec.arguments(form="inference"))
-    variables = get_variables(model)
-    variables = with_shardings(variables, whole_over_fsdp(state_shardings(variables, placed)))
+    variables = whole(get_variables(model))
     held = {"parameters": variables, "images": shapes["image"]}
-    function = functools.partial(apply, model)
-    return Case(function, (variables, shapes["image"]), {}, placed, held, facts | {"macs": count_macs(model)})
+    facts |= {"macs": count_macs(model)}
+    return Case(functools.partial(apply, model), (variables, shapes["image"]), {}, placed, held, facts)
+
+
+def _teacher(config: ConfigDict, classes: int) -> tuple[Teacher | None, list[str]]:
+    """A configuration's teacher, of shapes alone, and a sentence that says what was taken for it."""
+    options = config.distillation
+    if options.kind is None:
+        return None, []
+    student = abstract_model(num_classes=classes, **model_arguments(config))
+    source = teacher_model(options.name or student.spec.name, student)
+    model = abstract_model(**source.spec.arguments(form="inference"))
+    said = f"the teacher is {model.spec.name} in softmax attention, no weights were read; MFU is without its operations"
+    return Teacher(model, get_variables(model), options.kind, options.alpha, options.temperature), [said]
 
 
 def _datasets(config: ConfigDict) -> tuple[tuple[Dataset, Dataset], list[str]]:

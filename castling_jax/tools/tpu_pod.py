@@ -172,9 +172,7 @@ def not_counted(found: Figures) -> list[str]:
     programs = [figures for row in found["programs"].values() for figures in row.values()]
     counted = [figures for figures in programs if "does_not_fit" not in figures]
     particular = [
-        sentence
-        for figures in counted
-        for sentence in (*figures["facts"]["not_counted"], *figures["facts"]["assumed"], *figures["incomplete"])
+        sentence for figures in counted for sentence in (*figures["facts"]["assumed"], *figures["incomplete"])
     ]
     return [*NOT_COUNTED, *dict.fromkeys(particular)]
 

@@ -206,8 +206,6 @@ def check_config(config: ConfigDict) -> None:
     check_augment(config.augment)
     if (kind := given["distillation.kind"]) is not None:
         check_known("config.distillation.kind", kind, DISTILLATIONS)
-        if given["distillation.teacher"] is None:
-            raise InputError(f"config.distillation.kind = {kind!r} needs a teacher: give config.distillation.teacher.")
     for name, (low, high) in OPEN_RANGES.items():
         if given[name] is not None and not low < given[name] < high:
             raise InputError(f"config.{name} must be above {low} and below {high}, not {given[name]}.")

@@ -111,6 +111,18 @@ def _read_weights(path: epath.Path) -> dict[str, np.ndarray]:
     return read_state_dict(path)
 
 
+def teacher_model(name: str, student: Backbone, *, distilled: bool = False) -> Backbone:
+    """The softmax model `name`, abstract, for the student's images and classes.
+
+    With the student's own architecture, where it is the student in softmax form; `distilled`: with a second head.
+    """
+    spec = student.spec
+    given = {"num_classes": spec.num_classes, "image_size": spec.image_size, "dtype": spec.dtype}
+    given |= dict(spec.overrides) if name == spec.name else {}
+    given |= {"distilled": distilled} if distilled or given.get("distilled") else {}
+    return abstract_model(name, attention="softmax", **given)
+
+
 def read_teacher(path: epath.Path, name: str, student: Backbone) -> tuple[Backbone, Variables]:
     """A trained model, in inference form, that a student of the same images and classes learns from.
 
@@ -131,13 +143,8 @@ def read_teacher(path: epath.Path, name: str, student: Backbone) -> tuple[Backbo
         variables = to_inference(variables)
     else:
         state_dict = _read_weights(path)
-        spec = student.spec
-        given = {"num_classes": spec.num_classes, "image_size": spec.image_size, "dtype": spec.dtype}
-        # With the student's own architecture, where it is the student in softmax form.
-        given |= dict(spec.overrides) if name == spec.name else {}
         distilled = any("head_dist" in key for key in state_dict)
-        given |= {"distilled": distilled} if distilled or given.get("distilled") else {}
-        source = abstract_model(name, attention="softmax", **given)
+        source = teacher_model(name, student, distilled=distilled)
         variables = to_inference(from_torch(source, state_dict))
         model = abstract_model(**source.spec.arguments(form="inference"))
     for word in ("num_classes", "image_size"):

@@ -74,7 +74,10 @@ class Setup:
 
 
 def set_up(
-    config: ConfigDict, devices: Sequence[Any] | None = None, datasets: tuple[Dataset, Dataset] | None = None
+    config: ConfigDict,
+    devices: Sequence[Any] | None = None,
+    datasets: tuple[Dataset, Dataset] | None = None,
+    teacher: Teacher | None = None,
 ) -> Setup:
     """Builds what `config` describes; nothing is drawn, and no file is written.
 
@@ -82,6 +85,7 @@ def set_up(
       config: as `default_config` gives it.
       devices: that the mesh is of; None is all.
       datasets: to learn from and held out; None is those that `config` names.
+      teacher: None is the one that `config` names, if any.
 
     Raises:
       InputError: a field, a name or a size is wrong.
@@ -121,7 +125,7 @@ def set_up(
         optimizer,
         label_smoothing=config.loss.label_smoothing,
         mixing=mixing_options(config),
-        teacher=_teacher(config, model, mesh),
+        teacher=teacher or _teacher(config, model, mesh),
         ema_decay=config.train.ema_decay,
         accumulate_steps=config.train.accumulate_steps,
         shardings=shardings,
@@ -187,6 +191,10 @@ def _teacher(config: ConfigDict, student: Backbone, mesh: Mesh) -> Teacher | Non
     options = config.distillation
     if options.kind is None:
         return None
+    if options.teacher is None:
+        raise InputError(
+            f"config.distillation.kind = {options.kind!r} needs a teacher: give config.distillation.teacher."
+        )
     model, variables = read_teacher(epath.Path(options.teacher), options.name or student.spec.name, student)
     placed = place(variables, whole_over_fsdp(state_shardings(variables, mesh)))
     return Teacher(model, placed, kind=options.kind, alpha=options.alpha, temperature=options.temperature)

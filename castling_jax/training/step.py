@@ -155,9 +155,12 @@ def make_train_step(
     with_branch = jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
     # A number known while tracing, not an argument: the operations see that the mask is empty.
     without_branch = jax.jit(functools.partial(step, threshold=1.0), donate_argnums=0, out_shardings=out_shardings)
-    teacher_variables = {} if teacher is None else teacher.variables  # an argument: no constant of the program
+    held = {} if teacher is None else teacher.variables
 
-    def train_step(state: TrainState, batch: Batch, threshold: float) -> tuple[TrainState, Metrics]:
+    # The teacher's variables are an argument of the program, for they would be a constant of it otherwise.
+    def train_step(
+        state: TrainState, batch: Batch, threshold: float, teacher_variables: Variables = held
+    ) -> tuple[TrainState, Metrics]:
         if is_known_empty(threshold):
             return without_branch(state, batch, teacher_variables)
         return with_branch(state, batch, teacher_variables, jnp.float32(threshold))

@@ -1,4 +1,5 @@
 import textwrap
+from pathlib import Path
 
 import chex
 import jax
@@ -9,6 +10,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from castling_jax.models.attention import Attention
+from castling_jax.models.registry import abstract_model
+from castling_jax.models.variables import get_variables
 from castling_jax.tools.tpu_cases import CHANNELS, HEADS, load_case, read_mesh
 
 
@@ -168,11 +171,11 @@ def test_a_configurations_step_is_the_one_that_main_runs():
     case = load_case("recipe", {"config": "configs/digits.py", "batch": 8}, jax.devices()[:1])
     assert case.facts["images"] == case.facts["images_per_device"] == 8
     assert case.facts["assumed"] == []
-    state, batch, threshold = case.arguments
+    state, batch, *_ = case.arguments
     assert case.held["parameters"] is state.params
     assert batch["image"].shape == (8, 8, 8, 3)
     with jax.set_mesh(case.mesh):
-        new, metrics = jax.eval_shape(case.function, state, batch, threshold)
+        new, metrics = jax.eval_shape(case.function, *case.arguments)
     chex.assert_trees_all_equal_shapes(new.params, state.params)
     assert metrics["loss"].shape == ()
 
@@ -195,13 +198,37 @@ def get_config():
     config = default_config()
     config.model.name = "deit_micro"
     config.dataset.update({"name": "imagenet2012", "eval_split": "validation", "data_dir": "/nowhere"})
-    config.distillation.update({"kind": "soft", "teacher": "/no/weights"})
     return config
 """
     config.write_text(text)
     case = load_case("recipe", {"config": str(config), "batch": 4}, jax.devices()[:1])
     assert "1,281,167 images and 1,000 classes" in case.facts["assumed"][0]
-    assert "the teacher" in case.facts["not_counted"][0]
     config.write_text(text.replace("imagenet2012", "emnist"))
     with refuses("emnist"):
         load_case("recipe", {"config": str(config), "batch": 4}, jax.devices()[:1])
+
+
+def test_a_teacher_is_compiled_with_the_step_and_not_read():
+    options = {"config": "configs/castle_pretrained.py:small", "batch": 1}
+    case = load_case("recipe", options, jax.devices()[:1])
+    plain = abstract_model("deit_small", attention="softmax", form="inference")
+    chex.assert_trees_all_equal_shapes_and_dtypes(case.held["teacher"], get_variables(plain))
+    assert any("the teacher is deit_small in softmax attention" in sentence for sentence in case.facts["assumed"])
+    with jax.set_mesh(case.mesh):
+        jaxpr = jax.make_jaxpr(case.function)(*case.arguments)
+    taught = len(jax.tree.leaves(case.held["teacher"]))
+    used = {variable for equation in jaxpr.eqns for variable in equation.invars}
+    assert set(jaxpr.jaxpr.invars[-taught:]) <= used
+    inference = load_case("recipe", options | {"form": "inference"}, jax.devices()[:1])
+    assert not any("teacher" in sentence for sentence in inference.facts["assumed"])
+
+
+def test_a_pod_that_main_would_refuse_to_evaluate_on_is_told(tmp_path):
+    config = tmp_path / "configs" / "few.py"
+    config.parent.mkdir()
+    text = Path("configs/digits.py").read_text()
+    config.write_text(text.replace("    return config", "    config.evaluation.batch_size = 3\n    return config"))
+    options = {"config": str(config), "batch": 4}
+    assert load_case("recipe", options, jax.devices()[:1]).facts["assumed"] == []
+    (said,) = load_case("recipe", options, 2 * jax.devices()[:1]).facts["assumed"]
+    assert "main.py would refuse to evaluate: config.evaluation.batch_size = 3 must be a multiple of 2" in said
