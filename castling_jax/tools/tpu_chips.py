@@ -1,18 +1,19 @@
 """The chips of a pod, and the links between them.
 
-All figures but the clocks are Google's, of a chip with both of its cores where it has two, which JAX shows as one
-device: docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, as they stood in November 2026. The links' are the
-published bandwidth of all ports in both directions, divided by the ports and the directions: 400 GB/s and 4 ports on
-v5e, 1,200 and 6 on v5p, 800 and 4 on v6e; of v4, 50 GB/s a link and 6 links, from table 4 of Jouppi et al., arXiv
-2304.01433.
+All figures but the clocks and the memory are Google's, of a chip with both of its cores where it has two, which JAX
+shows as one device: docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, as they stood in November 2026. The links'
+are the published bandwidth of all ports in both directions, divided by the ports and the directions: 400 GB/s and 4
+ports on v5e, 1,200 and 6 on v5p, 800 and 4 on v6e; of v4, 50 GB/s a link and 6 links, from table 4 of Jouppi et al.,
+arXiv 2304.01433. The memory is what the compiler (libtpu 0.0.42) has for a program, as it says where one is too large.
 
-A side of a v5e or v6e is closed to a ring where all 16 chips of the pod's side are in it; one of a v4 or v5p where it
-is made of whole cubes of 4 x 4 x 4 chips.
+A side of a v5e or v6e is closed to a ring where all 16 chips of the pod's side are in it; the sides of a v4 or v5p
+where all three are made of whole cubes of 4 x 4 x 4 chips.
 """
 
 import dataclasses
+import re
 
-from castling_jax.ops.errors import check_known
+from castling_jax.ops.errors import InputError, check_known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,30 +22,37 @@ class Chip:
 
     Attributes:
       gigahertz: its clock, by which the compiler's cycles are time.
-      hbm_gigabytes: its memory.
+      hbm_gibibytes: its memory, 2^30 bytes.
       hbm_gigabytes_per_second: the memory's bandwidth.
       teraflops: operations in bfloat16 at most, a second.
       link_gigabytes_per_second: of one link to a neighbour, one way.
-      ring: sides of a multiple of so many chips are rings.
+      axes: of its torus.
+      ring: sides of a multiple of so many chips are rings; of a torus of three axes, where all of them are.
       pods: topologies of growing size, as many as Google rents out as one slice up to 256 or 512 chips.
     """
 
     gigahertz: float
-    hbm_gigabytes: float
+    hbm_gibibytes: float
     hbm_gigabytes_per_second: float
     teraflops: float
     link_gigabytes_per_second: float
+    axes: int
     ring: int
     pods: tuple[str, ...]
+
+    @property
+    def hbm_gigabytes(self) -> float:
+        """Its memory, 10^9 bytes."""
+        return self.hbm_gibibytes * 2**30 / 1e9
 
 
 FLAT = ("2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBES = ("2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 CHIPS = {
-    "v4": Chip(1.05, 32, 1228, 275, 50, ring=4, pods=CUBES),
-    "v5e": Chip(1.5, 16, 819, 197, 50, ring=16, pods=FLAT),
-    "v5p": Chip(1.75, 95, 2765, 459, 100, ring=4, pods=CUBES),
-    "v6e": Chip(1.75, 32, 1640, 918, 100, ring=16, pods=FLAT),
+    "v4": Chip(1.05, 30.75, 1200, 275, 50, axes=3, ring=4, pods=CUBES),
+    "v5e": Chip(1.5, 15.75, 819, 197, 50, axes=2, ring=16, pods=FLAT),
+    "v5p": Chip(1.75, 95.74, 2765, 459, 100, axes=3, ring=4, pods=CUBES),
+    "v6e": Chip(1.75, 31.25, 1640, 918, 100, axes=2, ring=16, pods=FLAT),
 }
 
 
@@ -52,8 +60,11 @@ def chip_of(topology: str) -> Chip:
     """The chip that a topology such as "v5e:2x2" is made of.
 
     Raises:
-      InputError: it is unknown.
+      InputError: it is unknown, or has other sides.
     """
-    name = topology.split(":")[0]
+    name, _, sides = topology.partition(":")
     check_known("chip", name, CHIPS)
-    return CHIPS[name]
+    chip = CHIPS[name]
+    if not re.fullmatch(rf"\d+(x\d+){{{chip.axes - 1}}}", sides):
+        raise InputError(f"a topology of {name} has {chip.axes} sides, as {name}:{chip.pods[-1]}, not {topology!r}.")
+    return chip

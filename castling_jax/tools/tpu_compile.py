@@ -45,7 +45,7 @@ class Compiled:
       hlo: the scheduled program.
       memory: bytes that it needs of a device: of its arguments, outputs, aliased (outputs in the place of arguments),
         temporary arrays and code.
-      traffic_bytes: what all operations read and write, as XLA counts it; None where it does not.
+      traffic_bytes: what all operations read and write, as XLA counts it; NaN where it does not.
       held: bytes of what the arguments are, by kind, where the case says so.
       facts: what else the case tells of itself.
       devices: where in the torus each device of the program's mesh is.
@@ -54,7 +54,7 @@ class Compiled:
 
     hlo: str
     memory: dict[str, int]
-    traffic_bytes: float | None
+    traffic_bytes: float
     held: dict[str, int]
     facts: dict[str, Any]
     devices: list[list[int]]
@@ -155,7 +155,7 @@ def compile_case(*, what: str, options: dict[str, Any], topology: str, devices: 
     return Compiled(
         hlo=compiled.as_text(),
         memory={name: getattr(memory, f"{part}_size_in_bytes") for name, part in parts.items()},
-        traffic_bytes=(compiled.cost_analysis() or {}).get("bytes accessed"),
+        traffic_bytes=(compiled.cost_analysis() or {}).get("bytes accessed", math.nan),
         held={kind: sum(map(_device_bytes, jax.tree.leaves(tree))) for kind, tree in case.held.items()},
         facts=dict(case.facts),
         devices=[list(device.coords) for device in (chosen if case.mesh is None else case.mesh.devices.flat)],

@@ -69,7 +69,7 @@ def summarize(compiled: Compiled, chip: Chip) -> dict[str, Any]:
         "activations_MB": min(activation_bytes(program), memory["temporary"]) / 1e6,
         "held_MB": {kind: size / 1e6 for kind, size in compiled.held.items() if size},
         "facts": compiled.facts,
-        "traffic_MB": compiled.traffic_bytes and compiled.traffic_bytes / 1e6,
+        "traffic_MB": compiled.traffic_bytes / 1e6,
         "collectives": cost.collectives,
         "links_ms": dict(links),
         "incomplete": sorted(incomplete),

@@ -1,15 +1,18 @@
 """How long the links of a pod need for what its chips send each other.
 
 A chip takes in what a collective brings it over the links along the axes of the torus that the collective's group
-spans: two of each axis that is a ring, one of any other, where the chip at the end has no more. All links of a group
-work at once, as the compiler's own rings do. So, of arrays that are `whole` bytes together on the n chips of a group,
+spans: two of each axis that is a ring on which the group's chips are as far apart from each other all the way round,
+one of any other, where the chip at the end has no more. All links of a group work at once, as the compiler's own rings
+do; a link that several groups of the collective send over is shared by them. So, of arrays that are `whole` bytes
+together on the n chips of a group,
 
   all-gather, reduce-scatter  whole * (n - 1) / n over those links (Chan et al., Collective communication, 2007)
   all-reduce                  twice that
   all-to-all                  the same share, times the mean number of links on the way
   collective-permute          what is sent, times the links on the longest way, over one link
 
-These are times of the links alone: latencies, of about a microsecond a link, and others' traffic are not counted.
+These are times of the links alone: latencies, of about a microsecond a link, and what other collectives send at the
+same time are not counted.
 """
 
 import math
@@ -87,11 +90,19 @@ def link_ms(sent: Collective, devices: Sequence[Coordinates], chip: Chip) -> flo
     where = np.asarray(devices)
     sides = where.max(axis=0) + 1
     rings = (sides % chip.ring == 0) & (sides > 2)  # between two chips there is one link, not a ring
+    if chip.axes == 3:
+        rings &= rings.all()
     link = chip.link_gigabytes_per_second * 1e6  # bytes a millisecond
     if sent.kind == "collective-permute":
         hops = max(int(_hops(where[a], where[b], sides, rings).sum()) for a, b in groups)
         return sent.bytes * hops / link
-    return max(_group_ms(sent, where[group], sides, rings, link) for group in groups)
+    members = [where[group] for group in groups]
+    ways = np.array([_ways(group, sides, rings) for group in members])  # [groups, axes]
+    shares = np.array([_share(members, axis, ways[:, axis], sides) for axis in range(len(sides))])
+    return max(
+        _group_ms(sent, group, float((of_group / shares).sum()) * link, sides, rings)
+        for group, of_group in zip(members, ways, strict=True)
+    )
 
 
 def _hops(start: np.ndarray, end: np.ndarray, sides: np.ndarray, rings: np.ndarray) -> np.ndarray:
@@ -100,16 +111,40 @@ def _hops(start: np.ndarray, end: np.ndarray, sides: np.ndarray, rings: np.ndarr
     return np.where(rings, np.minimum(straight, sides - straight), straight)
 
 
-def _group_ms(sent: Collective, group: np.ndarray, sides: np.ndarray, rings: np.ndarray, link: float) -> float:
+def _ways(group: np.ndarray, sides: np.ndarray, rings: np.ndarray) -> list[int]:
+    """Along each axis, over how many links a chip of a group takes in: 0 where the group does not span it."""
+    found = []
+    for axis, side, ring in zip(group.T, sides, rings, strict=True):
+        places = np.unique(axis)
+        closed = ring and len(set(np.diff(places, append=places[0] + side))) == 1
+        found.append(0 if len(places) == 1 else 2 if closed else 1)
+    return found
+
+
+def _share(groups: list[np.ndarray], axis: int, ways: np.ndarray, sides: np.ndarray) -> int:
+    """How many groups at most send over one link along an axis; 1 where none does."""
+    crossing: dict[tuple[int, ...], np.ndarray] = {}  # of each line along the axis, the groups that cross its links
+    for group, way in zip(groups, ways, strict=True):
+        if not way:
+            continue
+        others = np.delete(group, axis, axis=1)
+        for line in {tuple(place) for place in others.tolist()}:
+            places = group[(others == line).all(axis=1), axis]
+            links = crossing.setdefault(line, np.zeros(sides[axis], int))
+            links[slice(None) if way == 2 else slice(places.min(), places.max())] += 1
+    return max((int(links.max()) for links in crossing.values()), default=1)
+
+
+def _group_ms(sent: Collective, group: np.ndarray, rate: float, sides: np.ndarray, rings: np.ndarray) -> float:
+    """Milliseconds of one group, a chip of which takes in `rate` bytes a millisecond."""
     count = len(group)
     if count == 1:
         return 0.0
-    spans = np.array([len(set(axis)) for axis in group.T])
-    links = int(np.where(rings & (spans == sides), 2, 1)[spans > 1].sum())
     whole = sent.bytes * (count if sent.kind == "reduce-scatter" else 1)
-    milliseconds = whole * (count - 1) / count / (links * link)
+    milliseconds = whole * (count - 1) / count / rate
     if sent.kind == "all-reduce":
         return 2 * milliseconds
     if sent.kind == "all-to-all":
-        return milliseconds * float(np.mean([_hops(group[0], other, sides, rings).sum() for other in group[1:]]))
+        hops = _hops(group[:, None], group, sides, rings).sum(axis=-1)
+        return milliseconds * float(hops.sum()) / (count * (count - 1))
     return milliseconds

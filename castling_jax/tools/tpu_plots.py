@@ -1,5 +1,6 @@
 """Pictures of compile reports."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from castling_jax.tools.tpu_chips import chip_of
 from castling_jax.tools.tpu_pod import HONEST, Figures, is_more
 
 LINKS = "links"
+FOOTNOTE_WIDTH = 240  # characters
 
 
 def draw_pod(found: Figures, file: Path) -> None:
@@ -37,7 +39,7 @@ def draw_pod(found: Figures, file: Path) -> None:
     }
     _stack(memory, {name: {**figures["held_MB"], **temporary[name]} for name, figures in programs.items()}, 1e-3)
     memory.axhline(chip.hbm_gigabytes, color="black", linestyle="--", linewidth=1)
-    memory.set(title=f"HBM of a chip, of {chip.hbm_gigabytes:g} GB (dashed)", ylabel="GB")
+    memory.set(title=f"HBM of a chip, of {chip.hbm_gigabytes:.1f} GB (dashed)", ylabel="GB")
 
     _stack(times, {name: {**f["parts_ms"], LINKS: f["links_total_ms"]} for name, f in programs.items()})
     times.set(title="A step, by the model's parts", ylabel="ms")
@@ -49,6 +51,7 @@ def draw_pod(found: Figures, file: Path) -> None:
     links.set(title="What a chip is sent in a step, and the links' time for it", ylabel="MB")
 
     _roofline(roofline, programs, chip)
+    _add_footnote(figure, found)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -97,14 +100,21 @@ def draw_sweep(found: Figures, file: Path) -> None:
         for (attention, series), color in zip(row.items(), ("tab:blue", "tab:red"), strict=False):
             there = [(count, figures["step_ms"] / batch) for count, batch, figures in series if figures]
             label = f"{attention}, {'training' if form == 'train' else form}"
-            if len(there) < len(series):
-                label += f" (does not fit from {series[len(there)][0]:,} tokens)"
+            too_large = [f"{count:,}" for count, _, figures in series if not figures]
+            if too_large:
+                label += f" (does not fit at {', '.join(too_large)})"
             more = [f"{count:,}" for count, _, figures in series if figures and is_more(figures)]
             if more:
                 label += f" (more than this at {', '.join(more)})"
-            tokens.loglog(*zip(*there, strict=True), style, marker="o", color=color, label=label)
-    tokens.set(title="One chip", xlabel="tokens of an image", ylabel="ms an image")
+            tokens.plot(*np.array(there).reshape(-1, 2).T, style, marker="o", color=color, label=label)
+    tokens.set(title="One chip", xlabel="tokens of an image", ylabel="ms an image", xscale="log", yscale="log")
     tokens.grid(True, which="both", alpha=0.3)
-    tokens.legend(fontsize=8, loc="upper left")
+    tokens.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    _add_footnote(figure, found)
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def _add_footnote(figure: Any, found: Figures) -> None:
+    text = f"Not in these figures: {'; '.join(found['not_counted'])}."
+    figure.supxlabel("\n".join(textwrap.wrap(text, FOOTNOTE_WIDTH)), fontsize=7, x=0.01, ha="left")

@@ -41,9 +41,14 @@ class Compiler:
 
     Args:
       folder: where they are kept, a file for each program and the versions of JAX, libtpu and this code.
+
+    Raises:
+      InputError: it is a file.
     """
 
     def __init__(self, folder: Path):
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"'{folder}' is a file: choose another folder for --out.")
         self.folder = folder / "programs"
         code = b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py")))
         installed = {package.name: package.version for package in importlib.metadata.distributions()}
@@ -96,7 +101,7 @@ def pod_report(config: str, *, topology: str, options: dict[str, Any], devices: 
       compiler: of its programs.
 
     Returns:
-      config; topology; programs, form -> attention -> figures as `with_step` completes them.
+      config; topology; programs, form -> attention -> figures as `with_step` completes them; and what `caveats` says.
 
     Raises:
       InputError: the configuration, the topology or an option is wrong.
@@ -109,7 +114,8 @@ def pod_report(config: str, *, topology: str, options: dict[str, Any], devices: 
             asked = {"config": config, "form": form, "attention": attention} | options
             figures = compiler("recipe", asked, topology=topology, devices=devices)
             row[attention] = figures if "does_not_fit" in figures else with_step(figures)
-    return {"config": config, "topology": topology, "programs": programs}
+    compiled = [figures for row in programs.values() for figures in row.values() if "does_not_fit" not in figures]
+    return {"config": config, "topology": topology, "programs": programs} | caveats(compiled)
 
 
 def with_step(figures: Figures) -> Figures:
@@ -163,18 +169,20 @@ def describe_pod(found: Figures, top: int) -> str:
             lines += [
                 f"    {ms:9.3f} ms  in {count:3}  {label[-100:]}" for ms, count, label in figures["sources"][:top]
             ]
-    lines += ["", "Not in these figures:", *(f"  - {what}" for what in not_counted(found))]
+    lines += ["", "Not in these figures:", *(f"  - {what}" for what in found["not_counted"])]
     return "\n".join(lines)
 
 
-def not_counted(found: Figures) -> list[str]:
-    """What a report's figures leave out, and what it took for granted."""
-    programs = [figures for row in found["programs"].values() for figures in row.values()]
-    counted = [figures for figures in programs if "does_not_fit" not in figures]
-    particular = [
-        sentence for figures in counted for sentence in (*figures["facts"]["assumed"], *figures["incomplete"])
-    ]
-    return [*NOT_COUNTED, *dict.fromkeys(particular)]
+def caveats(programs: Iterable[Figures]) -> Figures:
+    """What figures of programs are not.
+
+    Returns:
+      what: a sentence; incomplete: what the compiler has no figures for; not_counted: these, what was taken for
+      granted, and what no such figures count.
+    """
+    incomplete = sorted({sentence for figures in programs for sentence in figures["incomplete"]})
+    assumed = dict.fromkeys(sentence for figures in programs for sentence in figures["facts"]["assumed"])
+    return {"what": HONEST, "incomplete": incomplete, "not_counted": [*NOT_COUNTED, *assumed, *incomplete]}
 
 
 Row = tuple[str, list[str]]
@@ -204,10 +212,14 @@ def _rows(programs: dict[str, Figures], hbm_gigabytes: float) -> list[Row]:
         for kind in union("collectives")
     ]
     return [
-        row(f"HBM, of {hbm_gigabytes:g} GB", lambda figures: f"{figures['total_MB']:,.1f} MB"),
+        row(f"HBM, of {1e3 * hbm_gigabytes:,.0f} MB", lambda figures: f"{figures['total_MB']:,.1f} MB"),
         *held,
         row("  activations", lambda figures: f"{figures['activations_MB']:,.1f} MB"),
         row("  other temporary", lambda figures: f"{figures['temp_MB'] - figures['activations_MB']:,.1f} MB"),
+        row(
+            "  results, program",
+            lambda figures: f"{figures['total_MB'] - sum(figures['held_MB'].values()) - figures['temp_MB']:,.1f} MB",
+        ),
         row("estimate", lambda figures: f"{figures['est_ms']:,.2f} ms"),
         row("links, added whole", lambda figures: f"{figures['links_total_ms']:,.2f} ms"),
         *sent,
@@ -249,13 +261,15 @@ def sweep(config: str, *, topology: str, options: dict[str, Any], compiler: Comp
 
     Returns:
       chips, a list of (devices, topology, figures) of training steps; tokens, form -> attention -> a list of (tokens,
-      images of a chip, figures or None where it does not fit) on one chip.
+      images of a chip, figures or None where it does not fit) on one chip; and what `caveats` says.
 
     Raises:
       InputError: the configuration, the topology or an option is wrong.
     """
     pods = chip_of(topology).pods
     chip, _, sides = topology.partition(":")
+    if sides not in pods:
+        raise InputError(f"--sweep goes up to one of {', '.join(f'{chip}:{pod}' for pod in pods)}, not {topology!r}.")
     attentions = dict.fromkeys((load_config(config).model.attention, "softmax"))
     chips = []
     for pod in pods:
@@ -279,7 +293,11 @@ def sweep(config: str, *, topology: str, options: dict[str, Any], compiler: Comp
                 }
                 figures = compiler("recipe", asked, topology=f"{chip}:{pods[0]}", devices=1)
                 series.append((count, batch, None if "does_not_fit" in figures else with_step(figures)))
-    return {"config": config, "topology": topology, "chips": chips, "tokens": tokens}
+    compiled = [figures for *_, figures in chips]
+    compiled += [
+        figures for row in tokens.values() for series in row.values() for *_, figures in series if figures is not None
+    ]
+    return {"config": config, "topology": topology, "chips": chips, "tokens": tokens} | caveats(compiled)
 
 
 def describe_sweep(found: Figures) -> str:
@@ -304,7 +322,7 @@ def describe_sweep(found: Figures) -> str:
                 f"{'> ' * is_more(f)}{f['step_ms'] / batch:.3f}" if f else "does not fit" for _, batch, f in series
             ]
             lines.append(f"  {series[0][0]:8,}  {series[0][1]:6}  " + "  ".join(f"{cell:>14}" for cell in cells))
-    lines += ["", "Not in these figures:", *(f"  - {what}" for what in NOT_COUNTED)]
+    lines += ["", "Not in these figures:", *(f"  - {what}" for what in found["not_counted"])]
     lines.append("  - of what stands behind > (more than), operations that the compiler gives no estimate for")
     return "\n".join(lines)
 

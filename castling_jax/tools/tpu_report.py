@@ -27,8 +27,9 @@ model. What it tells:
   HBM          what the program needs of a device's memory; its activations by when arrays are made and last used
   collectives  bytes of each kind's results on a device; their time is not in the estimate
   links        that time, by the published bandwidth of the links (castling_jax/tools/tpu_links.py says how)
-  incomplete   what cannot be known from the program: a loop whose trip count depends on data, an operation without an
-               estimate, work on the host. It counts once or not at all; with --strict the status is 1
+  incomplete   what cannot be known from the program: a loop whose trip count depends on data (but not one over a few
+               numbers), an operation without an estimate, work on the host. It counts once or not at all; with
+               --strict the status is 1
   kernels      the share of issue slots that each unit uses, by which one sees what a kernel is bound by: at 100 % a
                unit could do no more. Where none comes near, the kernel waits for results
 
@@ -159,14 +160,11 @@ def report_config(options: dict[str, Any], shared: dict[str, Any]) -> list[str]:
         if "batch" not in options or shared["devices"] is not None:
             raise InputError("--sweep needs --batch, the images of each chip, and takes no --devices.")
         found = sweep(config, topology=topology, options=options, compiler=compiler)
-        incomplete = sorted({sentence for _, _, figures in found["chips"] for sentence in figures["incomplete"]})
         text, draw = describe_sweep(found), draw_sweep
     else:
         found = pod_report(
             config, topology=topology, options=options, devices=shared["devices"] or 0, compiler=compiler
         )
-        programs = [figures for row in found["programs"].values() for figures in row.values()]
-        incomplete = sorted({sentence for figures in programs for sentence in figures.get("incomplete", [])})
         text, draw = describe_pod(found, shared["top"]), draw_pod
     stem = f"{'sweep' if shared['sweep'] else 'report'}-{topology.replace(':', '-')}"
     out.mkdir(parents=True, exist_ok=True)
@@ -174,7 +172,7 @@ def report_config(options: dict[str, Any], shared: dict[str, Any]) -> list[str]:
     (out / f"{stem}.txt").write_text(f"{text}\n")
     draw(found, out / f"{stem}.png")
     print(json.dumps(found) if shared["json"] else f"{text}\n\nKept in {out}: {stem}.txt, {stem}.json and {stem}.png.")
-    return incomplete
+    return found["incomplete"]
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def load_config(name: str) -> ConfigDict:
     """The configuration of FILE.py or FILE.py:ARGUMENT, as main.py reads it.
 
     Raises:
-      InputError: there is no such file, or a field is wrong.
+      InputError: there is no such file, it makes no configuration, or a field is wrong.
     """
     path, _, argument = name.partition(":")
     spec = importlib.util.spec_from_file_location("config", path)
@@ -147,6 +147,8 @@ def load_config(name: str) -> ConfigDict:
     sys.path.insert(0, str(Path(path).resolve().parents[1]))  # configurations are made of one another
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"'{path}' is no configuration: it has no function get_config.")
     config = module.get_config(argument) if argument else module.get_config()
     check_config(config)
     return config

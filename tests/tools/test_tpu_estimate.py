@@ -30,15 +30,15 @@ def test_loops_count_times_their_trips_and_of_a_conditional_the_dearest_branch()
     cost, incomplete = estimate(HLO)
     found = milliseconds(cost)
     kernel = found.pop("%scale.1")
-    assert found == pytest.approx({"%fusion.1": 4e-3, "%fusion.3": 3e-3, "%all-reduce.1": 0.5e-3})
-    assert cost.milliseconds == pytest.approx(7.5e-3 + kernel)
+    assert found == pytest.approx({"%fusion.1": 4e-3, "%fusion.3": 3e-3})  # without the collective
+    assert cost.milliseconds == pytest.approx(7e-3 + kernel)
     assert incomplete == set()
 
 
 def test_loop_of_unknown_length_counts_once_and_is_incomplete():
     cost, incomplete = estimate(HLO.replace("%two = s32[] constant(2)", "%two = s32[] parameter(2)"))
     assert milliseconds(cost)["%fusion.1"] == pytest.approx(1e-3)
-    assert incomplete == {"loop %while.1 (jit(f)/while): trip count is not a constant, counted once"}
+    assert incomplete == {"loop %while (jit(f)/while): trip count is not a constant, counted once"}
 
 
 def test_collectives_and_prefetches_are_counted_in_bytes():
@@ -74,7 +74,7 @@ def test_kernel_without_a_schedule_is_incomplete():
     cost, incomplete = estimate(HLO, {})
     kernel = cost.rows[-1].kernel
     assert (kernel.cycles, kernel.utilization, kernel.bound) == (0, {}, "HBM")
-    assert incomplete == {"kernel %scale.1: no schedule dumped, HBM traffic only"}
+    assert incomplete == {"kernel %scale: no schedule dumped, HBM traffic only"}
 
 
 def test_kernel_without_a_name_is_known_by_its_arrays():
@@ -85,7 +85,7 @@ def test_kernel_without_a_name_is_known_by_its_arrays():
 
 def test_kernel_with_a_loop_of_unknown_length_is_incomplete():
     _, incomplete = estimate(HLO, {SCALE: schedule(unknown_loops=1)})
-    assert incomplete == {"kernel %scale.1: 1 loops whose trip count is not a constant, counted once"}
+    assert incomplete == {"kernel %scale: 1 loops whose trip count is not a constant, counted once"}
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,12 @@ def test_kernel_with_a_loop_of_unknown_length_is_incomplete():
     [
         (
             '%sort.1 = f32[2048]{0} sort(%y), metadata={op_name="jit(f)/sort"}',
-            "sort %sort.1 (jit(f)/sort): no estimate",
+            "sort %sort (jit(f)/sort): no estimate",
         ),
         (  # where the compiler gives up
             '%fusion.9 = f32[2048]{0} fusion(%y), calls=%dear, metadata={op_name="jit(f)/div"}, '
             'backend_config={"estimated_cycles":"9223372036854775807"}',
-            "fusion %fusion.9 (jit(f)/div): no estimate",
+            "fusion %fusion (jit(f)/div): no estimate",
         ),
         ("%send.1 = (f32[8]{0}, u32[]) send(%y), channel_id=1", "send %send.1: talks to the host"),
         (

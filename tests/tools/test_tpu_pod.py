@@ -60,7 +60,7 @@ def test_report_has_both_attentions_and_says_what_it_is(compiled, tmp_path):
     for said in (
         "the TPU compiler's estimates; nothing here was measured on a TPU",
         "softmax: it does not fit a device: too large.",
-        "HBM, of 16 GB",
+        "HBM, of 16,911 MB",
         "activations",
         "0.0 MB, 0.00 ms",
         "roofline: compute",
@@ -106,7 +106,10 @@ def test_command_line_keeps_text_figures_and_a_picture(compiled, tmp_path, monke
     said = capsys.readouterr().out
     stem = f"{'sweep' if extra else 'report'}-v5e-4x4"
     assert (tmp_path / f"{stem}.txt").read_text().strip() in said
-    assert json.loads((tmp_path / f"{stem}.json").read_text())["topology"] == "v5e:4x4"
+    kept = json.loads((tmp_path / f"{stem}.json").read_text())
+    assert kept["topology"] == "v5e:4x4"
+    assert "nothing here was measured" in kept["what"]
+    assert {"the teacher", "so many images"} < set(kept["not_counted"])
     picture = plt.imread(tmp_path / f"{stem}.png")
     assert picture.shape[0] > 400
     assert picture.std() > 0.05
@@ -122,6 +125,11 @@ def test_command_line_keeps_text_figures_and_a_picture(compiled, tmp_path, monke
         ([f"--config={CONFIG}", "--sweep"], "--sweep needs --batch"),
         (["--config=configs/digit.py"], "there is no configuration file 'configs/digit.py'."),
         ([f"--config={CONFIG}", "--topology=v9x:2x2"], "unknown chip 'v9x'"),
+        ([f"--config={CONFIG}", "--topology=v5e:4x4x4"], "a topology of v5e has 2 sides, as v5e:16x16, not"),
+        ([f"--config={CONFIG}", "--topology=v4"], "a topology of v4 has 3 sides"),
+        ([f"--config={CONFIG}", "--sweep", "--batch=8"], "--sweep goes up to one of v5e:2x4, v5e:4x4"),
+        (["--config=configs/imagenet.py"], "'configs/imagenet.py' is no configuration: it has no function get_config."),
+        ([f"--config={CONFIG}", "--out=README.md"], "'README.md' is a file: choose another folder for --out."),
     ],
 )
 def test_mistakes_are_one_sentence(compiled, monkeypatch, tmp_path, arguments, said):

@@ -51,7 +51,7 @@ def run(monkeypatch, capsys):
 def test_description_has_the_figures():
     figures = {"topology": "v5e:2x2"} | summarize(COMPILED, CHIPS["v5e"])
     text = tpu_report.describe(figures | {"incomplete": ["sort %sort.1 (): no estimate"]}, top=2)
-    assert "estimate     0.008 ms" in text
+    assert "estimate     0.007 ms" in text
     assert "temporary 2.0 MB, arguments 0.0 MB, output 0.0 MB" in text
     assert "all-reduce 0.0 MB" in text
     assert "incomplete: sort %sort.1 (): no estimate" in text
