@@ -4,6 +4,7 @@ King and rook castle: what the masked softmax branch owns is dropped, batch norm
 exactly the tree of `create_model(..., form="inference")`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -31,19 +32,26 @@ def to_inference(variables: Variables, *, dtype: DTypeLike | None = None) -> Var
     Args:
       variables: {"params": ..., "batch_stats": ...} of numpy arrays, jax arrays (whose shardings are kept), tracers or
         ShapeDtypeStructs. `params` may be an exponential moving average. Never changed.
-      dtype: what floating-point leaves are cast to; None leaves them as they are.
+      dtype: a floating type that floating-point leaves are cast to; None leaves them as they are.
 
     Returns:
       {"params": ...}: new dicts.
 
     Raises:
-      InputError: there is no `params`, a collection is unknown, or a batch norm is incomplete.
+      InputError: there is no `params`, a collection is unknown or holds what is no array, a batch norm is incomplete,
+        or `dtype` is no floating type.
     """
-    if not isinstance(variables, dict) or "params" not in variables:
+    if not isinstance(variables, Mapping) or "params" not in variables:
         raise InputError('the variables lack "params": give {"params": {...}} as get_variables returns it.')
     for collection in variables:
         check_known("collection of variables", collection, COLLECTIONS)
-    params = fold_batch_norms(_without_branch(variables["params"]), _without_branch(variables.get("batch_stats", {})))
+    if dtype is not None and not _is_floating(dtype):
+        raise InputError(f"dtype must be a floating type such as bfloat16, not {dtype!r}.")
+    params, batch_stats = (_without_branch(variables.get(name, {}), name) for name in ("params", "batch_stats"))
+    for name, tree in (("params", params), ("batch_stats", batch_stats)):
+        if not isinstance(tree, dict):
+            raise InputError(f"{name!r} must be nested dicts of arrays, not {type(variables[name]).__name__}.")
+    params = fold_batch_norms(params, batch_stats)
     if "head_dist" in params and "dist_token" not in params:
         second = params.pop("head_dist")
         params["head"] = jax.tree.map(lambda a, b: compute(lambda a, b: (a + b) / 2, a, b), params["head"], second)
@@ -52,10 +60,20 @@ def to_inference(variables: Variables, *, dtype: DTypeLike | None = None) -> Var
     return {"params": params}
 
 
-def _without_branch(tree: Any) -> Any:
-    if not isinstance(tree, dict):
-        return tree
-    return {name: _without_branch(child) for name, child in tree.items() if name != SOFTMAX_BRANCH}
+def _without_branch(tree: Any, path: str) -> Any:
+    if isinstance(tree, Mapping):
+        kept = {name: child for name, child in tree.items() if name != SOFTMAX_BRANCH}
+        return {name: _without_branch(child, f"{path}/{name}") for name, child in kept.items()}
+    if not hasattr(tree, "dtype"):
+        raise InputError(f"{path!r} must be nested dicts of arrays, not {type(tree).__name__}.")
+    return tree
+
+
+def _is_floating(dtype: DTypeLike) -> bool:
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
+    except TypeError:
+        return False
 
 
 def _cast(leaf: Any, dtype: np.dtype) -> Any:

@@ -27,9 +27,10 @@ class ModelSpec:
 
 
 class Backbone(nnx.Module):
-    """A classifier of images; `spec` is set by `create_model`."""
+    """A classifier of images of `in_chans` channels; `spec` is set by `create_model`."""
 
     spec: ModelSpec
+    in_chans: int
 
     def __call__(
         self,

@@ -25,7 +25,6 @@ def normal_parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype) -
     return nnx.Param(jax.nn.initializers.normal(DEIT_STD)(rngs.params(), shape, dtype))
 
 
-@jax.custom_vjp
 def add_bias(x: Float[Array, "*batch channels"], bias: Float[Array, "channels"]) -> Float[Array, "*batch channels"]:
     """x + bias; on a TPU the bias's gradient is a product with ones. Not for forward-mode differentiation.
 
@@ -33,10 +32,17 @@ def add_bias(x: Float[Array, "*batch channels"], bias: Float[Array, "channels"])
     time than it takes to read it; a reduction of bfloat16, fused with nothing, takes several times as long. Behind
     other layers it is fused with what they do, and costs less than this would.
     """
+    # In a shard_map that keeps account of it, the bias is one for all devices, and its gradient is each device's.
+    varying = jax.typeof(x).manual_axis_type.varying - jax.typeof(bias).manual_axis_type.varying
+    return _add_bias(x, jax.lax.pcast(bias, tuple(varying), to="varying") if varying else bias)
+
+
+@jax.custom_vjp
+def _add_bias(x: Array, bias: Array) -> Array:
     return x + bias
 
 
-def _add_bias(x: Array, bias: Array) -> tuple[Array, None]:
+def _add_bias_and_keep(x: Array, bias: Array) -> tuple[Array, None]:
     return x + bias, None
 
 
@@ -51,7 +57,7 @@ def _bias_gradient(_: None, d_out: Array) -> tuple[Array, Array]:
     return d_out, jax.lax.platform_dependent(d_out, tpu=by_product, default=lambda d_out: jnp.sum(d_out, tokens))
 
 
-add_bias.defvjp(_add_bias, _bias_gradient)
+_add_bias.defvjp(_add_bias_and_keep, _bias_gradient)
 
 
 def linear(

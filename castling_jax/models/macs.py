@@ -57,7 +57,7 @@ def count_costs(model: Backbone, image_size: int | None = None) -> dict[str, Cos
       image_size: pixels a side; None is the model's own.
     """
     size = image_size or model.spec.image_size
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, size, size, model.in_chans), jnp.float32)
     # A traced threshold keeps the branch in the program.
     jaxpr = jax.make_jaxpr(lambda variables, images, t: apply(model, variables, images, mask_threshold=t))(
         get_variables(model), images, jax.ShapeDtypeStruct((), jnp.float32)

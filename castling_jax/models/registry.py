@@ -1,7 +1,9 @@
 """Names -> models."""
 
 import inspect
-from typing import Any, cast
+from collections.abc import Mapping
+from types import UnionType
+from typing import Any, cast, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +53,30 @@ def _dtype_name(dtype: Any) -> str:
         return str(dtype)
 
 
+def _check_types(arguments: dict[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Raises an InputError unless arguments are what a constructor's annotations say, and sizes at least 1.
+
+    What is to be a tuple may be something else here, for the constructor to say what it should be.
+    """
+    for word, value in arguments.items():
+        hint = parameters[word].annotation
+        kinds = {get_origin(kind) or kind for kind in (hint.__args__ if isinstance(hint, UnionType) else (hint,))}
+        if tuple in kinds and not isinstance(value, int):
+            items = [item for part in value or () for item in (part if isinstance(part, tuple) else (part,))]
+            if any(type(item) is not int for item in items):
+                raise InputError(f"{word} must be integers, not {value!r}.")
+            continue
+        if float in kinds:
+            kinds |= {int}
+        if tuple not in kinds and type(value) not in kinds:
+            allowed = " or ".join(sorted(getattr(kind, "__name__", str(kind)) for kind in kinds))
+            raise InputError(f"{word} must be {allowed.replace('NoneType', 'None')}, not {value!r}.")
+        if type(value) is int and value < 1 and float not in kinds:
+            raise InputError(f"{word} must be at least 1, not {value}.")
+    if "mlp_ratio" in arguments and arguments["mlp_ratio"] <= 0:
+        raise InputError(f"mlp_ratio must be above 0, not {arguments['mlp_ratio']}.")
+
+
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
@@ -97,19 +123,20 @@ def create_model(
     for word, given in dtypes.items():
         check_known(word, given, DTYPES)
     factory, defaults = MODELS[name]
-    words = [word for word in inspect.signature(factory.__init__).parameters if word not in COMMON_ARGUMENTS]
+    parameters = inspect.signature(factory.__init__).parameters
     for word in overrides:
-        check_known(f"argument of {name}", word, words)
+        check_known(f"argument of {name}", word, [word for word in parameters if word not in COMMON_ARGUMENTS])
     check_implementation(overrides.get("implementation", "auto"))
-    if num_classes < 1:
-        raise InputError(f"num_classes must be at least 1, not {num_classes}.")
+    if not isinstance(rngs, nnx.Rngs | _SameKey | None):
+        raise InputError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), not {rngs!r}.")
     # JSON has lists where constructors have tuples; a tuple can be hashed, as the model's spec must be.
     overrides = {word: _tuples(value) for word, value in overrides.items()}
     arguments: dict[str, Any] = defaults | overrides
-    if not 0 <= (rate := arguments.get("drop_path_rate", 0)) < 1:
-        raise InputError(f"drop_path_rate must be in [0, 1), not {rate}.")
     if image_size is not None:
         arguments["image_size"] = image_size
+    _check_types(arguments | {"num_classes": num_classes}, parameters)
+    if not 0 <= (rate := arguments.get("drop_path_rate", 0)) < 1:
+        raise InputError(f"drop_path_rate must be in [0, 1), not {rate}.")
     model = factory(
         attention=attention,
         form=form,

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from castling_jax.models.backbone import Backbone
+from castling_jax.ops.checks import check_mesh
 from castling_jax.ops.errors import InputError
 
 Variables = dict[str, Any]
@@ -88,7 +89,7 @@ def apply(
     mask_threshold: ArrayLike | None = None,
     return_densities: bool = False,
 ) -> Any:
-    """The evaluation-mode forward pass; pure, jit- and grad-able.
+    """The evaluation-mode forward pass; pure, jit- and grad-able (in reverse mode).
 
     Args:
       model: gives the architecture; its own parameters are not used.
@@ -131,8 +132,11 @@ def forward_train(
 
 
 def _check_images(images: jax.Array) -> None:
-    if len(images.shape) != 4:
-        raise InputError(f"images must be [batch, height, width, channels], not of shape {images.shape}.")
+    check_mesh()
+    shape = getattr(images, "shape", None)
+    if shape is None or len(shape) != 4:
+        what = type(images).__name__ if shape is None else f"of shape {shape}"
+        raise InputError(f"images must be an array [batch, height, width, channels], not {what}.")
 
 
 def count_parameters(variables: Variables) -> int:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from castling_jax.ops.checks import check_implementation, check_qkv, check_query_values
 from castling_jax.ops.depthwise import check_token_kernel, depthwise_convolution
 from castling_jax.ops.errors import InputError
+from castling_jax.ops.precision import precision_of
 from castling_jax.ops.tokens import QueryValues, tokens_of, values_of_queries
 
 # Added to the squared norm. Vectors of norm 1e-9 and above are normalised to float32's rounding, and
@@ -16,7 +17,10 @@ SQUARED_NORM_EPSILON = 1e-24
 
 
 def l2_normalize(x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
-    """x / |x| along the last axis, in float32 at least. A zero vector stays zero, with finite gradients."""
+    """x / |x| along the last axis, in float32 at least, of norms from 1e-9 to 1e19.
+
+    A zero vector stays zero, with finite gradients.
+    """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + SQUARED_NORM_EPSILON)
 
@@ -24,7 +28,8 @@ def l2_normalize(x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
 def _cosines(
     q: Float[Array, "batch queries heads key_dim"], k: Float[Array, "batch keys heads key_dim"]
 ) -> Float[Array, "batch heads queries keys"]:
-    return jnp.clip(jnp.einsum("bqhd,bkhd->bhqk", l2_normalize(q), l2_normalize(k)), -1, 1)
+    products = jnp.einsum("bqhd,bkhd->bhqk", l2_normalize(q), l2_normalize(k), precision=precision_of(q.dtype))
+    return jnp.clip(products, -1, 1)
 
 
 def angular_kernel(
@@ -45,14 +50,14 @@ def angular_kernel(
     return 1 - angles / jnp.pi
 
 
-def arcsine_coefficients(order: int) -> np.ndarray:
+def arcsine_coefficients(order: int | np.integer) -> np.ndarray:
     """Coefficients of c, c^3, ..., c^(2 order + 1) in arcsin(c): (2i)! / (2^2i (i!)^2 (2i + 1))."""
     binomials = np.cumprod([1.0] + [(2 * i - 1) / (2 * i) for i in range(1, order + 1)])
     return binomials / (2 * np.arange(order + 1) + 1)
 
 
 def angular_kernel_series(
-    q: Float[Array, "batch queries heads key_dim"], k: Float[Array, "batch keys heads key_dim"], order: int
+    q: Float[Array, "batch queries heads key_dim"], k: Float[Array, "batch keys heads key_dim"], order: int | np.integer
 ) -> Float[Array, "batch heads queries keys"]:
     """Sim(q, k) = 1/2 + arcsin(cos theta) / pi, its series cut after `order` terms of the sum (equation 5).
 
@@ -62,7 +67,7 @@ def angular_kernel_series(
       InputError: the shapes do not fit, or `order` is not an integer of at least 0.
     """
     check_qkv(q, k)
-    if not isinstance(order, int) or order < 0:
+    if not isinstance(order, int | np.integer) or order < 0:
         raise InputError(f"order must be an integer of at least 0, not {order!r}.")
     cosines = _cosines(q, k)
     highest_first = jnp.asarray(arcsine_coefficients(order)[::-1], cosines.dtype)
@@ -84,7 +89,8 @@ def angular_attention(
       InputError: the shapes do not fit.
     """
     check_qkv(q, k, v)
-    return jnp.einsum("bhqk,bkhd->bqhd", angular_kernel(q, k), v).astype(v.dtype)
+    kernel = angular_kernel(q, k)
+    return jnp.einsum("bhqk,bkhd->bqhd", kernel, v, precision=precision_of(v.dtype)).astype(v.dtype)
 
 
 @jax.named_scope("linear_angular")
@@ -144,7 +150,7 @@ def linear_angular_attention(
     Linear in tokens (equations 7 and 8, with the output normalisation of the authors' block).
 
     Args:
-      q: queries; any scale, they are normalised here.
+      q: queries; they are normalised here, of any norm from 1e-9 to 1e19.
       k: keys; likewise.
       v: values; never normalised.
       token_kernel: of the values, as `depthwise_convolution` takes it.
@@ -196,7 +202,7 @@ def add_linear_angular(
 
     # Tokens are known now, and no argument of a program.
     tokens = tokens_of(query_values)
-    given = None if query_values is None or tokens is not None else jnp.asarray(query_values)
+    given = None if query_values is None or tokens is not None else jnp.asarray(query_values, v.dtype)
 
     def plain(q, k, v, token_kernel, given, auxiliary):
         query_values = values_of_queries(v, tokens if given is None else given)

@@ -4,6 +4,7 @@ import math
 
 import jax
 import numpy as np
+from jax.sharding import AxisType
 from jaxtyping import ArrayLike
 
 from castling_jax.ops.errors import InputError, check_known
@@ -17,8 +18,19 @@ def check_implementation(implementation: str) -> None:
     check_known("implementation", implementation, IMPLEMENTATIONS)
 
 
+def check_mesh() -> None:
+    """Raises an InputError under a mesh with axes of explicit sharding, where arrays' shardings are part of types."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit in (mesh.axis_types or ()):
+        raise InputError(
+            f"the mesh's axes {', '.join(mesh.axis_names)} must be of AxisType.Auto, not Explicit: make it with "
+            "axis_types=(jax.sharding.AxisType.Auto,) * n."
+        )
+
+
 def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array | None = None) -> None:
-    """Raises an InputError unless the shapes of queries, keys (and values) fit together."""
+    """Raises an InputError unless the shapes of queries, keys (and values) fit together, and the mesh is served."""
+    check_mesh()
     arrays = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
     for name, array in arrays.items():
         if array.ndim != 4:
@@ -55,6 +67,8 @@ def check_query_values(q: jax.Array, v: jax.Array, query_values: QueryValues) ->
             )
         return
     expected = (*q.shape[:3], v.shape[3])
+    if not hasattr(query_values, "dtype") or jax.numpy.issubdtype(query_values.dtype, jax.numpy.integer):
+        raise InputError("query_values that name keys must be a NumPy array, which is known when it is traced.")
     if query_values.shape != expected:
         raise InputError(f"query_values must have the shape {expected}, not {query_values.shape}.")
 

@@ -48,11 +48,11 @@ def check_token_kernel(
     kernel: jax.Array, all_tokens: int, heads: int, grid: tuple[int, int] | None, prefix_tokens: int
 ) -> None:
     """Raises an InputError unless `depthwise_convolution` takes these arguments with so many tokens and heads."""
-    *taps, kernel_heads = kernel.shape
-    if len(taps) not in (1, 2) or any(size % 2 == 0 for size in taps):
+    if kernel.ndim not in (2, 3) or any(size % 2 == 0 for size in kernel.shape[:-1]):
         raise InputError(
             f"a token kernel must be [taps, heads] or [rows, columns, heads] of odd sizes, not {kernel.shape}."
         )
+    *taps, kernel_heads = kernel.shape
     if kernel_heads != heads:
         raise InputError(f"a token kernel for {kernel_heads} heads does not fit values of {heads} heads.")
     if not 0 <= prefix_tokens <= all_tokens:
@@ -63,7 +63,7 @@ def check_token_kernel(
             f"not grid={grid} with a kernel of shape {kernel.shape}."
         )
     tokens = all_tokens - prefix_tokens
-    if grid is not None and math.prod(grid) != tokens:
+    if grid is not None and (len(grid) != 2 or min(grid) < 0 or math.prod(grid) != tokens):
         raise InputError(f"a grid of {grid} does not hold the {tokens} tokens after {prefix_tokens} prefix tokens.")
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from castling_jax.ops.checks import check_implementation, check_qkv, is_known_empty
 from castling_jax.ops.errors import InputError
+from castling_jax.ops.precision import precision_of
 
 Bias = (
     Float[Array, "#batch heads queries keys"]
@@ -66,7 +67,8 @@ def masked_softmax_attention(
       mask_threshold: a scalar of at least 0; weights at or under it are masked out. From 1 on the mask is
         empty by definition, and where that is known before tracing the branch is not computed at all.
       bias: added to the scaled scores; dense [1 or batch, heads, queries, keys], or a pair of factors
-        [batch, heads, queries, key_rows] and [batch, heads, queries, key_columns] whose outer sum it is.
+        [batch, heads, queries, key_rows] and [batch, heads, queries, key_columns] whose outer sum it is. The kernels
+        round factors to q's dtype.
       implementation: "xla"; "pallas", fused TPU kernels (interpreted, and slow, on a CPU); or "auto", the kernels where
         it is lowered for a TPU and they serve these arguments, "xla" elsewhere.
 
@@ -119,7 +121,8 @@ def _plain(
     wide = jnp.promote_types(v.dtype, jnp.float32)
     # Heads go beside the batch at once, and the queries are scaled rather than the scores: both spare a CPU passes.
     q, k, v_wide = (jnp.swapaxes(x, 1, 2).astype(wide) for x in (q, k, v))
-    scores = jnp.einsum("bhqd,bhkd->bhqk", q / math.sqrt(q.shape[3]), k)
+    precision = precision_of(v.dtype)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q / math.sqrt(q.shape[3]), k, precision=precision)
     if bias is not None:
         scores = scores + dense_bias(bias).astype(wide)
     weights = jax.nn.softmax(scores, axis=-1)
@@ -127,7 +130,7 @@ def _plain(
     # Rounding can lift a weight above 1, so an empty mask has to be said rather than computed. Written so that NaN is
     # kept, and seen.
     kept = ~(weights <= threshold) & (threshold < 1)
-    out = jnp.einsum("bhqk,bhkd->bhqd", jnp.where(kept, weights, 0), v_wide)
+    out = jnp.einsum("bhqk,bhkd->bhqd", jnp.where(kept, weights, 0), v_wide, precision=precision)
     # A float: the batch of a pod has more weights than an int32 counts.
     density = jnp.sum(kept, dtype=jnp.float32) / float(kept.size)
     return jnp.swapaxes(out, 1, 2).astype(v.dtype), density, given

@@ -48,4 +48,4 @@ def values_of_queries(
     tokens = tokens_of(query_values)
     if tokens is not None:
         return select_tokens(v, tokens)
-    return v if query_values is None else jnp.asarray(query_values)
+    return v if query_values is None else jnp.asarray(query_values, v.dtype)

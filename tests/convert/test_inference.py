@@ -1,5 +1,6 @@
 import copy
 import functools
+import types
 
 import chex
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import castling_jax
 from castling_jax import to_inference
+from castling_jax.convert.inference import SOFTMAX_BRANCH
 from castling_jax.models.registry import MODELS, abstract_model
 from castling_jax.models.variables import flatten, get_variables
 from tests.convert import trees
@@ -293,3 +295,21 @@ def test_check_switch_refuses_variables_that_are_not_the_models(refuses):
     del variables["params"]["head"]["bias"]
     with refuses("lack 'params/head/bias'"):
         castling_jax.check_switch(model, variables, small.random_images(), 0.5)
+
+
+def test_any_mapping_is_switched():
+    variables = small.random_variables(small.small_model())
+    frozen = types.MappingProxyType(variables["params"] | {SOFTMAX_BRANCH: {"kernel": np.ones(2)}})
+    chex.assert_trees_all_equal(to_inference({"params": frozen}), to_inference(variables))
+
+
+@pytest.mark.parametrize("params", [None, [1], {"head": {"kernel": 1.0}}])
+def test_what_is_no_tree_of_arrays_is_refused(refuses, params):
+    with refuses("'params", "must be nested dicts of arrays"):
+        to_inference({"params": params})
+
+
+@pytest.mark.parametrize("dtype", ["foo", "int32"])
+def test_a_type_that_is_not_floating_is_refused(refuses, dtype):
+    with refuses("dtype must be a floating type such as bfloat16", repr(dtype)):
+        to_inference({"params": {}}, dtype=dtype)

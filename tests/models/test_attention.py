@@ -109,13 +109,12 @@ def test_castling_in_training_form_needs_a_threshold(refuses):
         call(attention_module(), jnp.ones((1, 17, 24)))
 
 
-@pytest.mark.parametrize("heads", [5, 0, -3])
-def test_heads_that_do_not_divide_the_width(refuses, heads):
-    with refuses(f"{heads} heads", "24"):
-        small.small_model(num_heads=heads)
+def test_heads_that_do_not_divide_the_width(refuses):
+    with refuses("5 heads", "24"):
+        small.small_model(num_heads=5)
 
 
-@pytest.mark.parametrize("size", [4, 0, -1])
+@pytest.mark.parametrize("size", [4, 6])
 def test_an_even_token_kernel(refuses, size):
     with refuses("token_kernel_size", "odd", str(size)):
         small.small_model(token_kernel_size=size)

@@ -238,3 +238,15 @@ def test_batch_norm_of_parts_is_flaxs_of_the_whole(training):
     np.testing.assert_allclose(jnp.concatenate(parts, axis=2), expected, rtol=0, atol=6e-6)
     np.testing.assert_allclose(norm.mean[...], whole.mean[...], rtol=1e-6)
     np.testing.assert_allclose(norm.var[...], whole.var[...], rtol=1e-6)
+
+
+def test_a_bias_in_a_shard_map_gets_each_devices_gradient():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, bias = jnp.arange(6.0).reshape(3, 2), jnp.ones(2)
+
+    def gradient(x, bias):
+        return jax.lax.psum(jax.grad(lambda bias: jnp.sum(add_bias(x, bias) ** 2))(bias), "data")
+
+    specs = (jax.P("data"), jax.P())
+    found = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=jax.P()))(x, bias)
+    np.testing.assert_allclose(found, 2 * (x + bias).sum(0))

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import castling_jax
+from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import MODELS, abstract_model
 from castling_jax.models.variables import count_parameters, flatten, get_variables
 from tests.models import small
@@ -180,3 +181,30 @@ def test_an_unknown_dtype(refuses, argument):
 def test_an_unknown_implementation(refuses):
     with refuses("implementation 'palas'", "did you mean 'pallas'"):
         castling_jax.create_model("deit_tiny", implementation="palas")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("deit_micro", {"image_size": (8, 8)}, "image_size must be int, not (8, 8)"),
+        ("deit_micro", {"depth": (1, 2)}, "depth must be int, not (1, 2)"),
+        ("deit_micro", {"num_heads": 2.0}, "num_heads must be int, not 2.0"),
+        ("deit_micro", {"num_heads": 0}, "num_heads must be at least 1, not 0"),
+        ("deit_micro", {"num_classes": "10"}, "num_classes must be int, not '10'"),
+        ("deit_micro", {"in_chans": 0}, "in_chans must be at least 1, not 0"),
+        ("deit_micro", {"mlp_ratio": -1}, "mlp_ratio must be above 0, not -1"),
+        ("deit_micro", {"drop_path_rate": None}, "drop_path_rate must be float or int, not None"),
+        ("deit_micro", {"distilled": "no"}, "distilled must be bool, not 'no'"),
+        ("deit_micro", {"token_kernel_size": 3.0}, "token_kernel_size must be None or int, not 3.0"),
+        ("levit_128s", {"embed_dim": (128.0, 256.0, 384.0)}, "embed_dim must be integers, not (128.0, 256.0, 384.0)"),
+    ],
+)
+def test_an_argument_of_another_type_or_too_small(refuses, name, arguments, said):
+    with refuses(said):
+        castling_jax.create_model(name, **arguments)
+
+
+def test_images_of_one_channel_are_counted():
+    model = castling_jax.create_model("deit_micro", in_chans=1)
+    three, one = count_macs(castling_jax.create_model("deit_micro")), count_macs(model)
+    assert three - one == 16 * 64 * 2 * 2 * 2  # two channels less, of 16 patches of 2 x 2 pixels

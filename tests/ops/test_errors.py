@@ -193,3 +193,37 @@ def test_nan_is_not_hidden():
     broken = Q.at[0, 0, 0, 0].set(jnp.nan)
     assert jnp.isnan(ops.angular_kernel(broken, Q)[0, 0, 0]).all()
     assert jnp.isnan(ops.masked_softmax_attention(broken, Q, Q, mask_threshold=0.1)[0][0, 0, 0]).all()
+
+
+@pytest.mark.parametrize("query_values", [[0, 2, 4], jnp.arange(3)])
+def test_tokens_that_are_not_in_numpy(refuses, query_values):
+    with refuses("query_values that name keys must be a NumPy array"):
+        ops.linear_angular_attention(Q[:, :3], Q, Q, query_values=query_values)
+
+
+@pytest.mark.parametrize("grid", [(5,), (-1, -5), (5, 1, 1)])
+def test_a_grid_that_is_none(refuses, grid):
+    with refuses(f"a grid of {grid} does not hold the 5 tokens"):
+        ops.depthwise_convolution(Q, jnp.ones((3, 3, 3)), grid=grid)
+
+
+def test_a_kernel_without_axes(refuses):
+    with refuses("a token kernel must be [taps, heads]", "not ()"):
+        ops.depthwise_convolution(Q, jnp.ones(()))
+
+
+def test_a_mesh_of_explicit_axes(refuses):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh), refuses("the mesh's axes data must be of AxisType.Auto, not Explicit"):
+        jax.jit(ops.linear_angular_attention)(Q, Q, Q)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "xla", "pallas"])
+def test_query_values_are_taken_in_the_values_type(implementation):
+    q, own = Q[:, :3].astype(jnp.bfloat16), Q[:, :3]
+    run = jax.jit(lambda k, own: ops.linear_angular_attention(q, k, k, query_values=own, implementation=implementation))
+    assert run(Q.astype(jnp.bfloat16), own).dtype == jnp.bfloat16
+
+
+def test_a_series_of_a_numpy_order():
+    assert ops.angular_kernel_series(Q, Q, np.int64(3)).shape == (2, 3, 5, 5)

@@ -263,6 +263,49 @@ def test_jit_and_vmap():
         np.testing.assert_allclose(one, other, atol=1e-4 * float(jnp.max(jnp.abs(other))))
 
 
+@pytest.mark.parametrize("factored", [False, True])
+def test_keys_that_a_bias_takes_out(factored):
+    """-inf for some keys, a first block of them and more, as padding is masked."""
+    q, k, v, *_ = draw((2, 17, 40, 2, 16, 32))
+    columns = jnp.zeros((1, 2, 17, 8)).at[..., 6:].set(-jnp.inf)
+    bias = (jnp.zeros((1, 2, 17, 5)).at[..., :3].set(-jnp.inf), columns)
+    bias = bias if factored else ops.masked_softmax.dense_bias(bias)
+    run = functools.partial(ops.masked_softmax_attention, mask_threshold=0.05, bias=bias)
+    out, density = run(q, k, v, implementation="pallas")
+    expected, expected_density = run(q, k, v, implementation="xla")
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+    assert density == expected_density
+
+
+def test_float32_under_x64(kind):
+    q, k, v, taps, *_ = draw((1, 9, 9, 2, 16, 16))
+    run = functools.partial(ops.castling_attention, mask_threshold=0.1)
+    expected = run(q, k, v, taps)
+    with jax.enable_x64(True):
+        found = jax.jit(run)(q, k, v, taps)
+        if kind == "whole":  # the others' blocks are too small here
+            jax.jit(run).trace(q, k, v, taps).lower(lowering_platforms=("tpu",))
+    assert found[0].dtype == jnp.float32
+    np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=1e-5)
+
+
+def test_a_shard_map_that_checks_what_varies_has_the_plain_operations(refuses):
+    q, k, v, taps, *_ = draw((2, 9, 9, 2, 16, 16))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def over_mesh(implementation):
+        run = functools.partial(ops.castling_attention, mask_threshold=0.1, implementation=implementation)
+        parts = jax.P("data")
+        return jax.jit(
+            jax.shard_map(lambda *x: run(*x)[0], mesh=mesh, in_specs=(parts, parts, parts, jax.P()), out_specs=parts)
+        )(q, k, v, taps)
+
+    expected, _ = ops.castling_attention(q, k, v, taps, mask_threshold=0.1)
+    np.testing.assert_allclose(over_mesh("auto"), expected, rtol=0, atol=1e-5)
+    with refuses("the kernels serve a jax.shard_map with check_vma=False alone"):
+        over_mesh("pallas")
+
+
 def test_auto_on_a_cpu_is_the_plain_operation():
     q, k, v, taps, _, cotangent = draw(SHAPES[0])
     arguments = q, k, v, taps, None, None, jnp.float32(0.02), cotangent

@@ -56,7 +56,7 @@ def linear_angular_attention(
     arguments = q, k, v, token_kernel, query_values, auxiliary
     try:
         mesh = _mesh_specs(q)
-        _check_dtypes(q, k, v)
+        _check_arrays(q, k, v)
     except InputError:
         if otherwise is None:
             raise
@@ -119,7 +119,7 @@ def masked_softmax_attention(
     threshold = jnp.asarray(mask_threshold, jnp.float32)
     try:
         mesh = _mesh_specs(q)
-        _check_dtypes(q, k, v)
+        _check_arrays(q, k, v)
     except InputError:
         if otherwise is None:
             raise
@@ -170,7 +170,9 @@ def _flat(*arrays: jax.Array) -> list[jax.Array]:
     return [x.reshape(*x.shape[:2], -1) for x in arrays]
 
 
-def _check_dtypes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+    if any(jax.typeof(x).manual_axis_type.varying for x in (q, k, v)):
+        raise InputError(f"the kernels serve a jax.shard_map with check_vma=False alone: give it that, or {INSTEAD}.")
     dtypes = {x.dtype.name for x in (q, k, v)}
     if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
         raise InputError(

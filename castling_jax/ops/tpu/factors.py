@@ -9,17 +9,24 @@ from jax.experimental import pallas as pl
 
 from castling_jax.ops.tpu.layout import LANES, Heads
 
+MINUS_INFINITY = -1e30
+
 
 def join_factors(rows: jax.Array, columns: jax.Array, batch: int, dtype: jnp.dtype) -> jax.Array:
     """Two factors of a bias, [1 or batch, heads, queries, rows] and [..., columns], as [batch, queries, heads * width].
 
     Each head's lanes are a power of two, so that none has a part of two registers.
     """
-    both = [jnp.broadcast_to(x, (batch, *x.shape[1:])).astype(dtype) for x in (rows, columns)]
+    both = [jnp.broadcast_to(_finite(x), (batch, *x.shape[1:])).astype(dtype) for x in (rows, columns)]
     factors = jnp.moveaxis(jnp.concatenate(both, axis=3), 1, 2)
     size = factors.shape[3]
     padded = jnp.pad(factors, [(0, 0)] * 3 + [(0, _head_width(size) - size)])
     return padded.reshape(batch, padded.shape[1], -1)
+
+
+def _finite(factor: jax.Array) -> jax.Array:
+    """-inf, which times a mark of zero would be NaN, as a number that no weight survives."""
+    return jnp.maximum(factor, MINUS_INFINITY)
 
 
 def _head_width(size: int) -> int:
@@ -72,7 +79,7 @@ def append_factors(
     q: jax.Array, k: jax.Array, factors: tuple[jax.Array, jax.Array], scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """Scaled queries and the factors beside them, keys and the ones beside them, for the kernels in blocks."""
-    rows, columns = (jnp.moveaxis(factor, 1, 2) for factor in factors)
+    rows, columns = (jnp.moveaxis(_finite(factor), 1, 2) for factor in factors)
     rows, columns = (jnp.broadcast_to(x, (q.shape[0], *x.shape[1:])).astype(q.dtype) for x in (rows, columns))
     place = jnp.arange(k.shape[1])
     in_row = jax.nn.one_hot(place // columns.shape[3], rows.shape[3], dtype=k.dtype)

@@ -80,7 +80,7 @@ def masked_softmax(q, k, v, threshold, bias, factors, heads, scale, interpret, h
       threshold: [1, 1], float32.
       bias: dense and transposed, [1 or batch, heads, keys, queries], or None.
       factors: in place of `bias`, `join_factors` of one that is the sum of one for the keys' row and one for their
-        column, finite both; or None.
+        column; or None.
       heads: how many.
       scale: of the products of queries and keys.
       interpret: run as plain JAX, on any platform.
@@ -285,7 +285,7 @@ def _forward_kernel(threshold_ref, q_ref, k_ref, v_ref, *rest, layout, scale, qu
                 weights = part * inverse
                 keep = is_kept(weights, threshold)
                 masked_ref[head, chunk] = jnp.where(keep, weights, 0).astype(masked_ref.dtype)
-                kept += jnp.sum(jnp.where(keep, 1.0, 0.0), axis=0, keepdims=True)
+                kept += jnp.sum(keep.astype(jnp.float32), axis=0, keepdims=True)
             largest_ref[0, 0, head : head + 1, :] = largest
             inverse_ref[0, 0, head : head + 1, :] = inverse
     total = jnp.sum(jnp.where(valid, kept, 0), axis=1, keepdims=True)

@@ -278,8 +278,9 @@ def _normaliser_kernel(q_ref, k_ref, *rest, **static):
         scores = block.scores(head, group, block.query(group, member))
         before = largest_ref[0, 0, row, :]
         largest = jnp.maximum(before, jnp.max(scores, axis=0, keepdims=True))
-        total = inverse_ref[0, 0, row, :] * jnp.exp(before - largest)
-        inverse_ref[0, 0, row, :] = total + jnp.sum(jnp.exp(scores - largest), axis=0, keepdims=True)
+        shift = jnp.where(largest == -jnp.inf, 0, largest)  # a bias may be -inf for all keys so far
+        total = inverse_ref[0, 0, row, :] * jnp.exp(before - shift)
+        inverse_ref[0, 0, row, :] = total + jnp.sum(jnp.exp(scores - shift), axis=0, keepdims=True)
         largest_ref[0, 0, row, :] = largest
 
     @pl.when(block.last)
@@ -303,7 +304,7 @@ def _attend_kernel(threshold_ref, q_ref, k_ref, v_ref, largest_ref, inverse_ref,
         weights = block.weights(scores, head, largest_ref, inverse_ref)
         keep = is_kept(weights, threshold)
         masked_ref[head] = jnp.where(keep, weights, 0).astype(masked_ref.dtype)
-        total += jnp.sum(jnp.sum(jnp.where(keep, 1.0, 0.0), axis=0, keepdims=True), axis=1, keepdims=True)
+        total += jnp.sum(jnp.sum(keep.astype(jnp.float32), axis=0, keepdims=True), axis=1, keepdims=True)
     # Rounding can lift a weight above 1, so an empty mask has to be said rather than computed.
     total = jnp.where(threshold < 1, total, 0)
     kept_ref[0, 0, 0] += jnp.broadcast_to(total, (1, LANES))
