@@ -22,7 +22,7 @@ from castling_jax.convert.files import check_bucket
 from castling_jax.ops.errors import InputError, check_known
 from castling_jax.tools import summary
 from castling_jax.training import distributed
-from castling_jax.training.config import CONFIG_FILE, check_config, check_same_run, field_names
+from castling_jax.training.config import CONFIG_FILE, check_config, check_same_run, field_names, load_config
 from castling_jax.training.evaluate import evaluate_checkpoint
 from castling_jax.training.loop import train
 from castling_jax.training.preemption import Preempted
@@ -34,9 +34,11 @@ def define_flags(argv: list[str]) -> None:
     """Defines the flags. ml_collections reads the overrides among them right then, so they are checked first.
 
     Raises:
-      InputError: an override of an unknown field.
+      InputError: an override of an unknown field, or no such configuration.
     """
-    for argument in argv[1:]:
+    for place, argument in enumerate(argv[1:], start=2):
+        if found := re.fullmatch(r"--?config(?:=(.*))?", argument):
+            load_config(found[1] if found[1] is not None else "".join(argv[place : place + 1]))
         if field := re.match(r"--?(?:no)?config\.([^=]+)", argument):
             check_known("config field", field[1], field_names())
     config_flags.DEFINE_config_file("config", str(DEFAULT_CONFIG), "The configuration file.")

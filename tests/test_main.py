@@ -52,6 +52,15 @@ def run(workdir, *arguments):
         ),
         ("--evaluate=nowhere", "'nowhere' is neither a run's folder with checkpoints nor one of its checkpoints/STEP."),
         ("--config.model.num_heads=5", "5 heads do not divide the width 64."),
+        (
+            f"--config={ROOT}/configs/imagenet.py",
+            f"'{ROOT}/configs/imagenet.py' is no configuration: it has no function get_config.",
+        ),
+        (
+            f"--config={ROOT}/configs/digits.py:small",
+            f"'{ROOT}/configs/digits.py' has no variants: leave out ':small'.",
+        ),
+        ("--config.seed=-1", "config.seed must be at least 0, not -1."),
     ],
 )
 def test_mistakes_are_one_sentence_and_a_status(tmp_path, argument, sentence):

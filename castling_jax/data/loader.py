@@ -5,6 +5,7 @@ import functools
 import itertools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -190,8 +191,14 @@ def _batches(parts: _Parts, numbers: range, *, workers: int, max_corrupt_share: 
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain hands flags on to its processes; a notebook or a test has none
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=PARTS_AHEAD))
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=PARTS_AHEAD)
+        stream = stream.mp_prefetch(options, worker_init_fn=_ignore_sigterm)
     return _whole(stream, len(parts.rows), max_corrupt_share)
+
+
+def _ignore_sigterm(*_: int) -> None:
+    """A cluster sends SIGTERM to all of a job's processes: those that read go on, until the run has saved and ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _whole(stream: grain.IterDataset, count: int, max_corrupt_share: float) -> Iterator[Batch]:

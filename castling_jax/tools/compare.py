@@ -16,12 +16,13 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from castling_jax.convert.files import write_atomically
+from castling_jax.convert.files import check_bucket, write_atomically
 from castling_jax.models.attention import ATTENTIONS
 from castling_jax.ops.errors import InputError, check_known
 from castling_jax.tools import summary
 from castling_jax.training.config import CONFIG_FILE, check_same_run, load_config
 from castling_jax.training.loop import train
+from castling_jax.training.preemption import Preempted
 
 TABLE_FILE = "compare.md"
 
@@ -68,10 +69,13 @@ def main() -> None:
         if options.epochs is not None:
             config.train.epochs = options.epochs
         workdir = options.workdir or epath.Path("runs") / f"compare-{Path(options.config.partition(':')[0]).stem}"
+        check_bucket(workdir, for_a_run=True)
         page = table(compare(config, attentions, workdir))
         write_atomically(workdir / TABLE_FILE, page.encode())
     except InputError as error:
         sys.exit(str(error))
+    except (Preempted, KeyboardInterrupt):
+        sys.exit("interrupted; the same command goes on from the last checkpoint.")
     print(page)
 
 

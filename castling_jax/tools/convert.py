@@ -1,6 +1,6 @@
 """Turns a trained model into its inference form, for good.
 
-    python -m castling_jax.tools.convert SOURCE OUT [--format=safetensors] [--ema] [--bfloat16] [--check]
+    python -m castling_jax.tools.convert SOURCE OUT [--format=safetensors] [--no-ema] [--bfloat16] [--check]
 
 drops the softmax branch, folds batch norm into the layers beside it, and says of every parameter what became of it.
 SOURCE is a run's folder (its newest checkpoint is read, or its inference folder where there is no other), the folder of
@@ -74,7 +74,7 @@ class Source:
     config: ConfigDict = dataclasses.field(default_factory=default_config)
 
 
-def read_source(path: epath.Path, *, ema: bool) -> Source:
+def read_source(path: epath.Path, *, ema: bool | None = None) -> Source:
     """Reads a run's folder, a checkpoint's, or an inference folder.
 
     Raises:
@@ -83,14 +83,15 @@ def read_source(path: epath.Path, *, ema: bool) -> Source:
     inference = next((f for f in (path, path / "inference") if (f / MODEL_FILE).is_file()), None)
     if inference is None or checkpoint_steps(path / CHECKPOINTS):
         found = read_snapshot(path, ema=ema)
-        about = f"{found.folder}, step {found.step:,}" + (", moving average" if ema else "")
+        averaged = found.config.train.ema_decay is not None if ema is None else ema
+        about = f"{found.folder}, step {found.step:,}" + (", moving average" if averaged else "")
         return Source(about, found.model, found.variables, found.mask_threshold, found.config)
     if ema:
         raise InputError(f"'{inference}' is in inference form and holds no moving average: leave out --ema.")
     return Source(str(inference), *load_inference(inference))
 
 
-def convert(path: epath.Path, out: epath.Path, *, format: str, ema: bool, bfloat16: bool, check: bool) -> None:
+def convert(path: epath.Path, out: epath.Path, *, format: str, ema: bool | None, bfloat16: bool, check: bool) -> None:
     """Converts and tells about it on standard output; see the module's docstring.
 
     Raises:
@@ -252,7 +253,11 @@ def main() -> None:
     parser.add_argument("source", type=epath.Path, help="a run's folder, a checkpoint's, or an inference folder")
     parser.add_argument("out", type=epath.Path, help="the folder to write; an earlier conversion there is replaced")
     parser.add_argument("--format", choices=PAYLOADS, default="safetensors", help="safetensors if not given")
-    parser.add_argument("--ema", action="store_true", help="take the moving average of the parameters")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="take the moving average of the parameters, as is done where the run keeps one, or not",
+    )
     parser.add_argument(
         "--bfloat16",
         action="store_true",

@@ -25,12 +25,13 @@ from castling_jax.tools.plots import draw_training
 from castling_jax.tools.timing import interleaved_seconds, medians
 
 SUMMARY_FILE = "summary.json"
-LONGER = 8  # the speed of both forms is measured on images this many times as wide and as high
+LONGER = 8  # the speed of both forms is measured on images this many times as wide and as high,
+MOST_PIXELS = 896  # but not wider than this, unless training's are: of 1,792 pixels a training form needs 8 to 20 GB
 REPEATS = 7
 
 
 def finish(workdir: epath.Path, figures: dict[str, Any]) -> dict[str, Any]:
-    """Measures both forms, draws the run, and writes WORKDIR/summary.json.
+    """Draws the run, measures both forms, and writes WORKDIR/summary.json.
 
     Args:
       workdir: a run that has its inference folder.
@@ -49,7 +50,7 @@ def finish(workdir: epath.Path, figures: dict[str, Any]) -> dict[str, Any]:
         "parameters_inference_form": count_parameters(inference_variables),
         "macs_train_form": count_macs(train_model),
         "macs_inference_form": count_macs(inference_model),
-        "speed": measure_forms(spec.arguments(), LONGER * spec.image_size),
+        "speed": None,
         "files": {
             "checkpoints": str(workdir / "checkpoints"),
             "inference": str(workdir / "inference"),
@@ -57,7 +58,14 @@ def finish(workdir: epath.Path, figures: dict[str, Any]) -> dict[str, Any]:
             "metrics": str(workdir / "metrics.jsonl"),
         },
     }
-    write_atomically(workdir / SUMMARY_FILE, json.dumps(summary, indent=2).encode())
+    path = workdir / SUMMARY_FILE
+    write_atomically(path, json.dumps(summary, indent=2).encode())  # the run is finished, whatever becomes of the rest
+    try:
+        size = max(spec.image_size, min(LONGER * spec.image_size, MOST_PIXELS))
+        summary["speed"] = measure_forms(spec.arguments(), size)
+    except jax.errors.JaxRuntimeError as error:
+        print(f"The speed of the two forms could not be measured: {str(error).splitlines()[0]}", file=sys.stderr)
+    write_atomically(path, json.dumps(summary, indent=2).encode())
     return summary
 
 
@@ -95,11 +103,10 @@ def describe(summary: dict[str, Any]) -> str:
         ("held-out accuracy", *(f"{100 * summary[f'accuracy_{form}_form']:.2f} %" for form in ("train", "inference"))),
         ("parameters", *(f"{summary[f'parameters_{form}_form']:,}" for form in ("train", "inference"))),
         ("MACs an image", *(f"{summary[f'macs_{form}_form'] / 1e6:,.2f} M" for form in ("train", "inference"))),
-        (
-            f"time at {speed['tokens']:,} tokens",
-            *(f"{speed[f'{form}_form_ms']:.1f} ms" for form in ("train", "inference")),
-        ),
     ]
+    if speed is not None:
+        times = (f"{speed[f'{form}_form_ms']:.1f} ms" for form in ("train", "inference"))
+        rows.append((f"time at {speed['tokens']:,} tokens", *times))
     table = "\n".join(f"  {name:24s}{left:>16s}{right:>18s}" for name, left, right in rows)
     return (
         f"{summary['model']}: {summary['steps']:,} steps in {summary['train_seconds']:.0f} s, "

@@ -120,15 +120,23 @@ class Checkpoints:
                 return step
         return -1
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits until all that was started is written.
 
         Raises:
           InputError: it could not be.
         """
+        with self._saying_what_failed():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits likewise, and ends.
+
+        Raises:
+          InputError: as `wait`.
+        """
         try:
-            with self._saying_what_failed():
-                self._manager.wait_until_finished()
+            self.wait()
         finally:
             self._manager.close()
 

@@ -1,6 +1,7 @@
 """Every field a configuration has, with its default; configs/*.py change what they need."""
 
 import importlib.util
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -149,6 +150,8 @@ def load_config(name: str) -> ConfigDict:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise InputError(f"'{path}' is no configuration: it has no function get_config.")
+    if argument and not inspect.signature(module.get_config).parameters:
+        raise InputError(f"'{path}' has no variants: leave out {':' + argument!r}.")
     config = module.get_config(argument) if argument else module.get_config()
     check_config(config)
     return config
@@ -184,6 +187,7 @@ def check_config(config: ConfigDict) -> None:
         if given[name] < 1:
             raise InputError(f"config.{name} must be at least 1, not {given[name]}.")
     for name in (
+        "seed",
         "optimizer.learning_rate",
         "optimizer.warmup_epochs",
         "optimizer.weight_decay",

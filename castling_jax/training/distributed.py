@@ -2,15 +2,21 @@
 
 import contextlib
 import os
+import secrets
 import sys
+import time
 from typing import NoReturn
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from castling_jax.ops.errors import InputError
 
 HEARTBEAT_SECONDS = 20  # after so long without a sign of a process, JAX ends the others
+SHARING_SECONDS = 40  # so long a file of another host may take to be seen, on network file systems
+SHUTDOWN_SECONDS = 3600  # so long they wait for each other at the end: process 0 has the summary to write
 
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -30,7 +36,7 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         if "tpu" not in os.environ.get("JAX_PLATFORMS", "tpu"):
             return
         with contextlib.suppress(ValueError):  # JAX sees no cluster here
-            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+            _initialize()
         return
     if coordinator is None or num_processes is None or process_id is None:
         raise InputError("--coordinator, --num_processes and --process_id go together: give all three or none.")
@@ -38,7 +44,42 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         raise InputError(f"--process_id must be from 0 to {num_processes - 1}, not {process_id}.")
     if ":" not in coordinator:
         raise InputError(f"--coordinator must be HOST:PORT, not {coordinator!r}.")
-    jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    _initialize(coordinator, num_processes, process_id)
+
+
+def _initialize(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+    )
+
+
+def check_shared(folder: epath.Path) -> None:
+    """Raises an InputError, on all processes, unless all see one folder: the first save would wait for the others.
+
+    Process 0 makes the folder, and writes a file that the others look for; it is removed again.
+    """
+    if jax.process_count() == 1:
+        return
+    token = str(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31))))
+    file = folder / "shared"
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(token)
+    multihost_utils.sync_global_devices("shared")
+    end = time.monotonic() + SHARING_SECONDS
+    while not (seen := file.exists() and file.read_text() == token) and time.monotonic() < end:
+        time.sleep(1)
+    all_see = multihost_utils.process_allgather(np.bool_(seen)).all()
+    if jax.process_index() == 0:
+        file.unlink()
+    if not all_see:
+        raise InputError(f"not all processes see one '{folder}': give a --workdir that all hosts share, gs:// will do.")
 
 
 def use_compilation_cache(folder: epath.Path) -> None:

@@ -120,7 +120,7 @@ def evaluate_checkpoint(path: epath.Path, mesh_sizes: Mapping[str, int]) -> dict
       InputError: the checkpoint cannot be read, or the mesh does not fit.
     """
     mesh = make_mesh(mesh_sizes)
-    snapshot = read_snapshot(path, ema=None)
+    snapshot = read_snapshot(path)
     config = snapshot.config
     check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
     dataset = load_dataset(config.dataset.name, config.dataset.eval_split, data_dir=config.dataset.data_dir)

@@ -20,6 +20,7 @@ from castling_jax.models.registry import abstract_model
 from castling_jax.ops.errors import InputError
 from castling_jax.training.checkpoints import CHECKPOINTS, Checkpoints, Progress, checkpoint_steps
 from castling_jax.training.config import CONFIG_FILE, check_same_run
+from castling_jax.training.distributed import check_shared
 from castling_jax.training.evaluate import configured_evaluator
 from castling_jax.training.metrics import MetricsWriter
 from castling_jax.training.preemption import Preempted, PreemptionWatch
@@ -29,6 +30,7 @@ from castling_jax.training.state import TrainState, parameter_table, parameters_
 from castling_jax.training.throughput import Meter, peak_flops
 
 PARAMETERS_FILE = "parameters.txt"
+STEPS_AHEAD = 3  # so many steps are sent off to the devices before the first of them is done
 PROFILE = "profile"  # a run's folder of traces
 
 
@@ -49,7 +51,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None 
       The figures of the last evaluation, and steps, train_seconds, parameters_sha256.
 
     Raises:
-      InputError: a field, a name or a size is wrong, workdir holds another configuration's run, the loss or a gradient
+      InputError: a field, a name or a size is wrong, workdir holds another configuration's run or is not one for all
+        processes, the loss or a gradient
         is no longer finite, or a checkpoint cannot be written.
       Preempted: SIGTERM came, and the state was saved.
     """
@@ -61,6 +64,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None 
     folder = absolute(workdir / CHECKPOINTS)
     variables = {} if checkpoint_steps(folder) else first_variables(setup)  # a run that goes on has its own
     is_writer = jax.process_index() == 0
+    check_shared(workdir)
     if is_writer:
         workdir.mkdir(parents=True, exist_ok=True)
         write_atomically(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2).encode())
@@ -82,6 +86,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None 
             else:
                 metrics.describe({name: (workdir / name).read_text() for name in (CONFIG_FILE, PARAMETERS_FILE)})
         watch = stack.enter_context(PreemptionWatch(checkpoints))
+        stack.callback(checkpoints.wait)  # while SIGTERM does not kill: it may come twice
         state, figures, train_seconds = _loop(
             setup,
             state,
@@ -138,6 +143,8 @@ def _loop(
             state, result = setup.train_step(state, batch, threshold)
             step += 1
             unchecked.append((step, (result["loss"], result["gradient_norm"])))
+            # Each step that is sent off has its batch on the devices already.
+            jax.block_until_ready(unchecked[-STEPS_AHEAD:][0])
             bar.update()
             is_last = step == total_steps
             logs = is_last or step % config.logging.every_steps == 0
@@ -160,7 +167,7 @@ def _loop(
                 bar.set_postfix({"loss": f"{line['loss']:.3f}", "images/s": f"{line['images_per_second']:,.0f}"})
             if evaluates:
                 figures = evaluate(state.averaged, threshold)
-                line |= {"accuracy": figures["accuracy_train_form"], **figures}
+                line |= {"accuracy": figures["accuracy_train_form"], "mask_threshold": threshold, **figures}
                 if figures["accuracy_inference_form"] > best:
                     best, saves = figures["accuracy_inference_form"], True
             if line and metrics is not None:

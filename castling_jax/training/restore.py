@@ -41,12 +41,13 @@ class Snapshot:
     variables: Variables
 
 
-def read_snapshot(path: epath.Path, *, ema: bool | None = False) -> Snapshot:
+def read_snapshot(path: epath.Path, *, ema: bool | None = None) -> Snapshot:
     """Reads a checkpoint.
 
     Args:
       path: a run's folder, of which the newest checkpoint is read, or the folder of one, RUN/checkpoints/STEP.
-      ema: whether the variables are to be their moving averages; None is where the run keeps them.
+      ema: whether the variables are to be their moving averages; None is where the run keeps them, as it is they that
+        it evaluates.
 
     Raises:
       InputError: it is neither, config.json is missing or damaged, the checkpoint is, or it holds no moving average.
@@ -87,7 +88,8 @@ def initial_variables(path: epath.Path, model: Backbone, *, reset_head: bool) ->
     A castling model takes those of a softmax one: both attentions share its q, k and v, and the taps start at zero.
 
     Args:
-      path: a run's folder or one checkpoint's, or a file that `read_state_dict` reads.
+      path: a run's folder or one checkpoint's (its moving averages, if it keeps them), or a file that `read_state_dict`
+        reads.
       model: in training form.
       reset_head: as in `from_torch`.
 

@@ -1,5 +1,8 @@
 import functools
 import logging
+import multiprocessing
+import os
+import signal
 
 import chex
 import numpy as np
@@ -115,6 +118,18 @@ def test_worker_processes_change_nothing():
         for workers in (0, 2)
     ]
     assert sizes == [[4, 4, 1], [4, 4, 1]]
+
+
+@pytest.mark.slow
+def test_worker_processes_outlive_a_sigterm_to_all():
+    expected = labels(batches(), 40)
+    iterator = batches(workers=2)
+    found = labels(iterator, 1)
+    workers = multiprocessing.active_children()
+    assert len(workers) >= 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    assert found + labels(iterator, 39) == expected
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def write_run(folder, arguments, variables):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-    checkpoints.save(create_state(variables, optax.sgd(1e-3), 0), Progress({}, 1.0))
+    checkpoints.save(create_state(variables, optax.sgd(1e-3), 0), Progress(1.0))
     checkpoints.close()
     return folder
 

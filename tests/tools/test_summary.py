@@ -1,5 +1,6 @@
 import json
 
+import jax
 import pytest
 
 from castling_jax.convert.files import save_inference
@@ -54,3 +55,16 @@ def test_description_shows_both_forms_and_the_files(finished):
     assert "75.00 %" in text
     assert "50.00 %" in text
     assert str(workdir / "training.png") in text
+
+
+def test_a_run_is_finished_where_its_speed_cannot_be_measured(finished, monkeypatch, capsys):
+    def measure(arguments, image_size):
+        assert summary.read_summary(workdir)["speed"] is None  # written before
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    workdir, _ = finished
+    monkeypatch.setattr(summary, "measure_forms", measure)
+    written = summary.finish(workdir, FIGURES)
+    assert summary.read_summary(workdir) == written
+    assert "time at" not in summary.describe(written)
+    assert "could not be measured: RESOURCE_EXHAUSTED" in capsys.readouterr().err

@@ -1,6 +1,10 @@
+import contextlib
+
 import jax
+import numpy as np
 import pytest
 from etils import epath
+from jax.experimental import multihost_utils
 
 from castling_jax.training import distributed
 
@@ -16,11 +20,11 @@ def joined(monkeypatch):
 def test_the_hosts_of_a_pod_find_each_other(joined, monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
     distributed.initialize(None, None, None)
-    assert joined == [()]
+    assert joined == [(None, None, None)]
 
 
 def test_where_there_is_no_cluster_this_is_the_only_process(monkeypatch):
-    def no_cluster(**options):
+    def no_cluster(*given, **options):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.delenv("JAX_PLATFORMS")
@@ -43,6 +47,28 @@ def test_elsewhere_all_is_given(joined, refuses):
         distributed.initialize("localhost:1234", 2, 2)
     with refuses("--coordinator must be HOST:PORT, not 'localhost'"):
         distributed.initialize("localhost", 2, 0)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_folder_that_not_all_processes_see_is_refused(monkeypatch, refuses, tmp_path, index, seen):
+    """Another process's part is played here."""
+    folder = epath.Path(tmp_path / "run")
+    monkeypatch.setattr(distributed, "SHARING_SECONDS", 0)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda token: 7)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.array([mine, seen]))
+
+    def reach(name):
+        if index == 1 and seen:
+            folder.mkdir(parents=True)
+            (folder / "shared").write_text("7")
+
+    monkeypatch.setattr(multihost_utils, "sync_global_devices", reach)
+    with contextlib.nullcontext() if seen else refuses(f"not all processes see one '{folder}'"):
+        distributed.check_shared(folder)
+    assert (folder / "shared").exists() == (index == 1 and seen)  # which process 0 removes
 
 
 @pytest.mark.parametrize("own", [None, "/elsewhere"])

@@ -119,7 +119,9 @@ def test_the_moving_average_is_read_where_there_is_one(refuses, run, tmp_path, m
     config = json.loads((tmp_path / "config.json").read_text())
     config["train"]["ema_decay"] = 0.9
     (tmp_path / "config.json").write_text(json.dumps(config))
-    chex.assert_trees_all_equal(read_snapshot(folder / "5", ema=None).variables, average)
+    chex.assert_trees_all_equal(read_snapshot(folder / "5").variables, average)
+    _, teacher = read_teacher(epath.Path(folder / "5"), "levit_128s", model)
+    chex.assert_trees_all_close(teacher, to_inference(average))
 
 
 def test_what_is_no_run(refuses, run, tmp_path):
