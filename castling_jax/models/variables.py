@@ -136,7 +136,7 @@ def _check_images(images: jax.Array) -> None:
     shape = getattr(images, "shape", None)
     if shape is None or len(shape) != 4:
         what = type(images).__name__ if shape is None else f"of shape {shape}"
-        raise InputError(f"images must be an array [batch, height, width, channels], not {what}.")
+        raise InputError(f"images must be [batch, height, width, channels], not {what}.")
 
 
 def count_parameters(variables: Variables) -> int:

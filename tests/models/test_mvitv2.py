@@ -451,7 +451,7 @@ def test_castling_macs_are_counted_by_hand(form):
         ({"stride_q": ((1, 1), (2, 2), (0, 2))}, ("stride_q", "positive")),
         ({"stride_kv_adaptive": 4}, ("stride_kv_adaptive", "pair", "4")),
         ({"num_heads": 3}, ("3 heads", "8")),
-        ({"num_heads": 0}, ("0 heads", "8")),
+        ({"num_heads": 0}, ("num_heads must be at least 1", "0")),
         ({"image_size": 0}, ("image_size", "0")),
         ({"drop_path_rate": 1.0}, ("drop_path_rate must be in [0, 1)", "1.0")),
         ({"token_conv": "3d"}, ("token_conv", "'3d'", "2d")),
