@@ -76,11 +76,12 @@ def draw_training(workdir: epath.Path) -> epath.Path:
     threshold_axis.set_ylim(-0.03, 1.05)
 
     steps, densities = _series(lines, "mask_density")
-    colors = plt.colormaps["viridis"](np.linspace(0, 0.9, densities.shape[1]))
-    for layer, color in enumerate(colors):
+    layers = densities.shape[1] if len(steps) else 0  # a run may have evaluated before it first logged
+    for layer, color in enumerate(plt.colormaps["viridis"](np.linspace(0, 0.9, layers))):
         density_axis.plot(steps, 100 * densities[:, layer], color=color, label=f"{layer}")
     density_axis.set(title="Softmax weights kept by the mask", xlabel="step", ylabel="%")
-    density_axis.legend(title="layer", ncols=2, fontsize="small")
+    if layers:
+        density_axis.legend(title="layer", ncols=2, fontsize="small")
 
     for axis in axes.flat:
         axis.grid(alpha=0.3)

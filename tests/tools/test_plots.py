@@ -21,6 +21,14 @@ def test_picture_is_drawn_from_the_metrics_alone(tmp_path):
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 
+def test_a_run_that_has_evaluated_before_it_logged_is_drawn(tmp_path):
+    writer = MetricsWriter(tmp_path, first_step=0, tensorboard=False)
+    evaluation = {"accuracy_train_form": 0.9, "accuracy_inference_form": 0.8, "eval_loss": 1.0, "mask_threshold": 0.1}
+    writer.write(5, evaluation)
+    writer.close()
+    assert draw_training(tmp_path).exists()
+
+
 def test_run_without_metrics_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"has no metrics to draw: metrics.jsonl is missing or empty"):
         draw_training(tmp_path)
