@@ -48,9 +48,6 @@ def to_inference(variables: Variables, *, dtype: DTypeLike | None = None) -> Var
     if dtype is not None and not _is_floating(dtype):
         raise InputError(f"dtype must be a floating type such as bfloat16, not {dtype!r}.")
     params, batch_stats = (_without_branch(variables.get(name, {}), name) for name in ("params", "batch_stats"))
-    for name, tree in (("params", params), ("batch_stats", batch_stats)):
-        if not isinstance(tree, dict):
-            raise InputError(f"{name!r} must be nested dicts of arrays, not {type(variables[name]).__name__}.")
     params = fold_batch_norms(params, batch_stats)
     if "head_dist" in params and "dist_token" not in params:
         second = params.pop("head_dist")
@@ -60,13 +57,14 @@ def to_inference(variables: Variables, *, dtype: DTypeLike | None = None) -> Var
     return {"params": params}
 
 
-def _without_branch(tree: Any, path: str) -> Any:
-    if isinstance(tree, Mapping):
-        kept = {name: child for name, child in tree.items() if name != SOFTMAX_BRANCH}
-        return {name: _without_branch(child, f"{path}/{name}") for name, child in kept.items()}
-    if not hasattr(tree, "dtype"):
+def _without_branch(tree: Any, path: str) -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
         raise InputError(f"{path!r} must be nested dicts of arrays, not {type(tree).__name__}.")
-    return tree
+    return {
+        name: child if hasattr(child, "dtype") else _without_branch(child, f"{path}/{name}")
+        for name, child in tree.items()
+        if name != SOFTMAX_BRANCH
+    }
 
 
 def _is_floating(dtype: DTypeLike) -> bool:

@@ -56,25 +56,22 @@ def _dtype_name(dtype: Any) -> str:
 def _check_types(arguments: dict[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
     """Raises an InputError unless arguments are what a constructor's annotations say, and sizes at least 1.
 
-    What is to be a tuple may be something else here, for the constructor to say what it should be.
+    What is to be a tuple may be an integer here, for the constructor to say how long it should be.
     """
     for word, value in arguments.items():
         hint = parameters[word].annotation
         kinds = {get_origin(kind) or kind for kind in (hint.__args__ if isinstance(hint, UnionType) else (hint,))}
-        if tuple in kinds and not isinstance(value, int):
-            items = [item for part in value or () for item in (part if isinstance(part, tuple) else (part,))]
-            if any(type(item) is not int for item in items):
+        if tuple in kinds:
+            if any(type(item) is not int for item in jax.tree.leaves(value)):
                 raise InputError(f"{word} must be integers, not {value!r}.")
             continue
         if float in kinds:
             kinds |= {int}
-        if tuple not in kinds and type(value) not in kinds:
+        if type(value) not in kinds:
             allowed = " or ".join(sorted(getattr(kind, "__name__", str(kind)) for kind in kinds))
             raise InputError(f"{word} must be {allowed.replace('NoneType', 'None')}, not {value!r}.")
         if type(value) is int and value < 1 and float not in kinds:
             raise InputError(f"{word} must be at least 1, not {value}.")
-    if "mlp_ratio" in arguments and arguments["mlp_ratio"] <= 0:
-        raise InputError(f"mlp_ratio must be above 0, not {arguments['mlp_ratio']}.")
 
 
 def _tuples(value: Any) -> Any:
@@ -128,7 +125,7 @@ def create_model(
         check_known(f"argument of {name}", word, [word for word in parameters if word not in COMMON_ARGUMENTS])
     check_implementation(overrides.get("implementation", "auto"))
     if not isinstance(rngs, nnx.Rngs | _SameKey | None):
-        raise InputError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), not {rngs!r}.")
+        raise InputError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), not {type(rngs).__name__}.")
     # JSON has lists where constructors have tuples; a tuple can be hashed, as the model's spec must be.
     overrides = {word: _tuples(value) for word, value in overrides.items()}
     arguments: dict[str, Any] = defaults | overrides
@@ -137,6 +134,8 @@ def create_model(
     _check_types(arguments | {"num_classes": num_classes}, parameters)
     if not 0 <= (rate := arguments.get("drop_path_rate", 0)) < 1:
         raise InputError(f"drop_path_rate must be in [0, 1), not {rate}.")
+    if (ratio := arguments.get("mlp_ratio", 1)) <= 0:
+        raise InputError(f"mlp_ratio must be above 0, not {ratio}.")
     model = factory(
         attention=attention,
         form=form,

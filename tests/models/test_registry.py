@@ -1,3 +1,4 @@
+import inspect
 import json
 
 import chex
@@ -190,6 +191,11 @@ def test_an_unknown_implementation(refuses):
         ("deit_micro", {"depth": (1, 2)}, "depth must be int, not (1, 2)"),
         ("deit_micro", {"num_heads": 2.0}, "num_heads must be int, not 2.0"),
         ("deit_micro", {"num_heads": 0}, "num_heads must be at least 1, not 0"),
+        ("deit_micro", {"num_heads": -3}, "num_heads must be at least 1, not -3"),
+        ("deit_micro", {"image_size": 0}, "image_size must be at least 1, not 0"),
+        ("levit_128s", {"image_size": 0}, "image_size must be at least 1, not 0"),
+        ("deit_micro", {"token_kernel_size": 0}, "token_kernel_size must be at least 1, not 0"),
+        ("deit_micro", {"token_kernel_size": -1}, "token_kernel_size must be at least 1, not -1"),
         ("deit_micro", {"num_classes": "10"}, "num_classes must be int, not '10'"),
         ("deit_micro", {"in_chans": 0}, "in_chans must be at least 1, not 0"),
         ("deit_micro", {"mlp_ratio": -1}, "mlp_ratio must be above 0, not -1"),
@@ -202,6 +208,12 @@ def test_an_unknown_implementation(refuses):
 def test_an_argument_of_another_type_or_too_small(refuses, name, arguments, said):
     with refuses(said):
         castling_jax.create_model(name, **arguments)
+
+
+def test_a_key_in_the_place_of_rngs(refuses):
+    unchecked = inspect.unwrap(castling_jax.create_model)  # the tests' own check of types would come before
+    with refuses("rngs must be nnx.Rngs, such as nnx.Rngs(0), not PRNGKeyArray"):
+        unchecked("deit_micro", rngs=jax.random.key(0))
 
 
 def test_images_of_one_channel_are_counted():
