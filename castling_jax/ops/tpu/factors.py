@@ -17,16 +17,19 @@ def join_factors(rows: jax.Array, columns: jax.Array, batch: int, dtype: jnp.dty
 
     Each head's lanes are a power of two, so that none has a part of two registers.
     """
-    both = [jnp.broadcast_to(_finite(x), (batch, *x.shape[1:])).astype(dtype) for x in (rows, columns)]
-    factors = jnp.moveaxis(jnp.concatenate(both, axis=3), 1, 2)
+    factors = jnp.concatenate([_by_query(factor, batch, dtype) for factor in (rows, columns)], axis=3)
     size = factors.shape[3]
     padded = jnp.pad(factors, [(0, 0)] * 3 + [(0, _head_width(size) - size)])
     return padded.reshape(batch, padded.shape[1], -1)
 
 
-def _finite(factor: jax.Array) -> jax.Array:
-    """-inf, which times a mark of zero would be NaN, as a number that no weight survives."""
-    return jnp.maximum(factor, MINUS_INFINITY)
+def _by_query(factor: jax.Array, batch: int, dtype: jnp.dtype) -> jax.Array:
+    """[1 or batch, heads, queries, size] as [batch, queries, heads, size], finite.
+
+    -inf, which times a mark of zero would be NaN, is a number that no weight survives.
+    """
+    finite = jnp.maximum(factor, MINUS_INFINITY)
+    return jnp.moveaxis(jnp.broadcast_to(finite, (batch, *factor.shape[1:])).astype(dtype), 1, 2)
 
 
 def _head_width(size: int) -> int:
@@ -79,8 +82,7 @@ def append_factors(
     q: jax.Array, k: jax.Array, factors: tuple[jax.Array, jax.Array], scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """Scaled queries and the factors beside them, keys and the ones beside them, for the kernels in blocks."""
-    rows, columns = (jnp.moveaxis(_finite(factor), 1, 2) for factor in factors)
-    rows, columns = (jnp.broadcast_to(x, (q.shape[0], *x.shape[1:])).astype(q.dtype) for x in (rows, columns))
+    rows, columns = (_by_query(factor, q.shape[0], q.dtype) for factor in factors)
     place = jnp.arange(k.shape[1])
     in_row = jax.nn.one_hot(place // columns.shape[3], rows.shape[3], dtype=k.dtype)
     in_column = jax.nn.one_hot(place % columns.shape[3], columns.shape[3], dtype=k.dtype)
