@@ -36,9 +36,9 @@ def define_flags(argv: list[str]) -> None:
     Raises:
       InputError: an override of an unknown field, or no such configuration.
     """
-    for place, argument in enumerate(argv[1:], start=2):
+    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
         if found := re.fullmatch(r"--?config(?:=(.*))?", argument):
-            load_config(found[1] if found[1] is not None else "".join(argv[place : place + 1]))
+            load_config(following if found[1] is None else found[1])
         if field := re.match(r"--?(?:no)?config\.([^=]+)", argument):
             check_known("config field", field[1], field_names())
     config_flags.DEFINE_config_file("config", str(DEFAULT_CONFIG), "The configuration file.")

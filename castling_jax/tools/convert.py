@@ -83,8 +83,7 @@ def read_source(path: epath.Path, *, ema: bool | None = None) -> Source:
     inference = next((f for f in (path, path / "inference") if (f / MODEL_FILE).is_file()), None)
     if inference is None or checkpoint_steps(path / CHECKPOINTS):
         found = read_snapshot(path, ema=ema)
-        averaged = found.config.train.ema_decay is not None if ema is None else ema
-        about = f"{found.folder}, step {found.step:,}" + (", moving average" if averaged else "")
+        about = f"{found.folder}, step {found.step:,}" + (", moving average" if found.averaged else "")
         return Source(about, found.model, found.variables, found.mask_threshold, found.config)
     if ema:
         raise InputError(f"'{inference}' is in inference form and holds no moving average: leave out --ema.")

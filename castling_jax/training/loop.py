@@ -52,8 +52,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None 
 
     Raises:
       InputError: a field, a name or a size is wrong, workdir holds another configuration's run or is not one for all
-        processes, the loss or a gradient
-        is no longer finite, or a checkpoint cannot be written.
+        processes, the loss or a gradient is no longer finite, or a checkpoint cannot be written.
       Preempted: SIGTERM came, and the state was saved.
     """
     # The order is important. 1. Everything that can be refused is refused before the first file is written.

@@ -31,6 +31,7 @@ class Snapshot:
       mask_threshold: the last one that the run had logged by then.
       model: in training form; holds shapes only.
       variables: numpy arrays.
+      averaged: whether they are the moving averages.
     """
 
     folder: epath.Path
@@ -39,6 +40,7 @@ class Snapshot:
     mask_threshold: float
     model: Backbone
     variables: Variables
+    averaged: bool
 
 
 def read_snapshot(path: epath.Path, *, ema: bool | None = None) -> Snapshot:
@@ -79,7 +81,7 @@ def read_snapshot(path: epath.Path, *, ema: bool | None = None) -> Snapshot:
         if "mask_threshold" in line and line["step"] <= int(step_folder.name)
     ]
     threshold = thresholds[-1] if thresholds else first_threshold
-    return Snapshot(step_folder, config, int(step_folder.name), threshold, model, variables)
+    return Snapshot(step_folder, config, int(step_folder.name), threshold, model, variables, ema)
 
 
 def initial_variables(path: epath.Path, model: Backbone, *, reset_head: bool) -> Variables:
