@@ -105,6 +105,7 @@ def test_pods_are_asked_for_and_given_back():
 
 GCLOUD = """#!/usr/bin/env bash
 # The first line of a file is its answer, and goes, unless it is the last; a line that starts with ! is an error.
+cd FOLDER
 echo "$*" >> calls
 next() {
     line=$(head -n 1 "$1")
@@ -126,7 +127,7 @@ def cloud(tmp_path):
     """Runs resume.sh with a gcloud of our own; returns its status, what it asked of pods, and what it said."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
-    (bin_folder / "gcloud").write_text(GCLOUD.replace("calls", f"{tmp_path}/calls", 1))
+    (bin_folder / "gcloud").write_text(GCLOUD.replace("FOLDER", shlex.quote(str(tmp_path))))
     (bin_folder / "sleep").write_text("#!/usr/bin/env bash\n")
     for program in bin_folder.iterdir():
         program.chmod(0o755)
@@ -134,8 +135,6 @@ def cloud(tmp_path):
     def resume(*, looks, states=("ACTIVE",), answers=("running",), starts=("started",)):
         for name, lines in {"looks": looks, "states": states, "answers": answers, "starts": starts}.items():
             (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
-        program = bin_folder / "gcloud"
-        program.write_text(re.sub(r"next (\w+) ;;", rf"next {tmp_path}/\1 ;;", program.read_text()))
         done = run_step("resume", "--config.train.epochs=9", PATH=f"{bin_folder}:{os.environ['PATH']}")
         words = [call.split() for call in (tmp_path / "calls").read_text().splitlines()]
         made = [w[3] for w in words if w[2:3] == ["queued-resources"] and w[3] != "describe"]

@@ -6,12 +6,21 @@ source "$(dirname "$0")/common.sh"
 bucket
 RESTARTS=${RESTARTS:-3}
 
+start() {
+    scripts/pod/install.sh && scripts/pod/train.sh "$@"
+}
+
 ask() {
     scripts/pod/create.sh && start "$@"
 }
 
-start() {
-    scripts/pod/install.sh && scripts/pod/train.sh "$@"
+again() {
+    scripts/pod/delete.sh && ask "$@"
+}
+
+# try FUNCTION [flags ...]: what fails is seen at the next look.
+try() {
+    "$@" || echo "That failed; once more in a minute." >&2
 }
 
 # What worker 0 says: running, ended, or, where it cannot be reached, something else.
@@ -22,8 +31,7 @@ answer() {
 
 if [ "$DRY_RUN" = 1 ]; then
     echo "# until there is $BUCKET/runs/$RUN/summary.json, whenever the pod was taken away:"
-    scripts/pod/delete.sh
-    ask "$@"
+    again "$@"
     exit
 fi
 left=$RESTARTS
@@ -39,17 +47,17 @@ until gcloud storage ls "$BUCKET/runs/$RUN/summary.json" > /dev/null 2>&1; do
                         exit 1
                     fi
                     left=$((left - 1))
-                    start "$@" || echo "That failed; once more in a minute." >&2
+                    try start "$@"
                     ;;
             esac
             ;;
         SUSPENDING | SUSPENDED | FAILED)
             left=$RESTARTS
-            { scripts/pod/delete.sh && ask "$@"; } || echo "That failed; once more in a minute." >&2
+            try again "$@"
             ;;
         *NOT_FOUND*)
             left=$RESTARTS
-            ask "$@" || echo "That failed; once more in a minute." >&2
+            try ask "$@"
             ;;
         *) echo "The pod: $state" >&2 ;;
     esac
