@@ -156,6 +156,7 @@ def test_a_question_without_an_answer_touches_no_pod(cloud):
     status, asked, said = cloud(looks=["!none"] * 3 + ["there"], states=states, answers=["!no ssh", "running"])
     assert (status, asked) == (0, [])
     assert "the network is down" in said
+    assert "Worker 0 does not answer" in said
 
 
 @pytest.mark.parametrize(
@@ -217,6 +218,15 @@ def test_a_setting_that_is_missing_or_wrong_is_named():
     assert "set ARCHIVES" in dry_run("prepare", status=2, ARCHIVES="")
     assert "set TOPOLOGY" in dry_run("report", status=2, TOPOLOGY="")
     assert "TYPE must start with" in dry_run("create", status=2, TYPE="v3-8")
+    assert "SLICES must be a number from 1 on, not '0'" in dry_run("train", status=2, SLICES="0")
+
+
+@pytest.mark.parametrize("step", ["create", "delete", "install", "prepare", "stop", "watch"])
+def test_a_mistyped_flag_does_nothing(step):
+    done = run_step(step, "--dryrun", PATH="/usr/bin:/bin")  # where there is no gcloud
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"{step}.sh: there is no flag '--dryrun', only --dry-run and --help.\n"
 
 
 def test_the_guide_has_every_step_and_no_other():

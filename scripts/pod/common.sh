@@ -22,6 +22,7 @@ case "$TYPE" in
     v6e-*) RUNTIME=${RUNTIME:-v2-alpha-tpuv6e} ;;
     *) echo "TYPE must start with v4-, v5litepod-, v5p- or v6e-, not '$TYPE'." >&2 && exit 2 ;;
 esac
+[[ "$SLICES" =~ ^[1-9][0-9]*$ ]] || { echo "SLICES must be a number from 1 on, not '$SLICES'." >&2 && exit 2; }
 CODE=castling_jax       # the clone, in every worker's home
 TRAINING="^[^ ]*python main.py .*--workdir=${BUCKET:-}/runs/$RUN( |$)"  # by which pgrep finds the run
 MOUNT=/mnt/castling     # where every worker sees BUCKET: ArrayRecord files are read from a disk
@@ -41,6 +42,11 @@ for word in "$@"; do
         *) set -- "$@" "$word" ;;
     esac
 done
+
+# no_flags "$@": refuses what is left, in a step that hands on no flags; a mistyped --dry-run must not delete a pod.
+no_flags() {
+    [ $# = 0 ] || { echo "$(basename "$0"): there is no flag '$1', only --dry-run and --help." >&2 && exit 2; }
+}
 
 # run COMMAND...: prints it as it can be typed, and runs it.
 run() {

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Asks for the pod, or for SLICES of them, and waits until it is there: create.sh [--dry-run]
 source "$(dirname "$0")/common.sh"
+no_flags "$@"
 
 named=(--node-id="$NAME")
 [ "$SLICES" = 1 ] || named=(--node-count="$SLICES" --node-prefix="$NAME")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Gives the pod back: it costs until then. What is in BUCKET stays: delete.sh [--dry-run]
 source "$(dirname "$0")/common.sh"
+no_flags "$@"
 
 run gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force --quiet

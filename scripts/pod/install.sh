@@ -2,6 +2,7 @@
 # Installs castling_jax on all workers, and mounts BUCKET there to read data from: install.sh [--dry-run]
 # REPOSITORY is where they clone it from (this clone's origin), REVISION the commit they check out (this clone's).
 source "$(dirname "$0")/common.sh"
+no_flags "$@"
 bucket
 REPOSITORY=${REPOSITORY:-$(git remote get-url origin 2> /dev/null || true)}
 REVISION=${REVISION:-$(git rev-parse HEAD 2> /dev/null || echo origin/HEAD)}

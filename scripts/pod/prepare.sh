@@ -2,6 +2,7 @@
 # Prepares ImageNet on this machine, and copies it to BUCKET: ARCHIVES=FOLDER prepare.sh [--dry-run]
 # ARCHIVES has ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar; 300 GB must be free in DATA (~/tensorflow_datasets).
 source "$(dirname "$0")/common.sh"
+no_flags "$@"
 bucket
 need ARCHIVES "the folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"
 DATA=${DATA:-$HOME/tensorflow_datasets}

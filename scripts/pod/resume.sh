@@ -49,6 +49,7 @@ until gcloud storage ls "$BUCKET/runs/$RUN/summary.json" > /dev/null 2>&1; do
                     left=$((left - 1))
                     try start "$@"
                     ;;
+                *) echo "Worker 0 does not answer: watch.sh shows why." >&2 ;;
             esac
             ;;
         SUSPENDING | SUSPENDED | FAILED)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Shows the pod's state and what process 0 prints; TensorBoard reads BUCKET: watch.sh [--dry-run]
 source "$(dirname "$0")/common.sh"
+no_flags "$@"
 bucket
 
 echo "# in another terminal: tensorboard --logdir=$BUCKET/runs/$RUN"
