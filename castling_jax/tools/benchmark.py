@@ -44,6 +44,7 @@ import castling_jax
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import apply, get_variables
 from castling_jax.ops.errors import InputError
+from castling_jax.tools.folders import make_folder
 from castling_jax.tools.memory import keep_freed_memory
 from castling_jax.tools.peers import INFERENCE, SOFTMAX, Layer, equimo_layers, our_layers, torch_layers
 from castling_jax.tools.reading import describe_reading, measure_reading
@@ -374,11 +375,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures what the command line asks for, and writes the files.
 
     Raises:
-      InputError: heads that do not divide the channels, an unknown model, a size it does not take, or a C library that
-        cannot keep memory.
+      InputError: heads that do not divide the channels, an unknown model, a size it does not take, a C library that
+        cannot keep memory, or a folder that cannot be made.
     """
     if arguments.keep_memory and not keep_freed_memory():
         raise InputError("--keep-memory needs glibc, the C library of most Linux systems, which this is not.")
+    make_folder(arguments.out)
     results: dict[str, Any] = {
         "machine": describe_machine(),  # before the load is our own
         "versions": find_versions(),
@@ -389,7 +391,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         results |= {"layers": [], "slopes": {}, "models": [], "reading": rows, "notes": notes}
     else:
         results |= measure_attention(arguments)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / JSON_FILE).write_text(json.dumps(results, indent=2))
     if results["layers"]:
         draw(results, arguments.out / PICTURE_FILE)

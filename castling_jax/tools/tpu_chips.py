@@ -5,6 +5,9 @@ shows as one device: docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, as the
 are the published bandwidth of all ports in both directions, divided by the ports and the directions: 400 GB/s and 4
 ports on v5e, 1,200 and 6 on v5p, 800 and 4 on v6e; of v4, 50 GB/s a link and 6 links, from table 4 of Jouppi et al.,
 arXiv 2304.01433. The memory is what the compiler (libtpu 0.0.42) has for a program, as it says where one is too large.
+The clocks are those at which the matrix units reach Google's peak: 8 units of 128 x 128 on v4 and v5p, 4 on v5e, 4 of
+256 x 256 on v6e. Google says 2 of v6e, and a large product is estimated at 70 % of its peak there, at 88 to 93 % on the
+others: a v6e's milliseconds are the least certain.
 
 A side of a v5e or v6e is closed to a ring where all 16 chips of the pod's side are in it; the sides of a v4 or v5p
 where all three are made of whole cubes of 4 x 4 x 4 chips.

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from castling_jax.tools.tpu_chips import chip_of
-from castling_jax.tools.tpu_pod import HONEST, Figures, is_more
+from castling_jax.tools.tpu_pod import HONEST, Figures, at_least, is_more
 
 LINKS = "links"
 FOOTNOTE_WIDTH = 240  # characters
@@ -42,6 +42,9 @@ def draw_pod(found: Figures, file: Path) -> None:
     memory.set(title=f"HBM of a chip, of {chip.hbm_gigabytes:.1f} GB (dashed)", ylabel="GB")
 
     _stack(times, {name: {**f["parts_ms"], LINKS: f["links_total_ms"]} for name, f in programs.items()})
+    for place, figures in enumerate(programs.values()):
+        step = f"{at_least(figures)}{figures['step_ms']:.1f} ms"
+        times.annotate(step, (place, figures["step_ms"]), ha="center", va="bottom")
     times.set(title="A step, by the model's parts", ylabel="ms")
 
     _stack(links, {name: {k: size / 1e6 for k, size in f["collectives"].items()} for name, f in programs.items()})
@@ -98,16 +101,21 @@ def draw_sweep(found: Figures, file: Path) -> None:
 
     for (form, row), style in zip(found["tokens"].items(), ("-", "--"), strict=True):
         for (attention, series), color in zip(row.items(), ("tab:blue", "tab:red"), strict=False):
-            there = [(count, figures["step_ms"] / batch) for count, batch, figures in series if figures]
+            there = {count: figures["step_ms"] / batch for count, batch, figures in series if figures}
             label = f"{attention}, {'training' if form == 'train' else form}"
             too_large = [f"{count:,}" for count, _, figures in series if not figures]
             if too_large:
                 label += f" (does not fit at {', '.join(too_large)})"
-            more = [f"{count:,}" for count, _, figures in series if figures and is_more(figures)]
-            if more:
-                label += f" (more than this at {', '.join(more)})"
-            tokens.plot(*np.array(there).reshape(-1, 2).T, style, marker="o", color=color, label=label)
-    tokens.set(title="One chip", xlabel="tokens of an image", ylabel="ms an image", xscale="log", yscale="log")
+            more = [count for count, _, figures in series if figures and is_more(figures)]
+            tokens.plot(list(there), list(there.values()), style, marker="o", color=color, label=label)
+            tokens.plot(more, [there[count] for count in more], "o", color=color, markerfacecolor="white")
+    tokens.set(
+        title="One chip; hollow: more than this,\nthe compiler has no estimate for some operation",
+        xlabel="tokens of an image",
+        ylabel="ms an image",
+        xscale="log",
+        yscale="log",
+    )
     tokens.grid(True, which="both", alpha=0.3)
     tokens.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     _add_footnote(figure, found)

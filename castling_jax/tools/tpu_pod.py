@@ -14,6 +14,7 @@ from typing import Any
 
 from castling_jax.models.attention import FORMS
 from castling_jax.ops.errors import InputError
+from castling_jax.tools.folders import make_folder
 from castling_jax.tools.tpu_chips import chip_of
 from castling_jax.tools.tpu_compile import DoesNotFitError
 from castling_jax.tools.tpu_estimate import NO_ESTIMATE
@@ -24,7 +25,7 @@ from castling_jax.training.throughput import FLOPS_PER_MAC
 Figures = dict[str, Any]
 HONEST = "the TPU compiler's estimates; nothing here was measured on a TPU"
 NOT_COUNTED = (
-    "collectives that run beside the compute: their time on the links is added to the step whole",
+    "what collectives and the compute do at the same time: the links' time is added to the step whole",
     "latencies of collectives, about a microsecond a link, and what else is on the links",
     "what prefetches and the compute take from each other of HBM's bandwidth",
     "the host: reading and augmenting images, sending them to the chips, evaluation, checkpoints",
@@ -42,13 +43,9 @@ class Compiler:
     Args:
       folder: where they are kept, a file for each program and the versions of JAX, libtpu and this code.
 
-    Raises:
-      InputError: it is a file.
     """
 
     def __init__(self, folder: Path):
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"'{folder}' is a file: choose another folder for --out.")
         self.folder = folder / "programs"
         code = b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py")))
         installed = {package.name: package.version for package in importlib.metadata.distributions()}
@@ -59,7 +56,7 @@ class Compiler:
         """What `report` returns, without all operations but the dearest; or {"does_not_fit": a sentence}.
 
         Raises:
-          InputError: what `report` raises.
+          InputError: the folder cannot be made; and what `report` raises.
         """
         request = {
             "what": what,
@@ -77,13 +74,13 @@ class Compiler:
         file = self.folder / f"{'-'.join(words)[:120]}-{digest}.json"
         if file.is_file():
             return json.loads(file.read_text())["figures"]
+        make_folder(self.folder)  # before minutes are spent
         print(f"compiling {' '.join(words)} ...", file=sys.stderr, flush=True)
         try:
             figures = report(what, options, topology=topology, devices=devices)
             figures |= {word: figures[word][:TOP] for word in ("top", "sources", "kernels")}
         except DoesNotFitError as error:
             figures = {"does_not_fit": str(error)}
-        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(".part")
         temporary.write_text(json.dumps({"request": request, "figures": figures}, default=str))
         temporary.replace(file)
@@ -169,8 +166,7 @@ def describe_pod(found: Figures, top: int) -> str:
             lines += [
                 f"    {ms:9.3f} ms  in {count:3}  {label[-100:]}" for ms, count, label in figures["sources"][:top]
             ]
-    lines += ["", "Not in these figures:", *(f"  - {what}" for what in found["not_counted"])]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_not_counted(found)])
 
 
 def caveats(programs: Iterable[Figures]) -> Figures:
@@ -212,6 +208,7 @@ def _rows(programs: dict[str, Figures], hbm_gigabytes: float) -> list[Row]:
         for kind in union("collectives")
     ]
     return [
+        row("fits a chip", lambda figures: "yes"),
         row(f"HBM, of {1e3 * hbm_gigabytes:,.0f} MB", lambda figures: f"{figures['total_MB']:,.1f} MB"),
         *held,
         row("  activations", lambda figures: f"{figures['activations_MB']:,.1f} MB"),
@@ -220,10 +217,10 @@ def _rows(programs: dict[str, Figures], hbm_gigabytes: float) -> list[Row]:
             "  results, program",
             lambda figures: f"{figures['total_MB'] - sum(figures['held_MB'].values()) - figures['temp_MB']:,.1f} MB",
         ),
-        row("estimate", lambda figures: f"{figures['est_ms']:,.2f} ms"),
+        row("estimate", lambda figures: f"{at_least(figures)}{figures['est_ms']:,.2f} ms"),
         row("links, added whole", lambda figures: f"{figures['links_total_ms']:,.2f} ms"),
         *sent,
-        row("step", lambda figures: f"{figures['step_ms']:,.2f} ms"),
+        row("step", lambda figures: f"{at_least(figures)}{figures['step_ms']:,.2f} ms"),
         row("images/s a chip", lambda figures: f"{figures['images_per_second_per_chip']:,.0f}"),
         row("MFU", lambda figures: f"{figures['mfu']:.1%}"),
         row("roofline: compute", lambda figures: f"{figures['roofline']['compute_ms']:,.2f} ms"),
@@ -318,13 +315,22 @@ def describe_sweep(found: Figures) -> str:
         lines += ["", f"{'TRAINING STEP' if form == 'train' else 'INFERENCE'} on one chip, ms an image"]
         lines.append(f"  {'tokens':>8}  {'images':>6}  " + "  ".join(f"{attention:>14}" for attention in row))
         for series in zip(*row.values(), strict=True):
-            cells = [
-                f"{'> ' * is_more(f)}{f['step_ms'] / batch:.3f}" if f else "does not fit" for _, batch, f in series
-            ]
+            cells = [f"{at_least(f)}{f['step_ms'] / batch:.3f}" if f else "does not fit" for _, batch, f in series]
             lines.append(f"  {series[0][0]:8,}  {series[0][1]:6}  " + "  ".join(f"{cell:>14}" for cell in cells))
-    lines += ["", "Not in these figures:", *(f"  - {what}" for what in found["not_counted"])]
-    lines.append("  - of what stands behind > (more than), operations that the compiler gives no estimate for")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_not_counted(found)])
+
+
+def _not_counted(found: Figures) -> list[str]:
+    return [
+        "Not in these figures:",
+        *(f"  - {what}" for what in found["not_counted"]),
+        "  - of what stands behind > (more than), operations that the compiler gives no estimate for",
+    ]
+
+
+def at_least(figures: Figures) -> str:
+    """What stands before a program's time: nothing, or > where it takes more than is counted."""
+    return "> " if is_more(figures) else ""
 
 
 def is_more(figures: Figures) -> bool:

@@ -45,6 +45,7 @@ from typing import Any
 from castling_jax.models.attention import ATTENTIONS, FORMS
 from castling_jax.ops.checks import IMPLEMENTATIONS
 from castling_jax.ops.errors import InputError, check_known
+from castling_jax.tools.folders import make_folder
 from castling_jax.tools.tpu_chips import CHIPS
 from castling_jax.tools.tpu_figures import report
 from castling_jax.tools.tpu_plots import draw_pod, draw_sweep
@@ -125,9 +126,11 @@ def main() -> None:
     words = ("what", "topology", "devices", "top", "json", "strict", "config", "sweep", "out")
     shared = {word: options.pop(word) for word in words}
     try:
+        if shared["sweep"] and shared["config"] is None:
+            raise InputError("--sweep goes with --config=configs/NAME.py.")
         if shared["config"] is not None:
             incomplete = report_config(options, shared)
-        elif shared["what"] is None or shared["sweep"]:
+        elif shared["what"] is None:
             raise InputError("give --config=configs/NAME.py, or what to compile: FILE.py:NAME, layer or model.")
         else:
             devices = shared["devices"] if shared["devices"] is not None else 0 if "mesh" in options else 1
@@ -167,7 +170,7 @@ def report_config(options: dict[str, Any], shared: dict[str, Any]) -> list[str]:
         )
         text, draw = describe_pod(found, shared["top"]), draw_pod
     stem = f"{'sweep' if shared['sweep'] else 'report'}-{topology.replace(':', '-')}"
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     (out / f"{stem}.json").write_text(json.dumps(found))
     (out / f"{stem}.txt").write_text(f"{text}\n")
     draw(found, out / f"{stem}.png")

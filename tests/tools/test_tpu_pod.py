@@ -71,6 +71,11 @@ def test_report_has_both_attentions_and_says_what_it_is(compiled, tmp_path):
         assert said in text
     assert text.count("%fusion") == 0  # by where they come from in the program, not by the compiler's names
     assert "in   1  jit(f)/while/body/tanh" in text
+    assert "fits a chip" in text
+    assert ">  " not in text
+    found["programs"]["inference"]["castling"]["incomplete"] = ["fusion %fusion.9 (jit(f)/div): no estimate"]
+    estimates = [row.split() for row in describe_pod(found, top=1).splitlines() if "estimate  " in row]
+    assert estimates[0] == ["estimate", ">", "10.00", "ms", "10.00", "ms"]
 
 
 def test_what_is_compiled_is_kept(compiled, tmp_path):
@@ -119,7 +124,7 @@ def test_command_line_keeps_text_figures_and_a_picture(compiled, tmp_path, monke
     ("arguments", "said"),
     [
         ([], "give --config=configs/NAME.py, or what to compile"),
-        (["layer", "--sweep"], "give --config=configs/NAME.py, or what to compile"),
+        (["layer", "--sweep"], "--sweep goes with --config=configs/NAME.py."),
         (["layer", f"--config={CONFIG}"], "--config is reported on by itself: leave out 'layer'."),
         ([f"--config={CONFIG}", "--tokens=5"], "unknown option of --config 'tokens'"),
         ([f"--config={CONFIG}", "--sweep"], "--sweep needs --batch"),
@@ -129,7 +134,10 @@ def test_command_line_keeps_text_figures_and_a_picture(compiled, tmp_path, monke
         ([f"--config={CONFIG}", "--topology=v4"], "a topology of v4 has 3 sides"),
         ([f"--config={CONFIG}", "--sweep", "--batch=8"], "--sweep goes up to one of v5e:2x4, v5e:4x4"),
         (["--config=configs/imagenet.py"], "'configs/imagenet.py' is no configuration: it has no function get_config."),
-        ([f"--config={CONFIG}", "--out=README.md"], "'README.md' is a file: choose another folder for --out."),
+        (
+            [f"--config={CONFIG}", "--out=README.md"],
+            "'README.md/programs' cannot be made (Not a directory): choose another folder for --out.",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(compiled, monkeypatch, tmp_path, arguments, said):
