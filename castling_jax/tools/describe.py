@@ -236,8 +236,11 @@ def main() -> None:
         help='another argument of create_model, such as token_conv=2d or "embed_dim=(128, 256, 384)"; may be repeated',
     )
     options = vars(parser.parse_args())
+    given = [word for word, value in options.items() if value != parser.get_default(word)]
     settings = options.pop("set")
     try:
+        if options["name"] is None and given:
+            raise InputError(f"--{given[0]} is of one model: give its name, one of {', '.join(MODELS)}.")
         if options["name"] is None:
             for line in describe_all():
                 print(line, flush=True)

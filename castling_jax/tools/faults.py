@@ -241,6 +241,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments and ways (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="also write the table there")
     options = parser.parse_args()
+    for word in ("kills", "processes"):
+        if (value := getattr(options, word)) < 1:
+            sys.exit(f"--{word} must be at least 1, not {value}.")
     if not LAUNCHER.exists():
         sys.exit(f"there is no '{LAUNCHER}': run this in a clone of the repository.")
     with tempfile.TemporaryDirectory(prefix="castling_jax_faults_") as folder:
