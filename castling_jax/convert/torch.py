@@ -103,24 +103,27 @@ def from_torch(model: Backbone, state_dict: Mapping[str, np.ndarray], *, reset_h
         preference for any class.
 
     Returns:
-      {"params": ...}, and "batch_stats" with batch norm, of float arrays in the model's dtypes.
+      {"params": ...}, and "batch_stats" with batch norm, of float arrays in the model's dtypes; copies.
 
     Raises:
-      InputError: the model is in inference form, or names are missing or unknown or shapes do not fit: it lists them.
+      InputError: the model is in inference form, the state dict is no mapping, or names are missing or unknown or
+        shapes do not fit: it lists them.
     """
     _check_form(model)
+    if not isinstance(state_dict, Mapping):
+        raise InputError(f"a state dict must be a dict of names to arrays, not {type(state_dict).__name__}.")
     remaining = {name: np.asarray(value) for name, value in state_dict.items() if name.split(".")[-1] not in _IGNORED}
     leaves: dict[str, jax.Array] = {}
     missing, misshapen, at_zero, unused = [], [], [], []
     for path, leaf in flatten(get_variables(model)).items():
         name, shape = _torch_name(path), _torch_shape(path, leaf.shape)
         value = remaining.pop(name, None)
-        if value is not None and value.shape != shape:
-            value = _fit(model, path, value, leaf.shape)
-        if value is not None and value.shape == shape:
+        fitted = value if value is None or value.shape == shape else _fit(model, path, value, leaf.shape)
+        if fitted is not None and fitted.shape == shape:
             order = _row_order(model, path)
-            value = value if order is None else value[order]
-            leaves[path] = jnp.asarray(_from_torch_layout(path, value, leaf.ndim), leaf.dtype)
+            fitted = fitted if order is None else fitted[order]
+            # A copy: on a CPU asarray may share memory with a torch model that goes on being trained.
+            leaves[path] = jnp.array(_from_torch_layout(path, fitted, leaf.ndim), leaf.dtype)
         elif value is None and path.endswith("/token_kernel"):
             leaves[path] = jnp.zeros(leaf.shape, leaf.dtype)
             at_zero.append(path)
@@ -164,7 +167,7 @@ def _misfit(model: Backbone, missing: list[str], unknown: list[str], misshapen: 
 
 
 def to_torch(model: Backbone, variables: Variables) -> dict[str, np.ndarray]:
-    """The inverse of `from_torch`: timm 1.0's names to float32 numpy arrays.
+    """The inverse of `from_torch`: timm 1.0's names to float32 numpy arrays, which are copies.
 
     Raises:
       InputError: the model is in inference form, or the variables are not this model's.
@@ -175,8 +178,8 @@ def to_torch(model: Backbone, variables: Variables) -> dict[str, np.ndarray]:
     for path, leaf in flatten(variables).items():
         value, order = _to_torch_layout(path, np.asarray(leaf, np.float32)), _row_order(model, path)
         value = value if order is None else value[np.argsort(order)]
-        # safetensors would write a transposed view's memory as it lies.
-        state_dict[_torch_name(path)] = np.ascontiguousarray(value)
+        # Contiguous, since safetensors would write a transposed view's memory as it lies.
+        state_dict[_torch_name(path)] = np.array(value, order="C")
     return state_dict
 
 
@@ -239,7 +242,8 @@ def _fit(model: Any, path: str, value: np.ndarray, shape: tuple[int, ...]) -> np
             return np.asarray(resized)
     if path.endswith(("/rel_pos_h", "/rel_pos_w")) and value.ndim == 2 and value.shape[0] % 2 == 1:
         return np.asarray(resize_relative_positions(jnp.asarray(value), shape[0]))
-    if path.endswith("/attention_biases") and value.ndim == 2 and math.isqrt(value.shape[1]) ** 2 == value.shape[1]:
+    if path.endswith("/attention_biases") and value.ndim == 2:
         side, new_side = math.isqrt(value.shape[1]), math.isqrt(shape[1])
-        return fit_bias_table(value, (side, side), (new_side, new_side))
+        if side and side * side == value.shape[1]:
+            return fit_bias_table(value, (side, side), (new_side, new_side))
     return value

@@ -367,6 +367,20 @@ def test_a_torch_file_without_weights(refuses, tmp_path, content):
         read_state_dict(path)
 
 
+def test_what_is_converted_is_a_copy():
+    model = small.small_model()
+    state_dict = to_torch(model, small.random_variables(model))
+    variables = from_torch(model, state_dict)
+    before = jax.tree.map(np.array, variables)
+    for array in state_dict.values():
+        array += 1  # in place, as PyTorch's optimisers do
+    chex.assert_trees_all_equal(variables, before)
+    written = to_torch(model, before)
+    for array in written.values():
+        array += 1
+    chex.assert_trees_all_equal(before, jax.tree.map(np.array, variables))
+
+
 # Refusals
 
 
@@ -401,6 +415,19 @@ def test_an_array_of_another_shape(refuses, model, state_dict, name, shape):
     # Of a position embedding the message may say what it is rather than its name.
     with refuses("pos" if name == "pos_embed" else repr(name)):
         from_torch(model, state_dict | {name: np.zeros(shape, np.float32)})
+
+
+def test_a_table_that_cannot_be_fitted_is_told_of_as_it_was_given(refuses, golden):
+    file = golden("mvitv2_small_cfg")
+    model = test_mvitv2.golden_model(file)
+    name = next(name for name in file.group("weights") if name.endswith("rel_pos_h"))
+    with refuses(f"{name!r} is (15, 3), not"):
+        from_torch(model, file.group("weights") | {name: np.zeros((15, 3), np.float32)})
+
+
+def test_a_state_dict_that_is_none(refuses, model):
+    with refuses("a state dict must be a dict of names to arrays, not list"):
+        from_torch(model, [])
 
 
 def test_a_softmax_model_has_no_place_for_taps(refuses, state_dict):
