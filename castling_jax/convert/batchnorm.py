@@ -26,10 +26,14 @@ def fold_batch_norms(params: dict[str, Any], batch_stats: dict[str, Any], path: 
       A new tree; the leaves that were not folded are the same objects.
 
     Raises:
-      InputError: a batch norm lacks its scale, bias, mean, var or the layer it belongs to, or a convolution follows it.
+      InputError: a batch norm lacks its scale, bias, mean, var or the layer it belongs to, has others or of another
+        shape, or a convolution follows it.
     """
-    for name in batch_stats.keys() - params.keys():
-        raise InputError(f"batch_stats has '{path}{name}', which params lacks.")
+    for name, statistics in batch_stats.items():
+        if name not in params:
+            raise InputError(f"batch_stats has '{path}{name}', which params lacks.")
+        if not isinstance(params[name], dict) or not isinstance(statistics, dict):
+            raise InputError(f"'{path}{name}' must be a dict of arrays both in params and in batch_stats.")
     if "bn" not in params:
         return {
             name: fold_batch_norms(child, batch_stats.get(name, {}), f"{path}{name}/")
@@ -37,9 +41,12 @@ def fold_batch_norms(params: dict[str, Any], batch_stats: dict[str, Any], path: 
             else child
             for name, child in params.items()
         }
-    norm = _complete(params["bn"], ("scale", "bias"), f"params/{path}bn")
-    statistics = _complete(batch_stats.get("bn", {}), ("mean", "var"), f"batch_stats/{path}bn")
-    layer = _complete(params.get("linear", {}), ("kernel",), f"params/{path}linear")
+    layer = params.get("linear", {})
+    if "kernel" not in layer:
+        raise InputError(f"the batch norm cannot be folded: 'params/{path}linear/kernel' is missing.")
+    channels = layer["kernel"].shape[-2 if "bias" in layer else -1 :][:1]
+    norm = _complete(params["bn"], ("scale", "bias"), channels, f"params/{path}bn")
+    statistics = _complete(batch_stats.get("bn", {}), ("mean", "var"), channels, f"batch_stats/{path}bn")
     if "bias" in layer and len(layer["kernel"].shape) != 2:
         raise InputError(
             f"the batch norm 'params/{path}bn' cannot be folded into the convolution after it, of kernel "
@@ -50,10 +57,14 @@ def fold_batch_norms(params: dict[str, Any], batch_stats: dict[str, Any], path: 
     return rest | {"linear": folded(layer, norm["scale"], norm["bias"], statistics["mean"], statistics["var"])}
 
 
-def _complete(node: dict[str, Any], names: tuple[str, ...], path: str) -> dict[str, Any]:
+def _complete(node: dict[str, Any], names: tuple[str, ...], shape: tuple[int, ...], path: str) -> dict[str, Any]:
     for name in names:
         if name not in node:
             raise InputError(f"the batch norm cannot be folded: '{path}/{name}' is missing.")
+        if node[name].shape != shape:
+            raise InputError(f"the batch norm cannot be folded: '{path}/{name}' is {node[name].shape}, not {shape}.")
+    for name in node.keys() - names:
+        raise InputError(f"the batch norm cannot be folded: '{path}/{name}' is not known there.")
     return node
 
 
@@ -76,7 +87,10 @@ def _fold_before(layer, scale, bias, mean, var):
             lambda kernel, scale, var: kernel * (scale * (var + EPSILON) ** -0.5)[:, None], layer["kernel"], scale, var
         ),
         "bias": _in_its_dtype(
-            lambda own, kernel, scale, bias, mean, var: own + (bias - mean * scale * (var + EPSILON) ** -0.5) @ kernel,
+            # Multiplied and summed rather than @: of float32 a TPU's product would be rounded to bfloat16.
+            lambda own, kernel, scale, bias, mean, var: (
+                own + ((bias - mean * scale * (var + EPSILON) ** -0.5)[:, None] * kernel).sum(0)
+            ),
             layer["bias"],
             layer["kernel"],
             scale,

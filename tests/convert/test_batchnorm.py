@@ -142,6 +142,28 @@ def test_statistics_without_parameters_are_refused(refuses, path):
         fold_batch_norms(variables["params"], variables["batch_stats"])
 
 
+@pytest.mark.parametrize(
+    ("collection", "node", "leaf", "said"),
+    [
+        ("params", "stem", ("bn", "scale", np.ones(7)), "'params/stem/bn/scale' is (7,), not (4,)"),
+        ("batch_stats", "head", ("bn", "var", np.ones(1)), "'batch_stats/head/bn/var' is (1,), not (6,)"),
+        ("params", "stem", ("bn", "count", np.ones(4)), "'params/stem/bn/count' is not known there"),
+    ],
+)
+def test_a_batch_norm_of_other_arrays_is_refused(refuses, collection, node, leaf, said):
+    variables = trees.levit_like()
+    child, name, array = leaf
+    variables[collection][node][child][name] = array
+    with refuses(said):
+        fold_batch_norms(variables["params"], variables["batch_stats"])
+
+
+@pytest.mark.parametrize(("params", "batch_stats"), [({"a": {}}, {"a": np.ones(3)}), ({"a": np.ones(3)}, {"a": {}})])
+def test_statistics_where_there_is_no_node_are_refused(refuses, params, batch_stats):
+    with refuses("'a' must be a dict of arrays both in params and in batch_stats"):
+        fold_batch_norms(params, batch_stats)
+
+
 def test_it_works_under_jit():
     variables = trees.levit_like()
     compiled = jax.jit(fold_batch_norms)(variables["params"], variables["batch_stats"])

@@ -303,6 +303,22 @@ def test_any_mapping_is_switched():
     chex.assert_trees_all_equal(to_inference({"params": frozen}), to_inference(variables))
 
 
+def test_heads_that_cannot_be_averaged_are_refused(refuses):
+    for params in ({}, {"head": {"kernel": np.ones((3, 2))}}):
+        params["head_dist"] = {"kernel": np.ones((3, 2)), "bias": np.ones(2)}
+        with refuses("'params/head' and 'params/head_dist' must have the same arrays"):
+            to_inference({"params": params})
+
+
+def test_in_bfloat16_a_levits_forms_differ_by_its_rounding():
+    # Some twenty products, one after another, are rounded to 8 bits in either form: 2^-8 each, of logits of order one.
+    model = small.small_levit(dtype=jnp.bfloat16)
+    found = castling_jax.check_switch(
+        model, small.random_variables(model), jax.random.normal(jax.random.key(0), (2, 32, 32, 3)), 1.0
+    )
+    assert 1e-4 < found["max_difference_at_one"] < 20 / 256
+
+
 @pytest.mark.parametrize("params", [None, [1], {"head": {"kernel": 1.0}}])
 def test_what_is_no_tree_of_arrays_is_refused(refuses, params):
     with refuses("'params", "must be nested dicts of arrays"):
