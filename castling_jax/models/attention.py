@@ -23,7 +23,7 @@ TOKEN_KERNEL_SIZES = {"1d": 9, "2d": 3}  # the authors' block has 9 taps over to
 def kernel_shape(token_conv: str, size: int | None) -> tuple[int, ...]:
     """The token kernel's shape without its heads; a size of None is the usual one."""
     size = TOKEN_KERNEL_SIZES[token_conv] if size is None else size
-    if size % 2 == 0 or size < 1:
+    if size % 2 == 0:
         raise InputError(f"token_kernel_size must be odd, so that a tap stands on the token itself, not {size}.")
     return (size,) if token_conv == "1d" else (size, size)
 

@@ -17,6 +17,7 @@ from castling_jax.models.layers import (
     drop_path,
     layer_norm,
     linear,
+    mlp_width,
     normal_parameter,
     of_layer,
     run_block,
@@ -42,7 +43,7 @@ class Block(nnx.Module):
         self.norm1 = layer_norm(dim, **common)
         self.attn = Attention(dim, **attention, **layer)
         self.norm2 = layer_norm(dim, **common)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **layer)
+        self.mlp = Mlp(dim, mlp_width(dim, mlp_ratio), **layer)
 
     def __call__(self, x, *, grid, prefix_tokens, mask_threshold, drawn):
         attended, density = self.attn(
@@ -87,8 +88,6 @@ class DeiT(Backbone):
         rngs: nnx.Rngs,
     ):
         common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        if depth < 1:
-            raise InputError(f"depth must be at least 1, not {depth}.")
         layer = common | {"init_std": init_std}
         self.patch_size = patch_size
         self.remat = remat
@@ -187,8 +186,6 @@ def patch_grid(size: tuple[int, ...], patch_size: int) -> tuple[int, int]:
     Raises:
       InputError: either is not a multiple of the patch.
     """
-    if patch_size < 1:
-        raise InputError(f"a patch must be of at least 1 pixel, not {patch_size}.")
     height, width = size
     if height < patch_size or width < patch_size or height % patch_size or width % patch_size:
         raise InputError(f"an image of {height} x {width} pixels is not a multiple of the patch, {patch_size} pixels.")

@@ -10,6 +10,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from castling_jax.ops.errors import InputError
+
 # DeiT and MViTv2 start their matrices, tokens and position embeddings from timm's trunc_normal_(std=0.02). It cuts at
 # -2 and 2, a hundred deviations away, so it is a normal; JAX's truncated_normal cuts at two deviations.
 DEIT_STD = 0.02
@@ -301,6 +303,18 @@ class PatchEmbed(nnx.Module):
     def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch tokens embed_dim"]:
         patches = self.proj(images)
         return patches.reshape(patches.shape[0], -1, patches.shape[-1])
+
+
+def mlp_width(dim: int, mlp_ratio: float) -> int:
+    """Channels between an MLP's two layers.
+
+    Raises:
+      InputError: there would be none.
+    """
+    width = int(dim * mlp_ratio)
+    if width < 1:
+        raise InputError(f"an mlp_ratio of {mlp_ratio} leaves none of {dim} channels: give at least 1 / {dim}.")
+    return width
 
 
 class Mlp(nnx.Module):

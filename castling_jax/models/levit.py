@@ -14,7 +14,16 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from castling_jax.models.attention import attend, new_token_kernel
 from castling_jax.models.backbone import Backbone
-from castling_jax.models.layers import ConvNorm, LinearNorm, NormLinear, draw_drop_path, drop_path, of_layer, run_block
+from castling_jax.models.layers import (
+    ConvNorm,
+    LinearNorm,
+    NormLinear,
+    draw_drop_path,
+    drop_path,
+    mlp_width,
+    of_layer,
+    run_block,
+)
 from castling_jax.ops.errors import InputError
 from castling_jax.ops.tokens import select_tokens
 
@@ -212,7 +221,7 @@ class LevitBlock(nnx.Module):
             layer=layer,
             **attention,
         )
-        self.mlp = LevitMlp(dim, int(dim * mlp_ratio), **layer)
+        self.mlp = LevitMlp(dim, mlp_width(dim, mlp_ratio), **layer)
 
     def __call__(self, x, *, grid, mask_threshold, drawn):
         training = drawn is not None
@@ -327,8 +336,8 @@ class LeViT(Backbone):
         _check_stages(embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         if embed_dim[0] % 8:
             raise InputError(f"the first embed_dim must be a multiple of 8, for the stem, not {embed_dim[0]}.")
-        if not 1 <= key_dim <= min(embed_dim):
-            raise InputError(f"key_dim must be at least 1 and at most the widths {embed_dim}, not {key_dim}.")
+        if key_dim > min(embed_dim):
+            raise InputError(f"key_dim must be at most the widths {embed_dim}, not {key_dim}.")
         layer: dict[str, Any] = {"form": form, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.in_chans = in_chans
         self.stem = Stem(in_chans, embed_dim[0], **layer)
@@ -413,7 +422,7 @@ class LeViT(Backbone):
 
 def _check_stages(**sizes: tuple[int, ...]) -> None:
     for name, values in sizes.items():
-        if not isinstance(values, tuple) or not values or min(values) < 1:
+        if not isinstance(values, tuple) or not values or any(type(n) is not int or n < 1 for n in values):
             raise InputError(f"{name} must be a tuple of an integer of at least 1 for each stage, not {values}.")
     if len({len(values) for values in sizes.values()}) > 1:
         raise InputError(

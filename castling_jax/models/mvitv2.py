@@ -12,11 +12,13 @@ from jaxtyping import Array, ArrayLike, Float, Key
 from castling_jax.models.attention import attend, new_token_kernel
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.layers import (
+    TORCH_INIT,
     Mlp,
     draw_drop_path,
     drop_path,
     layer_norm,
     linear,
+    mlp_width,
     norm_heads,
     normal_parameter,
     of_layer,
@@ -29,8 +31,6 @@ from castling_jax.ops.tokens import select_tokens
 
 Pair = tuple[int, int]  # (height, width)
 PATCH_KERNEL, PATCH_STRIDE = 7, 4
-# Convolutions start as PyTorch starts them: uniform of variance 1 / (3 fan_in).
-CONV_INIT = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class PatchEmbed(nnx.Module):
@@ -43,7 +43,7 @@ class PatchEmbed(nnx.Module):
             (PATCH_KERNEL, PATCH_KERNEL),
             strides=PATCH_STRIDE,
             padding=PATCH_KERNEL // 2,
-            kernel_init=CONV_INIT,
+            kernel_init=TORCH_INIT,
             **common,
         )
 
@@ -56,7 +56,7 @@ class Pool(nnx.Module):
     """Pooling by a depthwise 3 x 3 convolution without bias, whose taps all heads share."""
 
     def __init__(self, head_dim: int, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(CONV_INIT(rngs.params(), (3, 3, 1, head_dim), param_dtype))
+        self.kernel = nnx.Param(TORCH_INIT(rngs.params(), (3, 3, 1, head_dim), param_dtype))
 
     @jax.named_scope("pool")
     def __call__(
@@ -257,7 +257,7 @@ class Block(nnx.Module):
         self.shortcut_proj_attn = linear(dim, dim_out, **common) if dim != dim_out else None
         self.attn = MultiScaleAttention(dim, dim_out, stride_q=stride_q, common=common, **attention)
         self.norm2 = layer_norm(dim_out, **common)
-        self.mlp = Mlp(dim_out, int(dim_out * mlp_ratio), **common)
+        self.mlp = Mlp(dim_out, mlp_width(dim_out, mlp_ratio), **common)
 
     def __call__(self, x, *, mask_threshold, drawn):
         normed = self.norm1(x)
@@ -295,7 +295,7 @@ class MViTv2(Backbone):
     relative positions are resized to it.
 
     Raises:
-      InputError: depths, strides, heads or the drop-path rate are not what they have to be, or an even kernel.
+      InputError: depths, strides or heads are not what they have to be, or an even kernel.
     """
 
     def __init__(
@@ -323,7 +323,7 @@ class MViTv2(Backbone):
         rngs: nnx.Rngs,
     ):
         common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        if not isinstance(depths, tuple) or not depths or min(depths) < 1:
+        if not isinstance(depths, tuple) or not depths or any(type(n) is not int or n < 1 for n in depths):
             raise InputError(f"depths must be a list of at least 1 block for each stage, not {depths!r}.")
         strides = ((1, 1), *((2, 2),) * (len(depths) - 1)) if stride_q is None else stride_q
         if not isinstance(strides, tuple) or len(strides) != len(depths) or not all(map(_is_pair, strides)):
@@ -332,10 +332,8 @@ class MViTv2(Backbone):
             )
         if not _is_pair(stride_kv_adaptive):
             raise InputError(f"stride_kv_adaptive must be a pair of positive numbers, not {stride_kv_adaptive!r}.")
-        if num_heads < 1 or embed_dim % num_heads:
+        if embed_dim % num_heads:
             raise InputError(f"{num_heads} heads do not divide the width {embed_dim}.")
-        if image_size < 1:
-            raise InputError(f"image_size must be at least 1 pixel, not {image_size}.")
         self.in_chans = in_chans
         self.remat = remat
         self.patch_embed = PatchEmbed(in_chans, embed_dim, **common)

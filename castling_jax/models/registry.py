@@ -1,12 +1,14 @@
 """Names -> models."""
 
 import inspect
+import math
 from collections.abc import Mapping
 from types import UnionType
 from typing import Any, cast, get_origin
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from castling_jax.models.attention import ATTENTIONS, FORMS
@@ -74,8 +76,11 @@ def _check_types(arguments: dict[str, Any], parameters: Mapping[str, inspect.Par
             raise InputError(f"{word} must be at least 1, not {value}.")
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+def _plain(value: Any) -> Any:
+    """Tuples in the place of lists, which JSON has: they can be hashed, as a spec must be. And Python's integers."""
+    if isinstance(value, list | tuple):
+        return tuple(_plain(item) for item in value)
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def create_model(
@@ -126,15 +131,16 @@ def create_model(
     check_implementation(overrides.get("implementation", "auto"))
     if not isinstance(rngs, nnx.Rngs | _SameKey | None):
         raise InputError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), not {type(rngs).__name__}.")
-    # JSON has lists where constructors have tuples; a tuple can be hashed, as the model's spec must be.
-    overrides = {word: _tuples(value) for word, value in overrides.items()}
+    if rngs is not None and not hasattr(rngs, "params"):
+        raise InputError("rngs must have a stream for params, as nnx.Rngs(0) and nnx.Rngs(params=0) do.")
+    overrides = {word: _plain(value) for word, value in overrides.items()}
     arguments: dict[str, Any] = defaults | overrides
     if image_size is not None:
         arguments["image_size"] = image_size
     _check_types(arguments | {"num_classes": num_classes}, parameters)
     if not 0 <= (rate := arguments.get("drop_path_rate", 0)) < 1:
         raise InputError(f"drop_path_rate must be in [0, 1), not {rate}.")
-    if (ratio := arguments.get("mlp_ratio", 1)) <= 0:
+    if not 0 < (ratio := arguments.get("mlp_ratio", 1)) < math.inf:
         raise InputError(f"mlp_ratio must be above 0, not {ratio}.")
     model = factory(
         attention=attention,

@@ -4,6 +4,7 @@ Variables are {"params": {...}, "batch_stats": {...}}: nested dicts with string 
 `batch_stats` is there only where the model has batch norm.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ def get_variables(model: Backbone) -> Variables:
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """A nested dict as one dict from paths such as "params/blocks/0/norm1/scale" to leaves, sorted by path."""
-    if not isinstance(tree, dict):
+    if not isinstance(tree, Mapping):
         return {prefix: tree}
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
@@ -60,8 +61,9 @@ def check_variables(model: Backbone, variables: Variables) -> None:
             f"the variables hold {unknown[0]!r}, which the model does not have ({len(unknown)} such arrays)."
         )
     for path, leaf in expected.items():
-        if given[path].shape != leaf.shape:
-            raise InputError(f"{path!r} must have the shape {leaf.shape}, not {given[path].shape}.")
+        shape = getattr(given[path], "shape", type(given[path]).__name__)
+        if shape != leaf.shape:
+            raise InputError(f"{path!r} must have the shape {leaf.shape}, not {shape}.")
 
 
 def bind(model: Backbone, variables: Variables) -> Backbone:
@@ -106,7 +108,7 @@ def apply(
       InputError: variables are missing or of another shape, images do not fit the model, or the threshold is missing,
         negative or NaN.
     """
-    _check_images(images)
+    _check_inputs(variables, images)
     logits, densities = bind(model, variables)(images, mask_threshold=mask_threshold)
     return (logits, densities) if return_densities else logits
 
@@ -123,7 +125,7 @@ def forward_train(
 
     The key is drop-path's. `batch_stats` are the running statistics of batch norm after this batch, {} without any.
     """
-    _check_images(images)
+    _check_inputs(variables, images)
     # The copy's variables were made here, so what batch norm writes into them neither leaves a trace of jit or grad
     # nor reaches the model.
     bound = bind(model, variables)
@@ -131,12 +133,12 @@ def forward_train(
     return logits, densities, get_variables(bound).get("batch_stats", {})
 
 
-def _check_images(images: jax.Array) -> None:
-    check_mesh()
+def _check_inputs(variables: Variables, images: jax.Array) -> None:
+    check_mesh(images, *flatten(variables).values())
     shape = getattr(images, "shape", None)
-    if shape is None or len(shape) != 4:
+    if shape is None or len(shape) != 4 or shape[0] < 1:
         what = type(images).__name__ if shape is None else f"of shape {shape}"
-        raise InputError(f"images must be [batch, height, width, channels], not {what}.")
+        raise InputError(f"images must be [batch, height, width, channels], at least one, not {what}.")
 
 
 def count_parameters(variables: Variables) -> int:

@@ -4,6 +4,7 @@ import json
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -199,15 +200,26 @@ def test_an_unknown_implementation(refuses):
         ("deit_micro", {"num_classes": "10"}, "num_classes must be int, not '10'"),
         ("deit_micro", {"in_chans": 0}, "in_chans must be at least 1, not 0"),
         ("deit_micro", {"mlp_ratio": -1}, "mlp_ratio must be above 0, not -1"),
+        ("deit_micro", {"mlp_ratio": float("inf")}, "mlp_ratio must be above 0, not inf"),
+        ("deit_micro", {"mlp_ratio": float("nan")}, "mlp_ratio must be above 0, not nan"),
+        ("levit_128s", {"mlp_ratio": 0.001}, "an mlp_ratio of 0.001 leaves none of 128 channels"),
         ("deit_micro", {"drop_path_rate": None}, "drop_path_rate must be float or int, not None"),
         ("deit_micro", {"distilled": "no"}, "distilled must be bool, not 'no'"),
         ("deit_micro", {"token_kernel_size": 3.0}, "token_kernel_size must be None or int, not 3.0"),
         ("levit_128s", {"embed_dim": (128.0, 256.0, 384.0)}, "embed_dim must be integers, not (128.0, 256.0, 384.0)"),
+        ("levit_128s", {"depth": ((1,), 2, 3)}, "depth must be a tuple of an integer of at least 1 for each stage"),
+        ("mvitv2_tiny", {"depths": ((1,), 2, 5, 2)}, "depths must be a list of at least 1 block for each stage"),
+        ("deit_micro", {"rngs": nnx.Rngs(dropout=3)}, "rngs must have a stream for params, as nnx.Rngs(0)"),
     ],
 )
 def test_an_argument_of_another_type_or_too_small(refuses, name, arguments, said):
     with refuses(said):
         castling_jax.create_model(name, **arguments)
+
+
+def test_numpys_integers_are_integers():
+    model = castling_jax.create_model("levit_128s", image_size=32, embed_dim=tuple(np.array([16, 24, 32])), key_dim=8)
+    assert dict(model.spec.overrides)["embed_dim"] == (16, 24, 32)
 
 
 def test_a_key_in_the_place_of_rngs(refuses):

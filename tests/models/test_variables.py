@@ -1,3 +1,5 @@
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -121,10 +123,25 @@ def test_a_traced_threshold_is_not_seen(threshold):
     chex.assert_tree_all_finite(apply(VARIABLES, IMAGES, threshold))
 
 
-@pytest.mark.parametrize("shape", [(8, 8, 3), (1, 1, 8, 8, 3)])
+@pytest.mark.parametrize("shape", [(8, 8, 3), (1, 1, 8, 8, 3), (0, 8, 8, 3)])
 def test_images_without_a_batch(refuses, shape):
     with refuses("images must be [batch, height, width, channels]", str(shape)):
         castling_jax.apply(MODEL, VARIABLES, jnp.zeros(shape), mask_threshold=0.1)
+
+
+def test_any_mapping_is_flattened():
+    assert flatten(types.MappingProxyType({"params": types.MappingProxyType({"a": 1})})) == {"params/a": 1}
+
+
+@pytest.mark.parametrize("on_mesh", ["images", "variables"])
+def test_arrays_on_a_mesh_of_explicit_axes(refuses, on_mesh):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    sharding = jax.NamedSharding(mesh, jax.P())
+    variables, images = jax.device_put(VARIABLES, sharding), IMAGES
+    if on_mesh == "images":
+        variables, images = VARIABLES, jax.device_put(IMAGES, sharding)
+    with refuses("the mesh's axes data must be of AxisType.Auto, not Explicit"):
+        jax.jit(lambda v, x: castling_jax.apply(MODEL, v, x, mask_threshold=0.1))(variables, images)
 
 
 def changed(path, leaf=None):
@@ -143,8 +160,9 @@ def changed(path, leaf=None):
         (changed("params/head_dist/bias", jnp.zeros(7)), ["'params/head_dist/bias'", "does not have"]),
         (changed("batch_stats/bn/mean", jnp.zeros(7)), ["'batch_stats/bn/mean'", "does not have"]),
         (changed("params/cls_token", jnp.zeros((1, 24))), ["'params/cls_token'", "(1, 1, 24)", "(1, 24)"]),
+        (changed("params/cls_token", 0.5), ["'params/cls_token'", "(1, 1, 24), not float"]),
     ],
-    ids=["empty", "a list", "params alone", "missing", "unknown", "batch_stats", "shape"],
+    ids=["empty", "a list", "params alone", "missing", "unknown", "batch_stats", "shape", "a number"],
 )
 def test_variables_that_are_not_the_models(refuses, variables, fragments):
     with refuses(*fragments):
