@@ -11,13 +11,13 @@ from castling_jax.ops.errors import InputError
 from castling_jax.ops.precision import precision_of
 from castling_jax.ops.tokens import QueryValues, tokens_of, values_of_queries
 
-# Added to the squared norm. Vectors of norm 1e-9 and above are normalised to float32's rounding, and
+# Added to the squared norm. Vectors of norm 3e-9 and above are normalised to float32's rounding, and
 # its power -3/2, which the gradient holds, is still a finite float32: a zero vector gives no NaN.
 SQUARED_NORM_EPSILON = 1e-24
 
 
 def l2_normalize(x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
-    """x / |x| along the last axis, in float32 at least, of norms from 1e-9 to 1e19.
+    """x / |x| along the last axis, in float32 at least, of norms from 3e-9 to 1e19.
 
     A zero vector stays zero, with finite gradients.
     """

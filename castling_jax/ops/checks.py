@@ -1,6 +1,7 @@
 """What every attention operation requires of its arguments."""
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,25 +19,33 @@ def check_implementation(implementation: str) -> None:
     check_known("implementation", implementation, IMPLEMENTATIONS)
 
 
-def check_mesh() -> None:
-    """Raises an InputError under a mesh with axes of explicit sharding, where arrays' shardings are part of types."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if AxisType.Explicit in (mesh.axis_types or ()):
-        raise InputError(
-            f"the mesh's axes {', '.join(mesh.axis_names)} must be of AxisType.Auto, not Explicit: make it with "
-            "axis_types=(jax.sharding.AxisType.Auto,) * n."
-        )
+def check_mesh(*arrays: Any) -> None:
+    """Raises an InputError under a mesh with axes of explicit sharding, part of arrays' types, or of arrays on one."""
+    on_devices = [jax.typeof(array).sharding.mesh for array in arrays if isinstance(array, jax.Array)]
+    for mesh in (jax.sharding.get_abstract_mesh(), *on_devices):
+        if AxisType.Explicit in (mesh.axis_types or ()):
+            raise InputError(
+                f"the mesh's axes {', '.join(mesh.axis_names)} must be of AxisType.Auto, not Explicit: make it with "
+                "axis_types=(jax.sharding.AxisType.Auto,) * n."
+            )
+
+
+def check_array(name: str, array: Any) -> None:
+    """Raises an InputError unless it is an array of a floating type."""
+    if not hasattr(array, "dtype"):
+        raise InputError(f"{name} must be an array, not {type(array).__name__}.")
+    if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
+        raise InputError(f"{name} must be of a floating type such as float32 or bfloat16, not {array.dtype}.")
 
 
 def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array | None = None) -> None:
     """Raises an InputError unless the shapes of queries, keys (and values) fit together, and the mesh is served."""
-    check_mesh()
     arrays = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+    check_mesh(*arrays.values())
     for name, array in arrays.items():
+        check_array(name, array)
         if array.ndim != 4:
             raise InputError(f"{name} must be [batch, tokens, heads, dim], not of shape {array.shape}.")
-        if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
-            raise InputError(f"{name} must be of a floating type such as float32 or bfloat16, not {array.dtype}.")
         if (array.shape[0], array.shape[2]) != (q.shape[0], q.shape[2]):
             raise InputError(f"{name} must have q's batch and heads: {array.shape} does not fit {q.shape}.")
     if q.shape[3] != k.shape[3]:

@@ -5,8 +5,10 @@ from itertools import product
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from castling_jax.ops.checks import check_array
 from castling_jax.ops.errors import InputError
 
 
@@ -34,6 +36,7 @@ def depthwise_convolution(
     Raises:
       InputError: a kernel of even length or of the wrong heads, or a grid that is missing or does not fit.
     """
+    check_array("v", v)
     if v.ndim != 4:
         raise InputError(f"v must be [batch, tokens, heads, value_dim], not of shape {v.shape}.")
     check_token_kernel(kernel, v.shape[1], v.shape[2], grid, prefix_tokens)
@@ -48,6 +51,7 @@ def check_token_kernel(
     kernel: jax.Array, all_tokens: int, heads: int, grid: tuple[int, int] | None, prefix_tokens: int
 ) -> None:
     """Raises an InputError unless `depthwise_convolution` takes these arguments with so many tokens and heads."""
+    check_array("token_kernel", kernel)
     if kernel.ndim not in (2, 3) or any(size % 2 == 0 for size in kernel.shape[:-1]):
         raise InputError(
             f"a token kernel must be [taps, heads] or [rows, columns, heads] of odd sizes, not {kernel.shape}."
@@ -55,6 +59,8 @@ def check_token_kernel(
     *taps, kernel_heads = kernel.shape
     if kernel_heads != heads:
         raise InputError(f"a token kernel for {kernel_heads} heads does not fit values of {heads} heads.")
+    if not all(isinstance(size, int | np.integer) for size in (*jax.tree.leaves(grid), prefix_tokens)):
+        raise InputError(f"grid and prefix_tokens must be integers, not {grid!r} and {prefix_tokens!r}.")
     if not 0 <= prefix_tokens <= all_tokens:
         raise InputError(f"prefix_tokens must be between 0 and the {all_tokens} tokens there are, not {prefix_tokens}.")
     if (grid is not None) != (len(taps) == 2):
@@ -63,7 +69,7 @@ def check_token_kernel(
             f"not grid={grid} with a kernel of shape {kernel.shape}."
         )
     tokens = all_tokens - prefix_tokens
-    if grid is not None and (len(grid) != 2 or min(grid) < 0 or math.prod(grid) != tokens):
+    if grid is not None and (np.shape(grid) != (2,) or min(grid) < 0 or math.prod(grid) != tokens):
         raise InputError(f"a grid of {grid} does not hold the {tokens} tokens after {prefix_tokens} prefix tokens.")
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from castling_jax.ops.checks import check_implementation, check_qkv, is_known_empty
+from castling_jax.ops.checks import check_array, check_implementation, check_qkv, is_known_empty
 from castling_jax.ops.errors import InputError
 from castling_jax.ops.precision import precision_of
 
@@ -17,7 +17,9 @@ Bias = (
 
 
 def check_bias(q: jax.Array, k: jax.Array, bias: Bias) -> None:
-    """Raises an InputError unless the bias's shape, or its factors' shapes, fit queries and keys."""
+    """Raises an InputError unless the bias, or its factors, are floating and their shapes fit queries and keys."""
+    for part in bias if isinstance(bias, tuple | list) else (bias,):
+        check_array("bias", part)
     (batch, queries, heads, _), keys = q.shape, k.shape[1]
     if isinstance(bias, tuple | list):
         if len(bias) != 2 or any(

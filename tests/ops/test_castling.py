@@ -63,12 +63,14 @@ def test_agrees_with_the_authors_block(golden, number, form):
     out, density, gradients, grad_input = official_block(
         file.group("weights"), file["input"], file["cotangent"], threshold, file.meta["num_heads"]
     )
-    assert_close_at_scale(out, file["output"], 1e-5)
-    assert_close_at_scale(grad_input, file["grad_input"], 1e-4)
+    # float32 in two orders of summation: some 2^-24 of each of the sums over tokens and channels that follow each
+    # other, of which the gradients have about three times as many, and cancel.
+    assert_close_at_scale(out, file["output"], 2e-6)
+    assert_close_at_scale(grad_input, file["grad_input"], 1e-5)
     expected = file.group("grads")
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
-        assert_close_at_scale(gradient, expected[name], 1e-4)
+        assert_close_at_scale(gradient, expected[name], 1e-5)
     if form == "castling":
         weights = file["input"].shape[0] * file.meta["num_heads"] * file["input"].shape[1] ** 2
         assert 0 < float(file["mask_density"]) < 1

@@ -216,6 +216,43 @@ def test_a_mesh_of_explicit_axes(refuses):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh), refuses("the mesh's axes data must be of AxisType.Auto, not Explicit"):
         jax.jit(ops.linear_angular_attention)(Q, Q, Q)
+    on_mesh = jax.device_put(Q, jax.NamedSharding(mesh, jax.P("data")))  # which needs no set_mesh
+    with refuses("the mesh's axes data must be of AxisType.Auto, not Explicit"):
+        jax.jit(ops.linear_angular_attention)(Q, on_mesh, Q)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_what_is_no_array(refuses, name):
+    with refuses("k must be an array, not list"):
+        ATTENTIONS[name](Q, [1.0], Q)
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize(
+    ("bias", "said"),
+    [
+        (jnp.ones((2, 3, 5, 5), bool), "bias must be of a floating type such as float32 or bfloat16, not bool."),
+        ((jnp.ones((2, 3, 5, 1), int), jnp.ones((2, 3, 5, 5))), "bias must be of a floating type"),
+        (1.0, "bias must be an array, not float."),
+    ],
+    ids=["a mask", "integers", "a number"],
+)
+def test_a_bias_that_is_none(refuses, name, bias, said):
+    with refuses(said):
+        MASKED[name](Q, Q, Q, mask_threshold=0.1, bias=bias)
+
+
+def test_a_convolution_of_integers(refuses):
+    with refuses("v must be of a floating type", "not int32"):
+        ops.depthwise_convolution(Q.astype(jnp.int32), jnp.ones((3, 3)))
+    with refuses("token_kernel must be an array, not list"):
+        ops.depthwise_convolution(Q, [0.5])
+
+
+@pytest.mark.parametrize(("grid", "prefix_tokens"), [((1.0, 5.0), 0), ((1, 5), 1.0), ((1, 5), None)])
+def test_a_grid_that_is_not_of_integers(refuses, grid, prefix_tokens):
+    with refuses("grid and prefix_tokens must be integers"):
+        ops.depthwise_convolution(Q, jnp.ones((3, 3, 3)), grid=grid, prefix_tokens=prefix_tokens)
 
 
 @pytest.mark.parametrize("implementation", ["auto", "xla", "pallas"])
