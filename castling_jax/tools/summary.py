@@ -90,9 +90,16 @@ def measure_forms(arguments: dict[str, Any], image_size: int) -> dict[str, float
 
 
 def read_summary(workdir: epath.Path) -> dict[str, Any] | None:
-    """The summary of a finished run; None where the run is not finished."""
+    """The summary of a finished run; None where the run is not finished.
+
+    Raises:
+      InputError: it is damaged.
+    """
     path = workdir / SUMMARY_FILE
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise InputError(f"'{path}' is damaged ({error}): remove it, and main.py makes it anew.") from error
 
 
 def describe(summary: dict[str, Any]) -> str:

@@ -118,7 +118,7 @@ def part_of(label: str) -> str:
     """The part of PARTS that an operation's label names last, itself or by a kernel of the part; else OTHER."""
     for word in reversed(re.findall(r"\w+", label)):
         for part in sorted(PARTS, key=len, reverse=True):
-            if word == part or word in (f"{part}_forward", f"{part}_backward"):
+            if word == part or word.startswith(f"{part}_"):  # as kernels' names do: masked_softmax_attend
                 return part
     return OTHER
 

@@ -44,6 +44,7 @@ def test_unknown_chip_is_refused(refuses):
             "linear_angular",
         ),
         ("jit(step)/jvp()/masked_softmax_forward/pallas_call", "masked_softmax"),
+        ("jit(step)/jvp()/cond/branch_0_fun/masked_softmax_key_gradient/pallas_call", "masked_softmax"),
         ("jit(apply)/mul", OTHER),
     ],
 )
