@@ -11,6 +11,7 @@ import errno
 import logging as stdlib_logging
 import re
 import sys
+import traceback
 from pathlib import Path
 
 import jax
@@ -125,19 +126,20 @@ def run() -> None:
     except Preempted as preempted:
         if jax.process_index() == 0:
             print(f"Preempted; the state of step {preempted.step} is saved, and the same command goes on from there.")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        distributed.end(f"main.py: {error}; once there is room, the same command goes on from the last checkpoint.")
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        distributed.end(
-            f"main.py: the processes' common work broke off ({str(error).splitlines()[0][:300]}); if one of them is "
-            "gone, the same command goes on from the last checkpoint."
-        )
     except KeyboardInterrupt:
         distributed.end("main.py: interrupted; the same command goes on from the last checkpoint.")
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            distributed.end(f"main.py: {error}; once there is room, the same command goes on from the last checkpoint.")
+        if not distributed.has_others():
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            distributed.end(
+                f"main.py: the processes' common work broke off ({str(error).splitlines()[0][:300]}); if one of them "
+                "is gone, the same command goes on from the last checkpoint."
+            )
+        traceback.print_exc()  # a bug; the others must not wait for this process until it is dead
+        distributed.end("main.py: ended by the error above; the same command goes on from the last checkpoint.")
 
 
 if __name__ == "__main__":

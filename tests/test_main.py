@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import main
+
 ROOT = Path(__file__).parent.parent
 SMALL = [
     "--config.model.depth=1",
@@ -61,6 +63,10 @@ def run(workdir, *arguments):
             f"'{ROOT}/configs/digits.py' has no variants: leave out ':small'.",
         ),
         ("--config.seed=-1", "config.seed must be at least 0, not -1."),
+        (
+            "--config.augment.randaugment=rand-m9-mstd0.5-inc1",
+            "config.augment.randaugment is for images of 8 bits, and these are of floats.",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence_and_a_status(tmp_path, argument, sentence):
@@ -69,6 +75,23 @@ def test_mistakes_are_one_sentence_and_a_status(tmp_path, argument, sentence):
     assert result.stdout == ""
     assert result.returncode != 0
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bug_in_one_of_several_processes_ends_it(monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ValueError("a bug")
+
+    statuses = []
+    monkeypatch.setattr(main, "define_flags", fail)
+    monkeypatch.setattr(main.distributed.os, "_exit", statuses.append)
+    with pytest.raises(ValueError, match="a bug"):  # alone, Python ends it
+        main.run()
+    monkeypatch.setattr(main.distributed, "has_others", lambda: True)
+    main.run()
+    assert statuses == [1]
+    said = capsys.readouterr().err
+    assert "ValueError: a bug" in said
+    assert "main.py: ended by the error above; the same command goes on from the last checkpoint." in said
 
 
 @pytest.mark.slow

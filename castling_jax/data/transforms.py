@@ -234,7 +234,7 @@ def check_augment(augment: ConfigDict) -> None:
         if not 0 <= augment[name] <= 1:
             raise InputError(f"config.augment.{name} must be in [0, 1], not {augment[name]}.")
     for name, least in (("shift_pixels", 0), ("color_jitter", 0), ("mixup", 0), ("cutmix", 0), ("repeats", 1)):
-        if augment[name] < least:
+        if not augment[name] >= least:  # which NaN is not
             raise InputError(f"config.augment.{name} must be at least {least}, not {augment[name]}.")
     scale = augment.crop_scale
     if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):

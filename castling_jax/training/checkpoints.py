@@ -43,15 +43,30 @@ class Checkpoints:
 
     All processes make the same calls. What is in the folder does not depend on the mesh or on the number of processes.
 
+    Damaged checkpoints that stand in the way of the newest whole one are said in warnings, and moved aside to
+    FOLDER_damaged/STEP.
+
     Args:
       folder: made if need be; a local one that all processes share, or gs://.
       keep: how many of the newest stay.
+
+    Raises:
+      InputError: there are checkpoints, and all are damaged; the folder stays as it is.
     """
 
     def __init__(self, folder: epath.Path, *, keep: int):
         self.folder = folder
+        # One process looks, and all hear of it: reading together, one that fails would leave the others waiting. Before
+        # there is a manager, which reads every checkpoint's figures.
+        found = (0, -1) if jax.process_index() else _find_whole(folder)
+        count, step = map(int, multihost_utils.broadcast_one_to_all(np.array(found, np.int32)))
+        if count and step < 0:
+            raise InputError(f"none of the {count} checkpoints in '{folder}' is whole: remove it to start anew.")
+        self._whole = step if count else None
+        # What is without figures was being deleted when a run was killed.
+        best = BestN(get_metric_fn=_figure, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy([LatestN(keep), BestN(get_metric_fn=_figure, n=1)]),
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
             best_fn=_figure,
             cleanup_tmp_directories=True,
         )
@@ -81,44 +96,14 @@ class Checkpoints:
         return self._manager.reached_preemption(step)
 
     def restore(self, template: TrainState) -> tuple[TrainState, Progress] | None:
-        """The newest checkpoint that is whole, laid out as `template` is; None where there is none at all.
-
-        A damaged one is said in a warning, moved aside to FOLDER_damaged/STEP, and the one before it is tried.
-
-        Raises:
-          InputError: there are checkpoints, and all are damaged.
-        """
-        count = len(self._manager.all_steps())
-        if not count:
+        """The newest checkpoint that was whole at the start, laid out as `template` is; None where there was none."""
+        if self._whole is None:
             return None
-        # One process finds it, and all hear of it: reading together, one that fails would leave the others waiting.
-        step = -1 if jax.process_index() else self._newest_whole()
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-        if step < 0:
-            raise InputError(f"none of the {count} checkpoints in '{self.folder}' is whole: remove it to start anew.")
-        self._manager.reload()
         items = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template), about=ocp.args.JsonRestore())
+            self._whole, args=ocp.args.Composite(state=ocp.args.StandardRestore(template), about=ocp.args.JsonRestore())
         )
         check_checksums(items["state"], items["about"]["checksums"])
         return items["state"], Progress(items["about"]["train_seconds"])
-
-    def _newest_whole(self) -> int:
-        for step in checkpoint_steps(self.folder)[::-1]:
-            try:
-                read_checkpoint(self.folder / str(step))
-            except InputError as error:
-                aside = self.folder.parent / f"{self.folder.name}_damaged" / str(step)
-                if aside.exists():  # from an earlier time, or half of it, where moving it was interrupted in a bucket
-                    aside.rmtree()
-                aside.parent.mkdir(exist_ok=True)
-                # In a bucket a folder is there when a file is in it, and nothing is moved to where there is no folder.
-                write_atomically(aside.parent / f"{step}.txt", f"{error}\n".encode())
-                (self.folder / str(step)).rename(aside)
-                _LOGGER.warning("%s It was moved to '%s'.", error, aside)
-            else:
-                return step
-        return -1
 
     def wait(self) -> None:
         """Waits until all that was started is written.
@@ -153,6 +138,34 @@ class Checkpoints:
             ) from error
 
 
+def _find_whole(folder: epath.Path) -> tuple[int, int]:
+    """(how many checkpoints there are, the newest whole one's step or -1); with a whole one, others are moved aside.
+
+    Of those before the whole one only the figures are read.
+    """
+    steps, whole = checkpoint_steps(folder), -1
+    damaged: dict[int, str] = {}
+    for step in steps[::-1]:
+        try:
+            check_figures(folder / str(step))
+            if whole < 0:
+                read_checkpoint(folder / str(step))
+        except InputError as error:
+            damaged[step] = str(error)
+        else:
+            whole = max(whole, step)
+    for step, sentence in damaged.items() if whole >= 0 else ():
+        aside = folder.parent / f"{folder.name}_damaged" / str(step)
+        if aside.exists():  # from an earlier time, or half of it, where moving it was interrupted in a bucket
+            aside.rmtree()
+        aside.parent.mkdir(exist_ok=True)
+        # In a bucket a folder is there when a file is in it, and nothing is moved to where there is no folder.
+        write_atomically(aside.parent / f"{step}.txt", f"{sentence}\n".encode())
+        (folder / str(step)).rename(aside)
+        _LOGGER.warning("%s It was moved to '%s'.", sentence, aside)
+    return len(steps), whole
+
+
 def _figure(metrics: Any) -> float:
     return metrics[BEST]
 
@@ -179,31 +192,43 @@ def read_checkpoint(folder: epath.Path, names: Collection[str] | None = None) ->
     Raises:
       InputError: it is damaged; says how, and which other there is.
     """
+    with _reading(folder) as checkpointer:
+        shapes: dict[str, Any] = checkpointer.metadata(folder).item_metadata["state"].tree
+        wanted = {name: part for name, part in shapes.items() if names is None or name in names}
+        if not wanted:
+            return {}, {}
+        wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), wanted)
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        state_args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+        items = checkpointer.restore(folder, args=ocp.args.Composite(state=state_args, about=ocp.args.JsonRestore()))
+        check_checksums(items["state"], items["about"]["checksums"])
+        return items["state"], items["about"]
+
+
+def check_figures(folder: epath.Path) -> None:
+    """Raises an InputError unless a checkpoint's figures can be read, as Orbax's manager does of all at its start."""
+    with _reading(folder) as checkpointer:
+        items = checkpointer.restore(folder, args=ocp.args.Composite(metrics=ocp.args.JsonRestore()))
+        _figure(items["metrics"])
+
+
+@contextlib.contextmanager
+def _reading(folder: epath.Path) -> Iterator[ocp.Checkpointer]:
+    """What reads a checkpoint in this process alone; all that it raises is an InputError that says what is damaged."""
     alone = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()}, primary_host=jax.process_index())
     handler = ocp.CompositeCheckpointHandler(
         state=ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
         about=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
-        metrics=ocp.JsonCheckpointHandler(multiprocessing_options=alone),  # the manager's own; without it, Orbax warns
+        metrics=ocp.JsonCheckpointHandler(filename="metrics", multiprocessing_options=alone),  # as the manager's own
         composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
     )
     try:
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            shapes: dict[str, Any] = checkpointer.metadata(folder).item_metadata["state"].tree
-            wanted = {name: part for name, part in shapes.items() if names is None or name in names}
-            if not wanted:
-                return {}, {}
-            wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), wanted)
-            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-            state_args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-            items = checkpointer.restore(
-                folder, args=ocp.args.Composite(state=state_args, about=ocp.args.JsonRestore())
-            )
-        check_checksums(items["state"], items["about"]["checksums"])
+            yield checkpointer
     except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
         others = [step for step in checkpoint_steps(folder.parent) if str(step) != folder.name]
         instead = f"; try '{folder.parent / str(others[-1])}'" if others else ""
         raise InputError(f"the checkpoint '{folder}' is damaged ({reason(error)}){instead}.") from error
-    return items["state"], items["about"]
 
 
 def check_checksums(tree: Any, expected: dict[str, int]) -> None:

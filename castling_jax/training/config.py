@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -184,16 +185,18 @@ def check_config(config: ConfigDict) -> None:
         "checkpoint.keep",
         "logging.every_steps",
     ):
-        if given[name] < 1:
+        if not given[name] >= 1:  # which NaN is not
             raise InputError(f"config.{name} must be at least 1, not {given[name]}.")
     for name in (
         "seed",
         "optimizer.learning_rate",
+        "optimizer.initial_learning_rate",
+        "optimizer.final_learning_rate",
         "optimizer.warmup_epochs",
         "optimizer.weight_decay",
         "dataset.workers",
     ):
-        if given[name] < 0:
+        if not 0 <= given[name] < math.inf:
             raise InputError(f"config.{name} must be at least 0, not {given[name]}.")
     if not 0 <= given["dataset.max_corrupt_share"] <= 1:
         raise InputError(
@@ -215,8 +218,9 @@ def check_config(config: ConfigDict) -> None:
     for name, (low, high) in OPEN_RANGES.items():
         if given[name] is not None and not low < given[name] < high:
             raise InputError(f"config.{name} must be above {low} and below {high}, not {given[name]}.")
-    if not 0 <= given["loss.label_smoothing"] < 1:
-        raise InputError(f"config.loss.label_smoothing must be in [0, 1), not {given['loss.label_smoothing']}.")
+    for name in ("loss.label_smoothing", "optimizer.b1", "optimizer.b2"):
+        if not 0 <= given[name] < 1:
+            raise InputError(f"config.{name} must be in [0, 1), not {given[name]}.")
 
 
 def model_arguments(config: ConfigDict) -> dict[str, Any]:
@@ -256,8 +260,8 @@ def check_same_run(config: ConfigDict, path: epath.Path) -> None:
         earlier = json.loads(path.read_text())
         if not isinstance(earlier, dict):
             raise ValueError("it holds no object")
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"'{path}' is damaged ({error}); choose another --workdir or remove it.") from error
+    except (ValueError, OSError) as error:
+        raise InputError(f"'{path}' is missing or damaged ({error}); choose another --workdir or remove it.") from error
     defaults, earlier, now = (
         flatten(json.loads(json.dumps(tree))) for tree in (default_config().to_dict(), earlier, config.to_dict())
     )

@@ -91,9 +91,14 @@ def use_compilation_cache(folder: epath.Path) -> None:
         jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
 
 
+def has_others() -> bool:
+    """Whether other processes run the same program."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def end(sentence: str) -> NoReturn:
     """Says why, and ends this process with status 1; at once where there are others, which may be waiting for it."""
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    if not has_others():
         sys.exit(sentence)
     print(f"[process {jax.process_index()}] {sentence}", file=sys.stderr, flush=True)
     os._exit(1)

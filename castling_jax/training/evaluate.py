@@ -17,7 +17,7 @@ from castling_jax.data.sources import Dataset, load_dataset
 from castling_jax.data.transforms import eval_transform
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
-from castling_jax.models.variables import Variables, apply
+from castling_jax.models.variables import Variables, apply, get_variables
 from castling_jax.training.config import image_options
 from castling_jax.training.restore import read_snapshot
 from castling_jax.training.sharding import (
@@ -50,18 +50,34 @@ def make_evaluator(
     and the workers are as `evaluation_batches` takes them.
 
     The figures: accuracy_train_form, accuracy_inference_form (shares), eval_loss (cross entropy of the inference form
-    in nats, without smoothing), max_difference (largest absolute difference between the two forms' logits).
+    in nats, without smoothing), max_difference (largest absolute difference between the two forms' logits). Where batch
+    norm is folded that difference is of both forms computed in float32: folded kernels are rounded anew, which in
+    bfloat16 would be all that it shows.
     """
-    inference_model = abstract_model(**model.spec.arguments(form="inference"))
+    forms = model, _with(model, form="inference")
+    exact_forms = forms
+    if "batch_stats" in get_variables(model):
+        exact_forms = _with(model, dtype="float32"), _with(model, form="inference", dtype="float32")
+
+    def both_logits(
+        forms: tuple[Backbone, Backbone], variables: Variables, images: jax.Array, threshold: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        train_form, inference_form = forms
+        return (
+            apply(train_form, variables, images, mask_threshold=threshold),
+            apply(inference_form, to_inference(variables), images),
+        )
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def evaluate_batch(
         totals: dict[str, jax.Array], variables: Variables, batch: dict[str, jax.Array], threshold: jax.Array
     ) -> dict[str, jax.Array]:
-        train_logits = apply(model, variables, batch["image"], mask_threshold=threshold)
-        logits = apply(inference_model, to_inference(variables), batch["image"])
+        train_logits, logits = compared = both_logits(forms, variables, batch["image"], threshold)
+        if exact_forms is not forms:
+            with jax.default_matmul_precision("highest"):
+                compared = both_logits(exact_forms, variables, batch["image"], threshold)
         weight, labels = batch["weight"], batch["label"]
-        difference = jnp.max(jnp.abs(train_logits - logits), axis=-1) * weight
+        difference = jnp.max(jnp.abs(compared[0] - compared[1]), axis=-1) * weight
         return {
             "accuracy_train_form": totals["accuracy_train_form"]
             + jnp.sum(weight * (train_logits.argmax(-1) == labels)),
@@ -92,6 +108,10 @@ def make_evaluator(
         return {name: float(totals[name]) / (1 if name == "max_difference" else examples) for name in names}
 
     return evaluate
+
+
+def _with(model: Backbone, **changes: str) -> Backbone:
+    return abstract_model(**model.spec.arguments(**changes))
 
 
 def configured_evaluator(config: ConfigDict, model: Backbone, dataset: Dataset, mesh: Mesh) -> Evaluator:

@@ -165,7 +165,8 @@ def _loop(
                 }
                 bar.set_postfix({"loss": f"{line['loss']:.3f}", "images/s": f"{line['images_per_second']:,.0f}"})
             if evaluates:
-                figures = evaluate(state.averaged, threshold)
+                with meter.paused():
+                    figures = evaluate(state.averaged, threshold)
                 line |= {"accuracy": figures["accuracy_train_form"], "mask_threshold": threshold, **figures}
                 if figures["accuracy_inference_form"] > best:
                     best, saves = figures["accuracy_inference_form"], True

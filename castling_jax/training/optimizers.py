@@ -15,13 +15,31 @@ def make_optimizer(optimizer: ConfigDict, learning_rate: optax.Schedule) -> opta
     """
     clips = []
     if optimizer.adaptive_clip is not None:
-        clips.append(optax.adaptive_grad_clip(optimizer.adaptive_clip))
+        clips.append(adaptive_clip(optimizer.adaptive_clip))
     if optimizer.clip_norm is not None:
         clips.append(optax.clip_by_global_norm(optimizer.clip_norm))
     adamw = optax.adamw(
         learning_rate, b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay, mask=decay_mask
     )
     return optax.chain(*clips, adamw) if clips else adamw
+
+
+def adaptive_clip(share: float) -> optax.GradientTransformation:
+    """optax.adaptive_grad_clip, of what it would take for a matrix by its shape too.
+
+    The units of LeViT's attention biases [heads, offsets] and of token kernels [..., heads] are heads, as in timm.
+    """
+
+    def axis(name: str, ndim: int) -> int | tuple[int, ...] | None:
+        if name == "attention_biases":
+            return 1
+        return tuple(range(ndim - 1)) if name == "token_kernel" else None
+
+    def clip(path: Any, update: jax.Array, weights: jax.Array) -> jax.Array:
+        by_unit = optax.adaptive_grad_clip(share, axis=axis(path[-1].key, weights.ndim))
+        return by_unit.update(update, by_unit.init(weights), weights)[0]
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(clip, updates, params))
 
 
 def decay_mask(params: Any) -> Any:

@@ -55,7 +55,7 @@ def read_snapshot(path: epath.Path, *, ema: bool | None = None) -> Snapshot:
       InputError: it is neither, config.json is missing or damaged, the checkpoint is, or it holds no moving average.
     """
     steps = checkpoint_steps(path / CHECKPOINTS)
-    run, step_folder = (path, path / CHECKPOINTS / str(steps[-1])) if steps else (absolute(path).parents[1], path)
+    run, step_folder = (path, path / CHECKPOINTS / str(steps[-1])) if steps else (absolute(path).parent.parent, path)
     if not (step_folder / "state").is_dir():
         raise InputError(f"'{path}' is neither a run's folder with checkpoints nor one of its {CHECKPOINTS}/STEP.")
     try:

@@ -50,7 +50,7 @@ def mask_threshold_schedule(mask: ConfigDict, *, total_steps: int) -> Callable[[
     is driven to zero; 0.02 is the value of its authors' block.
 
     Returns:
-      A function of the step, counted from 0, to a float; exactly 1.0 from the fraction `end` on.
+      A function of the step, counted from 0, to a float; exactly 1.0 from the fraction `end` on, and of the last step.
 
     Raises:
       InputError: an unknown schedule, a start outside [0, 1], or fractions that are not 0 <= begin <= end <= 1.
@@ -64,10 +64,12 @@ def mask_threshold_schedule(mask: ConfigDict, *, total_steps: int) -> Callable[[
 
     def threshold(step: int) -> float:
         fraction = step / total_steps
-        if mask.schedule == "constant" or fraction < begin:
+        if mask.schedule == "constant":
             return start
-        if fraction >= end:
+        if fraction >= end or step >= total_steps - 1:
             return 1.0
+        if fraction < begin:
+            return start
         progress = (fraction - begin) / (end - begin)
         if mask.schedule == "cosine":
             progress = (1 - math.cos(math.pi * progress)) / 2

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from castling_jax.data.loader import Batch, TrainTransform, training_batches
-from castling_jax.data.sources import Dataset, load_dataset
+from castling_jax.data.sources import ArrayDataset, Dataset, load_dataset
 from castling_jax.data.transforms import train_transform
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model, create_model
@@ -120,6 +120,9 @@ def set_up(
         lambda variables: create_state(variables, optimizer, config.seed, ema=keeps_ema), get_variables(model)
     )
     shardings = state_shardings(state, mesh)
+    transform = train_transform(config.augment, **image_options(config, model.spec.image_size))
+    if isinstance(train_set, ArrayDataset):  # of floats, which not every augmentation takes
+        transform(train_set[0], np.random.default_rng(config.seed))
     train_step = make_train_step(
         model,
         optimizer,
@@ -135,7 +138,7 @@ def set_up(
         mesh=mesh,
         train_set=train_set,
         eval_set=eval_set,
-        train_transform=train_transform(config.augment, **image_options(config, model.spec.image_size)),
+        train_transform=transform,
         model=model,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,

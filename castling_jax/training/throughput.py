@@ -43,6 +43,13 @@ class Meter:
         yield
         self._waited += time.perf_counter() - start
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training, and is not to count."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
     def read(self, step: int, *, macs: int) -> dict[str, float]:
         """The figures since the last reading.
 

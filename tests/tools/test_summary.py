@@ -57,6 +57,12 @@ def test_description_shows_both_forms_and_the_files(finished):
     assert str(workdir / "training.png") in text
 
 
+def test_a_damaged_summary_is_one_sentence(tmp_path, refuses):
+    (tmp_path / "summary.json").write_text('{"model":')
+    with refuses("summary.json' is damaged", "remove it"):
+        summary.read_summary(tmp_path)
+
+
 def test_a_run_is_finished_where_its_speed_cannot_be_measured(finished, monkeypatch, capsys):
     def measure(arguments, image_size):
         assert summary.read_summary(workdir)["speed"] is None  # written before

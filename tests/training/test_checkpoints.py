@@ -1,5 +1,6 @@
 import dataclasses
 import resource
+import shutil
 
 import chex
 import jax
@@ -111,6 +112,37 @@ def test_nothing_whole_is_one_sentence(tmp_path):
         damage(folder / str(step), "truncated")
     with pytest.raises(InputError, match="none of the 2 checkpoints in .* is whole"):
         restore(folder)
+
+
+def test_where_nothing_is_whole_all_stays_and_is_refused_again(tmp_path):
+    folder = tmp_path / "c"
+    write(folder, [3, 6])
+    for step in (3, 6):
+        damage(folder / str(step), "truncated")
+    for _ in range(2):  # a script that starts again must not start from nothing
+        with pytest.raises(InputError, match="none of the 2 checkpoints in .* is whole"):
+            restore(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "6"]
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_figures_that_are_damaged(tmp_path, step):
+    folder = tmp_path / "c"
+    write(folder, [3, 6])
+    file = folder / str(step) / "metrics" / "metrics"
+    file.write_text(file.read_text()[:3])
+    state, _ = restore(folder)
+    assert int(state.step) == 9 - step
+    assert (tmp_path / "c_damaged" / str(step)).is_dir()
+
+
+def test_a_checkpoint_that_was_being_deleted_does_not_stay(tmp_path):
+    folder = tmp_path / "c"
+    write(folder, [1, 2, 3])
+    shutil.rmtree(folder / "2" / "metrics")
+    (folder / "2" / "_CHECKPOINT_METADATA").unlink()
+    write(folder, [4, 5], keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["4", "5"]
 
 
 def test_leftovers_of_a_killed_save_are_ignored(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 
 import pytest
@@ -49,6 +50,12 @@ def test_missing_field_is_named():
         ("logging.every_steps", 0),
         ("checkpoint.keep", 0),
         ("optimizer.weight_decay", -0.1),
+        ("optimizer.warmup_epochs", math.nan),
+        ("optimizer.initial_learning_rate", -1.0),
+        ("optimizer.final_learning_rate", math.inf),
+        ("optimizer.b1", 1.5),
+        ("optimizer.b2", -0.1),
+        ("augment.mixup", math.nan),
         ("augment.shift_pixels", -1),
         ("dataset.workers", -1),
         ("dataset.max_corrupt_share", 1.5),
@@ -101,8 +108,10 @@ def test_a_field_that_an_earlier_version_did_not_have_is_its_default(tmp_path):
 def test_damaged_config_file_is_refused(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"seed": ')
-    with pytest.raises(InputError, match="is damaged"):
-        check_same_run(default_config(), path)
+    for _ in range(2):
+        with pytest.raises(InputError, match="is missing or damaged"):
+            check_same_run(default_config(), path)
+        path.unlink(missing_ok=True)
 
 
 def test_configurations_are_read_as_main_reads_them(refuses):

@@ -8,7 +8,7 @@ import pytest
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import flatten, get_variables
 from castling_jax.training.config import default_config
-from castling_jax.training.optimizers import decay_mask, make_optimizer
+from castling_jax.training.optimizers import adaptive_clip, decay_mask, make_optimizer
 
 
 def test_relative_positions_are_decayed_and_attention_biases_are_not():
@@ -52,6 +52,20 @@ def test_gradients_are_clipped_together(clip_norm):
     largest = float(jnp.max(jnp.abs(jax.tree.leaves(updates)[0])))
     # Clipped far below Adam's epsilon of 1e-8, the step all but vanishes.
     assert largest < 1e-5 if clip_norm else largest == pytest.approx(0.01, rel=1e-5)
+
+
+def test_adaptive_clip_of_biases_and_taps_goes_by_heads():
+    rng = np.random.default_rng(0)
+    weights = {"attention_biases": rng.standard_normal((3, 16)), "token_kernel": rng.standard_normal((3, 3, 4))}
+    weights = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in weights.items()}
+    gradients = jax.tree.map(lambda leaf: 2 * leaf[::-1], weights)
+    optimizer = adaptive_clip(0.01)
+    clipped, _ = optimizer.update(gradients, optimizer.init(weights), weights)
+    # Brock et al.'s equation 3 with a norm for each head.
+    for name, axes in (("attention_biases", (1,)), ("token_kernel", (0, 1))):
+        norms = [np.sqrt(np.sum(np.square(tree[name]), axes, keepdims=True)) for tree in (weights, gradients)]
+        expected = gradients[name] * np.minimum(1, 0.01 * norms[0] / norms[1])
+        np.testing.assert_allclose(clipped[name], expected, rtol=1e-6)
 
 
 def test_adaptive_clip_goes_by_each_units_weights():

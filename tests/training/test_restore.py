@@ -125,7 +125,7 @@ def test_the_moving_average_is_read_where_there_is_one(refuses, run, tmp_path, m
 
 
 def test_what_is_no_run(refuses, run, tmp_path):
-    for path in (tmp_path, run / "checkpoints", tmp_path / "nowhere", run / "config.json"):
+    for path in (tmp_path, run / "checkpoints", tmp_path / "nowhere", run / "config.json", epath.Path("/nowhere")):
         with refuses(str(path), "neither a run's folder"):
             read_snapshot(path)
 

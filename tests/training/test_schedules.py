@@ -58,6 +58,14 @@ def test_threshold_goes_from_start_to_exactly_one(schedule):
     assert all(value < 1 for value in values[:80])
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("begin", [0.2, 1.0])
+def test_an_end_of_one_is_the_last_step(schedule, begin):
+    threshold = mask_threshold_schedule(mask(schedule=schedule, begin=begin, end=1.0), total_steps=10)
+    assert threshold(9) == 1.0
+    assert threshold(8) < 1
+
+
 def test_cosine_starts_slower_than_linear():
     linear, cosine = (mask_threshold_schedule(mask(schedule=name), total_steps=100) for name in ("linear", "cosine"))
     assert cosine(30) < linear(30)

@@ -32,6 +32,8 @@ def test_figures_since_the_last_reading(clock):
         "mfu": pytest.approx(4 * 6000 / 1e6),
     }
     clock.seconds += 1
+    with meter.paused():
+        clock.seconds += 100
     figures = meter.read(17, macs=1000)
     assert (figures["images_per_second"], figures["data_wait_share"]) == (64, 0)
 
