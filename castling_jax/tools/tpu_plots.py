@@ -124,5 +124,8 @@ def draw_sweep(found: Figures, file: Path) -> None:
 
 
 def _add_footnote(figure: Any, found: Figures) -> None:
-    text = f"Not in these figures: {'; '.join(found['not_counted'])}."
+    listed = len(found["incomplete"])
+    said = [sentence for sentence in found["not_counted"] if sentence not in found["incomplete"]]
+    said += [f"{listed} operations and loops that the compiler has no figures for, which the text lists"] * bool(listed)
+    text = f"Not in these figures: {'; '.join(said)}."
     figure.supxlabel("\n".join(textwrap.wrap(text, FOOTNOTE_WIDTH)), fontsize=7, x=0.01, ha="left")
