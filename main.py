@@ -13,6 +13,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -77,11 +78,18 @@ def profiled_steps(text: str | None) -> range | None:
     return range(int(found[1]), int(found[2]) + 1)
 
 
+def ignore_closed_loops(raised: Any) -> None:
+    """Python's hook for what nobody can catch, without what TensorStore's threads say a hundred times of a bad file."""
+    if str(raised.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(raised)
+
+
 def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         # Orbax tells of every file it writes, and logs the errors that it raises too.
         logging.set_verbosity(logging.FATAL)
         stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
+        sys.unraisablehook = ignore_closed_loops
         stdlib_logging.getLogger("castling_jax").setLevel(stdlib_logging.WARNING)  # what we say is meant to be read
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}; flags are --config, --workdir and --config.GROUP.FIELD.")
