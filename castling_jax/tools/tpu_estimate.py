@@ -2,7 +2,8 @@
 
 The compiler says how many cycles each operation of the scheduled program takes; a Pallas kernel takes the bundles of
 its final schedule or its traffic with HBM, whichever is longer. A loop counts times its trip count, of a conditional
-the dearest branch counts, and what cannot be known from the program is listed as incomplete.
+the dearest branch counts, and what cannot be known from the program is listed as incomplete. What only moves data and
+has no estimate takes its traffic with HBM.
 """
 
 import collections
@@ -33,6 +34,8 @@ FREE = {
     *("all-reduce-start", "all-reduce-done", "all-gather-start", "all-gather-done"),
     *("collective-permute-start", "collective-permute-done"),
 }
+# Operations that only move data, at HBM's bandwidth where the compiler gives them no cycles.
+MOVES = {"copy", "concatenate", "slice", "pad", "reverse", "transpose", "broadcast"}
 NO_ESTIMATE = "no estimate"
 REGISTER_BYTES = 8 * 128 * 4  # whatever works on no more takes some cycles, as loops do that draw a few numbers
 FREE_CUSTOM_CALLS = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer)"')
@@ -154,7 +157,12 @@ class Estimator:
             cost.rows.append(Row(milliseconds, name, instruction.label))
         elif kind in ("send", "recv") or "is_host_transfer=true" in text or "host_compute" in text:
             self.incomplete.add(f"{kind} {name}: talks to the host")
-        elif kind and not (kind in FREE or FREE_CUSTOM_CALLS.search(text) or waits or self._is_small(instruction)):
+        elif not kind or kind in FREE or FREE_CUSTOM_CALLS.search(text) or waits or self._is_small(instruction):
+            pass
+        elif kind in MOVES:
+            moved = 2 * times * shape_bytes(instruction.result)  # read and written
+            cost.rows.append(Row(moved / self.chip.hbm_gigabytes_per_second / 1e6, name, instruction.label))
+        else:
             self.incomplete.add(f"{kind} {_unnumbered(name)} ({instruction.label}): {NO_ESTIMATE}")
         if "execution_thread=" in text and 'execution_thread="main"' not in text:
             self.incomplete.add(f"{kind} {name}: runs elsewhere than on the chip")

@@ -22,7 +22,8 @@ model. What it tells:
 
   estimate     the cycles of all operations, one after the other. A loop counts times its trip count, of a conditional
                the dearest branch, of a predicated region (pl.when) both sides. A Pallas kernel takes the bundles of its
-               schedule or its traffic with HBM, whichever is longer
+               schedule or its traffic with HBM, whichever is longer; copies and the like without an estimate their
+               traffic
   prefetches   asynchronous copies of whole arrays; they run beside the compute and are not in the estimate
   HBM          what the program needs of a device's memory; its activations by when arrays are made and last used
   collectives  bytes of each kind's results on a device; their time is not in the estimate

@@ -64,6 +64,13 @@ def test_kernel_takes_its_bundles_or_its_traffic():
         assert kernel.bound == bound
 
 
+def test_what_only_moves_data_takes_its_traffic_where_it_has_no_estimate():
+    copied = "%reversed = f32[2048,128]{1,0} reverse(%y), dimensions={0}"
+    cost, incomplete = estimate(HLO.replace("  %switch =", f"  {copied}\n  %switch ="))
+    assert milliseconds(cost)["%reversed"] == pytest.approx(2 * 2048 * 128 * 4 / 819e6)
+    assert incomplete == set()
+
+
 def test_traffic_that_is_not_known_is_the_arrays_or_the_copies():
     for copied, moved in ((0, 2 * 8 * 128 * 4), (10**6, 10**6)):
         cost, _ = estimate(HLO, {SCALE: schedule(pipeline_bytes=None, copied_bytes=copied)})
