@@ -218,7 +218,7 @@ def test_an_argument_of_another_type_or_too_small(refuses, name, arguments, said
 
 
 def test_numpys_integers_are_integers():
-    model = castling_jax.create_model("levit_128s", image_size=32, embed_dim=tuple(np.array([16, 24, 32])), key_dim=8)
+    model = abstract_model("levit_128s", image_size=32, embed_dim=tuple(np.array([16, 24, 32])), key_dim=8)
     assert dict(model.spec.overrides)["embed_dim"] == (16, 24, 32)
 
 
