@@ -8,6 +8,7 @@ On a TPU pod it is started on every host, which find each other; elsewhere --coo
 """
 
 import errno
+import itertools
 import logging as stdlib_logging
 import re
 import sys
@@ -32,17 +33,26 @@ from castling_jax.training.preemption import Preempted
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.py"
 
 
-def define_flags(argv: list[str]) -> None:
-    """Defines the flags. ml_collections reads the overrides among them right then, so they are checked first.
+def check_overrides(arguments: list[str]) -> None:
+    """Refuses what ml_collections would end in a traceback of.
 
     Raises:
       InputError: an override of an unknown field, or no such configuration.
     """
-    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for argument, following in itertools.pairwise([*arguments, ""]):
         if found := re.fullmatch(r"--?config(?:=(.*))?", argument):
             load_config(following if found[1] is None else found[1])
         if field := re.match(r"--?(?:no)?config\.([^=]+)", argument):
             check_known("config field", field[1], field_names())
+
+
+def define_flags(argv: list[str]) -> None:
+    """Defines the flags. ml_collections reads the overrides among them right then, so they are checked first.
+
+    Raises:
+      InputError: as `check_overrides`.
+    """
+    check_overrides(argv[1:])
     config_flags.DEFINE_config_file("config", str(DEFAULT_CONFIG), "The configuration file.")
     flags.DEFINE_string("workdir", None, "Where the run is kept, gs:// too; by default runs/ and the config's name.")
     flags.DEFINE_string("evaluate", None, "A run's folder, or one of its checkpoints/STEP, to evaluate and no more.")

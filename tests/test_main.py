@@ -77,6 +77,16 @@ def test_mistakes_are_one_sentence_and_a_status(tmp_path, argument, sentence):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("arguments", [[], ["--config=configs/deit.py:tiny"], ["--config", "configs/deit.py:tiny"]])
+def test_what_is_right_passes(arguments):
+    main.check_overrides(arguments)  # as `make run` has none
+
+
+def test_a_config_in_an_argument_of_its_own(refuses):
+    with refuses("there is no configuration file 'nope.py'"):
+        main.check_overrides(["--config", "nope.py"])
+
+
 def test_a_bug_in_one_of_several_processes_ends_it(monkeypatch, capsys):
     def fail(*_, **__):
         raise ValueError("a bug")
