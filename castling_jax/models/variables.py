@@ -134,7 +134,7 @@ def forward_train(
 
 
 def _check_inputs(variables: Variables, images: jax.Array) -> None:
-    check_mesh(images, *flatten(variables).values())
+    check_mesh(images, *jax.tree.leaves(variables))
     shape = getattr(images, "shape", None)
     if shape is None or len(shape) != 4 or shape[0] < 1:
         what = type(images).__name__ if shape is None else f"of shape {shape}"
