@@ -21,8 +21,8 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from castling_jax.convert.files import check_bucket
-from castling_jax.ops.errors import InputError, check_known
+from castling_jax.errors import InputError, check_known
+from castling_jax.storage import check_bucket
 from castling_jax.tools import summary
 from castling_jax.training import distributed
 from castling_jax.training.config import CONFIG_FILE, check_config, check_same_run, field_names, load_config

@@ -4,11 +4,11 @@ The whole public API, with the modules `ops` (the mathematics) and `convert` (pa
 """
 
 from castling_jax import convert, ops
-from castling_jax.convert.files import load_inference
 from castling_jax.convert.inference import check_switch, to_inference
+from castling_jax.convert.inference_folder import load_inference
+from castling_jax.errors import InputError
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import apply, get_variables
-from castling_jax.ops.errors import InputError
 
 __version__ = "0.1.0"
 

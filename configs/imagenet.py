@@ -5,8 +5,8 @@ python -m castling_jax.tools.prepare imagenet2012 --help says how to get the dat
 
 from ml_collections import ConfigDict
 
+from castling_jax.errors import InputError, check_known
 from castling_jax.models.attention import ATTENTIONS
-from castling_jax.ops.errors import InputError, check_known
 from castling_jax.training.config import default_config
 
 

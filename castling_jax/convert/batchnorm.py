@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
+from castling_jax.errors import InputError
 from castling_jax.models.layers import BATCH_NORM_EPSILON as EPSILON
-from castling_jax.ops.errors import InputError
 
 
 def fold_batch_norms(params: dict[str, Any], batch_stats: dict[str, Any], path: str = "") -> dict[str, Any]:

@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file as load_safetensors
 
 from castling_jax.convert.inference import SOFTMAX_BRANCH
+from castling_jax.errors import InputError
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.levit import LeViT, fit_bias_table
 from castling_jax.models.position import resize_position_embedding, resize_relative_positions
 from castling_jax.models.variables import Variables, check_variables, flatten, get_variables, unflatten
-from castling_jax.ops.errors import InputError
 
 _LEAF_NAMES = {
     "kernel": "weight",

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-from castling_jax.ops.errors import InputError, in_one_sentence
+from castling_jax.errors import InputError, in_one_sentence
 
 Encoded = bytes | UInt8[np.ndarray, "height width *channels"]
 Box = tuple[float, float, float, float]  # top, left, height, width

@@ -16,7 +16,7 @@ from absl import flags
 from jaxtyping import Int
 
 from castling_jax.data.sources import Dataset
-from castling_jax.ops.errors import InputError
+from castling_jax.errors import InputError
 
 LOGGER = logging.getLogger(__name__)
 PART = 32  # images that one thread reads at a time: a batch is shared out, and what is read ahead is bounded

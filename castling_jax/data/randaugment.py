@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from castling_jax.ops.errors import InputError
+from castling_jax.errors import InputError
 
 MAX_MAGNITUDE = 10
 Color = tuple[int, ...]  # red, green, blue

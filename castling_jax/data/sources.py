@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
-from castling_jax.ops.errors import InputError, check_known, in_one_sentence
+from castling_jax.errors import InputError, check_known, in_one_sentence
 
 DIGITS_SPLITS = ("train", "test", "minitrain", "minival")
 FOLDER = "folder:"  # how the name of a folder of images starts

@@ -17,7 +17,7 @@ from PIL import ImageEnhance
 
 from castling_jax.data.decode import Box, decode, image_size, read_crop
 from castling_jax.data.randaugment import RandAugment, parse_policy
-from castling_jax.ops.errors import InputError
+from castling_jax.errors import InputError
 
 Image = Float[np.ndarray, "height width 3"]
 Example = dict[str, Any]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Key
 
+from castling_jax.errors import InputError
 from castling_jax.models.attention import Attention
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.layers import (
@@ -23,7 +24,6 @@ from castling_jax.models.layers import (
     run_block,
 )
 from castling_jax.models.position import resize_position_embedding
-from castling_jax.ops.errors import InputError
 
 
 class Block(nnx.Module):

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from castling_jax.ops.errors import InputError
+from castling_jax.errors import InputError
 
 # DeiT and MViTv2 start their matrices, tokens and position embeddings from timm's trunc_normal_(std=0.02). It cuts at
 # -2 and 2, a hundred deviations away, so it is a normal; JAX's truncated_normal cuts at two deviations.

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
+from castling_jax.errors import InputError
 from castling_jax.models.attention import attend, new_token_kernel
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.layers import (
@@ -24,7 +25,6 @@ from castling_jax.models.layers import (
     of_layer,
     run_block,
 )
-from castling_jax.ops.errors import InputError
 from castling_jax.ops.tokens import select_tokens
 
 STEM_STRIDE = 16

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Key
 
+from castling_jax.errors import InputError
 from castling_jax.models.attention import attend, new_token_kernel
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.layers import (
@@ -26,7 +27,6 @@ from castling_jax.models.layers import (
     split_linear,
 )
 from castling_jax.models.position import resize_relative_positions
-from castling_jax.ops.errors import InputError
 from castling_jax.ops.tokens import select_tokens
 
 Pair = tuple[int, int]  # (height, width)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from castling_jax.ops.errors import InputError
+from castling_jax.errors import InputError
 
 
 def resize_position_embedding(

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from castling_jax.errors import InputError, check_known
 from castling_jax.models.attention import ATTENTIONS, FORMS
 from castling_jax.models.backbone import Backbone, ModelSpec
 from castling_jax.models.deit import DeiT
 from castling_jax.models.levit import LeViT
 from castling_jax.models.mvitv2 import MViTv2
 from castling_jax.ops.checks import check_implementation
-from castling_jax.ops.errors import InputError, check_known
 
 
 def _levit(embed_dim: tuple[int, ...], depth: tuple[int, ...], num_heads: tuple[int, ...], key_dim: int) -> dict:

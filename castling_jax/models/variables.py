@@ -11,9 +11,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Key
 
+from castling_jax.errors import InputError
 from castling_jax.models.backbone import Backbone
 from castling_jax.ops.checks import check_mesh
-from castling_jax.ops.errors import InputError
 
 Variables = dict[str, Any]
 COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from castling_jax.errors import InputError
 from castling_jax.ops.checks import check_implementation, check_qkv, check_query_values
 from castling_jax.ops.depthwise import check_token_kernel, depthwise_convolution
-from castling_jax.ops.errors import InputError
 from castling_jax.ops.precision import precision_of
 from castling_jax.ops.tokens import QueryValues, tokens_of, values_of_queries
 

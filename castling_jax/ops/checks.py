@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType
 from jaxtyping import ArrayLike
 
-from castling_jax.ops.errors import InputError, check_known
+from castling_jax.errors import InputError, check_known
 from castling_jax.ops.tokens import QueryValues, tokens_of
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas")

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from castling_jax.errors import InputError
 from castling_jax.ops.checks import check_array
-from castling_jax.ops.errors import InputError
 
 
 @jax.named_scope("token_kernel")

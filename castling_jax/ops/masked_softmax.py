@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
+from castling_jax.errors import InputError
 from castling_jax.ops.checks import check_array, check_implementation, check_qkv, is_known_empty
-from castling_jax.ops.errors import InputError
 from castling_jax.ops.precision import precision_of
 
 Bias = (

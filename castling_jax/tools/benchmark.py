@@ -41,9 +41,9 @@ import numpy as np
 from tqdm import tqdm
 
 import castling_jax
+from castling_jax.errors import InputError
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import apply, get_variables
-from castling_jax.ops.errors import InputError
 from castling_jax.tools.folders import make_folder
 from castling_jax.tools.memory import keep_freed_memory
 from castling_jax.tools.peers import INFERENCE, SOFTMAX, Layer, equimo_layers, our_layers, torch_layers

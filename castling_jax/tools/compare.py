@@ -16,9 +16,9 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from castling_jax.convert.files import check_bucket, write_atomically
+from castling_jax.errors import InputError, check_known
 from castling_jax.models.attention import ATTENTIONS
-from castling_jax.ops.errors import InputError, check_known
+from castling_jax.storage import check_bucket, write_atomically
 from castling_jax.tools import summary
 from castling_jax.training.config import CONFIG_FILE, check_same_run, load_config
 from castling_jax.training.loop import train

@@ -37,15 +37,16 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from castling_jax.convert.files import MODEL_FILE, PAYLOADS, check_bucket, load_inference, save_inference
 from castling_jax.convert.inference import SOFTMAX_BRANCH, check_switch, to_inference
+from castling_jax.convert.inference_folder import MODEL_FILE, PAYLOADS, load_inference, save_inference
 from castling_jax.data.loader import evaluation_batches
 from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import eval_transform
+from castling_jax.errors import InputError
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, count_parameters, flatten
-from castling_jax.ops.errors import InputError
+from castling_jax.storage import check_bucket
 from castling_jax.training.checkpoints import CHECKPOINTS
 from castling_jax.training.config import default_config, image_options
 from castling_jax.training.restore import checkpoint_steps, read_snapshot

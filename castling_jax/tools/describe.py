@@ -24,12 +24,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from castling_jax.errors import InputError
 from castling_jax.models.attention import ATTENTIONS, FORMS
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import Cost, count_costs
 from castling_jax.models.registry import MODELS, abstract_model
 from castling_jax.models.variables import count_parameters, flatten, get_variables
-from castling_jax.ops.errors import InputError
 
 PART_NAMES = {
     "patch_embed": "patch embedding",

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from castling_jax.ops.errors import InputError
+from castling_jax.errors import InputError
 from castling_jax.tools.summary import SUMMARY_FILE
 from castling_jax.training.checkpoints import CHECKPOINTS
 from castling_jax.training.metrics import read_metrics

@@ -12,7 +12,7 @@ import sys
 
 import jax
 
-from castling_jax.ops.errors import InputError
+from castling_jax.errors import InputError
 from castling_jax.tools.timing import interleaved_seconds, spread
 from castling_jax.training.config import load_config
 from castling_jax.training.setup import configured_batches, first_state, first_variables, set_up

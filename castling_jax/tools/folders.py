@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from castling_jax.ops.errors import InputError
+from castling_jax.errors import InputError
 
 
 def make_folder(folder: Path) -> None:

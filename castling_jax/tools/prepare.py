@@ -37,7 +37,7 @@ from etils import epath
 from PIL import Image
 
 from castling_jax.data.sources import FOLDER, folder, labelled_image, load_dataset, tfds_builder
-from castling_jax.ops.errors import InputError, in_one_sentence
+from castling_jax.errors import InputError, in_one_sentence
 
 IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 DEBIAN_ARCHIVES = epath.Path("/usr/share/datasets/fashion-mnist")  # where dataset-fashion-mnist is installed

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from castling_jax.convert.files import check_bucket, load_inference, write_atomically
+from castling_jax.convert.inference_folder import load_inference
+from castling_jax.errors import InputError
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model, create_model
 from castling_jax.models.variables import apply, count_parameters, get_variables
-from castling_jax.ops.errors import InputError
+from castling_jax.storage import check_bucket, write_atomically
 from castling_jax.tools.plots import draw_training
 from castling_jax.tools.timing import interleaved_seconds, medians
 

@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from castling_jax.data.sources import Dataset, Unread, load_dataset
+from castling_jax.errors import InputError, check_known
 from castling_jax.models.attention import ATTENTIONS, FORMS, attend
 from castling_jax.models.layers import add_bias
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, get_variables
 from castling_jax.ops.checks import check_implementation
-from castling_jax.ops.errors import InputError, check_known
 from castling_jax.training.config import default_config, load_config, model_arguments
 from castling_jax.training.optimizers import make_optimizer
 from castling_jax.training.restore import teacher_model

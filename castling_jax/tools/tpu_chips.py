@@ -16,7 +16,7 @@ where all three are made of whole cubes of 4 x 4 x 4 chips.
 import dataclasses
 import re
 
-from castling_jax.ops.errors import InputError, check_known
+from castling_jax.errors import InputError, check_known
 
 
 @dataclasses.dataclass(frozen=True)

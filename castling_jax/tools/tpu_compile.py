@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-from castling_jax.ops.errors import InputError
+from castling_jax.errors import InputError
 from castling_jax.tools.tpu_cases import Case, load_case
 from castling_jax.tools.tpu_dump import SCHEDULE_DUMP, UTILIZATION_DUMP
 from castling_jax.tools.tpu_kernels import KernelSchedule, compile_kernels, find_kernels

@@ -43,9 +43,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from castling_jax.errors import InputError, check_known
 from castling_jax.models.attention import ATTENTIONS, FORMS
 from castling_jax.ops.checks import IMPLEMENTATIONS
-from castling_jax.ops.errors import InputError, check_known
 from castling_jax.tools.folders import make_folder
 from castling_jax.tools.tpu_chips import CHIPS
 from castling_jax.tools.tpu_figures import report

@@ -14,8 +14,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from castling_jax.convert.files import is_remote, write_atomically
-from castling_jax.ops.errors import InputError, reason
+from castling_jax.errors import InputError, reason
+from castling_jax.storage import is_remote, write_atomically
 from castling_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"  # a run's folder of them

@@ -12,8 +12,8 @@ from etils import epath
 from ml_collections import ConfigDict, config_dict
 
 from castling_jax.data.transforms import check_augment
+from castling_jax.errors import InputError, check_known
 from castling_jax.models.variables import flatten
-from castling_jax.ops.errors import InputError, check_known
 from castling_jax.training.losses import DISTILLATIONS
 
 CONFIG_FILE = "config.json"  # a run's own, in its folder

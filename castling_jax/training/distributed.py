@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from castling_jax.ops.errors import InputError
+from castling_jax.errors import InputError
 
 HEARTBEAT_SECONDS = 20  # after so long without a sign of a process, JAX ends the others
 SHARING_SECONDS = 40  # so long a file of another host may take to be seen, on network file systems

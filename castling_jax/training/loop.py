@@ -14,10 +14,11 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from castling_jax.convert.files import absolute, copy_folder, is_remote, save_inference, write_atomically
+from castling_jax.convert.inference_folder import save_inference
+from castling_jax.errors import InputError
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
-from castling_jax.ops.errors import InputError
+from castling_jax.storage import absolute, copy_folder, is_remote, write_atomically
 from castling_jax.training.checkpoints import CHECKPOINTS, Checkpoints, Progress, checkpoint_steps
 from castling_jax.training.config import CONFIG_FILE, check_same_run
 from castling_jax.training.distributed import check_shared

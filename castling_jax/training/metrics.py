@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from castling_jax.convert.files import is_remote, write_atomically
+from castling_jax.storage import is_remote, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 REMOTE_SECONDS = 60  # between two writings of a file that cannot be appended to

@@ -8,13 +8,14 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from castling_jax.convert.files import MODEL_FILE, absolute, check_bucket, is_remote, load_inference, local_copy
 from castling_jax.convert.inference import to_inference
+from castling_jax.convert.inference_folder import MODEL_FILE, load_inference
 from castling_jax.convert.torch import from_torch, read_state_dict, to_torch
+from castling_jax.errors import InputError
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, check_variables, flatten
-from castling_jax.ops.errors import InputError
+from castling_jax.storage import absolute, check_bucket, is_remote, local_copy
 from castling_jax.training.checkpoints import CHECKPOINTS, checkpoint_steps, read_checkpoint
 from castling_jax.training.config import CONFIG_FILE, default_config, model_arguments
 from castling_jax.training.metrics import read_metrics

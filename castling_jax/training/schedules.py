@@ -6,7 +6,7 @@ from collections.abc import Callable
 import optax
 from ml_collections import ConfigDict
 
-from castling_jax.ops.errors import InputError, check_known
+from castling_jax.errors import InputError, check_known
 
 MASK_SCHEDULES = ("constant", "linear", "cosine")
 SCALED_RATES = ("peak", "all")

@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 from castling_jax.data.loader import Batch, TrainTransform, training_batches
 from castling_jax.data.sources import ArrayDataset, Dataset, load_dataset
 from castling_jax.data.transforms import train_transform
+from castling_jax.errors import InputError
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model, create_model
 from castling_jax.models.variables import Variables, get_variables
-from castling_jax.ops.errors import InputError
 from castling_jax.training.config import check_config, image_options, mixing_options, model_arguments
 from castling_jax.training.optimizers import make_optimizer
 from castling_jax.training.restore import initial_variables, read_teacher

@@ -14,8 +14,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from castling_jax.errors import InputError
 from castling_jax.models.backbone import Backbone
-from castling_jax.ops.errors import InputError
 
 # replica: whole copies, one or more to a slice, between which only gradients go; data: the same within a slice; fsdp:
 # splits the batch, and the matrices too; tensor: splits heads and the MLP's channels.

@@ -11,7 +11,7 @@ import pytest
 from castling_jax.data import loader
 from castling_jax.data.loader import evaluation_batches, training_batches
 from castling_jax.data.sources import ArrayDataset
-from castling_jax.ops.errors import InputError
+from castling_jax.errors import InputError
 
 
 def numbered(size):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from castling_jax.data.sources import DIGITS_SPLITS, load_dataset
-from castling_jax.ops.errors import InputError
+from castling_jax.errors import InputError
 from tests.data.tfds_builders import CLASSES, encoded, prepared
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from castling_jax import InputError, ops
-from castling_jax.ops.errors import check_known
+from castling_jax.errors import check_known
 
 Q = jnp.ones((2, 5, 3, 4))
 MASKED = {

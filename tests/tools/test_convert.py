@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from castling_jax import load_inference, to_inference
-from castling_jax.convert.files import MODEL_FILE, PAYLOADS, save_inference
+from castling_jax.convert.inference_folder import MODEL_FILE, PAYLOADS, save_inference
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import count_parameters
 from castling_jax.tools import convert

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from castling_jax.errors import InputError
 from castling_jax.models.macs import OTHER, PARTS, Cost
 from castling_jax.models.registry import MODELS, abstract_model
 from castling_jax.models.variables import count_parameters, get_variables
-from castling_jax.ops.errors import InputError
 from castling_jax.tools import describe
 from tests.models import small
 

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from castling_jax.ops.errors import InputError
+from castling_jax.errors import InputError
 from castling_jax.tools.faults import Kill, Pod, describe, kill_somehow
 
 

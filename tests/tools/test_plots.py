@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from castling_jax.ops.errors import InputError
+from castling_jax.errors import InputError
 from castling_jax.tools import plots
 from castling_jax.tools.plots import draw_training
 from castling_jax.training.metrics import MetricsWriter

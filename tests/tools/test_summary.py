@@ -3,7 +3,7 @@ import json
 import jax
 import pytest
 
-from castling_jax.convert.files import save_inference
+from castling_jax.convert.inference_folder import save_inference
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import get_variables
 from castling_jax.tools import summary

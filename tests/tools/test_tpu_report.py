@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from castling_jax.ops.errors import InputError
+from castling_jax.errors import InputError
 from castling_jax.tools import tpu_report
 from castling_jax.tools.tpu_chips import CHIPS
 from castling_jax.tools.tpu_figures import summarize

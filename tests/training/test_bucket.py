@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from castling_jax.convert import files
+from castling_jax import load_inference, storage
 from castling_jax.tools import convert
 from tests.training import fake_gcs
 
@@ -108,13 +108,13 @@ def test_run_in_a_bucket_is_killed_and_damaged_and_ends_as_one_on_disk(server, t
 @needs_gcsfs
 def test_bucket_out_of_reach_is_one_sentence(server, refuses, monkeypatch):
     with refuses("there is no bucket 'gs://other'"):
-        files.check_bucket("gs://other/run")
+        storage.check_bucket("gs://other/run")
     server.objects["x"] = b"", 1
     monkeypatch.setattr(server, "bucket_status", 403)
     with refuses("the bucket 'gs://bucket' cannot be reached (403 GET", "allowed storage.buckets.get?"):
-        files.check_bucket("gs://bucket/run", for_a_run=True)
+        storage.check_bucket("gs://bucket/run", for_a_run=True)
     with refuses("'gs://bucket/nothing' is not an inference folder"):
-        files.load_inference("gs://bucket/nothing")
+        load_inference("gs://bucket/nothing")
 
 
 def test_bucket_without_gcsfs_is_one_sentence(refuses, monkeypatch):
@@ -123,10 +123,10 @@ def test_bucket_without_gcsfs_is_one_sentence(refuses, monkeypatch):
 
     monkeypatch.setattr(type(epath.Path("gs://bucket")), "exists", exists)
     with refuses("'gs://bucket/run' is in a bucket, which takes gcsfs: pip install 'castling_jax[gcs]'"):
-        files.load_inference("gs://bucket/run")
-    files.check_bucket("runs/digits")
+        load_inference("gs://bucket/run")
+    storage.check_bucket("runs/digits")
 
 
 def test_paths_in_buckets_are_absolute():
-    assert os.fspath(files.absolute(epath.Path("gs://bucket/run"))) == "gs://bucket/run"
-    assert os.fspath(files.absolute(epath.Path("run"))) == str(Path.cwd() / "run")
+    assert os.fspath(storage.absolute(epath.Path("gs://bucket/run"))) == "gs://bucket/run"
+    assert os.fspath(storage.absolute(epath.Path("run"))) == str(Path.cwd() / "run")

@@ -10,7 +10,7 @@ import optax
 import pytest
 from etils import epath
 
-from castling_jax.ops.errors import InputError
+from castling_jax.errors import InputError
 from castling_jax.training.checkpoints import Checkpoints, Progress, checksums
 from castling_jax.training.state import create_state
 

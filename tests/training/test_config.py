@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from castling_jax.ops.errors import InputError
+from castling_jax.errors import InputError
 from castling_jax.training.config import (
     check_config,
     check_same_run,

@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 
-from castling_jax.convert.files import load_inference
+from castling_jax.convert.inference_folder import load_inference
 from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import normalize
+from castling_jax.errors import InputError
 from castling_jax.models.variables import apply
-from castling_jax.ops.errors import InputError
 from castling_jax.training import loop, setup
 from castling_jax.training.config import default_config
 from castling_jax.training.metrics import read_metrics

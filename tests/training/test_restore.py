@@ -12,8 +12,8 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from castling_jax.convert import to_torch
-from castling_jax.convert.files import save_inference
 from castling_jax.convert.inference import to_inference
+from castling_jax.convert.inference_folder import save_inference
 from castling_jax.models.variables import get_variables
 from castling_jax.training.checkpoints import Checkpoints, Progress, checkpoint_steps, checksums
 from castling_jax.training.config import default_config

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from castling_jax.ops.errors import InputError
+from castling_jax.errors import InputError
 from castling_jax.training.config import default_config
 from castling_jax.training.schedules import MASK_SCHEDULES, learning_rate_schedule, mask_threshold_schedule
 

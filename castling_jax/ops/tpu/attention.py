@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from castling_jax.errors import InputError
 from castling_jax.ops.depthwise import depthwise_convolution
-from castling_jax.ops.errors import InputError
 from castling_jax.ops.masked_softmax import Bias
 from castling_jax.ops.tokens import MAX_MULTIPLIED, values_of_queries
 from castling_jax.ops.tpu import linear_angular, linear_angular_blocks, masked_softmax, masked_softmax_blocks

@@ -16,15 +16,8 @@ from safetensors.numpy import save
 
 import castling_jax
 from castling_jax import load_inference, to_inference
-from castling_jax.convert import files
-from castling_jax.convert.files import (
-    MODEL_FILE,
-    PAYLOADS,
-    PROGRAM_FILE,
-    VARIABLES_FILE,
-    save_inference,
-    write_atomically,
-)
+from castling_jax.convert import inference_folder
+from castling_jax.convert.inference_folder import MODEL_FILE, PAYLOADS, PROGRAM_FILE, VARIABLES_FILE, save_inference
 from tests.models import small
 
 
@@ -109,15 +102,6 @@ def test_saving_does_not_change_the_variables(tmp_path, model, variables):
     assert bits(variables) == before
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    with pytest.raises(TypeError):
-        write_atomically(path, "no bytes")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 # Orbax
 
 
@@ -162,7 +146,7 @@ def test_a_conversion_that_fails_leaves_nothing_or_what_was_there(
     def fails(path):
         raise OSError("no space left")
 
-    monkeypatch.setattr(files, "_sha256", fails)
+    monkeypatch.setattr(inference_folder, "_sha256", fails)
     before = bits(variables)
     for out in (tmp_path / "new", folder):
         with pytest.raises(OSError, match="no space left"):

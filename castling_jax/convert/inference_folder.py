@@ -4,14 +4,12 @@ A folder holds `model.json`, which says what it was made from, with what, and th
 PAYLOADS.
 """
 
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,11 @@ from safetensors.flax import load_file as load_safetensors
 from safetensors.numpy import save_file as save_safetensors
 
 from castling_jax.convert.inference import to_inference
+from castling_jax.errors import InputError, check_known
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, check_variables, flatten, unflatten
-from castling_jax.ops.errors import InputError, check_known, reason
+from castling_jax.storage import check_bucket, copy_folder, is_remote, local_copy, remove, write_atomically
 
 VARIABLES_FILE = "variables.safetensors"
 PROGRAM_FILE = "program.stablehlo"
@@ -60,8 +59,8 @@ def save_inference(
         with tempfile.TemporaryDirectory() as here:
             save_inference(here, model, variables, format=format)
             for name in PAYLOADS.values():  # an earlier one's files would stay among the new ones
-                _remove(epath.Path(path) / name)
-            copy_folder(epath.Path(here), epath.Path(path))
+                remove(epath.Path(path) / name)
+            copy_folder(epath.Path(here), epath.Path(path), last=MODEL_FILE)
         return
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
@@ -88,17 +87,17 @@ def save_inference(
             save_safetensors(arrays, temporary)
         description["sha256"] = _sha256(temporary)
         description["versions"] = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
-        _remove(payload)
+        remove(payload)
         temporary.replace(payload)
     finally:
         for unfinished in folder.glob(f".{payload.name}.*"):
-            _remove(unfinished)
+            remove(unfinished)
         if not any(folder.iterdir()):
             folder.rmdir()
     # The model's file last: a folder without it, or with another checksum, is refused rather than half read.
     write_atomically(folder / MODEL_FILE, json.dumps(description, indent=2).encode())
     for other in set(PAYLOADS.values()) - {payload.name}:
-        _remove(folder / other)
+        remove(folder / other)
 
 
 def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
@@ -196,95 +195,3 @@ def _sha256(path: Path) -> str:
     for file_path in sorted(inner for inner in path.rglob("*") if inner.is_file()):
         digest.update(f"{file_path.relative_to(path).as_posix()} {_sha256(file_path)}\n".encode())
     return digest.hexdigest()
-
-
-def copy_folder(source: epath.Path, target: epath.Path) -> None:
-    """Copies a folder's files, the model's last, into another."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir(), key=lambda path: path.name == MODEL_FILE):
-        if path.is_dir():
-            copy_folder(path, target / path.name)
-        else:
-            path.copy(target / path.name, overwrite=True)
-
-
-def _remove(path: Path | epath.Path) -> None:
-    if path.is_dir():
-        epath.Path(path).rmtree()
-    else:
-        path.unlink(missing_ok=True)
-
-
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether it is a bucket's, such as gs://, and not a folder of this machine."""
-    return "://" in os.fspath(path)
-
-
-def check_bucket(path: str | os.PathLike, *, for_a_run: bool = False) -> None:
-    """Refuses a path in a bucket that is out of reach.
-
-    Args:
-      path: of any kind; one on this machine is not looked at.
-      for_a_run: whether a run is to be kept there; Orbax asks for the bucket's description before it deletes a
-        checkpoint, hours later, so it is asked for here.
-
-    Raises:
-      InputError: the package for buckets is not installed, there is no such bucket, or there is no way to it.
-    """
-    if not is_remote(path):
-        return
-    bucket = "/".join(os.fspath(path).split("/")[:3])
-    try:
-        is_there = epath.Path(bucket).exists()
-        if is_there and for_a_run:
-            from google.cloud import storage  # gcsfs brings it
-
-            storage.Client().get_bucket(bucket.removeprefix("gs://"))
-    except ImportError:
-        raise InputError(f"'{path}' is in a bucket, which takes gcsfs: pip install 'castling_jax[gcs]'.") from None
-    except Exception as error:  # gcsfs, google.auth and aiohttp raise many kinds
-        raise InputError(
-            f"the bucket '{bucket}' cannot be reached ({reason(error)}); is there a network, and is this machine or "
-            "person logged in (gcloud auth application-default login) and allowed storage.buckets.get?"
-        ) from error
-    if not is_there:
-        raise InputError(f"there is no bucket '{bucket}', or nothing in it may be seen.")
-
-
-@contextlib.contextmanager
-def local_copy(path: str | os.PathLike) -> Iterator[Path]:
-    """A copy on this machine, while the block lasts, of a bucket's file or folder; what refuses it names the bucket's.
-
-    Raises:
-      InputError: what `check_bucket` raises. Where there is nothing at `path`, there is nothing at the copy's.
-    """
-    check_bucket(path)
-    source = epath.Path(path)
-    with tempfile.TemporaryDirectory() as here:
-        copy = epath.Path(here) / source.name
-        if source.is_dir():
-            copy_folder(source, copy)
-        elif source.exists():
-            source.copy(copy)
-        try:
-            yield Path(copy)
-        except InputError as error:
-            raise InputError(str(error).replace(here, os.fspath(source.parent))) from error
-
-
-def absolute(path: epath.Path) -> epath.Path:
-    """The path from the root, as Orbax wants it. A bucket's is one, and epath would set the working directory first."""
-    return path if is_remote(path) else path.absolute()
-
-
-def write_atomically(path: epath.Path, data: bytes) -> None:
-    """Writes a file so that a reader, or a run killed meanwhile, sees the old content or the new, never a part."""
-    if is_remote(path):
-        path.write_bytes(data)  # an object is replaced as a whole
-        return
-    temporary = path.parent / f".{path.name}.{os.getpid()}"
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,0 +1,104 @@
+"""Files and folders on this machine's disks and in buckets (gs://)."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+from castling_jax.errors import InputError, reason
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether it is a bucket's, such as gs://, and not a folder of this machine."""
+    return "://" in os.fspath(path)
+
+
+def check_bucket(path: str | os.PathLike, *, for_a_run: bool = False) -> None:
+    """Refuses a path in a bucket that is out of reach.
+
+    Args:
+      path: of any kind; one on this machine is not looked at.
+      for_a_run: whether a run is to be kept there; Orbax asks for the bucket's description before it deletes a
+        checkpoint, hours later, so it is asked for here.
+
+    Raises:
+      InputError: the package for buckets is not installed, there is no such bucket, or there is no way to it.
+    """
+    if not is_remote(path):
+        return
+    bucket = "/".join(os.fspath(path).split("/")[:3])
+    try:
+        is_there = epath.Path(bucket).exists()
+        if is_there and for_a_run:
+            from google.cloud import storage  # gcsfs brings it
+
+            storage.Client().get_bucket(bucket.removeprefix("gs://"))
+    except ImportError:
+        raise InputError(f"'{path}' is in a bucket, which takes gcsfs: pip install 'castling_jax[gcs]'.") from None
+    except Exception as error:  # gcsfs, google.auth and aiohttp raise many kinds
+        raise InputError(
+            f"the bucket '{bucket}' cannot be reached ({reason(error)}); is there a network, and is this machine or "
+            "person logged in (gcloud auth application-default login) and allowed storage.buckets.get?"
+        ) from error
+    if not is_there:
+        raise InputError(f"there is no bucket '{bucket}', or nothing in it may be seen.")
+
+
+@contextlib.contextmanager
+def local_copy(path: str | os.PathLike) -> Iterator[Path]:
+    """A copy on this machine, while the block lasts, of a bucket's file or folder; what refuses it names the bucket's.
+
+    Raises:
+      InputError: what `check_bucket` raises. Where there is nothing at `path`, there is nothing at the copy's.
+    """
+    check_bucket(path)
+    source = epath.Path(path)
+    with tempfile.TemporaryDirectory() as here:
+        copy = epath.Path(here) / source.name
+        if source.is_dir():
+            copy_folder(source, copy)
+        elif source.exists():
+            source.copy(copy)
+        try:
+            yield Path(copy)
+        except InputError as error:
+            raise InputError(str(error).replace(here, os.fspath(source.parent))) from error
+
+
+def absolute(path: epath.Path) -> epath.Path:
+    """The path from the root, as Orbax wants it. A bucket's is one, and epath would set the working directory first."""
+    return path if is_remote(path) else path.absolute()
+
+
+def copy_folder(source: epath.Path, target: epath.Path, *, last: str | None = None) -> None:
+    """Copies a folder's files into another; the file named `last` after all others, as the mark of a whole folder."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == last):
+        if path.is_dir():
+            copy_folder(path, target / path.name)
+        else:
+            path.copy(target / path.name, overwrite=True)
+
+
+def remove(path: Path | epath.Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir():
+        epath.Path(path).rmtree()
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_atomically(path: epath.Path, data: bytes) -> None:
+    """Writes a file so that a reader, or a run killed meanwhile, sees the old content or the new, never a part."""
+    if is_remote(path):
+        path.write_bytes(data)  # an object is replaced as a whole
+        return
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
