@@ -1,4 +1,6 @@
-"""Trains a model: python main.py --config=configs/NAME.py[:VARIANT] [--workdir=DIR] [--config.GROUP.FIELD=VALUE ...].
+"""Trains a model: python main.py --config=NAME[:VARIANT] [--workdir=DIR] [--config.GROUP.FIELD=VALUE ...].
+
+NAME is one of configs/, or a file of your own. --help-config lists the fields.
 
 Started again, the same command goes on where an interrupted run stopped; of a finished run it prints the summary.
 --evaluate=RUN (or RUN/checkpoints/STEP) prints the held-out figures of both forms, and does nothing else.
@@ -8,7 +10,7 @@ On a TPU pod it is started on every host, which find each other; elsewhere --coo
 """
 
 import errno
-import itertools
+import functools
 import logging as stdlib_logging
 import re
 import sys
@@ -21,55 +23,78 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from castling_jax.errors import InputError, check_known
+from castling_jax.errors import InputError, Mistakes, check_known
 from castling_jax.storage import check_bucket
 from castling_jax.tools import summary
 from castling_jax.training import distributed
-from castling_jax.training.config import CONFIG_FILE, check_config, check_same_run, field_names, load_config
+from castling_jax.training.config import FIELDS, check_config
+from castling_jax.training.config_files import CONFIG_FILE, check_same_run, find_config, load_config
+from castling_jax.training.config_help import describe_fields
 from castling_jax.training.evaluate import evaluate_checkpoint
 from castling_jax.training.loop import train
 from castling_jax.training.preemption import Preempted
 
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.py"
+DEFAULT_CONFIG = "digits"
 
 
-def check_overrides(arguments: list[str]) -> None:
-    """Refuses what ml_collections would end in a traceback of.
+def define_flags(argv: list[str]) -> tuple[str, list[str]]:
+    """Defines the flags, those of the configuration's fields among them.
 
-    Raises:
-      InputError: an override of an unknown field, or no such configuration.
-    """
-    for argument, following in itertools.pairwise([*arguments, ""]):
-        if found := re.fullmatch(r"--?config(?:=(.*))?", argument):
-            load_config(following if found[1] is None else found[1])
-        if field := re.match(r"--?(?:no)?config\.([^=]+)", argument):
-            check_known("config field", field[1], field_names())
-
-
-def define_flags(argv: list[str]) -> None:
-    """Defines the flags. ml_collections reads the overrides among them right then, so they are checked first.
+    Returns:
+      The configuration's name, and the arguments without it, which are absl's to parse.
 
     Raises:
-      InputError: as `check_overrides`.
+      InputError: there is no such configuration, or fields are unknown.
     """
-    check_overrides(argv[1:])
-    config_flags.DEFINE_config_file("config", str(DEFAULT_CONFIG), "The configuration file.")
+    name, arguments, words = DEFAULT_CONFIG, [], iter(argv)
+    mistakes = Mistakes()
+    for word in words:
+        if found := re.fullmatch(r"--?config(?:=(.*))?", word):
+            name = next(words, "") if found[1] is None else found[1]
+            continue
+        arguments.append(word)
+        if field := re.match(r"--?(?:no)?config\.([^=]+)", word):
+            with mistakes:
+                check_known("config field", field[1], FIELDS)
+    with mistakes:
+        config = load_config(name)
+    mistakes.report()
+    about = "NAME or FILE.py, and :ARGUMENT; --help-config lists its fields."
+    config_flags.DEFINE_config_dict("config", config, about, sys_argv=arguments)
+    flags.DEFINE_boolean("help-config", False, "Print the configuration's fields, values and meanings, and no more.")
     flags.DEFINE_string("workdir", None, "Where the run is kept, gs:// too; by default runs/ and the config's name.")
     flags.DEFINE_string("evaluate", None, "A run's folder, or one of its checkpoints/STEP, to evaluate and no more.")
     flags.DEFINE_string("profile", None, "FIRST:LAST, the steps to trace for XProf, into the workdir's profile/.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of several that are not on a TPU pod.")
     flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+    return name, arguments
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """What absl makes of the command line.
 
     Raises:
-      InputError: an unknown flag, or a value of another type.
+      InputError: an unknown flag, or values that a flag or a field does not take; names all of the fields.
     """
     try:
         return flags.FLAGS(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        mistakes = Mistakes()
+        for word in argv[1:]:  # absl stops at the first
+            if word.startswith("--config."):
+                with mistakes:
+                    parse_override(word)
+        with mistakes:
+            check_config(flags.FLAGS["config"].value)
+        mistakes.report()
+        raise InputError(str(error).strip()) from error
+
+
+def parse_override(word: str) -> None:
+    """Parses one --config.GROUP.FIELD=VALUE; raises an InputError where it is of another type."""
+    try:
+        flags.FLAGS(["main.py", word])
     except (flags.Error, TypeError, ValueError) as error:
         raise InputError(str(error).strip()) from error
 
@@ -94,7 +119,7 @@ def ignore_closed_loops(raised: Any) -> None:
         sys.__unraisablehook__(raised)
 
 
-def main(argv: list[str]) -> None:
+def main(config_name: str, argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         # Orbax tells of every file it writes, and logs the errors that it raises too.
         logging.set_verbosity(logging.FATAL)
@@ -104,10 +129,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}; flags are --config, --workdir and --config.GROUP.FIELD.")
     options = flags.FLAGS
-    path, _, variant = config_flags.get_config_filename(options["config"]).partition(":")
-    config_file = Path(path)
-    if not config_file.is_file():
-        raise InputError(f"there is no configuration file '{config_file}'.")
+    if options["help-config"].value:
+        print(describe_fields(options.config))
+        return
     profile = profiled_steps(options.profile)
     distributed.initialize(options.coordinator, options.num_processes, options.process_id)
     is_writer = jax.process_index() == 0
@@ -117,8 +141,8 @@ def main(argv: list[str]) -> None:
         print(summary.describe_evaluation(figures) if is_writer else "", end="")
         return
     config = options.config
-    name = "-".join([config_file.stem, *filter(None, variant.split(","))])
-    workdir = epath.Path(options.workdir or Path("runs") / name)
+    file, variant = find_config(config_name)
+    workdir = epath.Path(options.workdir or Path("runs") / "-".join([file.stem, *filter(None, variant.split(","))]))
     check_config(config)
     check_bucket(workdir, for_a_run=True)
     distributed.use_compilation_cache(workdir / "compiled")
@@ -137,8 +161,8 @@ def main(argv: list[str]) -> None:
 def run() -> None:
     """main() with mistakes said in one sentence, and a non-zero status."""
     try:
-        define_flags(sys.argv)
-        app.run(main, flags_parser=parse_flags)
+        config_name, arguments = define_flags(sys.argv)
+        app.run(functools.partial(main, config_name), arguments, flags_parser=parse_flags)
     except InputError as error:
         distributed.end(f"main.py: {error}")
     except Preempted as preempted:

@@ -5,6 +5,7 @@ import errno
 import os
 import re
 from collections.abc import Iterable
+from types import TracebackType
 
 
 class InputError(ValueError):
@@ -30,6 +31,31 @@ def check_known(kind: str, name: object, known: Iterable[str]) -> None:
     if not nearest or len(choices) <= 12:
         hints.append(f"(known: {', '.join(choices) or 'none'})")
     raise InputError(f"unknown {kind} {name!r}: {' '.join(hints)}")
+
+
+class Mistakes:
+    """Collects mistakes, so that a person hears of all of them at once.
+
+    Each `with mistakes:` block may raise one InputError; `report` raises them together.
+    """
+
+    def __init__(self) -> None:
+        self._sentences: list[str] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
+        if isinstance(error, InputError):
+            self._sentences.append(str(error))
+        return isinstance(error, InputError)
+
+    def report(self) -> None:
+        """Raises an InputError of all mistakes so far; does nothing where there are none."""
+        if len(self._sentences) == 1:
+            raise InputError(self._sentences[0])
+        if self._sentences:
+            raise InputError("\n".join([f"{len(self._sentences)} mistakes:", *self._sentences]))
 
 
 def reason(error: Exception) -> str:

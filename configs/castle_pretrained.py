@@ -8,12 +8,12 @@ epochs, a tenth of DeiT's rate, and the mask emptied over the middle of them. It
 
 from ml_collections import ConfigDict
 
-from configs.deit import get_config as deit_config
+from .deit import get_config as deit_config
 
 
 def get_config(argument: str = "base") -> ConfigDict:
     config = deit_config(argument)
     config.train.epochs = 100
     config.optimizer.learning_rate = 5e-5
-    config.distillation.update({"kind": "soft", "alpha": 0.5, "temperature": 1.0})
+    config.distillation.update(kind="soft", alpha=0.5, temperature=1.0)
     return config

@@ -10,7 +10,7 @@ the compiler's estimates of a step.
 
 from ml_collections import ConfigDict
 
-from configs.imagenet import imagenet_config
+from ._imagenet import imagenet_config
 
 VARIANTS = {"tiny": "deit_tiny", "small": "deit_small", "base": "deit_base"}
 
@@ -19,12 +19,16 @@ def get_config(argument: str = "") -> ConfigDict:
     config = imagenet_config("DeiT", argument, VARIANTS, default="small")
     config.model.drop_path_rate = 0.1
     config.augment.repeats = 3
-    config.train.update({"epochs": 300, "batch_size": 1024})
+    config.train.update(epochs=300, batch_size=1024)
     config.optimizer.update(
-        {
-            **{"learning_rate": 5e-4, "reference_batch": 512, "scaled_rates": "peak"},
-            **{"initial_learning_rate": 1e-6, "final_learning_rate": 1e-5, "warmup_epochs": 5.0},
-            **{"weight_decay": 0.05, "b1": 0.9, "b2": 0.999},
-        }
+        learning_rate=5e-4,
+        reference_batch=512,
+        scaled_rates="peak",
+        initial_learning_rate=1e-6,
+        final_learning_rate=1e-5,
+        warmup_epochs=5.0,
+        weight_decay=0.05,
+        b1=0.9,
+        b2=0.999,
     )
     return config

@@ -8,18 +8,15 @@ castled: the mask is empty from the first step on, unless --config.mask.start_th
 
 from ml_collections import ConfigDict
 
-from configs.deit import get_config as deit_config
+from .deit import get_config as deit_config
 
 
 def get_config(argument: str = "base") -> ConfigDict:
     config = deit_config(argument)
     config.model.image_size = 384
-    config.train.update({"epochs": 30, "batch_size": 512})
+    config.train.update(epochs=30, batch_size=512)
     config.optimizer.update(
-        {
-            **{"learning_rate": 5e-6, "initial_learning_rate": 1e-6, "final_learning_rate": 5e-6},
-            **{"weight_decay": 1e-8, "warmup_epochs": 5.0},
-        }
+        learning_rate=5e-6, initial_learning_rate=1e-6, final_learning_rate=5e-6, weight_decay=1e-8, warmup_epochs=5.0
     )
-    config.mask.update({"schedule": "constant", "start_threshold": 1.0})
+    config.mask.update(schedule="constant", start_threshold=1.0)
     return config

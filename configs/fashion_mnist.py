@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.model.patch_size = 7
     config.model.drop_path_rate = 0.1
     config.dataset.name = "fashion_mnist"
-    config.augment.update({"flip": 0.5, "shift_pixels": 2, "mixup": 0.2})
+    config.augment.update(flip=0.5, shift_pixels=2, mixup=0.2)
     config.train.ema_decay = 0.998
     config.train.epochs = 5
     config.train.batch_size = 128

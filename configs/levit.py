@@ -11,7 +11,7 @@ Nothing of this file has been trained to its end here. It takes 625,000 steps.
 
 from ml_collections import ConfigDict
 
-from configs.imagenet import imagenet_config
+from ._imagenet import imagenet_config
 
 VARIANTS = {name: f"levit_{name}" for name in ("128s", "128", "192", "256", "384")}
 
@@ -20,12 +20,15 @@ def get_config(argument: str = "") -> ConfigDict:
     config = imagenet_config("LeViT", argument, VARIANTS, default="256")
     config.model.distilled = True
     config.augment.repeats = 3
-    config.train.update({"epochs": 1000, "batch_size": 2048, "ema_decay": 0.99996})
+    config.train.update(epochs=1000, batch_size=2048, ema_decay=0.99996)
     config.optimizer.update(
-        {
-            **{"learning_rate": 5e-4, "reference_batch": 512, "scaled_rates": "peak"},
-            **{"initial_learning_rate": 1e-6, "final_learning_rate": 1e-5, "warmup_epochs": 5.0},
-            **{"weight_decay": 0.025, "adaptive_clip": 0.01},
-        }
+        learning_rate=5e-4,
+        reference_batch=512,
+        scaled_rates="peak",
+        initial_learning_rate=1e-6,
+        final_learning_rate=1e-5,
+        warmup_epochs=5.0,
+        weight_decay=0.025,
+        adaptive_clip=0.01,
     )
     return config

@@ -9,7 +9,7 @@ published. Nothing of this file has been trained to its end here. It takes 187,5
 
 from ml_collections import ConfigDict
 
-from configs.imagenet import imagenet_config
+from ._imagenet import imagenet_config
 
 VARIANTS = {"tiny": "mvitv2_tiny", "small": "mvitv2_small", "base": "mvitv2_base"}
 
@@ -17,12 +17,15 @@ VARIANTS = {"tiny": "mvitv2_tiny", "small": "mvitv2_small", "base": "mvitv2_base
 def get_config(argument: str = "") -> ConfigDict:
     config = imagenet_config("MViTv2", argument, VARIANTS, default="tiny")
     config.augment.randaugment = "rand-m9-n6-mstd0.5-inc1"
-    config.train.update({"epochs": 300, "batch_size": 2048})
+    config.train.update(epochs=300, batch_size=2048)
     config.optimizer.update(
-        {
-            **{"learning_rate": 2.5e-4, "reference_batch": 256, "scaled_rates": "all"},
-            **{"initial_learning_rate": 1e-8, "final_learning_rate": 1e-6, "warmup_epochs": 70.0},
-            **{"weight_decay": 0.05, "clip_norm": 1.0},
-        }
+        learning_rate=2.5e-4,
+        reference_batch=256,
+        scaled_rates="all",
+        initial_learning_rate=1e-8,
+        final_learning_rate=1e-6,
+        warmup_epochs=70.0,
+        weight_decay=0.05,
+        clip_norm=1.0,
     )
     return config

@@ -40,12 +40,7 @@ def arguments_of(name):
     return [f"{variant},{attention}" for variant in variants for attention in TRAINED]
 
 
-ALL = [
-    (path.stem, argument)
-    for path in sorted(CONFIGS.glob("*.py"))
-    if path.stem not in ("__init__", "imagenet")
-    for argument in arguments_of(path.stem)
-]
+ALL = [(path.stem, argument) for path in sorted(CONFIGS.glob("[!_]*.py")) for argument in arguments_of(path.stem)]
 
 
 def load(name, argument):

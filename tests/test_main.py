@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import main
+from castling_jax.training.config import FIELDS
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -40,6 +41,11 @@ def run(workdir, *arguments):
         ),
         ("--config=configs/nope.py", "there is no configuration file 'configs/nope.py'."),
         (
+            "--config=digit",
+            "unknown configuration 'digit': did you mean 'digits'? (known: castle_pretrained, deit, deit_384, digits, "
+            "fashion_mnist, levit, mvitv2)",
+        ),
+        (
             "--config.train.epochs=many",
             "flag --config.train.epochs=many: invalid literal for int() with base 10: 'many'",
         ),
@@ -55,14 +61,14 @@ def run(workdir, *arguments):
         ("--evaluate=nowhere", "'nowhere' is neither a run's folder with checkpoints nor one of its checkpoints/STEP."),
         ("--config.model.num_heads=5", "5 heads do not divide the width 64."),
         (
-            f"--config={ROOT}/configs/imagenet.py",
-            f"'{ROOT}/configs/imagenet.py' is no configuration: it has no function get_config.",
+            f"--config={ROOT}/configs/_imagenet.py",
+            f"'{ROOT}/configs/_imagenet.py' is no configuration: it has no function get_config.",
         ),
         (
             f"--config={ROOT}/configs/digits.py:small",
             f"'{ROOT}/configs/digits.py' has no variants: leave out ':small'.",
         ),
-        ("--config.seed=-1", "config.seed must be at least 0, not -1."),
+        ("--config.seed=-1", "config.seed must be an integer from 0 to 4294967295, not -1."),
         (
             "--config.augment.randaugment=rand-m9-mstd0.5-inc1",
             "config.augment.randaugment is for images of 8 bits, and these are of floats.",
@@ -77,14 +83,40 @@ def test_mistakes_are_one_sentence_and_a_status(tmp_path, argument, sentence):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["--config=configs/deit.py:tiny"], ["--config", "configs/deit.py:tiny"]])
-def test_what_is_right_passes(arguments):
-    main.check_overrides(arguments)  # as `make run` has none
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ([], "digits"),  # as `make run` starts it
+        (["--config=configs/deit.py:tiny"], "configs/deit.py:tiny"),
+        (["--config", "deit:tiny"], "deit:tiny"),
+        (["-config=deit"], "deit"),
+    ],
+)
+def test_the_configuration_is_found_in_the_arguments(monkeypatch, arguments, name):
+    monkeypatch.setattr(main.flags, "FLAGS", main.flags.FlagValues())
+    for define in ("DEFINE_boolean", "DEFINE_string", "DEFINE_integer"):
+        monkeypatch.setattr(main.flags, define, lambda *_, **__: None)
+    monkeypatch.setattr(main.config_flags, "DEFINE_config_dict", lambda *_, **__: None)
+    assert main.define_flags(["main.py", *arguments, "--workdir=x"]) == (name, ["main.py", "--workdir=x"])
 
 
-def test_a_config_in_an_argument_of_its_own(refuses):
-    with refuses("there is no configuration file 'nope.py'"):
-        main.check_overrides(["--config", "nope.py"])
+def test_all_mistakes_are_said_at_once(tmp_path):
+    fields = run(tmp_path / "run", "--config.train.epoch=1", "--config.optimiser.b1=2", "--config=nothing")
+    assert fields.stderr.count("\n") == 4
+    for part in ("3 mistakes:", "'train.epoch': did you mean 'train.epochs'", "'optimiser.b1'", "'nothing'"):
+        assert part in fields.stderr
+    values = run(tmp_path / "run", "--config.train.epochs=many", "--config.mask.begin=x", "--config.train.batch_size=0")
+    assert values.stderr.count("\n") == 4
+    for part in ("3 mistakes:", "'many'", "'x'", "config.train.batch_size must be an integer of at least 1, not 0."):
+        assert part in values.stderr
+
+
+def test_the_fields_are_listed_with_the_configurations_values(tmp_path):
+    listed = run(tmp_path / "run", "--config=digits", "--config.mask.end=0.7", "--help-config")
+    assert listed.returncode == 0
+    assert listed.stdout.count("--config.") == len(FIELDS)
+    assert "--config.model.name=deit_micro\n" in listed.stdout
+    assert "--config.mask.end=0.7\n    Fraction of training" in listed.stdout
 
 
 def test_a_bug_in_one_of_several_processes_ends_it(monkeypatch, capsys):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from castling_jax.training.config import field_names, load_config
+from castling_jax.training.config import FIELDS
+from castling_jax.training.config_files import load_config
 
 ROOT = Path(__file__).parent.parent
 STEPS = sorted((ROOT / "scripts" / "pod").glob("*.sh"))
@@ -80,7 +81,7 @@ def test_training_is_started_on_every_slice_with_flags_that_there_are():
     assert flags["config.mesh.replica"] == "2"
     assert flags["config.train.batch_size"] == "2048"
     fields = [flag.removeprefix("config.") for flag in flags if flag.startswith("config.")]
-    assert set(fields) <= set(field_names())
+    assert set(fields) <= FIELDS.keys()
 
 
 def test_castling_starts_from_the_weights_that_were_copied():

@@ -204,7 +204,6 @@ def train_transform(
     Raises:
       InputError: a field is out of range.
     """
-    check_augment(augment)
     return TrainTransform(
         resize=EvalTransform(image_size, tuple(mean), tuple(std), crop_ratio),
         crop_scale=None if augment.crop_scale is None else tuple(augment.crop_scale),
@@ -222,30 +221,6 @@ def eval_transform(
 ) -> Callable[[Example], Example]:
     """What is done to an example in evaluation; arguments as `train_transform`'s."""
     return EvalTransform(image_size, tuple(mean), tuple(std), crop_ratio)
-
-
-def check_augment(augment: ConfigDict) -> None:
-    """Refuses a group `augment` with values out of range, or that exclude each other.
-
-    Raises:
-      InputError: names the field, the value and what is allowed.
-    """
-    for name in ("flip", "erasing", "mix_switch", "mix_probability"):
-        if not 0 <= augment[name] <= 1:
-            raise InputError(f"config.augment.{name} must be in [0, 1], not {augment[name]}.")
-    for name, least in (("shift_pixels", 0), ("color_jitter", 0), ("mixup", 0), ("cutmix", 0), ("repeats", 1)):
-        if not augment[name] >= least:  # which NaN is not
-            raise InputError(f"config.augment.{name} must be at least {least}, not {augment[name]}.")
-    scale = augment.crop_scale
-    if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
-        raise InputError(f"config.augment.crop_scale must be two numbers with 0 < first <= second <= 1, not {scale}.")
-    if augment.randaugment is not None:
-        parse_policy(augment.randaugment, (0, 0, 0))
-        if augment.color_jitter:
-            raise InputError(
-                "config.augment.color_jitter must be 0 where config.augment.randaugment, which changes colors too, is "
-                f"set, not {augment.color_jitter}."
-            )
 
 
 def _is_float(image: Any) -> bool:

@@ -20,7 +20,7 @@ from castling_jax.errors import InputError, check_known
 from castling_jax.models.attention import ATTENTIONS
 from castling_jax.storage import check_bucket, write_atomically
 from castling_jax.tools import summary
-from castling_jax.training.config import CONFIG_FILE, check_same_run, load_config
+from castling_jax.training.config_files import CONFIG_FILE, check_same_run, load_config
 from castling_jax.training.loop import train
 from castling_jax.training.preemption import Preempted
 

@@ -14,7 +14,7 @@ import jax
 
 from castling_jax.errors import InputError
 from castling_jax.tools.timing import interleaved_seconds, spread
-from castling_jax.training.config import load_config
+from castling_jax.training.config_files import load_config
 from castling_jax.training.setup import configured_batches, first_state, first_variables, set_up
 from castling_jax.training.sharding import shard_batch
 

@@ -32,7 +32,8 @@ from castling_jax.data.transforms import eval_transform, train_transform
 from castling_jax.errors import InputError
 from castling_jax.models.registry import abstract_model
 from castling_jax.storage import check_bucket
-from castling_jax.training.config import default_config, image_options, load_config, mixing_options, model_arguments
+from castling_jax.training.config import default_config, image_options, mixing_options, model_arguments
+from castling_jax.training.config_files import load_config
 from castling_jax.training.metrics import METRICS_FILE, read_metrics
 
 TRAINING_FILE = "training.png"

@@ -23,7 +23,8 @@ from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, get_variables
 from castling_jax.ops.checks import check_implementation
-from castling_jax.training.config import default_config, load_config, model_arguments
+from castling_jax.training.config import default_config, model_arguments
+from castling_jax.training.config_files import load_config
 from castling_jax.training.optimizers import make_optimizer
 from castling_jax.training.restore import teacher_model
 from castling_jax.training.schedules import learning_rate_schedule

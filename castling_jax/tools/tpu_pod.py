@@ -19,7 +19,7 @@ from castling_jax.tools.tpu_chips import chip_of
 from castling_jax.tools.tpu_compile import DoesNotFitError
 from castling_jax.tools.tpu_estimate import NO_ESTIMATE
 from castling_jax.tools.tpu_figures import report
-from castling_jax.training.config import load_config
+from castling_jax.training.config_files import load_config
 from castling_jax.training.throughput import FLOPS_PER_MAC
 
 Figures = dict[str, Any]

@@ -1,226 +1,146 @@
-"""Every field a configuration has, with its default; configs/*.py change what they need."""
+"""Every field a configuration has, one line each; configs/*.py change what they need."""
 
-import importlib.util
-import inspect
-import json
-import math
-import sys
-from pathlib import Path
 from typing import Any
 
-from etils import epath
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
-from castling_jax.data.transforms import check_augment
-from castling_jax.errors import InputError, check_known
-from castling_jax.models.variables import flatten
+from castling_jax.data.randaugment import parse_policy
+from castling_jax.errors import InputError, Mistakes, check_known
+from castling_jax.models.variables import flatten, unflatten
+from castling_jax.training.fields import FLAG, SIZES, TEXT, Field, integer, number, numbers, one_of
 from castling_jax.training.losses import DISTILLATIONS
+from castling_jax.training.schedules import MASK_SCHEDULES, SCALED_RATES
 
-CONFIG_FILE = "config.json"  # a run's own, in its folder
 # Groups and fields that concern how a run runs, not what comes of it: they may differ when a run goes on.
 RUNTIME_GROUPS = ("mesh", "evaluation", "checkpoint", "logging")
-RUNTIME_FIELDS = ("dataset/data_dir", "dataset/workers", "dataset/max_corrupt_share")
-# What must lie between two numbers, neither of them allowed.
-OPEN_RANGES = {
-    "train.ema_decay": (0, 1),
-    "optimizer.clip_norm": (0, float("inf")),
-    "optimizer.adaptive_clip": (0, float("inf")),
-    "optimizer.reference_batch": (0, float("inf")),
-    "distillation.alpha": (0, 1),
-    "distillation.temperature": (0, float("inf")),
+RUNTIME_FIELDS = ("dataset.data_dir", "dataset.workers", "dataset.max_corrupt_share")
+
+RGB = numbers(3, "three numbers", lambda _: True)
+POSITIVE_RGB = numbers(3, "three numbers above 0", lambda values: min(values) > 0)
+CROP_SCALE = numbers(2, "two numbers with 0 < first <= second <= 1", lambda scale: 0 < scale[0] <= scale[1] <= 1)
+
+# By dotted name: default, values, meaning. Where the default is None, None is allowed too.
+FIELDS = {
+    "seed": Field(0, integer(0, 2**32 - 1), "Seed of everything drawn: parameters, order of examples, augmentations."),
+    "init_from": Field(None, TEXT, "Where a new run starts: timm's weights (.safetensors, .pth), or a run's folder."),
+    "reset_head": Field(False, FLAG, "Start the classifier anew where init_from has another number of classes."),
+    # Arguments of create_model. None leaves the model's own.
+    "model.name": Field("deit_tiny", TEXT, "The model, by its name in create_model."),
+    "model.attention": Field("castling", TEXT, "The attention: castling, linear_angular, softmax or angular."),
+    "model.dtype": Field("float32", TEXT, "Compute dtype: float32 or bfloat16. Parameters stay in float32."),
+    "model.image_size": Field(None, integer(1), "Height and width of the images in pixels."),
+    "model.embed_dim": Field(None, SIZES, "Channels; of LeViT a tuple, one for each stage."),
+    "model.depth": Field(None, SIZES, "Number of blocks; of LeViT a tuple, one for each stage."),
+    "model.depths": Field(None, SIZES, "Number of blocks of each stage of MViTv2, a tuple."),
+    "model.num_heads": Field(None, SIZES, "Attention heads; of LeViT a tuple, one for each stage."),
+    "model.key_dim": Field(None, integer(1), "Channels of a head's queries and keys in LeViT."),
+    "model.patch_size": Field(None, integer(1), "Height and width of DeiT's patches in pixels."),
+    "model.mlp_ratio": Field(None, number("(0, inf)"), "Hidden channels of an MLP over its input's."),
+    "model.qkv_bias": Field(None, FLAG, "Whether the projections to queries, keys and values have a bias."),
+    "model.distilled": Field(None, FLAG, "Whether the model has a second head, which learns from a teacher."),
+    "model.drop_path_rate": Field(None, number("[0, 1)"), "Stochastic depth: the highest share of dropped blocks."),
+    "model.remat": Field(None, FLAG, "Recompute the blocks in the backward pass: less memory, more time."),
+    "model.token_conv": Field(None, TEXT, "Convolution of the values: 1d over tokens, 2d over the grid, or none."),
+    "model.token_kernel_size": Field(None, integer(1), "Taps of that convolution along each axis; odd."),
+    "model.init_std": Field(None, number("(0, inf)"), "Standard deviation of the initial weights."),
+    "dataset.name": Field("digits", TEXT, "digits, folder:PATH, or a name in tensorflow-datasets."),
+    "dataset.train_split": Field("train", TEXT, "The split to learn from."),
+    "dataset.eval_split": Field("test", TEXT, "The held-out split."),
+    "dataset.data_dir": Field(None, TEXT, "Where tensorflow-datasets keeps its data; None is its own default."),
+    "dataset.workers": Field(0, integer(0), "Processes that read and augment images; 0 uses the run's own threads."),
+    "dataset.max_corrupt_share": Field(0.001, number("[0, 1]"), "Share of unreadable images above which a run stops."),
+    "dataset.mean": Field((0.5, 0.5, 0.5), RGB, "The model sees (image - mean) / std, with the image in [0, 1]."),
+    "dataset.std": Field((0.5, 0.5, 0.5), POSITIVE_RGB, "The model sees (image - mean) / std."),
+    "dataset.crop_ratio": Field(0.875, number("(0, 1]"), "Share of the short side that evaluation keeps: its middle."),
+    # What is done to training images, in this order. 0 or None leaves it out.
+    "augment.crop_scale": Field(None, CROP_SCALE, "Random resized crop: least and largest share of the image's area."),
+    "augment.flip": Field(0.0, number("[0, 1]"), "Probability of a horizontal flip."),
+    "augment.randaugment": Field(None, TEXT, "RandAugment, by timm's name: rand-m9-mstd0.5-inc1 and the like."),
+    "augment.color_jitter": Field(0.0, number("[0, inf)"), "Largest change of brightness, contrast and saturation."),
+    "augment.shift_pixels": Field(0, integer(0), "Largest random shift along each axis in pixels."),
+    "augment.erasing": Field(0.0, number("[0, 1]"), "Probability of random erasing."),
+    "augment.repeats": Field(1, integer(1), "Repeated augmentation: how often an example comes in a row."),
+    "augment.mixup": Field(0.0, number("[0, inf)"), "Alpha of mixup, which mixes pairs of a batch's images."),
+    "augment.cutmix": Field(0.0, number("[0, inf)"), "Alpha of CutMix, which pastes a box of another image."),
+    "augment.mix_switch": Field(0.5, number("[0, 1]"), "Probability of CutMix where mixup is on as well."),
+    "augment.mix_probability": Field(1.0, number("[0, 1]"), "Probability that a batch is mixed at all."),
+    "train.epochs": Field(100, integer(1), "Passes over the training split; each is a whole number of batches."),
+    "train.batch_size": Field(128, integer(1), "Images a step, over all devices."),
+    "train.accumulate_steps": Field(1, integer(1), "Parts of a batch, computed one after another: less memory."),
+    "train.ema_decay": Field(None, number("(0, 1)"), "EMA decay. When set, averaged weights are evaluated, exported."),
+    "optimizer.learning_rate": Field(1e-3, number("[0, inf)"), "Peak of the learning rate."),
+    "optimizer.reference_batch": Field(None, integer(1), "Batch size that the rates are stated for. None: for any."),
+    "optimizer.scaled_rates": Field("peak", one_of(*SCALED_RATES), "Rates that grow with batch / reference_batch."),
+    "optimizer.initial_learning_rate": Field(1e-6, number("[0, inf)"), "Learning rate at the start of the warm-up."),
+    "optimizer.final_learning_rate": Field(1e-5, number("[0, inf)"), "Learning rate at the end of the cosine."),
+    "optimizer.warmup_epochs": Field(5.0, number("[0, inf)"), "Length of the linear warm-up."),
+    "optimizer.weight_decay": Field(0.05, number("[0, inf)"), "AdamW's weight decay, on matrices only."),
+    "optimizer.b1": Field(0.9, number("[0, 1)"), "Adam's decay of the mean."),
+    "optimizer.b2": Field(0.999, number("[0, 1)"), "Adam's decay of the mean square."),
+    "optimizer.clip_norm": Field(None, number("(0, inf)"), "Largest norm of all gradients together."),
+    "optimizer.adaptive_clip": Field(None, number("(0, inf)"), "Largest norm of a unit's gradient over its weights'."),
+    "loss.label_smoothing": Field(0.1, number("[0, 1)"), "Share of a label that is spread over all classes."),
+    "distillation.kind": Field(None, one_of(*DISTILLATIONS), "Learn a teacher's decisions, or probabilities (soft)."),
+    "distillation.alpha": Field(0.5, number("(0, 1)"), "The teacher's share of the loss."),
+    "distillation.temperature": Field(3.0, number("(0, inf)"), "Temperature of the soft loss."),
+    "distillation.teacher": Field(None, TEXT, "A run, an inference folder, or timm's weights of distillation.name."),
+    "distillation.name": Field(None, TEXT, "The teacher's model, with softmax attention; None is the run's own model."),
+    "mask.schedule": Field("cosine", one_of(*MASK_SCHEDULES), "How the mask threshold rises to 1."),
+    "mask.start_threshold": Field(0.02, number("[0, 1]"), "The threshold until the fraction mask.begin of training."),
+    "mask.begin": Field(0.2, number("[0, 1]"), "Fraction of training from which the threshold rises."),
+    "mask.end": Field(0.8, number("[0, 1]"), "Fraction of training from which the threshold is 1."),
+    # Sizes of the mesh's axes; one may be -1, which is what the others leave.
+    "mesh.replica": Field(1, integer(-1), "Copies of the parameters, one or more a slice of a pod."),
+    "mesh.data": Field(-1, integer(-1), "More copies; replica, data and fsdp split the batch."),
+    "mesh.fsdp": Field(1, integer(-1), "Splits the parameters' matrices as well."),
+    "mesh.tensor": Field(1, integer(-1), "Splits the attention heads."),
+    "evaluation.every_epochs": Field(1, integer(1), "Epochs between evaluations; the last step is always evaluated."),
+    "evaluation.batch_size": Field(128, integer(1), "Images a step of the evaluation, over all devices."),
+    "checkpoint.every_steps": Field(500, integer(1), "Steps between checkpoints."),
+    "checkpoint.keep": Field(2, integer(1), "How many of the newest checkpoints stay, besides the best."),
+    "logging.every_steps": Field(20, integer(1), "Steps between lines of metrics.jsonl."),
+    "logging.tensorboard": Field(True, FLAG, "Whether to write TensorBoard's events."),
+    "logging.progress": Field(True, FLAG, "Whether to show a progress bar."),
 }
 
 
 def default_config() -> ConfigDict:
-    """A configuration with all fields. Lengths of time are in epochs or steps, as their names say."""
-    return ConfigDict(
-        {
-            "seed": 0,
-            # Where a new run starts: timm's weights of the softmax model (.safetensors, .pth), or a run's folder.
-            "init_from": config_dict.placeholder(str),
-            "reset_head": False,  # whether a classifier of another number of classes starts anew
-            # Arguments of create_model. None: the model's own.
-            "model": {
-                "name": "deit_tiny",
-                "attention": "castling",
-                "dtype": "float32",
-                "image_size": config_dict.placeholder(int),
-                # A number, or of LeViT a tuple with one for each stage; MViTv2 has `depths`.
-                "embed_dim": config_dict.placeholder(object),
-                "depth": config_dict.placeholder(object),
-                "depths": config_dict.placeholder(object),
-                "num_heads": config_dict.placeholder(object),
-                "key_dim": config_dict.placeholder(int),
-                "patch_size": config_dict.placeholder(int),
-                "mlp_ratio": config_dict.placeholder(float),
-                "qkv_bias": config_dict.placeholder(bool),
-                "distilled": config_dict.placeholder(bool),
-                "drop_path_rate": config_dict.placeholder(float),
-                "remat": config_dict.placeholder(bool),  # compute blocks again in the backward pass: less memory
-                "token_conv": config_dict.placeholder(str),  # "none": no convolution
-                "token_kernel_size": config_dict.placeholder(int),
-                "init_std": config_dict.placeholder(float),
-            },
-            "dataset": {
-                "name": "digits",
-                "train_split": "train",
-                "eval_split": "test",
-                "data_dir": config_dict.placeholder(str),  # tensorflow-datasets'; None: where it puts them
-                "workers": 0,  # processes that read and augment; 0: threads of the training process
-                "max_corrupt_share": 0.001,  # of the images read; a run stops above it
-                # Of the channels, in [0, 1]: what the model sees is (image - mean) / std.
-                "mean": (0.5, 0.5, 0.5),
-                "std": (0.5, 0.5, 0.5),
-                # An image is resized so that its short side is image_size / crop_ratio, and its middle is cut out.
-                "crop_ratio": 0.875,
-            },
-            # Of training images, in this order. What is 0 or None is not done.
-            "augment": {
-                # Random resized crop: its least and largest share of the image, as (0.08, 1.0).
-                "crop_scale": config_dict.placeholder(tuple),
-                "flip": 0.0,  # probability of a mirror image
-                "randaugment": config_dict.placeholder(str),  # timm's policy, as "rand-m9-mstd0.5-inc1"
-                "color_jitter": 0.0,  # brightness, contrast and saturation, times up to 1 +- this
-                "shift_pixels": 0,  # largest random shift
-                "erasing": 0.0,  # probability of random erasing
-                "repeats": 1,  # how many times in a row of the shuffled examples each of them comes
-                # Of batches: the alphas of mixup and CutMix, the probability of CutMix where there are both, and that
-                # of mixing at all.
-                "mixup": 0.0,
-                "cutmix": 0.0,
-                "mix_switch": 0.5,
-                "mix_probability": 1.0,
-            },
-            "train": {
-                "epochs": 100,
-                "batch_size": 128,  # of all devices together
-                "accumulate_steps": 1,  # parts of a batch that go through the model one after the other: less memory
-                # Of the moving average of the variables, which then is what is evaluated and switched; None: none.
-                "ema_decay": config_dict.placeholder(float),
-            },
-            "optimizer": {
-                "learning_rate": 1e-3,  # the peak
-                # Images a batch that the rates are for, with which they grow: the "peak" alone or "all". None: as is.
-                "reference_batch": config_dict.placeholder(int),
-                "scaled_rates": "peak",
-                "initial_learning_rate": 1e-6,  # where the warm-up starts
-                "final_learning_rate": 1e-5,  # where the cosine ends
-                "warmup_epochs": 5.0,
-                "weight_decay": 0.05,  # on matrices only
-                "b1": 0.9,
-                "b2": 0.999,
-                "clip_norm": config_dict.placeholder(float),  # of all gradients together; None: not clipped
-                "adaptive_clip": config_dict.placeholder(float),  # of each unit's, as a share of its weights' norm
-            },
-            "loss": {"label_smoothing": 0.1},
-            # A teacher whose decisions ("hard") or probabilities ("soft") are learnt besides; None: none. In a
-            # distilled model by the second head.
-            "distillation": {
-                "kind": config_dict.placeholder(str),
-                "alpha": 0.5,  # the teacher's share of the loss
-                "temperature": 3.0,  # of "soft"
-                # A run's folder, an inference folder, or timm's weights of the model `name`, in softmax attention.
-                "teacher": config_dict.placeholder(str),
-                "name": config_dict.placeholder(str),  # None: the run's own model
-            },
-            # The threshold stays at start_threshold until the fraction `begin` of training, and is 1 from `end` on.
-            "mask": {"schedule": "cosine", "start_threshold": 0.02, "begin": 0.2, "end": 0.8},
-            # Sizes of the mesh's axes; one may be -1, what the others leave. `replica`: copies, one or more to each
-            # slice of a pod; `data`: more copies; `fsdp`: splits the matrices as well as the batch; `tensor`: heads.
-            "mesh": {"replica": 1, "data": -1, "fsdp": 1, "tensor": 1},
-            "evaluation": {"every_epochs": 1, "batch_size": 128},
-            # The newest `keep` stay, and the best that was evaluated.
-            "checkpoint": {"every_steps": 500, "keep": 2},
-            "logging": {"every_steps": 20, "tensorboard": True, "progress": True},
-        }
-    )
-
-
-def load_config(name: str) -> ConfigDict:
-    """The configuration of FILE.py or FILE.py:ARGUMENT, as main.py reads it.
-
-    Raises:
-      InputError: there is no such file, it makes no configuration, or a field is wrong.
-    """
-    path, _, argument = name.partition(":")
-    spec = importlib.util.spec_from_file_location("config", path)
-    if not Path(path).is_file() or spec is None or spec.loader is None:
-        raise InputError(f"there is no configuration file '{path}'.")
-    sys.path.insert(0, str(Path(path).resolve().parents[1]))  # configurations are made of one another
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise InputError(f"'{path}' is no configuration: it has no function get_config.")
-    if argument and not inspect.signature(module.get_config).parameters:
-        raise InputError(f"'{path}' has no variants: leave out {':' + argument!r}.")
-    config = module.get_config(argument) if argument else module.get_config()
-    check_config(config)
-    return config
-
-
-def field_names() -> list[str]:
-    """Dotted names of all fields, as on the command line behind `--config.`."""
-    return [path.replace("/", ".") for path in flatten(default_config().to_dict())]
+    """A configuration with all FIELDS at their defaults."""
+    return ConfigDict(unflatten({name.replace(".", "/"): field.placeholder for name, field in FIELDS.items()}))
 
 
 def check_config(config: ConfigDict) -> None:
-    """Refuses a configuration with other fields than `default_config` has, or with values out of range.
+    """Refuses a configuration with other fields than FIELDS, or with values that they do not take.
 
     Raises:
-      InputError: names the field, and the nearest known one, or the value and what is allowed.
+      InputError: names each wrong field, and the nearest known one, or the value and what is allowed.
     """
     given = {path.replace("/", "."): value for path, value in flatten(config.to_dict()).items()}
-    known = field_names()
+    mistakes = Mistakes()
     for name in given:
-        check_known("config field", name, known)
-    for name in known:
-        if name not in given:
-            raise InputError(f"the configuration lacks the field {name!r}; start it from default_config().")
-    for name in (
-        "train.epochs",
-        "train.batch_size",
-        "train.accumulate_steps",
-        "evaluation.every_epochs",
-        "checkpoint.every_steps",
-        "checkpoint.keep",
-        "logging.every_steps",
-    ):
-        if not given[name] >= 1:  # which NaN is not
-            raise InputError(f"config.{name} must be at least 1, not {given[name]}.")
-    for name in (
-        "seed",
-        "optimizer.learning_rate",
-        "optimizer.initial_learning_rate",
-        "optimizer.final_learning_rate",
-        "optimizer.warmup_epochs",
-        "optimizer.weight_decay",
-        "dataset.workers",
-    ):
-        if not 0 <= given[name] < math.inf:
-            raise InputError(f"config.{name} must be at least 0, not {given[name]}.")
-    if not 0 <= given["dataset.max_corrupt_share"] <= 1:
-        raise InputError(
-            f"config.dataset.max_corrupt_share must be in [0, 1], not {given['dataset.max_corrupt_share']}."
-        )
-    for name in ("model.embed_dim", "model.depth", "model.depths", "model.num_heads"):
-        sizes = given[name] if isinstance(given[name], tuple | list) else [given[name]]
-        if given[name] is not None and not all(isinstance(size, int) for size in sizes):
-            raise InputError(f"config.{name} must be an integer or a tuple of integers, not {given[name]}.")
-    for name in ("dataset.mean", "dataset.std"):
-        if len(given[name]) != 3 or (name == "dataset.std" and min(given[name]) <= 0):
-            above = " above 0" if name == "dataset.std" else ""
-            raise InputError(f"config.{name} must be three numbers{above}, not {given[name]}.")
-    if not 0 < given["dataset.crop_ratio"] <= 1:
-        raise InputError(f"config.dataset.crop_ratio must be in (0, 1], not {given['dataset.crop_ratio']}.")
-    check_augment(config.augment)
-    if (kind := given["distillation.kind"]) is not None:
-        check_known("config.distillation.kind", kind, DISTILLATIONS)
-    for name, (low, high) in OPEN_RANGES.items():
-        if given[name] is not None and not low < given[name] < high:
-            raise InputError(f"config.{name} must be above {low} and below {high}, not {given[name]}.")
-    for name in ("loss.label_smoothing", "optimizer.b1", "optimizer.b2"):
-        if not 0 <= given[name] < 1:
-            raise InputError(f"config.{name} must be in [0, 1), not {given[name]}.")
+        with mistakes:
+            check_known("config field", name, FIELDS)
+    for name, field in FIELDS.items():
+        with mistakes:
+            if name not in given:
+                raise InputError(f"the configuration lacks the field {name!r}; start it from default_config().")
+            field.check(f"config.{name}", given[name])
+    mistakes.report()
+    with mistakes:
+        if not config.mask.begin <= config.mask.end:
+            raise InputError(
+                f"config.mask.begin must be at most config.mask.end, {config.mask.end}, not {config.mask.begin}."
+            )
+    if config.augment.randaugment is not None:
+        with mistakes:
+            parse_policy(config.augment.randaugment, (0, 0, 0))
+        with mistakes:
+            if config.augment.color_jitter:
+                raise InputError(
+                    "config.augment.color_jitter must be 0 where config.augment.randaugment, which changes colors too, "
+                    f"is set, not {config.augment.color_jitter}."
+                )
+    mistakes.report()
 
 
 def model_arguments(config: ConfigDict) -> dict[str, Any]:
@@ -246,35 +166,3 @@ def mixing_options(config: ConfigDict) -> dict[str, Any]:
         "switch": augment.mix_switch,
         "probability": augment.mix_probability,
     }
-
-
-def check_same_run(config: ConfigDict, path: epath.Path) -> None:
-    """Refuses to go on in a folder whose config.json, at `path`, is another configuration's.
-
-    A field that the folder's configuration lacks, because it is of an earlier version, has its default there.
-
-    Raises:
-      InputError: the file is damaged, or fields differ that are not RUNTIME_GROUPS' or RUNTIME_FIELDS; names them.
-    """
-    try:
-        earlier = json.loads(path.read_text())
-        if not isinstance(earlier, dict):
-            raise ValueError("it holds no object")
-    except (ValueError, OSError) as error:
-        raise InputError(f"'{path}' is missing or damaged ({error}); choose another --workdir or remove it.") from error
-    defaults, earlier, now = (
-        flatten(json.loads(json.dumps(tree))) for tree in (default_config().to_dict(), earlier, config.to_dict())
-    )
-    earlier = defaults | earlier
-    different = [
-        f"config.{name.replace('/', '.')} = {earlier.get(name)!r}, not {now.get(name)!r}"
-        for name in sorted(earlier.keys() | now.keys())
-        if name.split("/")[0] not in RUNTIME_GROUPS
-        and name not in RUNTIME_FIELDS
-        and earlier.get(name) != now.get(name)
-    ]
-    if different:
-        raise InputError(
-            f"'{path.parent}' holds a run with {'; '.join(different)}: choose another --workdir, or remove that folder "
-            "to start anew."
-        )

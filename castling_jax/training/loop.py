@@ -20,7 +20,7 @@ from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
 from castling_jax.storage import absolute, copy_folder, is_remote, write_atomically
 from castling_jax.training.checkpoints import CHECKPOINTS, Checkpoints, Progress, checkpoint_steps
-from castling_jax.training.config import CONFIG_FILE, check_same_run
+from castling_jax.training.config_files import CONFIG_FILE, check_same_run
 from castling_jax.training.distributed import check_shared
 from castling_jax.training.evaluate import configured_evaluator
 from castling_jax.training.metrics import MetricsWriter

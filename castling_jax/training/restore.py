@@ -17,7 +17,8 @@ from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, check_variables, flatten
 from castling_jax.storage import absolute, check_bucket, is_remote, local_copy
 from castling_jax.training.checkpoints import CHECKPOINTS, checkpoint_steps, read_checkpoint
-from castling_jax.training.config import CONFIG_FILE, default_config, model_arguments
+from castling_jax.training.config import default_config, model_arguments
+from castling_jax.training.config_files import CONFIG_FILE
 from castling_jax.training.metrics import read_metrics
 
 

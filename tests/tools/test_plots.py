@@ -35,7 +35,7 @@ def test_run_without_metrics_is_refused(tmp_path):
 
 
 CONFIG = """
-from castling_jax.training.config import default_config
+from castling_jax.training.config import (default_config)
 
 
 def get_config():

@@ -192,7 +192,7 @@ def test_data_that_is_not_here_is_of_its_published_size(monkeypatch, refuses, tm
     config = tmp_path / "configs" / "absent.py"
     config.parent.mkdir()
     text = """
-from castling_jax.training.config import default_config
+from castling_jax.training.config import (default_config)
 
 def get_config():
     config = default_config()

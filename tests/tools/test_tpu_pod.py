@@ -133,7 +133,10 @@ def test_command_line_keeps_text_figures_and_a_picture(compiled, tmp_path, monke
         ([f"--config={CONFIG}", "--topology=v5e:4x4x4"], "a topology of v5e has 2 sides, as v5e:16x16, not"),
         ([f"--config={CONFIG}", "--topology=v4"], "a topology of v4 has 3 sides"),
         ([f"--config={CONFIG}", "--sweep", "--batch=8"], "--sweep goes up to one of v5e:2x4, v5e:4x4"),
-        (["--config=configs/imagenet.py"], "'configs/imagenet.py' is no configuration: it has no function get_config."),
+        (
+            ["--config=configs/_imagenet.py"],
+            "'configs/_imagenet.py' is no configuration: it has no function get_config.",
+        ),
         (
             [f"--config={CONFIG}", "--out=README.md"],
             "'README.md/programs' cannot be made (Not a directory): choose another folder for --out.",

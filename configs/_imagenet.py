@@ -29,18 +29,24 @@ def imagenet_config(family: str, argument: str, variants: dict[str, str], defaul
     check_known(f"variant of {family}", variant, variants)
     check_known("attention", attention, ATTENTIONS)
     config = default_config()
-    config.model.update({"name": variants[variant], "attention": attention, "dtype": "bfloat16"})
+    config.model.update(name=variants[variant], attention=attention, dtype="bfloat16")
     config.dataset.update(
-        {
-            **{"name": "imagenet2012", "train_split": "train", "eval_split": "validation", "workers": 8},
-            **{"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_ratio": 0.875},
-        }
+        name="imagenet2012",
+        train_split="train",
+        eval_split="validation",
+        workers=8,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        crop_ratio=0.875,
     )
     config.augment.update(
-        {
-            **{"crop_scale": (0.08, 1.0), "flip": 0.5, "randaugment": "rand-m9-mstd0.5-inc1", "erasing": 0.25},
-            **{"mixup": 0.8, "cutmix": 1.0, "mix_switch": 0.5},
-        }
+        crop_scale=(0.08, 1.0),
+        flip=0.5,
+        randaugment="rand-m9-mstd0.5-inc1",
+        erasing=0.25,
+        mixup=0.8,
+        cutmix=1.0,
+        mix_switch=0.5,
     )
     config.loss.label_smoothing = 0.1
     config.evaluation.batch_size = 1024

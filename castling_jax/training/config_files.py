@@ -1,0 +1,110 @@
+"""A configuration's files: configs/NAME.py, which makes it, and a run's own config.json."""
+
+import importlib
+import inspect
+import json
+import sys
+import types
+from pathlib import Path
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from castling_jax.errors import InputError, check_known, in_one_sentence
+from castling_jax.models.variables import flatten
+from castling_jax.training.config import RUNTIME_FIELDS, RUNTIME_GROUPS, check_config, default_config
+
+CONFIG_FILE = "config.json"  # a run's own, in its folder
+_PACKAGE = Path(__file__).parents[1]
+# A wheel has the configurations in the package, a checkout beside it.
+CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+_LOADED = "_castling_jax_configs"  # the package that a configuration's folder is while it is read
+
+
+def config_names() -> list[str]:
+    """The configurations that come with the project: digits, deit, ..."""
+    return sorted(path.stem for path in CONFIGS.glob("[!_]*.py"))
+
+
+def find_config(name: str) -> tuple[Path, str]:
+    """The file of `NAME[:ARGUMENT]`, and the argument: NAME is a path, or one of `config_names`.
+
+    Raises:
+      InputError: there is no such file.
+    """
+    path, _, argument = name.partition(":")
+    if Path(path).is_file():
+        return Path(path), argument
+    if "/" in path or path.endswith(".py"):
+        raise InputError(f"there is no configuration file '{path}'.")
+    check_known("configuration", path, config_names())
+    return CONFIGS / f"{path}.py", argument
+
+
+def load_config(name: str) -> ConfigDict:
+    """The configuration that a file makes.
+
+    Args:
+      name: "digits", "deit:small,softmax", or "path/to/file.py:ARGUMENT". The argument is the file's own matter.
+
+    Raises:
+      InputError: there is no such file, it makes no configuration, or a field is wrong.
+    """
+    path, argument = find_config(name)
+    try:
+        get_config = getattr(_load_module(path), "get_config", None)
+        if get_config is None:
+            raise InputError(f"'{path}' is no configuration: it has no function get_config.")
+        if argument and not inspect.signature(get_config).parameters:
+            raise InputError(f"'{path}' has no variants: leave out {':' + argument!r}.")
+        config = get_config(argument) if argument else get_config()
+    except InputError:
+        raise
+    except Exception as error:  # the file may be anybody's, and do anything
+        raise InputError(f"'{path}' makes no configuration ({in_one_sentence(error)}).") from error
+    check_config(config)
+    return config
+
+
+def _load_module(path: Path) -> types.ModuleType:
+    """Imports a file anew, with its folder as its package, so that `from ._base import ...` works wherever it lies."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == _LOADED]:
+        del sys.modules[name]
+    package = types.ModuleType(_LOADED)
+    package.__path__ = [str(path.resolve().parent)]
+    sys.modules[_LOADED] = package
+    importlib.invalidate_caches()
+    return importlib.import_module(f"{_LOADED}.{path.stem}")
+
+
+def check_same_run(config: ConfigDict, path: epath.Path) -> None:
+    """Refuses to go on in a folder whose config.json, at `path`, is another configuration's.
+
+    A field that the folder's configuration lacks, because it is of an earlier version, has its default there.
+
+    Raises:
+      InputError: the file is damaged, or fields differ that are not RUNTIME_GROUPS' or RUNTIME_FIELDS; names them.
+    """
+    try:
+        earlier = json.loads(path.read_text())
+        if not isinstance(earlier, dict):
+            raise ValueError("it holds no object")
+    except (ValueError, OSError) as error:
+        raise InputError(f"'{path}' is missing or damaged ({error}); choose another --workdir or remove it.") from error
+    defaults, earlier, now = (
+        {path.replace("/", "."): value for path, value in flatten(json.loads(json.dumps(tree))).items()}
+        for tree in (default_config().to_dict(), earlier, config.to_dict())
+    )
+    earlier = defaults | earlier
+    different = [
+        f"config.{name} = {earlier.get(name)!r}, not {now.get(name)!r}"
+        for name in sorted(earlier.keys() | now.keys())
+        if name.split(".")[0] not in RUNTIME_GROUPS
+        and name not in RUNTIME_FIELDS
+        and earlier.get(name) != now.get(name)
+    ]
+    if different:
+        raise InputError(
+            f"'{path.parent}' holds a run with {'; '.join(different)}: choose another --workdir, or remove that folder "
+            "to start anew."
+        )

@@ -1,0 +1,38 @@
+"""The fields of the configuration for a person: `main.py --help-config`, and docs/configuration.md."""
+
+from ml_collections import ConfigDict
+
+from castling_jax.training.config import FIELDS, default_config
+
+
+def describe_fields(config: ConfigDict) -> str:
+    """A line for each field: its value in `config`, the values it takes, its meaning."""
+    rows = [
+        (f"--config.{name}={_value(config, name)}", field.values.text, field.meaning) for name, field in FIELDS.items()
+    ]
+    return "\n".join(f"{flag}\n    {meaning} Takes {values}." for flag, values, meaning in rows)
+
+
+def fields_page() -> str:
+    """docs/configuration.md."""
+    config = default_config()
+    lines = [
+        "# Configuration",
+        "",
+        "Every field, with its default. `python main.py --config=NAME --help-config` prints this list with the values",
+        "of the configuration NAME. A field is overridden by `--config.GROUP.FIELD=VALUE`, and in Python by",
+        "`config.GROUP.FIELD = VALUE`. Where the default is None, None is allowed too.",
+    ]
+    group = ""
+    for name, field in FIELDS.items():
+        if name.rpartition(".")[0] != group or len(lines) == 5:
+            group = name.rpartition(".")[0]
+            lines += ["", f"## {group or 'The run'}", "", "| field | default | takes | meaning |", "|---|---|---|---|"]
+        lines.append(f"| `{name}` | {_value(config, name)} | {field.values.text} | {field.meaning} |")
+    return "\n".join([*lines, ""])
+
+
+def _value(config: ConfigDict, name: str) -> object:
+    for part in name.split("."):
+        config = config[part]
+    return config

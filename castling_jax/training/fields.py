@@ -1,0 +1,103 @@
+"""A field of the configuration: its default, the values it takes, and what it means."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import config_dict
+
+from castling_jax.errors import InputError, check_known
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """The values that a field takes.
+
+    Attributes:
+      type: what the command line reads them as.
+      text: the values in words, as "must be {text}" says them.
+      allows: whether it is one of them; it need not think of None, which a field with a default of None takes too.
+      names: the values where they are names.
+    """
+
+    type: type
+    text: str
+    allows: Callable[[Any], bool]
+    names: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of the configuration, on one line: default, values, meaning."""
+
+    default: Any
+    values: Values
+    meaning: str
+
+    @property
+    def placeholder(self) -> Any:
+        """What a ConfigDict holds by default: a None that knows its type, so that the command line can replace it."""
+        return config_dict.placeholder(self.values.type) if self.default is None else self.default
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises an InputError unless the field called `name` takes `value`."""
+        if value is None and self.default is None:
+            return
+        if self.values.names:
+            check_known(name, value, self.values.names)
+        elif not self.values.allows(value):
+            raise InputError(f"{name} must be {self.values.text}, not {value!r}.")
+
+
+def integer(low: int, high: int | None = None) -> Values:
+    """Integers from `low` to `high`, or from `low` on."""
+    text = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+    return Values(int, text, lambda value: _is_integer(value) and low <= value <= (math.inf if high is None else high))
+
+
+def number(interval: str) -> Values:
+    """Numbers in an interval written as in mathematics, such as "[0, 1)"; "inf" is its open end."""
+    low, high = map(float, interval[1:-1].split(","))
+
+    def allows(value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        above = low <= value if interval[0] == "[" else low < value  # which NaN is not
+        return above and (value <= high if interval[-1] == "]" else value < high)
+
+    shown = interval[1:-1].split(",")[0]
+    beyond = f"a finite number of at least {shown}" if interval[0] == "[" else f"a finite number above {shown}"
+    return Values(float, beyond if math.isinf(high) else f"a number in {interval}", allows)
+
+
+def numbers(count: int, text: str, allows: Callable[[Any], bool]) -> Values:
+    """So many numbers, of which `text` and `allows` say more."""
+
+    def all_allowed(values: Any) -> bool:
+        return (
+            isinstance(values, tuple | list)
+            and len(values) == count
+            and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+            and allows(values)
+        )
+
+    return Values(tuple, text, all_allowed)
+
+
+def one_of(*names: str) -> Values:
+    """One of these names."""
+    return Values(str, "one of " + ", ".join(names), lambda value: value in names, names)
+
+
+TEXT = Values(str, "a text", lambda value: isinstance(value, str))
+FLAG = Values(bool, "True or False", lambda value: isinstance(value, bool))
+SIZES = Values(
+    object,
+    "an integer or a tuple of integers",
+    lambda value: all(map(_is_integer, value)) if isinstance(value, tuple | list) else _is_integer(value),
+)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

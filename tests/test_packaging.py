@@ -1,0 +1,39 @@
+"""What a wheel has in it, and that it works without the checkout."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_wheel_has_every_package():
+    described = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [path.parent for path in (ROOT / "castling_jax").rglob("__init__.py")]
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert sorted(names | {"castling_jax.configs"}) == described
+
+
+@pytest.mark.slow
+def test_configurations_come_with_a_wheel(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--no-deps", f"--target={tmp_path}", str(ROOT)], check=True)
+    program = """
+import castling_jax, castling_jax.configs.deit_384
+from castling_jax.training.config_files import CONFIGS, load_config
+print(castling_jax.__file__, CONFIGS, castling_jax.configs.deit_384.get_config("small").model.name)
+print(load_config("levit:128s,softmax").model.name)
+"""
+    printed = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        env={"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu", "PATH": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    folder = tmp_path / "castling_jax"
+    assert printed == f"{folder}/__init__.py {folder}/configs deit_small\nlevit_128s\n"
