@@ -89,7 +89,7 @@ def test_command_line_says_what_is_wrong_without_a_traceback(arguments, message)
 
 def test_a_wrong_field_is_refused(tmp_path):
     (tmp_path / "few.py").write_text(CONFIG.replace("AUGMENT", "{'flip': 2.0}"))
-    with pytest.raises(InputError, match="config.augment.flip must be in"):
+    with pytest.raises(InputError, match="config.augment.flip must be a number in"):
         plots.load_config(str(tmp_path / "few.py"))
 
 
