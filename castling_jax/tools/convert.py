@@ -28,6 +28,7 @@ import functools
 import re
 import sys
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.export
@@ -37,8 +38,9 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from castling_jax.convert.inference import SOFTMAX_BRANCH, check_switch, to_inference
+from castling_jax.convert.inference import check_switch, to_inference
 from castling_jax.convert.inference_folder import MODEL_FILE, PAYLOADS, load_inference, save_inference
+from castling_jax.convert.plan import Fate, plan
 from castling_jax.data.loader import evaluation_batches
 from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import eval_transform
@@ -123,11 +125,11 @@ def _bytes(path: epath.Path) -> int:
 
 def table(before: Variables, after: Variables) -> str:
     """Both forms' arrays side by side, those of equal blocks in one line, and what became of each."""
-    old, new = flatten(before), flatten(after)
+    old, new, fates = flatten(before), flatten(after), plan(before)
     lines: Counter[tuple[str, str, str, str]] = Counter()
     for path in sorted(old.keys() | new.keys()):
         pattern = re.sub(r"/blocks/\d+/", "/blocks/*/", path)
-        lines[pattern, _shape(old.get(path)), _shape(new.get(path)), _fate(path, old, new)] += 1
+        lines[pattern, _shape(old.get(path)), _shape(new.get(path)), _told(path, old, new, fates)] += 1
     rows = [("", "source", "inference form", "")]
     for (pattern, shape, new_shape, fate), times in lines.items():
         counts = [f"{times} x {text}" if times > 1 and text else text for text in (shape, new_shape)]
@@ -141,29 +143,26 @@ def table(before: Variables, after: Variables) -> str:
         f"  {name:{widths[0]}}  {shape:>{widths[1]}}  {new_shape:>{widths[2]}}  {fate}".rstrip()
         for name, shape, new_shape, fate in rows
     )
-    fates = Counter(_fate(path, old, new) for path in old)
-    return text + "\n  " + ", ".join(f"{times} arrays {fate or 'as they were'}" for fate, times in fates.items()) + "."
+    actions = Counter(fate.action for fate in fates.values())
+    return text + "\n  " + ", ".join(f"{times} arrays {action}" for action, times in actions.items()) + "."
 
 
 def _shape(leaf: np.ndarray | None) -> str:
     return "" if leaf is None else f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
-def _fate(path: str, old: dict[str, np.ndarray], new: dict[str, np.ndarray]) -> str:
+def _told(path: str, old: dict[str, Any], new: dict[str, Any], fates: dict[str, Fate]) -> str:
+    """What became of an array, in words."""
     if path not in old:
         return "the batch norm's shift"
-    if path in new:
-        node, _, leaf = path.rpartition("/")
-        takes_norm = f"{node.rpartition('/')[0]}/bn/scale" in old and leaf in ("kernel", "bias")
-        averaged = path.startswith("params/head/") and any(name.startswith("params/head_dist") for name in old)
-        if averaged and not any(name.startswith("params/head_dist") for name in new):
-            return "with batch norm and the second head" if takes_norm else "with the second head"
-        if takes_norm:
-            return "with batch norm"
-        return "" if old[path].dtype == new[path].dtype else "cast"
-    if f"/{SOFTMAX_BRANCH}/" in path:
+    action, target, _ = fates[path]
+    if action == "dropped":
         return "dropped with the softmax branch"
-    return "averaged into head" if "/head_dist/" in path and "/bn/" not in path else "folded into linear"
+    if target != path:
+        return "folded into linear" if action == "folded" else "averaged into head"
+    if action == "kept":
+        return "" if old[path].dtype == new[path].dtype else "cast"
+    return "folded with batch norm" if action == "folded" else "averaged with the second head"
 
 
 def held_out_images(model: Backbone, config: ConfigDict) -> jax.Array:

@@ -69,10 +69,10 @@ def test_what_becomes_of_every_parameter_is_told(levit, tmp_path, monkeypatch, c
     for line in (
         "params/stages/0/blocks/*/attn/softmax_branch/attention_biases - dropped with the softmax branch",
         "params/stages/0/blocks/*/attn/proj/ln/bn/scale - folded into linear",
-        "params/head/linear/kernel float32[12, 10] float32[12, 10] with batch norm and the second head",
+        "params/head/linear/kernel float32[12, 10] float32[12, 10] averaged with the second head",
         "params/head_dist/linear/kernel float32[12, 10] - averaged into head",
         "params/head_dist/bn/scale float32[12] - folded into linear",
-        "params/stem/conv1/linear/kernel float32[3, 3, 3, 1] float32[3, 3, 3, 1] with batch norm",
+        "params/stem/conv1/linear/kernel float32[3, 3, 3, 1] float32[3, 3, 3, 1] folded with batch norm",
         "params/stem/conv1/linear/bias - float32[1] the batch norm's shift",
         "batch_stats/stem/conv1/bn/mean float32[1] - folded into linear",
         f"parameters {count_parameters(variables):,} {count_parameters(to_inference(variables)):,} ",
