@@ -1,4 +1,5 @@
 # make run: the main job. make test: the everyday checks. make test-slow: the slow tests alone.
+# make format: ruff applies its fixes and formats the code; what ruff cannot fix is listed.
 # make faults: kills a run of two processes twenty times, and sees whether it ends as one that was left alone.
 # Each makes the virtual environment it needs; PYTHON and VENV choose another.
 PYTHON ?= python3
@@ -6,7 +7,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test test-slow faults clean
+.PHONY: run test test-slow format faults clean
 
 run: $(VENV)/requirements-installed
 	$(BIN)/python main.py
@@ -19,6 +20,10 @@ test: $(VENV)/dev-installed
 
 test-slow: $(VENV)/dev-installed
 	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup -m slow
+
+format: $(VENV)/dev-installed
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
 
 faults: $(VENV)/requirements-installed
 	$(BIN)/python -m castling_jax.tools.faults --kills=20

@@ -62,8 +62,8 @@ def our_layers(channels: int, heads: int) -> tuple[list[Layer], dict[str, np.nda
             qkv_bias=True,
             token_conv="1d",
             token_kernel_size=None,
-            dtype=jnp.float32,
-            param_dtype=jnp.float32,
+            dtype=jnp.dtype(jnp.float32),
+            param_dtype=jnp.dtype(jnp.float32),
             rngs=nnx.Rngs(0),
         )
         if module.token_kernel is not None:  # zero in a new layer, which would hide it from a comparison
