@@ -12,6 +12,10 @@ class InputError(ValueError):
     """A caller's mistake. Its message is one complete sentence, fit to be shown without a traceback."""
 
 
+class DeterministicError(InputError):
+    """A mistake that the same command, which goes on at the same place, would only come to again."""
+
+
 def check_known(kind: str, name: object, known: Iterable[str]) -> None:
     """Refuses a name that is not one of those known.
 

@@ -19,7 +19,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config = imagenet_config("DeiT", argument, VARIANTS, default="small")
     config.model.drop_path_rate = 0.1
     config.augment.repeats = 3
-    config.train.update(epochs=300, batch_size=1024)
+    config.train.update(epochs=300, batch_size=1024, export="raw")
     config.optimizer.update(
         learning_rate=5e-4,
         reference_batch=512,

@@ -3,6 +3,7 @@
 python main.py --config=configs/levit.py:256             castling; or 128s, 128, 192, 384
 python main.py --config=configs/levit.py:256,softmax     or linear_angular, angular
 
+The recipe keeps an average of the weights, and publishes the raw ones: both are evaluated here, the raw ones exported.
 Published for softmax: 76.6 / 78.6 / 80.0 / 81.6 / 82.6 %, with RegNetY-160 for a teacher, which is not among this
 project's models: here both heads learn from the labels alone, unless a teacher is given, as by
 --config.distillation.kind=hard --config.distillation.teacher=PATH --config.distillation.name=deit_base.
@@ -20,7 +21,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config = imagenet_config("LeViT", argument, VARIANTS, default="256")
     config.model.distilled = True
     config.augment.repeats = 3
-    config.train.update(epochs=1000, batch_size=2048, ema_decay=0.99996)
+    config.train.update(epochs=1000, batch_size=2048, ema_decay=0.99996, export="raw")
     config.optimizer.update(
         learning_rate=5e-4,
         reference_batch=512,

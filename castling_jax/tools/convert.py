@@ -255,7 +255,8 @@ def main() -> None:
     parser.add_argument(
         "--ema",
         action=argparse.BooleanOptionalAction,
-        help="take the moving average of the parameters, as is done where the run keeps one, or not",
+        help="take the moving average of the parameters, or the raw ones; if not given, those that the run exports, by "
+        "its config.train.export",
     )
     parser.add_argument(
         "--bfloat16",

@@ -108,28 +108,46 @@ def describe(summary: dict[str, Any]) -> str:
     speed, files = summary["speed"], summary["files"]
     rows = [
         ("", "training form", "inference form"),
-        ("held-out accuracy", *(f"{100 * summary[f'accuracy_{form}_form']:.2f} %" for form in ("train", "inference"))),
+        ("held-out accuracy", *_accuracies(summary)),
+        *_of_each_weights(summary),
         ("parameters", *(f"{summary[f'parameters_{form}_form']:,}" for form in ("train", "inference"))),
         ("MACs an image", *(f"{summary[f'macs_{form}_form'] / 1e6:,.2f} M" for form in ("train", "inference"))),
     ]
     if speed is not None:
         times = (f"{speed[f'{form}_form_ms']:.1f} ms" for form in ("train", "inference"))
         rows.append((f"time at {speed['tokens']:,} tokens", *times))
-    table = "\n".join(f"  {name:24s}{left:>16s}{right:>18s}" for name, left, right in rows)
+    table = "\n".join(f"  {name:28s}{left:>16s}{right:>18s}" for name, left, right in rows)
+    skipped = f" ({summary['skipped_steps']:,} skipped)" if summary.get("skipped_steps") else ""
     return (
-        f"{summary['model']}: {summary['steps']:,} steps in {summary['train_seconds']:.0f} s, "
+        f"{summary['model']}: {summary['steps']:,} steps{skipped} in {summary['train_seconds']:.0f} s, "
         f"mask threshold {summary['mask_threshold']:g} at the end\n{table}\n"
         f"  largest difference between the two forms' logits: {summary['max_difference']:.1e}\n"
-        + "\n".join(f"  {name:24s}{path}" for name, path in files.items())
+        + "\n".join(f"  {name:28s}{path}" for name, path in files.items())
     )
+
+
+def _accuracies(figures: dict[str, Any], kind: str = "") -> list[str]:
+    """Of the training form and of the inference form."""
+    return [f"{100 * figures[f'{kind}accuracy_{form}_form']:.2f} %" for form in ("train", "inference")]
+
+
+def _of_each_weights(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of the raw and the averaged weights, which say which are exported; none where there are only raw ones."""
+    return [
+        (f"  {kind} weights" + (", exported" if kind == figures["exported"] else ""), *_accuracies(figures, f"{kind}_"))
+        for kind in ("raw", "averaged")
+        if f"{kind}_accuracy_train_form" in figures
+    ]
 
 
 def describe_evaluation(figures: dict[str, Any]) -> str:
     """The figures of one checkpoint for a person."""
+    both = "".join(f"{name}: {train}, {inference}\n" for name, train, inference in _of_each_weights(figures))
     return (
         f"step {figures['step']:,}, mask threshold {figures['mask_threshold']:g}\n"
         f"  training form   {100 * figures['accuracy_train_form']:.2f} % of the held-out images\n"
         f"  inference form  {100 * figures['accuracy_inference_form']:.2f} %, loss {figures['eval_loss']:.4f} nats\n"
+        f"{both}"
         f"  largest difference between the two forms' logits: {figures['max_difference']:.1e}\n"
     )
 

@@ -131,10 +131,10 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
             steps = checkpoint_steps(self.folder)
-            kept = f"those of steps {', '.join(map(str, steps))} are whole" if steps else "there is none yet"
+            whole = f"those of steps {', '.join(map(str, steps))} are whole, and " if steps else ""
             raise InputError(
-                f"a checkpoint could not be written to '{self.folder}' ({reason(error)}); {kept}, and the same "
-                "command goes on from there."
+                f"a checkpoint could not be written to '{self.folder}' ({reason(error)}); {whole}"
+                f"{next_start(self.folder)}."
             ) from error
 
 
@@ -176,6 +176,14 @@ def checkpoint_steps(folder: epath.Path) -> list[int]:
     if is_remote(folder):  # where a folder cannot be renamed once it is whole, Orbax marks it
         steps = [path for path in steps if (path / COMMIT_SUCCESS_FILE).exists()]
     return sorted(int(path.name) for path in steps)
+
+
+def next_start(folder: epath.Path) -> str:
+    """What a run does next that has its checkpoints in `folder`, for the end of a sentence."""
+    steps = checkpoint_steps(folder)
+    if not steps:
+        return "there is no checkpoint yet, so the same command starts anew"
+    return f"the same command goes on from step {steps[-1]}"
 
 
 def read_checkpoint(folder: epath.Path, names: Collection[str] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -13,7 +13,15 @@ from castling_jax.training.schedules import MASK_SCHEDULES, SCALED_RATES
 
 # Groups and fields that concern how a run runs, not what comes of it: they may differ when a run goes on.
 RUNTIME_GROUPS = ("mesh", "evaluation", "checkpoint", "logging")
-RUNTIME_FIELDS = ("dataset.data_dir", "dataset.workers", "dataset.max_corrupt_share")
+RUNTIME_FIELDS = (
+    "dataset.data_dir",
+    "dataset.workers",
+    "dataset.max_corrupt_share",
+    "train.on_nonfinite",
+    "train.max_skips",
+)
+ON_NONFINITE = ("stop", "skip")
+EXPORTS = ("raw", "averaged")
 
 RGB = numbers(3, "three numbers", lambda _: True)
 POSITIVE_RGB = numbers(3, "three numbers above 0", lambda values: min(values) > 0)
@@ -67,7 +75,11 @@ FIELDS = {
     "train.epochs": Field(100, integer(1), "Passes over the training split; each is a whole number of batches."),
     "train.batch_size": Field(128, integer(1), "Images a step, over all devices."),
     "train.accumulate_steps": Field(1, integer(1), "Parts of a batch, computed one after another: less memory."),
-    "train.ema_decay": Field(None, number("(0, 1)"), "EMA decay. When set, averaged weights are evaluated, exported."),
+    "train.ema_decay": Field(None, number("(0, 1)"), "EMA decay; when set, averaged weights are evaluated as well."),
+    "train.ema_warmup": Field(True, FLAG, "Whether the decay of step k is at most (1 + k) / (10 + k)."),
+    "train.export": Field(None, one_of(*EXPORTS), "Weights to export. None: averaged where they are kept, else raw."),
+    "train.on_nonfinite": Field("stop", one_of(*ON_NONFINITE), "What a loss or gradient that is not finite does."),
+    "train.max_skips": Field(10, integer(1), "Skipped steps in a row that end the run."),
     "optimizer.learning_rate": Field(1e-3, number("[0, inf)"), "Peak of the learning rate."),
     "optimizer.reference_batch": Field(None, integer(1), "Batch size that the rates are stated for. None: for any."),
     "optimizer.scaled_rates": Field("peak", one_of(*SCALED_RATES), "Rates that grow with batch / reference_batch."),
@@ -97,6 +109,9 @@ FIELDS = {
     "evaluation.every_epochs": Field(1, integer(1), "Epochs between evaluations; the last step is always evaluated."),
     "evaluation.batch_size": Field(128, integer(1), "Images a step of the evaluation, over all devices."),
     "checkpoint.every_steps": Field(500, integer(1), "Steps between checkpoints."),
+    "checkpoint.every_minutes": Field(
+        10.0, number("(0, inf)"), "Minutes between checkpoints, by the clock of process 0."
+    ),
     "checkpoint.keep": Field(2, integer(1), "How many of the newest checkpoints stay, besides the best."),
     "logging.every_steps": Field(20, integer(1), "Steps between lines of metrics.jsonl."),
     "logging.tensorboard": Field(True, FLAG, "Whether to write TensorBoard's events."),
@@ -131,6 +146,9 @@ def check_config(config: ConfigDict) -> None:
             raise InputError(
                 f"config.mask.begin must be at most config.mask.end, {config.mask.end}, not {config.mask.begin}."
             )
+    with mistakes:
+        if config.train.export == "averaged" and config.train.ema_decay is None:
+            raise InputError("config.train.export = 'averaged' needs an average: give config.train.ema_decay.")
     if config.augment.randaugment is not None:
         with mistakes:
             parse_policy(config.augment.randaugment, (0, 0, 0))
@@ -149,6 +167,13 @@ def model_arguments(config: ConfigDict) -> dict[str, Any]:
     if arguments.get("token_conv") == "none":
         arguments["token_conv"] = None
     return arguments
+
+
+def exported_weights(config: ConfigDict) -> str:
+    """The weights that the run exports and chooses the best checkpoint by: "raw" or "averaged"."""
+    if config.train.export is not None:
+        return config.train.export
+    return "raw" if config.train.ema_decay is None else "averaged"
 
 
 def image_options(config: ConfigDict, image_size: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from castling_jax.data.transforms import eval_transform
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, get_variables
-from castling_jax.training.config import image_options
+from castling_jax.training.config import exported_weights, image_options
 from castling_jax.training.restore import read_snapshot
 from castling_jax.training.sharding import (
     check_batch,
@@ -110,6 +110,22 @@ def make_evaluator(
     return evaluate
 
 
+def evaluate_weights(
+    evaluate: Evaluator, weights: Mapping[str, Variables], threshold: float, *, exported: str
+) -> dict[str, float]:
+    """The exported weights' figures; and where raw and averaged ones are kept, both sets', as raw_NAME, averaged_NAME.
+
+    Args:
+      evaluate: as `make_evaluator` builds it.
+      weights: as `TrainState.weights` has them.
+      threshold: of the mask.
+      exported: which of them the run exports.
+    """
+    found = {kind: evaluate(variables, threshold) for kind, variables in weights.items()}
+    both = {f"{kind}_{name}": value for kind, figures in found.items() for name, value in figures.items()}
+    return found[exported] | (both if len(found) > 1 else {})
+
+
 def _with(model: Backbone, **changes: str) -> Backbone:
     return abstract_model(**model.spec.arguments(**changes))
 
@@ -128,9 +144,7 @@ def configured_evaluator(config: ConfigDict, model: Backbone, dataset: Dataset, 
 
 
 def evaluate_checkpoint(path: epath.Path, mesh_sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The figures of `make_evaluator` of a checkpoint, on its run's held-out split, and step and mask_threshold.
-
-    They are those of the moving averages where the run keeps them.
+    """The figures of `evaluate_weights` of a checkpoint, on its run's held-out split; step, mask_threshold, exported.
 
     Args:
       path: as `read_snapshot` takes it.
@@ -142,10 +156,15 @@ def evaluate_checkpoint(path: epath.Path, mesh_sizes: Mapping[str, int]) -> dict
     mesh = make_mesh(mesh_sizes)
     snapshot = read_snapshot(path)
     config = snapshot.config
+    snapshots = [snapshot]
+    if config.train.ema_decay is not None:
+        snapshots.append(read_snapshot(snapshot.folder, ema=not snapshot.averaged))
     check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
     dataset = load_dataset(config.dataset.name, config.dataset.eval_split, data_dir=config.dataset.data_dir)
     shardings = whole_over_fsdp(state_shardings(snapshot.variables, mesh))
+    exported = exported_weights(config)
     with jax.set_mesh(mesh):
         evaluate = configured_evaluator(config, snapshot.model, dataset, mesh)
-        figures = evaluate(place(snapshot.variables, shardings), snapshot.mask_threshold)
-    return {"step": snapshot.step, "mask_threshold": snapshot.mask_threshold, **figures}
+        weights = {"averaged" if one.averaged else "raw": place(one.variables, shardings) for one in snapshots}
+        figures = evaluate_weights(evaluate, weights, snapshot.mask_threshold, exported=exported)
+    return {"step": snapshot.step, "mask_threshold": snapshot.mask_threshold, "exported": exported, **figures}

@@ -17,7 +17,7 @@ from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, check_variables, flatten
 from castling_jax.storage import absolute, check_bucket, is_remote, local_copy
 from castling_jax.training.checkpoints import CHECKPOINTS, checkpoint_steps, read_checkpoint
-from castling_jax.training.config import default_config, model_arguments
+from castling_jax.training.config import default_config, exported_weights, model_arguments
 from castling_jax.training.config_files import CONFIG_FILE
 from castling_jax.training.metrics import read_metrics
 
@@ -50,8 +50,7 @@ def read_snapshot(path: epath.Path, *, ema: bool | None = None) -> Snapshot:
 
     Args:
       path: a run's folder, of which the newest checkpoint is read, or the folder of one, RUN/checkpoints/STEP.
-      ema: whether the variables are to be their moving averages; None is where the run keeps them, as it is they that
-        it evaluates.
+      ema: whether the variables are to be their moving averages; None is where it is they that the run exports.
 
     Raises:
       InputError: it is neither, config.json is missing or damaged, the checkpoint is, or it holds no moving average.
@@ -69,7 +68,7 @@ def read_snapshot(path: epath.Path, *, ema: bool | None = None) -> Snapshot:
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise InputError(f"'{run / CONFIG_FILE}' is missing or damaged: {error!r}.") from error
     if ema is None:
-        ema = config.train.ema_decay is not None
+        ema = exported_weights(config) == "averaged"
     state, _ = read_checkpoint(absolute(step_folder), ("ema",) if ema else ("params", "batch_stats"))
     if ema and not state:
         raise InputError(f"the checkpoint '{step_folder}' holds no moving average of its parameters.")
@@ -92,7 +91,7 @@ def initial_variables(path: epath.Path, model: Backbone, *, reset_head: bool) ->
     A castling model takes those of a softmax one: both attentions share its q, k and v, and the taps start at zero.
 
     Args:
-      path: a run's folder or one checkpoint's (its moving averages, if it keeps them), or a file that `read_state_dict`
+      path: a run's folder or one checkpoint's (the weights that it exports), or a file that `read_state_dict`
         reads.
       model: in training form.
       reset_head: as in `from_torch`.

@@ -130,6 +130,8 @@ def set_up(
         mixing=mixing_options(config),
         teacher=teacher or _teacher(config, model, mesh),
         ema_decay=config.train.ema_decay,
+        ema_warmup=config.train.ema_warmup,
+        skip_nonfinite=config.train.on_nonfinite == "skip",
         accumulate_steps=config.train.accumulate_steps,
         shardings=shardings,
     )

@@ -41,9 +41,15 @@ class TrainState:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     @property
-    def averaged(self) -> Variables:
-        """The moving averages where they are kept, else the variables: what is evaluated and switched."""
-        return self.ema or self.variables
+    def weights(self) -> dict[str, Variables]:
+        """All that can be evaluated and exported: the variables as "raw" and, where they are kept, as "averaged"."""
+        return {"raw": self.variables} | ({"averaged": self.ema} if self.ema else {})
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many of the steps left the parameters as they were: those that the optimiser has not counted."""
+        (_, updates), *_ = optax.tree.get_all_with_path(self.opt_state, "count")
+        return int(self.step) - int(updates)
 
 
 def _children(state: TrainState) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:

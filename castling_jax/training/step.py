@@ -52,6 +52,8 @@ def make_train_step(
     mixing: Mapping[str, float] = NO_MIXING,
     teacher: Teacher | None = None,
     ema_decay: float | None = None,
+    ema_warmup: bool = False,
+    skip_nonfinite: bool = False,
     accumulate_steps: int = 1,
     shardings: Any = None,
 ) -> TrainStep:
@@ -70,6 +72,10 @@ def make_train_step(
       teacher: learnt from besides the labels: by the second head where there are two, which then learns from it alone
         (Touvron et al., DeiT, section 4), else by the one.
       ema_decay: of the moving averages; None where the state keeps none.
+      ema_warmup: the decay of step k, counted from 0, is at most (1 + k) / (10 + k), so that the averages soon leave
+        the initial weights behind (TensorFlow's ExponentialMovingAverage, num_updates).
+      skip_nonfinite: a step whose loss or gradient norm is not finite changes nothing of the state but the step's
+        number. It then needs the gradients' norm before the first parameter is updated.
       accumulate_steps: in so many parts the batch goes through the model, one after the other, for less memory. The
         gradients are those of the whole batch; batch norm's statistics are each part's.
       shardings: a TrainState of shardings, as the state has them; None leaves them to the compiler.
@@ -145,9 +151,15 @@ def make_train_step(
             step=state.step + 1,
         )
         if ema_decay is not None:
+            # 1 - decay, each term exact: 1 - 0.99996 of float32 numbers would be off by a thousandth.
+            share = jnp.maximum(1 - ema_decay, 9 / (10 + state.step)) if ema_warmup else 1 - ema_decay
             averages = {name: new.variables[name] for name in state.ema}
-            new = dataclasses.replace(new, ema=optax.incremental_update(averages, state.ema, 1 - ema_decay))
-        return new, metrics | {"gradient_norm": optax.tree.norm(gradients)}
+            new = dataclasses.replace(new, ema=optax.incremental_update(averages, state.ema, share))
+        metrics |= {"gradient_norm": optax.tree.norm(gradients)}
+        if skip_nonfinite:
+            is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+            new = _select(is_finite, new, state)
+        return new, metrics
 
     # The state stays where it is, and the metrics are wanted everywhere.
     everywhere = None if shardings is None else replicated(shardings.step.mesh)
@@ -166,6 +178,15 @@ def make_train_step(
         return with_branch(state, batch, teacher_variables, jnp.float32(threshold))
 
     return train_step
+
+
+def _select(is_finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """The new state, or the old one with the new one's step: the data and the random keys go on."""
+    chosen = {
+        name: jax.tree.map(functools.partial(jnp.where, is_finite), getattr(new, name), getattr(old, name))
+        for name in ("params", "batch_stats", "opt_state", "ema")
+    }
+    return dataclasses.replace(new, **chosen)
 
 
 def _interleaved(rows: jax.Array, parts: int) -> jax.Array:

@@ -9,6 +9,7 @@ from castling_jax.models.variables import get_variables
 from castling_jax.tools import summary
 from castling_jax.training.metrics import MetricsWriter
 
+FORMS = ("train", "inference")
 FIGURES = {
     "accuracy_train_form": 0.75,
     "accuracy_inference_form": 0.5,
@@ -55,6 +56,20 @@ def test_description_shows_both_forms_and_the_files(finished):
     assert "75.00 %" in text
     assert "50.00 %" in text
     assert str(workdir / "training.png") in text
+
+
+def test_raw_and_averaged_weights_stand_side_by_side(finished):
+    _, written = finished
+    both = {
+        f"{kind}_accuracy_{form}_form": share for kind, share in (("raw", 0.75), ("averaged", 0.131)) for form in FORMS
+    }
+    text = summary.describe(written | both | {"exported": "raw", "skipped_steps": 2})
+    assert "3 steps (2 skipped) in 2 s" in text
+    lines = [line.split() for line in text.splitlines()]
+    assert ["raw", "weights,", "exported", "75.00", "%", "75.00", "%"] in lines
+    assert ["averaged", "weights", "13.10", "%", "13.10", "%"] in lines
+    figures = FIGURES | both | {"exported": "raw", "step": 3}
+    assert "  raw weights, exported: 75.00 %, 75.00 %\n" in summary.describe_evaluation(figures)
 
 
 def test_a_damaged_summary_is_one_sentence(tmp_path, refuses):

@@ -2,17 +2,26 @@ import dataclasses
 import itertools
 import json
 import shutil
+import time
 
+import chex
+import numpy as np
 import pytest
+from etils import epath
 
+from castling_jax.convert.inference import to_inference
 from castling_jax.convert.inference_folder import load_inference
 from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import normalize
-from castling_jax.errors import InputError
+from castling_jax.errors import DeterministicError, InputError
 from castling_jax.models.variables import apply
 from castling_jax.training import loop, setup
+from castling_jax.training.checkpoints import Checkpoints
 from castling_jax.training.config import default_config
+from castling_jax.training.evaluate import evaluate_checkpoint
+from castling_jax.training.losses import cross_entropy
 from castling_jax.training.metrics import read_metrics
+from castling_jax.training.restore import read_snapshot
 
 TIMES = ("images_per_second", "images_per_second_per_chip", "data_wait_share", "eta_seconds")
 
@@ -29,6 +38,10 @@ def small_config(**changes):
     config.logging.update({"every_steps": 3, "progress": False, "tensorboard": False})
     config.update(changes)
     return config
+
+
+def without_times(workdir):
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in read_metrics(workdir)]
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +97,6 @@ def test_interrupted_run_ends_with_the_same_parameters(whole_run, tmp_path, monk
     monkeypatch.undo()
     figures = loop.train(small_config(), tmp_path / "run")
     assert figures["parameters_sha256"] == expected["parameters_sha256"]
-
-    def without_times(workdir):
-        return [{name: value for name, value in line.items() if name not in TIMES} for line in read_metrics(workdir)]
-
     assert without_times(tmp_path / "run") == without_times(expected_workdir)
 
 
@@ -122,12 +131,108 @@ def test_mistakes_leave_nothing_behind(tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_or_the_steps_are_skipped_until_they_are_too_many(tmp_path):
+    config = small_config(optimizer={"learning_rate": 1e30, "warmup_epochs": 0.0})
     with pytest.raises(
-        InputError,
-        match=r"is nan at step 2: the checkpoints before it are kept; try a smaller config.optimizer.learning_rate",
+        DeterministicError,
+        match=r"is nan at step 2: there is no checkpoint yet, so the same command starts anew, and leaves such steps "
+        r"out with --config.train.on_nonfinite=skip; or try a smaller config.optimizer.learning_rate .* --workdir",
     ):
-        loop.train(small_config(optimizer={"learning_rate": 1e30, "warmup_epochs": 0.0}), tmp_path / "run")
+        loop.train(config, tmp_path / "run")
+    # In the same folder, as the sentence says. The first step has changed the weights already, so that it is no help.
+    config.train.update({"on_nonfinite": "skip", "max_skips": 5})
+    with pytest.raises(DeterministicError, match=r"is nan at step 6, the last of 5 in a row .* try a smaller config"):
+        loop.train(config, tmp_path / "run")
+
+
+def test_skipped_steps_are_counted_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    def with_faults(batches):
+        batch = next(batches)
+        with_faults.step += 1
+        if with_faults.step in (5, 6, 9):
+            batch["image"] = batch["image"] * np.float32(np.nan)
+        return batch
+
+    with_faults.step = 0
+    monkeypatch.setattr(loop, "next", with_faults, raising=False)
+    config = small_config()
+    config.train.update({"on_nonfinite": "skip", "max_skips": 3})
+    figures = loop.train(config, tmp_path)
+    assert figures["skipped_steps"] == 3
+    assert "Skipped step 6: the loss is nan (in a row: 2; 3 stop the run)." in capsys.readouterr().err
+    lines = {line["step"]: line for line in read_metrics(tmp_path) if "learning_rate" in line}
+    assert {step: line["skipped_steps"] for step, line in lines.items()} == {3: 0, 6: 2, 9: 3} | dict.fromkeys(
+        (12, 15, 18, 21, 22), 3
+    )
+    assert [step for step, line in lines.items() if "loss" not in line] == [6, 9]
+    # The optimiser's rate is that of the updates that were made.
+    assert lines[12]["learning_rate"] == pytest.approx(float(setup.set_up(config).learning_rate(11 - 3)))
+
+
+def test_raw_and_averaged_weights_are_both_evaluated_and_the_field_says_which_is_exported(tmp_path, capsys):
+    names = ("accuracy_train_form", "accuracy_inference_form", "eval_loss", "max_difference")
+    found = {}
+    for export in (None, "raw"):
+        config = small_config(train={"ema_decay": 0.99, "ema_warmup": False, "export": export})
+        workdir = tmp_path / str(export)
+        figures = found[export] = loop.train(config, workdir)
+        exported = export or "averaged"
+        assert figures["exported"] == exported
+        assert {name: figures[name] for name in names} == {name: figures[f"{exported}_{name}"] for name in names}
+        assert figures["raw_eval_loss"] != figures["averaged_eval_loss"]
+        # What is in inference/ is what those figures are of, and what a reader of the run gets.
+        model, variables = load_inference(workdir / "inference")
+        held_out = load_dataset("digits", "test")
+        loss = cross_entropy(apply(model, variables, normalize(held_out.images)), np.eye(10)[held_out.labels]).mean()
+        assert float(loss) == pytest.approx(figures[f"{exported}_eval_loss"], rel=1e-5)
+        snapshot = read_snapshot(epath.Path(workdir))
+        assert snapshot.averaged == (exported == "averaged")
+        chex.assert_trees_all_equal(to_inference(snapshot.variables), variables)
+        # 0.99 to the power of the 22 steps.
+        assert "At the end, 80% of the averaged weights will be the initial ones" in capsys.readouterr().out
+        evaluated = evaluate_checkpoint(epath.Path(workdir), config.mesh)
+        assert {name: evaluated[name] for name in figures if name in evaluated} == {
+            name: figures[name] for name in figures if name in evaluated
+        }
+        assert evaluated.keys() >= {f"{kind}_{name}" for kind in ("raw", "averaged") for name in names}
+    assert found[None]["raw_eval_loss"] == found["raw"]["raw_eval_loss"]
+
+
+def test_a_checkpoint_is_saved_by_the_clock_too_and_changes_nothing(whole_run, tmp_path, monkeypatch):
+    saved = []
+    save = Checkpoints.save
+
+    def note(self, state, progress):
+        saved.append(int(state.step))
+        save(self, state, progress)
+
+    monkeypatch.setattr(Checkpoints, "save", note)
+    figures = loop.train(small_config(checkpoint={"every_steps": 1000, "every_minutes": 1e-9}), tmp_path / "run")
+    assert saved == list(range(1, 23))
+    assert figures["parameters_sha256"] == whole_run[1]["parameters_sha256"]
+    assert without_times(tmp_path / "run") == without_times(whole_run[0])
+    saved.clear()
+    loop.train(small_config(checkpoint={"every_steps": 1000, "every_minutes": None}), tmp_path / "other")
+    # The last one, and those that were the best when they were evaluated.
+    assert set(saved) <= {11, 22}
+
+
+def test_several_processes_save_by_the_first_ones_clock(monkeypatch):
+    """Other processes' part is played here."""
+    asked = []
+
+    def broadcast(mine):
+        asked.append(int(mine))
+        return np.int32(1)  # as process 0's clock says
+
+    monkeypatch.setattr(loop.multihost_utils, "broadcast_one_to_all", broadcast)
+    monkeypatch.setattr(loop.jax, "process_count", lambda: 2)
+    now = time.perf_counter()
+    assert not loop._is_time(10.0, now, logs=False)
+    assert asked == []
+    assert loop._is_time(10.0, now, logs=True)
+    assert asked == [0]
+    assert not loop._is_time(None, now, logs=True)
 
 
 @pytest.mark.slow

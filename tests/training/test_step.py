@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 from types import MappingProxyType
 
 import chex
@@ -116,7 +117,63 @@ def test_moving_averages_follow_all_variables(family):
         expected = jax.tree.map(lambda mean, value: 0.75 * mean + 0.25 * value, expected, new)
     assert state.ema.keys() == ({"params"} if family == "deit" else {"params", "batch_stats"})
     chex.assert_trees_all_close(state.ema, jax.tree.map(np.float32, expected), rtol=1e-5, atol=1e-7)
-    assert state.averaged is state.ema
+    assert state.weights["averaged"] is state.ema
+
+
+def moved(mean, new, *, share):
+    return (1 - share) * mean + share * new
+
+
+def test_warmed_up_averages_soon_leave_the_initial_weights_behind():
+    _, state, step = setup({"ema_decay": 0.99996, "ema_warmup": True}, ema=True)
+    expected = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.params)
+    for k in range(4):
+        state, _ = step(state, BATCH, 0.02)
+        share = 1 - min(0.99996, (1 + k) / (10 + k))
+        expected = jax.tree.map(functools.partial(moved, share=share), expected, state.params)
+    chex.assert_trees_all_close(state.ema["params"], jax.tree.map(np.float32, expected), rtol=1e-5, atol=1e-7)
+    # Far on it is the decay itself, to float32's rounding: 1 - 0.99996 in float32 would be off by a thousandth.
+    state = dataclasses.replace(state, step=jnp.int32(10_000_000), ema=jax.tree.map(jnp.zeros_like, state.ema))
+    state, _ = step(state, BATCH, 0.02)
+    chex.assert_trees_all_close(state.ema["params"], jax.tree.map(lambda value: 4e-5 * value, state.params), rtol=1e-5)
+
+
+@pytest.mark.parametrize("fault", ["image", "gradient"])
+@pytest.mark.parametrize("threshold", [0.02, 1.0])
+def test_a_step_that_is_not_finite_can_be_skipped(fault, threshold):
+    _, state, step = setup({"ema_decay": 0.9, "skip_nonfinite": True}, ema=True)
+    _, same, plain = setup({"ema_decay": 0.9}, ema=True)
+    state, _ = step(state, BATCH, threshold)
+    same, _ = plain(same, BATCH, threshold)
+    # One program picks from two states, so that it may fuse other sums.
+    chex.assert_trees_all_close(state.ema, same.ema, rtol=1e-5, atol=1e-7)
+    before = jax.tree.map(np.asarray, (state.params, state.opt_state, state.ema))
+    batch = dict(BATCH)
+    if fault == "image":
+        batch["image"] = BATCH["image"].at[0, 0, 0, 0].set(jnp.inf)
+    else:  # the loss is finite, and the gradients' norm beyond float32
+        kernel = state.params["head"]["kernel"]
+        huge = {**state.params, "head": {**state.params["head"], "kernel": kernel + 1e25 * jnp.eye(*kernel.shape)}}
+        state = dataclasses.replace(state, params=huge)
+        before = jax.tree.map(np.asarray, (state.params, state.opt_state, state.ema))
+    state, metrics = step(state, batch, threshold)
+    assert np.isfinite(metrics["loss"]) == (fault == "gradient")
+    assert not np.isfinite(metrics["gradient_norm"])
+    chex.assert_trees_all_equal((state.params, state.opt_state, state.ema), before)
+    assert int(state.step) == 2
+    assert state.skipped_steps == 1
+
+
+def test_batch_norms_statistics_are_skipped_too():
+    model = small.small_levit(num_classes=10, **ONE_STAGE)
+    optimizer = optax.sgd(1e-2)
+    state = create_state(jax.tree.map(jnp.copy, small.random_variables(model)), optimizer, seed=0)
+    before = jax.tree.map(np.asarray, state.variables)
+    step = make_train_step(model, optimizer, label_smoothing=0.1, skip_nonfinite=True)
+    images = small.random_images(3, 112, 112).at[0, 0, 0, 0].set(jnp.nan)
+    state, _ = step(state, {"image": images, "label": jnp.array([3, 1, 4])}, 1.0)
+    chex.assert_trees_all_equal(state.variables, before)
+    assert int(state.step) == 1
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
