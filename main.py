@@ -3,17 +3,23 @@
 NAME is one of configs/, or a file of your own. --help-config lists the fields.
 
 Started again, the same command goes on where an interrupted run stopped; of a finished run it prints the summary.
+Ctrl-C (as SIGTERM) has the run save after the step and end; a second Ctrl-C ends it at once.
 --evaluate=RUN (or RUN/checkpoints/STEP) prints the held-out figures of both forms, and does nothing else.
 
 On a TPU pod it is started on every host, which find each other; elsewhere --coordinator=HOST:PORT, --num_processes and
 --process_id say where they are. scripts/launch.py starts several processes on one machine.
+
+Its status is 0 where it is finished or has saved because it was told to end, 3 where the same command would only come
+to the same end again (a loss that is not finite), 130 where Ctrl-C ended it, and 1 after any other mistake.
 """
 
 import errno
-import functools
 import logging as stdlib_logging
+import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -23,10 +29,12 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from castling_jax.errors import InputError, Mistakes, check_known
+from castling_jax.errors import DeterministicError, InputError, Mistakes, check_known
 from castling_jax.storage import check_bucket
 from castling_jax.tools import summary
+from castling_jax.tools.memory import keep_freed_memory
 from castling_jax.training import distributed
+from castling_jax.training.checkpoints import CHECKPOINTS, next_start
 from castling_jax.training.config import FIELDS, check_config
 from castling_jax.training.config_files import CONFIG_FILE, check_same_run, find_config, load_config
 from castling_jax.training.config_help import describe_fields
@@ -35,13 +43,15 @@ from castling_jax.training.loop import train
 from castling_jax.training.preemption import Preempted
 
 DEFAULT_CONFIG = "digits"
+SAME_AGAIN = 3  # the status after a DeterministicError, by which scripts/pod/resume.sh knows not to start the run again
+INTERRUPTED = 128 + signal.SIGINT  # as shells have it
 
 
-def define_flags(argv: list[str]) -> tuple[str, list[str]]:
+def define_flags(argv: list[str]) -> list[str]:
     """Defines the flags, those of the configuration's fields among them.
 
     Returns:
-      The configuration's name, and the arguments without it, which are absl's to parse.
+      The arguments without the configuration's name, which are absl's to parse.
 
     Raises:
       InputError: there is no such configuration, or fields are unknown.
@@ -59,16 +69,18 @@ def define_flags(argv: list[str]) -> tuple[str, list[str]]:
     with mistakes:
         config = load_config(name)
     mistakes.report()
+    file, variant = find_config(name)
+    workdir = Path("runs") / "-".join([file.stem, *filter(None, variant.split(","))])
     about = "NAME or FILE.py, and :ARGUMENT; --help-config lists its fields."
     config_flags.DEFINE_config_dict("config", config, about, sys_argv=arguments)
     flags.DEFINE_boolean("help-config", False, "Print the configuration's fields, values and meanings, and no more.")
-    flags.DEFINE_string("workdir", None, "Where the run is kept, gs:// too; by default runs/ and the config's name.")
+    flags.DEFINE_string("workdir", str(workdir), "Where the run is kept, gs:// too.")
     flags.DEFINE_string("evaluate", None, "A run's folder, or one of its checkpoints/STEP, to evaluate and no more.")
     flags.DEFINE_string("profile", None, "FIRST:LAST, the steps to trace for XProf, into the workdir's profile/.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of several that are not on a TPU pod.")
     flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
-    return name, arguments
+    return arguments
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -119,7 +131,45 @@ def ignore_closed_loops(raised: Any) -> None:
         sys.__unraisablehook__(raised)
 
 
-def main(config_name: str, argv: list[str]) -> None:
+def end_at_the_second_interrupt() -> None:
+    """Has a second Ctrl-C end this process wherever it is, and a first one heard where it was inherited as ignored.
+
+    Python's handlers run in the main thread alone, once a compilation or another process has been waited for. Python
+    writes each signal's number to a pipe at once, though.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    heard, written = os.pipe()
+    os.set_blocking(written, False)
+    signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        interrupts = 0
+        while interrupts < 2:
+            interrupts += os.read(heard, 1)[0] == signal.SIGINT
+        os.write(2, b"main.py: interrupted twice, so it ended at once.\n")
+        distributed.end_at_once(INTERRUPTED)
+
+    threading.Thread(target=listen, daemon=True).start()
+
+
+def run_folder() -> epath.Path | None:
+    """The folder that the flags say, or None where they are not known yet or name no run."""
+    options = flags.FLAGS
+    if "workdir" not in options or not options.is_parsed() or options.evaluate is not None:
+        return None
+    return epath.Path(options.workdir)
+
+
+def outlook() -> str:
+    """What the same command does next, for the end of a sentence."""
+    folder = run_folder()
+    try:
+        return "nothing was written" if folder is None else next_start(folder / CHECKPOINTS)
+    except Exception:  # the bucket may be what is out of reach, and its libraries raise many kinds
+        return "the same command goes on from the last checkpoint, if there is one"
+
+
+def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         # Orbax tells of every file it writes, and logs the errors that it raises too.
         logging.set_verbosity(logging.FATAL)
@@ -135,14 +185,15 @@ def main(config_name: str, argv: list[str]) -> None:
     profile = profiled_steps(options.profile)
     distributed.initialize(options.coordinator, options.num_processes, options.process_id)
     is_writer = jax.process_index() == 0
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     if options.evaluate is not None:
         check_bucket(options.evaluate)
         figures = evaluate_checkpoint(epath.Path(options.evaluate), options.config.mesh)
         print(summary.describe_evaluation(figures) if is_writer else "", end="")
         return
-    config = options.config
-    file, variant = find_config(config_name)
-    workdir = epath.Path(options.workdir or Path("runs") / "-".join([file.stem, *filter(None, variant.split(","))]))
+    config, workdir = options.config, run_folder()
+    assert workdir is not None
     check_config(config)
     check_bucket(workdir, for_a_run=True)
     distributed.use_compilation_cache(workdir / "compiled")
@@ -161,28 +212,30 @@ def main(config_name: str, argv: list[str]) -> None:
 def run() -> None:
     """main() with mistakes said in one sentence, and a non-zero status."""
     try:
-        config_name, arguments = define_flags(sys.argv)
-        app.run(functools.partial(main, config_name), arguments, flags_parser=parse_flags)
+        app.run(main, define_flags(sys.argv), flags_parser=parse_flags)
+    except DeterministicError as error:
+        distributed.end(f"main.py: {error}", status=SAME_AGAIN)
     except InputError as error:
         distributed.end(f"main.py: {error}")
     except Preempted as preempted:
         if jax.process_index() == 0:
             print(f"Preempted; the state of step {preempted.step} is saved, and the same command goes on from there.")
     except KeyboardInterrupt:
-        distributed.end("main.py: interrupted; the same command goes on from the last checkpoint.")
+        distributed.end(f"main.py: interrupted; {outlook()}.", status=INTERRUPTED)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            distributed.end(f"main.py: {error}; once there is room, the same command goes on from the last checkpoint.")
+            distributed.end(f"main.py: {error}; make room, and then {outlook()}.")
         if not distributed.has_others():
             raise
         if isinstance(error, jax.errors.JaxRuntimeError):
             distributed.end(
                 f"main.py: the processes' common work broke off ({str(error).splitlines()[0][:300]}); if one of them "
-                "is gone, the same command goes on from the last checkpoint."
+                f"is gone, {outlook()}."
             )
         traceback.print_exc()  # a bug; the others must not wait for this process until it is dead
-        distributed.end("main.py: ended by the error above; the same command goes on from the last checkpoint.")
+        distributed.end(f"main.py: ended by the error above; {outlook()}.")
 
 
 if __name__ == "__main__":
+    end_at_the_second_interrupt()
     run()

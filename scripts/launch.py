@@ -2,9 +2,9 @@
 
     python scripts/launch.py --simulate=2 [--devices=2] [main.py's flags ...]
 
-Process 0 prints as main.py does. If a process ends with an error, or is killed, the others are ended; SIGTERM and
-Ctrl-C are passed on to all, and then the run saves and ends. The same command goes on from there, and so does one with
-another number of processes.
+Process 0 prints as main.py does. If a process ends with an error, or is killed, the others are ended. SIGTERM and the
+first Ctrl-C are passed on to all, and then the run saves and ends; a second Ctrl-C ends all at once. The same command
+goes on from the last checkpoint, and so does one with another number of processes.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10  # for the others to end by themselves, saying why, when one has
+SAME_AGAIN = 3  # main.py's status where the same command would only come to the same end again
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -76,28 +77,45 @@ def watch(processes: list[subprocess.Popen]) -> int:
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         time.sleep(POLL_SECONDS)
-    stopped = [process for process in processes if process.poll() is None]
-    for process in stopped:
-        process.kill()
-        process.wait()
+    end(processes)
+    if any(process.returncode == SAME_AGAIN for process in processes):  # which has said why
+        return SAME_AGAIN
     print(
-        f"launch.py: {said}, so the run was ended; the same command goes on from the last checkpoint.",
+        f"launch.py: {said}, so the run was ended; the same command goes on from the last checkpoint, if there is one.",
         file=sys.stderr,
     )
     return 1
 
 
+def end(processes: list[subprocess.Popen]) -> None:
+    """Kills what still runs."""
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
 def main() -> None:
     options, flags = parse_arguments()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # in the processes too, until main.py has a sentence for it
     processes = start(options, flags)
 
-    def pass_on(number: int, _: object) -> None:
+    def pass_on(*_: object) -> None:
         for process in processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, interrupt_again)
+        pass_on()
+
+    def interrupt_again(*_: object) -> None:
+        end(processes)
+        print("launch.py: interrupted twice, so the run was ended at once.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
     signal.signal(signal.SIGTERM, pass_on)
-    signal.signal(signal.SIGINT, pass_on)
+    signal.signal(signal.SIGINT, interrupt)
     sys.exit(watch(processes))
 
 

@@ -1,5 +1,7 @@
 """The command line as a user meets it: in a process of its own."""
 
+import contextlib
+import functools
 import json
 import os
 import signal
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import main
+from castling_jax.errors import DeterministicError, InputError
+from castling_jax.training.checkpoints import checkpoint_steps
 from castling_jax.training.config import FIELDS
 
 ROOT = Path(__file__).parent.parent
@@ -84,20 +88,24 @@ def test_mistakes_are_one_sentence_and_a_status(tmp_path, argument, sentence):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "name"),
+    ("arguments", "model", "workdir"),
     [
-        ([], "digits"),  # as `make run` starts it
-        (["--config=configs/deit.py:tiny"], "configs/deit.py:tiny"),
-        (["--config", "deit:tiny"], "deit:tiny"),
-        (["-config=deit"], "deit"),
+        ([], "deit_micro", "runs/digits"),  # as `make run` starts it
+        (["--config=configs/deit.py:tiny,softmax"], "deit_tiny", "runs/deit-tiny-softmax"),
+        (["--config", "deit:tiny"], "deit_tiny", "runs/deit-tiny"),
+        (["-config=deit", "--workdir=x"], "deit_small", "x"),
     ],
 )
-def test_the_configuration_is_found_in_the_arguments(monkeypatch, arguments, name):
-    monkeypatch.setattr(main.flags, "FLAGS", main.flags.FlagValues())
-    for define in ("DEFINE_boolean", "DEFINE_string", "DEFINE_integer"):
-        monkeypatch.setattr(main.flags, define, lambda *_, **__: None)
-    monkeypatch.setattr(main.config_flags, "DEFINE_config_dict", lambda *_, **__: None)
-    assert main.define_flags(["main.py", *arguments, "--workdir=x"]) == (name, ["main.py", "--workdir=x"])
+def test_the_configuration_is_found_in_the_arguments(monkeypatch, arguments, model, workdir):
+    known = main.flags.FlagValues()
+    monkeypatch.setattr(main.flags, "FLAGS", known)
+    for module, name in ((main.flags, "DEFINE_boolean"), (main.flags, "DEFINE_string"), (main.flags, "DEFINE_integer")):
+        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), flag_values=known))
+    define = functools.partial(main.config_flags.DEFINE_config_dict, flag_values=known)
+    monkeypatch.setattr(main.config_flags, "DEFINE_config_dict", define)
+    known(main.define_flags(["main.py", *arguments]))
+    assert known["config"].value.model.name == model
+    assert str(main.run_folder()) == workdir
 
 
 def test_all_mistakes_are_said_at_once(tmp_path):
@@ -133,7 +141,100 @@ def test_a_bug_in_one_of_several_processes_ends_it(monkeypatch, capsys):
     assert statuses == [1]
     said = capsys.readouterr().err
     assert "ValueError: a bug" in said
-    assert "main.py: ended by the error above; the same command goes on from the last checkpoint." in said
+    assert "main.py: ended by the error above; nothing was written." in said
+
+
+@pytest.mark.parametrize(("error", "status"), [(InputError("no."), 1), (DeterministicError("no."), 3)])
+def test_what_would_only_end_the_same_way_again_has_a_status_of_its_own(monkeypatch, capsys, error, status):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(main, "define_flags", fail)
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert ended.value.code == status
+    assert capsys.readouterr().err == "main.py: no.\n"
+
+
+def test_on_a_cpu_freed_memory_is_kept(tmp_path):
+    program = """
+import sys, main
+main.keep_freed_memory = lambda: print("kept", flush=True)
+sys.argv = ["main.py", "--evaluate=nowhere"]
+main.run()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert ended.stdout == "kept\n", ended.stderr
+    assert ended.stderr.startswith("main.py: 'nowhere' is neither")
+
+
+def interrupt(workdir, *, lines, launcher=False, ignored=False, times=1, group=False):
+    """Starts a run, sends SIGINT once metrics.jsonl has so many lines; its status, what it said, and its checkpoints.
+
+    ignored: SIGINT was inherited so. group: the launcher's processes are told too, as by a terminal.
+    """
+    script = ["scripts/launch.py", "--simulate=2"] if launcher else ["main.py"]
+    process = subprocess.Popen(
+        [sys.executable, *(ROOT / script[0], *script[1:]), f"--workdir={workdir}", *SMALL, *FREQUENT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
+    )
+    try:
+        metrics = workdir / "metrics.jsonl"
+        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < lines):
+            time.sleep(0.01)
+        for _ in range(times):
+            (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
+            time.sleep(0.1)
+        said, _ = process.communicate(timeout=300)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, said, checkpoint_steps(workdir / "checkpoints")
+
+
+FREQUENT = ["--config.logging.every_steps=1", "--config.checkpoint.every_steps=1000", "--config.train.epochs=60"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ignored", [False, True])
+def test_an_interrupted_run_saves_and_says_where(tmp_path, ignored):
+    status, said, (step,) = interrupt(tmp_path / "run", lines=3, ignored=ignored)
+    assert status == 0, said
+    assert "A second Ctrl-C ends it at once." in said
+    assert f"Preempted; the state of step {step} is saved, and the same command goes on from there." in said
+    status, said, steps = interrupt(tmp_path / "run", lines=step + 3)
+    assert f"Going on from step {step} of" in said
+    assert steps[-1] > step
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_at_once_even_where_python_cannot(tmp_path):
+    # Both come while the first step is compiled.
+    status, said, steps = interrupt(tmp_path / "run", lines=0, times=2)
+    assert status == 130, said
+    assert "main.py: interrupted twice, so it ended at once." in said
+    assert steps == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [False, True])
+def test_an_interrupted_launcher_has_all_processes_save_at_one_step(tmp_path, group):
+    status, said, (step,) = interrupt(tmp_path / "run", lines=3, launcher=True, group=group)
+    assert status == 0, said
+    assert f"Preempted; the state of step {step} is saved, and the same command goes on from there." in said
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_interrupted_twice_leaves_no_process(tmp_path):
+    status, said, _ = interrupt(tmp_path / "run", lines=3, launcher=True, times=2)
+    assert status == 130, said
+    assert "launch.py: interrupted twice, so the run was ended at once." in said
 
 
 @pytest.mark.slow

@@ -176,8 +176,14 @@ def test_what_fails_on_the_way_is_tried_again(cloud):
     assert (status, asked) == (0, ["delete", "create", "delete", "create", "start", "start"])
 
 
+def test_a_run_that_would_only_end_the_same_way_again_is_not_started_again(cloud):
+    status, asked, said = cloud(looks=["!none"], answers=["running", "ended 3"])
+    assert (status, asked) == (3, [])
+    assert "the same command would only do so again: watch.sh shows why" in said
+
+
 def test_a_run_that_ends_by_itself_is_started_again_and_not_for_ever(cloud):
-    status, asked, said = cloud(looks=["!none"], answers=["ended"])
+    status, asked, said = cloud(looks=["!none"], answers=["ended 1"])
     assert (status, asked) == (1, ["start"] * 3)
     assert "has ended 4 times" in said
 
@@ -211,6 +217,8 @@ def test_a_start_returns_at_once_and_is_one(tmp_path):
     finally:
         assert worker(stop) == ""
     assert "nothing runs\n" in (worker(stop) for _ in range(100))
+    # What resume.sh asks for: main.py's status, here that of SIGTERM, which it does not hear.
+    assert "143\n" in (worker("sleep 0.1; cat train.status || true") for _ in range(100))
 
 
 def test_a_setting_that_is_missing_or_wrong_is_named():

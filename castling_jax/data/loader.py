@@ -16,7 +16,7 @@ from absl import flags
 from jaxtyping import Int
 
 from castling_jax.data.sources import Dataset
-from castling_jax.errors import InputError
+from castling_jax.errors import DeterministicError, InputError
 
 LOGGER = logging.getLogger(__name__)
 PART = 32  # images that one thread reads at a time: a batch is shared out, and what is read ahead is bounded
@@ -155,7 +155,7 @@ def _first_good(dataset: Dataset, transform: EvalTransform, index: int) -> _Read
         except InputError as error:
             corrupt[dataset.describe(nearby)] = str(error)
     name, why = next(iter(corrupt.items()))
-    raise InputError(f"{len(corrupt)} images in a row are corrupt, the first of them {name}: {why}")
+    raise DeterministicError(f"{len(corrupt)} images in a row are corrupt, the first of them {name}: {why}")
 
 
 class _Parts:
@@ -192,13 +192,14 @@ def _batches(parts: _Parts, numbers: range, *, workers: int, max_corrupt_share: 
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain hands flags on to its processes; a notebook or a test has none
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=PARTS_AHEAD)
-        stream = stream.mp_prefetch(options, worker_init_fn=_ignore_sigterm)
+        stream = stream.mp_prefetch(options, worker_init_fn=_ignore_signals)
     return _whole(stream, len(parts.rows), max_corrupt_share)
 
 
-def _ignore_sigterm(*_: int) -> None:
-    """A cluster sends SIGTERM to all of a job's processes: those that read go on, until the run has saved and ends."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _ignore_signals(*_: int) -> None:
+    """The workers read on until the run has saved: a cluster's SIGTERM and a terminal's Ctrl-C go to all processes."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _whole(stream: grain.IterDataset, count: int, max_corrupt_share: float) -> Iterator[Batch]:
@@ -249,7 +250,7 @@ class _Corrupt:
         if self._count > self._max_share * max(self._read, MIN_IMAGES_JUDGED):
             named = [f"{name}: {why.rstrip('.')}" for name, why in self._named.items()]
             more = f"; and {len(named) - NAMED} others" if len(named) > NAMED else ""
-            raise InputError(
+            raise DeterministicError(
                 f"{self._count:,} of the {self._read:,} images read so far are corrupt, more than "
                 f"config.dataset.max_corrupt_share = {self._max_share:g} allows: "
                 f"{'; '.join(named[:NAMED])}{more}."

@@ -102,13 +102,13 @@ class Pod:
             return any(path.stat().st_mtime > self._started for path in unfinished)
         return True
 
-    def kill_one(self, index: int) -> bool:
-        """SIGKILL of one process; whether it was there."""
+    def kill_one(self, index: int, number: int = signal.SIGKILL) -> bool:
+        """Sends one process a signal; whether it was there."""
         children = Path(f"/proc/{self._launcher.pid}/task/{self._launcher.pid}/children").read_text().split()
         for child in map(int, children):
             with contextlib.suppress(OSError):
                 if f"--process_id={index}".encode() in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
-                    os.kill(child, signal.SIGKILL)
+                    os.kill(child, number)
                     return True
         return False
 

@@ -1,6 +1,7 @@
 """Several processes that run one program: how they find each other, and how they end together."""
 
 import contextlib
+import multiprocessing
 import os
 import secrets
 import sys
@@ -96,9 +97,17 @@ def has_others() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def end(sentence: str) -> NoReturn:
-    """Says why, and ends this process with status 1; at once where there are others, which may be waiting for it."""
+def end(sentence: str, *, status: int = 1) -> NoReturn:
+    """Says why, and ends this process; at once where there are others, which may be waiting for it."""
     if not has_others():
-        sys.exit(sentence)
+        print(sentence, file=sys.stderr, flush=True)
+        sys.exit(status)
     print(f"[process {jax.process_index()}] {sentence}", file=sys.stderr, flush=True)
-    os._exit(1)
+    end_at_once(status)
+
+
+def end_at_once(status: int) -> NoReturn:
+    """Ends this process without waiting for anything, and the workers that read for it, which would outlive it."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(status)

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Looks once a minute until the run is finished, and has it go on: resume.sh [--dry-run] [train.sh's flags ...]
 # A pod that was taken away is deleted, asked for again and installed; a run that ended on a pod that is there is started
-# again, RESTARTS times at most (3). A question that gets no answer is asked again.
+# again, RESTARTS times at most (3), unless it would only come to the same end again. A question that gets no answer is
+# asked again.
 source "$(dirname "$0")/common.sh"
 bucket
 RESTARTS=${RESTARTS:-3}
+SAME_AGAIN=3 # main.py's status where the same command would only come to the same end again
 
 start() {
     scripts/pod/install.sh && scripts/pod/train.sh "$@"
@@ -23,10 +25,10 @@ try() {
     "$@" || echo "That failed; once more in a minute." >&2
 }
 
-# What worker 0 says: running, ended, or, where it cannot be reached, something else.
+# What worker 0 says: running, ended STATUS, or, where it cannot be reached, something else.
 answer() {
     gcloud compute tpus tpu-vm ssh "$(nodes | head -n 1)" --zone="$ZONE" --worker=0 \
-        --command="pgrep -f '$TRAINING' > /dev/null && echo running || echo ended" 2> /dev/null || true
+        --command="pgrep -f '$TRAINING' > /dev/null && echo running || echo ended \$(cat ~/train.status)" 2> /dev/null || true
 }
 
 if [ "$DRY_RUN" = 1 ]; then
@@ -41,6 +43,11 @@ until gcloud storage ls "$BUCKET/runs/$RUN/summary.json" > /dev/null 2>&1; do
         ACTIVE)
             case "$(answer)" in
                 *running*) ;;
+                *"ended $SAME_AGAIN")
+                    echo "The run has ended, and the same command would only do so again: watch.sh shows why." >&2
+                    echo "Start it with other flags by train.sh, and then resume.sh with these." >&2
+                    exit "$SAME_AGAIN"
+                    ;;
                 *ended*)
                     if [ "$left" = 0 ]; then
                         echo "The run has ended $((RESTARTS + 1)) times on this pod: watch.sh shows why." >&2

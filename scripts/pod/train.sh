@@ -8,6 +8,8 @@ flags=(
     --config="$CONFIG" --workdir="$BUCKET/runs/$RUN"
     --config.dataset.data_dir="$MOUNT/tensorflow_datasets" --config.mesh.replica="$SLICES" "$@"
 )
-# The braces: of a list in the background a shell would keep ssh's output open, and ssh would not return.
-everywhere "pgrep -f '$TRAINING' > /dev/null && echo it runs already || { cd $CODE && \
-{ nohup .venv/bin/python main.py $(printf '%q ' "${flags[@]}")>> ~/train.log 2>&1 < /dev/null & } }"
+# Braces with an output of their own: a list in the background would keep ssh's open, and ssh would not return.
+# main.py's status is for resume.sh.
+everywhere "pgrep -f '$TRAINING' > /dev/null && echo it runs already || { rm -f ~/train.status; cd $CODE && \
+{ { trap '' HUP; nohup .venv/bin/python main.py $(printf '%q ' "${flags[@]}"); echo \$? > ~/train.status; } \
+>> ~/train.log 2>&1 < /dev/null & } }"

@@ -82,6 +82,8 @@ def test_compiled_programs_are_kept_with_the_run_unless_the_environment_says_whe
     assert updates == ([] if own else [("jax_compilation_cache_dir", "gs://bucket/run/compiled")])
 
 
-def test_a_process_alone_ends_as_usual():
-    with pytest.raises(SystemExit, match="main.py: no."):
-        distributed.end("main.py: no.")
+def test_a_process_alone_ends_as_usual(capsys):
+    with pytest.raises(SystemExit) as ended:
+        distributed.end("main.py: no.", status=3)
+    assert ended.value.code == 3
+    assert capsys.readouterr().err == "main.py: no.\n"

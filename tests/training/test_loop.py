@@ -212,7 +212,7 @@ def test_a_checkpoint_is_saved_by_the_clock_too_and_changes_nothing(whole_run, t
     assert figures["parameters_sha256"] == whole_run[1]["parameters_sha256"]
     assert without_times(tmp_path / "run") == without_times(whole_run[0])
     saved.clear()
-    loop.train(small_config(checkpoint={"every_steps": 1000, "every_minutes": None}), tmp_path / "other")
+    loop.train(small_config(checkpoint={"every_steps": 1000, "every_minutes": 1e6}), tmp_path / "other")
     # The last one, and those that were the best when they were evaluated.
     assert set(saved) <= {11, 22}
 

@@ -65,6 +65,25 @@ def test_a_run_killed_in_every_way_ends_with_the_same_parameters(alone, tmp_path
     assert pod.sha256() == alone[1]["parameters_sha256"]
 
 
+def test_one_process_that_is_interrupted_has_all_save_at_one_step_and_process_0s_clock_does_too(tmp_path):
+    run = tmp_path / "run"
+    by_the_clock = ("--config.checkpoint.every_steps=1000", "--config.checkpoint.every_minutes=0.01")
+    pod = Pod(run, processes=2, flags=(*SMALL, *by_the_clock))
+    assert pod.wait_until(lambda: bool(checkpoint_steps(run / CHECKPOINTS)))
+    pod.kill_one(1, signal.SIGINT)
+    assert pod.wait() == 0, pod.said()
+    step = checkpoint_steps(run / CHECKPOINTS)[-1]
+    assert f"Preempted; the state of step {step} is saved, and the same command goes on from there." in pod.said()
+
+
+def test_a_loss_that_is_not_finite_is_said_by_all_and_has_a_status_of_its_own(tmp_path):
+    flags = (*SMALL, "--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_epochs=0")
+    pod = Pod(tmp_path / "run", processes=2, flags=flags)
+    assert pod.wait() == 3
+    assert "[process 0] main.py: the loss is nan at step 2: there is no checkpoint yet" in pod.said()
+    assert "goes on from" not in pod.said()
+
+
 def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     run = tmp_path / "run"
     pod = Pod(run, processes=4)
