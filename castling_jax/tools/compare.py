@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -20,6 +21,7 @@ from castling_jax.errors import InputError, check_known
 from castling_jax.models.attention import ATTENTIONS
 from castling_jax.storage import check_bucket, write_atomically
 from castling_jax.tools import summary
+from castling_jax.tools.memory import keep_freed_memory
 from castling_jax.training.config_files import CONFIG_FILE, check_same_run, load_config
 from castling_jax.training.loop import train
 from castling_jax.training.preemption import Preempted
@@ -61,6 +63,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="instead of the configuration's")
     parser.add_argument("--workdir", type=epath.Path, help="by default runs/compare- and the configuration's name")
     options = parser.parse_args()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     try:
         config = load_config(options.config)
         attentions = options.attentions.split(",")
@@ -74,8 +78,10 @@ def main() -> None:
         write_atomically(workdir / TABLE_FILE, page.encode())
     except InputError as error:
         sys.exit(str(error))
-    except (Preempted, KeyboardInterrupt):
-        sys.exit("interrupted; the same command goes on from the last checkpoint.")
+    except Preempted as preempted:
+        sys.exit(f"interrupted; the state of step {preempted.step} is saved, and the same command goes on from there.")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from the last checkpoint, if there is one.")
     print(page)
 
 
