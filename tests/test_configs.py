@@ -13,7 +13,7 @@ from castling_jax.data.sources import Unread
 from castling_jax.models.attention import ATTENTIONS
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import get_variables
-from castling_jax.training.config import check_config
+from castling_jax.training.config import check_config, exported_weights
 from castling_jax.training.setup import set_up
 from castling_jax.training.sharding import batch_shapes, replicated, with_shardings
 from castling_jax.training.state import create_state
@@ -60,6 +60,12 @@ def test_configuration_is_complete(name, argument):
     check_config(load(name, argument))
     assert f"configs/{name}.py" in module_of(name).__doc__
     assert len((CONFIGS / f"{name}.py").read_text().splitlines()) <= 60  # one screen
+
+
+@pytest.mark.parametrize("name", ["levit", "deit", "deit_384", "castle_pretrained", "fashion_mnist"])
+def test_the_recipes_of_levit_and_deit_export_raw_weights(name):
+    expected = "averaged" if name == "fashion_mnist" else "raw"
+    assert exported_weights(load(name, arguments_of(name)[0])) == expected
 
 
 def test_a_teacher_has_to_be_given(refuses):

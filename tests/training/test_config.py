@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from castling_jax.errors import InputError
-from castling_jax.training.config import FIELDS, check_config, default_config, model_arguments
+from castling_jax.training.config import FIELDS, check_config, default_config, exported_weights, model_arguments
 from castling_jax.training.config_files import check_same_run, load_config
 from castling_jax.training.config_help import fields_page
 
@@ -22,6 +22,30 @@ def changed(field, value):
 
 def test_default_configuration_is_valid():
     check_config(default_config())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("train.on_nonfinite", "skp", "unknown config.train.on_nonfinite 'skp': did you mean 'skip'?"),
+        ("train.export", "avaraged", "unknown config.train.export 'avaraged': did you mean 'averaged'?"),
+        ("train.export", "averaged", "config.train.export = 'averaged' needs an average: give config.train.ema_decay."),
+    ],
+)
+def test_words_that_mean_nothing_are_refused(field, value, sentence, refuses):
+    with refuses(sentence):
+        check_config(changed(field, value))
+
+
+@pytest.mark.parametrize(
+    ("decay", "export", "expected"),
+    [(None, None, "raw"), (0.9, None, "averaged"), (0.9, "raw", "raw"), (0.9, "averaged", "averaged")],
+)
+def test_averaged_weights_are_exported_where_they_are_kept_unless_the_field_says_otherwise(decay, export, expected):
+    config = default_config()
+    config.train.update({"ema_decay": decay, "export": export})
+    check_config(config)
+    assert exported_weights(config) == expected
 
 
 def test_unknown_field_names_the_nearest():
@@ -42,6 +66,8 @@ def test_missing_field_is_named():
     [
         ("train.epochs", 0, "an integer of at least 1"),
         ("train.accumulate_steps", 0, "an integer of at least 1"),
+        ("train.max_skips", 0, "an integer of at least 1"),
+        ("checkpoint.every_minutes", 0.0, "a finite number above 0"),
         ("logging.every_steps", 0, "an integer of at least 1"),
         ("checkpoint.keep", 0, "an integer of at least 1"),
         ("optimizer.weight_decay", -0.1, "a finite number of at least 0"),
