@@ -78,7 +78,9 @@ FIELDS = {
     "train.ema_decay": Field(None, number("(0, 1)"), "EMA decay; when set, averaged weights are evaluated as well."),
     "train.ema_warmup": Field(True, FLAG, "Whether the decay of step k is at most (1 + k) / (10 + k)."),
     "train.export": Field(None, one_of(*EXPORTS), "Weights to export. None: averaged where they are kept, else raw."),
-    "train.on_nonfinite": Field("stop", one_of(*ON_NONFINITE), "What a loss or gradient that is not finite does."),
+    "train.on_nonfinite": Field(
+        "stop", one_of(*ON_NONFINITE), "What to do where the loss or a gradient is not finite."
+    ),
     "train.max_skips": Field(10, integer(1), "Skipped steps in a row that end the run."),
     "optimizer.learning_rate": Field(1e-3, number("[0, inf)"), "Peak of the learning rate."),
     "optimizer.reference_batch": Field(None, integer(1), "Batch size that the rates are stated for. None: for any."),
@@ -109,9 +111,7 @@ FIELDS = {
     "evaluation.every_epochs": Field(1, integer(1), "Epochs between evaluations; the last step is always evaluated."),
     "evaluation.batch_size": Field(128, integer(1), "Images a step of the evaluation, over all devices."),
     "checkpoint.every_steps": Field(500, integer(1), "Steps between checkpoints."),
-    "checkpoint.every_minutes": Field(
-        10.0, number("(0, inf)"), "Minutes between checkpoints, by the clock of process 0."
-    ),
+    "checkpoint.every_minutes": Field(10.0, number("(0, inf)"), "Minutes between checkpoints, by process 0's clock."),
     "checkpoint.keep": Field(2, integer(1), "How many of the newest checkpoints stay, besides the best."),
     "logging.every_steps": Field(20, integer(1), "Steps between lines of metrics.jsonl."),
     "logging.tensorboard": Field(True, FLAG, "Whether to write TensorBoard's events."),
