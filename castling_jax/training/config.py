@@ -78,9 +78,7 @@ FIELDS = {
     "train.ema_decay": Field(None, number("(0, 1)"), "EMA decay; when set, averaged weights are evaluated as well."),
     "train.ema_warmup": Field(True, FLAG, "Whether the decay of step k is at most (1 + k) / (10 + k)."),
     "train.export": Field(None, one_of(*EXPORTS), "Weights to export. None: averaged where they are kept, else raw."),
-    "train.on_nonfinite": Field(
-        "stop", one_of(*ON_NONFINITE), "What to do where the loss or a gradient is not finite."
-    ),
+    "train.on_nonfinite": Field("stop", one_of(*ON_NONFINITE), "What to do at a loss or gradient that is not finite."),
     "train.max_skips": Field(10, integer(1), "Skipped steps in a row that end the run."),
     "optimizer.learning_rate": Field(1e-3, number("[0, inf)"), "Peak of the learning rate."),
     "optimizer.reference_batch": Field(None, integer(1), "Batch size that the rates are stated for. None: for any."),
