@@ -224,13 +224,13 @@ def run() -> None:
         distributed.end(f"main.py: interrupted; {outlook()}.", status=INTERRUPTED)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            distributed.end(f"main.py: {error}; make room, and then {outlook()}.")
+            distributed.end(f"main.py: {error}; make room: {outlook()}.")
         if not distributed.has_others():
             raise
         if isinstance(error, jax.errors.JaxRuntimeError):
             distributed.end(
-                f"main.py: the processes' common work broke off ({str(error).splitlines()[0][:300]}); if one of them "
-                f"is gone, {outlook()}."
+                f"main.py: the processes' common work broke off ({str(error).splitlines()[0][:300]}), "
+                f"perhaps because one of them is gone; {outlook()}."
             )
         traceback.print_exc()  # a bug; the others must not wait for this process until it is dead
         distributed.end(f"main.py: ended by the error above; {outlook()}.")

@@ -54,7 +54,7 @@ class PreemptionWatch:
         self._told = True
 
     def _interrupt(self, *_: object) -> None:
-        before = self._previous[signal.SIGINT]
+        before = self._previous.get(signal.SIGINT)
         signal.signal(signal.SIGINT, before if callable(before) else signal.default_int_handler)
         if self._speaks:
             os.write(2, INTERRUPTED)  # print could be interrupted in the middle of another print
