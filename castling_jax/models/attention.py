@@ -12,7 +12,7 @@ from castling_jax import ops
 from castling_jax.errors import InputError, check_known
 from castling_jax.models.layers import linear, split_linear
 from castling_jax.ops.angular import normalize_and_convolve
-from castling_jax.ops.masked_softmax import Bias, dense_bias
+from castling_jax.ops.bias import Bias, dense_bias
 from castling_jax.ops.tokens import QueryValues, values_of_queries
 
 ATTENTIONS = ("castling", "linear_angular", "softmax", "angular")

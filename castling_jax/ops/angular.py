@@ -8,21 +8,9 @@ from jaxtyping import Array, Float
 from castling_jax.errors import InputError
 from castling_jax.ops.checks import check_implementation, check_qkv, check_query_values
 from castling_jax.ops.depthwise import check_token_kernel, depthwise_convolution
+from castling_jax.ops.norms import l2_normalize
 from castling_jax.ops.precision import precision_of
 from castling_jax.ops.tokens import QueryValues, tokens_of, values_of_queries
-
-# Added to the squared norm. Vectors of norm 3e-9 and above are normalised to float32's rounding, and
-# its power -3/2, which the gradient holds, is still a finite float32: a zero vector gives no NaN.
-SQUARED_NORM_EPSILON = 1e-24
-
-
-def l2_normalize(x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
-    """x / |x| along the last axis, in float32 at least, of norms from 3e-9 to 1e19.
-
-    A zero vector stays zero, with finite gradients.
-    """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + SQUARED_NORM_EPSILON)
 
 
 def _cosines(
@@ -38,7 +26,8 @@ def angular_kernel(
     """The exact kernel Sim(q, k) = 1 - theta(q, k) / pi, in [0, 1] (equations 3 and 4); quadratic in tokens.
 
     theta is the angle between q and k in radians. The kernel has a kink where they are parallel or
-    opposite; its gradient is taken as zero there, so that it is finite everywhere.
+    opposite; its gradient is taken as zero there, so that it is finite everywhere. A zero vector is at right angles to
+    all others, Sim = 1/2, and passes no gradient.
 
     Raises:
       InputError: the shapes do not fit.
@@ -150,7 +139,8 @@ def linear_angular_attention(
     Linear in tokens (equations 7 and 8, with the output normalisation of the authors' block).
 
     Args:
-      q: queries; they are normalised here, of any norm from 1e-9 to 1e19.
+      q: queries; they are normalised here, for norms from 1e-9 to 1e19. A zero vector normalises to zero and passes no
+        gradient of its own; so does the sum of the two terms where it is zero.
       k: keys; likewise.
       v: values; never normalised.
       token_kernel: of the values, as `depthwise_convolution` takes it.

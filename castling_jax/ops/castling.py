@@ -3,8 +3,9 @@
 from jaxtyping import Array, ArrayLike, Float
 
 from castling_jax.ops.angular import add_linear_angular
+from castling_jax.ops.bias import Bias
 from castling_jax.ops.checks import check_qkv, check_query_values, is_known_empty
-from castling_jax.ops.masked_softmax import Bias, masked_softmax_first
+from castling_jax.ops.masked_softmax import masked_softmax_first
 from castling_jax.ops.tokens import QueryValues
 
 
@@ -23,8 +24,9 @@ def castling_attention(
 ) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""]]:
     """l2normalise(aux + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V), the training form of the authors' block.
 
-    aux is `masked_softmax_attention`. The inference form, without it, is `linear_angular_attention`; from
-    mask_threshold = 1 on the two are equal.
+    aux is `masked_softmax_attention`, whose queries and keys are not normalised. In the linear-angular part and for the
+    output, a zero vector normalises to zero and passes no gradient of its own. The inference form, without aux, is
+    `linear_angular_attention`; from mask_threshold = 1 on the two are equal.
 
     Args:
       q: queries.

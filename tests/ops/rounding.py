@@ -4,6 +4,8 @@ A sum of n products in float32 is off by at most n * FLOAT32 * sum |products| (H
 an array rounded to a dtype by unit(dtype) of each element. Products of two bfloat16 numbers are exact in float32.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,12 +26,33 @@ def draw(seed, dtype, *shapes, scale=1.0):
     return arrays, [np.asarray(array, np.float64) for array in arrays]
 
 
+ZERO_SUBSETS = [which for size in (1, 2, 3) for which in itertools.combinations(range(3), size)]
+ZERO_TOKENS = (np.array([0, 2, 3]), slice(None))  # some of them, and all
+
+
 def with_zeros(q, k, v):
-    """One batch element each of five with zero queries, zero keys, zero values, nothing but zeros, a token of zeros."""
-    arrays = [np.array(x) for x in (q, k, v)]
-    for i, x in enumerate(arrays):
-        x[i] = x[3] = x[4, 2] = 0
+    """q, k and v of one batch element, 15 times: without zeros, then each subset zero at some and at all tokens."""
+    arrays = [np.repeat(np.asarray(x), 1 + len(ZERO_TOKENS) * len(ZERO_SUBSETS), axis=0) for x in (q, k, v)]
+    for element, (tokens, subset) in enumerate(itertools.product(ZERO_TOKENS, ZERO_SUBSETS), 1):
+        for which in subset:
+            arrays[which][element, tokens] = 0
     return [jnp.asarray(x) for x in arrays]
+
+
+def assert_zeros_do_not_explode(gradients):
+    """The gradients of q, k and v that `with_zeros` made: finite, at most 1e4 times as long as without the zeros."""
+    wide = [np.asarray(gradient, np.float64).reshape(gradient.shape[0], -1) for gradient in gradients]
+    norms = np.linalg.norm(np.concatenate(wide, axis=1), axis=1)
+    assert norms[0] > 0
+    assert np.all(norms <= 1e4 * norms[0]), norms  # false for NaN
+
+
+def assert_zeros_pass_nothing(arrays, gradients):
+    """No gradient goes to a zero vector of arrays that are only ever normalised."""
+    for array, gradient in zip(arrays, gradients, strict=True):
+        is_zero = jnp.all(array == 0, axis=-1)
+        assert jnp.any(is_zero)
+        assert not jnp.any(gradient[is_zero])
 
 
 def assert_within(actual, expected, bound):

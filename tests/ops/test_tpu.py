@@ -19,10 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from castling_jax import ops
+from castling_jax.ops.bias import dense_bias
 from castling_jax.ops.tpu import attention as kernels
 from castling_jax.ops.tpu import layout, linear_angular_blocks, masked_softmax, masked_softmax_blocks
 from castling_jax.tools.tpu_compile import LIBTPU_ENVIRONMENT
-from tests.ops import reference
+from tests.ops import reference, rounding
 
 # (batch, queries, keys, heads, key_dim, value_dim): DeiT's, LeViT's and MViTv2's heads, tokens that no block divides.
 SHAPES = [
@@ -227,15 +228,50 @@ def test_weight_on_the_threshold_is_masked_forward_and_backward():
     assert attention(np.nextafter(np.float32(1 / 16), np.float32(0)))(v)[1] == 1
 
 
-def test_zero_vectors_give_finite_values_and_gradients():
-    zeros = jnp.zeros((1, 8, 2, 64))
+@pytest.mark.parametrize("with_taps", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
+def test_zero_vectors_do_not_explode_the_gradients(kind, dtype, with_taps):
+    q, k, v, taps, _, cotangent = draw((1, 7, 7, 2, 64, 64), dtype)
+    q, k, v = rounding.with_zeros(q, k, v)
+    cotangent = jnp.repeat(cotangent, len(q), axis=0)
+    arguments = q, k, v, taps if with_taps else None, None, None
+    # At threshold 0 no weight is near it. At 1 the mask is empty, so the output's core is zero where q and v are.
+    for threshold in (0.0, 1.0):
+        actual, expected = (
+            both_attentions(*which)(*arguments, jnp.float32(threshold), cotangent)
+            for which in (("pallas", kind), ("xla", None))
+        )
+        rounding.assert_zeros_do_not_explode(actual[2][:3])
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), expected)
+        assert_close(actual, wide, FLOAT32 if dtype == jnp.float32 else BFLOAT16)
 
-    def attention(q, k, v):
-        return ops.castling_attention(q, k, v, mask_threshold=jnp.float32(0.02), implementation="pallas")[0]
 
-    out, pullback = jax.vjp(attention, zeros, zeros, zeros)
-    for array in (out, *pullback(jnp.ones_like(out))):
-        assert jnp.isfinite(array).all()
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_zero_vectors_pass_no_gradient_of_their_own(dtype):
+    q, k, v, taps, _, cotangent = draw((1, 7, 7, 2, 64, 64), dtype)
+    q, k, v = rounding.with_zeros(q, k, v)
+    attention = functools.partial(ops.linear_angular_attention, implementation="pallas")
+    for kernel in (None, taps):
+        _, pullback = jax.vjp(lambda q, k, v, kernel=kernel: attention(q, k, v, kernel), q, k, v)
+        gradients = pullback(jnp.repeat(cotangent, len(q), axis=0))
+        rounding.assert_zeros_do_not_explode(gradients)
+        rounding.assert_zeros_pass_nothing((q, k), gradients[:2])
+
+
+@pytest.mark.parametrize("norm", [1e-9, 1e-3, 1e15])
+def test_the_norm_of_queries_and_keys_does_not_matter(norm):
+    """Forward, of any norm; the gradient scales with its inverse."""
+    q, k, v, taps, _, cotangent = draw((1, 9, 9, 2, 64, 64))
+    unit_q, unit_k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    attention = functools.partial(ops.linear_angular_attention, implementation="pallas")
+
+    def compute(q, k):
+        out, pullback = jax.vjp(lambda q, k: attention(q, k, v, taps), q, k)
+        return out, None, pullback(cotangent)
+
+    out, _, gradients = compute(norm * unit_q, norm * unit_k)
+    assert_close((out, None, jax.tree.map(lambda x: norm * x, gradients)), compute(unit_q, unit_k), FLOAT32)
 
 
 def test_nan_is_seen():
@@ -271,7 +307,7 @@ def test_keys_that_a_bias_takes_out(factored):
     q, k, v, *_ = draw((2, 17, 40, 2, 16, 32))
     columns = jnp.zeros((1, 2, 17, 8)).at[..., 6:].set(-jnp.inf)
     bias = (jnp.zeros((1, 2, 17, 5)).at[..., :3].set(-jnp.inf), columns)
-    bias = bias if factored else ops.masked_softmax.dense_bias(bias)
+    bias = bias if factored else dense_bias(bias)
     run = functools.partial(ops.masked_softmax_attention, mask_threshold=0.05, bias=bias)
     out, density = run(q, k, v, implementation="pallas")
     expected, expected_density = run(q, k, v, implementation="xla")

@@ -11,8 +11,8 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from castling_jax.errors import InputError
+from castling_jax.ops.bias import Bias
 from castling_jax.ops.depthwise import depthwise_convolution
-from castling_jax.ops.masked_softmax import Bias
 from castling_jax.ops.tokens import MAX_MULTIPLIED, values_of_queries
 from castling_jax.ops.tpu import linear_angular, linear_angular_blocks, masked_softmax, masked_softmax_blocks
 from castling_jax.ops.tpu.factors import append_factors, join_factors

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from castling_jax.ops.angular import SQUARED_NORM_EPSILON
+from castling_jax.ops.norms import inverse_norms, inverse_norms_or_zero
 from castling_jax.ops.tokens import selection
 from castling_jax.ops.tpu.layout import (
     LANES,
@@ -229,9 +229,14 @@ def _sum_heads(dot, x, sums):
     return jnp.concatenate([dot(part, sums[: part.shape[1], : part.shape[1]], NN) for part in parts], axis=1)
 
 
-def inverse_norms(dot, x, sums):
-    """1 / |x| of each head, in all of its lanes; `sums` is the first or second of `head_sums`."""
-    return jax.lax.rsqrt(_sum_heads(dot, x * x, sums) + SQUARED_NORM_EPSILON)
+def head_inverse_norms(dot, x, sums):
+    """`inverse_norms` of each head, in all of its lanes; `sums` is the first or second of `head_sums`."""
+    return inverse_norms(_sum_heads(dot, x * x, sums))
+
+
+def head_inverse_norms_or_zero(dot, x, sums):
+    """Likewise `inverse_norms_or_zero`, for the gradients, where the forward kernels need not pay for it."""
+    return inverse_norms_or_zero(_sum_heads(dot, x * x, sums))
 
 
 def through_norm(dot, d_normal, normal, inverse, sums):
@@ -268,13 +273,13 @@ def _forward_kernel(
         q, k, v = q_ref[0, :, keys], k_ref[0, :, keys], v_ref[0, :, values]
         wide_q, wide_k = q.astype(jnp.float32), k.astype(jnp.float32)
         own = _own(dot, v, optional_refs, values, has_selection, has_own)
-        normal_k = wide_k * inverse_norms(dot, wide_k, key_sums)
+        normal_k = wide_k * head_inverse_norms(dot, wide_k, key_sums)
         key_values = dot(normal_k, v, TN) * cross
-        normal_q = wide_q * inverse_norms(dot, wide_q, key_sums)
+        normal_q = wide_q * head_inverse_norms(dot, wide_q, key_sums)
         core = 0.5 * own + dot(normal_q, key_values, NN)
         if has_auxiliary:
             core += optional_refs[-1][0, :, values].astype(jnp.float32)
-        out = core * inverse_norms(dot, core, value_sums)
+        out = core * head_inverse_norms(dot, core, value_sums)
         for tap, window in enumerate(places.windows(padded_ref, own)):
             out += window * taps_ref[tap : tap + 1, values]
         out_ref[0, :, values] = out.astype(out_ref.dtype)
@@ -306,13 +311,13 @@ def _backward_kernel(
         wide_v, cotangent = v_ref[0, :, values].astype(jnp.float32), cotangent_ref[0, :, values].astype(jnp.float32)
         own = _own(dot, wide_v, optional_refs, values, has_selection, has_own)
         # The forward pass again: only its inputs were kept.
-        inverse_k, inverse_q = inverse_norms(dot, wide_k, key_sums), inverse_norms(dot, wide_q, key_sums)
+        inverse_k, inverse_q = (head_inverse_norms_or_zero(dot, x, key_sums) for x in (wide_k, wide_q))
         normal_k, normal_q = wide_k * inverse_k, wide_q * inverse_q
         key_values = dot(normal_k, wide_v, TN) * cross
         core = 0.5 * own + dot(normal_q, key_values, NN)
         if has_auxiliary:
             core += optional_refs[-1][0, :, values].astype(jnp.float32)
-        inverse_core = inverse_norms(dot, core, value_sums)
+        inverse_core = head_inverse_norms_or_zero(dot, core, value_sums)
         d_core = through_norm(dot, cotangent, core * inverse_core, inverse_core, value_sums)
         if has_auxiliary:
             d_optional_refs[-1][0, :, values] = d_core.astype(dv_ref.dtype)

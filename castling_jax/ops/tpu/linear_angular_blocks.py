@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from castling_jax.ops.tpu.layout import NN, NT, TN, Heads, arrange, compiler_params, product, traced_once
-from castling_jax.ops.tpu.linear_angular import head_sums, inverse_norms, through_norm
+from castling_jax.ops.tpu.linear_angular import head_inverse_norms, head_inverse_norms_or_zero, head_sums, through_norm
 from castling_jax.ops.tpu.taps import SUBLANES, Taps, spread_taps
 
 TOKEN_BLOCK = 512
@@ -165,7 +165,7 @@ def _sum_keys_kernel(k_ref, v_ref, keys_ref, cross_ref, key_values_ref, *, layou
     for group in range(layout.step):
         k, v = _read(k_ref, layout.key_lanes(group), valid), _read(v_ref, layout.value_lanes(group), valid)
         cross = cross_ref[...].astype(jnp.float32) / math.pi
-        key_values_ref[0, group] += dot(k * inverse_norms(dot, k, keys_ref[...]), v, TN) * cross
+        key_values_ref[0, group] += dot(k * head_inverse_norms(dot, k, keys_ref[...]), v, TN) * cross
 
 
 def _sum_keys_backward_kernel(k_ref, v_ref, d_key_values_ref, keys_ref, cross_ref, dk_ref, dv_ref, *, layout):
@@ -174,7 +174,7 @@ def _sum_keys_backward_kernel(k_ref, v_ref, d_key_values_ref, keys_ref, cross_re
         keys, values = layout.key_lanes(group), layout.value_lanes(group)
         k, v = k_ref[0, :, keys].astype(jnp.float32), v_ref[0, :, values].astype(jnp.float32)
         d_key_values = d_key_values_ref[0, group] * (cross_ref[...].astype(jnp.float32) / math.pi)
-        inverse = inverse_norms(dot, k, keys_ref[...])
+        inverse = head_inverse_norms_or_zero(dot, k, keys_ref[...])
         normal = k * inverse
         dv_ref[0, :, values] = dot(normal, d_key_values, NN).astype(dv_ref.dtype)
         dk = through_norm(dot, dot(v, d_key_values, NT), normal, inverse, keys_ref[...])
@@ -300,10 +300,10 @@ def _attend_kernel(
         keys, values = layout.key_lanes(group), layout.value_lanes(group)
         q = q_ref[0, :, keys].astype(jnp.float32)
         v, windows = _windows(padded_ref, (v_ref, before_ref, after_ref), values, tokens, block, places)
-        core = 0.5 * v + dot(q * inverse_norms(dot, q, keys_ref[...]), key_values_ref[0, group], NN)
+        core = 0.5 * v + dot(q * head_inverse_norms(dot, q, keys_ref[...]), key_values_ref[0, group], NN)
         if has_auxiliary:
             core += auxiliary_ref[0][0, :, values].astype(jnp.float32)
-        out = core * inverse_norms(dot, core, values_ref[...])
+        out = core * head_inverse_norms(dot, core, values_ref[...])
         for tap, window in enumerate(windows):
             out += window * taps_ref[tap : tap + 1, values]
         out_ref[0, :, values] = out.astype(out_ref.dtype)
@@ -346,12 +346,12 @@ def _attend_backward_kernel(
         cotangent_refs = (cotangent_ref, cotangent_before_ref, cotangent_after_ref)
         cotangent, cotangent_windows = _windows(padded_cotangent_ref, cotangent_refs, values, tokens, block, places)
         # The forward pass again: only its inputs were kept.
-        inverse_q = inverse_norms(dot, q, keys_ref[...])
+        inverse_q = head_inverse_norms_or_zero(dot, q, keys_ref[...])
         normal_q = q * inverse_q
         core = 0.5 * v + dot(normal_q, key_values_ref[0, group], NN)
         if has_auxiliary:
             core += _read(auxiliary_ref, values, valid)
-        inverse_core = inverse_norms(dot, core, values_ref[...])
+        inverse_core = head_inverse_norms_or_zero(dot, core, values_ref[...])
         d_core = through_norm(dot, cotangent, core * inverse_core, inverse_core, values_ref[...])
         if has_auxiliary:
             d_auxiliary_ref[0, :, values] = d_core.astype(d_auxiliary_ref.dtype)
