@@ -103,6 +103,22 @@ def layer_norm(features: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs:
     return nnx.LayerNorm(features, epsilon=1e-6, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
 
+@jax.custom_jvp
+def stop_at_zero(x: Float[Array, "*axes channels"]) -> Float[Array, "*axes channels"]:
+    """x, whose zero vectors pass no gradient: what goes before a layer norm where tokens may be zero.
+
+    At zero, layer norm's derivative is 1 / sqrt(epsilon) = 1000. A black region's tokens are zero in a new model, and
+    linear-angular attention leaves zero tokens zero from block to block: the factors would multiply.
+    """
+    return x
+
+
+@stop_at_zero.defjvp
+def _stop_at_zero_jvp(primals, tangents):
+    (x,), (x_dot,) = primals, tangents
+    return x, jnp.where(jnp.any(x != 0, axis=-1, keepdims=True), x_dot, 0)
+
+
 def norm_heads(
     norm: nnx.LayerNorm, x: Float[Array, "batch tokens channels"], num_heads: int
 ) -> Float[Array, "batch tokens heads head_dim"]:

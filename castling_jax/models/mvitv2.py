@@ -25,6 +25,7 @@ from castling_jax.models.layers import (
     of_layer,
     run_block,
     split_linear,
+    stop_at_zero,
 )
 from castling_jax.models.position import resize_relative_positions
 from castling_jax.ops.tokens import select_tokens
@@ -260,12 +261,12 @@ class Block(nnx.Module):
         self.mlp = Mlp(dim_out, mlp_width(dim_out, mlp_ratio), **common)
 
     def __call__(self, x, *, mask_threshold, drawn):
-        normed = self.norm1(x)
+        normed = self.norm1(stop_at_zero(x))
         with jax.named_scope("shortcut"):
             skip = x if self.shortcut_proj_attn is None else self.shortcut_proj_attn(normed)
         attended, density = self.attn(normed, mask_threshold=mask_threshold)
         x = max_pool(skip, self.stride_q) + drop_path(attended, self.drop_path_rate, of_layer(drawn, 0))
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, of_layer(drawn, 1)), density
+        return x + drop_path(self.mlp(self.norm2(stop_at_zero(x))), self.drop_path_rate, of_layer(drawn, 1)), density
 
 
 class Stage(nnx.Module):

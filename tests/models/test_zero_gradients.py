@@ -1,0 +1,100 @@
+"""A new model's gradients on images with nothing in them: its biases are zero, so q, k and v of black patches are too.
+
+The gradients of every attention are compared with those of softmax attention on the same images.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import castling_jax
+from castling_jax.models.layers import layer_norm, stop_at_zero
+from castling_jax.models.variables import forward_train
+from tests.models import small
+
+MODELS = {
+    "deit": ("deit_micro", small.SIZES),
+    "levit": ("levit_128s", small.LEVIT_SIZES),
+    "mvitv2": ("mvitv2_tiny", small.MVIT_SIZES),
+    # Four stages, each of which keeps some tokens zero.
+    "mvitv2 of full width": ("mvitv2_tiny", {"depths": (1, 1, 1, 1), "num_classes": 7, "image_size": 32}),
+}
+# With an empty mask, castling attention in training form is linear-angular attention, in another program.
+KINDS = [("castling", 0.02), ("castling", 0.999), ("linear_angular", None), ("angular", None)]
+
+
+def draw_images(size):
+    """Four images of each kind, normalised: black is 0 where the mean is 0."""
+    noise = np.random.default_rng(0).normal(size=(4, size, size, 3)).astype(np.float32)
+    half, corner, one = noise.copy(), np.zeros_like(noise), noise.copy()
+    half[:, :, : size // 2] = 0
+    corner[:, : size // 8, : size // 8] = noise[:, : size // 8, : size // 8]
+    one[0] = 0
+    return {
+        "noise": noise,
+        "black": np.zeros_like(noise),
+        "constant": np.ones_like(noise),
+        "of one colour each": np.ones_like(noise) * noise[:, :1, :1],
+        "half black": half,
+        "black but for a corner": corner,
+        "one of four black": one,
+    }
+
+
+@functools.cache
+def gradient_norms(family, attention, threshold, training):
+    """The norm of all parameters' gradients, for each kind of images, in float64."""
+    name, sizes = MODELS[family]
+    model = castling_jax.create_model(name, attention=attention, **sizes)
+    variables = castling_jax.get_variables(model)
+
+    @jax.jit
+    @jax.grad
+    def gradients(params, images):
+        bound = variables | {"params": params}
+        if training:
+            logits = forward_train(model, bound, images, mask_threshold=threshold, key=jax.random.key(0))[0][0]
+        else:
+            logits = castling_jax.apply(model, bound, images, mask_threshold=threshold)
+        return -jnp.mean(jnp.diagonal(jax.nn.log_softmax(logits)))
+
+    def norm(images):
+        leaves = jax.tree.leaves(gradients(variables["params"], images))
+        return np.sqrt(sum(np.sum(np.square(np.asarray(leaf, np.float64))) for leaf in leaves))
+
+    return {kind: norm(images) for kind, images in draw_images(sizes["image_size"]).items()}
+
+
+def compare_with_softmax(family, attention, threshold, training):
+    norms = gradient_norms(family, attention, threshold, training)
+    for kind, expected in gradient_norms(family, "softmax", None, training).items():
+        assert norms[kind] <= 1e3 * expected, (kind, norms[kind], expected)  # false for NaN
+
+
+def test_linear_angular_gradients_are_of_softmaxs_size():
+    compare_with_softmax("mvitv2", "linear_angular", None, training=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("attention", "threshold"), KINDS)
+@pytest.mark.parametrize("family", MODELS)
+def test_gradients_are_of_softmaxs_size(family, attention, threshold, training):
+    compare_with_softmax(family, attention, threshold, training)
+
+
+def test_stop_at_zero_is_the_identity_elsewhere():
+    x = jnp.asarray([[0.0, 0.0, 0.0], [1.0, -2.0, 0.0], [1e-30, 0.0, 0.0]])
+    norm = layer_norm(3, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    cotangent = jnp.asarray([[1.0, 2.0, 4.0]] * 3)
+    out, pullback = jax.vjp(lambda x: norm(stop_at_zero(x)), x)
+    expected, expected_pullback = jax.vjp(norm, x)
+    np.testing.assert_array_equal(out, expected)
+    gradient, expected_gradient = pullback(cotangent)[0], expected_pullback(cotangent)[0]
+    assert not gradient[0].any()
+    assert expected_gradient[0].any()
+    np.testing.assert_array_equal(gradient[1:], expected_gradient[1:])
