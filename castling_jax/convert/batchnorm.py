@@ -12,6 +12,7 @@ import jax
 
 from castling_jax.errors import InputError
 from castling_jax.models.layers import BATCH_NORM_EPSILON as EPSILON
+from castling_jax.ops.mesh import on_auto_axes, split_as
 
 
 def fold_batch_norms(params: dict[str, Any], batch_stats: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -111,7 +112,7 @@ def compute(function: Callable[..., Any], like: Any, *others: Any) -> Any:
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in (like, *others)):
         shape = jax.eval_shape(function, like, *others)
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=getattr(like, "sharding", None))
-    out = function(like, *others)
+    out = on_auto_axes(lambda like: split_as(like, *range(like.ndim)))(function)(like, *others)
     if isinstance(like, jax.Array) and not isinstance(out, jax.core.Tracer) and like.committed:
         out = jax.device_put(out, like.sharding)
     return out

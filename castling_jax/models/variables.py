@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from castling_jax.errors import InputError
 from castling_jax.models.backbone import Backbone
-from castling_jax.ops.checks import check_mesh
+from castling_jax.ops.mesh import on_auto_axes, split_as
 
 Variables = dict[str, Any]
 COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
@@ -51,8 +52,12 @@ def unflatten(leaves: dict[str, Any]) -> Any:
     return tree
 
 
-def check_variables(model: Backbone, variables: Variables) -> None:
-    """Raises an InputError unless `variables` has exactly the model's paths and shapes."""
+def check_variables(model: Backbone, variables: Variables) -> dict[str, Any]:
+    """The variables by path, as `flatten` gives them.
+
+    Raises:
+      InputError: a variable is missing, unknown or of another shape than the model's.
+    """
     expected, given = flatten(get_variables(model)), flatten(variables)
     if missing := sorted(expected.keys() - given.keys()):
         raise InputError(f"the variables lack {missing[0]!r} ({len(missing)} of {len(expected)} arrays are missing).")
@@ -64,6 +69,7 @@ def check_variables(model: Backbone, variables: Variables) -> None:
         shape = getattr(given[path], "shape", type(given[path]).__name__)
         if shape != leaf.shape:
             raise InputError(f"{path!r} must have the shape {leaf.shape}, not {shape}.")
+    return given
 
 
 def bind(model: Backbone, variables: Variables) -> Backbone:
@@ -72,9 +78,11 @@ def bind(model: Backbone, variables: Variables) -> Backbone:
     Raises:
       InputError: a variable is missing, unknown or of another shape.
     """
-    check_variables(model, variables)
+    return _with_leaves(model, check_variables(model, variables))
+
+
+def _with_leaves(model: Backbone, leaves: dict[str, Any]) -> Backbone:
     graphdef, state = nnx.split(model)
-    leaves = flatten(variables)
     collections = {kind: name for name, kind in COLLECTIONS.items()}
     bound = {
         path: variable.replace(leaves["/".join([collections[variable.type], *map(str, path)])])
@@ -108,8 +116,13 @@ def apply(
       InputError: variables are missing or of another shape, images do not fit the model, or the threshold is missing,
         negative or NaN.
     """
-    _check_inputs(variables, images)
-    logits, densities = bind(model, variables)(images, mask_threshold=mask_threshold)
+    _check_images(images)
+
+    @on_auto_axes(lambda images: (split_as(images, 0), PartitionSpec()))
+    def forward(images: Any, leaves: Any, mask_threshold: Any) -> Any:
+        return _with_leaves(model, leaves)(images, mask_threshold=mask_threshold)
+
+    logits, densities = forward(images, check_variables(model, variables), mask_threshold)
     return (logits, densities) if return_densities else logits
 
 
@@ -125,16 +138,43 @@ def forward_train(
 
     The key is drop-path's. `batch_stats` are the running statistics of batch norm after this batch, {} without any.
     """
-    _check_inputs(variables, images)
-    # The copy's variables were made here, so what batch norm writes into them neither leaves a trace of jit or grad
-    # nor reaches the model.
-    bound = bind(model, variables)
-    logits, densities = bound.head_logits(images, mask_threshold=mask_threshold, key=key)
-    return logits, densities, get_variables(bound).get("batch_stats", {})
+    _check_images(images)
+    leaves = check_variables(model, variables)
+    statistics = flatten(variables.get("batch_stats", {}))
+    stay = unflatten({path: split_as(leaf, *range(len(leaf.shape))) for path, leaf in statistics.items()})
+
+    @on_auto_axes(lambda images: (split_as(images, None, 0), PartitionSpec(), stay))
+    def forward(images: Any, leaves: Any, mask_threshold: Any, key: Any) -> Any:
+        # The copy's variables were made here, so what batch norm writes into them neither leaves a trace of jit or
+        # grad nor reaches the model.
+        bound = _with_leaves(model, leaves)
+        logits, densities = bound.head_logits(images, mask_threshold=mask_threshold, key=key)
+        return logits, densities, get_variables(bound).get("batch_stats", {})
+
+    return forward(images, leaves, mask_threshold, key)
 
 
-def _check_inputs(variables: Variables, images: jax.Array) -> None:
-    check_mesh(images, *jax.tree.leaves(variables))
+def features(
+    model: Backbone,
+    variables: Variables,
+    images: Float[Array, "batch height width channels"],
+    *,
+    mask_threshold: ArrayLike | None = None,
+) -> list[Float[Array, "batch height width channels"]]:
+    """The tokens on their grid, one map for each stage, finest first: what a detector or a segmenter reads.
+
+    Pure, as `apply`, with the same arguments and errors.
+    """
+    _check_images(images)
+
+    @on_auto_axes(lambda images: split_as(images, 0))
+    def forward(images: Any, leaves: Any, mask_threshold: Any) -> Any:
+        return _with_leaves(model, leaves).features(images, mask_threshold=mask_threshold)
+
+    return forward(images, check_variables(model, variables), mask_threshold)
+
+
+def _check_images(images: jax.Array) -> None:
     shape = getattr(images, "shape", None)
     if shape is None or len(shape) != 4 or shape[0] < 1:
         what = type(images).__name__ if shape is None else f"of shape {shape}"

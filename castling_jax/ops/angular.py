@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from castling_jax.errors import InputError
 from castling_jax.ops.checks import check_implementation, check_qkv, check_query_values
 from castling_jax.ops.depthwise import check_token_kernel, depthwise_convolution
+from castling_jax.ops.mesh import on_auto_axes, split_as
 from castling_jax.ops.norms import l2_normalize
 from castling_jax.ops.precision import precision_of
 from castling_jax.ops.tokens import QueryValues, tokens_of, values_of_queries
@@ -20,6 +21,7 @@ def _cosines(
     return jnp.clip(products, -1, 1)
 
 
+@on_auto_axes(lambda q: split_as(q, 0, 2, 1))
 def angular_kernel(
     q: Float[Array, "batch queries heads key_dim"], k: Float[Array, "batch keys heads key_dim"]
 ) -> Float[Array, "batch heads queries keys"]:
@@ -45,6 +47,7 @@ def arcsine_coefficients(order: int | np.integer) -> np.ndarray:
     return binomials / (2 * np.arange(order + 1) + 1)
 
 
+@on_auto_axes(lambda q: split_as(q, 0, 2, 1))
 def angular_kernel_series(
     q: Float[Array, "batch queries heads key_dim"], k: Float[Array, "batch keys heads key_dim"], order: int | np.integer
 ) -> Float[Array, "batch heads queries keys"]:
@@ -63,6 +66,7 @@ def angular_kernel_series(
     return 0.5 + cosines * jnp.polyval(highest_first, cosines * cosines) / jnp.pi
 
 
+@on_auto_axes(lambda q: split_as(q, 0, 1, 2))
 @jax.named_scope("angular")
 def angular_attention(
     q: Float[Array, "batch queries heads key_dim"],
@@ -123,6 +127,7 @@ def normalize_and_convolve(
     return out + depthwise_convolution(query_values, token_kernel, grid=grid, prefix_tokens=prefix_tokens)
 
 
+@on_auto_axes(lambda q: split_as(q, 0, 1, 2))
 def linear_angular_attention(
     q: Float[Array, "batch queries heads key_dim"],
     k: Float[Array, "batch keys heads key_dim"],

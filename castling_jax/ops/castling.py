@@ -1,14 +1,17 @@
 """Castling attention in its training form: both attentions at once (Castling-ViT, equation 9)."""
 
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, Float
 
 from castling_jax.ops.angular import add_linear_angular
 from castling_jax.ops.bias import Bias
 from castling_jax.ops.checks import check_qkv, check_query_values, is_known_empty
 from castling_jax.ops.masked_softmax import masked_softmax_first
+from castling_jax.ops.mesh import on_auto_axes, split_as
 from castling_jax.ops.tokens import QueryValues
 
 
+@on_auto_axes(lambda q: (split_as(q, 0, 1, 2), PartitionSpec()))
 def castling_attention(
     q: Float[Array, "batch queries heads key_dim"],
     k: Float[Array, "batch keys heads key_dim"],

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType
 from jaxtyping import ArrayLike
 
 from castling_jax.errors import InputError, check_known
@@ -19,17 +18,6 @@ def check_implementation(implementation: str) -> None:
     check_known("implementation", implementation, IMPLEMENTATIONS)
 
 
-def check_mesh(*arrays: Any) -> None:
-    """Raises an InputError under a mesh with axes of explicit sharding, part of arrays' types, or of arrays on one."""
-    on_devices = [jax.typeof(array).sharding.mesh for array in arrays if isinstance(array, jax.Array)]
-    for mesh in (jax.sharding.get_abstract_mesh(), *on_devices):
-        if AxisType.Explicit in (mesh.axis_types or ()):
-            raise InputError(
-                f"the mesh's axes {', '.join(mesh.axis_names)} must be of AxisType.Auto, not Explicit: make it with "
-                "axis_types=(jax.sharding.AxisType.Auto,) * n."
-            )
-
-
 def check_array(name: str, array: Any) -> None:
     """Raises an InputError unless it is an array of a floating type."""
     if not hasattr(array, "dtype"):
@@ -39,9 +27,8 @@ def check_array(name: str, array: Any) -> None:
 
 
 def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array | None = None) -> None:
-    """Raises an InputError unless the shapes of queries, keys (and values) fit together, and the mesh is served."""
+    """Raises an InputError unless the shapes of queries, keys (and values) fit together."""
     arrays = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
-    check_mesh(*arrays.values())
     for name, array in arrays.items():
         check_array(name, array)
         if array.ndim != 4:

@@ -10,8 +10,10 @@ from jaxtyping import Array, Float
 
 from castling_jax.errors import InputError
 from castling_jax.ops.checks import check_array
+from castling_jax.ops.mesh import on_auto_axes, split_as
 
 
+@on_auto_axes(lambda v: split_as(v, 0, 1, 2, 3))
 @jax.named_scope("token_kernel")
 def depthwise_convolution(
     v: Float[Array, "batch tokens heads value_dim"],

@@ -4,13 +4,16 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, Float
 
 from castling_jax.ops.bias import Bias, check_bias, dense_bias
 from castling_jax.ops.checks import check_implementation, check_qkv, is_known_empty
+from castling_jax.ops.mesh import on_auto_axes, split_as
 from castling_jax.ops.precision import precision_of
 
 
+@on_auto_axes(lambda q: (split_as(q, 0, 1, 2), PartitionSpec()))
 def masked_softmax_attention(
     q: Float[Array, "batch queries heads key_dim"],
     k: Float[Array, "batch keys heads key_dim"],

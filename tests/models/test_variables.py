@@ -133,15 +133,19 @@ def test_any_mapping_is_flattened():
     assert flatten(types.MappingProxyType({"params": types.MappingProxyType({"a": 1})})) == {"params/a": 1}
 
 
-@pytest.mark.parametrize("on_mesh", ["images", "variables"])
-def test_arrays_on_a_mesh_of_explicit_axes(refuses, on_mesh):
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
-    sharding = jax.NamedSharding(mesh, jax.P())
-    variables, images = jax.device_put(VARIABLES, sharding), IMAGES
-    if on_mesh == "images":
-        variables, images = VARIABLES, jax.device_put(IMAGES, sharding)
-    with refuses("the mesh's axes data must be of AxisType.Auto, not Explicit"):
-        jax.jit(lambda v, x: castling_jax.apply(MODEL, v, x, mask_threshold=0.1))(variables, images)
+@pytest.mark.parametrize("on_mesh", ["images", "variables", "both"])
+def test_arrays_on_a_plain_mesh(on_mesh):
+    mesh = jax.make_mesh((1,), ("data",))  # of Explicit axes; tests/models/meshes.py has more devices
+    rows, everywhere = (jax.NamedSharding(mesh, spec) for spec in (jax.P("data"), jax.P()))
+    variables = VARIABLES if on_mesh == "images" else jax.device_put(VARIABLES, everywhere)
+    images = IMAGES if on_mesh == "variables" else jax.device_put(IMAGES, rows)
+    expected = apply(VARIABLES, IMAGES, 0.06)
+    logits = apply(variables, images, 0.06)
+    with jax.set_mesh(mesh):
+        chex.assert_trees_all_equal(apply(variables, images, 0.06), logits)
+    # One device: at most another order of sums of 24 to 96 numbers, of logits of size 1.
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+    assert jax.typeof(logits).sharding.spec == jax.P(None if on_mesh == "variables" else "data", None)
 
 
 def changed(path, leaf=None):

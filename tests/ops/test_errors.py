@@ -212,15 +212,6 @@ def test_a_kernel_without_axes(refuses):
         ops.depthwise_convolution(Q, jnp.ones(()))
 
 
-def test_a_mesh_of_explicit_axes(refuses):
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
-    with jax.set_mesh(mesh), refuses("the mesh's axes data must be of AxisType.Auto, not Explicit"):
-        jax.jit(ops.linear_angular_attention)(Q, Q, Q)
-    on_mesh = jax.device_put(Q, jax.NamedSharding(mesh, jax.P("data")))  # which needs no set_mesh
-    with refuses("the mesh's axes data must be of AxisType.Auto, not Explicit"):
-        jax.jit(ops.linear_angular_attention)(Q, on_mesh, Q)
-
-
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_what_is_no_array(refuses, name):
     with refuses("k must be an array, not list"):

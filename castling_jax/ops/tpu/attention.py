@@ -7,12 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from castling_jax.errors import InputError
 from castling_jax.ops.bias import Bias
 from castling_jax.ops.depthwise import depthwise_convolution
+from castling_jax.ops.kernel_calls import record
+from castling_jax.ops.mesh import axes_of_kind, mesh_in_use
 from castling_jax.ops.tokens import MAX_MULTIPLIED, values_of_queries
 from castling_jax.ops.tpu import linear_angular, linear_angular_blocks, masked_softmax, masked_softmax_blocks
 from castling_jax.ops.tpu.factors import append_factors, join_factors
@@ -55,12 +57,27 @@ def linear_angular_attention(
     """
     arguments = q, k, v, token_kernel, query_values, auxiliary
     try:
-        mesh = _mesh_specs(q)
+        split = _split_over_mesh(q, k, v)
         _check_arrays(q, k, v)
     except InputError:
         if otherwise is None:
             raise
         return otherwise(*arguments)
+
+    record(
+        "linear_angular_attention",
+        {
+            "q": q,
+            "k": k,
+            "v": v,
+            "token_kernel": token_kernel,
+            "query_values": query_values,
+            "auxiliary": auxiliary,
+        },
+        query_tokens=None if query_tokens is None else tuple(query_tokens.tolist()),
+        grid=grid,
+        prefix_tokens=prefix_tokens,
+    )
 
     def run(q, k, v, token_kernel, query_values, auxiliary, *, interpret):
         own_values = values_of_queries(v, query_tokens if query_values is None else query_values)
@@ -83,10 +100,10 @@ def linear_angular_attention(
             return out
         return out + depthwise_convolution(own_values, token_kernel, grid=grid, prefix_tokens=prefix_tokens)
 
-    if mesh is not None:
-        tokens = mesh[0]
+    if split is not None:
+        mesh, tokens = split
         taps = PartitionSpec(None, tokens[2]) if grid is None else PartitionSpec(None, None, tokens[2])
-        run = _over_mesh(run, (tokens, tokens, tokens, taps, tokens, tokens), tokens)
+        run = _over_mesh(run, mesh, (tokens, tokens, tokens, taps, tokens, tokens), tokens)
     return _on_platform(run, *arguments, otherwise=otherwise)
 
 
@@ -118,15 +135,16 @@ def masked_softmax_attention(
     """
     threshold = jnp.asarray(mask_threshold, jnp.float32)
     try:
-        mesh = _mesh_specs(q)
+        split = _split_over_mesh(q, k, v)
         _check_arrays(q, k, v)
     except InputError:
         if otherwise is None:
             raise
         return otherwise(q, k, v, threshold, bias)
+    record("masked_softmax_attention", {"q": q, "k": k, "v": v, "bias": bias}, hand_on=hand_on)
     # A float: the batch of a pod has more weights than an int32 counts.
     size = float(math.prod(q.shape[:3]) * k.shape[1])
-    names = () if mesh is None else mesh[1]
+    names = () if split is None else axes_of_kind(split[0], AxisType.Auto)
 
     def run(q, k, v, threshold, bias, *, interpret):
         out, kept, on = _masked_softmax(q, k, v, threshold.reshape(1, 1), bias, hand_on=hand_on, interpret=interpret)
@@ -134,13 +152,13 @@ def masked_softmax_attention(
         density = (jax.lax.psum(kept, names) if names else kept) / size
         return out.reshape(*q.shape[:3], v.shape[3]), density, on
 
-    if mesh is not None:
-        tokens, _ = mesh
+    if split is not None:
+        mesh, tokens = split
         biases = jax.tree.map(
             lambda factor: PartitionSpec(None if factor.shape[0] == 1 else tokens[0], tokens[2]), bias
         )
         out_specs = tokens, PartitionSpec(), (tokens, tokens, tokens)
-        run = _over_mesh(run, (tokens, tokens, tokens, PartitionSpec(), biases), out_specs)
+        run = _over_mesh(run, mesh, (tokens, tokens, tokens, PartitionSpec(), biases), out_specs)
     return _on_platform(run, q, k, v, threshold, bias, otherwise=otherwise)
 
 
@@ -180,13 +198,13 @@ def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
         )
 
 
-def _mesh_specs(q: jax.Array) -> tuple[PartitionSpec, tuple[str, ...]] | None:
-    """How [batch, tokens, heads, dim] lies on the mesh in use, and its axes; None if there is none.
+def _split_over_mesh(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Mesh | AbstractMesh, PartitionSpec] | None:
+    """The mesh in use, and how [batch, tokens, heads, dim] is split over it; None where nothing is to be split.
 
-    Axes that are manual already, inside a shard_map, have split the arrays and are left out.
+    Axes that are Manual, inside a shard_map, have split the arrays already and are left out.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = [name for name, kind in zip(mesh.axis_names, mesh.axis_types or (), strict=True) if kind != AxisType.Manual]
+    mesh = mesh_in_use((q, k, v))
+    free = axes_of_kind(mesh, AxisType.Auto)
     if not free:
         return None
     head_axes = tuple(name for name in free if name in HEAD_AXES)
@@ -198,10 +216,10 @@ def _mesh_specs(q: jax.Array) -> tuple[PartitionSpec, tuple[str, ...]] | None:
                 f"the mesh splits the {what} in {parts} (its axes {', '.join(axes)}), which does not divide {size}: "
                 f"choose another mesh or {what}, or {INSTEAD}."
             )
-    return PartitionSpec(batch_axes, None, head_axes), tuple(free)
+    return mesh, PartitionSpec(batch_axes, None, head_axes)
 
 
-def _over_mesh(run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def _over_mesh(run: Callable[..., Any], mesh: Mesh | AbstractMesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """`run` on each device's part of the batch and of the heads: the compiler cannot split a kernel by itself."""
 
     def sharded(*arguments, interpret):
@@ -210,6 +228,8 @@ def _over_mesh(run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callab
         # Pallas does not say over which axes its outputs vary, which the check would need.
         part = jax.shard_map(
             lambda *arguments: run(*arguments, interpret=interpret),
+            # Outside of jit, the mesh in use is not to be said again: JAX would take it with the axes' former types.
+            mesh=mesh if jax.sharding.get_abstract_mesh().empty else None,
             in_specs=specs,
             out_specs=out_specs,
             check_vma=False,

@@ -1,0 +1,232 @@
+"""Models on meshes of four forced host devices beside one device: python -m tests.models.meshes CASE FAMILY.
+
+Prints JSON, {what: {mesh: largest difference}}; `run_case` starts it, in a process of its own, and reads that.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+MESHES = {  # name -> (axis types of data and fsdp, whether jax.set_mesh is used)
+    "explicit": ("Explicit", "Explicit", True),
+    "explicit, not set": ("Explicit", "Explicit", False),
+    "mixed": ("Explicit", "Auto", True),
+    "mixed the other way, not set": ("Auto", "Explicit", False),
+    "auto": ("Auto", "Auto", True),
+}
+
+
+def run_case(*name: str) -> dict:
+    """What a case finds."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.models.meshes", *name],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+def make_mesh(name):
+    import jax
+
+    if name.startswith("explicit"):
+        return jax.make_mesh((2, 2), ("data", "fsdp"))  # as a notebook writes it
+    return jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=tuple(jax.sharding.AxisType[k] for k in MESHES[name][:2]))
+
+
+def in_use(name, mesh):
+    import jax
+
+    return jax.set_mesh(mesh) if MESHES[name][2] else contextlib.nullcontext()
+
+
+def on_mesh(variables, images, mesh):
+    """Images split over both axes, and every array whose last axis is even split along it over fsdp."""
+    import jax
+
+    def place(leaf):
+        split = leaf.ndim and leaf.shape[-1] % 2 == 0
+        spec = jax.P(*(None,) * (leaf.ndim - 1), "fsdp") if split else jax.P()
+        return jax.device_put(leaf, jax.NamedSharding(mesh, spec))
+
+    images = jax.device_put(images, jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
+    return jax.tree.map(place, variables), images
+
+
+def difference(actual, expected):
+    """The largest one of the trees' leaves, relative to a leaf's largest number, or to 1."""
+    import jax
+    import numpy as np
+
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+
+    def of_leaf(one, other):
+        one, other = (np.asarray(x, np.float64) for x in (one, other))
+        assert one.shape == other.shape
+        return float(np.abs(one - other).max() / max(1, np.abs(other).max())) if other.size else 0.0
+
+    return max(map(of_leaf, jax.tree.leaves(actual), jax.tree.leaves(expected)), default=0.0)
+
+
+def family(name, **arguments):
+    from tests.models import small
+
+    make = {"deit": small.small_model, "levit": small.small_levit, "mvitv2": small.small_mvit}[name]
+    sizes = {"deit": {"num_heads": 2}, "levit": {"image_size": 48}, "mvitv2": {"depths": (1, 1, 1)}}[name]
+    model = make(**(sizes | arguments))
+    size = model.spec.image_size
+    return model, small.random_variables(model), small.random_images(batch=4, height=size, width=size)
+
+
+def compare(functions, variables, images):
+    """{function: {mesh: difference from one device}}, and that results are split as the images are."""
+    import jax
+
+    found = {}
+    for what, function in functions.items():
+        expected = jax.jit(function)(variables, images)
+        found[what] = {}
+        for name in MESHES:
+            mesh = make_mesh(name)
+            with in_use(name, mesh):
+                found[what][name] = difference(jax.jit(function)(*on_mesh(variables, images, mesh)), expected)
+    return found
+
+
+def forward(name):
+    """`apply` with its gradients of all kinds of attention, in both dtypes and by both implementations."""
+    import jax
+    import jax.numpy as jnp
+
+    import castling_jax
+
+    variants = {
+        **{kind: {"attention": kind} for kind in ("castling", "linear_angular", "softmax", "angular")},
+        "bfloat16": {"dtype": "bfloat16"},
+        **({"pallas": {"implementation": "pallas"}} if name == "deit" else {}),
+    }
+    found = {}
+    for variant, arguments in variants.items():
+        model, variables, images = family(name, **arguments)
+
+        def run(variables, images, model=model):
+            def total(variables, images):
+                logits, densities = castling_jax.apply(
+                    model, variables, images, mask_threshold=0.05, return_densities=True
+                )
+                return jnp.sum(jnp.sin(logits)), (logits, densities)
+
+            gradients, outputs = jax.grad(total, argnums=(0, 1), has_aux=True)(variables, images)
+            return outputs if model.spec.dtype == "bfloat16" else (outputs, gradients)
+
+        found |= compare({variant: run}, variables, images)
+    return found
+
+
+def around(name):
+    """All that goes with `apply`: features, training mode, the switch and its check."""
+    import jax
+    import numpy as np
+
+    import castling_jax
+    from castling_jax.convert.inference_folder import save_inference
+    from castling_jax.models.registry import abstract_model
+    from castling_jax.models.variables import features, forward_train
+
+    model, variables, images = family(name)
+    key = jax.random.key(0)
+    functions = {
+        "features": lambda v, x: features(model, v, x, mask_threshold=0.05),
+        "forward_train": lambda v, x: forward_train(model, v, x, mask_threshold=0.05, key=key),
+        "to_inference": lambda v, x: castling_jax.to_inference(v),
+        "vmap": lambda v, x: jax.vmap(lambda row: castling_jax.apply(model, v, row[None], mask_threshold=0.05))(x),
+    }
+    found = compare(functions, variables, images)
+    expected = castling_jax.check_switch(model, variables, images, 0.05)
+    switched = castling_jax.to_inference(variables)
+    inference_model = abstract_model(**model.spec.arguments(form="inference"))
+    inference_logits = jax.jit(castling_jax.apply, static_argnums=0)(inference_model, switched, images)
+    found |= {"check_switch": {}, "eager to_inference": {}, "layout": {}, "load_inference": {}}
+    for name in MESHES:
+        mesh = make_mesh(name)
+        placed, rows = on_mesh(variables, images, mesh)
+        with in_use(name, mesh):
+            found["check_switch"][name] = difference(castling_jax.check_switch(model, placed, rows, 0.05), expected)
+            moved = castling_jax.to_inference(placed)
+            found["eager to_inference"][name] = difference(moved, switched)
+            # A convolution or a linear layer that is folded stays where it was.
+            wrong = [
+                leaf.sharding
+                for leaf in jax.tree.leaves(moved)
+                if leaf.shape[-1] % 2 == 0 and leaf.ndim > 1 and leaf.sharding.spec[-1] != "fsdp"
+            ]
+            logits, densities = jax.jit(
+                lambda v, x: castling_jax.apply(model, v, x, mask_threshold=0.05, return_densities=True)
+            )(placed, rows)
+            if name.startswith("explicit"):
+                wrong += [logits.sharding] * (logits.sharding.spec[0] != ("data", "fsdp"))
+                wrong += [densities.sharding] * (not densities.sharding.is_fully_replicated)
+            found["layout"][name] = len(wrong)
+            with tempfile.TemporaryDirectory() as folder:
+                save_inference(folder, model, jax.tree.map(np.asarray, variables))
+                loaded, its_variables = castling_jax.load_inference(folder)
+            run = jax.jit(castling_jax.apply, static_argnums=0)
+            found["load_inference"][name] = difference(run(loaded, its_variables, rows), inference_logits)
+    return found
+
+
+def own_loop(name):
+    """Three steps of a loop of one's own, with Optax: parameters and batch statistics, relative to one device's."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from castling_jax.models.variables import forward_train
+
+    model, variables, images = family(name)
+    optimizer = optax.sgd(0.1, momentum=0.9)
+
+    @jax.jit
+    def step(variables, opt_state, images, labels, key):
+        def loss(params):
+            logits, _, batch_stats = forward_train(
+                model, variables | {"params": params}, images, mask_threshold=0.05, key=key
+            )
+            return optax.losses.softmax_cross_entropy_with_integer_labels(logits[0], labels).mean(), batch_stats
+
+        (_, batch_stats), gradients = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        updates, opt_state = optimizer.update(gradients, opt_state, variables["params"])
+        params = optax.apply_updates(variables["params"], updates)
+        return {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {}), opt_state
+
+    def train(variables, images, labels):
+        opt_state = optimizer.init(variables["params"])
+        for number in range(3):
+            variables, opt_state = step(variables, opt_state, images, labels, jax.random.key(number))
+        return variables
+
+    labels = jnp.arange(4) % 7
+    expected = train(variables, images, labels)
+    found = {}
+    for name in MESHES:
+        mesh = make_mesh(name)
+        with in_use(name, mesh):
+            placed, rows = on_mesh(variables, images, mesh)
+            found[name] = difference(
+                train(placed, rows, jax.device_put(labels, jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))), expected
+            )
+    return {"own_loop": found}
+
+
+CASES = {"forward": forward, "around": around, "own_loop": own_loop}
+
+if __name__ == "__main__":
+    case, of = sys.argv[1:]
+    print(json.dumps(CASES[case](of)))

@@ -1,0 +1,33 @@
+"""Models on meshes of four devices, whatever their axes' types: the same numbers as on one device."""
+
+import pytest
+
+from tests.models.meshes import MESHES, run_case
+
+# Shares of each array's largest number. Devices sum in another order: float32's rounding, 6e-8, through some tens of
+# operations; in LeViT also through batch norms over 4 images, whose deviations are small beside what is subtracted.
+ROUNDING = {"deit": 3e-6, "levit": 2e-5, "mvitv2": 1e-5}
+# Three steps of gradient descent at a rate of 0.1, from random weights, multiply the rounding of each step before.
+AFTER_STEPS = {"deit": 1e-5, "levit": 4e-4}
+BFLOAT16 = 2e-2  # 2^-9 of each of some tens of roundings, where sums in another order fall on another side
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["deit", "levit", "mvitv2"])
+@pytest.mark.parametrize("case", ["forward", "around"])
+def test_a_model_on_a_mesh_is_the_model(case, family):
+    for what, found in run_case(case, family).items():
+        assert found.keys() == MESHES.keys()
+        for mesh, difference in found.items():
+            limit = 0 if what == "layout" else BFLOAT16 if what == "bfloat16" else ROUNDING[family]
+            assert difference <= limit, (what, mesh, difference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["deit", "levit"])
+def test_a_loop_of_ones_own(family):
+    found = run_case("own_loop", family)["own_loop"]
+    for mesh, difference in found.items():
+        assert difference <= AFTER_STEPS[family], (mesh, difference)
+    # The compiler splits the same program: Explicit axes add nothing of their own.
+    assert found["explicit"] == found["explicit, not set"] == found["auto"]
