@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from castling_jax.data.randaugment import parse_policy
 from castling_jax.errors import InputError, Mistakes, check_known
 from castling_jax.models.variables import flatten, unflatten
+from castling_jax.ops.checks import IMPLEMENTATIONS
 from castling_jax.training.fields import FLAG, SIZES, TEXT, Field, integer, number, numbers, one_of
 from castling_jax.training.losses import DISTILLATIONS
 from castling_jax.training.schedules import MASK_SCHEDULES, SCALED_RATES
@@ -14,6 +15,7 @@ from castling_jax.training.schedules import MASK_SCHEDULES, SCALED_RATES
 # Groups and fields that concern how a run runs, not what comes of it: they may differ when a run goes on.
 RUNTIME_GROUPS = ("mesh", "evaluation", "checkpoint", "logging")
 RUNTIME_FIELDS = (
+    "model.implementation",
     "dataset.data_dir",
     "dataset.workers",
     "dataset.max_corrupt_share",
@@ -36,6 +38,9 @@ FIELDS = {
     "model.name": Field("deit_tiny", TEXT, "The model, by its name in create_model."),
     "model.attention": Field("castling", TEXT, "The attention: castling, linear_angular, softmax or angular."),
     "model.dtype": Field("float32", TEXT, "Compute dtype: float32 or bfloat16. Parameters stay in float32."),
+    "model.implementation": Field(
+        "auto", one_of(*IMPLEMENTATIONS), "Of the attention: auto, xla, or pallas' TPU kernels."
+    ),
     "model.image_size": Field(None, integer(1), "Height and width of the images in pixels."),
     "model.embed_dim": Field(None, SIZES, "Channels; of LeViT a tuple, one for each stage."),
     "model.depth": Field(None, SIZES, "Number of blocks; of LeViT a tuple, one for each stage."),

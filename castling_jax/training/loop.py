@@ -28,6 +28,7 @@ from castling_jax.training.config_files import CONFIG_FILE, check_same_run
 from castling_jax.training.distributed import check_shared
 from castling_jax.training.evaluate import configured_evaluator, evaluate_weights
 from castling_jax.training.finite import FiniteCheck
+from castling_jax.training.kernel_check import check_kernels
 from castling_jax.training.metrics import MetricsWriter
 from castling_jax.training.preemption import Preempted, PreemptionWatch
 from castling_jax.training.setup import Setup, configured_batches, first_state, first_variables, set_up
@@ -76,6 +77,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None 
     folder = absolute(workdir / CHECKPOINTS)
     variables = {} if checkpoint_steps(folder) else first_variables(setup)  # a run that goes on has its own
     is_writer = jax.process_index() == 0
+    check_kernels(setup)
     check_shared(workdir)
     if is_writer:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -54,6 +54,7 @@ class Setup:
       optimizer: what makes updates of gradients.
       state: the shapes of the state.
       shardings: where the state lies, a TrainState of shardings.
+      teacher: what is learnt from besides the labels, if anything.
       train_step: as `make_train_step` makes it.
     """
 
@@ -70,6 +71,7 @@ class Setup:
     optimizer: optax.GradientTransformation
     state: TrainState
     shardings: TrainState
+    teacher: Teacher | None
     train_step: Callable[..., Any]
 
 
@@ -123,12 +125,13 @@ def set_up(
     transform = train_transform(config.augment, **image_options(config, model.spec.image_size))
     if isinstance(train_set, ArrayDataset):  # of floats, which not every augmentation takes
         transform(train_set[0], np.random.default_rng(config.seed))
+    teacher = teacher or _teacher(config, model, mesh)
     train_step = make_train_step(
         model,
         optimizer,
         label_smoothing=config.loss.label_smoothing,
         mixing=mixing_options(config),
-        teacher=teacher or _teacher(config, model, mesh),
+        teacher=teacher,
         ema_decay=config.train.ema_decay,
         ema_warmup=config.train.ema_warmup,
         skip_nonfinite=config.train.on_nonfinite == "skip",
@@ -149,6 +152,7 @@ def set_up(
         optimizer=optimizer,
         state=state,
         shardings=shardings,
+        teacher=teacher,
         train_step=train_step,
     )
 
@@ -201,5 +205,6 @@ def _teacher(config: ConfigDict, student: Backbone, mesh: Mesh) -> Teacher | Non
             f"config.distillation.kind = {options.kind!r} needs a teacher: give config.distillation.teacher."
         )
     model, variables = read_teacher(epath.Path(options.teacher), options.name or student.spec.name, student)
+    model = abstract_model(**model.spec.arguments(implementation=config.model.implementation))
     placed = place(variables, whole_over_fsdp(state_shardings(variables, mesh)))
     return Teacher(model, placed, kind=options.kind, alpha=options.alpha, temperature=options.temperature)

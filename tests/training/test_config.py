@@ -108,6 +108,7 @@ def test_values_out_of_range_are_refused(refuses, field, value, allowed):
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
+        ("model.implementation", "palas", "unknown config.model.implementation 'palas': did you mean 'pallas'?"),
         ("mask.schedule", "cosin", "unknown config.mask.schedule 'cosin': did you mean 'cosine'?"),
         ("optimizer.scaled_rates", "al", "unknown config.optimizer.scaled_rates 'al': did you mean 'all'?"),
         ("distillation.kind", "sof", "unknown config.distillation.kind 'sof': did you mean 'soft'?"),
@@ -153,7 +154,12 @@ def test_the_page_of_the_documentation_is_of_these_fields():
 
 
 def test_model_arguments_leave_out_what_is_the_models_own():
-    assert model_arguments(default_config()) == {"name": "deit_tiny", "attention": "castling", "dtype": "float32"}
+    assert model_arguments(default_config()) == {
+        "name": "deit_tiny",
+        "attention": "castling",
+        "dtype": "float32",
+        "implementation": "auto",
+    }
     assert model_arguments(changed("model.token_conv", "none"))["token_conv"] is None
 
 
@@ -172,6 +178,7 @@ def test_runtime_fields_may_differ_and_others_may_not(tmp_path):
     check_same_run(changed("mesh.fsdp", 2), path)
     check_same_run(changed("evaluation.every_epochs", 2), path)
     check_same_run(changed("dataset.workers", 2), path)
+    check_same_run(changed("model.implementation", "xla"), path)
     config = changed("optimizer.b1", 0.5)
     config.seed = 3
     with pytest.raises(InputError, match=r"b1 = 0.9, not 0.5; config.seed = 0, not 3: choose another --workdir"):

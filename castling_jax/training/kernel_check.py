@@ -1,0 +1,169 @@
+"""A run's kernels beside XLA, before its first step: a wrong kernel would train a wrong model without a sign."""
+
+import functools
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+
+from castling_jax.errors import InputError
+from castling_jax.models.backbone import Backbone
+from castling_jax.models.variables import forward_train, get_variables
+from castling_jax.ops.angular import add_linear_angular
+from castling_jax.ops.kernel_calls import Call, recorded_calls
+from castling_jax.ops.masked_softmax import masked_softmax_first
+from castling_jax.training.setup import Setup
+from castling_jax.training.sharding import BATCH_AXES, batch_shapes
+
+# The largest difference that rounding explains, as a share of an array's largest number: of outputs, of gradients.
+# float32: sums over thousands of tokens in two orders, of products that a TPU makes of three bfloat16 parts each.
+# bfloat16: what goes into a product and what comes out of the kernel is rounded to 8 bits, 2^-9 each, and a gradient
+# goes through four such steps. A kernel that reads or writes the wrong block is off by about 1.
+TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 4e-2)}
+NOISE = 0.45  # a product of two such channels, summed over a head's and scaled, deviates by 0.2
+Differences = dict[str, jax.Array]
+IMAGES_A_DEVICE = 2  # kernels take one image at a time; what they sum over images needs a second one
+
+
+def check_kernels(setup: Setup) -> None:
+    """Compares each kernel that the run's models call with XLA, forward and backward, on a small random batch.
+
+    Nothing happens where no kernels run: with `config.model.implementation` "xla", or "auto" and no TPU. All processes
+    make the call together and see the same differences, so that all of them stop or none does. It is made once at each
+    start, a resumed run's too: that may be on another TPU, mesh or version of the compiler.
+
+    Raises:
+      InputError: a kernel differs from XLA by more than rounding; names the kernel and what to train with instead.
+    """
+    mesh, implementation = setup.mesh, setup.config.model.implementation
+    device = mesh.devices.flat[0]
+    if implementation == "xla" or (implementation == "auto" and device.platform != "tpu"):
+        return
+    start, worst = time.perf_counter(), 0.0
+    with jax.set_mesh(mesh):
+        calls = _kernel_calls([setup.model] + ([setup.teacher.model] if setup.teacher else []), mesh)
+        for call in calls:
+            dtype = call.arrays["q"].dtype.name
+            found = jax.device_get(jax.jit(functools.partial(_differences, call))(jax.random.key(0)))
+            for differences, limit in zip(found, TOLERANCES[dtype], strict=True):
+                for what, difference in differences.items():
+                    if not difference <= limit:  # which NaN is not
+                        raise InputError(
+                            f"the kernel of {call.operation} differs from XLA on this {device.device_kind} by "
+                            f"{difference:.1e} of the largest number in the {what}, where {dtype}'s rounding explains "
+                            f"{limit:.0e} (q {call.arrays['q'].shape}, k {call.arrays['k'].shape}): train without the "
+                            "kernels, with --config.model.implementation=xla."
+                        )
+                    worst = max(worst, float(difference) / limit)
+    if jax.process_index() == 0:
+        print(
+            f"Compared {len(calls)} attention kernels with XLA in {time.perf_counter() - start:.1f} s: the largest "
+            f"difference is {worst:.0%} of what rounding explains.",
+            flush=True,
+        )
+
+
+def _kernel_calls(models: list[Backbone], mesh: Mesh) -> list[Call]:
+    """All calls, with the softmax branch and with an empty mask, for a small batch."""
+    rows = IMAGES_A_DEVICE * math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    threshold = jax.ShapeDtypeStruct((), jnp.float32)
+    with recorded_calls() as calls:
+        for model in models:
+            variables, images = get_variables(model), batch_shapes(rows, model.spec.image_size)["image"]
+            run = functools.partial(forward_train, model)
+            jax.eval_shape(
+                lambda v, x, t, key, run=run: run(v, x, mask_threshold=t, key=key), variables, images, threshold, key
+            )
+            jax.eval_shape(lambda v, x, key, run=run: run(v, x, mask_threshold=1.0, key=key), variables, images, key)
+    return calls
+
+
+def _differences(call: Call, key: Key[Array, ""]) -> tuple[Differences, Differences]:
+    """How far the kernel's outputs and gradients are from XLA's, as shares of the largest number XLA gives."""
+    arrays = _draw(call.arrays, key)
+    actual = _outputs_and_gradients(call, arrays, "pallas", key)
+    # The same numbers, held and multiplied in float32.
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+    with jax.default_matmul_precision("highest"):
+        expected = _outputs_and_gradients(call, wide, "xla", key)
+
+    def share(one: jax.Array, other: jax.Array) -> jax.Array:
+        largest = jnp.max(jnp.abs(other))
+        return jnp.max(jnp.abs(one.astype(jnp.float32) - other)) / jnp.where(largest > 0, largest, 1)
+
+    outputs, gradients = (
+        {name: _largest(jax.tree.map(share, part[name], others[name])) for name in others}
+        for part, others in zip(actual, expected, strict=True)
+    )
+    return outputs, gradients
+
+
+def _largest(shares: Any) -> jax.Array:
+    return jnp.max(jnp.stack(jax.tree.leaves(shares)))  # of which NaN is the largest
+
+
+def _draw(shapes: dict[str, Any], key: Key[Array, ""]) -> dict[str, Any]:
+    """Normal numbers; but no softmax weight comes near the threshold, where rounding would decide.
+
+    The first channel of q and k makes the scores of even keys 4 larger than those of odd ones, beside which the other
+    channels' and the bias's are normal with a standard deviation of 0.2: the threshold lies 5 deviations from both.
+    """
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(key, len(leaves))
+    arrays = jax.tree.unflatten(
+        tree, [jax.random.normal(key, leaf.shape, jnp.float32) for key, leaf in zip(keys, leaves, strict=True)]
+    )
+    tilt = math.sqrt(2 * math.sqrt(shapes["q"].shape[3]))
+    signs = 1 - 2 * (jnp.arange(shapes["k"].shape[1]) % 2)
+    arrays["q"] = (NOISE * arrays["q"]).at[..., 0].set(tilt)
+    arrays["k"] = (NOISE * arrays["k"]).at[..., 0].set(tilt * signs[:, None])
+    if "bias" in arrays:
+        arrays["bias"] = jax.tree.map(lambda x: NOISE**2 / 2 * x, arrays["bias"])
+    return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), arrays, shapes)
+
+
+def _outputs_and_gradients(
+    call: Call, arrays: dict[str, Any], implementation: str, key: Key[Array, ""]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    outputs, pullback = jax.vjp(lambda arrays: _run(call, arrays, implementation), arrays)
+    leaves, tree = jax.tree.flatten(outputs)
+    keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
+    dtype = call.arrays["v"].dtype  # both implementations get the same numbers
+    cotangents = [
+        jax.random.normal(key, leaf.shape, dtype).astype(leaf.dtype) if leaf.ndim else jnp.zeros_like(leaf)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    (gradients,) = pullback(jax.tree.unflatten(tree, cotangents))
+    return outputs, {f"gradient of {name}": gradient for name, gradient in gradients.items()}
+
+
+def _run(call: Call, arrays: dict[str, Any], implementation: str) -> dict[str, Any]:
+    """The call's outputs by name, for these arrays and by this implementation."""
+    arrays = dict.fromkeys(("token_kernel", "query_values", "auxiliary", "bias")) | arrays
+    q, k, v = arrays["q"], arrays["k"], arrays["v"]
+    if call.operation == "masked_softmax_attention":
+        # Even keys have weights around 2 / keys, odd ones e^-4 times that.
+        threshold = jnp.float32(2 * math.exp(-2) / k.shape[1])
+        out, density, qkv = masked_softmax_first(
+            q, k, v, mask_threshold=threshold, bias=arrays["bias"], implementation=implementation, **call.options
+        )
+        return {"output": out, "mask density": density, "q, k and v handed on": qkv}
+    options = dict(call.options)
+    tokens = options.pop("query_tokens")
+    out = add_linear_angular(
+        arrays["auxiliary"],
+        q,
+        k,
+        v,
+        arrays["token_kernel"],
+        query_values=arrays["query_values"] if tokens is None else np.array(tokens),
+        implementation=implementation,
+        **options,
+    )
+    return {"output": out}

@@ -1,0 +1,123 @@
+"""Kernels, interpreted on the CPU, beside XLA: sound ones pass, and one that is broken on purpose stops the run."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from castling_jax import ops
+from castling_jax.models.registry import abstract_model
+from castling_jax.ops.tpu import linear_angular, masked_softmax
+from castling_jax.training import kernel_check, loop
+from castling_jax.training.config import default_config
+from castling_jax.training.setup import set_up
+from castling_jax.training.sharding import make_mesh
+
+MESH = {"replica": 1, "data": -1, "fsdp": 1, "tensor": 1}
+
+
+def small_config(implementation="pallas"):
+    config = default_config()
+    config.model.update({"name": "deit_micro", "depth": 1, "embed_dim": 16, "num_heads": 1, "patch_size": 4})
+    config.model.implementation = implementation
+    config.train.epochs = 1
+    config.optimizer.warmup_epochs = 0.5
+    config.logging.update({"progress": False, "tensorboard": False})
+    return config
+
+
+def calls_of(name, **arguments):
+    mesh = make_mesh(MESH)
+    with jax.set_mesh(mesh):
+        return kernel_check._kernel_calls([abstract_model(name, implementation="pallas", **arguments)], mesh)
+
+
+@pytest.mark.slow  # interpreted kernels take long to compile
+def test_sound_kernels_pass(capsys):
+    kernel_check.check_kernels(set_up(small_config()))
+    said = capsys.readouterr().out
+    assert re.fullmatch(r"Compared 3 attention kernels with XLA in .* s: the largest difference is \d+% of .*\n", said)
+    assert int(re.search(r"(\d+)%", said)[1]) < 10  # of what is allowed on a TPU; a CPU's float32 is nearer
+
+
+def broken(function, change):
+    def kernel(*arguments, **options):
+        out = function(*arguments, **options)
+        return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+    return kernel
+
+
+@jax.custom_vjp
+def wrong_backward(x):
+    return x
+
+
+wrong_backward.defvjp(lambda x: (x, None), lambda _, gradient: (gradient * 1.01,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "name", "change", "said"),
+    [
+        (linear_angular, "linear_angular", lambda x: x.at[:, -1].set(0), ["linear_angular_attention", "the output"]),
+        (linear_angular, "linear_angular", lambda x: x * jnp.nan, ["linear_angular_attention", "by nan of"]),
+        (
+            masked_softmax,
+            "masked_softmax",
+            wrong_backward,
+            ["masked_softmax_attention", "in the gradient of"],
+        ),
+    ],
+    ids=["forward", "nan", "backward"],
+)
+def test_a_broken_kernel_stops_the_run_and_leaves_nothing(tmp_path, monkeypatch, refuses, module, name, change, said):
+    monkeypatch.setattr(module, name, broken(getattr(module, name), change))
+    with refuses(
+        "differs from XLA on this cpu", "train without the kernels, with --config.model.implementation=xla", *said
+    ):
+        loop.train(small_config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("implementation", ["auto", "xla"])
+def test_where_no_kernel_runs_nothing_is_compared(implementation, monkeypatch, capsys):
+    monkeypatch.setattr(kernel_check, "_kernel_calls", None)
+    kernel_check.check_kernels(set_up(small_config(implementation)))
+    assert not capsys.readouterr().out
+
+
+def test_the_kernels_of_each_family_are_found():
+    deit = calls_of("deit_tiny", depth=3, dtype="bfloat16")
+    assert [call.operation for call in deit] == ["masked_softmax_attention"] + 2 * ["linear_angular_attention"]
+    assert all(call.arrays["q"].shape == (2, 197, 3, 64) for call in deit)
+    assert all(call.arrays["q"].dtype == jnp.bfloat16 for call in deit)
+    levit = calls_of("levit_128s")
+    assert len(levit) == 15  # three stages and two steps between them, each with the branch and without
+    assert any(call.options.get("query_tokens") for call in levit)
+    assert all(call.arrays["bias"].shape[0] == 1 for call in levit if call.operation == "masked_softmax_attention")
+    mvit = calls_of("mvitv2_tiny", depths=(1, 1))
+    assert any(isinstance(call.arrays.get("bias"), tuple | list) for call in mvit)
+    assert not calls_of("deit_tiny", depth=1, attention="softmax")
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "mvitv2_tiny"])
+def test_no_weight_comes_near_the_threshold(name):
+    """What is drawn is far from where rounding decides: half of the weights are kept, e^0.5 from the threshold."""
+    arguments = {"image_size": 64} if name == "levit_128s" else {"image_size": 64, "depths": (1, 1)}
+    for call in calls_of(name, **arguments):
+        if call.operation != "masked_softmax_attention":
+            continue
+        arrays = kernel_check._draw(call.arrays, jax.random.key(0))
+        assert _density(arrays, 0.6) == _density(arrays, 1.0) == _density(arrays, 1.6)
+        assert _density(arrays, 1.0) >= 0.5
+
+
+def _density(arrays, factor):
+    threshold = factor * 2 * jnp.exp(-2.0) / arrays["k"].shape[1]
+    return float(
+        ops.masked_softmax_attention(
+            *(arrays[name] for name in "qkv"), mask_threshold=threshold, bias=arrays.get("bias"), implementation="xla"
+        )[1]
+    )
