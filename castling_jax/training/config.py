@@ -39,7 +39,7 @@ FIELDS = {
     "model.attention": Field("castling", TEXT, "The attention: castling, linear_angular, softmax or angular."),
     "model.dtype": Field("float32", TEXT, "Compute dtype: float32 or bfloat16. Parameters stay in float32."),
     "model.implementation": Field(
-        "auto", one_of(*IMPLEMENTATIONS), "Of the attention: auto, xla, or pallas' TPU kernels."
+        "auto", one_of(*IMPLEMENTATIONS), "The attention: auto, xla, or pallas (TPU kernels)."
     ),
     "model.image_size": Field(None, integer(1), "Height and width of the images in pixels."),
     "model.embed_dim": Field(None, SIZES, "Channels; of LeViT a tuple, one for each stage."),
