@@ -97,10 +97,14 @@ def read_summary(workdir: epath.Path) -> dict[str, Any] | None:
       InputError: it is damaged.
     """
     path = workdir / SUMMARY_FILE
+    if not path.exists():
+        return None
     try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise InputError(f"'{path}' is damaged ({error}): remove it, and main.py makes it anew.") from error
+        summary = json.loads(path.read_text())
+        describe(summary)  # which takes what a summary has to have
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise InputError(f"'{path}' is damaged ({error!r}): remove it, and main.py makes it anew.") from error
+    return summary
 
 
 def describe(summary: dict[str, Any]) -> str:

@@ -72,8 +72,11 @@ def test_raw_and_averaged_weights_stand_side_by_side(finished):
     assert "  raw weights, exported: 75.00 %, 75.00 %\n" in summary.describe_evaluation(figures)
 
 
-def test_a_damaged_summary_is_one_sentence(tmp_path, refuses):
-    (tmp_path / "summary.json").write_text('{"model":')
+@pytest.mark.parametrize(
+    "text", [b'{"model":', b"[]", b"{}", b"null", b"3", b'"x"', b"\xff", b'{"speed": 1, "files": []}']
+)
+def test_a_damaged_summary_is_one_sentence(tmp_path, refuses, text):
+    (tmp_path / "summary.json").write_bytes(text)
     with refuses("summary.json' is damaged", "remove it"):
         summary.read_summary(tmp_path)
 
