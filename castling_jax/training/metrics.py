@@ -1,6 +1,7 @@
-"""Metrics on disk: JSON lines and TensorBoard."""
+"""Metrics on disk: JSON lines and TensorBoard. They are a log: what a run needs to go on stands in its checkpoints."""
 
 import json
+import logging
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ from castling_jax.storage import is_remote, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 REMOTE_SECONDS = 60  # between two writings of a file that cannot be appended to
+_LOGGER = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -18,7 +20,8 @@ class MetricsWriter:
 
     Args:
       workdir: the run's folder.
-      first_step: the step that the run goes on from; what an interrupted run wrote beyond it is removed.
+      first_step: the step that the run goes on from; what an interrupted run wrote beyond it is removed, and so are
+        damaged lines.
       tensorboard: whether to write TensorBoard's events too.
     """
 
@@ -81,12 +84,26 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
-    """The lines of WORKDIR/metrics.jsonl; none where there is no such file. A last line cut short is left out."""
+    """The lines of WORKDIR/metrics.jsonl that are whole; none where there is no such file.
+
+    Damaged ones are counted in a warning, but for a last one that is cut short: the run was killed while writing it.
+    """
     path = workdir / METRICS_FILE
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break  # the run was killed while writing it
-    return lines
+    texts = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = [(text, _read_line(text)) for text in texts]
+    damaged = sum(line is None and text.endswith(b"\n") for text, line in lines)
+    if damaged:
+        _LOGGER.warning("%d of the %d lines of '%s' are damaged, and were skipped.", damaged, len(lines), path)
+    return [line for _, line in lines if line is not None]
+
+
+def _read_line(text: bytes) -> dict[str, Any] | None:
+    """What a line says: a step, and figures or lists of them; None where it is damaged."""
+    try:
+        line = json.loads(text.decode())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return None
+    values = [item for value in line.values() for item in (value if isinstance(value, list) else [value])]
+    return line if all(type(value) in (int, float) for value in values) else None

@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from castling_jax.training.metrics import MetricsWriter, read_metrics
 
 
@@ -22,12 +24,40 @@ def test_going_on_removes_what_lies_ahead(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_line_cut_short_is_left_out(tmp_path):
+def test_line_cut_short_is_left_out(tmp_path, caplog):
     write(tmp_path, 0, [1, 2])
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-10])
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+    assert not caplog.messages  # as a kill leaves it
     assert read_metrics(tmp_path / "elsewhere") == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[1]",
+        b"\xff\xfe",
+        b"{",
+        b"",
+        b"null",
+        b'{"loss": 1}',
+        b'{"step": "2"}',
+        b'{"step": 2, "loss": {}}',
+        b"[" * 9999,
+    ],
+)
+def test_damaged_lines_are_skipped_and_counted(tmp_path, caplog, line):
+    write(tmp_path, 0, [1, 2, 3])
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], line, b"\n", lines[2]]))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3]
+    assert caplog.messages == [f"1 of the 3 lines of '{path}' are damaged, and were skipped."]
+    write(tmp_path, 3, [4])  # and the run goes on
+    caplog.clear()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3, 4]
+    assert not caplog.messages
 
 
 def test_tensorboard_events_are_written(tmp_path):
