@@ -23,7 +23,7 @@ from safetensors.flax import load_file as load_safetensors
 from safetensors.numpy import save_file as save_safetensors
 
 from castling_jax.convert.inference import to_inference
-from castling_jax.errors import InputError, check_known
+from castling_jax.errors import InputError, check_known, reason
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, check_variables, flatten, unflatten
@@ -51,7 +51,7 @@ def save_inference(
       format: one of PAYLOADS: "safetensors", one file; "orbax", a checkpoint; "stablehlo", `export_program`.
 
     Raises:
-      InputError: the variables are not the model's, the format is unknown, or `path` is a file.
+      InputError: the variables are not the model's, the format is unknown, `path` is a file, or it cannot be written.
     """
     check_known("format", format, PAYLOADS)
     if is_remote(path):
@@ -75,10 +75,10 @@ def save_inference(
     if format == "stablehlo":
         program = export_program(model, unflatten(arrays))
         description |= {"images": ["batch", *_image_shape(model)], "platforms": PLATFORMS}
-    folder.mkdir(parents=True, exist_ok=True)
     payload = folder / PAYLOADS[format]
     temporary = folder / f".{payload.name}.{os.getpid()}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         if format == "stablehlo":
             temporary.write_bytes(program)
         elif format == "orbax":
@@ -89,15 +89,19 @@ def save_inference(
         description["versions"] = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
         remove(payload)
         temporary.replace(payload)
+        # The model's file last: a folder without it, or with another checksum, is refused rather than half read.
+        write_atomically(folder / MODEL_FILE, json.dumps(description, indent=2).encode())
+        for other in set(PAYLOADS.values()) - {payload.name}:
+            remove(folder / other)
+    except Exception as error:  # Orbax, TensorStore and safetensors raise many kinds
+        raise InputError(
+            f"'{folder}' could not be written ({reason(error)}); once it can be, the same command goes on."
+        ) from error
     finally:
         for unfinished in folder.glob(f".{payload.name}.*"):
             remove(unfinished)
-        if not any(folder.iterdir()):
+        if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    # The model's file last: a folder without it, or with another checksum, is refused rather than half read.
-    write_atomically(folder / MODEL_FILE, json.dumps(description, indent=2).encode())
-    for other in set(PAYLOADS.values()) - {payload.name}:
-        remove(folder / other)
 
 
 def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def test_one_format_takes_the_others_place(folder, model, variables):
 
 @pytest.mark.parametrize("name", PAYLOADS)
 def test_a_conversion_that_fails_leaves_nothing_or_what_was_there(
-    monkeypatch, tmp_path, folder, model, variables, name
+    refuses, monkeypatch, tmp_path, folder, model, variables, name
 ):
     def fails(path):
         raise OSError("no space left")
@@ -149,13 +150,25 @@ def test_a_conversion_that_fails_leaves_nothing_or_what_was_there(
     monkeypatch.setattr(inference_folder, "_sha256", fails)
     before = bits(variables)
     for out in (tmp_path / "new", folder):
-        with pytest.raises(OSError, match="no space left"):
+        with refuses(f"'{out}' could not be written (no space left)"):
             save_inference(out, model, variables, format=name)
     monkeypatch.undo()
     assert not (tmp_path / "new").exists()
     assert sorted(path.name for path in folder.iterdir()) == sorted([MODEL_FILE, VARIABLES_FILE])
     load_inference(folder)
     assert bits(variables) == before
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(refuses, tmp_path, model, variables, name):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # as on a full disk, but for the name of the error
+    try:
+        with refuses(f"'{tmp_path / 'out'}' could not be written (File too large); once it can be, the same command"):
+            save_inference(tmp_path / "out", model, variables, format=name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "out").exists()
 
 
 # StableHLO
