@@ -5,6 +5,7 @@ import functools
 import itertools
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -213,11 +214,26 @@ def _whole(stream: grain.IterDataset, count: int, max_corrupt_share: float) -> I
                     parts.append(next(iterator))
                 except StopIteration:
                     return
+                except RuntimeError as error:
+                    raise _lost_worker(error) or error from error
             batch = {name: np.concatenate([part[name] for part in parts]) for name in ("image", "label", "weight")}
             corrupt.add(len(batch["label"]), [item for part in parts for item in part["corrupt"]])
             yield batch
     finally:
         iterator.close()
+
+
+def _lost_worker(error: RuntimeError) -> InputError | None:
+    """What grain says of a worker that is gone, in a sentence; None where it says something else."""
+    found = re.search(r"Worker process was terminated unexpectedly with exit code (-?\d+)", str(error))
+    if not found:
+        return None
+    status = int(found[1])
+    said = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return InputError(
+        f"one of the processes that read images {said}, as the system does when memory runs out; the same command goes "
+        "on, and needs less memory with fewer config.dataset.workers."
+    )
 
 
 class _Corrupt:

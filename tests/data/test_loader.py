@@ -133,6 +133,16 @@ def test_worker_processes_outlive_a_sigterm_to_all():
 
 
 @pytest.mark.slow
+def test_a_worker_process_that_the_system_kills_is_one_sentence(refuses):
+    iterator = batches(workers=2)
+    labels(iterator, 2)  # one of each, which then has started
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGKILL)
+    with refuses("one of the processes that read images was killed by SIGKILL", "fewer config.dataset.workers"):
+        labels(iterator, 1000)  # beyond what was read ahead
+
+
+@pytest.mark.slow
 def test_worker_processes_count_corrupt_images(caplog):
     options = {"transform": functools.partial(corrupt_at, [1, 5]), "max_corrupt_share": 0.5, "size": 6, "batch_size": 3}
     expected = labels(batches(**options), 4)
