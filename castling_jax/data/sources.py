@@ -8,6 +8,7 @@ NAME[/CONFIG][:VERSION]  a data set of tensorflow-datasets, prepared by castling
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import re
 from typing import Any, Protocol
 
@@ -32,6 +33,10 @@ class Dataset(Protocol):
     @property
     def num_classes(self) -> int: ...
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Their names, in the order of the labels."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -43,6 +48,9 @@ class Dataset(Protocol):
 
     def describe(self, index: int) -> str:
         """Names an example to a person."""
+
+    def contents(self) -> dict[str, str]:
+        """What tells these images from others, by what it is, such as {"version": "mnist/3.0.1"}."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +64,10 @@ class ArrayDataset:
     labels: Int[np.ndarray, "examples"]
     num_classes: int
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return _numbers(self.num_classes)
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -64,6 +76,9 @@ class ArrayDataset:
 
     def describe(self, index: int) -> str:
         return f"image {index}"
+
+    def contents(self) -> dict[str, str]:
+        return {"images and labels": hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +114,9 @@ class FolderDataset:
     def describe(self, index: int) -> str:
         return f"'{self.folder / self.files[index]}'"
 
+    def contents(self) -> dict[str, str]:
+        return {"file names": hashlib.sha256("\n".join(self.files).encode()).hexdigest()}
+
 
 @dataclasses.dataclass(frozen=True)
 class TfdsDataset:
@@ -110,7 +128,8 @@ class TfdsDataset:
       source: gives TFDS's examples, the images still encoded; a list of them where they are in memory.
       image: the name of the feature.
       label: likewise.
-      num_classes: of the labels.
+      classes: the labels' names.
+      version: the data set's full name, such as "mnist/3.0.1".
     """
 
     name: str
@@ -118,7 +137,12 @@ class TfdsDataset:
     source: Any
     image: str
     label: str
-    num_classes: int
+    classes: tuple[str, ...]
+    version: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -134,6 +158,9 @@ class TfdsDataset:
             file_name = b""
         return f"{self.name} {self.split} {index}" + (f" '{file_name.decode()}'" if file_name else "")
 
+    def contents(self) -> dict[str, str]:
+        return {"version": self.version}
+
     def _example(self, index: int) -> dict[str, Any]:
         try:
             return self.source[int(index)]
@@ -148,6 +175,10 @@ class Unread:
     length: int
     num_classes: int
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return _numbers(self.num_classes)
+
     def __len__(self) -> int:
         return self.length
 
@@ -156,6 +187,14 @@ class Unread:
 
     def describe(self, index: int) -> str:
         return f"image {index}"
+
+    def contents(self) -> dict[str, str]:
+        return {}
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    """The names of classes that have none."""
+    return tuple(map(str, range(count)))
 
 
 def load_dataset(name: str, split: str, *, data_dir: epath.PathLike | None = None) -> Dataset:
@@ -269,7 +308,8 @@ def tfds_dataset(name: str, split: str, *, data_dir: epath.PathLike | None = Non
     if 0 < builder.info.dataset_size <= IN_MEMORY_BYTES:
         with contextlib.suppress(*UNREADABLE):  # one record that cannot be read must not be the end of the others
             source = source.__getitems__(range(len(source)))
-    dataset = TfdsDataset(name, split, source, image, label, builder.info.features[label].num_classes)
+    names = tuple(builder.info.features[label].names)  # their numbers, where they have none
+    dataset = TfdsDataset(name, split, source, image, label, names, builder.info.full_name)
     if not len(dataset):
         raise InputError(f"the split {split!r} of {name} holds no images.")
     first = 0

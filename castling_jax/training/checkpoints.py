@@ -14,14 +14,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from castling_jax.errors import InputError, reason
+from castling_jax.errors import InputError, in_one_sentence, reason
 from castling_jax.storage import is_remote, write_atomically
+from castling_jax.training.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from castling_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"  # a run's folder of them
 BEST = "accuracy_inference_form"  # the figure by which a checkpoint is the best: what the switch will leave
 COMMIT_SUCCESS_FILE = "commit_success.txt"  # Orbax's, in a bucket
 NOT_EVALUATED = {BEST: -1.0}
+FORMAT = 2  # of what is saved beside the state. 1 had neither manifest, nor mask threshold, nor the data's fingerprint
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -31,11 +33,14 @@ class Progress:
 
     Attributes:
       train_seconds: how long the loop had run.
-      figures: of the evaluation of this very step, where there was one.
+      figures: of the evaluation of this very step, where there was one. They are for choosing the best checkpoint, and
+        not restored.
+      mask_threshold: of the last step that was made; None in a checkpoint of an earlier version.
     """
 
     train_seconds: float
     figures: dict[str, float] | None = None
+    mask_threshold: float | None = None
 
 
 class Checkpoints:
@@ -49,26 +54,27 @@ class Checkpoints:
     Args:
       folder: made if need be; a local one that all processes share, or gs://.
       keep: how many of the newest stay.
+      data: the fingerprint of the data that the run learns from, which every checkpoint holds.
 
     Raises:
       InputError: there are checkpoints, and all are damaged; the folder stays as it is.
     """
 
-    def __init__(self, folder: epath.Path, *, keep: int):
+    def __init__(self, folder: epath.Path, *, keep: int, data: dict[str, Any] | None = None):
         self.folder = folder
-        # One process looks, and all hear of it: reading together, one that fails would leave the others waiting. Before
-        # there is a manager, which reads every checkpoint's figures.
-        found = (0, -1) if jax.process_index() else _find_whole(folder)
-        count, step = map(int, multihost_utils.broadcast_one_to_all(np.array(found, np.int32)))
-        if count and step < 0:
+        self._data = data
+        # Before there is a manager, which reads every checkpoint's figures.
+        count, self._whole = _agree_on_whole(folder)
+        if count and self._whole is None:
             raise InputError(f"none of the {count} checkpoints in '{folder}' is whole: remove it to start anew.")
-        self._whole = step if count else None
         # What is without figures was being deleted when a run was killed.
         best = BestN(get_metric_fn=_figure, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
             best_fn=_figure,
             cleanup_tmp_directories=True,
+            # Called by process 0 when all files are there, and before they become the checkpoint.
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
         )
         self._manager = ocp.CheckpointManager(folder, options=options)
 
@@ -78,10 +84,18 @@ class Checkpoints:
         Raises:
           InputError: this one, or the one before, could not be written.
         """
-        about = {"train_seconds": progress.train_seconds, "checksums": checksums(state)}
+        about = {
+            "format": FORMAT,
+            "train_seconds": progress.train_seconds,
+            "mask_threshold": progress.mask_threshold,
+            "data": self._data,
+            "checksums": checksums(state),
+        }
         with self._saying_what_failed():
+            self._manager.wait_until_finished()  # with the one before, whose manifest may still be to be written
+            self._saving = int(state.step)
             self._manager.save(
-                int(state.step),
+                self._saving,
                 args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)),
                 metrics=progress.figures or NOT_EVALUATED,
             )
@@ -95,15 +109,51 @@ class Checkpoints:
         """Whether all processes are to save at this step and end, because one of them was told to by SIGTERM."""
         return self._manager.reached_preemption(step)
 
-    def restore(self, template: TrainState) -> tuple[TrainState, Progress] | None:
-        """The newest checkpoint that was whole at the start, laid out as `template` is; None where there was none."""
+    def saved_data(self) -> dict[str, Any] | None:
+        """The fingerprint in the checkpoint that `restore` begins with; None where there is none."""
         if self._whole is None:
             return None
+        items = self._manager.restore(self._whole, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+        return items["about"].get("data")
+
+    def restore(self, template: TrainState) -> tuple[TrainState, Progress] | None:
+        """The newest checkpoint that is whole, laid out as `template` is; None where there was none at the start.
+
+        Raises:
+          InputError: there are checkpoints, and none fits the template; the folder stays as it is.
+        """
+        failed: dict[int, str] = {}
+        while (step := self._whole) is not None:
+            try:
+                restored, why = self._restore(step, template), ""
+            except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
+                restored, why = None, in_one_sentence(reason(error))
+            if multihost_utils.process_allgather(np.bool_(restored is not None)).all():
+                if failed:
+                    if jax.process_index() == 0:
+                        _move_aside(self.folder, failed)
+                    multihost_utils.sync_global_devices("moved aside")
+                    self._manager.reload()
+                return restored
+            why = why or "another process could not read it"
+            failed[step] = f"the checkpoint '{self.folder / str(step)}' cannot be restored ({why})."
+            _, self._whole = _agree_on_whole(self.folder, below=step)
+        if failed:
+            raise InputError(f"{next(iter(failed.values())).rstrip('.')}, nor one before it: remove it to start anew.")
+        return None
+
+    def _restore(self, step: int, template: TrainState) -> tuple[TrainState, Progress]:
         items = self._manager.restore(
-            self._whole, args=ocp.args.Composite(state=ocp.args.StandardRestore(template), about=ocp.args.JsonRestore())
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template), about=ocp.args.JsonRestore())
         )
-        check_checksums(items["state"], items["about"]["checksums"])
-        return items["state"], Progress(items["about"]["train_seconds"])
+        state, about = items["state"], items["about"]
+        check_checksums(state, about["checksums"])
+        return state, Progress(float(about["train_seconds"]), mask_threshold=about.get("mask_threshold"))
+
+    def _write_manifest(self) -> None:
+        # Until it is renamed, its name goes on behind the number; in a bucket it has its own from the first.
+        (unfinished,) = (path for path in self.folder.iterdir() if path.name.split(".")[0] == str(self._saving))
+        write_manifest(unfinished)
 
     def wait(self) -> None:
         """Waits until all that was started is written.
@@ -138,12 +188,23 @@ class Checkpoints:
             ) from error
 
 
-def _find_whole(folder: epath.Path) -> tuple[int, int]:
+def _agree_on_whole(folder: epath.Path, *, below: int | None = None) -> tuple[int, int | None]:
+    """`_find_whole` of process 0, on all. Reading together, one that fails would leave the others waiting."""
+    found = (0, -1) if jax.process_index() else _find_whole(folder, below)
+    count, step = map(int, multihost_utils.broadcast_one_to_all(np.array(found, np.int32)))
+    return count, None if step < 0 else step
+
+
+def _find_whole(folder: epath.Path, below: int | None) -> tuple[int, int]:
     """(how many checkpoints there are, the newest whole one's step or -1); with a whole one, others are moved aside.
 
     Of those before the whole one only the figures are read.
+
+    Args:
+      folder: of the checkpoints.
+      below: the step before which one is looked for; None is all.
     """
-    steps, whole = checkpoint_steps(folder), -1
+    steps, whole = [step for step in checkpoint_steps(folder) if below is None or step < below], -1
     damaged: dict[int, str] = {}
     for step in steps[::-1]:
         try:
@@ -154,7 +215,14 @@ def _find_whole(folder: epath.Path) -> tuple[int, int]:
             damaged[step] = str(error)
         else:
             whole = max(whole, step)
-    for step, sentence in damaged.items() if whole >= 0 else ():
+    if whole >= 0:
+        _move_aside(folder, damaged)
+    return len(steps), whole
+
+
+def _move_aside(folder: epath.Path, damaged: dict[int, str]) -> None:
+    """Moves checkpoints to FOLDER_damaged/STEP, with what is wrong with them in STEP.txt."""
+    for step, sentence in damaged.items():
         aside = folder.parent / f"{folder.name}_damaged" / str(step)
         if aside.exists():  # from an earlier time, or half of it, where moving it was interrupted in a bucket
             aside.rmtree()
@@ -163,7 +231,6 @@ def _find_whole(folder: epath.Path) -> tuple[int, int]:
         write_atomically(aside.parent / f"{step}.txt", f"{sentence}\n".encode())
         (folder / str(step)).rename(aside)
         _LOGGER.warning("%s It was moved to '%s'.", sentence, aside)
-    return len(steps), whole
 
 
 def _figure(metrics: Any) -> float:
@@ -201,6 +268,7 @@ def read_checkpoint(folder: epath.Path, names: Collection[str] | None = None) ->
       InputError: it is damaged; says how, and which other there is.
     """
     with _reading(folder) as checkpointer:
+        has_manifest = check_manifest(folder)
         shapes: dict[str, Any] = checkpointer.metadata(folder).item_metadata["state"].tree
         wanted = {name: part for name, part in shapes.items() if names is None or name in names}
         if not wanted:
@@ -210,12 +278,15 @@ def read_checkpoint(folder: epath.Path, names: Collection[str] | None = None) ->
         state_args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
         items = checkpointer.restore(folder, args=ocp.args.Composite(state=state_args, about=ocp.args.JsonRestore()))
         check_checksums(items["state"], items["about"]["checksums"])
+        if not has_manifest and items["about"].get("format", 1) >= FORMAT:
+            raise ValueError(f"its {MANIFEST_FILE} is missing")
         return items["state"], items["about"]
 
 
 def check_figures(folder: epath.Path) -> None:
     """Raises an InputError unless a checkpoint's figures can be read, as Orbax's manager does of all at its start."""
     with _reading(folder) as checkpointer:
+        check_manifest(folder, "metrics/")
         items = checkpointer.restore(folder, args=ocp.args.Composite(metrics=ocp.args.JsonRestore()))
         _figure(items["metrics"])
 
@@ -236,7 +307,9 @@ def _reading(folder: epath.Path) -> Iterator[ocp.Checkpointer]:
     except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
         others = [step for step in checkpoint_steps(folder.parent) if str(step) != folder.name]
         instead = f"; try '{folder.parent / str(others[-1])}'" if others else ""
-        raise InputError(f"the checkpoint '{folder}' is damaged ({reason(error)}){instead}.") from error
+        raise InputError(
+            f"the checkpoint '{folder}' is damaged ({in_one_sentence(reason(error))}){instead}."
+        ) from error
 
 
 def check_checksums(tree: Any, expected: dict[str, int]) -> None:

@@ -19,6 +19,7 @@ RUNTIME_FIELDS = (
     "dataset.data_dir",
     "dataset.workers",
     "dataset.max_corrupt_share",
+    "dataset.accept_changes",
     "train.on_nonfinite",
     "train.max_skips",
 )
@@ -38,9 +39,7 @@ FIELDS = {
     "model.name": Field("deit_tiny", TEXT, "The model, by its name in create_model."),
     "model.attention": Field("castling", TEXT, "The attention: castling, linear_angular, softmax or angular."),
     "model.dtype": Field("float32", TEXT, "Compute dtype: float32 or bfloat16. Parameters stay in float32."),
-    "model.implementation": Field(
-        "auto", one_of(*IMPLEMENTATIONS), "The attention: auto, xla, or pallas (TPU kernels)."
-    ),
+    "model.implementation": Field("auto", one_of(*IMPLEMENTATIONS), "Of the attention: auto, xla or pallas (TPU)."),
     "model.image_size": Field(None, integer(1), "Height and width of the images in pixels."),
     "model.embed_dim": Field(None, SIZES, "Channels; of LeViT a tuple, one for each stage."),
     "model.depth": Field(None, SIZES, "Number of blocks; of LeViT a tuple, one for each stage."),
@@ -62,6 +61,7 @@ FIELDS = {
     "dataset.data_dir": Field(None, TEXT, "Where tensorflow-datasets keeps its data; None is its own default."),
     "dataset.workers": Field(0, integer(0), "Processes that read and augment images; 0 uses the run's own threads."),
     "dataset.max_corrupt_share": Field(0.001, number("[0, 1]"), "Share of unreadable images above which a run stops."),
+    "dataset.accept_changes": Field(False, FLAG, "Go on though images of the run's classes came, went or changed."),
     "dataset.mean": Field((0.5, 0.5, 0.5), RGB, "The model sees (image - mean) / std, with the image in [0, 1]."),
     "dataset.std": Field((0.5, 0.5, 0.5), POSITIVE_RGB, "The model sees (image - mean) / std."),
     "dataset.crop_ratio": Field(0.875, number("(0, 1]"), "Share of the short side that evaluation keeps: its middle."),

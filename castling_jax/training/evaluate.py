@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from castling_jax.convert.inference import to_inference
+from castling_jax.data.fingerprint import check_same_classes
 from castling_jax.data.loader import EvalTransform, evaluation_batches
 from castling_jax.data.sources import Dataset, load_dataset
 from castling_jax.data.transforms import eval_transform
@@ -151,7 +152,7 @@ def evaluate_checkpoint(path: epath.Path, mesh_sizes: Mapping[str, int]) -> dict
       mesh_sizes: as `make_mesh` takes them; the run may have had another mesh.
 
     Raises:
-      InputError: the checkpoint cannot be read, or the mesh does not fit.
+      InputError: the checkpoint cannot be read, the mesh does not fit, or the data has other classes than the run's.
     """
     mesh = make_mesh(mesh_sizes)
     snapshot = read_snapshot(path)
@@ -161,6 +162,8 @@ def evaluate_checkpoint(path: epath.Path, mesh_sizes: Mapping[str, int]) -> dict
         snapshots.append(read_snapshot(snapshot.folder, ema=not snapshot.averaged))
     check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
     dataset = load_dataset(config.dataset.name, config.dataset.eval_split, data_dir=config.dataset.data_dir)
+    if snapshot.classes is not None:
+        check_same_classes(snapshot.classes, list(dataset.classes))
     shardings = whole_over_fsdp(state_shardings(snapshot.variables, mesh))
     exported = exported_weights(config)
     with jax.set_mesh(mesh):

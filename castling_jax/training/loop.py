@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from castling_jax.convert.inference_folder import save_inference
+from castling_jax.data.fingerprint import check_same_data, fingerprint
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
 from castling_jax.storage import absolute, copy_folder, is_remote, write_atomically
@@ -37,6 +38,7 @@ from castling_jax.training.state import TrainState, parameter_table, parameters_
 from castling_jax.training.throughput import Meter, peak_flops
 
 PARAMETERS_FILE = "parameters.txt"
+DATA_FILE = "data.json"
 STEPS_AHEAD = 3  # so many steps are sent off to the devices before the first of them is done
 INITIAL_SHARE = 0.01  # of averaged weights: more of the initial ones than this is said
 PROFILE = "profile"  # a run's folder of traces
@@ -54,8 +56,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None 
 
     Args:
       config: as `default_config` gives it.
-      workdir: gets config.json, parameters.txt, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, inference/.
-        All processes see the same one.
+      workdir: gets config.json, parameters.txt, data.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end,
+        inference/. All processes see the same one.
       profile: the steps that are traced into workdir/profile.
 
     Returns:
@@ -63,8 +65,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None 
       skipped_steps, train_seconds, parameters_sha256.
 
     Raises:
-      InputError: a field, a name or a size is wrong, workdir holds another configuration's run or is not one for all
-        processes, or a checkpoint cannot be written.
+      InputError: a field, a name or a size is wrong, workdir holds another configuration's run or one of other data or
+        is not one for all processes, or a checkpoint cannot be written.
       DeterministicError: the loss or a gradient is not finite, as `config.train.on_nonfinite` says, or too many images
         are corrupt.
       Preempted: SIGTERM or Ctrl-C came, and the state was saved.
@@ -78,16 +80,25 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None 
     variables = {} if checkpoint_steps(folder) else first_variables(setup)  # a run that goes on has its own
     is_writer = jax.process_index() == 0
     check_kernels(setup)
-    check_shared(workdir)
-    if is_writer:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2).encode())
-        write_atomically(workdir / PARAMETERS_FILE, parameter_table(setup.state, setup.shardings).encode())
+    data = fingerprint(setup.train_set, setup.eval_set)
 
     with contextlib.ExitStack() as stack:  # however it ends, what is being written is finished
+        check_shared(workdir)
+        if is_writer:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_atomically(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2).encode())
+            write_atomically(workdir / PARAMETERS_FILE, parameter_table(setup.state, setup.shardings).encode())
         stack.enter_context(jax.set_mesh(setup.mesh))  # over which the attention's kernels split their work
         # 2. The state; 3. its place in an earlier, interrupted run of the same configuration.
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, keep=config.checkpoint.keep)))
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(folder, keep=config.checkpoint.keep, data=data))
+        )
+        before = checkpoints.saved_data()  # of an earlier version's run None
+        accepted = check_same_data(before or data, data, accept_changes=config.dataset.accept_changes)
+        if is_writer:
+            write_atomically(workdir / DATA_FILE, json.dumps(data, indent=2).encode())
+            if accepted:
+                print(f"The data has changed since the run began: {accepted}.", flush=True)
         restored = checkpoints.restore(with_shardings(setup.state, setup.shardings))
         state, progress = restored or (first_state(setup, variables), Progress(0.0))
         first_step = int(state.step)
@@ -197,7 +208,8 @@ def _loop(
                 if metrics is not None:
                     metrics.flush()
                 saved_at = time.perf_counter()
-                checkpoints.save(state, Progress(seconds_before + saved_at - start, figures if evaluates else None))
+                seconds = seconds_before + saved_at - start
+                checkpoints.save(state, Progress(seconds, figures if evaluates else None, threshold))
             if preempted and not is_last:
                 raise Preempted(step)
         trace(None, state)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 
 import jax
 import numpy as np
@@ -19,7 +20,9 @@ from castling_jax.storage import absolute, check_bucket, is_remote, local_copy
 from castling_jax.training.checkpoints import CHECKPOINTS, checkpoint_steps, read_checkpoint
 from castling_jax.training.config import default_config, exported_weights, model_arguments
 from castling_jax.training.config_files import CONFIG_FILE
-from castling_jax.training.metrics import read_metrics
+from castling_jax.training.metrics import METRICS_FILE, read_metrics
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Snapshot:
       folder: the checkpoint's own.
       config: the run's.
       step: how many steps were made.
-      mask_threshold: the last one that the run had logged by then.
+      mask_threshold: that of its last step.
+      classes: the names of the run's classes; None in a checkpoint of an earlier version.
       model: in training form; holds shapes only.
       variables: numpy arrays.
       averaged: whether they are the moving averages.
@@ -40,6 +44,7 @@ class Snapshot:
     config: ConfigDict
     step: int
     mask_threshold: float
+    classes: list[str] | None
     model: Backbone
     variables: Variables
     averaged: bool
@@ -69,20 +74,32 @@ def read_snapshot(path: epath.Path, *, ema: bool | None = None) -> Snapshot:
         raise InputError(f"'{run / CONFIG_FILE}' is missing or damaged: {error!r}.") from error
     if ema is None:
         ema = exported_weights(config) == "averaged"
-    state, _ = read_checkpoint(absolute(step_folder), ("ema",) if ema else ("params", "batch_stats"))
+    state, about = read_checkpoint(absolute(step_folder), ("ema",) if ema else ("params", "batch_stats"))
     if ema and not state:
         raise InputError(f"the checkpoint '{step_folder}' holds no moving average of its parameters.")
     variables = state["ema"] if ema else state
-    classes = [leaf.shape[-1] for name, leaf in flatten(variables["params"]).items() if name.startswith("head/")]
-    model = abstract_model(num_classes=classes[-1], **arguments)  # the last one's: batch norm comes before
+    heads = [leaf.shape[-1] for name, leaf in flatten(variables["params"]).items() if name.startswith("head/")]
+    model = abstract_model(num_classes=heads[-1], **arguments)  # the last one's: batch norm comes before
     check_variables(model, variables)
-    thresholds = [
-        line["mask_threshold"]
-        for line in read_metrics(run)
-        if "mask_threshold" in line and line["step"] <= int(step_folder.name)
-    ]
-    threshold = thresholds[-1] if thresholds else first_threshold
-    return Snapshot(step_folder, config, int(step_folder.name), threshold, model, variables, ema)
+    step = int(step_folder.name)
+    threshold = about.get("mask_threshold")
+    if threshold is None:
+        threshold = _logged_threshold(run, step, first=first_threshold)
+    classes = (about.get("data") or {}).get("classes")
+    return Snapshot(step_folder, config, step, threshold, classes, model, variables, ema)
+
+
+def _logged_threshold(run: epath.Path, step: int, *, first: float) -> float:
+    """The mask threshold at a step of an earlier version's run, whose checkpoints do not hold it."""
+    logged = [line for line in read_metrics(run) if "mask_threshold" in line and line["step"] <= step]
+    threshold = logged[-1]["mask_threshold"] if logged else first
+    source = f"as {METRICS_FILE} has it of step {logged[-1]['step']}" if logged else "where the schedule starts"
+    _LOGGER.warning(
+        "'%s' is an earlier version's run, whose checkpoints do not hold the mask threshold; that of step %d is taken "
+        "to be %g, %s.",
+        *(run, step, threshold, source),
+    )
+    return threshold
 
 
 def initial_variables(path: epath.Path, model: Backbone, *, reset_head: bool) -> Variables:

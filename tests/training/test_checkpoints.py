@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import random
 import resource
 import shutil
 
@@ -42,6 +44,15 @@ def largest_file(folder):
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
+def as_an_earlier_version_wrote_it(folder):
+    """Makes checkpoints like those that had no manifest, and beside the state no more than this."""
+    for step in folder.iterdir():
+        (step / "SHA256SUMS").unlink()
+        about = step / "about" / "metadata"
+        written = json.loads(about.read_text())
+        about.write_text(json.dumps({name: written[name] for name in ("train_seconds", "checksums")}))
+
+
 def damage(folder, how):
     path = largest_file(folder / "state")
     data = bytearray(path.read_bytes())
@@ -63,6 +74,27 @@ def test_whole_state_comes_back(tmp_path):
     assert int(state.step) == 6
     np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(expected.key))
     assert jax.tree.structure(state) == jax.tree.structure(expected)
+    assert progress == Progress(9.0)
+
+
+def test_what_is_saved_beside_the_state_comes_back(tmp_path):
+    data = {"classes": ["a", "b"], "training": {"images": 3}}
+    checkpoints = Checkpoints(epath.Path(tmp_path / "c"), keep=5, data=data)
+    assert checkpoints.saved_data() is None
+    checkpoints.save(state_at(3), Progress(1.5, mask_threshold=0.25))
+    checkpoints.close()
+    checkpoints = Checkpoints(epath.Path(tmp_path / "c"), keep=5)
+    assert checkpoints.saved_data() == data
+    assert checkpoints.restore(state_at(0))[1] == Progress(1.5, mask_threshold=0.25)
+    checkpoints.close()
+
+
+def test_an_earlier_versions_checkpoints_are_restored(tmp_path):
+    write(tmp_path / "c", [3, 6])
+    as_an_earlier_version_wrote_it(tmp_path / "c")
+    assert Checkpoints(epath.Path(tmp_path / "c"), keep=5).saved_data() is None
+    state, progress = restore(tmp_path / "c")
+    chex.assert_trees_all_equal(state.params, state_at(6).params)
     assert progress == Progress(9.0)
 
 
@@ -103,6 +135,82 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, how):
     assert (tmp_path / "c_damaged" / "6").is_dir()  # nothing is lost
     write(folder, [6])  # and its step can be written again
     assert int(restore(folder)[0].step) == 6
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_array_metadata_that_is_damaged(tmp_path, caplog, earlier):
+    # Only what lays arrays out on devices reads it, when a checkpoint without a manifest has been judged already.
+    folder = tmp_path / "c"
+    write(folder, [1, 3, 6], figures={1: 0.5, 3: 0.6, 6: 0.9})
+    if earlier:
+        as_an_earlier_version_wrote_it(folder)
+    for step in (3, 6):
+        (folder / str(step) / "state" / "array_metadatas" / "process_0").write_text('{"array_metadatas": [')
+    checkpoints = Checkpoints(epath.Path(folder), keep=5)
+    state, progress = checkpoints.restore(state_at(0))
+    assert (int(state.step), progress.train_seconds, checkpoints.best()) == (1, 1.5, 0.5)
+    checkpoints.save(state_at(6), Progress(1.0))
+    checkpoints.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "6"]
+    assert sorted(path.name for path in (tmp_path / "c_damaged").iterdir()) == ["3", "3.txt", "6", "6.txt"]
+    assert f"6' {'cannot be restored' if earlier else 'is damaged'} (" in caplog.text
+
+
+def test_without_its_manifest_it_is_damaged(tmp_path, caplog):
+    write(tmp_path / "c", [3, 6])
+    (tmp_path / "c" / "6" / "SHA256SUMS").unlink()
+    assert int(restore(tmp_path / "c")[0].step) == 3
+    assert "6' is damaged (its SHA256SUMS is missing)" in caplog.text
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_another_runs_checkpoints_are_refused_and_stay(tmp_path, refuses, earlier):
+    folder = tmp_path / "c"
+    write(folder, [3, 6])
+    if earlier:
+        as_an_earlier_version_wrote_it(folder)
+    wider = dataclasses.replace(state_at(0), params={"a": {"kernel": jnp.zeros((30, 101))}, "b": jnp.ones(5)})
+    checkpoints = Checkpoints(epath.Path(folder), keep=5)
+    with refuses("6' cannot be restored (", "), nor one before it: remove it"):
+        checkpoints.restore(wider)
+    checkpoints.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "6"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("earlier", [False, True])
+def test_whatever_is_damaged_the_last_good_step_is_restored_to_the_bit(tmp_path, earlier):
+    whole, folder, draw = tmp_path / "whole", tmp_path / "run" / "c", random.Random(earlier)
+    write(whole, [3, 6], figures={3: 0.5, 6: 0.25})
+    if earlier:
+        as_an_earlier_version_wrote_it(whole)
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
+    for _ in range(80):
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        shutil.copytree(whole, folder)
+        path, how = folder / draw.choice(files), draw.choice(["flipped", "flipped", "cut", "missing"])
+        data = bytearray(path.read_bytes())
+        place = draw.randrange(len(data))
+        data[place] ^= 1 << draw.randrange(8)
+        if how == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(data[:place] if how == "cut" else data)
+        checkpoints = Checkpoints(epath.Path(folder), keep=5)
+        state, progress = checkpoints.restore(state_at(0))
+        step = int(state.step)
+        said = f"{path.relative_to(folder)} {how} at {place}"
+        chex.assert_trees_all_equal(
+            *(dataclasses.replace(each, key=jax.random.key_data(each.key)) for each in (state, state_at(step))),
+            custom_message=said,
+        )
+        damaged = {int(path.name) for path in (folder.parent / "c_damaged").glob("?")}
+        assert (step, progress.train_seconds) == (3 if 6 in damaged else 6, 1.5 * step), said
+        assert damaged <= {int(path.relative_to(folder).parts[0])}, said
+        # An earlier version's figures have no checksum: a flipped bit can make other figures of them.
+        assert earlier or checkpoints.best() == (0.25 if 3 in damaged else 0.5), said
+        checkpoints.save(state_at(9), Progress(1.0))  # and the run goes on
+        checkpoints.close()
 
 
 def test_nothing_whole_is_one_sentence(tmp_path):

@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import resource
 import shutil
 import time
 
@@ -112,6 +113,40 @@ def test_other_configurations_run_is_refused_and_left_alone(whole_run):
     with pytest.raises(InputError, match=r"config.seed = 0, not 1"):
         loop.train(small_config(seed=1), workdir)
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+
+
+def test_other_data_is_refused_or_accepted(whole_run, tmp_path, monkeypatch, capsys, refuses):
+    def fewer(name, split, data_dir=None):
+        digits = load_dataset(name, split, data_dir=data_dir)
+        return dataclasses.replace(digits, images=digits.images[5:], labels=digits.labels[5:])
+
+    expected = json.loads((whole_run[0] / "data.json").read_text())
+    assert expected["classes"] == list("0123456789")
+    assert (expected["training"]["images"], expected["held-out"]["images"]) == (1437, 360)
+    run = shutil.copytree(whole_run[0], tmp_path / "run")
+    monkeypatch.setattr(setup, "load_dataset", fewer)
+    with refuses("the training split holds 1,432 images instead of 1,437", "config.dataset.accept_changes"):
+        loop.train(small_config(), run)
+    assert json.loads((run / "data.json").read_text()) == expected
+    loop.train(small_config(dataset={"accept_changes": True}), run)
+    assert "The data has changed since the run began: the training split holds 1,432" in capsys.readouterr().out
+    assert json.loads((run / "data.json").read_text())["training"]["images"] == 1432
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_training(whole_run, tmp_path, refuses):
+    run = shutil.copytree(whole_run[0], tmp_path / "run")
+    shutil.rmtree(run / "inference")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as on a full disk; the model takes 60,000 bytes
+    try:
+        with refuses("inference' could not be written (File too large); once it can be, the same command goes on."):
+            loop.train(small_config(), run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    before = read_metrics(run)
+    figures = loop.train(small_config(), run)
+    assert figures["parameters_sha256"] == whole_run[1]["parameters_sha256"]
+    assert read_metrics(run) == before
 
 
 @pytest.mark.parametrize(

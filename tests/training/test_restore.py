@@ -37,15 +37,23 @@ def run(tmp_path_factory, model):
     config = default_config()
     config.model.update({"name": "levit_128s", "distilled": True, **SIZES})
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    lines = [{"step": step, "mask_threshold": step / 20} for step in (1, 5, 10)] + [{"step": 10, "accuracy": 1}]
+    lines = [{"step": step, "mask_threshold": step / 40} for step in (1, 5, 10)] + [{"step": 10, "accuracy": 1}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    checkpoints = Checkpoints(epath.Path(folder / "checkpoints"), keep=2)
+    checkpoints = Checkpoints(epath.Path(folder / "checkpoints"), keep=2, data={"classes": ["a", "b"]})
     for step in (2, 10):
         state = create_state(small.random_variables(model, seed=step), optax.adam(1e-3), 0)
         object.__setattr__(state, "step", jnp.int32(step))
-        checkpoints.save(state, Progress(1.0))
+        checkpoints.save(state, Progress(1.0, mask_threshold=step / 20))
     checkpoints.close()
     return folder
+
+
+def without_manifest(step, **about):
+    """Changes what a checkpoint holds beside the state, and makes it an earlier version's, without a manifest."""
+    (step / "SHA256SUMS").unlink()
+    path = step / "about" / "metadata"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps({name: written[name] for name in ("train_seconds", "checksums")} | about))
 
 
 def contents(folder):
@@ -54,11 +62,12 @@ def contents(folder):
 
 def test_the_newest_checkpoint_or_the_one_named_is_read_and_nothing_touched(run, model):
     before = contents(run)
-    for path, step, threshold in [(run, 10, 0.5), (run / "checkpoints/10", 10, 0.5), (run / "checkpoints/2", 2, 0.05)]:
+    for path, step, threshold in [(run, 10, 0.5), (run / "checkpoints/10", 10, 0.5), (run / "checkpoints/2", 2, 0.1)]:
         snapshot = read_snapshot(path)
         assert (snapshot.step, snapshot.mask_threshold) == (step, threshold)
         assert snapshot.folder == run / "checkpoints" / str(step)
         assert snapshot.config.dataset.name == "digits"
+        assert snapshot.classes == ["a", "b"]
         chex.assert_trees_all_equal(snapshot.variables, small.random_variables(model, seed=step))
         chex.assert_trees_all_equal_shapes(get_variables(snapshot.model), get_variables(model))
     assert contents(run) == before
@@ -71,10 +80,23 @@ def test_what_is_still_being_written_is_no_checkpoint(run, tmp_path):
     assert checkpoint_steps(tmp_path / "nowhere") == []
 
 
-def test_without_metrics_the_threshold_is_the_configurations_first(run, tmp_path):
+@pytest.mark.parametrize("log", [b"", b'{"step": 9, "mask_threshold": 0.02}\n', b"[1]\n\xff\n"])
+def test_the_log_does_not_matter(run, tmp_path, log):
     copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "metrics.jsonl").write_bytes(log)
+    assert read_snapshot(copy).mask_threshold == 0.5
+
+
+def test_an_earlier_versions_threshold_is_the_logs_or_the_schedules_first(run, tmp_path, caplog):
+    copy = shutil.copytree(run, tmp_path / "run")
+    without_manifest(copy / "checkpoints" / "10")
+    assert read_snapshot(copy).mask_threshold == 0.25
+    assert read_snapshot(copy).classes is None
+    assert "an earlier version's run" in caplog.text
+    assert "that of step 10 is taken to be 0.25, as metrics.jsonl has it of step 10" in caplog.text
     (copy / "metrics.jsonl").unlink()
     assert read_snapshot(copy).mask_threshold == 0.02
+    assert "where the schedule starts" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "about"])
@@ -96,10 +118,9 @@ def test_a_damaged_checkpoint_is_said_and_another_named(refuses, run, tmp_path, 
 
 def test_other_arrays_than_were_saved_are_noticed(refuses, run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
-    about = copy / "checkpoints" / "10" / "about" / "metadata"
-    text = json.loads(about.read_text())
-    text["checksums"]["batch_stats/head/bn/mean"] ^= 1
-    about.write_text(json.dumps(text))
+    step = copy / "checkpoints" / "10"
+    checksums = json.loads((step / "about" / "metadata").read_text())["checksums"]
+    without_manifest(step, checksums=checksums | {"batch_stats/head/bn/mean": 1})
     with refuses("checkpoints/10", "checksum of batch_stats/head/bn/mean"):
         read_snapshot(copy)
 
