@@ -17,6 +17,7 @@ from castling_jax.errors import InputError
 
 HEARTBEAT_SECONDS = 20  # after so long without a sign of a process, JAX ends the others
 SHARING_SECONDS = 40  # so long a file of another host may take to be seen, on network file systems
+SENTENCE_BYTES = 2048
 SHUTDOWN_SECONDS = 3600  # so long they wait for each other at the end: process 0 has the summary to write
 
 
@@ -81,6 +82,14 @@ def check_shared(folder: epath.Path) -> None:
         file.unlink()
     if not all_see:
         raise InputError(f"not all processes see one '{folder}': give a --workdir that all hosts share, gs:// will do.")
+
+
+def said_by_process_0(sentence: str) -> str:
+    """What process 0 calls this with, on all processes; cut to SENTENCE_BYTES."""
+    if jax.process_count() == 1:
+        return sentence
+    data = np.frombuffer(sentence.encode()[:SENTENCE_BYTES].ljust(SENTENCE_BYTES, b"\0"), np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
 def use_compilation_cache(folder: epath.Path) -> None:

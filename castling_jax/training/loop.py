@@ -30,6 +30,7 @@ from castling_jax.training.distributed import check_shared
 from castling_jax.training.evaluate import configured_evaluator, evaluate_weights
 from castling_jax.training.finite import FiniteCheck
 from castling_jax.training.kernel_check import check_kernels
+from castling_jax.training.lock import one_writer
 from castling_jax.training.metrics import MetricsWriter
 from castling_jax.training.preemption import Preempted, PreemptionWatch
 from castling_jax.training.setup import Setup, configured_batches, first_state, first_variables, set_up
@@ -65,8 +66,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None 
       skipped_steps, train_seconds, parameters_sha256.
 
     Raises:
-      InputError: a field, a name or a size is wrong, workdir holds another configuration's run or one of other data or
-        is not one for all processes, or a checkpoint cannot be written.
+      InputError: a field, a name or a size is wrong, workdir holds another configuration's run or one of other data, is
+        being written by another run or is not one for all processes, or a checkpoint cannot be written.
       DeterministicError: the loss or a gradient is not finite, as `config.train.on_nonfinite` says, or too many images
         are corrupt.
       Preempted: SIGTERM or Ctrl-C came, and the state was saved.
@@ -83,9 +84,9 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None 
     data = fingerprint(setup.train_set, setup.eval_set)
 
     with contextlib.ExitStack() as stack:  # however it ends, what is being written is finished
+        check_lock = stack.enter_context(one_writer(workdir))
         check_shared(workdir)
         if is_writer:
-            workdir.mkdir(parents=True, exist_ok=True)
             write_atomically(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2).encode())
             write_atomically(workdir / PARAMETERS_FILE, parameter_table(setup.state, setup.shardings).encode())
         stack.enter_context(jax.set_mesh(setup.mesh))  # over which the attention's kernels split their work
@@ -121,6 +122,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None 
             metrics,
             seconds_before=progress.train_seconds,
             trace=_tracer(profile, workdir),
+            check_lock=check_lock,
         )
 
         # 5. What the run was for: the inference form, and its figures.
@@ -148,6 +150,7 @@ def _loop(
     *,
     seconds_before: float,
     trace: Callable[[int | None, TrainState], None],
+    check_lock: Callable[[], None],
 ) -> tuple[TrainState, dict[str, float], float]:
     """4. The steps from the state's own to the last: the state, the last evaluation's figures, and the seconds."""
     config, total_steps = setup.config, setup.total_steps
@@ -189,6 +192,7 @@ def _loop(
             saves = saves or _is_time(config.checkpoint.every_minutes, saved_at, logs=logs)
             if logs or evaluates or saves:
                 finite.check()  # before anything is kept
+                check_lock()
 
             line: dict[str, Any] = {}
             if logs:
