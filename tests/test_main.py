@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -281,3 +282,30 @@ def test_run_from_end_to_end(tmp_path):
     assert "Going on from step" in last.stdout
     resumed = json.loads((killed / "summary.json").read_text())
     assert resumed["parameters_sha256"] == summary["parameters_sha256"]
+
+
+@pytest.mark.slow
+def test_one_run_at_a_time_in_a_workdir(tmp_path):
+    workdir = tmp_path / "run"
+    first = subprocess.Popen(
+        command(workdir, *SMALL, "--config.train.epochs=500"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while first.poll() is None and not (workdir / "checkpoints" / "5").exists():
+            time.sleep(0.05)
+        second = run(workdir, *SMALL, "--config.train.epochs=500")
+        assert second.returncode != 0
+        assert second.stdout == ""
+        assert re.fullmatch(
+            rf"main.py: '{workdir}' is being written by process {first.pid} on \S+, which began at .* UTC: wait for "
+            r"its end, or choose another --workdir.\n",
+            second.stderr,
+        )
+        first.send_signal(signal.SIGINT)  # the first has gone on meanwhile
+        _, said = first.communicate(timeout=120)
+        assert "interrupted; the same command goes on from the last checkpoint." in said
+        assert (workdir / "checkpoints").is_dir()
+        assert not (workdir / "lock").exists()
+    finally:
+        first.kill()
+        first.wait()
