@@ -31,16 +31,16 @@ from ml_collections import config_flags
 
 from castling_jax.errors import DeterministicError, InputError, Mistakes, check_known
 from castling_jax.storage import check_bucket
-from castling_jax.tools import summary
 from castling_jax.tools.memory import keep_freed_memory
 from castling_jax.training import distributed
 from castling_jax.training.checkpoints import CHECKPOINTS, next_start
 from castling_jax.training.config import FIELDS, check_config
-from castling_jax.training.config_files import CONFIG_FILE, check_same_run, find_config, load_config
+from castling_jax.training.config_files import find_config, load_config
 from castling_jax.training.config_help import describe_fields
 from castling_jax.training.evaluate import evaluate_checkpoint
-from castling_jax.training.loop import train
 from castling_jax.training.preemption import Preempted
+from castling_jax.training.run import run
+from castling_jax.training.summary import SUMMARY_FILE, describe_evaluation
 
 DEFAULT_CONFIG = "digits"
 SAME_AGAIN = 3  # the status after a DeterministicError, by which scripts/pod/resume.sh knows not to start the run again
@@ -190,26 +190,21 @@ def main(argv: list[str]) -> None:
     if options.evaluate is not None:
         check_bucket(options.evaluate)
         figures = evaluate_checkpoint(epath.Path(options.evaluate), options.config.mesh)
-        print(summary.describe_evaluation(figures) if is_writer else "", end="")
+        print(describe_evaluation(figures) if is_writer else "", end="")
         return
-    config, workdir = options.config, run_folder()
+    workdir = run_folder()
     assert workdir is not None
-    check_config(config)
     check_bucket(workdir, for_a_run=True)
     distributed.use_compilation_cache(workdir / "compiled")
-    finished = summary.read_summary(workdir)
-    if finished is None:
-        figures = train(config, workdir, profile=profile)
-        if is_writer:
-            print(summary.describe(summary.finish(workdir, figures)))
-        return
-    check_same_run(config, workdir / CONFIG_FILE)
+    was_finished = (workdir / SUMMARY_FILE).exists()
+    summary = run(options.config, workdir, profile=profile)
     if is_writer:
-        print(summary.describe(finished))
-        print(f"This run is finished. To start anew, remove '{workdir}' or give another --workdir.")
+        print(summary)
+        if was_finished:
+            print(f"This run is finished. To start anew, remove '{workdir}' or give another --workdir.")
 
 
-def run() -> None:
+def start() -> None:
     """main() with mistakes said in one sentence, and a non-zero status."""
     try:
         app.run(main, define_flags(sys.argv), flags_parser=parse_flags)
@@ -238,4 +233,4 @@ def run() -> None:
 
 if __name__ == "__main__":
     end_at_the_second_interrupt()
-    run()
+    start()

@@ -48,7 +48,7 @@ from castling_jax.tools.folders import make_folder
 from castling_jax.tools.memory import keep_freed_memory
 from castling_jax.tools.peers import INFERENCE, SOFTMAX, Layer, equimo_layers, our_layers, torch_layers
 from castling_jax.tools.reading import describe_reading, measure_reading
-from castling_jax.tools.timing import interleaved_seconds, spread
+from castling_jax.training.timing import interleaved_seconds, spread
 
 JSON_FILE, PICTURE_FILE = "benchmark.json", "benchmark.png"
 TOKENS = "49,197,577,1024,4096,16384"

@@ -19,29 +19,24 @@ from ml_collections import ConfigDict
 
 from castling_jax.errors import InputError, check_known
 from castling_jax.models.attention import ATTENTIONS
-from castling_jax.storage import check_bucket, write_atomically
-from castling_jax.tools import summary
+from castling_jax.storage import write_atomically
 from castling_jax.tools.memory import keep_freed_memory
-from castling_jax.training.config_files import CONFIG_FILE, check_same_run, load_config
-from castling_jax.training.loop import train
+from castling_jax.training.config_files import load_config
 from castling_jax.training.preemption import Preempted
+from castling_jax.training.run import run
 
 TABLE_FILE = "compare.md"
 
 
 def compare(config: ConfigDict, attentions: list[str], workdir: epath.Path) -> dict[str, dict[str, Any]]:
-    """Trains, or goes on with, a run of each attention; their summaries."""
-    found = {}
+    """Trains, or goes on with, a run of each attention; the figures of their summaries."""
+    figures = {}
     for attention in attentions:
-        run = config.copy_and_resolve_references()
-        run.model.attention = attention
-        folder = workdir / attention
-        finished = summary.read_summary(folder)
-        if finished is not None:
-            check_same_run(run, folder / CONFIG_FILE)
-        print(f"{attention}: {folder}", flush=True)
-        found[attention] = finished or summary.finish(folder, train(run, folder))
-    return found
+        print(f"{attention}: {workdir / attention}", flush=True)
+        config = config.copy_and_resolve_references()
+        config.model.attention = attention
+        figures[attention] = run(config, workdir / attention).figures
+    return figures
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
@@ -73,7 +68,6 @@ def main() -> None:
         if options.epochs is not None:
             config.train.epochs = options.epochs
         workdir = options.workdir or epath.Path("runs") / f"compare-{Path(options.config.partition(':')[0]).stem}"
-        check_bucket(workdir, for_a_run=True)
         page = table(compare(config, attentions, workdir))
         write_atomically(workdir / TABLE_FILE, page.encode())
     except InputError as error:

@@ -13,10 +13,10 @@ import sys
 import jax
 
 from castling_jax.errors import InputError
-from castling_jax.tools.timing import interleaved_seconds, spread
 from castling_jax.training.config_files import load_config
-from castling_jax.training.setup import configured_batches, first_state, first_variables, set_up
+from castling_jax.training.setup import first_state, first_variables, set_up
 from castling_jax.training.sharding import shard_batch
+from castling_jax.training.timing import interleaved_seconds, spread
 
 THRESHOLD = 0.02  # one at which both attentions are computed
 
@@ -34,7 +34,7 @@ def rates(config_name: str, *, batches: int, repeats: int) -> dict[str, dict[str
     """
     made = set_up(load_config(config_name))
     size = made.config.train.batch_size
-    stream = configured_batches(made)
+    stream = made.batches()
     state = first_state(made, first_variables(made))
     held = shard_batch(next(stream), made.mesh, batch_size=size)
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from castling_jax.data.decode import Box, image_size, read_crop
 from castling_jax.data.transforms import random_resized_crop_box
-from castling_jax.tools.timing import interleaved_seconds, spread
+from castling_jax.training.timing import interleaved_seconds, spread
 
 SIDE = 224
 SIZES = ((375, 500), (1500, 2000))  # ImageNet's usual one, and a camera's

@@ -1,159 +1,16 @@
-"""What came of a run.
+"""Prints what came of a run, as main.py did at its end.
 
-    python -m castling_jax.tools.summary RUN
-
-prints the summary of a finished run, RUN/summary.json, as main.py did at its end.
+python -m castling_jax.tools.summary RUN
 """
 
 import argparse
-import functools
-import json
 import sys
-from collections.abc import Callable
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 from etils import epath
 
-from castling_jax.convert.inference_folder import load_inference
 from castling_jax.errors import InputError
-from castling_jax.models.macs import count_macs
-from castling_jax.models.registry import abstract_model, create_model
-from castling_jax.models.variables import apply, count_parameters, get_variables
-from castling_jax.storage import check_bucket, write_atomically
-from castling_jax.tools.plots import draw_training
-from castling_jax.tools.timing import interleaved_seconds, medians
-
-SUMMARY_FILE = "summary.json"
-LONGER = 8  # the speed of both forms is measured on images this many times as wide and as high,
-MOST_PIXELS = 896  # but not wider than this, unless training's are: of 1,792 pixels a training form needs 8 to 20 GB
-REPEATS = 7
-
-
-def finish(workdir: epath.Path, figures: dict[str, Any]) -> dict[str, Any]:
-    """Draws the run, measures both forms, and writes WORKDIR/summary.json.
-
-    Args:
-      workdir: a run that has its inference folder.
-      figures: what training returned.
-
-    Returns:
-      The summary.
-    """
-    inference_model, inference_variables = load_inference(workdir / "inference")
-    spec = inference_model.spec
-    train_model = abstract_model(**spec.arguments(form="train"))
-    summary = {
-        **figures,
-        "model": spec.name,
-        "parameters_train_form": count_parameters(get_variables(train_model)),
-        "parameters_inference_form": count_parameters(inference_variables),
-        "macs_train_form": count_macs(train_model),
-        "macs_inference_form": count_macs(inference_model),
-        "speed": None,
-        "files": {
-            "checkpoints": str(workdir / "checkpoints"),
-            "inference": str(workdir / "inference"),
-            "picture": str(draw_training(workdir)),
-            "metrics": str(workdir / "metrics.jsonl"),
-        },
-    }
-    path = workdir / SUMMARY_FILE
-    write_atomically(path, json.dumps(summary, indent=2).encode())  # the run is finished, whatever becomes of the rest
-    try:
-        size = max(spec.image_size, min(LONGER * spec.image_size, MOST_PIXELS))
-        summary["speed"] = measure_forms(spec.arguments(), size)
-    except jax.errors.JaxRuntimeError as error:
-        print(f"The speed of the two forms could not be measured: {str(error).splitlines()[0]}", file=sys.stderr)
-    write_atomically(path, json.dumps(summary, indent=2).encode())
-    return summary
-
-
-def measure_forms(arguments: dict[str, Any], image_size: int) -> dict[str, float]:
-    """Median milliseconds an image of both forms' forward passes on images of another size, measured in turns."""
-    images = jax.random.normal(jax.random.key(0), (1, image_size, image_size, 3))
-    calls: dict[str, Callable[[], object]] = {}
-    for form in ("train", "inference"):
-        model = create_model(**arguments | {"form": form, "image_size": image_size})
-        calls[form] = functools.partial(
-            jax.jit(functools.partial(apply, model)), get_variables(model), images, mask_threshold=jnp.float32(0.02)
-        )
-    first_stage = jax.eval_shape(model.features, images)[0]
-    tokens = getattr(model, "prefix_tokens", 0) + first_stage.shape[1] * first_stage.shape[2]
-    times = medians(interleaved_seconds(calls, repeats=REPEATS))
-    return {
-        "image_size": image_size,
-        "tokens": tokens,
-        "train_form_ms": 1e3 * times["train"],
-        "inference_form_ms": 1e3 * times["inference"],
-    }
-
-
-def read_summary(workdir: epath.Path) -> dict[str, Any] | None:
-    """The summary of a finished run; None where the run is not finished.
-
-    Raises:
-      InputError: it is damaged.
-    """
-    path = workdir / SUMMARY_FILE
-    if not path.exists():
-        return None
-    try:
-        summary = json.loads(path.read_text())
-        describe(summary)  # which takes what a summary has to have
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise InputError(f"'{path}' is damaged ({error!r}): remove it, and main.py makes it anew.") from error
-    return summary
-
-
-def describe(summary: dict[str, Any]) -> str:
-    """The summary for a person."""
-    speed, files = summary["speed"], summary["files"]
-    rows = [
-        ("", "training form", "inference form"),
-        ("held-out accuracy", *_accuracies(summary)),
-        *_of_each_weights(summary),
-        ("parameters", *(f"{summary[f'parameters_{form}_form']:,}" for form in ("train", "inference"))),
-        ("MACs an image", *(f"{summary[f'macs_{form}_form'] / 1e6:,.2f} M" for form in ("train", "inference"))),
-    ]
-    if speed is not None:
-        times = (f"{speed[f'{form}_form_ms']:.1f} ms" for form in ("train", "inference"))
-        rows.append((f"time at {speed['tokens']:,} tokens", *times))
-    table = "\n".join(f"  {name:28s}{left:>16s}{right:>18s}" for name, left, right in rows)
-    skipped = f" ({summary['skipped_steps']:,} skipped)" if summary.get("skipped_steps") else ""
-    return (
-        f"{summary['model']}: {summary['steps']:,} steps{skipped} in {summary['train_seconds']:.0f} s, "
-        f"mask threshold {summary['mask_threshold']:g} at the end\n{table}\n"
-        f"  largest difference between the two forms' logits: {summary['max_difference']:.1e}\n"
-        + "\n".join(f"  {name:28s}{path}" for name, path in files.items())
-    )
-
-
-def _accuracies(figures: dict[str, Any], kind: str = "") -> list[str]:
-    """Of the training form and of the inference form."""
-    return [f"{100 * figures[f'{kind}accuracy_{form}_form']:.2f} %" for form in ("train", "inference")]
-
-
-def _of_each_weights(figures: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of the raw and the averaged weights, which say which are exported; none where there are only raw ones."""
-    return [
-        (f"  {kind} weights" + (", exported" if kind == figures["exported"] else ""), *_accuracies(figures, f"{kind}_"))
-        for kind in ("raw", "averaged")
-        if f"{kind}_accuracy_train_form" in figures
-    ]
-
-
-def describe_evaluation(figures: dict[str, Any]) -> str:
-    """The figures of one checkpoint for a person."""
-    both = "".join(f"{name}: {train}, {inference}\n" for name, train, inference in _of_each_weights(figures))
-    return (
-        f"step {figures['step']:,}, mask threshold {figures['mask_threshold']:g}\n"
-        f"  training form   {100 * figures['accuracy_train_form']:.2f} % of the held-out images\n"
-        f"  inference form  {100 * figures['accuracy_inference_form']:.2f} %, loss {figures['eval_loss']:.4f} nats\n"
-        f"{both}"
-        f"  largest difference between the two forms' logits: {figures['max_difference']:.1e}\n"
-    )
+from castling_jax.storage import check_bucket
+from castling_jax.training.summary import SUMMARY_FILE, read_summary
 
 
 def main() -> None:
@@ -167,7 +24,7 @@ def main() -> None:
             raise InputError(f"'{workdir}' is not a finished run: it has no {SUMMARY_FILE}.")
     except InputError as error:
         sys.exit(str(error))
-    print(describe(summary))
+    print(summary)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import logging
 import time
 from typing import Any
 
+import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
@@ -95,6 +96,17 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
     if damaged:
         _LOGGER.warning("%d of the %d lines of '%s' are damaged, and were skipped.", damaged, len(lines), path)
     return [line for _, line in lines if line is not None]
+
+
+def read_history(workdir: epath.Path) -> dict[str, np.ndarray]:
+    """The metrics as arrays: "step" [lines], and each figure [lines] or [lines, layers], NaN where a line lacks it."""
+    lines = read_metrics(workdir)
+    history = {"step": np.array([line["step"] for line in lines], np.int64)}
+    for name in dict.fromkeys(name for line in lines for name in line if name != "step"):
+        values = [np.array(line.get(name, np.nan), np.float64) for line in lines]
+        shape = np.broadcast_shapes(*{value.shape for value in values})
+        history[name] = np.stack([np.broadcast_to(value, shape) for value in values])
+    return history
 
 
 def _read_line(text: bytes) -> dict[str, Any] | None:

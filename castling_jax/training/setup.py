@@ -1,7 +1,8 @@
 """All that a configuration describes, built and checked before anything is computed or written; and a run's start."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,11 +16,13 @@ from ml_collections import ConfigDict
 from castling_jax.data.loader import Batch, TrainTransform, training_batches
 from castling_jax.data.sources import ArrayDataset, Dataset, load_dataset
 from castling_jax.data.transforms import train_transform
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, Mistakes
 from castling_jax.models.backbone import Backbone
+from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model, create_model
 from castling_jax.models.variables import Variables, get_variables
-from castling_jax.training.config import check_config, image_options, mixing_options, model_arguments
+from castling_jax.training.config import check_config, exported_weights, image_options, mixing_options, model_arguments
+from castling_jax.training.evaluate import Evaluator, configured_evaluator, evaluate_weights
 from castling_jax.training.optimizers import make_optimizer
 from castling_jax.training.restore import initial_variables, read_teacher
 from castling_jax.training.schedules import learning_rate_schedule, mask_threshold_schedule
@@ -74,6 +77,40 @@ class Setup:
     teacher: Teacher | None
     train_step: Callable[..., Any]
 
+    @property
+    def exported(self) -> str:
+        """The weights that the run exports: "raw" or "averaged"."""
+        return exported_weights(self.config)
+
+    def batches(self, first_step: int = 0) -> Iterator[Batch]:
+        """The endless stream of batches to learn from: this process's rows of each, from a step on."""
+        config = self.config
+        return training_batches(
+            self.train_set,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            transform=self.train_transform,
+            repeats=config.augment.repeats,
+            first_step=first_step,
+            rows=process_rows(config.train.batch_size, self.mesh),
+            workers=config.dataset.workers,
+            max_corrupt_share=config.dataset.max_corrupt_share,
+        )
+
+    def evaluate(self, weights: Mapping[str, Variables], threshold: float) -> dict[str, float]:
+        """The figures of `evaluate_weights` on the held-out examples, at a mask threshold."""
+        return evaluate_weights(self._evaluator, weights, threshold, exported=self.exported)
+
+    @functools.cached_property
+    def _evaluator(self) -> Evaluator:
+        return configured_evaluator(self.config, self.model, self.eval_set, self.mesh)
+
+    @functools.cached_property
+    def macs(self) -> tuple[int, int]:
+        """MACs of the forward pass in training form: with the softmax branch, and without it, its mask empty."""
+        without = abstract_model(**self.model.spec.arguments(form="inference"))
+        return count_macs(self.model), count_macs(without)
+
 
 def set_up(
     config: ConfigDict,
@@ -93,39 +130,40 @@ def set_up(
       InputError: a field, a name or a size is wrong.
     """
     check_config(config)
-    mesh = make_mesh(config.mesh, devices)
-    check_batch("config.train.batch_size", config.train.batch_size, mesh, parts=config.train.accumulate_steps)
-    check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
-    data = config.dataset
-    train_set, eval_set = datasets or (
-        load_dataset(data.name, split, data_dir=data.data_dir) for split in (data.train_split, data.eval_split)
-    )
-    steps_per_epoch = len(train_set) // config.train.batch_size
-    if not steps_per_epoch:
-        raise InputError(
-            f"config.train.batch_size must be at most {len(train_set)}, the images of the training split, not "
-            f"{config.train.batch_size}."
+    data, batch_size = config.dataset, config.train.batch_size
+    mistakes = Mistakes()  # what does not depend on one another is said together
+    with mistakes:
+        mesh = make_mesh(config.mesh, devices)
+        with mistakes:
+            check_batch("config.train.batch_size", batch_size, mesh, parts=config.train.accumulate_steps)
+        with mistakes:
+            check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
+    with mistakes:
+        train_set, eval_set = datasets or (
+            load_dataset(data.name, split, data_dir=data.data_dir) for split in (data.train_split, data.eval_split)
         )
-    total_steps = config.train.epochs * steps_per_epoch
-    learning_rate = learning_rate_schedule(
-        config.optimizer,
-        batch_size=config.train.batch_size,
-        total_steps=total_steps,
-        steps_per_epoch=steps_per_epoch,
-    )
-    threshold_at = mask_threshold_schedule(config.mask, total_steps=total_steps)
-    model = abstract_model(num_classes=train_set.num_classes, **model_arguments(config))
-    check_heads(model, mesh)
+        with mistakes:
+            total_steps, steps_per_epoch = _steps(config, len(train_set))
+            learning_rate = learning_rate_schedule(
+                config.optimizer, batch_size=batch_size, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+            )
+        with mistakes:
+            model = abstract_model(num_classes=train_set.num_classes, **model_arguments(config))
+            transform = train_transform(config.augment, **image_options(config, model.spec.image_size))
+            if isinstance(train_set, ArrayDataset):  # of floats, which not every augmentation takes
+                transform(train_set[0], np.random.default_rng(config.seed))
+    mistakes.report()
+    with mistakes:
+        check_heads(model, mesh)
+    with mistakes:
+        teacher = teacher or _teacher(config, model, mesh)
+    mistakes.report()
     optimizer = make_optimizer(config.optimizer, learning_rate)
     keeps_ema = config.train.ema_decay is not None
     state = jax.eval_shape(
         lambda variables: create_state(variables, optimizer, config.seed, ema=keeps_ema), get_variables(model)
     )
     shardings = state_shardings(state, mesh)
-    transform = train_transform(config.augment, **image_options(config, model.spec.image_size))
-    if isinstance(train_set, ArrayDataset):  # of floats, which not every augmentation takes
-        transform(train_set[0], np.random.default_rng(config.seed))
-    teacher = teacher or _teacher(config, model, mesh)
     train_step = make_train_step(
         model,
         optimizer,
@@ -148,7 +186,7 @@ def set_up(
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         learning_rate=learning_rate,
-        threshold_at=threshold_at,
+        threshold_at=mask_threshold_schedule(config.mask, total_steps=total_steps),
         optimizer=optimizer,
         state=state,
         shardings=shardings,
@@ -157,20 +195,15 @@ def set_up(
     )
 
 
-def configured_batches(setup: Setup, *, first_step: int = 0) -> Iterator[Batch]:
-    """The endless stream of batches to learn from: this process's rows of each, from a step on."""
-    config = setup.config
-    return training_batches(
-        setup.train_set,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        transform=setup.train_transform,
-        repeats=config.augment.repeats,
-        first_step=first_step,
-        rows=process_rows(config.train.batch_size, setup.mesh),
-        workers=config.dataset.workers,
-        max_corrupt_share=config.dataset.max_corrupt_share,
-    )
+def _steps(config: ConfigDict, images: int) -> tuple[int, int]:
+    """All steps of the run, and those of an epoch."""
+    steps_per_epoch = images // config.train.batch_size
+    if not steps_per_epoch:
+        raise InputError(
+            f"config.train.batch_size must be at most {images}, the images of the training split, not "
+            f"{config.train.batch_size}."
+        )
+    return config.train.epochs * steps_per_epoch, steps_per_epoch
 
 
 def first_variables(setup: Setup) -> Variables:

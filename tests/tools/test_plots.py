@@ -4,8 +4,8 @@ from PIL import Image
 
 from castling_jax.errors import InputError
 from castling_jax.tools import plots
-from castling_jax.tools.plots import draw_training
 from castling_jax.training.metrics import MetricsWriter
+from castling_jax.training.summary import save_picture
 
 
 def test_picture_is_drawn_from_the_metrics_alone(tmp_path):
@@ -16,7 +16,7 @@ def test_picture_is_drawn_from_the_metrics_alone(tmp_path):
             line |= {"accuracy_train_form": 0.9, "accuracy_inference_form": 0.8, "eval_loss": 1.0}
         writer.write(step, line)
     writer.close()
-    with Image.open(draw_training(tmp_path)) as picture:
+    with Image.open(save_picture(tmp_path)) as picture:
         assert picture.size > (800, 500)
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
@@ -26,12 +26,12 @@ def test_a_run_that_has_evaluated_before_it_logged_is_drawn(tmp_path):
     evaluation = {"accuracy_train_form": 0.9, "accuracy_inference_form": 0.8, "eval_loss": 1.0, "mask_threshold": 0.1}
     writer.write(5, evaluation)
     writer.close()
-    assert draw_training(tmp_path).exists()
+    assert save_picture(tmp_path).exists()
 
 
 def test_run_without_metrics_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"has no metrics to draw: metrics.jsonl is missing or empty"):
-        draw_training(tmp_path)
+        save_picture(tmp_path)
 
 
 CONFIG = """

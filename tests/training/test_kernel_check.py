@@ -9,7 +9,7 @@ import pytest
 from castling_jax import ops
 from castling_jax.models.registry import abstract_model
 from castling_jax.ops.tpu import linear_angular, masked_softmax
-from castling_jax.training import kernel_check, loop
+from castling_jax.training import kernel_check
 from castling_jax.training.config import default_config
 from castling_jax.training.setup import set_up
 from castling_jax.training.sharding import make_mesh
@@ -77,7 +77,7 @@ def test_a_broken_kernel_stops_the_run_and_leaves_nothing(tmp_path, monkeypatch,
     with refuses(
         "differs from XLA on this cpu", "train without the kernels, with --config.model.implementation=xla", *said
     ):
-        loop.train(small_config(), tmp_path / "run")
+        train(small_config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -10,7 +10,7 @@ from castling_jax.convert.inference_folder import load_inference
 from castling_jax.training import loop
 from castling_jax.training.checkpoints import checkpoint_steps
 from castling_jax.training.preemption import Preempted, PreemptionWatch
-from tests.training.test_loop import small_config
+from tests.training.test_loop import small_config, train
 
 
 class NoCheckpoints:
@@ -74,7 +74,7 @@ def test_another_thread_has_no_handlers():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_told_to_end_saves_and_goes_on_to_the_same_parameters(tmp_path, monkeypatch, number):
     config = small_config(train={"ema_decay": 0.99})  # warmed up by the step's number, which a checkpoint has
-    expected = loop.train(config, tmp_path / "alone")
+    expected = train(config, tmp_path / "alone")
 
     def interrupted(batches):
         interrupted.count += 1
@@ -85,11 +85,11 @@ def test_a_run_told_to_end_saves_and_goes_on_to_the_same_parameters(tmp_path, mo
     interrupted.count = 0
     monkeypatch.setattr(loop, "next", interrupted, raising=False)
     with pytest.raises(Preempted) as told:
-        loop.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
     monkeypatch.undo()
     assert told.value.step == 6
     assert str(told.value) == "the state of step 6 is saved, and the same call goes on from there."
     assert checkpoint_steps(tmp_path / "run" / "checkpoints")[-1] == 6
-    assert loop.train(config, tmp_path / "run")["parameters_sha256"] == expected["parameters_sha256"]
+    assert train(config, tmp_path / "run")["parameters_sha256"] == expected["parameters_sha256"]
     averaged = [load_inference(tmp_path / folder / "inference")[1] for folder in ("alone", "run")]
     chex.assert_trees_all_equal(*averaged)

@@ -6,7 +6,7 @@ import pytest
 from castling_jax.convert.inference_folder import save_inference
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import get_variables
-from castling_jax.tools import summary
+from castling_jax.training import summary
 from castling_jax.training.metrics import MetricsWriter
 
 FORMS = ("train", "inference")
@@ -16,6 +16,7 @@ FIGURES = {
     "eval_loss": 1.0,
     "max_difference": 0.0,
     "mask_threshold": 1.0,
+    "model": "deit_micro",
     "steps": 3,
     "train_seconds": 2.0,
     "parameters_sha256": "0" * 64,
@@ -31,12 +32,12 @@ def finished(tmp_path_factory):
     line = {"loss": 1.0, "learning_rate": 1.0, "mask_threshold": 1.0, "mask_density": [0.5]}
     writer.write(3, line | {"accuracy_train_form": 1, "accuracy_inference_form": 1, "eval_loss": 1})
     writer.close()
-    return workdir, summary.finish(workdir, FIGURES)
+    return workdir, summary.finish(workdir, FIGURES).figures
 
 
 def test_summary_is_written_and_read_back(finished):
     workdir, written = finished
-    assert json.loads((workdir / "summary.json").read_text()) == written == summary.read_summary(workdir)
+    assert json.loads((workdir / "summary.json").read_text()) == written == summary.read_summary(workdir).figures
     assert FIGURES.items() <= written.items()
     assert summary.read_summary(workdir / "inference") is None
 
@@ -83,12 +84,12 @@ def test_a_damaged_summary_is_one_sentence(tmp_path, refuses, text):
 
 def test_a_run_is_finished_where_its_speed_cannot_be_measured(finished, monkeypatch, capsys):
     def measure(arguments, image_size):
-        assert summary.read_summary(workdir)["speed"] is None  # written before
+        assert summary.read_summary(workdir).figures["speed"] is None  # written before
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     workdir, _ = finished
     monkeypatch.setattr(summary, "measure_forms", measure)
-    written = summary.finish(workdir, FIGURES)
-    assert summary.read_summary(workdir) == written
+    written = summary.finish(workdir, FIGURES).figures
+    assert summary.read_summary(workdir).figures == written
     assert "time at" not in summary.describe(written)
     assert "could not be measured: RESOURCE_EXHAUSTED" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-from castling_jax.tools.timing import interleaved_seconds, medians
+from castling_jax.training.timing import interleaved_seconds, medians
 
 
 def test_calls_take_turns_after_one_warm_up_each():

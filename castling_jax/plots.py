@@ -1,0 +1,57 @@
+"""Pictures: arrays in, matplotlib figures out. `figure.savefig(path)` writes one; a notebook shows it."""
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def draw_training(history: dict[str, np.ndarray]) -> Figure:
+    """A run's loss, accuracy of both forms, learning rate with mask threshold, and mask density of each layer.
+
+    Args:
+      history: as `castling_jax.training.metrics.read_history` gives it; what it lacks is left out.
+    """
+    figure = Figure(figsize=(11, 7), layout="constrained")  # not pyplot's, which would keep it
+    axes = figure.subplots(2, 2, sharex=True)
+    (loss_axis, accuracy_axis), (schedule_axis, density_axis) = axes
+
+    loss_axis.plot(*_series(history, "loss"), color="tab:gray", linewidth=0.8, label="training, of one batch")
+    loss_axis.plot(*_series(history, "eval_loss"), color="tab:blue", label="held out, inference form")
+    loss_axis.set(title="Loss", ylabel="cross entropy (nats)", yscale="log")
+    loss_axis.legend()
+
+    accuracy_axis.plot(*_series(history, "accuracy_train_form", 100), color="tab:orange", label="training form")
+    accuracy_axis.plot(
+        *_series(history, "accuracy_inference_form", 100), color="tab:blue", linestyle="--", label="inference form"
+    )
+    accuracy_axis.set(title="Held-out accuracy", ylabel="%", ylim=(None, 101))
+    accuracy_axis.legend(loc="lower right")
+
+    schedule_axis.plot(*_series(history, "learning_rate"), color="tab:green")
+    schedule_axis.set(title="Learning rate and mask threshold", xlabel="step")
+    schedule_axis.set_ylabel("learning rate", color="tab:green")
+    threshold_axis = schedule_axis.twinx()
+    threshold_axis.plot(*_series(history, "mask_threshold"), color="tab:red")
+    threshold_axis.set_ylabel("mask threshold", color="tab:red")
+    threshold_axis.set_ylim(-0.03, 1.05)
+
+    steps, densities = _series(history, "mask_density")
+    layers = densities.shape[1] if len(steps) else 0  # a run may have evaluated before it first logged
+    for layer, color in enumerate(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, layers))):
+        density_axis.plot(steps, 100 * densities[:, layer], color=color, label=f"{layer}")
+    density_axis.set(title="Softmax weights kept by the mask", xlabel="step", ylabel="%")
+    if layers:
+        density_axis.legend(title="layer", ncols=2, fontsize="small")
+
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def _series(history: dict[str, np.ndarray], name: str, scale: float = 1) -> tuple[np.ndarray, np.ndarray]:
+    """The steps that have this figure, and its values."""
+    if name not in history:
+        return np.empty(0), np.empty(0)
+    values = history[name]
+    there = ~np.isnan(values.reshape(len(values), -1)).any(axis=1)
+    return history["step"][there], scale * values[there]

@@ -1,0 +1,147 @@
+"""One run, from a configuration to a finished summary: what main.py, tools and notebooks call.
+
+`run` is the table of contents. The steps themselves are in loop.py; how a batch changes the state is in step.py.
+"""
+
+import contextlib
+import json
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from castling_jax.convert.inference_folder import save_inference
+from castling_jax.data.fingerprint import check_same_data, fingerprint
+from castling_jax.storage import absolute, check_bucket, write_atomically
+from castling_jax.training.checkpoints import CHECKPOINTS, Checkpoints, Progress, checkpoint_steps
+from castling_jax.training.config_files import CONFIG_FILE, check_same_run
+from castling_jax.training.distributed import check_shared
+from castling_jax.training.kernel_check import check_kernels
+from castling_jax.training.lock import one_writer
+from castling_jax.training.loop import Loop
+from castling_jax.training.metrics import MetricsWriter
+from castling_jax.training.preemption import PreemptionWatch
+from castling_jax.training.profiling import Profiler
+from castling_jax.training.setup import Setup, first_state, first_variables, set_up
+from castling_jax.training.sharding import to_host, with_shardings
+from castling_jax.training.state import parameter_table, parameters_sha256
+from castling_jax.training.summary import INFERENCE, Summary, finish, read_summary
+
+PARAMETERS_FILE = "parameters.txt"
+DATA_FILE = "data.json"
+INITIAL_SHARE = 0.01  # of averaged weights: more of the initial ones than this is said
+
+
+def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = None) -> Summary:
+    """Runs the training that `config` describes, or what is left of it, in `workdir`.
+
+    SIGTERM and, in the main thread, Ctrl-C or a notebook's interrupt save the state after the step and raise
+    Preempted; a second Ctrl-C raises KeyboardInterrupt, once the checkpoint that is being written is whole.
+
+    The same call, made again after a run was killed at any moment, goes on from the last checkpoint and ends with the
+    same parameters as a run that was not killed; for a finished run it returns the summary at once. A run may go on
+    over another mesh or on another number of processes; then sums of float32 are made in another order.
+
+    Args:
+      config: as `default_config` gives it.
+      workdir: gets config.json, parameters.txt, data.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end,
+        inference/, training.png and summary.json. All processes see the same one.
+      profile: the steps that are traced into workdir/profile.
+
+    Returns:
+      The summary. Process 0 alone measures both forms and draws; on the others the summary has training's figures.
+
+    Raises:
+      InputError: a field, a name or a size is wrong, workdir holds another configuration's run or one of other data, is
+        being written by another run or is not one for all processes, or a checkpoint cannot be written.
+      DeterministicError: the loss or a gradient is not finite, as `config.train.on_nonfinite` says, or too many images
+        are corrupt.
+      Preempted: SIGTERM or Ctrl-C came, and the state was saved.
+    """
+    # 1. Refuse what can be refused before anything is computed or written.
+    workdir = epath.Path(workdir)
+    check_bucket(workdir, for_a_run=True)
+    if (finished := read_summary(workdir)) is not None:
+        check_same_run(config, workdir / CONFIG_FILE)
+        return finished
+    setup = set_up(config)
+    if (workdir / CONFIG_FILE).exists():
+        check_same_run(config, workdir / CONFIG_FILE)
+    folder = absolute(workdir / CHECKPOINTS)
+    variables = {} if checkpoint_steps(folder) else first_variables(setup)  # a run that goes on has its own
+    check_kernels(setup)
+    data = fingerprint(setup.train_set, setup.eval_set)
+    is_writer = jax.process_index() == 0
+
+    with contextlib.ExitStack() as stack:  # however it ends, what is being written is finished
+        check_lock = stack.enter_context(one_writer(workdir))
+        check_shared(workdir)
+        if is_writer:
+            write_atomically(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2).encode())
+            write_atomically(workdir / PARAMETERS_FILE, parameter_table(setup.state, setup.shardings).encode())
+
+        # 2. Resume, or start.
+        stack.enter_context(jax.set_mesh(setup.mesh))  # over which the attention's kernels split their work
+        checkpoints = Checkpoints(folder, keep=config.checkpoint.keep, data=data)
+        stack.enter_context(contextlib.closing(checkpoints))
+        _check_data(config, workdir, checkpoints.saved_data(), data)
+        restored = checkpoints.restore(with_shardings(setup.state, setup.shardings))
+        state, progress = restored or (first_state(setup, variables), Progress(0.0))
+        metrics = None
+        if is_writer:
+            metrics = stack.enter_context(contextlib.closing(_start_metrics(setup, workdir, int(state.step))))
+
+        # 3. Train.
+        watch = stack.enter_context(PreemptionWatch(checkpoints))
+        stack.callback(checkpoints.wait)  # while a signal does not kill: SIGTERM may come twice
+        loop = Loop(setup, checkpoints, metrics, should_stop=watch.reached, check_lock=check_lock)
+        with Profiler(profile, workdir) as profiler:
+            state, figures, train_seconds = loop.run(state, progress.train_seconds, profiler)
+
+        # 4. Switch: the inference form is what the run was for.
+        variables, params = to_host((state.weights[setup.exported], state.params), setup.mesh)
+        figures |= {
+            "model": setup.model.spec.name,
+            "exported": setup.exported,
+            "mask_threshold": setup.threshold_at(setup.total_steps - 1),
+            "steps": setup.total_steps,
+            "skipped_steps": state.skipped_steps,
+            "train_seconds": train_seconds,
+            "parameters_sha256": parameters_sha256(params),
+        }
+        if not is_writer:
+            return Summary(workdir, figures)
+        save_inference(workdir / INFERENCE, setup.model, variables)
+        checkpoints.wait()
+
+        # 5. Measure both forms, draw, write.
+        return finish(workdir, figures)
+
+
+def _check_data(config: ConfigDict, workdir: epath.Path, before: Any, data: Any) -> None:
+    """Refuses data that is not the run's, or says what has changed where that is accepted; and records the data."""
+    # A run of an earlier version has no record: `before` is None.
+    accepted = check_same_data(before or data, data, accept_changes=config.dataset.accept_changes)
+    if jax.process_index() == 0:
+        write_atomically(workdir / DATA_FILE, json.dumps(data, indent=2).encode())
+        if accepted:
+            print(f"The data has changed since the run began: {accepted}.", flush=True)
+
+
+def _start_metrics(setup: Setup, workdir: epath.Path, first_step: int) -> MetricsWriter:
+    """The writer of metrics; says where the run goes on, and what has to be known before the first step."""
+    metrics = MetricsWriter(workdir, first_step=first_step, tensorboard=setup.config.logging.tensorboard)
+    if first_step:
+        print(f"Going on from step {first_step} of {setup.total_steps} in {workdir}.", flush=True)
+    else:
+        metrics.describe({name: (workdir / name).read_text() for name in (CONFIG_FILE, PARAMETERS_FILE)})
+    decay = setup.config.train.ema_decay
+    share = 0.0 if decay is None or setup.config.train.ema_warmup else decay**setup.total_steps
+    if share > INITIAL_SHARE:
+        print(
+            f"At the end, {share:.0%} of the averaged weights will be the initial ones: {decay} to the power of "
+            f"{setup.total_steps:,} steps. Set config.train.ema_warmup = True, or a smaller config.train.ema_decay.",
+            flush=True,
+        )
+    return metrics
