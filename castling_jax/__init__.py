@@ -7,6 +7,7 @@ from castling_jax import convert, ops
 from castling_jax.convert.inference import check_switch, to_inference
 from castling_jax.convert.inference_folder import load_inference
 from castling_jax.errors import InputError
+from castling_jax.models.attention.kinds import register_attention
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import apply, get_variables
 
@@ -21,5 +22,6 @@ __all__ = [
     "get_variables",
     "load_inference",
     "ops",
+    "register_attention",
     "to_inference",
 ]

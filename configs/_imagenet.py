@@ -6,7 +6,7 @@ python -m castling_jax.tools.prepare imagenet2012 --help says how to get the dat
 from ml_collections import ConfigDict
 
 from castling_jax.errors import InputError, check_known
-from castling_jax.models.attention import ATTENTIONS
+from castling_jax.models.attention.kinds import KINDS
 from castling_jax.training.config import default_config
 
 
@@ -27,7 +27,7 @@ def imagenet_config(family: str, argument: str, variants: dict[str, str], defaul
         raise InputError(f"a configuration of {family} takes VARIANT,ATTENTION and no more, not {argument!r}.")
     variant, attention = words[0], words[1] if len(words) == 2 else "castling"
     check_known(f"variant of {family}", variant, variants)
-    check_known("attention", attention, ATTENTIONS)
+    check_known("attention", attention, KINDS)
     config = default_config()
     config.model.update(name=variants[variant], attention=attention, dtype="bfloat16")
     config.dataset.update(

@@ -32,8 +32,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from castling_jax.data.sources import Unread
-from castling_jax.models.attention import ATTENTIONS, FORMS
-from castling_jax.models.registry import MODELS, abstract_model
+from castling_jax.models.attention.kinds import FORMS
+from castling_jax.models.registry import MODELS, abstract_model, attentions_of
 from castling_jax.models.variables import apply, get_variables
 from castling_jax.training.config import default_config, model_arguments
 from castling_jax.training.setup import set_up
@@ -153,7 +153,7 @@ def programs() -> list[Program]:
     listed = [
         Program(f"{name}/{attention}/{form}", functools.partial(forward_pass, name, attention, form))
         for name in MODELS
-        for attention in ATTENTIONS
+        for attention in attentions_of(name)
         for form in FORMS
     ]
     for name, make_config in STEPS.items():

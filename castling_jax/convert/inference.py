@@ -14,6 +14,7 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Float
 
 from castling_jax.convert.batchnorm import compute, fold_batch_norms
 from castling_jax.errors import InputError, check_known
+from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import COLLECTIONS, Variables, apply
@@ -92,12 +93,12 @@ def check_switch(
     images: Float[Array, "batch height width channels"],
     mask_threshold: ArrayLike,
 ) -> dict[str, Any]:
-    """Compares a castling model's two forms on real images, before one trusts the smaller one.
+    """Compares a castling model's two forms on real images, before you trust the smaller one.
 
     Args:
-      model: a castling model in training form.
-      variables: its variables.
-      images: what to compare them on.
+      model: a model in training form, castling or with another attention that changes at the switch.
+      variables: the model's variables.
+      images: the images to compare the two forms on.
       mask_threshold: the threshold that training has reached.
 
     Returns:
@@ -108,13 +109,13 @@ def check_switch(
        norm is folded into them}.
 
     Raises:
-      InputError: the model is not castling in training form; the threshold is negative or NaN; and what `apply` raises.
+      InputError: the model has no second form to compare; the threshold is negative or NaN; and what `apply` raises.
     """
     spec = model.spec
-    if (spec.attention, spec.form) != ("castling", "train"):
+    if spec.form != "train" or KINDS[spec.attention].inference is None:
         raise InputError(
-            f'only attention="castling", form="train" has two forms to compare, not attention={spec.attention!r}, '
-            f"form={spec.form!r}."
+            f'only an attention that changes at the switch has two forms to compare, as attention="castling", '
+            f'form="train", not attention={spec.attention!r}, form={spec.form!r}.'
         )
     concrete_threshold(mask_threshold)
     inference_model = abstract_model(**spec.arguments(form="inference"))

@@ -20,6 +20,7 @@ from safetensors.flax import load_file as load_safetensors
 
 from castling_jax.convert.inference import SOFTMAX_BRANCH
 from castling_jax.errors import InputError
+from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.levit import LeViT, fit_bias_table
 from castling_jax.models.position import resize_position_embedding, resize_relative_positions
@@ -35,7 +36,7 @@ _LEAF_NAMES = {
 # Buffers that state dicts may hold and that say nothing: PyTorch counts batches where no momentum is given, and older
 # LeViTs keep what can be computed. `to_torch` leaves them out; load_state_dict(strict=True) does not miss them.
 _IGNORED = ("num_batches_tracked", "attention_bias_idxs")
-# What only a softmax uses, and the linear kinds have no place for.
+# What a bias of the scores is made of; only some kinds of attention take one.
 _SOFTMAX_ONLY = ("attention_biases", "rel_pos_h", "rel_pos_w")
 _WRAPPERS = ("model", "state_dict", "model_ema")  # under one of these, checkpoints of a training keep the weights
 _LISTED = 6  # names that a refusal gives; the rest is counted
@@ -94,7 +95,7 @@ def from_torch(model: Backbone, state_dict: Mapping[str, np.ndarray], *, reset_h
 
     A position embedding, attention biases or relative positions of another image size are fitted to the model's. What
     timm does not have, the token kernels, starts at zero, as in a new model, and is listed in a warning of this
-    module's logger; so is what a linear_angular or angular model has no use for, the biases of the softmax.
+    module's logger. So are the biases of the softmax, where the model's attention does not take a bias of the scores.
 
     Args:
       model: in training form; its parameters are not used, only their paths and shapes.
@@ -133,7 +134,7 @@ def from_torch(model: Backbone, state_dict: Mapping[str, np.ndarray], *, reset_h
             missing.append(repr(name))
         else:
             misshapen.append(f"{name!r} is {value.shape}, not {shape}")
-    if model.spec.attention in ("linear_angular", "angular"):
+    if KINDS[model.spec.attention].tables is None:
         unused = sorted(name for name in remaining if name.split(".")[-1] in _SOFTMAX_ONLY)
     unknown = [repr(name) for name in sorted(remaining.keys() - unused)]
     if missing or unknown or misshapen:

@@ -1,5 +1,6 @@
 """Layers that the backbones share."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,26 +16,62 @@ from castling_jax.errors import InputError
 # DeiT and MViTv2 start their matrices, tokens and position embeddings from timm's trunc_normal_(std=0.02). It cuts at
 # -2 and 2, a hundred deviations away, so it is a normal; JAX's truncated_normal cuts at two deviations.
 DEIT_STD = 0.02
-# As PyTorch starts linear and convolution layers, and so DeiT its patches and LeViT all but its heads: uniform, of
-# variance 1 / (3 fan_in).
+# PyTorch's default for linear layers and convolutions, a uniform of variance 1 / (3 fan_in): DeiT's patch embedding and
+# all of LeViT but its heads start so.
 TORCH_INIT = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 BATCH_NORM_EPSILON = 1e-5
-SUBLANES = 8  # rows of a TPU's register: of fewer rows the compiler makes a reduction again
+SUBLANES = 8  # rows of a TPU's register: with fewer rows the compiler turns the product back into a reduction
 
 
-def normal_parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype) -> nnx.Param:
-    """A token or position embedding: a parameter drawn from a normal of standard deviation 0.02."""
-    return nnx.Param(jax.nn.initializers.normal(DEIT_STD)(rngs.params(), shape, dtype))
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """Makes the layers of a model: one value from the model's constructor down to its blocks.
+
+    Attributes:
+      dtype: compute dtype.
+      param_dtype: dtype of the parameters.
+      rngs: where the parameters are drawn from.
+      init_std: standard deviation of the normal that the dense layers' matrices start from.
+      folded: whether batch norm is folded into the layer beside it, as in inference form.
+    """
+
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    rngs: nnx.Rngs
+    init_std: float = DEIT_STD
+    folded: bool = False
+
+    @property
+    def flax(self) -> dict[str, Any]:
+        """The arguments that Flax's own layers take."""
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": self.rngs}
+
+    def linear(self, features_in: int, features_out: int, **arguments: Any) -> nnx.Linear:
+        """A dense layer that starts as the ViT family's do: a normal of `init_std`, zero bias."""
+        kernel_init = jax.nn.initializers.normal(self.init_std)
+        return nnx.Linear(features_in, features_out, kernel_init=kernel_init, **arguments, **self.flax)
+
+    def layer_norm(self, features: int) -> nnx.LayerNorm:
+        """Layer normalisation with the epsilon of DeiT and MViTv2."""
+        return nnx.LayerNorm(features, epsilon=1e-6, **self.flax)
+
+    def embedding(self, *shape: int) -> nnx.Param:
+        """A token or position embedding: a parameter drawn from a normal of standard deviation 0.02."""
+        return nnx.Param(jax.nn.initializers.normal(DEIT_STD)(self.rngs.params(), shape, self.param_dtype))
+
+    def zeros(self, *shape: int) -> nnx.Param:
+        """A parameter that starts at zero."""
+        return nnx.Param(jnp.zeros(shape, self.param_dtype))
 
 
 def add_bias(x: Float[Array, "*batch channels"], bias: Float[Array, "channels"]) -> Float[Array, "*batch channels"]:
     """x + bias; on a TPU the bias's gradient is a product with ones. Not for forward-mode differentiation.
 
-    It is the sum over all tokens all the same. Where a kernel gives it, the matrix unit takes the sum in little more
-    time than it takes to read it; a reduction of bfloat16, fused with nothing, takes several times as long. Behind
-    other layers it is fused with what they do, and costs less than this would.
+    The gradient is the sum of the output's gradient over all tokens. Where a kernel gives the output's gradient, the
+    matrix unit sums it in little more time than it takes to read it; a reduction in bfloat16 that is fused with nothing
+    takes several times as long. After other layers XLA fuses the sum with their work, which costs less than a product.
     """
-    # In a shard_map that keeps account of it, the bias is one for all devices, and its gradient is each device's.
+    # Inside a shard_map that tracks varying values, all devices share the bias and each has its own gradient.
     varying = jax.typeof(x).manual_axis_type.varying - jax.typeof(bias).manual_axis_type.varying
     return _add_bias(x, jax.lax.pcast(bias, tuple(varying), to="varying") if varying else bias)
 
@@ -62,32 +99,10 @@ def _bias_gradient(_: None, d_out: Array) -> tuple[Array, Array]:
 _add_bias.defvjp(_add_bias_and_keep, _bias_gradient)
 
 
-def linear(
-    features_in: int,
-    features_out: int,
-    *,
-    use_bias: bool = True,
-    init_std: float = DEIT_STD,
-    dtype: jnp.dtype,
-    param_dtype: jnp.dtype,
-    rngs: nnx.Rngs,
-) -> nnx.Linear:
-    """A dense layer that starts as the ViT family's do: a normal of `init_std`, zero bias."""
-    return nnx.Linear(
-        features_in,
-        features_out,
-        use_bias=use_bias,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        kernel_init=jax.nn.initializers.normal(init_std),
-        rngs=rngs,
-    )
-
-
 def split_linear(layer: nnx.Linear, x: Float[Array, "*batch channels"], parts: int | Sequence[int]) -> list[Array]:
-    """The result of a fused layer in so many equal parts, or cut at these columns, by a product for each.
+    """The result of a fused layer in `parts` equal parts, or cut at these columns, by one product for each part.
 
-    Columns of the weights are cut out for less than those of the result: on a TPU each part of a result is a copy.
+    Slicing the kernel is cheaper than slicing the result, which XLA:TPU copies.
     """
     dtype = layer.dtype or x.dtype
     kernels = jnp.split(layer.kernel[...].astype(dtype), parts, axis=1)
@@ -96,11 +111,6 @@ def split_linear(layer: nnx.Linear, x: Float[Array, "*batch channels"], parts: i
         return outs
     biases = jnp.split(layer.bias[...].astype(dtype), parts)
     return [add_bias(out, bias) for out, bias in zip(outs, biases, strict=True)]
-
-
-def layer_norm(features: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Layer normalisation with the epsilon of DeiT and MViTv2."""
-    return nnx.LayerNorm(features, epsilon=1e-6, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
 
 @jax.custom_jvp
@@ -122,10 +132,10 @@ def _stop_at_zero_jvp(primals, tangents):
 def norm_heads(
     norm: nnx.LayerNorm, x: Float[Array, "batch tokens channels"], num_heads: int
 ) -> Float[Array, "batch tokens heads head_dim"]:
-    """Layer normalisation of each head's channels, of all heads by the same layer.
+    """Layer normalisation over each head's channels, with the same scale and bias for all heads.
 
-    On a TPU means over a head are products with a matrix of zeros and ones: where heads are an axis of their own, of
-    two or four, most of a register is empty, and each mean would take as long as a product of the block.
+    On a TPU the means over a head are products with a matrix of zeros and ones. With heads as an axis of their own, two
+    or four long, most of a register would be empty, and each mean would take as long as a product of the block.
     """
     batch, tokens, channels = x.shape
     dim = channels // num_heads
@@ -137,7 +147,7 @@ def norm_heads(
         wide = jnp.promote_types(x.dtype, jnp.float32)
 
         def mean(values: Array) -> Array:
-            # Three passes of bfloat16 are float32 to 16 bits and more; what is bfloat16 already takes one.
+            # Three passes of bfloat16 keep 16 bits and more of a float32; values in bfloat16 take one pass.
             precision = jax.lax.Precision.HIGH
             total = jnp.matmul(values, ones.astype(values.dtype), precision=precision, preferred_element_type=wide)
             return total / dim
@@ -149,7 +159,7 @@ def norm_heads(
     def by_reductions(x: Array, scale: Array, bias: Array) -> Array:
         return norm(x.reshape(batch, tokens, num_heads, dim)).reshape(x.shape)
 
-    assert norm.scale is not None and norm.bias is not None  # of `layer_norm`
+    assert norm.scale is not None and norm.bias is not None  # Layers.layer_norm makes both
     x = x if norm.dtype is None else x.astype(norm.dtype)
     normed = jax.lax.platform_dependent(x, norm.scale[...], norm.bias[...], tpu=by_products, default=by_reductions)
     return normed.reshape(batch, tokens, num_heads, dim)
@@ -158,27 +168,26 @@ def norm_heads(
 class BatchNorm(nnx.BatchNorm):
     """Batch normalisation over all axes but the last, with PyTorch's constants; statistics are float32 in any dtype.
 
-    PyTorch's momentum of 0.1 is 0.9 here. It puts the unbiased variance into the running one, we the batch's own: one
-    part in the number of averaged values less.
+    PyTorch's momentum of 0.1 is 0.9 here. PyTorch puts the unbiased variance into the running variance; ours is the
+    batch's own variance, which is smaller by one part in the number of averaged values.
     """
 
-    def __init__(self, features: int, *, scale: float = 1.0, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, features: int, layers: Layers, *, scale: float = 1.0):
         super().__init__(
             features,
             momentum=0.9,
             epsilon=BATCH_NORM_EPSILON,
-            dtype=jnp.float32,  # in bfloat16 it would round the running statistics before it uses them
-            param_dtype=param_dtype,
             scale_init=jax.nn.initializers.constant(scale),
-            rngs=rngs,
+            # In bfloat16 Flax would round the running statistics before it uses them.
+            **layers.flax | {"dtype": jnp.float32},
         )
 
     def normalize(self, x: Float[Array, "*batch channels"], training: bool) -> Float[Array, "*batch channels"]:
-        """In training by the batch's statistics, which the running ones then follow; else by these."""
+        """Normalises by the batch's statistics in training, which update the running ones; else by the running ones."""
         return self.normalize_parts([x], training)[0]
 
     def normalize_parts(self, parts: Sequence[Float[Array, "*batch _"]], training: bool) -> list[Array]:
-        """`normalize` of parts of the channels, in order, each for itself: to cut a result would be to copy it."""
+        """`normalize` for the channels in parts, in order: slicing one normalised result would copy it."""
         wide = [part.astype(jnp.float32) for part in parts]
         mean, variance = self.mean[...], self.var[...]
         if training:
@@ -188,7 +197,7 @@ class BatchNorm(nnx.BatchNorm):
             variance = jnp.maximum(mean_square - jnp.square(mean), 0)
             for running, batch in ((self.mean, mean), (self.var, variance)):
                 running[...] = jax.lax.stop_gradient(self.momentum * running[...] + (1 - self.momentum) * batch)
-        assert self.scale is not None and self.bias is not None  # of the constructor
+        assert self.scale is not None and self.bias is not None  # the constructor makes both
         factor = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
         edges = np.cumsum([part.shape[-1] for part in parts])[:-1].tolist()
         of_parts = zip(wide, *(jnp.split(x, edges) for x in (mean, factor, self.bias[...])), strict=True)
@@ -196,31 +205,20 @@ class BatchNorm(nnx.BatchNorm):
 
 
 class ConvNorm(nnx.Module):
-    """A 3 x 3 convolution of stride 2, then batch norm; in form="inference" the two are one, with a bias."""
+    """A 3 x 3 convolution of stride 2, then batch norm; with folded layers the two are one, with a bias."""
 
-    def __init__(
-        self,
-        features_in: int,
-        features_out: int,
-        *,
-        form: str,
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, features_in: int, features_out: int, layers: Layers):
         self.linear = nnx.Conv(
             features_in,
             features_out,
             (3, 3),
             strides=(2, 2),
             padding=((1, 1), (1, 1)),
-            use_bias=form == "inference",
-            dtype=dtype,
-            param_dtype=param_dtype,
+            use_bias=layers.folded,
             kernel_init=TORCH_INIT,
-            rngs=rngs,
+            **layers.flax,
         )
-        self.bn = None if form == "inference" else BatchNorm(features_out, param_dtype=param_dtype, rngs=rngs)
+        self.bn = None if layers.folded else BatchNorm(features_out, layers)
 
     def __call__(
         self, x: Float[Array, "batch height width channels"], *, training: bool
@@ -230,60 +228,32 @@ class ConvNorm(nnx.Module):
 
 
 class LinearNorm(nnx.Module):
-    """A dense layer, then batch norm over all tokens; in form="inference" the two are one, with a bias.
+    """A dense layer, then batch norm over all tokens; with folded layers the two are one, with a bias.
 
-    `bn_scale` is what the norm's scale starts from: 0 where a residual branch is to start at nothing.
+    `bn_scale` is what the norm's scale starts from: 0 where a residual branch is to start at zero.
     """
 
-    def __init__(
-        self,
-        features_in: int,
-        features_out: int,
-        *,
-        bn_scale: float = 1.0,
-        form: str,
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
-        self.linear = nnx.Linear(
-            features_in,
-            features_out,
-            use_bias=form == "inference",
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=TORCH_INIT,
-            rngs=rngs,
-        )
-        self.bn = (
-            None if form == "inference" else BatchNorm(features_out, scale=bn_scale, param_dtype=param_dtype, rngs=rngs)
-        )
+    def __init__(self, features_in: int, features_out: int, layers: Layers, *, bn_scale: float = 1.0):
+        folded = layers.folded
+        self.linear = nnx.Linear(features_in, features_out, use_bias=folded, kernel_init=TORCH_INIT, **layers.flax)
+        self.bn = None if folded else BatchNorm(features_out, layers, scale=bn_scale)
 
     def __call__(self, x: Float[Array, "batch tokens channels"], *, training: bool) -> Float[Array, "batch tokens _"]:
         x = self.linear(x)
         return x if self.bn is None else self.bn.normalize(x, training)
 
     def split(self, x: Float[Array, "batch tokens channels"], edges: Sequence[int], *, training: bool) -> list[Array]:
-        """The result cut at these channels, as `split_linear` does it."""
+        """The result cut at these channels, as `split_linear` cuts it."""
         parts = split_linear(self.linear, x, edges)
         return parts if self.bn is None else self.bn.normalize_parts(parts, training)
 
 
 class NormLinear(nnx.Module):
-    """Batch norm, then a dense layer: a classifier head; in form="inference" the two are one."""
+    """Batch norm, then a dense layer: a classifier head; with folded layers the two are one."""
 
-    def __init__(
-        self,
-        features: int,
-        num_classes: int,
-        *,
-        form: str,
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
-        self.bn = None if form == "inference" else BatchNorm(features, param_dtype=param_dtype, rngs=rngs)
-        self.linear = linear(features, num_classes, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, features: int, num_classes: int, layers: Layers):
+        self.bn = None if layers.folded else BatchNorm(features, layers)
+        self.linear = layers.linear(features, num_classes)
 
     @jax.named_scope("head")
     def __call__(self, x: Float[Array, "batch channels"], *, training: bool) -> Float[Array, "batch classes"]:
@@ -293,26 +263,10 @@ class NormLinear(nnx.Module):
 class PatchEmbed(nnx.Module):
     """Non-overlapping patches, each projected to a token."""
 
-    def __init__(
-        self,
-        patch_size: int,
-        in_chans: int,
-        embed_dim: int,
-        *,
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, layers: Layers):
+        patch = (patch_size, patch_size)
         self.proj = nnx.Conv(
-            in_chans,
-            embed_dim,
-            (patch_size, patch_size),
-            strides=(patch_size, patch_size),
-            padding="VALID",
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=TORCH_INIT,
-            rngs=rngs,
+            in_chans, embed_dim, patch, strides=patch, padding="VALID", kernel_init=TORCH_INIT, **layers.flax
         )
 
     @jax.named_scope("patch_embed")
@@ -322,10 +276,10 @@ class PatchEmbed(nnx.Module):
 
 
 def mlp_width(dim: int, mlp_ratio: float) -> int:
-    """Channels between an MLP's two layers.
+    """The number of channels between an MLP's two layers.
 
     Raises:
-      InputError: there would be none.
+      InputError: it would be zero.
     """
     width = int(dim * mlp_ratio)
     if width < 1:
@@ -334,11 +288,12 @@ def mlp_width(dim: int, mlp_ratio: float) -> int:
 
 
 class Mlp(nnx.Module):
-    """Two dense layers with the exact (erf) GELU between them; `layer` is what `linear` takes."""
+    """Two dense layers with the exact (erf) GELU between them, `mlp_ratio` times as wide as their input there."""
 
-    def __init__(self, dim: int, hidden_dim: int, **layer: Any):
-        self.fc1 = linear(dim, hidden_dim, **layer)
-        self.fc2 = linear(hidden_dim, dim, **layer)
+    def __init__(self, dim: int, mlp_ratio: float, layers: Layers):
+        hidden_dim = mlp_width(dim, mlp_ratio)
+        self.fc1 = layers.linear(dim, hidden_dim)
+        self.fc2 = layers.linear(hidden_dim, dim)
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
@@ -348,17 +303,18 @@ class Mlp(nnx.Module):
 def gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
     """The exact GELU, x (1 + erf(x / sqrt 2)) / 2, in x's dtype.
 
-    JAX's own goes by erfc, which keeps more digits of what is nearly zero; on a TPU that takes as long as the product
-    before it, where erf hides behind it.
+    JAX's own uses erfc, which keeps more digits of results near zero; on a TPU that takes as long as the product before
+    it, and erf hides behind the product.
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 def draw_drop_path(key: Key[Array, ""] | None, layers: int, batch: int) -> Float[Array, "layers 2 batch"] | None:
-    """What decides which samples `drop_path` drops, in the two branches of each layer; None without a key.
+    """The random numbers that decide which samples `drop_path` drops, in the two branches of each layer.
 
-    Drawn all at once: a key for every branch would be a hundred operations on single numbers, for each of them.
+    None without a key. They are drawn all at once: splitting a key costs a hundred operations on single numbers, for
+    each branch.
     """
     return None if key is None else jax.random.uniform(key, (layers, 2, batch))
 
@@ -377,14 +333,14 @@ def drop_path(
 
 
 def of_layer(drawn: Float[Array, "layers ..."] | None, layer: int | slice) -> Any:
-    """A layer's part of what was drawn, or several layers'; None of None."""
+    """The numbers that were drawn for one layer, or for several; None if nothing was drawn."""
     return None if drawn is None else drawn[layer]
 
 
 def run_block(block: nnx.Module, x: Array, *, remat: bool, **options: Any) -> Any:
-    """block(x, **options); with `remat` its inner values are computed again in the backward pass, not kept until then.
+    """block(x, **options); with `remat` the backward pass computes the block's inner values again, to save memory.
 
-    `options` are closed over rather than passed: a threshold that is known stays known.
+    `options` are closed over rather than passed, so that a threshold which is known while tracing stays known.
     """
     if not remat:
         return block(x, **options)

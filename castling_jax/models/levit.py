@@ -1,8 +1,9 @@
-"""LeViT (Graham et al., ICCV 2021) with any of the four attentions: a convolutional stem, then three shrinking grids.
+"""LeViT (Graham et al., ICCV 2021) with any kind of attention: a convolutional stem, then three shrinking grids.
 
 Batch norm follows every linear layer and convolution; at inference it is folded into them.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from castling_jax.errors import InputError
-from castling_jax.models.attention import attend, new_token_kernel
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.attention.kinds import Core
+from castling_jax.models.backbone import Backbone, BackboneConfig
 from castling_jax.models.layers import (
     ConvNorm,
+    Layers,
     LinearNorm,
     NormLinear,
     draw_drop_path,
@@ -28,19 +30,39 @@ from castling_jax.models.layers import (
 from castling_jax.ops.tokens import select_tokens
 
 STEM_STRIDE = 16
-# Value channels a key channel, and the MLP's ratio where the grid shrinks, whatever mlp_ratio is (as in timm).
+# Value channels for each key channel; and the MLP's ratio where the grid shrinks, whatever mlp_ratio is (as in timm).
 VALUE_RATIO, SUBSAMPLING_VALUE_RATIO = 2, 4
 SUBSAMPLING_MLP_RATIO = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeViTConfig(BackboneConfig):
+    """LeViT's constructor words.
+
+    Attributes:
+      embed_dim: width of each stage.
+      depth: number of blocks of each stage.
+      num_heads: heads of each attention of each stage.
+      key_dim: width of each head's queries and keys.
+      distilled: whether there is a second head, for distillation.
+    """
+
+    embed_dim: tuple[int, ...]
+    depth: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    key_dim: int
+    mlp_ratio: float = 2.0
+    distilled: bool = False
 
 
 class Stem(nnx.Module):
     """Four convolutions of stride 2 with Hardswish between them."""
 
-    def __init__(self, in_chans: int, dim: int, **layer: Any):
-        self.conv1 = ConvNorm(in_chans, dim // 8, **layer)
-        self.conv2 = ConvNorm(dim // 8, dim // 4, **layer)
-        self.conv3 = ConvNorm(dim // 4, dim // 2, **layer)
-        self.conv4 = ConvNorm(dim // 2, dim, **layer)
+    def __init__(self, in_chans: int, dim: int, layers: Layers):
+        self.conv1 = ConvNorm(in_chans, dim // 8, layers)
+        self.conv2 = ConvNorm(dim // 8, dim // 4, layers)
+        self.conv3 = ConvNorm(dim // 4, dim // 2, layers)
+        self.conv4 = ConvNorm(dim // 2, dim, layers)
 
     @jax.named_scope("stem")
     def __call__(self, x, *, training):
@@ -52,8 +74,8 @@ class Stem(nnx.Module):
 class Projection(nnx.Module):
     """Hardswish, then a batch-normed linear layer."""
 
-    def __init__(self, dim: int, out_dim: int, **layer: Any):
-        self.ln = LinearNorm(dim, out_dim, **layer)
+    def __init__(self, ln: LinearNorm):
+        self.ln = ln
 
     @jax.named_scope("proj")
     def __call__(self, x, *, training):
@@ -63,8 +85,8 @@ class Projection(nnx.Module):
 class Queries(nnx.Module):
     """The queries of a subsampling attention: every second token of every second row, then a batch-normed layer."""
 
-    def __init__(self, dim: int, out_dim: int, **layer: Any):
-        self.ln = LinearNorm(dim, out_dim, **layer)
+    def __init__(self, ln: LinearNorm):
+        self.ln = ln
 
     def __call__(self, x, *, grid, training):
         return self.ln(select_tokens(x, every_second(grid)), training=training)
@@ -80,17 +102,13 @@ class LevitAttention(nnx.Module):
       dim: width of the tokens.
       out_dim: width of the output.
       num_heads: heads.
-      subsampling: whether the queries are a quarter of the tokens.
-      key_dim: of each head's queries and keys.
-      value_dim: of each head's values.
-      proj_scale: what the scale of the last batch norm starts from.
-      grid: (height, width) of the keys in an image of the model's size: how far apart tokens may be that have a bias.
-      attention: one of ATTENTIONS.
-      form: one of FORMS.
-      token_conv: as in `Attention`.
-      token_kernel_size: as in `Attention`.
-      implementation: as in `Attention`.
-      layer: what `LinearNorm` takes.
+      key_dim: width of each head's queries and keys.
+      grid: (height, width) of the keys in an image of the model's size; the table of biases has an entry for each
+        offset within it.
+      core: the attention between the projections.
+      layers: makes the layers.
+      subsampling: whether the queries are a quarter of the tokens. Other attentions are residual branches, which start
+        at zero.
     """
 
     def __init__(
@@ -98,37 +116,26 @@ class LevitAttention(nnx.Module):
         dim: int,
         out_dim: int,
         num_heads: int,
+        key_dim: int,
+        grid: tuple[int, int],
+        core: Core,
+        layers: Layers,
         *,
         subsampling: bool,
-        key_dim: int,
-        value_dim: int,
-        proj_scale: float,
-        grid: tuple[int, int],
-        attention: str,
-        form: str,
-        token_conv: str | None,
-        token_kernel_size: int | None,
-        implementation: str,
-        layer: dict[str, Any],
     ):
-        self.num_heads = num_heads
+        value_dim = key_dim * (SUBSAMPLING_VALUE_RATIO if subsampling else VALUE_RATIO)
+        self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         self.fused_dims = (key_dim, value_dim) if subsampling else (key_dim, key_dim, value_dim)
         self.table_grid = grid
-        self.attention = attention
-        self.form = form
-        self.implementation = implementation
+        self.core = core
         fused = num_heads * sum(self.fused_dims)
-        self.qkv: Any = None if subsampling else LinearNorm(dim, fused, **layer)
-        self.kv: Any = LinearNorm(dim, fused, **layer) if subsampling else None
-        self.q: Any = Queries(dim, num_heads * key_dim, **layer) if subsampling else None
-        self.proj = Projection(num_heads * value_dim, out_dim, bn_scale=proj_scale, **layer)
-        param_dtype = layer["param_dtype"]
-        self.token_kernel = new_token_kernel(attention, token_conv, token_kernel_size, num_heads, param_dtype)
-        # What only a softmax uses: castling drops it with the branch, the linear kinds have no place for it.
-        biases = nnx.Param(jnp.zeros((num_heads, grid[0] * grid[1]), param_dtype))
-        self.attention_biases = biases if attention == "softmax" else None
-        has_branch = attention == "castling" and form == "train"
-        self.softmax_branch = nnx.Dict(attention_biases=biases) if has_branch else None
+        self.qkv: Any = None if subsampling else LinearNorm(dim, fused, layers)
+        self.kv: Any = LinearNorm(dim, fused, layers) if subsampling else None
+        self.q: Any = Queries(LinearNorm(dim, num_heads * key_dim, layers)) if subsampling else None
+        bn_scale = 1.0 if subsampling else 0.0
+        self.proj = Projection(LinearNorm(num_heads * value_dim, out_dim, layers, bn_scale=bn_scale))
+        biases = layers.zeros(num_heads, grid[0] * grid[1])
+        core.add_parameters(self, layers, attention_biases=biases)
 
     def __call__(
         self,
@@ -142,53 +149,51 @@ class LevitAttention(nnx.Module):
         if self.q is None:
             with jax.named_scope("qkv"):
                 q, k, v = self._split(self.qkv, x, training)
-            own_values, query_grid = None, grid
+            query_values, query_grid = None, grid
         else:
             with jax.named_scope("qkv"):
                 k, v = self._split(self.kv, x, training)
                 q = self.q(x, grid=grid, training=training).reshape(x.shape[0], -1, self.num_heads, k.shape[3])
-            # A query of the new grid stands on one token of the old one, so 1/2 V is here, as in every other layer,
-            # of each query the value of its own token. The token kernel takes the same values on the new grid: its
-            # neighbours are the tokens that the layers behind work on, at a quarter of the work.
-            own_values, query_grid = every_second(grid), halved(grid)
-        out, density = attend(
+            # A query of the new grid stands on one token of the old grid, so its 1/2 V is the value of that token. The
+            # token kernel takes the same values on the new grid: their neighbours there are the tokens that the later
+            # layers work on, at a quarter of the work.
+            query_values, query_grid = every_second(grid), halved(grid)
+        out, density = self.core.kind(
             q,
             k,
             v,
-            None if self.token_kernel is None else self.token_kernel[...],
-            attention=self.attention,
-            form=self.form,
             mask_threshold=mask_threshold,
             bias=self._bias(grid),
-            query_values=own_values,
+            query_values=query_values,
             grid=query_grid,
-            implementation=self.implementation,
+            **self.core.inputs_of(self),
         )
         return self.proj(out.reshape(*out.shape[:2], -1), training=training), density
 
     def _split(self, layer: LinearNorm, x: Float[Array, "batch tokens channels"], training: bool) -> list[jax.Array]:
-        """What a fused layer gives, part by part, [batch, tokens, heads, dim]."""
+        """The parts of a fused layer's result, each [batch, tokens, heads, dim]."""
         edges = np.cumsum([self.num_heads * dim for dim in self.fused_dims])[:-1].tolist()
-        if self.attention == "softmax" and layer.bn is not None:
-            # Where no kernel wants arrays of their own, XLA takes parts of one normalised result for less.
+        if not self.core.kind.taps and layer.bn is not None:
+            # Taps and kernels read separate arrays; without them XLA slices one normalised result for less.
             parts = jnp.split(layer(x, training=training), edges, axis=-1)
         else:
             parts = layer.split(x, edges, training=training)
         return [part.reshape(*part.shape[:2], self.num_heads, -1) for part in parts]
 
     def _bias(self, grid: tuple[int, int]) -> Float[Array, "1 heads queries keys"] | None:
-        table = self.attention_biases if self.softmax_branch is None else self.softmax_branch.attention_biases
-        if table is None:
+        tables = self.core.tables_of(self)
+        if tables is None:
             return None
-        return bias_of_offsets(table[...], grid, self.table_grid, stride=1 if self.q is None else 2)
+        return bias_of_offsets(tables.attention_biases[...], grid, self.table_grid, stride=1 if self.q is None else 2)
 
 
 class LevitMlp(nnx.Module):
     """Two batch-normed layers with Hardswish between them; its output starts at zero."""
 
-    def __init__(self, dim: int, hidden_dim: int, **layer: Any):
-        self.ln1 = LinearNorm(dim, hidden_dim, **layer)
-        self.ln2 = LinearNorm(hidden_dim, dim, bn_scale=0.0, **layer)
+    def __init__(self, dim: int, mlp_ratio: float, layers: Layers):
+        hidden_dim = mlp_width(dim, mlp_ratio)
+        self.ln1 = LinearNorm(dim, hidden_dim, layers)
+        self.ln2 = LinearNorm(hidden_dim, dim, layers, bn_scale=0.0)
 
     @jax.named_scope("mlp")
     def __call__(self, x, *, training):
@@ -198,102 +203,64 @@ class LevitMlp(nnx.Module):
 class LevitBlock(nnx.Module):
     """Attention and MLP, each a residual branch that starts at zero."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        key_dim: int,
-        mlp_ratio: float,
-        drop_path_rate: float,
-        layer: dict[str, Any],
-        **attention: Any,
-    ):
+    def __init__(self, attn: LevitAttention, mlp: LevitMlp, drop_path_rate: float):
         self.drop_path_rate = drop_path_rate
-        self.attn = LevitAttention(
-            dim,
-            dim,
-            num_heads,
-            subsampling=False,
-            key_dim=key_dim,
-            value_dim=VALUE_RATIO * key_dim,
-            proj_scale=0.0,
-            layer=layer,
-            **attention,
-        )
-        self.mlp = LevitMlp(dim, mlp_width(dim, mlp_ratio), **layer)
+        self.attn = attn
+        self.mlp = mlp
 
-    def __call__(self, x, *, grid, mask_threshold, drawn):
+    def __call__(self, x, *, drawn, **inputs):
         training = drawn is not None
-        attended, density = self.attn(x, grid=grid, mask_threshold=mask_threshold, training=training)
+        attended, density = self.attn(x, training=training, **inputs)
         x = x + drop_path(attended, self.drop_path_rate, of_layer(drawn, 0))
         return x + drop_path(self.mlp(x, training=training), self.drop_path_rate, of_layer(drawn, 1)), density
 
 
 class LevitDownsample(nnx.Module):
-    """The subsampling attention, which no residual passes by, and an MLP."""
+    """The first layer of every stage but the first: a subsampling attention, which has no skip path, and an MLP."""
 
-    def __init__(
-        self, dim: int, out_dim: int, *, key_dim: int, drop_path_rate: float, layer: dict[str, Any], **attention: Any
-    ):
+    def __init__(self, attn_downsample: LevitAttention, mlp: LevitMlp, drop_path_rate: float):
         self.drop_path_rate = drop_path_rate
-        self.attn_downsample = LevitAttention(
-            dim,
-            out_dim,
-            dim // key_dim,
-            subsampling=True,
-            key_dim=key_dim,
-            value_dim=SUBSAMPLING_VALUE_RATIO * key_dim,
-            proj_scale=1.0,
-            layer=layer,
-            **attention,
-        )
-        self.mlp = LevitMlp(out_dim, out_dim * SUBSAMPLING_MLP_RATIO, **layer)
+        self.attn_downsample = attn_downsample
+        self.mlp = mlp
 
-    def __call__(self, x, *, grid, mask_threshold, drawn):
+    def __call__(self, x, *, drawn, **inputs):
         training = drawn is not None
-        x, density = self.attn_downsample(x, grid=grid, mask_threshold=mask_threshold, training=training)
+        x, density = self.attn_downsample(x, training=training, **inputs)
         return x + drop_path(self.mlp(x, training=training), self.drop_path_rate, of_layer(drawn, 1)), density
 
 
 class LevitStage(nnx.Module):
-    """The blocks of one grid, behind the layer that shrinks the one before; `common` is what all layers take."""
+    """The blocks of one grid, after the layer that shrinks the grid before; `stage` is its number."""
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        from_dim: int | None,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float,
-        grid: tuple[int, int],
-        remat: bool,
-        **common: Any,
-    ):
-        self.remat = remat
-        self.downsample = None if from_dim is None else LevitDownsample(from_dim, dim, grid=grid, **common)
-        grid = grid if from_dim is None else halved(grid)
-        self.blocks = nnx.List(
-            LevitBlock(dim, num_heads, mlp_ratio=mlp_ratio, grid=grid, **common) for _ in range(depth)
-        )
+    def __init__(self, config: LeViTConfig, stage: int, grid: tuple[int, int], core: Core, layers: Layers):
+        dim, key_dim, rate = config.embed_dim[stage], config.key_dim, config.drop_path_rate  # one rate, as published
+        self.remat = config.remat
+        downsample = None
+        if stage:
+            before = config.embed_dim[stage - 1]
+            attn = LevitAttention(before, dim, before // key_dim, key_dim, grid, core, layers, subsampling=True)
+            downsample = LevitDownsample(attn, LevitMlp(dim, SUBSAMPLING_MLP_RATIO, layers), rate)
+            grid = halved(grid)
+        self.downsample = downsample
+        blocks = []
+        for _ in range(config.depth[stage]):
+            attn = LevitAttention(dim, dim, config.num_heads[stage], key_dim, grid, core, layers, subsampling=False)
+            blocks.append(LevitBlock(attn, LevitMlp(dim, config.mlp_ratio, layers), rate))
+        self.blocks = nnx.List(blocks)
 
     @property
     def layers(self) -> int:
         return len(self.blocks) + (self.downsample is not None)
 
-    def __call__(self, x, *, grid, mask_threshold, drawn):
+    def __call__(self, x, *, grid, drawn, **inputs):
         """(tokens, their grid, the layers' mask densities)."""
-        densities = []
-        if self.downsample is not None:
-            x, density = run_block(
-                self.downsample, x, remat=self.remat, grid=grid, mask_threshold=mask_threshold, drawn=of_layer(drawn, 0)
-            )
-            grid = halved(grid)
-            densities.append(density)
-        for block in self.blocks:
+        densities: list[jax.Array] = []
+        for layer in (self.downsample, *self.blocks):
+            if layer is None:
+                continue
             of_block = of_layer(drawn, len(densities))
-            x, density = run_block(block, x, remat=self.remat, grid=grid, mask_threshold=mask_threshold, drawn=of_block)
+            x, density = run_block(layer, x, remat=self.remat, grid=grid, drawn=of_block, **inputs)
+            grid = halved(grid) if layer is self.downsample else grid
             densities.append(density)
         return x, grid, densities
 
@@ -301,111 +268,38 @@ class LevitStage(nnx.Module):
 class LeViT(Backbone):
     """LeViT; `distilled` adds a second head, whose logits are averaged with the first's and which inference folds in.
 
-    embed_dim, depth and num_heads have an entry a stage; every stage but the first begins with a subsampling attention,
-    of as many heads as key_dim goes into the width before. Images of another size than `image_size` are taken too: the
-    attention biases are of offsets in tokens, and so are looked up as they are; tokens farther apart than any in an
-    image of the model's size have the bias of the farthest.
+    embed_dim, depth and num_heads have an entry for each stage. Every stage but the first begins with a subsampling
+    attention, which has (width of the stage before) // key_dim heads. Images of another size than `image_size` are
+    taken too: attention biases belong to offsets in tokens, so they are looked up as they are; tokens farther apart
+    than any in an image of the model's size have the bias of the farthest.
 
     Raises:
       InputError: image_size is no multiple of the stem's stride, or the stages' sizes do not fit each other.
     """
 
-    def __init__(
-        self,
-        *,
-        attention: str,
-        form: str,
-        num_classes: int,
-        image_size: int,
-        embed_dim: tuple[int, ...],
-        depth: tuple[int, ...],
-        num_heads: tuple[int, ...],
-        key_dim: int,
-        in_chans: int = 3,
-        mlp_ratio: float = 2.0,
-        distilled: bool = False,
-        drop_path_rate: float = 0.0,
-        remat: bool = False,
-        token_conv: str | None = "2d",
-        token_kernel_size: int | None = None,
-        implementation: str = "auto",
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
-        _check_stages(embed_dim=embed_dim, depth=depth, num_heads=num_heads)
-        if embed_dim[0] % 8:
-            raise InputError(f"the first embed_dim must be a multiple of 8, for the stem, not {embed_dim[0]}.")
-        if key_dim > min(embed_dim):
-            raise InputError(f"key_dim must be at most the widths {embed_dim}, not {key_dim}.")
-        layer: dict[str, Any] = {"form": form, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.in_chans = in_chans
-        self.stem = Stem(in_chans, embed_dim[0], **layer)
-        grid = stem_grid((image_size, image_size))
+    def __init__(self, config: LeViTConfig, core: Core, layers: Layers):
+        widths, classes = config.embed_dim, config.num_classes
+        _check_stages(embed_dim=widths, depth=config.depth, num_heads=config.num_heads)
+        if widths[0] % 8:
+            raise InputError(f"the first embed_dim must be a multiple of 8, for the stem, not {widths[0]}.")
+        if config.key_dim > min(widths):
+            raise InputError(f"key_dim must be at most the widths {widths}, not {config.key_dim}.")
+        self.in_chans = config.in_chans
+        self.stem = Stem(config.in_chans, widths[0], layers)
+        grid = stem_grid((config.image_size, config.image_size))
         stages = []
-        for i, dim in enumerate(embed_dim):
-            stages.append(
-                LevitStage(
-                    dim,
-                    from_dim=embed_dim[i - 1] if i else None,
-                    depth=depth[i],
-                    num_heads=num_heads[i],
-                    mlp_ratio=mlp_ratio,
-                    grid=grid,
-                    remat=remat,
-                    key_dim=key_dim,
-                    drop_path_rate=drop_path_rate,  # the same in all layers, as published
-                    attention=attention,
-                    form=form,
-                    token_conv=token_conv,
-                    token_kernel_size=token_kernel_size,
-                    implementation=implementation,
-                    layer=layer,
-                )
-            )
-            grid = halved(grid) if i else grid
+        for stage in range(len(widths)):
+            stages.append(LevitStage(config, stage, grid, core, layers))
+            grid = halved(grid) if stage else grid
         self.stages = nnx.List(stages)
-        self.head = NormLinear(embed_dim[-1], num_classes, **layer)
-        has_second_head = distilled and form == "train"
-        self.head_dist = NormLinear(embed_dim[-1], num_classes, **layer) if has_second_head else None
+        self.head = NormLinear(widths[-1], classes, layers)
+        has_second_head = config.distilled and not layers.folded  # folding averages the two heads
+        self.head_dist = NormLinear(widths[-1], classes, layers) if has_second_head else None
 
-    def head_logits(
-        self,
-        images: Float[Array, "batch height width channels"],
-        *,
-        mask_threshold: ArrayLike | None = None,
-        key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "heads batch classes"], Float[Array, "layers"]]:
-        """Each head's logits in float32 and the mask density of each layer, subsampling attentions among them.
-
-        With a key, drop-path is on and batch norm goes by the batch's statistics and updates its own, as in training.
-
-        Raises:
-          InputError: the image is no multiple of the stem's stride or has other channels, or a castling model in
-            training form has no threshold.
-        """
-        features, densities = self._stages(images, mask_threshold, key)
-        pooled = jnp.mean(features[-1], axis=(1, 2))
-        heads = [self.head] if self.head_dist is None else [self.head, self.head_dist]
-        logits = [head(pooled, training=key is not None) for head in heads]
-        return jnp.stack(logits).astype(jnp.float32), densities
-
-    def features(
-        self,
-        images: Float[Array, "batch height width channels"],
-        *,
-        mask_threshold: ArrayLike | None = None,
-        key: Key[Array, ""] | None = None,
-    ) -> list[Float[Array, "batch height width channels"]]:
-        """The tokens behind each stage, at strides of 16, 32 and 64 pixels. Raises as a call does."""
-        return self._stages(images, mask_threshold, key)[0]
-
-    def _stages(
+    def _encode(
         self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None
     ) -> tuple[list[jax.Array], jax.Array]:
-        """The features of each stage and the mask density of each layer."""
-        if images.shape[3] != self.in_chans:
-            raise InputError(f"images must have {self.in_chans} channels, not {images.shape[3]}.")
+        """The tokens after each stage, on their grid, and the mask densities, subsampling attentions among them."""
         grid = stem_grid(images.shape[1:3])
         x = self.stem(images, training=key is not None)
         x = x.reshape(x.shape[0], math.prod(grid), x.shape[3])
@@ -418,6 +312,15 @@ class LeViT(Backbone):
             features.append(x.reshape(x.shape[0], *grid, x.shape[2]))
             densities += kept
         return features, jnp.stack(densities)
+
+    def _classify(self, encoded, densities, *, training):
+        pooled = jnp.mean(encoded[-1], axis=(1, 2))
+        heads = [self.head] if self.head_dist is None else [self.head, self.head_dist]
+        logits = [head(pooled, training=training) for head in heads]
+        return jnp.stack(logits).astype(jnp.float32), densities
+
+    def _maps(self, encoded):
+        return encoded
 
 
 def _check_stages(**sizes: tuple[int, ...]) -> None:
@@ -433,7 +336,7 @@ def _check_stages(**sizes: tuple[int, ...]) -> None:
 
 
 def stem_grid(size: tuple[int, ...]) -> tuple[int, int]:
-    """(rows, columns) of tokens behind the stem, of an image of (height, width) pixels.
+    """(rows, columns) of tokens after the stem, for an image of (height, width) pixels.
 
     Raises:
       InputError: either is not a multiple of the stem's stride.
@@ -459,17 +362,17 @@ def every_second(grid: tuple[int, int]) -> Int[np.ndarray, "queries"]:
 def bias_of_offsets(
     table: Float[Array, "heads offsets"], grid: tuple[int, int], table_grid: tuple[int, int], *, stride: int
 ) -> Float[Array, "1 heads queries keys"]:
-    """The attention bias of each query and key: the table's at the offset between them, |dy| * columns + |dx|.
+    """The attention bias of each query and key: the table's entry for their offset, |dy| * columns + |dx|.
 
     Args:
       table: the biases.
       grid: (height, width) of the keys.
-      table_grid: how many offsets (down, across) the table has; a larger one counts as the largest.
-      stride: the queries are each such row's each such token.
+      table_grid: how many offsets (down, across) the table has; a larger offset takes the entry of the largest.
+      stride: the queries stand on every stride-th token of every stride-th row.
     """
     offsets = [_offsets(length, limit, stride=stride) for length, limit in zip(grid, table_grid, strict=True)]
     on_grid = table.reshape(-1, *table_grid)
-    # A TPU looks numbers up one at a time, and so adds their gradients; elsewhere it is the products that take long.
+    # A TPU looks numbers up one at a time, and adds their gradients one at a time; elsewhere the products are slower.
     bias = jax.lax.platform_dependent(
         on_grid, tpu=lambda table: _select(table, *offsets), default=lambda table: _look_up(table, *offsets)
     )
@@ -488,7 +391,7 @@ def _select(table: jax.Array, down: np.ndarray, across: np.ndarray) -> jax.Array
 
 
 def _offsets(length: int, limit: int, *, stride: int) -> Int[np.ndarray, "queries keys"]:
-    """How far the keys of one axis are from its queries, at most limit - 1."""
+    """The distances of an axis's keys from its queries, cut at limit - 1."""
     places = np.arange(length)
     return np.minimum(np.abs(places[::stride, None] - places), limit - 1)
 
@@ -496,6 +399,6 @@ def _offsets(length: int, limit: int, *, stride: int) -> Int[np.ndarray, "querie
 def fit_bias_table(
     table: Float[np.ndarray, "heads offsets"], grid: tuple[int, int], new_grid: tuple[int, int]
 ) -> Float[np.ndarray, "heads new_offsets"]:
-    """The table of attention biases of a model of another image size: the same biases, in every image, as before."""
+    """The attention biases as a table for another image size: every offset keeps its bias."""
     down, across = (np.minimum(np.arange(new), old - 1) for new, old in zip(new_grid, grid, strict=True))
     return table.reshape(len(table), *grid)[:, down][:, :, across].reshape(len(table), -1)

@@ -9,33 +9,27 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.variables import apply, get_variables
 
-# The scopes (jax.named_scope) that models and operations put around their parts, in the order of a forward pass. The
-# innermost counts: a part stands inside no other.
-PARTS = (
-    "patch_embed",
-    "stem",
-    "shortcut",
-    "qkv",
-    "pool",
-    "softmax",
-    "masked_softmax",
-    "relative_positions",
-    "angular",
-    "linear_angular",
-    "token_kernel",
-    "proj",
-    "mlp",
-    "head",
-)
-OTHER = "other"  # what no scope names, such as the resizing of positions to another grid
+BEFORE_ATTENTION = ("patch_embed", "stem", "shortcut", "qkv", "pool", "relative_positions")
+AFTER_ATTENTION = ("token_kernel", "proj", "mlp", "head")
+OTHER = "other"  # work outside every scope, such as resizing positions to another grid
+
+
+def parts() -> tuple[str, ...]:
+    """The scopes (jax.named_scope) that models and attention kinds put around their parts, in a forward pass's order.
+
+    Where scopes are nested, the innermost one counts.
+    """
+    attention = dict.fromkeys(part for kind in KINDS.values() for part in kind.parts)
+    return (*BEFORE_ATTENTION, *attention, *AFTER_ATTENTION)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one image: multiply-accumulates, and activations, the numbers that the counted operations give out."""
+    """What one image takes: multiply-accumulates, and activations, the numbers that the counted operations output."""
 
     macs: int = 0
     activations: int = 0
@@ -45,12 +39,12 @@ class Cost:
 
 
 def count_costs(model: Backbone, image_size: int | None = None) -> dict[str, Cost]:
-    """The cost of one image's forward pass by part, of PARTS those that the model has.
+    """The cost of one image's forward pass, for each of `parts` that the model has.
 
-    Counted from the traced program, so that attention's own products are in, as in the papers' figures: matrix
-    products, convolutions and the attention's taps are, elementwise work (norms, softmax, GELU) is not. Activations
-    are the results of these same operations, as fvcore counts them. Of a castling model in training form both
-    attentions count.
+    It is counted in the traced program. Matrix products, convolutions and the attention's taps count, attention's own
+    products among them, as in the papers' figures; elementwise work (norms, softmax, GELU) does not. Activations are
+    the results of these same operations, as fvcore counts them. In a castling model's training form both attentions
+    count.
 
     Args:
       model: may hold shapes only.
@@ -63,22 +57,21 @@ def count_costs(model: Backbone, image_size: int | None = None) -> dict[str, Cos
         get_variables(model), images, jax.ShapeDtypeStruct((), jnp.float32)
     )
     costs: dict[str, Cost] = {}
-    for part, cost in _costs(jaxpr.jaxpr, OTHER):
+    for part, cost in _costs(jaxpr.jaxpr, OTHER, parts()):
         costs[part] = costs.get(part, Cost()) + cost
-    return {part: costs[part] for part in (*PARTS, OTHER) if part in costs}
+    return {part: costs[part] for part in (*parts(), OTHER) if part in costs}
 
 
 def count_macs(model: Backbone, image_size: int | None = None) -> int:
-    """Multiply-accumulates of one image's forward pass, all of `count_costs`."""
+    """Multiply-accumulates of one image's forward pass: the sum over `count_costs`."""
     return sum(cost.macs for cost in count_costs(model, image_size).values())
 
 
-def _costs(jaxpr: Jaxpr, outer: str) -> Iterator[tuple[str, Cost]]:
-    """Each counted operation's part and cost; `outer` is the part that the program is called in."""
+def _costs(jaxpr: Jaxpr, outer: str, known: tuple[str, ...]) -> Iterator[tuple[str, Cost]]:
+    """Each counted operation's part, one of those known, and cost; `outer` is the part that calls the program."""
     for equation in jaxpr.eqns:
-        part = next(
-            (name for name in reversed(str(equation.source_info.name_stack).split("/")) if name in PARTS), outer
-        )
+        scopes = str(equation.source_info.name_stack).split("/")
+        part = next((name for name in reversed(scopes) if name in known), outer)
         name = equation.primitive.name
         shapes: list[Any] = [variable.aval for variable in (*equation.invars, *equation.outvars)]
         size = shapes[-1].size if shapes else 0
@@ -92,14 +85,14 @@ def _costs(jaxpr: Jaxpr, outer: str) -> Iterator[tuple[str, Cost]]:
         elif equation.params.get("name") == "_depthwise_taps":
             yield part, Cost(size * math.prod(shapes[1].shape[:-1]), size)
         elif equation.params.get("branches_platforms"):
-            # One computation in a form for each platform: counted in that of no platform in particular.
+            # One computation, written for each platform: the default platform's form is counted.
             forms = zip(equation.params["branches_platforms"], equation.params["branches"], strict=True)
             for platforms, form in forms:
                 if platforms is None:
-                    yield from _costs(form.jaxpr, part)
+                    yield from _costs(form.jaxpr, part, known)
         else:
             for inner in _inner(equation.params):
-                yield from _costs(inner, part)
+                yield from _costs(inner, part, known)
 
 
 def _inner(params: dict[str, Any]) -> list[Jaxpr]:

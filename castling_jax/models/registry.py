@@ -1,8 +1,7 @@
 """Names -> models."""
 
-import inspect
+import dataclasses
 import math
-from collections.abc import Mapping
 from types import UnionType
 from typing import Any, cast, get_origin
 
@@ -12,40 +11,47 @@ import numpy as np
 from flax import nnx
 
 from castling_jax.errors import InputError, check_known
-from castling_jax.models.attention import ATTENTIONS, FORMS
-from castling_jax.models.backbone import Backbone, ModelSpec
-from castling_jax.models.deit import DeiT
-from castling_jax.models.levit import LeViT
-from castling_jax.models.mvitv2 import MViTv2
-from castling_jax.ops.checks import check_implementation
+from castling_jax.models.attention.kinds import KINDS, make_core
+from castling_jax.models.backbone import Backbone, BackboneConfig, ModelSpec
+from castling_jax.models.deit import DeiT, DeiTConfig
+from castling_jax.models.layers import Layers
+from castling_jax.models.levit import LeViT, LeViTConfig
+from castling_jax.models.mvitv2 import MViTv2, MViTv2Config
 
-
-def _levit(embed_dim: tuple[int, ...], depth: tuple[int, ...], num_heads: tuple[int, ...], key_dim: int) -> dict:
-    return {"image_size": 224, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "key_dim": key_dim}
-
-
-# name -> (class, its arguments): DeiT's are Touvron et al.'s, table 1, LeViT's Graham et al.'s, table 1, MViTv2's Li et
-# al.'s, with their drop-path. deit_micro is ours, for small images on a CPU; DeiT's start of 0.02 is too small for its
-# width to learn from.
-MODELS: dict[str, tuple[type[Any], dict[str, Any]]] = {
-    "deit_tiny": (DeiT, {"image_size": 224, "embed_dim": 192, "depth": 12, "num_heads": 3}),
-    "deit_small": (DeiT, {"image_size": 224, "embed_dim": 384, "depth": 12, "num_heads": 6}),
-    "deit_base": (DeiT, {"image_size": 224, "embed_dim": 768, "depth": 12, "num_heads": 12}),
-    "deit_micro": (
-        DeiT,
-        {"image_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 2, "init_std": 0.1},
+# name -> (class, its configuration): DeiT's are Touvron et al.'s, table 1, LeViT's Graham et al.'s, table 1, MViTv2's
+# Li et al.'s, with their drop-path. deit_micro is ours, for small images on a CPU; it is so narrow that it does not
+# learn from DeiT's initial deviation of 0.02.
+MODELS: dict[str, tuple[type[Backbone], BackboneConfig]] = {
+    "deit_tiny": (DeiT, DeiTConfig(embed_dim=192, depth=12, num_heads=3)),
+    "deit_small": (DeiT, DeiTConfig(embed_dim=384, depth=12, num_heads=6)),
+    "deit_base": (DeiT, DeiTConfig(embed_dim=768, depth=12, num_heads=12)),
+    "deit_micro": (DeiT, DeiTConfig(image_size=8, patch_size=2, embed_dim=64, depth=4, num_heads=2, init_std=0.1)),
+    "levit_128s": (
+        LeViT,
+        LeViTConfig(embed_dim=(128, 256, 384), depth=(2, 3, 4), num_heads=(4, 6, 8), key_dim=16),
     ),
-    "levit_128s": (LeViT, _levit((128, 256, 384), (2, 3, 4), (4, 6, 8), 16)),
-    "levit_128": (LeViT, _levit((128, 256, 384), (4, 4, 4), (4, 8, 12), 16)),
-    "levit_192": (LeViT, _levit((192, 288, 384), (4, 4, 4), (3, 5, 6), 32)),
-    "levit_256": (LeViT, _levit((256, 384, 512), (4, 4, 4), (4, 6, 8), 32)),
-    "levit_384": (LeViT, _levit((384, 512, 768), (4, 4, 4), (6, 9, 12), 32) | {"drop_path_rate": 0.1}),
-    "mvitv2_tiny": (MViTv2, {"image_size": 224, "depths": (1, 2, 5, 2), "drop_path_rate": 0.1}),
-    "mvitv2_small": (MViTv2, {"image_size": 224, "depths": (1, 2, 11, 2), "drop_path_rate": 0.1}),
-    "mvitv2_base": (MViTv2, {"image_size": 224, "depths": (2, 3, 16, 3), "drop_path_rate": 0.3}),
+    "levit_128": (
+        LeViT,
+        LeViTConfig(embed_dim=(128, 256, 384), depth=(4, 4, 4), num_heads=(4, 8, 12), key_dim=16),
+    ),
+    "levit_192": (
+        LeViT,
+        LeViTConfig(embed_dim=(192, 288, 384), depth=(4, 4, 4), num_heads=(3, 5, 6), key_dim=32),
+    ),
+    "levit_256": (
+        LeViT,
+        LeViTConfig(embed_dim=(256, 384, 512), depth=(4, 4, 4), num_heads=(4, 6, 8), key_dim=32),
+    ),
+    "levit_384": (
+        LeViT,
+        LeViTConfig(embed_dim=(384, 512, 768), depth=(4, 4, 4), num_heads=(6, 9, 12), key_dim=32, drop_path_rate=0.1),
+    ),
+    "mvitv2_tiny": (MViTv2, MViTv2Config(depths=(1, 2, 5, 2), drop_path_rate=0.1)),
+    "mvitv2_small": (MViTv2, MViTv2Config(depths=(1, 2, 11, 2), drop_path_rate=0.1)),
+    "mvitv2_base": (MViTv2, MViTv2Config(depths=(2, 3, 16, 3), drop_path_rate=0.3)),
 }
 DTYPES = ("float32", "bfloat16")
-COMMON_ARGUMENTS = ("self", "attention", "form", "num_classes", "image_size", "dtype", "param_dtype", "rngs")
+SIZES = ("num_classes", "image_size")  # fields of every configuration that are arguments of create_model themselves
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -55,29 +61,33 @@ def _dtype_name(dtype: Any) -> str:
         return str(dtype)
 
 
-def _check_types(arguments: dict[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
-    """Raises an InputError unless arguments are what a constructor's annotations say, and sizes at least 1.
+def _check_values(config: BackboneConfig) -> None:
+    """Raises an InputError unless fields are of the types they are annotated with, sizes at least 1, and shares valid.
 
-    What is to be a tuple may be an integer here, for the constructor to say how long it should be.
+    A field for a tuple may be an integer here: the model's constructor says how long the tuple has to be.
     """
-    for word, value in arguments.items():
-        hint = parameters[word].annotation
-        kinds = {get_origin(kind) or kind for kind in (hint.__args__ if isinstance(hint, UnionType) else (hint,))}
-        if tuple in kinds:
+    for field in dataclasses.fields(config):
+        word, value, hint = field.name, getattr(config, field.name), cast(Any, field.type)
+        types = {get_origin(kind) or kind for kind in (hint.__args__ if isinstance(hint, UnionType) else (hint,))}
+        if tuple in types:
             if any(type(item) is not int for item in jax.tree.leaves(value)):
                 raise InputError(f"{word} must be integers, not {value!r}.")
             continue
-        if float in kinds:
-            kinds |= {int}
-        if type(value) not in kinds:
-            allowed = " or ".join(sorted(getattr(kind, "__name__", str(kind)) for kind in kinds))
+        if float in types:
+            types |= {int}
+        if type(value) not in types:
+            allowed = " or ".join(sorted(getattr(kind, "__name__", str(kind)) for kind in types))
             raise InputError(f"{word} must be {allowed.replace('NoneType', 'None')}, not {value!r}.")
-        if type(value) is int and value < 1 and float not in kinds:
+        if type(value) is int and value < 1 and float not in types:
             raise InputError(f"{word} must be at least 1, not {value}.")
+    if not 0 <= config.drop_path_rate < 1:
+        raise InputError(f"drop_path_rate must be in [0, 1), not {config.drop_path_rate}.")
+    if not 0 < config.mlp_ratio < math.inf:
+        raise InputError(f"mlp_ratio must be above 0, not {config.mlp_ratio}.")
 
 
 def _plain(value: Any) -> Any:
-    """Tuples in the place of lists, which JSON has: they can be hashed, as a spec must be. And Python's integers."""
+    """Tuples for lists, which JSON gives, since a spec must be hashable; and Python's integers for NumPy's."""
     if isinstance(value, list | tuple):
         return tuple(_plain(item) for item in value)
     return int(value) if isinstance(value, np.integer) else value
@@ -99,18 +109,18 @@ def create_model(
 
     Args:
       name: one of MODELS.
-      attention: "castling", "linear_angular", "softmax", or "angular" (the exact kernel, quadratic in tokens).
+      attention: one of KINDS, such as "castling", "linear_angular", "softmax" or "angular" (the exact kernel, quadratic
+        in tokens), or an attention that `register_attention` added.
       form: "train" or "inference"; a castling model in inference form has no softmax branch.
-      num_classes: logits.
+      num_classes: size of the classifier's output.
       image_size: pixels a side; None is the model's own.
-      dtype: what it computes in, float32 or bfloat16; logits are float32 always.
-      param_dtype: what its parameters are held in.
+      dtype: compute dtype, float32 or bfloat16; logits are always float32.
+      param_dtype: dtype of the parameters.
       rngs: where the parameters are drawn from; None is nnx.Rngs(0).
-      **overrides: timm's constructor words: embed_dim, depth, num_heads (tuples of LeViT), depths, stride_q,
-        stride_kv_adaptive (of MViTv2), key_dim, patch_size, in_chans, mlp_ratio, qkv_bias, distilled, drop_path_rate;
-        init_std of the matrices; remat, to compute what is inside a block again in the backward pass rather than keep
-        it; token_conv ("1d", "2d" or None) and token_kernel_size; and implementation, of the operations ("auto", "xla"
-        or "pallas").
+      **overrides: other fields of the model's configuration (DeiTConfig, LeViTConfig, MViTv2Config), which are timm's
+        constructor words: embed_dim, depth, num_heads (tuples for LeViT), depths, stride_q, stride_kv_adaptive (for
+        MViTv2), key_dim, patch_size, in_chans, mlp_ratio, qkv_bias, distilled, drop_path_rate; and ours: init_std,
+        remat, token_conv, token_kernel_size and implementation.
 
     Returns:
       A Flax NNX module; `model.spec` holds what it was made from.
@@ -119,52 +129,66 @@ def create_model(
       InputError: a name or an override is unknown, or sizes do not fit each other.
     """
     check_known("model", name, MODELS)
-    check_known("attention", attention, ATTENTIONS)
-    check_known("form", form, FORMS)
     dtypes = {"dtype": _dtype_name(dtype), "param_dtype": _dtype_name(param_dtype)}
-    for word, given in dtypes.items():
-        check_known(word, given, DTYPES)
-    factory, defaults = MODELS[name]
-    parameters = inspect.signature(factory.__init__).parameters
-    for word in overrides:
-        check_known(f"argument of {name}", word, [word for word in parameters if word not in COMMON_ARGUMENTS])
-    check_implementation(overrides.get("implementation", "auto"))
+    for word, value in dtypes.items():
+        check_known(word, value, DTYPES)
     if not isinstance(rngs, nnx.Rngs | _SameKey | None):
         raise InputError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), not {type(rngs).__name__}.")
     if rngs is not None and not hasattr(rngs, "params"):
         raise InputError("rngs must have a stream for params, as nnx.Rngs(0) and nnx.Rngs(params=0) do.")
     overrides = {word: _plain(value) for word, value in overrides.items()}
-    arguments: dict[str, Any] = defaults | overrides
-    if image_size is not None:
-        arguments["image_size"] = image_size
-    _check_types(arguments | {"num_classes": num_classes}, parameters)
-    if not 0 <= (rate := arguments.get("drop_path_rate", 0)) < 1:
-        raise InputError(f"drop_path_rate must be in [0, 1), not {rate}.")
-    if not 0 < (ratio := arguments.get("mlp_ratio", 1)) < math.inf:
-        raise InputError(f"mlp_ratio must be above 0, not {ratio}.")
-    model = factory(
-        attention=attention,
-        form=form,
-        num_classes=num_classes,
+    sizes = {"num_classes": num_classes} | ({} if image_size is None else {"image_size": image_size})
+    config = _configured(name, overrides, sizes)
+    core = make_core(
+        attention,
+        form,
+        token_conv=config.token_conv,
+        token_kernel_size=config.token_kernel_size,
+        implementation=config.implementation,
+    )
+    if core.kind.module is not None and not MODELS[name][0].takes_modules:
+        raise InputError(
+            f"attention={attention!r} replaces the whole multi-head attention, which {name} does not have: choose a "
+            "plain transformer such as deit_small."
+        )
+    layers = Layers(
         dtype=jnp.dtype(dtypes["dtype"]),
         param_dtype=jnp.dtype(dtypes["param_dtype"]),
         rngs=nnx.Rngs(0) if rngs is None else rngs,
-        **arguments,
+        folded=form == "inference",
     )
+    model = MODELS[name][0](config, core, layers)
     model.spec = ModelSpec(
         name=name,
         attention=attention,
         form=form,
         num_classes=num_classes,
-        image_size=arguments["image_size"],
+        image_size=config.image_size,
         **dtypes,
         overrides=tuple(sorted(overrides.items())),
     )
     return model
 
 
+def _configured(name: str, overrides: dict[str, Any], sizes: dict[str, Any]) -> BackboneConfig:
+    """The model's configuration with these fields, checked."""
+    _, config = MODELS[name]
+    words = [field.name for field in dataclasses.fields(config) if field.name not in SIZES]
+    for word in overrides:
+        check_known(f"argument of {name}", word, words)
+    config = dataclasses.replace(config, **overrides, **sizes)
+    _check_values(config)
+    return config
+
+
+def attentions_of(name: str) -> list[str]:
+    """The attentions that the model `name` takes: a module of a kind's own only fits plain transformers."""
+    model, _ = MODELS[name]
+    return [attention for attention, kind in KINDS.items() if kind.module is None or model.takes_modules]
+
+
 class _SameKey:
-    """In the place of nnx.Rngs where nothing is drawn: counting the draws is most of what tracing a model costs."""
+    """Stands in for nnx.Rngs where nothing is drawn: counting the draws is most of the cost of tracing a model."""
 
     def __init__(self) -> None:
         self._key = jax.random.key(0)

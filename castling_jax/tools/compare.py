@@ -18,7 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from castling_jax.errors import InputError, check_known
-from castling_jax.models.attention import ATTENTIONS
+from castling_jax.models.attention.kinds import KINDS
 from castling_jax.storage import write_atomically
 from castling_jax.tools.memory import keep_freed_memory
 from castling_jax.training.config_files import load_config
@@ -64,7 +64,7 @@ def main() -> None:
         config = load_config(options.config)
         attentions = options.attentions.split(",")
         for attention in attentions:
-            check_known("attention", attention, ATTENTIONS)
+            check_known("attention", attention, KINDS)
         if options.epochs is not None:
             config.train.epochs = options.epochs
         workdir = options.workdir or epath.Path("runs") / f"compare-{Path(options.config.partition(':')[0]).stem}"

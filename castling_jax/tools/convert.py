@@ -45,6 +45,7 @@ from castling_jax.data.loader import evaluation_batches
 from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import eval_transform
 from castling_jax.errors import InputError
+from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, count_parameters, flatten
@@ -184,7 +185,7 @@ def check_forms(source: Source, images: jax.Array) -> list[str]:
     if spec.form == "inference":
         return ["the source is in inference form already"]
     logits = _logits(abstract_model(**spec.arguments(form="inference")), to_inference(source.variables), images)
-    if spec.attention == "castling":
+    if KINDS[spec.attention].inference is not None:
         assert source.mask_threshold is not None
         report = check_switch(source.model, source.variables, images, source.mask_threshold)
         kept = ", ".join(f"{density:.2%}" for density in report["densities"])

@@ -25,23 +25,25 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from castling_jax.errors import InputError
-from castling_jax.models.attention import ATTENTIONS, FORMS
+from castling_jax.models.attention.kinds import FORMS, KINDS
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import Cost, count_costs
-from castling_jax.models.registry import MODELS, abstract_model
+from castling_jax.models.registry import MODELS, abstract_model, attentions_of
 from castling_jax.models.variables import count_parameters, flatten, get_variables
 
+# What the tables call a part; a registered attention's part has its own name.
 PART_NAMES = {
     "patch_embed": "patch embedding",
     "stem": "stem",
     "shortcut": "skip path's projections",
     "qkv": "projections to q, k and v",
     "pool": "pooling of q, k and v",
-    "softmax": "softmax: Q K^T and P V",
-    "masked_softmax": "softmax branch: Q K^T and (M * P) V",
     "relative_positions": "relative positions of the softmax",
-    "angular": "exact kernel: Q K^T and Sim V",
+    "masked_softmax": "softmax branch: Q K^T and (M * P) V",
     "linear_angular": "linear-angular: K^T V and Q (K^T V)",
+    "softmax": "softmax: Q K^T and P V",
+    "angular": "exact kernel: Q K^T and Sim V",
+    "relu_linear": "ReLU linear: K^T V and Q (K^T V)",
     "token_kernel": "token kernel's taps",
     "proj": "output projections",
     "mlp": "MLPs",
@@ -69,13 +71,13 @@ def measure(model: Backbone) -> Size:
 
 
 def compare(name: str, **arguments: Any) -> dict[tuple[str, tuple[str, ...]], Size]:
-    """A model with every attention: (attention, the forms of this size) -> size.
+    """A model with every attention that it takes: (attention, the forms of this size) -> size.
 
     Raises:
       InputError: as `create_model`.
     """
     sizes: dict[tuple[str, tuple[str, ...]], Size] = {}
-    for attention in ATTENTIONS:
+    for attention in attentions_of(name):
         train, inference = (
             measure(abstract_model(name, attention=attention, form=form, **arguments)) for form in FORMS
         )
@@ -222,9 +224,7 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help=f"one of {', '.join(MODELS)}; without it all are listed")
-    parser.add_argument(
-        "--attention", default="castling", help=f"of the second and third table: {', '.join(ATTENTIONS)}"
-    )
+    parser.add_argument("--attention", default="castling", help=f"of the second and third table: {', '.join(KINDS)}")
     parser.add_argument("--form", default="train", help=f"of the second and third table: {', '.join(FORMS)}")
     parser.add_argument("--image_size", type=int, help="pixels a side (default: the model's own)")
     parser.add_argument("--num_classes", type=int, default=1000, help="logits (default: 1000)")

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from castling_jax.models.attention import Attention
+from castling_jax.models.attention.heads import MultiHeadAttention
+from castling_jax.models.attention.kinds import make_core
+from castling_jax.models.layers import Layers
 
 MASK_THRESHOLD = 0.02  # of training forms; what it lets through costs nothing less
 SOFTMAX, INFERENCE, TRAINING = "softmax", "castling, inference form", "castling, training form"
@@ -54,18 +56,9 @@ def our_layers(channels: int, heads: int) -> tuple[list[Layer], dict[str, np.nda
     layers = []
     kinds = {SOFTMAX: ("softmax", "inference"), INFERENCE: ("castling", "inference"), TRAINING: ("castling", "train")}
     for name, (attention, form) in kinds.items():
-        module = Attention(
-            channels,
-            heads,
-            attention=attention,
-            form=form,
-            qkv_bias=True,
-            token_conv="1d",
-            token_kernel_size=None,
-            dtype=jnp.dtype(jnp.float32),
-            param_dtype=jnp.dtype(jnp.float32),
-            rngs=nnx.Rngs(0),
-        )
+        made_by = Layers(dtype=jnp.dtype("float32"), param_dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+        core = make_core(attention, form, token_conv="1d")
+        module = MultiHeadAttention(channels, heads, core, made_by, qkv_bias=True)
         if module.token_kernel is not None:  # zero in a new layer, which would hide it from a comparison
             module.token_kernel[...] = jax.random.normal(jax.random.key(1), module.token_kernel.shape) / 3
             taps = np.asarray(module.token_kernel[...])

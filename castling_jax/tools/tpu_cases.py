@@ -17,12 +17,11 @@ from ml_collections import ConfigDict
 
 from castling_jax.data.sources import Dataset, Unread, load_dataset
 from castling_jax.errors import InputError, check_known
-from castling_jax.models.attention import ATTENTIONS, FORMS, attend
+from castling_jax.models.attention.kinds import FORMS, Kind, make_core
 from castling_jax.models.layers import add_bias
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, get_variables
-from castling_jax.ops.checks import check_implementation
 from castling_jax.training.config import default_config, model_arguments
 from castling_jax.training.config_files import load_config
 from castling_jax.training.optimizers import make_optimizer
@@ -135,17 +134,15 @@ def layer(
 
     With form="train" it is forward and backward, to all weights and to the layer's input.
     """
-    check_known("form", form, FORMS)
-    check_known("attention", attention, ATTENTIONS)
-    check_implementation(implementation)
+    core = make_core(attention, form, token_conv="1d", implementation=implementation)
     _check_positive(tokens=tokens, batch=batch)
-    if implementation == "pallas" and attention not in ("castling", "linear_angular"):
+    if implementation == "pallas" and not core.kind.takes("implementation"):
         raise InputError(f'there are no Pallas kernels of {attention} attention: leave --implementation at "auto".')
     linear = {"kernel": _bfloat16(CHANNELS, CHANNELS), "bias": _bfloat16(CHANNELS)}
     weights = {"q": linear, "k": linear, "v": linear, "proj": linear, "token_kernel": _bfloat16(TAPS, HEADS)}
     x = _bfloat16(batch, tokens, CHANNELS)
     threshold = jax.ShapeDtypeStruct((), jnp.float32)
-    run = functools.partial(_run_layer, attention=attention, form=form, implementation=implementation)
+    run = functools.partial(_run_layer, kind=core.kind, implementation=implementation)
     if form == "inference":
         return Case(run, (weights, x, threshold))
 
@@ -156,7 +153,7 @@ def layer(
     return Case(run_and_differentiate, (weights, x, x, threshold))
 
 
-def _run_layer(weights, x, threshold, *, attention: str, form: str, implementation: str) -> jax.Array:
+def _run_layer(weights, x, threshold, *, kind: Kind, implementation: str) -> jax.Array:
     def project(x, name):
         return x @ weights[name]["kernel"]
 
@@ -164,10 +161,8 @@ def _run_layer(weights, x, threshold, *, attention: str, form: str, implementati
         add_bias(project(x, name), weights[name]["bias"]).reshape(*x.shape[:2], HEADS, CHANNELS // HEADS)
         for name in "qkv"
     )
-    taps = weights["token_kernel"]
-    out, _ = attend(
-        q, k, v, taps, attention=attention, form=form, mask_threshold=threshold, implementation=implementation
-    )
+    taps = weights["token_kernel"] if kind.taps else None
+    out, _ = kind(q, k, v, token_kernel=taps, mask_threshold=threshold, implementation=implementation)
     return project(out.reshape(x.shape), "proj") + weights["proj"]["bias"]
 
 

@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from typing import Any
 
-from castling_jax.models.macs import OTHER, PARTS
+from castling_jax.models.macs import OTHER, parts
 from castling_jax.tools.tpu_chips import Chip, chip_of
 from castling_jax.tools.tpu_compile import Compiled, compile_apart
 from castling_jax.tools.tpu_dump import read_program
@@ -105,7 +105,7 @@ def _sources(rows: list[Row]) -> list[list[Any]]:
 
 
 def parts_ms(rows: list[Row]) -> dict[str, float]:
-    """The estimate by the part of the model that an operation is of, of PARTS, OTHER and UPDATE, dearest first."""
+    """The estimate by the part of the model that an operation is of, of `parts`, OTHER and UPDATE, dearest first."""
     differentiated = any("jvp(" in row.label for row in rows)
     parts: dict[str, float] = defaultdict(float)
     for row in rows:
@@ -115,9 +115,9 @@ def parts_ms(rows: list[Row]) -> dict[str, float]:
 
 
 def part_of(label: str) -> str:
-    """The part of PARTS that an operation's label names last, itself or by a kernel of the part; else OTHER."""
+    """The part, of `parts`, that an operation's label names last, itself or by a kernel of the part; else OTHER."""
     for word in reversed(re.findall(r"\w+", label)):
-        for part in sorted(PARTS, key=len, reverse=True):
+        for part in sorted(parts(), key=len, reverse=True):
             if word == part or word.startswith(f"{part}_"):  # as kernels' names do: masked_softmax_attend
                 return part
     return OTHER

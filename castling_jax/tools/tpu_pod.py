@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from castling_jax.errors import InputError
-from castling_jax.models.attention import FORMS
+from castling_jax.models.attention.kinds import FORMS
 from castling_jax.tools.folders import make_folder
 from castling_jax.tools.tpu_chips import chip_of
 from castling_jax.tools.tpu_compile import DoesNotFitError

@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 from castling_jax.errors import InputError, check_known
-from castling_jax.models.attention import ATTENTIONS, FORMS
+from castling_jax.models.attention.kinds import FORMS, KINDS
 from castling_jax.ops.checks import IMPLEMENTATIONS
 from castling_jax.tools.folders import make_folder
 from castling_jax.tools.tpu_chips import CHIPS
@@ -108,7 +108,7 @@ def main() -> None:
     # What is not given is absent, so that an option of layer that is given to model is noticed.
     group = parser.add_argument_group("options of layer, model and --config", argument_default=argparse.SUPPRESS)
     group.add_argument("--form", help=f"{' or '.join(FORMS)}; train is forward and backward (default inference)")
-    group.add_argument("--attention", help=f"{', '.join(ATTENTIONS)} (default castling)")
+    group.add_argument("--attention", help=f"{', '.join(KINDS)} (default castling)")
     group.add_argument(
         "--batch", type=int, help="images of all devices together (default 128); with --config, of each device"
     )

@@ -21,8 +21,9 @@ from castling_jax.models.backbone import Backbone
 # splits the batch, and the matrices too; tensor: splits heads and the MLP's channels.
 AXES = ("replica", "data", "fsdp", "tensor")
 BATCH_AXES = AXES[:3]
-# Suffixes of names -> how the array is split, the last axes where it has more. What no rule names is on every device.
-# The optimiser keeps its moments under the parameters' names, so that they are split alike.
+# Suffixes of names -> how the array is split, the last axes where it has more; P(): it is whole on every device. The
+# first rule that fits counts, and a name that no rule fits is refused. The optimiser keeps its moments under the
+# parameters' names, so that they are split alike.
 RULES = (
     (r"mlp/(fc1|ln1/linear)/kernel", P("fsdp", "tensor")),
     (r"mlp/(fc1/bias|ln1/bn/\w+)", P("tensor")),
@@ -34,6 +35,9 @@ RULES = (
     (r"attention_biases", P("tensor", None)),
     (r"(head|head_dist)/(linear/|fc/)?kernel|shortcut_proj_attn/kernel", P("fsdp", None)),
     (r"(patch_embed/proj|stem/conv[34]/linear)/kernel", P("fsdp")),
+    (r"(stem/conv[12]/linear|pool_[qkv])/kernel", P()),
+    (r"cls_token|dist_token|pos_embed|rel_pos_[hw]", P()),
+    (r"bias|scale|mean|var", P()),
 )
 
 
@@ -69,19 +73,22 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """The sharding of each leaf of a state, or of any tree with parameters' names, by RULES.
+    """The sharding of each leaf of a state, or of any tree with parameters' names, by RULES; scalars are not split.
 
     Args:
       state: arrays or their shapes.
       mesh: from `make_mesh`.
 
     Raises:
-      InputError: an axis of the mesh does not divide what it has to split.
+      InputError: no rule fits a name, or an axis of the mesh does not divide what it has to split.
     """
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        rule = next((spec for pattern, spec in RULES if re.search(rf"(^|/){pattern}$", name)), P())
+        rule = next((spec for pattern, spec in RULES if re.search(rf"(^|/)({pattern})$", name)), None)
+        if rule is None and leaf.shape:
+            raise InputError(f"'{name}' {leaf.shape} has no sharding rule: add one to RULES in training/sharding.py.")
+        rule = rule or P()
         spec = P(*(None,) * (len(leaf.shape) - len(rule)), *rule)
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis and size % mesh.shape[axis]:

@@ -80,12 +80,14 @@ class Reference:
         q, k, v, own = (part.reshape(*part.shape[:2], num_heads, -1) for part in (q, k, v, own))
         branch = "softmax_branch/" if self.attention == "castling" else ""
         bias = None
-        if self.attention == "softmax" or self.threshold is not None:
+        if self.attention in small.WITH_SOFTMAX or self.threshold is not None:
             bias = bias_of(self.of("params", path, f"{branch}attention_biases"), queries, keys, self.side)
             weights = reference.softmax(reference.scaled_scores(q, k, bias))
         density = 0.0
-        if self.attention == "softmax":
+        if self.attention in small.WITH_SOFTMAX:
             out = np.einsum("bhqk,bkhd->bqhd", weights, v)
+        elif self.attention == "relu_linear":
+            out = small.relu_linear(q, k, v)
         elif self.attention == "angular":
             out = reference.normalize(np.einsum("bhqk,bkhd->bqhd", reference.kernel(q, k), v))
         elif self.threshold is None:
@@ -93,9 +95,9 @@ class Reference:
         else:
             out, density = reference.castling(q, k, v, threshold=self.threshold, bias=bias, query_values=own)
             self.margin = min(self.margin, np.min(np.abs(weights - self.threshold)) / self.threshold)
-        if self.attention != "softmax" and self.token_conv == "2d":
+        if self.attention not in small.WITHOUT_TAPS and self.token_conv == "2d":
             out = out + reference.convolve_grid(own, self.of("params", path, "token_kernel"), grid)
-        if self.attention != "softmax" and self.token_conv == "1d":
+        if self.attention not in small.WITHOUT_TAPS and self.token_conv == "1d":
             out = out + reference.convolve_tokens(own, self.of("params", path, "token_kernel"))
         self.densities.append(density)
         return self.linear(f"{path}/proj/ln", hard_swish(out.reshape(*out.shape[:2], -1))), grid

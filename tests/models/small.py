@@ -5,11 +5,14 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from castling_jax.models.layers import Layers
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import flatten, get_variables, unflatten
 from tests.ops import reference
 
+WITH_SOFTMAX, WITHOUT_TAPS = ("softmax", "softmax_taps"), ("softmax", "relu_linear")
 SIZES = {
     "embed_dim": 24,
     "depth": 2,
@@ -39,6 +42,11 @@ MVIT_SIZES = {
     "image_size": 32,
     "drop_path_rate": 0.0,
 }
+
+
+def layers(**options):
+    """What makes layers in float32, from seed 0."""
+    return Layers(dtype=jnp.dtype("float32"), param_dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0), **options)
 
 
 @functools.cache
@@ -98,13 +106,22 @@ def gelu(x):
     return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
 
+def relu_linear(q, k, v):
+    """As a quadratic sum of normalised weights; the package multiplies keys and values first. Without weights 0."""
+    weights = reference.scores_of(np.maximum(q, 0), np.maximum(k, 0))
+    total = weights.sum(axis=-1, keepdims=True)
+    return np.einsum("bhqk,bkhd->bqhd", weights / np.where(total == 0, 1, total), v)
+
+
 def attend(q, k, v, parameters, *, attention, threshold, token_conv, grid, prefix_tokens):
     """(output, mask density, how near a weight comes to the threshold, relative to it)."""
     density, margin = 0.0, np.inf
-    if attention == "softmax":
+    if attention in WITH_SOFTMAX:
         weights = reference.softmax(reference.scaled_scores(q, k))
-        return np.einsum("bhqk,bkhd->bqhd", weights, v), density, margin
-    if attention == "angular":
+        out = np.einsum("bhqk,bkhd->bqhd", weights, v)
+    elif attention == "relu_linear":
+        out = relu_linear(q, k, v)
+    elif attention == "angular":
         out = reference.normalize(np.einsum("bhqk,bkhd->bqhd", reference.kernel(q, k), v))
     elif threshold is None:
         out = reference.linear_angular(q, k, v)
@@ -112,6 +129,8 @@ def attend(q, k, v, parameters, *, attention, threshold, token_conv, grid, prefi
         out, density = reference.castling(q, k, v, threshold=threshold)
         weights = reference.softmax(reference.scaled_scores(q, k))
         margin = np.min(np.abs(weights - threshold) / threshold)
+    if attention in WITHOUT_TAPS:
+        return out, density, margin
     if token_conv == "1d":
         out = out + reference.convolve_tokens(v, parameters["token_kernel"])
     if token_conv == "2d":

@@ -6,23 +6,15 @@ import pytest
 from flax import nnx
 
 from castling_jax import ops
-from castling_jax.models.attention import Attention
+from castling_jax.models.attention.heads import MultiHeadAttention
+from castling_jax.models.attention.kinds import make_core
 from tests.models import small
 from tests.ops import reference
 
-DEFAULTS = {
-    "attention": "castling",
-    "form": "train",
-    "qkv_bias": True,
-    "token_conv": "1d",
-    "token_kernel_size": None,
-    "dtype": jnp.float32,
-    "param_dtype": jnp.float32,
-}
 
-
-def attention_module(dim=24, num_heads=3, **arguments):
-    return Attention(dim, num_heads, rngs=nnx.Rngs(0), **(DEFAULTS | arguments))
+def attention_module(dim=24, num_heads=3, *, attention="castling", form="train", qkv_bias=True, **core):
+    core = make_core(attention, form, **({"token_conv": "1d"} | core))
+    return MultiHeadAttention(dim, num_heads, core, small.layers(), qkv_bias=qkv_bias)
 
 
 def call(module, x, threshold=None, grid=(4, 4), prefix_tokens=1):

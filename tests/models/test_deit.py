@@ -12,12 +12,12 @@ from castling_jax.models.variables import bind, flatten, forward_train, unflatte
 from tests.models import small
 from tests.models.test_position import resize_with_pillow
 
-KINDS = ["castling", "linear_angular", "softmax", "angular"]
+KINDS = ["castling", "linear_angular", "softmax", "angular", "softmax_taps", "relu_linear"]
 VARIANTS = [
     (kind, conv)
     for kind in KINDS
     for conv in ("1d", "2d", None)
-    if kind != "softmax" or conv == "1d"  # softmax attention has no convolution
+    if kind not in small.WITHOUT_TAPS or conv == "1d"  # these have no convolution
 ]
 THRESHOLD = 0.06  # with 17 tokens, where many weights are
 

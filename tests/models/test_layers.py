@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -18,15 +19,10 @@ from castling_jax.models.layers import (
     add_bias,
     draw_drop_path,
     drop_path,
-    layer_norm,
-    linear,
     norm_heads,
-    normal_parameter,
 )
 from castling_jax.models.variables import forward_train
 from tests.models import small
-
-FLOAT32 = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
@@ -59,7 +55,7 @@ def test_drop_path_follows_its_key_and_keeps_the_dtype():
 
 @pytest.mark.parametrize("hidden", [5, 16])
 def test_mlp_has_the_exact_gelu(hidden):
-    mlp = Mlp(4, hidden, rngs=nnx.Rngs(0), **FLOAT32)
+    mlp = Mlp(4, hidden / 4, small.layers())
     # Of a size where the tanh approximation of the GELU is off by up to 5e-4.
     x = 3 * np.random.default_rng(0).normal(size=(2, 7, 4))
     kernel = np.random.default_rng(1).normal(size=(4, hidden))
@@ -70,7 +66,7 @@ def test_mlp_has_the_exact_gelu(hidden):
 
 
 def test_patch_embed_is_one_product_a_patch():
-    embed = PatchEmbed(2, 3, 5, rngs=nnx.Rngs(0), **FLOAT32)
+    embed = PatchEmbed(2, 3, 5, small.layers())
     images = np.random.default_rng(0).normal(size=(2, 4, 6, 3))
     tokens = embed(jnp.asarray(images, jnp.float32))
     kernel = np.asarray(embed.proj.kernel[...], np.float64).reshape(12, 5)
@@ -82,19 +78,19 @@ def test_patch_embed_is_one_product_a_patch():
 def test_layer_norm_has_deits_epsilon():
     x = np.asarray([[1e-3, -1e-3, 2e-3, 0.0]])
     expected = small.layer_norm(x, {"scale": 1.0, "bias": 0.0})
-    out = layer_norm(4, rngs=nnx.Rngs(0), **FLOAT32)(jnp.asarray(x, jnp.float32))
+    out = small.layers().layer_norm(4)(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-6)
 
 
 def test_matrices_start_from_a_normal_and_biases_from_zero():
-    layer = linear(200, 300, rngs=nnx.Rngs(0), **FLOAT32)
-    token = normal_parameter(nnx.Rngs(0), (1, 1, 60_000), jnp.float32)
+    layer = small.layers().linear(200, 300)
+    token = small.layers().embedding(1, 1, 60_000)
     for values in (layer.kernel[...], token[...]):
         # The deviation of 60,000 draws is known to 0.3 %.
         assert np.std(values) == pytest.approx(0.02, rel=0.02)
         assert abs(np.mean(values)) < 5 * 0.02 / math.sqrt(60_000)
     chex.assert_trees_all_equal(layer.bias[...], jnp.zeros(300))
-    assert linear(2, 3, use_bias=False, rngs=nnx.Rngs(0), **FLOAT32).bias is None
+    assert small.layers().linear(2, 3, use_bias=False).bias is None
 
 
 def random_batch_norm(norm, seed=0):
@@ -108,7 +104,7 @@ def random_batch_norm(norm, seed=0):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("shape", [(6, 5), (4, 3, 5), (2, 3, 4, 5)])
 def test_batch_norm_in_training_and_evaluation(shape, dtype):
-    norm = BatchNorm(5, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    norm = BatchNorm(5, small.layers())
     numbers = random_batch_norm(norm)
     x = jnp.asarray(np.random.default_rng(1).normal(2, 3, shape), dtype)
     wide = np.asarray(x, np.float64).reshape(-1, 5)
@@ -133,7 +129,7 @@ def test_batch_norm_in_training_and_evaluation(shape, dtype):
 
 @pytest.mark.parametrize(("layer", "bias_in_training"), [(ConvNorm, False), (LinearNorm, False), (NormLinear, True)])
 def test_batch_normed_layers_are_one_layer_at_inference(layer, bias_in_training):
-    trained, folded = (layer(4, 6, form=form, rngs=nnx.Rngs(0), **FLOAT32) for form in ("train", "inference"))
+    trained, folded = (layer(4, 6, small.layers(folded=folded)) for folded in (False, True))
     assert (trained.linear.bias is not None) == bias_in_training
     assert trained.bn is not None
     assert folded.linear.bias is not None
@@ -142,7 +138,7 @@ def test_batch_normed_layers_are_one_layer_at_inference(layer, bias_in_training)
 
 @pytest.mark.parametrize(("layer", "fan_in"), [(ConvNorm, 9 * 64), (LinearNorm, 64)])
 def test_batch_normed_layers_start_as_pytorchs(layer, fan_in):
-    kernel = layer(64, 96, form="train", rngs=nnx.Rngs(0), **FLOAT32).linear.kernel[...]
+    kernel = layer(64, 96, small.layers()).linear.kernel[...]
     bound = 1 / math.sqrt(fan_in)
     assert 0.99 * bound < jnp.max(jnp.abs(kernel)) <= bound
     # The deviation of a uniform; of 6,000 draws it is known to 1 %.
@@ -150,7 +146,7 @@ def test_batch_normed_layers_start_as_pytorchs(layer, fan_in):
 
 
 def test_a_residual_branch_can_start_at_nothing():
-    layer = LinearNorm(4, 6, bn_scale=0.0, form="train", rngs=nnx.Rngs(0), **FLOAT32)
+    layer = LinearNorm(4, 6, small.layers(), bn_scale=0.0)
     chex.assert_trees_all_equal(layer(jnp.ones((2, 3, 4)), training=False), jnp.zeros((2, 3, 6)))
 
 
@@ -184,7 +180,7 @@ def test_remat_changes_nothing_but_memory(name):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("heads", [1, 2, 3])
 def test_norms_of_heads_are_the_same_by_products_as_by_reductions(monkeypatch, heads, dtype):
-    norm = layer_norm(4, dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    norm = dataclasses.replace(small.layers(), dtype=dtype).layer_norm(4)
     norm.scale = nnx.Param(jnp.array([1.0, -2.0, 0.5, 3.0]))
     norm.bias = nnx.Param(jnp.array([0.0, 1.0, -1.0, 2.0]))
     x = jnp.asarray(np.random.default_rng(0).normal(0.5, 2, (2, 5, 4 * heads)), dtype)
@@ -226,7 +222,7 @@ def test_a_biass_gradient_is_the_sum_over_tokens_in_either_way(monkeypatch, lead
 
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_of_parts_is_flaxs_of_the_whole(training):
-    norm, whole = (BatchNorm(9, param_dtype=jnp.float32, rngs=nnx.Rngs(0)) for _ in range(2))
+    norm, whole = (BatchNorm(9, small.layers()) for _ in range(2))
     for one in (norm, whole):
         one.scale[...], one.bias[...] = jnp.linspace(-1, 2, 9), jnp.linspace(0, 1, 9)
         one.mean[...], one.var[...] = jnp.linspace(0, 3, 9), jnp.linspace(1, 2, 9)

@@ -11,6 +11,7 @@ from flax import nnx
 
 import castling_jax
 from castling_jax.models import mvitv2
+from castling_jax.models.attention.kinds import Kind, make_core
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import bind, flatten, forward_train, get_variables, unflatten
@@ -18,7 +19,7 @@ from tests.models import small
 from tests.models.test_position import resize_with_interp
 from tests.ops import reference
 
-KINDS = ["castling", "linear_angular", "softmax", "angular"]
+KINDS = ["castling", "linear_angular", "softmax", "angular", "softmax_taps", "relu_linear"]
 # Queries on a finer grid than keys, on the same by unlike strides of both, and on a coarser one, as at the starts of
 # MViTv2's stages. The last is of no published model.
 STRIDES = [((1, 1), (4, 4)), ((2, 2), (2, 2)), ((2, 2), (1, 1)), ((2, 1), (3, 2))]
@@ -93,11 +94,13 @@ def pooling_attention(x, parameters, *, heads, strides, attention, threshold=Non
     q, k, v, query_values, q_grid, kv_grid = pooled_parts(x, parameters, heads, strides)
     branch = parameters.get("softmax_branch", parameters)
     density = 0.0
-    if attention in ("softmax", "castling"):
+    if attention in ("castling", *small.WITH_SOFTMAX):
         bias = dense_positions(q, (branch["rel_pos_h"], branch["rel_pos_w"]), q_grid, kv_grid)
         weights = reference.softmax(reference.scaled_scores(q, k, bias))
-    if attention == "softmax":
+    if attention in small.WITH_SOFTMAX:
         out = np.einsum("bhqk,bkhd->bqhd", weights, v)
+    elif attention == "relu_linear":
+        out = small.relu_linear(q, k, v)
     elif attention == "angular":
         out = reference.normalize(np.einsum("bhqk,bkhd->bqhd", reference.kernel(q, k), v))
     elif attention == "linear_angular":
@@ -106,17 +109,15 @@ def pooling_attention(x, parameters, *, heads, strides, attention, threshold=Non
         # No weight is so near the threshold that rounding decides.
         assert np.min(np.abs(weights - threshold)) > 1e-5 * threshold
         out, density = reference.castling(q, k, v, threshold=threshold, bias=bias, query_values=query_values)
-    if attention != "softmax":
+    if attention not in small.WITHOUT_TAPS:
         out = out + reference.convolve_grid(query_values, parameters["token_kernel"], q_grid)
     return small.dense((out + q).reshape(len(x), *q_grid, -1), parameters["proj"]), density
 
 
 def attention_module(strides, grid=(6, 6), **arguments):
-    defaults = {"attention": "castling", "form": "train", "qkv_bias": True, "token_conv": "2d"}
-    defaults |= {"token_kernel_size": None, "implementation": "auto"}
-    return mvitv2.MultiScaleAttention(
-        10, 12, 3, grid, *strides, **(defaults | arguments), common=FLOAT32 | {"rngs": nnx.Rngs(0)}
-    )
+    core = make_core(**({"attention": "castling", "form": "train", "token_conv": "2d"} | arguments))
+    pooling = mvitv2.Pooling(grid, *strides)
+    return mvitv2.MultiScaleAttention(10, 12, 3, pooling, core, small.layers(), qkv_bias=True)
 
 
 def randomise(module, seed=0):
@@ -181,12 +182,12 @@ def test_distances_are_exact_and_within_the_table(queries, keys):
 def test_query_values_are_the_values_pooled_as_the_queries_are(monkeypatch, strides):
     given = {}
 
-    def record(q, k, v, token_kernel, **arguments):
+    def record(kind, q, k, v, **arguments):
         given.update(v=v, query_values=arguments["query_values"])
         assert arguments["grid"] == q_grid
         return q, jnp.zeros(())
 
-    monkeypatch.setattr(mvitv2, "attend", record)
+    monkeypatch.setattr(Kind, "__call__", record)
     module = attention_module(strides)
     parameters = randomise(module)
     x = np.random.default_rng(1).normal(size=(2, 6, 6, 10))
@@ -417,7 +418,7 @@ def test_softmax_models_have_the_published_macs(monkeypatch, name, published, po
     macs = count_macs(model)
     # Published to two decimals of a G, and to whole M.
     assert macs == pytest.approx(published, abs=0.006e9)
-    monkeypatch.setattr(mvitv2.MultiScaleAttention, "_bias", lambda *_: None)
+    monkeypatch.setattr(mvitv2, "decomposed_bias", lambda *_: None)
     assert macs - count_macs(model) == pytest.approx(positions, abs=0.6e6)
 
 

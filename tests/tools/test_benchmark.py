@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from castling_jax.models.deit import DeiT
+from castling_jax.models.deit import DeiT, DeiTConfig
 from castling_jax.models.registry import MODELS
 from castling_jax.tools import benchmark, peers
 
@@ -17,7 +17,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("benchmark")
     limit = 4 * 32 * 2 * 39**2 / 2**30  # just under the scores at 40 tokens, 32 x 2 x 40^2 numbers of 4 bytes
     arguments = [*TINY, "--tokens=40,9", "--backward", f"--max-score-gib={limit}", f"--out={out}", "--no-peers"]
-    nano = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    nano = DeiTConfig(image_size=8, patch_size=2, embed_dim=8, depth=1, num_heads=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "deit_nano", (DeiT, nano))
         arguments += ["--models", "--model=deit_nano", "--image-sizes=8"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from castling_jax.errors import InputError
-from castling_jax.models.macs import OTHER, PARTS, Cost
+from castling_jax.models.macs import OTHER, Cost, parts
 from castling_jax.models.registry import MODELS, abstract_model
 from castling_jax.models.variables import count_parameters, get_variables
 from castling_jax.tools import describe
@@ -27,7 +27,7 @@ def row(text, start):
 
 
 def test_every_part_has_a_name():
-    assert list(describe.PART_NAMES) == [*PARTS, OTHER]
+    assert list(describe.PART_NAMES) == [*parts(), OTHER]
 
 
 def test_the_command_shows_three_tables(monkeypatch, capsys):

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from castling_jax.models.attention import Attention
+from castling_jax.models.attention.heads import MultiHeadAttention
+from castling_jax.models.attention.kinds import make_core
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import get_variables
 from castling_jax.tools.tpu_cases import CHANNELS, HEADS, load_case, read_mesh
+from tests.models import small
 
 
 def draw(tree):
@@ -29,18 +30,8 @@ def test_layer_is_the_models_attention(attention, form):
     case = load_case("layer", {"form": form, "tokens": 5, "batch": 2, "attention": attention}, [])
     weights, x, *cotangent = draw(case.arguments[:-1])
     threshold = jnp.float32(0.2)
-    module = Attention(
-        CHANNELS,
-        HEADS,
-        attention=attention,
-        form=form,
-        qkv_bias=True,
-        token_conv="1d",
-        token_kernel_size=None,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        rngs=nnx.Rngs(0),
-    )
+    core = make_core(attention, form, token_conv="1d")
+    module = MultiHeadAttention(CHANNELS, HEADS, core, small.layers(), qkv_bias=True)
     for part in ("kernel", "bias"):
         getattr(module.qkv, part)[...] = jnp.concatenate([weights[name][part] for name in "qkv"], axis=-1)
         getattr(module.proj, part)[...] = weights["proj"][part]

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from castling_jax.models.registry import abstract_model
+from castling_jax.models.attention.kinds import FORMS
+from castling_jax.models.registry import abstract_model, attentions_of
 from castling_jax.models.variables import flatten, get_variables
 from castling_jax.training import sharding
 from castling_jax.training.sharding import AXES, check_batch, check_heads, make_mesh, process_rows, shard_batch
@@ -110,6 +111,21 @@ def test_rules_split_all_that_is_large(name, tensor, attention):
     # nothing.
     assert sum(whole.values()) < 0.02 * sum(leaf.size for leaf in variables.values())
     assert max(whole.values()) < 2e5
+
+
+@pytest.mark.parametrize("name", ["deit_micro", "levit_128s", "mvitv2_tiny"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_parameter_has_a_rule(name, form):
+    for attention in attentions_of(name):
+        # Distilled where the family can be: with all the arrays that it may have.
+        options = {} if name == "mvitv2_tiny" else {"distilled": True}
+        assert specs_of(name, abstract_mesh(), attention=attention, form=form, **options)
+
+
+def test_a_parameter_without_a_rule_is_refused(refuses):
+    leaf = jax.ShapeDtypeStruct((3, 4), "float32")
+    with refuses("'params/blocks/0/attn/temperature' (3, 4) has no sharding rule", "RULES"):
+        sharding.state_shardings({"params": {"blocks": {"0": {"attn": {"temperature": leaf}}}}}, abstract_mesh())
 
 
 def test_the_optimisers_moments_lie_as_their_parameters():
