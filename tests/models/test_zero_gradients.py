@@ -75,6 +75,7 @@ def compare_with_softmax(family, attention, threshold, training):
         assert norms[kind] <= 1e3 * expected, (kind, norms[kind], expected)  # false for NaN
 
 
+@pytest.mark.slow
 def test_linear_angular_gradients_are_of_softmaxs_size():
     compare_with_softmax("mvitv2", "linear_angular", None, training=False)
 

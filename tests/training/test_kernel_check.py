@@ -102,6 +102,7 @@ def test_the_kernels_of_each_family_are_found():
     assert not calls_of("deit_tiny", depth=1, attention="softmax")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["levit_128s", "mvitv2_tiny"])
 def test_no_weight_comes_near_the_threshold(name):
     """What is drawn is far from where rounding decides: half of the weights are kept, e^0.5 from the threshold."""
