@@ -29,11 +29,12 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
+from castling_jax.convert.checkpoint import CHECKPOINTS
 from castling_jax.errors import DeterministicError, InputError, Mistakes, check_known
 from castling_jax.storage import check_bucket
 from castling_jax.tools.memory import keep_freed_memory
 from castling_jax.training import distributed
-from castling_jax.training.checkpoints import CHECKPOINTS, next_start
+from castling_jax.training.checkpoints import next_start
 from castling_jax.training.config import FIELDS, check_config
 from castling_jax.training.config_files import find_config, load_config
 from castling_jax.training.config_help import describe_fields
@@ -188,8 +189,7 @@ def main(argv: list[str]) -> None:
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     if options.evaluate is not None:
-        check_bucket(options.evaluate)
-        figures = evaluate_checkpoint(epath.Path(options.evaluate), options.config.mesh)
+        figures = evaluate_checkpoint(options.evaluate, options.config.mesh)
         print(describe_evaluation(figures) if is_writer else "", end="")
         return
     workdir = run_folder()

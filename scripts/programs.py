@@ -31,11 +31,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from castling_jax.convert.run_folder import model_arguments
 from castling_jax.data.sources import Unread
 from castling_jax.models.attention.kinds import FORMS
 from castling_jax.models.registry import MODELS, abstract_model, attentions_of
 from castling_jax.models.variables import apply, get_variables
-from castling_jax.training.config import default_config, model_arguments
+from castling_jax.training.config import default_config
 from castling_jax.training.setup import set_up
 from castling_jax.training.sharding import batch_shapes
 from castling_jax.training.step import Teacher

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from castling_jax.convert.run_folder import exported_weights
 from castling_jax.data.sources import Unread
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import get_variables
-from castling_jax.training.config import check_config, exported_weights
+from castling_jax.training.config import check_config
 from castling_jax.training.setup import set_up
 from castling_jax.training.sharding import batch_shapes, replicated, with_shardings
 from castling_jax.training.state import create_state

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import main
+from castling_jax.convert.checkpoint import checkpoint_steps
 from castling_jax.errors import DeterministicError, InputError
-from castling_jax.training.checkpoints import checkpoint_steps
 from castling_jax.training.config import FIELDS
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +63,11 @@ def run(workdir, *arguments):
             "config.mesh with replica = 1, data = -1, fsdp = 3, tensor = 1 does not make up the 1 "
             "devices that are here.",
         ),
-        ("--evaluate=nowhere", "'nowhere' is neither a run's folder with checkpoints nor one of its checkpoints/STEP."),
+        (
+            "--evaluate=nowhere",
+            "'nowhere' is neither a run's folder with checkpoints, one of its checkpoints/STEP, an inference folder, a "
+            "file of weights, nor the name of shipped weights (none yet).",
+        ),
         ("--config.model.num_heads=5", "5 heads do not divide the width 64."),
         (
             f"--config={ROOT}/configs/_imagenet.py",

@@ -2,5 +2,6 @@
 
 from castling_jax.convert.plan import plan
 from castling_jax.convert.torch import from_torch, read_state_dict, to_torch
+from castling_jax.convert.weights import Weights, read
 
-__all__ = ["from_torch", "plan", "read_state_dict", "to_torch"]
+__all__ = ["Weights", "from_torch", "plan", "read", "read_state_dict", "to_torch"]

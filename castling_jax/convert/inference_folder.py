@@ -23,6 +23,7 @@ from safetensors.flax import load_file as load_safetensors
 from safetensors.numpy import save_file as save_safetensors
 
 from castling_jax.convert.inference import to_inference
+from castling_jax.convert.shipped import locate
 from castling_jax.errors import InputError, check_known, reason
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
@@ -107,6 +108,10 @@ def save_inference(
 def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
     """Reads an inference folder, such as the `inference/` of a run.
 
+    Args:
+      path: the folder, gs:// too; or a text without a slash, the name of shipped weights: "digits" ("./digits" is a
+        folder).
+
     Returns:
       (model, variables): the model is in inference form and holds shapes only, so that nothing is drawn or kept twice;
       give both to `apply`.
@@ -114,6 +119,7 @@ def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
     Raises:
       InputError: a file is missing, was not written by this package, or is damaged; or it is a StableHLO program.
     """
+    path = locate(path)
     if is_remote(path):
         with local_copy(path) as copy:
             return load_inference(copy)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file as load_safetensors
 
 from castling_jax.convert.inference import SOFTMAX_BRANCH
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, in_one_sentence, reason
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.levit import LeViT, fit_bias_table
@@ -43,7 +43,7 @@ _LISTED = 6  # names that a refusal gives; the rest is counted
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The weights in a safetensors file or in a PyTorch file (.pth, .pt, .bin), for `from_torch`.
+    """The weights in a safetensors file, in NumPy's .npz, or in a PyTorch file (.pth, .pt, .bin), for `from_torch`.
 
     A PyTorch file is read with weights_only=True, so that no code in it is run, and needs torch. Where its weights
     stand under "model", "state_dict" or "model_ema", as in DeiT's and timm's checkpoints, they are taken from there.
@@ -57,7 +57,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no file '{path}' to read weights from.")
-    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    tensors = {".safetensors": _read_safetensors, ".npz": _read_npz}.get(path.suffix, _read_torch)(path)
     return {name: x.astype(np.float32) if jnp.issubdtype(x.dtype, np.floating) else x for name, x in tensors.items()}
 
 
@@ -66,6 +66,18 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         return {name: np.asarray(value) for name, value in load_safetensors(path).items()}
     except SafetensorError as error:
         raise InputError(f"'{path}' is damaged or no safetensors file: {error}.") from error
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except Exception as error:  # zipfile, zlib and numpy raise many kinds
+        raise InputError(f"'{path}' is damaged or no .npz file: {in_one_sentence(reason(error))}.") from error
+    for name, value in arrays.items():
+        if value.dtype.kind not in "fiub":
+            raise InputError(f"'{path}' holds {name!r} of dtype {value.dtype}, which is not one of numbers.")
+    return arrays
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
@@ -79,8 +91,8 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zipfile and torch raise many kinds
-        reason = (str(error) or repr(error)).splitlines()[0].split(". ")[0].rstrip(".")
-        raise InputError(f"'{path}' is damaged, or holds other things than weights: {reason}.") from error
+        said = (str(error) or repr(error)).splitlines()[0].split(". ")[0].rstrip(".")
+        raise InputError(f"'{path}' is damaged, or holds other things than weights: {said}.") from error
     for key in _WRAPPERS:
         if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
             tensors = tensors[key]

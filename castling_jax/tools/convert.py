@@ -23,8 +23,8 @@ examples:
 """
 
 import argparse
-import dataclasses
 import functools
+import os
 import re
 import sys
 from collections import Counter
@@ -41,6 +41,7 @@ from ml_collections import ConfigDict
 from castling_jax.convert.inference import check_switch, to_inference
 from castling_jax.convert.inference_folder import MODEL_FILE, PAYLOADS, load_inference, save_inference
 from castling_jax.convert.plan import Fate, plan
+from castling_jax.convert.weights import read
 from castling_jax.data.loader import evaluation_batches
 from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import eval_transform
@@ -50,73 +51,45 @@ from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, count_parameters, flatten
 from castling_jax.storage import check_bucket
-from castling_jax.training.checkpoints import CHECKPOINTS
-from castling_jax.training.config import default_config, image_options
-from castling_jax.training.restore import checkpoint_steps, read_snapshot
+from castling_jax.training.config import image_options
+from castling_jax.training.config_files import run_config
 
 CHECK_IMAGES = 128
 # How far logits of order one may be off where the arithmetic is the same but for the order of sums.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """What is converted.
-
-    Attributes:
-      about: where it was found, for a person.
-      model: in either form.
-      variables: its.
-      mask_threshold: what training has reached; None without a run.
-      config: the run's, or without a run the default, of which the held-out images are taken to check it on.
-    """
-
-    about: str
-    model: Backbone
-    variables: Variables
-    mask_threshold: float | None = None
-    config: ConfigDict = dataclasses.field(default_factory=default_config)
-
-
-def read_source(path: epath.Path, *, ema: bool | None = None) -> Source:
-    """Reads a run's folder, a checkpoint's, or an inference folder.
-
-    Raises:
-      InputError: it is none of them or damaged, or the moving average is asked for where there is none.
-    """
-    inference = next((f for f in (path, path / "inference") if (f / MODEL_FILE).is_file()), None)
-    if inference is None or checkpoint_steps(path / CHECKPOINTS):
-        found = read_snapshot(path, ema=ema)
-        about = f"{found.folder}, step {found.step:,}" + (", moving average" if found.averaged else "")
-        return Source(about, found.model, found.variables, found.mask_threshold, found.config)
-    if ema:
-        raise InputError(f"'{inference}' is in inference form and holds no moving average: leave out --ema.")
-    return Source(str(inference), *load_inference(inference))
-
-
-def convert(path: epath.Path, out: epath.Path, *, format: str, ema: bool | None, bfloat16: bool, check: bool) -> None:
+def convert(
+    path: str | os.PathLike, out: epath.Path, *, format: str, ema: bool | None, bfloat16: bool, check: bool
+) -> None:
     """Converts and tells about it on standard output; see the module's docstring.
 
     Raises:
-      InputError: what `read_source` and `save_inference` raise, or a check fails.
+      InputError: what `read` and `save_inference` raise, the source names no model, or a check fails.
     """
-    check_bucket(path)
     check_bucket(out)
-    source = read_source(path, ema=ema)
+    source = read(path, ema=ema)
+    if source.model is None:
+        raise InputError(f"'{path}' does not say which model it is of, as a run and an inference folder do.")
     spec = source.model.spec
     variables = to_inference(source.variables, dtype=jnp.bfloat16 if bfloat16 else None)
     param_dtype = "bfloat16" if bfloat16 else spec.param_dtype
     model = abstract_model(**spec.arguments(form="inference", param_dtype=param_dtype))
-    print(f"{spec.name}, {spec.attention}, {spec.image_size} pixels, {spec.num_classes} classes: {source.about}\n")
+    about = f"{source.path}" if source.step is None else f"{source.path}, step {source.step:,}"
+    about += ", moving average" if source.averaged else ""
+    print(f"{spec.name}, {spec.attention}, {spec.image_size} pixels, {spec.num_classes} classes: {about}\n")
     print(table(source.variables, variables))
     if check:
-        images = held_out_images(model, source.config)
-        print(f"\nOn {len(images)} images of {source.config.dataset.name} {source.config.dataset.eval_split}:")
-        for line in check_forms(source, images):
+        config = run_config(source.config)
+        images = held_out_images(model, config)
+        print(f"\nOn {len(images)} images of {config.dataset.name} {config.dataset.eval_split}:")
+        for line in check_forms(source.model, source.variables, source.mask_threshold, images):
             print(f"  {line}")
     save_inference(out, model, variables, format=format)
     if check:
-        print(f"  {check_written(out, format, source, model, variables, images)}")
+        print(f"  {check_written(out, format, model, variables, images)}")
+        if param_dtype != spec.param_dtype:
+            print(f"  {check_cast(source.model, source.variables, model, variables, images)}")
     print(f"\nWrote {out}: {PAYLOADS[format]} and {MODEL_FILE}, {_bytes(epath.Path(out)) / 1e6:,.2f} MB.")
 
 
@@ -175,36 +148,40 @@ def held_out_images(model: Backbone, config: ConfigDict) -> jax.Array:
     return jnp.asarray(next(batches)["image"])
 
 
-def check_forms(source: Source, images: jax.Array) -> list[str]:
+def check_forms(model: Backbone, variables: Variables, mask_threshold: float | None, images: jax.Array) -> list[str]:
     """What switching changes on these images.
+
+    Args:
+      model: in either form.
+      variables: its.
+      mask_threshold: what training has reached, of a castling model in training form.
+      images: as `held_out_images` gives them.
 
     Raises:
       InputError: the two forms are not the same where they have to be.
     """
-    spec = source.model.spec
+    spec = model.spec
     if spec.form == "inference":
         return ["the source is in inference form already"]
-    logits = _logits(abstract_model(**spec.arguments(form="inference")), to_inference(source.variables), images)
+    logits = _logits(abstract_model(**spec.arguments(form="inference")), to_inference(variables), images)
     if KINDS[spec.attention].inference is not None:
-        assert source.mask_threshold is not None
-        report = check_switch(source.model, source.variables, images, source.mask_threshold)
+        assert mask_threshold is not None
+        report = check_switch(model, variables, images, mask_threshold)
         kept = ", ".join(f"{density:.2%}" for density in report["densities"])
         lines = [
-            f"at the mask threshold {source.mask_threshold:g} the two forms' logits differ by at most "
+            f"at the mask threshold {mask_threshold:g} the two forms' logits differ by at most "
             f"{report['max_difference']:.1e}; softmax weights kept, by layer: {kept}",
             f"at 1 by at most {report['max_difference_at_one']:.1e}",
         ]
         difference = report["max_difference_at_one"]
     else:
-        difference = _difference(_logits(source.model, source.variables, images), logits)
+        difference = _difference(_logits(model, variables, images), logits)
         lines = [f"the two forms' logits differ by at most {difference:.1e}"]
     _refuse_beyond(spec.dtype, difference, logits, "the two forms' logits")
     return lines
 
 
-def check_written(
-    out: epath.Path, format: str, source: Source, model: Backbone, variables: Variables, images: jax.Array
-) -> str:
+def check_written(out: epath.Path, format: str, model: Backbone, variables: Variables, images: jax.Array) -> str:
     """Compares what was written, read back, with what was to be written.
 
     Raises:
@@ -218,20 +195,20 @@ def check_written(
         logits = _logits(*load_inference(out), images)
     difference = _difference(logits, expected)
     _refuse_beyond(model.spec.dtype, difference, expected, f"the logits of '{out}', read back, and of the model")
-    line = (
-        f"what was written, read back, gives the same logits to {difference:.1e}"
-        if difference
-        else ("what was written, read back, gives the same logits")
+    return "what was written, read back, gives the same logits" + (f" to {difference:.1e}" if difference else "")
+
+
+def check_cast(
+    source: Backbone, source_variables: Variables, model: Backbone, variables: Variables, images: jax.Array
+) -> str:
+    """What parameters in another dtype than the source's change on these images."""
+    uncast = abstract_model(**source.spec.arguments(form="inference"))
+    before, after = _logits(uncast, to_inference(source_variables), images), _logits(model, variables, images)
+    same = int(np.sum(before.argmax(-1) == after.argmax(-1)))
+    return (
+        f"{model.spec.param_dtype} parameters change them by at most {_difference(before, after):.1e}, and the answer "
+        f"for {len(images) - same} images"
     )
-    if model.spec.param_dtype != source.model.spec.param_dtype:
-        uncast = abstract_model(**source.model.spec.arguments(form="inference"))
-        before = _logits(uncast, to_inference(source.variables), images)
-        same = int(np.sum(before.argmax(-1) == expected.argmax(-1)))
-        line += (
-            f"\n  {model.spec.param_dtype} parameters change them by at most {_difference(before, expected):.1e}, and "
-            f"the answer for {len(images) - same} images"
-        )
-    return line
 
 
 def _logits(model: Backbone, variables: Variables, images: jax.Array) -> np.ndarray:
@@ -250,7 +227,7 @@ def _refuse_beyond(dtype: str, difference: float, logits: np.ndarray, what: str)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=epath.Path, help="a run's folder, a checkpoint's, or an inference folder")
+    parser.add_argument("source", help="a run's folder, a checkpoint's, or an inference folder")
     parser.add_argument("out", type=epath.Path, help="the folder to write; an earlier conversion there is replaced")
     parser.add_argument("--format", choices=PAYLOADS, default="safetensors", help="safetensors if not given")
     parser.add_argument(

@@ -25,10 +25,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from castling_jax.convert.checkpoint import CHECKPOINTS
+from castling_jax.convert.run_folder import read_metrics
 from castling_jax.errors import InputError
 from castling_jax.tools.summary import SUMMARY_FILE
-from castling_jax.training.checkpoints import CHECKPOINTS
-from castling_jax.training.metrics import read_metrics
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "scripts" / "launch.py"
 SMALL = (

@@ -26,13 +26,14 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from castling_jax.convert.run_folder import model_arguments
 from castling_jax.data.mixing import mix
 from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import eval_transform, train_transform
 from castling_jax.errors import InputError
 from castling_jax.models.registry import abstract_model
 from castling_jax.storage import check_bucket
-from castling_jax.training.config import default_config, image_options, mixing_options, model_arguments
+from castling_jax.training.config import default_config, image_options, mixing_options
 from castling_jax.training.config_files import load_config
 from castling_jax.training.summary import save_picture
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from castling_jax.convert.run_folder import model_arguments
 from castling_jax.data.sources import Dataset, Unread, load_dataset
 from castling_jax.errors import InputError, check_known
 from castling_jax.models.attention.kinds import FORMS, Kind, make_core
@@ -22,10 +23,9 @@ from castling_jax.models.layers import add_bias
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, get_variables
-from castling_jax.training.config import default_config, model_arguments
+from castling_jax.training.config import default_config
 from castling_jax.training.config_files import load_config
 from castling_jax.training.optimizers import make_optimizer
-from castling_jax.training.restore import teacher_model
 from castling_jax.training.schedules import learning_rate_schedule
 from castling_jax.training.setup import set_up
 from castling_jax.training.sharding import (
@@ -41,6 +41,7 @@ from castling_jax.training.sharding import (
 )
 from castling_jax.training.state import create_state
 from castling_jax.training.step import Teacher, make_train_step
+from castling_jax.training.weights import teacher_model
 
 CHANNELS, HEADS, TAPS = 768, 12, 9  # of DeiT-B
 # Classes, training and held-out images of data sets, which a step depends on by its last layer and its schedule alone.

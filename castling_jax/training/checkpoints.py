@@ -3,27 +3,25 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from castling_jax.convert.checkpoint import FORMAT, checkpoint_steps, read_checkpoint, reading
+from castling_jax.convert.checksums import check_checksums, checksums
+from castling_jax.convert.manifest import check_manifest, write_manifest
 from castling_jax.errors import InputError, in_one_sentence, reason
-from castling_jax.storage import is_remote, write_atomically
-from castling_jax.training.manifest import MANIFEST_FILE, check_manifest, write_manifest
+from castling_jax.storage import write_atomically
 from castling_jax.training.state import TrainState
 
-CHECKPOINTS = "checkpoints"  # a run's folder of them
 BEST = "accuracy_inference_form"  # the figure by which a checkpoint is the best: what the switch will leave
-COMMIT_SUCCESS_FILE = "commit_success.txt"  # Orbax's, in a bucket
 NOT_EVALUATED = {BEST: -1.0}
-FORMAT = 2  # of what is saved beside the state. 1 had neither manifest, nor mask threshold, nor the data's fingerprint
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -237,14 +235,6 @@ def _figure(metrics: Any) -> float:
     return metrics[BEST]
 
 
-def checkpoint_steps(folder: epath.Path) -> list[int]:
-    """The steps of which a folder of checkpoints holds one, sorted; what is still being written does not count."""
-    steps = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
-    if is_remote(folder):  # where a folder cannot be renamed once it is whole, Orbax marks it
-        steps = [path for path in steps if (path / COMMIT_SUCCESS_FILE).exists()]
-    return sorted(int(path.name) for path in steps)
-
-
 def next_start(folder: epath.Path) -> str:
     """What a run does next that has its checkpoints in `folder`, for the end of a sentence."""
     steps = checkpoint_steps(folder)
@@ -253,99 +243,9 @@ def next_start(folder: epath.Path) -> str:
     return f"the same command goes on from step {steps[-1]}"
 
 
-def read_checkpoint(folder: epath.Path, names: Collection[str] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads a checkpoint in this process alone, and holds it against its checksums.
-
-    Args:
-      folder: of one checkpoint.
-      names: of the parts of the state that are wanted, such as "params"; None is all, and those that are not there are
-        left out.
-
-    Returns:
-      (state, about): nested dicts of numpy arrays, of what was asked for; and what was saved beside the state.
-
-    Raises:
-      InputError: it is damaged; says how, and which other there is.
-    """
-    with _reading(folder) as checkpointer:
-        has_manifest = check_manifest(folder)
-        shapes: dict[str, Any] = checkpointer.metadata(folder).item_metadata["state"].tree
-        wanted = {name: part for name, part in shapes.items() if names is None or name in names}
-        if not wanted:
-            return {}, {}
-        wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), wanted)
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        state_args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-        items = checkpointer.restore(folder, args=ocp.args.Composite(state=state_args, about=ocp.args.JsonRestore()))
-        check_checksums(items["state"], items["about"]["checksums"])
-        if not has_manifest and items["about"].get("format", 1) >= FORMAT:
-            raise ValueError(f"its {MANIFEST_FILE} is missing")
-        return items["state"], items["about"]
-
-
 def check_figures(folder: epath.Path) -> None:
     """Raises an InputError unless a checkpoint's figures can be read, as Orbax's manager does of all at its start."""
-    with _reading(folder) as checkpointer:
+    with reading(folder) as checkpointer:
         check_manifest(folder, "metrics/")
         items = checkpointer.restore(folder, args=ocp.args.Composite(metrics=ocp.args.JsonRestore()))
         _figure(items["metrics"])
-
-
-@contextlib.contextmanager
-def _reading(folder: epath.Path) -> Iterator[ocp.Checkpointer]:
-    """What reads a checkpoint in this process alone; all that it raises is an InputError that says what is damaged."""
-    alone = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()}, primary_host=jax.process_index())
-    handler = ocp.CompositeCheckpointHandler(
-        state=ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
-        about=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
-        metrics=ocp.JsonCheckpointHandler(filename="metrics", multiprocessing_options=alone),  # as the manager's own
-        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
-    )
-    try:
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            yield checkpointer
-    except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
-        others = [step for step in checkpoint_steps(folder.parent) if str(step) != folder.name]
-        instead = f"; try '{folder.parent / str(others[-1])}'" if others else ""
-        raise InputError(
-            f"the checkpoint '{folder}' is damaged ({in_one_sentence(reason(error))}){instead}."
-        ) from error
-
-
-def check_checksums(tree: Any, expected: dict[str, int]) -> None:
-    """Raises a ValueError unless a tree, or a part of what was saved, has the checksums of that."""
-    for path, checksum in checksums(tree).items():
-        if expected.get(path) != checksum:
-            raise ValueError(f"the checksum of {path} is not the one it was saved with")
-
-
-def checksums(tree: Any) -> dict[str, int]:
-    """A 32-bit checksum of each leaf of a pytree, by its path.
-
-    It is a sum, modulo 2^32, of the elements' bits, each times an odd number that depends on its place: any one
-    flipped bit changes it, exchanged elements do but for a chance of 2^-32, and it is computed where the shards are,
-    without gathering them.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = jax.device_get(_checksums([leaf for _, leaf in leaves]))
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return {name: int(total) for name, total in zip(names, sums, strict=True)}
-
-
-@jax.jit
-def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [_checksum(leaf) for leaf in leaves]
-
-
-def _checksum(leaf: jax.Array) -> jax.Array:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    if leaf.dtype == jnp.bool_:
-        leaf = leaf.astype(jnp.uint8)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-    place = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    place = (place ^ (place >> 16)) * jnp.uint32(0x9E3779B1)  # spreads neighbouring places
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)

@@ -33,7 +33,7 @@ CROP_SCALE = numbers(2, "two numbers with 0 < first <= second <= 1", lambda scal
 # By dotted name: default, values, meaning. Where the default is None, None is allowed too.
 FIELDS = {
     "seed": Field(0, integer(0, 2**32 - 1), "Seed of everything drawn: parameters, order of examples, augmentations."),
-    "init_from": Field(None, TEXT, "Where a new run starts: timm's weights (.safetensors, .pth), or a run's folder."),
+    "init_from": Field(None, TEXT, "Where a new run starts: timm's weights (.safetensors, .npz, .pth), or a run."),
     "reset_head": Field(False, FLAG, "Start the classifier anew where init_from has another number of classes."),
     # Arguments of create_model. None leaves the model's own.
     "model.name": Field("deit_tiny", TEXT, "The model, by its name in create_model."),
@@ -162,21 +162,6 @@ def check_config(config: ConfigDict) -> None:
                     f"is set, not {config.augment.color_jitter}."
                 )
     mistakes.report()
-
-
-def model_arguments(config: ConfigDict) -> dict[str, Any]:
-    """The arguments of `create_model` that the configuration gives."""
-    arguments = {name: value for name, value in config.model.to_dict().items() if value is not None}
-    if arguments.get("token_conv") == "none":
-        arguments["token_conv"] = None
-    return arguments
-
-
-def exported_weights(config: ConfigDict) -> str:
-    """The weights that the run exports and chooses the best checkpoint by: "raw" or "averaged"."""
-    if config.train.export is not None:
-        return config.train.export
-    return "raw" if config.train.ema_decay is None else "averaged"
 
 
 def image_options(config: ConfigDict, image_size: int) -> dict[str, Any]:

@@ -6,15 +6,16 @@ import json
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
+from castling_jax.convert.run_folder import CONFIG_FILE, read_config
 from castling_jax.errors import InputError, check_known, in_one_sentence
 from castling_jax.models.variables import flatten
 from castling_jax.training.config import RUNTIME_FIELDS, RUNTIME_GROUPS, check_config, default_config
 
-CONFIG_FILE = "config.json"  # a run's own, in its folder
 _PACKAGE = Path(__file__).parents[1]
 # A wheel has the configurations in the package, a checkout beside it.
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
@@ -77,6 +78,23 @@ def _load_module(path: Path) -> types.ModuleType:
     return importlib.import_module(f"{_LOADED}.{path.stem}")
 
 
+def run_config(fields: dict[str, Any] | None) -> ConfigDict:
+    """The configuration of a run, of its config.json's fields; the default where they are None.
+
+    An earlier version's may lack fields, which then have their defaults, and may have others, which are kept.
+
+    Raises:
+      InputError: a field is of another type.
+    """
+    config = default_config()
+    try:
+        with config.unlocked():
+            config.update(fields or {})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"the run's {CONFIG_FILE} is damaged ({in_one_sentence(error)}).") from error
+    return config
+
+
 def check_same_run(config: ConfigDict, path: epath.Path) -> None:
     """Refuses to go on in a folder whose config.json, at `path`, is another configuration's.
 
@@ -86,11 +104,9 @@ def check_same_run(config: ConfigDict, path: epath.Path) -> None:
       InputError: the file is damaged, or fields differ that are not RUNTIME_GROUPS' or RUNTIME_FIELDS; names them.
     """
     try:
-        earlier = json.loads(path.read_text())
-        if not isinstance(earlier, dict):
-            raise ValueError("it holds no object")
-    except (ValueError, OSError) as error:
-        raise InputError(f"'{path}' is missing or damaged ({error}); choose another --workdir or remove it.") from error
+        earlier = read_config(path.parent)
+    except InputError as error:
+        raise InputError(f"{str(error).rstrip('.')}; choose another --workdir or remove it.") from error
     defaults, earlier, now = (
         {path.replace("/", "."): value for path, value in flatten(json.loads(json.dumps(tree))).items()}
         for tree in (default_config().to_dict(), earlier, config.to_dict())

@@ -1,26 +1,30 @@
 """Exact evaluation of both forms in one pass."""
 
 import functools
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from castling_jax.convert.checkpoint import CHECKPOINTS
 from castling_jax.convert.inference import to_inference
+from castling_jax.convert.run_folder import exported_weights
+from castling_jax.convert.weights import read
 from castling_jax.data.fingerprint import check_same_classes
 from castling_jax.data.loader import EvalTransform, evaluation_batches
 from castling_jax.data.sources import Dataset, load_dataset
 from castling_jax.data.transforms import eval_transform
+from castling_jax.errors import InputError
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, get_variables
-from castling_jax.training.config import exported_weights, image_options
-from castling_jax.training.restore import read_snapshot
+from castling_jax.training.config import image_options
+from castling_jax.training.config_files import run_config
 from castling_jax.training.sharding import (
     check_batch,
     make_mesh,
@@ -144,30 +148,34 @@ def configured_evaluator(config: ConfigDict, model: Backbone, dataset: Dataset, 
     )
 
 
-def evaluate_checkpoint(path: epath.Path, mesh_sizes: Mapping[str, int]) -> dict[str, Any]:
+def evaluate_checkpoint(path: str | os.PathLike, mesh_sizes: Mapping[str, int]) -> dict[str, Any]:
     """The figures of `evaluate_weights` of a checkpoint, on its run's held-out split; step, mask_threshold, exported.
 
     Args:
-      path: as `read_snapshot` takes it.
+      path: of a run or one of its checkpoints, as `read` takes it.
       mesh_sizes: as `make_mesh` takes them; the run may have had another mesh.
 
     Raises:
-      InputError: the checkpoint cannot be read, the mesh does not fit, or the data has other classes than the run's.
+      InputError: the checkpoint cannot be read or is none, the mesh does not fit, or the data has other classes than
+        the run's.
     """
     mesh = make_mesh(mesh_sizes)
-    snapshot = read_snapshot(path)
-    config = snapshot.config
-    snapshots = [snapshot]
+    checkpoint = read(path)
+    model, threshold = checkpoint.model, checkpoint.mask_threshold
+    if model is None or checkpoint.config is None or threshold is None:
+        raise InputError(f"'{path}' is neither a run's folder with checkpoints nor one of its {CHECKPOINTS}/STEP.")
+    config = run_config(checkpoint.config)
+    checkpoints = [checkpoint]
     if config.train.ema_decay is not None:
-        snapshots.append(read_snapshot(snapshot.folder, ema=not snapshot.averaged))
+        checkpoints.append(read(checkpoint.path, ema=not checkpoint.averaged))
     check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
     dataset = load_dataset(config.dataset.name, config.dataset.eval_split, data_dir=config.dataset.data_dir)
-    if snapshot.classes is not None:
-        check_same_classes(snapshot.classes, list(dataset.classes))
-    shardings = whole_over_fsdp(state_shardings(snapshot.variables, mesh))
+    if checkpoint.classes is not None:
+        check_same_classes(checkpoint.classes, list(dataset.classes))
+    shardings = whole_over_fsdp(state_shardings(checkpoint.variables, mesh))
     exported = exported_weights(config)
     with jax.set_mesh(mesh):
-        evaluate = configured_evaluator(config, snapshot.model, dataset, mesh)
-        weights = {"averaged" if one.averaged else "raw": place(one.variables, shardings) for one in snapshots}
-        figures = evaluate_weights(evaluate, weights, snapshot.mask_threshold, exported=exported)
-    return {"step": snapshot.step, "mask_threshold": snapshot.mask_threshold, "exported": exported, **figures}
+        evaluate = configured_evaluator(config, model, dataset, mesh)
+        weights = {"averaged" if one.averaged else "raw": place(one.variables, shardings) for one in checkpoints}
+        figures = evaluate_weights(evaluate, weights, threshold, exported=exported)
+    return {"step": checkpoint.step, "mask_threshold": threshold, "exported": exported, **figures}

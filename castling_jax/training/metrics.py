@@ -1,7 +1,6 @@
 """Metrics on disk: JSON lines and TensorBoard. They are a log: what a run needs to go on stands in its checkpoints."""
 
 import json
-import logging
 import time
 from typing import Any
 
@@ -9,11 +8,10 @@ import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from castling_jax.convert.run_folder import METRICS_FILE, read_metrics
 from castling_jax.storage import is_remote, write_atomically
 
-METRICS_FILE = "metrics.jsonl"
 REMOTE_SECONDS = 60  # between two writings of a file that cannot be appended to
-_LOGGER = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -84,20 +82,6 @@ class MetricsWriter:
             self._events.close()
 
 
-def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
-    """The lines of WORKDIR/metrics.jsonl that are whole; none where there is no such file.
-
-    Damaged ones are counted in a warning, but for a last one that is cut short: the run was killed while writing it.
-    """
-    path = workdir / METRICS_FILE
-    texts = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    lines = [(text, _read_line(text)) for text in texts]
-    damaged = sum(line is None and text.endswith(b"\n") for text, line in lines)
-    if damaged:
-        _LOGGER.warning("%d of the %d lines of '%s' are damaged, and were skipped.", damaged, len(lines), path)
-    return [line for _, line in lines if line is not None]
-
-
 def read_history(workdir: epath.Path) -> dict[str, np.ndarray]:
     """The metrics as arrays: "step" [lines], and each figure [lines] or [lines, layers], NaN where a line lacks it."""
     lines = read_metrics(workdir)
@@ -107,15 +91,3 @@ def read_history(workdir: epath.Path) -> dict[str, np.ndarray]:
         shape = np.broadcast_shapes(*{value.shape for value in values})
         history[name] = np.stack([np.broadcast_to(value, shape) for value in values])
     return history
-
-
-def _read_line(text: bytes) -> dict[str, Any] | None:
-    """What a line says: a step, and figures or lists of them; None where it is damaged."""
-    try:
-        line = json.loads(text.decode())
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(line, dict) or type(line.get("step")) is not int:
-        return None
-    values = [item for value in line.values() for item in (value if isinstance(value, list) else [value])]
-    return line if all(type(value) in (int, float) for value in values) else None

@@ -11,11 +11,13 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from castling_jax.convert.checkpoint import CHECKPOINTS, checkpoint_steps
 from castling_jax.convert.inference_folder import save_inference
+from castling_jax.convert.run_folder import CONFIG_FILE, INFERENCE, write_config
 from castling_jax.data.fingerprint import check_same_data, fingerprint
 from castling_jax.storage import absolute, check_bucket, write_atomically
-from castling_jax.training.checkpoints import CHECKPOINTS, Checkpoints, Progress, checkpoint_steps
-from castling_jax.training.config_files import CONFIG_FILE, check_same_run
+from castling_jax.training.checkpoints import Checkpoints, Progress
+from castling_jax.training.config_files import check_same_run
 from castling_jax.training.distributed import check_shared
 from castling_jax.training.kernel_check import check_kernels
 from castling_jax.training.lock import one_writer
@@ -26,7 +28,7 @@ from castling_jax.training.profiling import Profiler
 from castling_jax.training.setup import Setup, first_state, first_variables, set_up
 from castling_jax.training.sharding import to_host, with_shardings
 from castling_jax.training.state import parameter_table, parameters_sha256
-from castling_jax.training.summary import INFERENCE, Summary, finish, read_summary
+from castling_jax.training.summary import Summary, finish, read_summary
 
 PARAMETERS_FILE = "parameters.txt"
 DATA_FILE = "data.json"
@@ -78,7 +80,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
         check_lock = stack.enter_context(one_writer(workdir))
         check_shared(workdir)
         if is_writer:
-            write_atomically(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2).encode())
+            write_config(workdir, config.to_dict())
             write_atomically(workdir / PARAMETERS_FILE, parameter_table(setup.state, setup.shardings).encode())
 
         # 2. Resume, or start.

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from castling_jax.convert.run_folder import exported_weights, model_arguments
 from castling_jax.data.loader import Batch, TrainTransform, training_batches
 from castling_jax.data.sources import ArrayDataset, Dataset, load_dataset
 from castling_jax.data.transforms import train_transform
@@ -21,10 +21,9 @@ from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model, create_model
 from castling_jax.models.variables import Variables, get_variables
-from castling_jax.training.config import check_config, exported_weights, image_options, mixing_options, model_arguments
+from castling_jax.training.config import check_config, image_options, mixing_options
 from castling_jax.training.evaluate import Evaluator, configured_evaluator, evaluate_weights
 from castling_jax.training.optimizers import make_optimizer
-from castling_jax.training.restore import initial_variables, read_teacher
 from castling_jax.training.schedules import learning_rate_schedule, mask_threshold_schedule
 from castling_jax.training.sharding import (
     check_batch,
@@ -37,6 +36,7 @@ from castling_jax.training.sharding import (
 )
 from castling_jax.training.state import TrainState, create_state
 from castling_jax.training.step import Teacher, make_train_step
+from castling_jax.training.weights import initial_variables, read_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +210,7 @@ def first_variables(setup: Setup) -> Variables:
     """Where a new run starts: numpy arrays, drawn or read."""
     config = setup.config
     if config.init_from:
-        variables = initial_variables(epath.Path(config.init_from), setup.model, reset_head=config.reset_head)
+        variables = initial_variables(config.init_from, setup.model, reset_head=config.reset_head)
     else:
         arguments = model_arguments(config) | {"num_classes": setup.train_set.num_classes}
         variables = get_variables(create_model(rngs=nnx.Rngs(config.seed), **arguments))
@@ -237,7 +237,7 @@ def _teacher(config: ConfigDict, student: Backbone, mesh: Mesh) -> Teacher | Non
         raise InputError(
             f"config.distillation.kind = {options.kind!r} needs a teacher: give config.distillation.teacher."
         )
-    model, variables = read_teacher(epath.Path(options.teacher), options.name or student.spec.name, student)
+    model, variables = read_teacher(options.teacher, options.name or student.spec.name, student)
     model = abstract_model(**model.spec.arguments(implementation=config.model.implementation))
     placed = place(variables, whole_over_fsdp(state_shardings(variables, mesh)))
     return Teacher(model, placed, kind=options.kind, alpha=options.alpha, temperature=options.temperature)

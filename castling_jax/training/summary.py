@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from castling_jax.convert.inference_folder import load_inference
+from castling_jax.convert.run_folder import INFERENCE, METRICS_FILE
 from castling_jax.errors import InputError
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import count_macs
@@ -20,12 +21,11 @@ from castling_jax.models.registry import abstract_model, create_model
 from castling_jax.models.variables import Variables, apply, count_parameters, get_variables
 from castling_jax.plots import draw_training
 from castling_jax.storage import write_atomically
-from castling_jax.training.metrics import METRICS_FILE, read_history
+from castling_jax.training.metrics import read_history
 from castling_jax.training.timing import interleaved_seconds, medians
 
 SUMMARY_FILE = "summary.json"
 TRAINING_FILE = "training.png"
-INFERENCE = "inference"  # a run's inference folder
 LONGER = 8  # the speed of both forms is measured on images this many times as wide and as high,
 MOST_PIXELS = 896  # but not wider than this, unless training's are: of 1,792 pixels a training form needs 8 to 20 GB
 REPEATS = 7

@@ -1,4 +1,3 @@
-import json
 import re
 import sys
 
@@ -9,7 +8,9 @@ import optax
 import pytest
 
 from castling_jax import load_inference, to_inference
+from castling_jax.convert import to_torch
 from castling_jax.convert.inference_folder import MODEL_FILE, PAYLOADS, save_inference
+from castling_jax.convert.run_folder import write_config
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import count_parameters
 from castling_jax.tools import convert
@@ -27,7 +28,7 @@ def write_run(folder, arguments, variables):
     config = default_config()
     config.model.update(arguments)
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    write_config(folder, config.to_dict())
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
     checkpoints.save(create_state(variables, optax.sgd(1e-3), 0), Progress(1.0))
     checkpoints.close()
@@ -140,6 +141,8 @@ def test_mistakes_are_one_sentence(deit, tmp_path, monkeypatch):
     payload = tmp_path / "inference" / PAYLOADS["safetensors"]
     payload.write_bytes(payload.read_bytes()[:-1])
     assert "damaged" in refusal(monkeypatch, tmp_path / "inference", out)
+    np.savez(tmp_path / "weights.npz", **to_torch(model, variables))
+    assert "does not say which model" in refusal(monkeypatch, tmp_path / "weights.npz", out)
     (tmp_path / "file").write_text("")
     assert "is a file" in refusal(monkeypatch, folder, tmp_path / "file")
     assert not out.exists()

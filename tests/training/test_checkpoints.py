@@ -12,8 +12,9 @@ import optax
 import pytest
 from etils import epath
 
+from castling_jax.convert.checksums import checksums
 from castling_jax.errors import InputError
-from castling_jax.training.checkpoints import Checkpoints, Progress, checksums
+from castling_jax.training.checkpoints import Checkpoints, Progress
 from castling_jax.training.state import create_state
 
 

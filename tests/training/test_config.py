@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from castling_jax.convert.run_folder import exported_weights, model_arguments
 from castling_jax.errors import InputError
-from castling_jax.training.config import FIELDS, check_config, default_config, exported_weights, model_arguments
+from castling_jax.training.config import FIELDS, check_config, default_config
 from castling_jax.training.config_files import check_same_run, load_config
 from castling_jax.training.config_help import fields_page
 

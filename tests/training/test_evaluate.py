@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
 
+from castling_jax.convert import to_torch
 from castling_jax.convert.inference import to_inference
+from castling_jax.convert.inference_folder import save_inference
 from castling_jax.data.sources import ArrayDataset
 from castling_jax.data.transforms import eval_transform, normalize
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import apply, get_variables
-from castling_jax.training.evaluate import make_evaluator
+from castling_jax.training.evaluate import evaluate_checkpoint, make_evaluator
 from castling_jax.training.losses import cross_entropy
 from castling_jax.training.sharding import make_mesh
 from tests.models import small
@@ -51,3 +53,13 @@ def test_forms_agree_at_an_empty_mask():
     model = create_model("deit_micro", num_classes=10, depth=1)
     evaluate = make_evaluator(model, dataset, transform=TRANSFORM, batch_size=4, mesh=make_mesh(SIZES))
     assert evaluate(get_variables(model), 1.0)["max_difference"] < 1e-6
+
+
+def test_only_checkpoints_are_evaluated_for_only_they_have_both_forms_and_data(refuses, tmp_path):
+    model = small.small_model()
+    variables = small.random_variables(model)
+    save_inference(tmp_path / "inference", model, variables)
+    np.savez(tmp_path / "weights.npz", **to_torch(model, variables))
+    for path in (tmp_path / "inference", tmp_path, tmp_path / "weights.npz", tmp_path / "nowhere"):
+        with refuses(f"'{path}' is neither a run's folder with checkpoints"):
+            evaluate_checkpoint(path, {"replica": 1, "data": 1, "fsdp": 1, "tensor": 1})

@@ -8,10 +8,11 @@ import time
 import chex
 import numpy as np
 import pytest
-from etils import epath
 
 from castling_jax.convert.inference import to_inference
 from castling_jax.convert.inference_folder import load_inference
+from castling_jax.convert.run_folder import read_metrics
+from castling_jax.convert.weights import read
 from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import normalize
 from castling_jax.errors import DeterministicError, InputError
@@ -21,8 +22,6 @@ from castling_jax.training.checkpoints import Checkpoints
 from castling_jax.training.config import default_config
 from castling_jax.training.evaluate import evaluate_checkpoint
 from castling_jax.training.losses import cross_entropy
-from castling_jax.training.metrics import read_metrics
-from castling_jax.training.restore import read_snapshot
 from castling_jax.training.run import run
 
 TIMES = ("images_per_second", "images_per_second_per_chip", "data_wait_share", "eta_seconds")
@@ -66,7 +65,7 @@ def test_figures_and_files_of_a_run(whole_run):
     assert figures["max_difference"] <= 1e-5
     assert figures["accuracy_train_form"] == figures["accuracy_inference_form"]
     assert figures["train_seconds"] > 0
-    assert (workdir / "config.json").read_text() == json.dumps(small_config().to_dict(), indent=2)
+    assert (workdir / "config.json").read_text() == json.dumps({"format": 1} | small_config().to_dict(), indent=2)
     lines = read_metrics(workdir)
     assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 12, 15, 18, 21, 22]
     assert [line["step"] for line in lines if "accuracy" in line] == [11, 22]
@@ -246,12 +245,12 @@ def test_raw_and_averaged_weights_are_both_evaluated_and_the_field_says_which_is
         held_out = load_dataset("digits", "test")
         loss = cross_entropy(apply(model, variables, normalize(held_out.images)), np.eye(10)[held_out.labels]).mean()
         assert float(loss) == pytest.approx(figures[f"{exported}_eval_loss"], rel=1e-5)
-        snapshot = read_snapshot(epath.Path(workdir))
+        snapshot = read(workdir)
         assert snapshot.averaged == (exported == "averaged")
         chex.assert_trees_all_equal(to_inference(snapshot.variables), variables)
         # 0.99 to the power of the 22 steps.
         assert "At the end, 80% of the averaged weights will be the initial ones" in capsys.readouterr().out
-        evaluated = evaluate_checkpoint(epath.Path(workdir), config.mesh)
+        evaluated = evaluate_checkpoint(workdir, config.mesh)
         assert {name: evaluated[name] for name in figures if name in evaluated} == {
             name: figures[name] for name in figures if name in evaluated
         }

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from castling_jax.training.metrics import MetricsWriter, read_metrics
+from castling_jax.convert.run_folder import read_metrics
+from castling_jax.training.metrics import MetricsWriter
 
 
 def write(workdir, first_step, steps, tensorboard=False):

@@ -6,9 +6,9 @@ import chex
 import jax
 import pytest
 
+from castling_jax.convert.checkpoint import checkpoint_steps
 from castling_jax.convert.inference_folder import load_inference
 from castling_jax.training import loop
-from castling_jax.training.checkpoints import checkpoint_steps
 from castling_jax.training.preemption import Preempted, PreemptionWatch
 from tests.training.test_loop import small_config, train
 

@@ -3,7 +3,7 @@ import subprocess
 import pytest
 from etils import epath
 
-from castling_jax.training.manifest import check_manifest, write_manifest
+from castling_jax.convert.manifest import check_manifest, write_manifest
 
 
 @pytest.fixture

@@ -1,0 +1,161 @@
+"""The one reader of weights, whatever they are kept in."""
+
+import dataclasses
+import logging
+import os
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from castling_jax.convert.checkpoint import CHECKPOINTS, FORMAT, checkpoint_steps, read_checkpoint
+from castling_jax.convert.inference_folder import MODEL_FILE, load_inference
+from castling_jax.convert.run_folder import (
+    INFERENCE,
+    METRICS_FILE,
+    exported_weights,
+    model_arguments,
+    read_config,
+    read_metrics,
+)
+from castling_jax.convert.shipped import locate, shipped_names
+from castling_jax.convert.torch import read_state_dict, to_torch
+from castling_jax.errors import InputError
+from castling_jax.models.backbone import Backbone
+from castling_jax.models.registry import abstract_model
+from castling_jax.models.variables import Variables, check_variables, flatten
+from castling_jax.storage import absolute, check_bucket, is_remote, local_copy
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What `read` has found.
+
+    Attributes:
+      path: where: a checkpoint's folder, an inference folder, or a file.
+      variables: the model's, nested dicts of arrays. A foreign file, which names no model, gives its arrays under its
+        own names, as `read_state_dict` does: `from_torch` makes a model's variables of them.
+      model: in `form`; holds shapes only. None for a foreign file.
+      config: of a checkpoint, the fields of its run's config.json, as nested plain dicts.
+      mask_threshold: of a checkpoint, the threshold of its last step.
+      step: of a checkpoint, how many steps were made.
+      averaged: of a checkpoint, whether the variables are the moving averages.
+      classes: of a checkpoint, the names of its run's classes; one of an earlier version does not have them.
+    """
+
+    path: epath.Path
+    variables: Variables
+    model: Backbone | None = None
+    config: dict[str, Any] | None = None
+    mask_threshold: float | None = None
+    step: int | None = None
+    averaged: bool | None = None
+    classes: list[str] | None = None
+
+    @property
+    def form(self) -> str | None:
+        """The form that model and variables are in: "train" or "inference"; None for a foreign file."""
+        return None if self.model is None else self.model.spec.form
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The weights under timm's names, for `from_torch` into another model.
+
+        Raises:
+          InputError: they are in inference form.
+        """
+        if self.model is None:
+            return self.variables
+        if self.form == "inference":
+            raise InputError(
+                f"'{self.path}' is in inference form, which is folded: give the run's folder or a checkpoint."
+            )
+        return to_torch(self.model, self.variables)
+
+
+def read(path: str | os.PathLike, *, step: int | None = None, ema: bool | None = None) -> Weights:
+    """Reads weights, and what is known of them; nothing at `path` is touched.
+
+    Args:
+      path: on this machine or in a bucket (gs://):
+        - a run's folder: its newest checkpoint in training form, or its inference folder where it has no checkpoint;
+        - the folder of one checkpoint, RUN/checkpoints/STEP;
+        - an inference folder, as a run or castling_jax.tools.convert writes it;
+        - the name of shipped weights, a text without a slash: "digits", where "./digits" is a folder;
+        - a foreign file: .safetensors, .npz, or PyTorch's.
+      step: which checkpoint of a run; None is the newest.
+      ema: whether a checkpoint's variables are to be their moving averages; None is where it is they that its run
+        exports.
+
+    Raises:
+      InputError: there is nothing of this kind at `path` or it is damaged, the run has no checkpoint of that step, or
+        there is no moving average.
+    """
+    check_bucket(path)
+    where = locate(path)
+    steps = checkpoint_steps(where / CHECKPOINTS)
+    if step is not None and step not in steps:
+        raise InputError(f"'{path}' is no run with a checkpoint of step {step}{_listed(steps)}.")
+    if steps:
+        return _read_checkpoint(where, where / CHECKPOINTS / str(steps[-1] if step is None else step), ema)
+    if absolute(where).name.isdigit() and (where / "state").is_dir():
+        return _read_checkpoint(absolute(where).parent.parent, where, ema)
+    inference = next((folder for folder in (where, where / INFERENCE) if (folder / MODEL_FILE).is_file()), None)
+    if inference is None and not where.is_file():
+        raise InputError(
+            f"'{path}' is neither a run's folder with checkpoints, one of its {CHECKPOINTS}/STEP, an inference folder, "
+            f"a file of weights, nor the name of shipped weights ({', '.join(shipped_names()) or 'none yet'})."
+        )
+    if ema:
+        raise InputError(f"'{inference or where}' holds no moving average, which only a run's checkpoints do.")
+    if inference is None:
+        return Weights(where, _read_file(where))
+    model, variables = load_inference(inference)
+    return Weights(inference, variables, model)
+
+
+def _listed(steps: list[int]) -> str:
+    return f"; it has those of {', '.join(map(str, steps))}" if steps else ""
+
+
+def _read_file(path: epath.Path) -> dict[str, np.ndarray]:
+    """`read_state_dict`, of a bucket's file too."""
+    if is_remote(path):
+        with local_copy(path) as copy:
+            return read_state_dict(copy)
+    return read_state_dict(path)
+
+
+def _read_checkpoint(run: epath.Path, folder: epath.Path, ema: bool | None) -> Weights:
+    config = read_config(run)
+    if ema is None:
+        ema = exported_weights(config) == "averaged"
+    state, about = read_checkpoint(absolute(folder), ("ema",) if ema else ("params", "batch_stats"))
+    if ema and not state:
+        raise InputError(f"the checkpoint '{folder}' holds no moving average of its parameters.")
+    if (written_as := about.get("format", 1)) > FORMAT:
+        raise InputError(f"'{folder}' is of format {written_as}; this version reads formats up to {FORMAT}.")
+    variables = state["ema"] if ema else state
+    heads = [leaf.shape[-1] for name, leaf in flatten(variables["params"]).items() if name.startswith("head/")]
+    model = abstract_model(num_classes=heads[-1], **model_arguments(config))  # the last one's: batch norm comes before
+    check_variables(model, variables)
+    step = int(absolute(folder).name)
+    threshold = about.get("mask_threshold")
+    if threshold is None:
+        threshold = _logged_threshold(run, step, first=config["mask"]["start_threshold"])
+    classes = (about.get("data") or {}).get("classes")
+    return Weights(folder, variables, model, config, threshold, step, ema, classes)
+
+
+def _logged_threshold(run: epath.Path, step: int, *, first: float) -> float:
+    """The mask threshold at a step of an earlier version's run, whose checkpoints do not hold it."""
+    logged = [line for line in read_metrics(run) if "mask_threshold" in line and line["step"] <= step]
+    threshold = logged[-1]["mask_threshold"] if logged else first
+    source = f"as {METRICS_FILE} has it of step {logged[-1]['step']}" if logged else "where the schedule starts"
+    _LOGGER.warning(
+        "'%s' is an earlier version's run, whose checkpoints do not hold the mask threshold; that of step %d is taken "
+        "to be %g, %s.",
+        *(run, step, threshold, source),
+    )
+    return threshold
