@@ -318,6 +318,29 @@ def test_a_damaged_safetensors_file(refuses, tmp_path, data):
         read_state_dict(path)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_npz_file_is_read_in_float32(tmp_path, dtype):
+    arrays = {"a.weight": np.asarray([[1.5, -2, 1 / 3]], dtype), "count": np.asarray(7, np.int32)}
+    np.savez(tmp_path / "weights.npz", **arrays)
+    read = read_state_dict(tmp_path / "weights.npz")
+    assert {name: value.dtype.name for name, value in read.items()} == {"a.weight": "float32", "count": "int32"}
+    chex.assert_trees_all_equal(read, {name: value.astype(read[name].dtype) for name, value in arrays.items()})
+
+
+@pytest.mark.parametrize("content", ["cut", "empty", "text", "array", "objects", "texts"])
+def test_an_npz_file_without_weights(refuses, tmp_path, content):
+    path = tmp_path / "weights.npz"
+    things = {"objects": np.asarray([{}, 3], object), "texts": np.asarray(["a"])}
+    np.savez(path, a=things.get(content, np.ones(1000)))
+    if content in ("cut", "empty", "text"):
+        path.write_bytes({"cut": path.read_bytes()[:-500], "empty": b"", "text": b"weights"}[content])
+    if content == "array":
+        with path.open("wb") as file:
+            np.save(file, np.ones(3))
+    with refuses(str(path), "holds 'a' of dtype" if content == "texts" else "is damaged or no .npz file"):
+        read_state_dict(path)
+
+
 def test_a_file_that_is_not_there(refuses, tmp_path):
     for path in (tmp_path, tmp_path / "nothing.pth"):
         with refuses(str(path), "no file"):

@@ -7,7 +7,7 @@ import pytest
 from castling_jax.convert.run_folder import exported_weights, model_arguments
 from castling_jax.errors import InputError
 from castling_jax.training.config import FIELDS, check_config, default_config
-from castling_jax.training.config_files import check_same_run, load_config
+from castling_jax.training.config_files import check_same_run, load_config, run_config
 from castling_jax.training.config_help import fields_page
 
 ROOT = Path(__file__).parents[2]
@@ -203,6 +203,27 @@ def test_damaged_config_file_is_refused(tmp_path):
         with pytest.raises(InputError, match="is missing or damaged"):
             check_same_run(default_config(), path)
         path.unlink(missing_ok=True)
+
+
+def test_a_runs_fields_become_a_configuration(refuses):
+    assert run_config(None) == default_config()
+    fields = json.loads(json.dumps(changed("optimizer.b1", 0.5).to_dict()))
+    del fields["mesh"], fields["train"]["accumulate_steps"]
+    fields["model"]["of_another_version"] = 3
+    config = run_config(fields)
+    assert (config.optimizer.b1, config.mesh.data, config.train.accumulate_steps) == (0.5, -1, 1)
+    assert config.dataset.mean == (0.5, 0.5, 0.5)
+    assert config.model.of_another_version == 3
+    for wrong in ({"dataset": 3}, {"evaluation": {"batch_size": "many"}}):
+        with refuses("the run's config.json is damaged"):
+            run_config(fields | wrong)
+
+
+def test_a_config_file_of_another_format_is_refused(refuses, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"format": 2} | default_config().to_dict()))
+    with refuses(f"'{path}' is of format 2; this version reads format 1; choose another --workdir or remove it."):
+        check_same_run(default_config(), path)
 
 
 def test_configurations_are_found_by_name_and_by_path(refuses, tmp_path, monkeypatch):
