@@ -1,0 +1,101 @@
+"""The documents name only files, functions and commands that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "castling_jax"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOP_FOLDERS = {".ci", "castling_jax", "configs", "docs", "scripts", "tests"}
+ROOMS = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}  # as "training/" in a document
+SOURCE = re.compile(r"\.(py|sh|md)$")
+PLACEHOLDERS = re.compile(r"\b(NAME|FILE)\b")  # the reader puts a name there
+CODE = re.compile(r"```.*?```|`[^`]+`", re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+URL = re.compile(r"(https?|gs)://[^\s`)]*")
+PATH = re.compile(r"[\w.*-]*[\w*-](?:/[\w.*-]*)*(?::[A-Za-z_][\w.]*)?")
+MODULE = re.compile(r"-m (castling_jax[\w.]*)")
+TREE = re.compile(r"```tree\n(.*?)```", re.DOTALL)
+
+
+def is_of_the_repository(path):
+    """Whether a path in a document is meant to be a file or a folder of the repository, not one of a run."""
+    first, slash, _ = path.partition("/")
+    return bool(slash and first in TOP_FOLDERS | ROOMS) or bool(SOURCE.search(path))
+
+
+def find(path):
+    """The files that a path means: from the root or the package's folder, or anywhere if it is only a file's name."""
+    found = [file for folder in (ROOT, PACKAGE) for file in folder.glob(path.rstrip("/"))]
+    if not found and "/" not in path:
+        found = [file for top in TOP_FOLDERS for file in (ROOT / top).rglob(path)]
+    return found
+
+
+def paths_named(text):
+    """(path, name of a function or class in it or "") of all paths in code, without the drawn tree."""
+    for code in CODE.findall(URL.sub(" ", TREE.sub(" ", text))):
+        for word in PATH.findall(code):
+            path, _, name = word.partition(":")
+            if is_of_the_repository(path) and not PLACEHOLDERS.search(path):
+                yield path.rstrip("."), name
+
+
+def paths_drawn(text):
+    """The paths of a tree that is drawn by indentation: folders end in a slash, files may stand under another file."""
+    for tree in TREE.findall(text):
+        folders = []
+        for line in tree.splitlines():
+            name = line.split()[0]
+            indent = line.index(name)
+            folders = [folder for folder in folders if folder[0] < indent]
+            yield "".join([*(folder[1] for folder in folders), name])
+            if name.endswith("/"):
+                folders.append((indent, name))
+
+
+def defines(file, name):
+    """Whether a file defines a function or class, or Class.method, of this name."""
+    source = file.read_text()
+    return all(re.search(rf"^ *(def|class) {part}\b", source, re.MULTILINE) for part in name.split("."))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_a_document_names_exists(document):
+    text = document.read_text()
+    for path, name in paths_named(text):
+        files = find(path)
+        assert files, f"{document.name} names {path}"
+        # After a configuration's file comes its variant, deit.py:base, which tests/test_configs.py tries.
+        known = [file for file in files if file.parent.name == "configs" or not name or defines(file, name)]
+        assert known, f"{document.name} names {path}:{name}"
+    for link in LINK.findall(text):
+        assert (document.parent / link).exists(), f"{document.name} links to {link}"
+    for module in MODULE.findall(text):
+        if not PLACEHOLDERS.search(module):
+            assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), f"{document.name} runs {module}"
+
+
+def test_the_drawn_house_has_only_rooms_that_exist():
+    drawn = list(paths_drawn((ROOT / "docs" / "architecture.md").read_text()))
+    assert len(drawn) > 100
+    for path in drawn:
+        assert list(ROOT.glob(path.rstrip("/"))), path
+
+
+def test_a_path_that_does_not_exist_is_seen():
+    text = "`ops/angular.py`, `ops/circular.py`, `runs/a.json`, `training/run.py:walk`\n```bash\npython mian.py\n```"
+    named = list(paths_named(text))
+    assert named == [("ops/angular.py", ""), ("ops/circular.py", ""), ("training/run.py", "walk"), ("mian.py", "")]
+    assert [path for path, _ in named if not find(path)] == ["ops/circular.py", "mian.py"]
+    assert not defines(find("training/run.py")[0], "walk")
+    assert list(paths_drawn("```tree\na/\n    b.py  x\n        c.py  y\n    d/\n        e.py\nf.py\n```")) == [
+        "a/",
+        "a/b.py",
+        "a/c.py",
+        "a/d/",
+        "a/d/e.py",
+        "f.py",
+    ]
