@@ -26,8 +26,7 @@ def on_auto_axes(out_specs: Callable[[Any], Any]) -> Callable[[Callable[..., Any
     """Decorates a function so that it runs with the Explicit axes of the mesh in use turned into Auto ones.
 
     The mesh is the one of `jax.set_mesh`, or else the one that the arguments' arrays lie on. Where it has no Explicit
-    axes, or there is none, the function is called as it is. Under vmap, a mapped dimension that an Explicit axis splits
-    is not served where kernels would split their batch over the same axis: JAX refuses that.
+    axes, or there is none, the function is called as it is.
 
     Args:
       out_specs: first argument -> the PartitionSpecs of the results over the Explicit axes, a prefix of their tree.

@@ -128,6 +128,11 @@ def _draw(shapes: dict[str, Any], key: Key[Array, ""]) -> dict[str, Any]:
     return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), arrays, shapes)
 
 
+def _threshold(keys: int) -> float:
+    """In the middle between the weights of even keys, around 2 / keys, and those of odd ones, e^-4 times that."""
+    return 2 * math.exp(-2) / keys
+
+
 def _outputs_and_gradients(
     call: Call, arrays: dict[str, Any], implementation: str, key: Key[Array, ""]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -148,10 +153,14 @@ def _run(call: Call, arrays: dict[str, Any], implementation: str) -> dict[str, A
     arrays = dict.fromkeys(("token_kernel", "query_values", "auxiliary", "bias")) | arrays
     q, k, v = arrays["q"], arrays["k"], arrays["v"]
     if call.operation == "masked_softmax_attention":
-        # Even keys have weights around 2 / keys, odd ones e^-4 times that.
-        threshold = jnp.float32(2 * math.exp(-2) / k.shape[1])
         out, density, qkv = masked_softmax_first(
-            q, k, v, mask_threshold=threshold, bias=arrays["bias"], implementation=implementation, **call.options
+            q,
+            k,
+            v,
+            mask_threshold=jnp.float32(_threshold(k.shape[1])),
+            bias=arrays["bias"],
+            implementation=implementation,
+            **call.options,
         )
         return {"output": out, "mask density": density, "q, k and v handed on": qkv}
     options = dict(call.options)

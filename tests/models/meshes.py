@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 
-FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 MESHES = {  # name -> (axis types of data and fsdp, whether jax.set_mesh is used)
     "explicit": ("Explicit", "Explicit", True),
     "explicit, not set": ("Explicit", "Explicit", False),
@@ -22,15 +21,21 @@ MESHES = {  # name -> (axis types of data and fsdp, whether jax.set_mesh is used
 
 def run_case(*name: str) -> dict:
     """What a case finds."""
+    return json.loads(run_on_devices(4, "tests.models.meshes", *name))
+
+
+def run_on_devices(count: int, module: str, *arguments: str) -> str:
+    """What `python -m module arguments` prints, with so many devices forced upon the CPU."""
+    flags = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
     run = subprocess.run(
-        [sys.executable, "-m", "tests.models.meshes", *name],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS},
+        [sys.executable, "-m", module, *arguments],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    return run.stdout
 
 
 def make_mesh(name):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.models.meshes import MESHES, run_case
+from tests.models.meshes import MESHES, run_case, run_on_devices
 
 # Shares of each array's largest number. Devices sum in another order: float32's rounding, 6e-8, through some tens of
 # operations; in LeViT also through batch norms over 4 images, whose deviations are small beside what is subtracted.
@@ -31,3 +31,16 @@ def test_a_loop_of_ones_own(family):
         assert difference <= AFTER_STEPS[family], (mesh, difference)
     # The compiler splits the same program: Explicit axes add nothing of their own.
     assert found["explicit"] == found["explicit, not set"] == found["auto"]
+
+
+SMALL = {
+    "deit_micro": ["depth=1"],
+    "levit_128s": ["embed_dim=[16,24,32]", "depth=[1,1,1]", "num_heads=[2,2,2]", "key_dim=8", "image_size=64"],
+    "mvitv2_tiny": ["embed_dim=8", "depths=[1,1]", "image_size=32"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_what_a_notebook_writes(name):
+    run_on_devices(2, "tests.models.notebook", name, *SMALL[name])

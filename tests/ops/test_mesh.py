@@ -3,6 +3,8 @@
 A mesh of one device gives arrays the same types as a large one, and the same numbers as none, up to the order of sums.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,8 +60,8 @@ def assert_close(actual, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), actual, expected)
 
 
-# The interpreted kernels take long to compile; castling's attention calls both.
-SLOW = ("linear_angular_attention, pallas", "masked_softmax_attention, pallas")
+# Kernels, which "auto" traces too, take long to trace and compile; castling's attention calls both.
+SLOW = {f"{part}_attention, {name}" for part in ("linear_angular", "masked_softmax") for name in ("auto", "pallas")}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in OPERATIONS])
@@ -90,8 +92,7 @@ def test_outside_of_jit(name):
     mesh = mesh_of()
     with jax.set_mesh(mesh):
         assert_close(OPERATIONS[name](*place(mesh)), expected)
-        if "xla" in name:  # shard_map, outside of jit, takes the mesh from its arrays
-            assert_close(OPERATIONS[name](Q, K, V, TAPS), expected)
+        assert_close(OPERATIONS[name](Q, K, V, TAPS), expected)
     assert_close(OPERATIONS[name](*place(mesh)), expected)
     assert_close(OPERATIONS[name](place(mesh)[0], K, V, TAPS), expected)  # what lies nowhere goes with the others
 
@@ -107,12 +108,25 @@ def test_results_are_split_as_the_first_argument():
     assert jax.typeof(gradient).sharding == jax.typeof(v).sharding
 
 
-def test_vmap():
+@pytest.mark.parametrize("implementation", ["auto", "pallas"])
+def test_vmap(implementation):
     mesh = mesh_of()
     q, k, v = (jax.device_put(x[None], jax.NamedSharding(mesh, jax.P(None, "data"))) for x in (Q, K, V))
-    run = jax.jit(jax.vmap(ops.linear_angular_attention))
+    run = jax.jit(jax.vmap(functools.partial(ops.linear_angular_attention, implementation=implementation)))
     with jax.set_mesh(mesh):
         assert_close(run(q, k, v)[0], ops.linear_angular_attention(Q, K, V))
+
+
+def test_vmap_of_a_dimension_that_the_mesh_splits(refuses):
+    """shard_map has no axis left to split the batch over: XLA serves it, and the kernels say that they do not."""
+    mesh = mesh_of()
+    q, k, v = (jax.device_put(x[None], jax.NamedSharding(mesh, jax.P("data"))) for x in (Q, K, V))
+    expected = ops.linear_angular_attention(Q, K, V)[None]
+    out = jax.jit(jax.vmap(ops.linear_angular_attention))(q, k, v)
+    assert jax.typeof(out).sharding.spec[0] == "data"
+    assert_close(out, expected)
+    with refuses("jax.vmap maps a dimension that the mesh splits", "its axes data, model", 'use implementation="xla"'):
+        jax.jit(jax.vmap(functools.partial(ops.linear_angular_attention, implementation="pallas")))(q, k, v)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "auto", "pallas"])

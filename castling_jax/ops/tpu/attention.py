@@ -1,5 +1,6 @@
 """The kernels as the public operations call them: what they serve, where they run, and over which mesh."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -207,6 +208,11 @@ def _split_over_mesh(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Mesh | A
     free = axes_of_kind(mesh, AxisType.Auto)
     if not free:
         return None
+    if not _can_split_over(mesh, free):
+        raise InputError(
+            f"jax.vmap maps a dimension that the mesh splits, and the kernels need its axes {', '.join(free)} for the "
+            f"batch and heads: map a dimension that is not split, or {INSTEAD}."
+        )
     head_axes = tuple(name for name in free if name in HEAD_AXES)
     batch_axes = tuple(name for name in free if name not in HEAD_AXES)
     for what, size, axes in (("batch", q.shape[0], batch_axes), ("heads", q.shape[2], head_axes)):
@@ -219,22 +225,30 @@ def _split_over_mesh(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Mesh | A
     return mesh, PartitionSpec(batch_axes, None, head_axes)
 
 
+def _can_split_over(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> bool:
+    """False under a vmap of a dimension that was split over one of the axes: only shard_map tells, by refusing them."""
+    size, spec = math.prod(mesh.shape[name] for name in axes), PartitionSpec(axes)
+    try:
+        jax.eval_shape(
+            jax.shard_map(lambda x: x, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False),
+            jax.ShapeDtypeStruct((size,), jnp.float32),
+        )
+    except ValueError:
+        return False
+    return True
+
+
 def _over_mesh(run: Callable[..., Any], mesh: Mesh | AbstractMesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """`run` on each device's part of the batch and of the heads: the compiler cannot split a kernel by itself."""
 
     def sharded(*arguments, interpret):
         # A specification for what is None would not fit the arguments' tree.
         specs = tuple(None if x is None else spec for x, spec in zip(arguments, in_specs, strict=True))
+        part = functools.partial(run, interpret=interpret)
         # Pallas does not say over which axes its outputs vary, which the check would need.
-        part = jax.shard_map(
-            lambda *arguments: run(*arguments, interpret=interpret),
-            # Outside of jit, the mesh in use is not to be said again: JAX would take it with the axes' former types.
-            mesh=mesh if jax.sharding.get_abstract_mesh().empty else None,
-            in_specs=specs,
-            out_specs=out_specs,
-            check_vma=False,
-        )
-        return part(*arguments)
+        part = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
+        # Compiled also where the caller is not: by itself shard_map would take the mesh with its axes' former types.
+        return jax.jit(part)(*arguments)
 
     return sharded
 
