@@ -140,9 +140,9 @@ def test_a_bug_in_one_of_several_processes_ends_it(monkeypatch, capsys):
     monkeypatch.setattr(main, "define_flags", fail)
     monkeypatch.setattr(main.distributed.os, "_exit", statuses.append)
     with pytest.raises(ValueError, match="a bug"):  # alone, Python ends it
-        main.run()
+        main.start()
     monkeypatch.setattr(main.distributed, "has_others", lambda: True)
-    main.run()
+    main.start()
     assert statuses == [1]
     said = capsys.readouterr().err
     assert "ValueError: a bug" in said
@@ -156,7 +156,7 @@ def test_what_would_only_end_the_same_way_again_has_a_status_of_its_own(monkeypa
 
     monkeypatch.setattr(main, "define_flags", fail)
     with pytest.raises(SystemExit) as ended:
-        main.run()
+        main.start()
     assert ended.value.code == status
     assert capsys.readouterr().err == "main.py: no.\n"
 
@@ -166,7 +166,7 @@ def test_on_a_cpu_freed_memory_is_kept(tmp_path):
 import sys, main
 main.keep_freed_memory = lambda: print("kept", flush=True)
 sys.argv = ["main.py", "--evaluate=nowhere"]
-main.run()
+main.start()
 """
     ended = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
