@@ -251,22 +251,8 @@ def _own(dot, v, optional_refs, values: slice, has_selection: bool, has_own: boo
     return dot(optional_refs[0][...], v, NN) if has_selection else v.astype(jnp.float32)
 
 
-def _forward_kernel(
-    q_ref,
-    k_ref,
-    v_ref,
-    taps_ref,
-    keys_ref,
-    values_ref,
-    cross_ref,
-    *rest,
-    layout,
-    places: Taps,
-    has_selection,
-    has_own,
-    has_auxiliary,
-):
-    *optional_refs, out_ref, padded_ref = rest
+def _forward_kernel(*refs, layout, places: Taps, has_selection, has_own, has_auxiliary):
+    q_ref, k_ref, v_ref, taps_ref, keys_ref, values_ref, cross_ref, *optional_refs, out_ref, padded_ref = refs
     dot = product(q_ref.dtype)
     for _, [keys, values] in layout.windows(layout.key_dim, layout.value_dim):
         key_sums, value_sums, cross = keys_ref[...], values_ref[...], _cross_of(keys, values, cross_ref)
@@ -285,22 +271,8 @@ def _forward_kernel(
         out_ref[0, :, values] = out.astype(out_ref.dtype)
 
 
-def _backward_kernel(
-    q_ref,
-    k_ref,
-    v_ref,
-    taps_ref,
-    keys_ref,
-    values_ref,
-    cross_ref,
-    cotangent_ref,
-    *rest,
-    layout,
-    places: Taps,
-    has_selection,
-    has_own,
-    has_auxiliary,
-):
+def _backward_kernel(*refs, layout, places: Taps, has_selection, has_own, has_auxiliary):
+    q_ref, k_ref, v_ref, taps_ref, keys_ref, values_ref, cross_ref, cotangent_ref, *rest = refs
     count = has_selection + has_own + has_auxiliary
     optional_refs, (dq_ref, dk_ref, dv_ref, *d_optional_refs) = rest[:count], rest[count:-3]
     d_taps_ref, padded_ref, padded_cotangent_ref = rest[-3:]

@@ -279,21 +279,8 @@ def _windows(padded_ref, refs, lanes, tokens, block, places):
     return rows, places.windows(padded_ref, rows, leading, trailing)
 
 
-def _attend_kernel(
-    q_ref,
-    key_values_ref,
-    v_ref,
-    before_ref,
-    after_ref,
-    taps_ref,
-    keys_ref,
-    values_ref,
-    *rest,
-    layout,
-    tokens,
-    block,
-    has_auxiliary,
-):
+def _attend_kernel(*refs, layout, tokens, block, has_auxiliary):
+    q_ref, key_values_ref, v_ref, before_ref, after_ref, taps_ref, keys_ref, values_ref, *rest = refs
     *auxiliary_ref, out_ref, padded_ref = rest
     dot, places = product(q_ref.dtype), _places(taps_ref)
     for group in range(layout.step):
@@ -309,24 +296,9 @@ def _attend_kernel(
         out_ref[0, :, values] = out.astype(out_ref.dtype)
 
 
-def _attend_backward_kernel(
-    cotangent_ref,
-    cotangent_before_ref,
-    cotangent_after_ref,
-    q_ref,
-    key_values_ref,
-    v_ref,
-    before_ref,
-    after_ref,
-    taps_ref,
-    keys_ref,
-    values_ref,
-    *rest,
-    layout,
-    tokens,
-    block,
-    has_auxiliary,
-):
+def _attend_backward_kernel(*refs, layout, tokens, block, has_auxiliary):
+    cotangent_refs, inputs = refs[:3], refs[3:]  # a block, the rows before it and the rows after it
+    q_ref, key_values_ref, v_ref, before_ref, after_ref, taps_ref, keys_ref, values_ref, *rest = inputs
     *auxiliary_refs, padded_ref, padded_cotangent_ref = rest
     auxiliary_ref, dq_ref, d_key_values_ref, dv_ref, d_taps_ref, d_auxiliary_ref = (
         auxiliary_refs if has_auxiliary else (None, *auxiliary_refs, None)
@@ -343,7 +315,6 @@ def _attend_backward_kernel(
         keys, values = layout.key_lanes(group), layout.value_lanes(group)
         q = _read(q_ref, keys, valid)
         v, windows = _windows(padded_ref, (v_ref, before_ref, after_ref), values, tokens, block, places)
-        cotangent_refs = (cotangent_ref, cotangent_before_ref, cotangent_after_ref)
         cotangent, cotangent_windows = _windows(padded_cotangent_ref, cotangent_refs, values, tokens, block, places)
         # The forward pass again: only its inputs were kept.
         inverse_q = head_inverse_norms_or_zero(dot, q, keys_ref[...])

@@ -317,32 +317,13 @@ def _start(sum_ref, added_ref) -> None:
     sum_ref[...] = jnp.zeros_like(sum_ref) if added_ref is None else added_ref[0].astype(sum_ref.dtype)
 
 
-def _backward_kernel(
-    threshold_ref,
-    q_ref,
-    k_ref,
-    v_ref,
-    cotangent_ref,
-    out_ref,
-    largest_ref,
-    inverse_ref,
-    kept_ref,
-    *rest,
-    layout,
-    scale,
-    queries,
-    block,
-    hand_on,
-    has_bias,
-    has_factors,
-    summed,
-):
-    refs = list(rest)
-    added_q, added_k, added_v = (refs.pop(0) if hand_on else None for _ in range(3))
-    bias_ref: Any = refs.pop(0) if has_bias else None
-    factors_ref: Any = refs.pop(0) if has_factors else None
-    marks_ref = refs.pop(0) if has_factors else None
-    dq_ref, dk_ref, dv_ref, *d_bias_refs, dk_sum_ref, dv_sum_ref = refs
+def _backward_kernel(*refs, layout, scale, queries, block, hand_on, has_bias, has_factors, summed):
+    threshold_ref, q_ref, k_ref, v_ref, cotangent_ref, out_ref, largest_ref, inverse_ref, kept_ref, *rest = refs
+    added_q, added_k, added_v = (rest.pop(0) if hand_on else None for _ in range(3))
+    bias_ref: Any = rest.pop(0) if has_bias else None
+    factors_ref: Any = rest.pop(0) if has_factors else None
+    marks_ref = rest.pop(0) if has_factors else None
+    dq_ref, dk_ref, dv_ref, *d_bias_refs, dk_sum_ref, dv_sum_ref = rest
     d_bias_ref: Any = d_bias_refs.pop(0) if has_bias else None
     d_factors_ref: Any = d_bias_refs.pop(0) if has_factors else None
     dot = product(q_ref.dtype)
