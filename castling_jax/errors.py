@@ -1,10 +1,11 @@
 """How the package refuses bad input: one sentence that names the value and what is allowed."""
 
+import contextlib
 import difflib
 import errno
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 
 
@@ -35,6 +36,46 @@ def check_known(kind: str, name: object, known: Iterable[str]) -> None:
     if not nearest or len(choices) <= 12:
         hints.append(f"(known: {', '.join(choices) or 'none'})")
     raise InputError(f"unknown {kind} {name!r}: {' '.join(hints)}")
+
+
+def check_at_least(name: str, value: float, low: float) -> None:
+    """Raises an InputError unless the value called `name` is `low` or more; NaN is not."""
+    if not value >= low:
+        raise InputError(f"{name} must be at least {low}, not {value}.")
+
+
+def check_at_most(name: str, value: float, high: float, meaning: str) -> None:
+    """Raises an InputError unless the value called `name` is at most `high`, which is `meaning`; NaN is not."""
+    if not value <= high:
+        raise InputError(f"{name} must be at most {meaning}, {high}, not {value}.")
+
+
+def check_between(name: str, value: float, low: float, high: float, meaning: str = "") -> None:
+    """Raises an InputError unless the value called `name` is from `low` to `high`, which is `meaning`; NaN is not."""
+    if not low <= value <= high:
+        raise InputError(f"{name} must be from {low} to {high}{meaning and f', {meaning}'}, not {value}.")
+
+
+@contextlib.contextmanager
+def refusing(kinds: type[Exception] | tuple[type[Exception], ...], sentence: str) -> Iterator[None]:
+    """Turns errors of these kinds inside the block into an InputError; an InputError passes as it is.
+
+    Args:
+      kinds: of errors that stand for bad input.
+      sentence: what the person has to know, without its full stop; what the error says follows in brackets.
+
+    Raises:
+      InputError: the block raised an error of these kinds, which is its cause.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        said = repr(error) if isinstance(error, LookupError) else in_one_sentence(error) or repr(error)
+        if isinstance(error, OSError) and error.strerror:  # the system's words alone: the sentence names the path
+            said = error.strerror
+        raise InputError(f"{sentence} ({said}).") from error
 
 
 class Mistakes:

@@ -6,20 +6,20 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import ArrayLike
+from jaxtyping import Array, ArrayLike, Float
 
-from castling_jax.errors import InputError
 from castling_jax.models.attention.heads import MultiHeadAttention
 from castling_jax.models.attention.kinds import Core
 from castling_jax.models.backbone import Backbone, BackboneConfig
 from castling_jax.models.layers import (
     DEIT_STD,
+    TORCH_INIT,
     Layers,
     Mlp,
-    PatchEmbed,
     draw_drop_path,
     drop_path,
     of_layer,
+    patch_grid,
     run_block,
 )
 from castling_jax.models.position import resize_position_embedding
@@ -47,6 +47,27 @@ class DeiTConfig(BackboneConfig):
     distilled: bool = False
     token_conv: str | None = "1d"
     init_std: float = DEIT_STD
+
+
+class PatchEmbed(nnx.Module):
+    """Non-overlapping patches, each projected to a token."""
+
+    def __init__(self, config: DeiTConfig, layers: Layers):
+        patch = (config.patch_size, config.patch_size)
+        self.proj = nnx.Conv(
+            config.in_chans,
+            config.embed_dim,
+            patch,
+            strides=patch,
+            padding="VALID",
+            kernel_init=TORCH_INIT,
+            **layers.flax,
+        )
+
+    @jax.named_scope("patch_embed")
+    def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch tokens embed_dim"]:
+        patches = self.proj(images)
+        return patches.reshape(patches.shape[0], -1, patches.shape[-1])
 
 
 class Block(nnx.Module):
@@ -84,9 +105,9 @@ class DeiT(Backbone):
         self.patch_size = config.patch_size
         self.remat = config.remat
         self.in_chans = config.in_chans
-        self.grid = patch_grid((config.image_size, config.image_size), config.patch_size)
+        self.grid = patch_grid((config.image_size, config.image_size), config.patch_size, "the patch")
         self.prefix_tokens = 2 if config.distilled else 1
-        self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, dim, layers)
+        self.patch_embed = PatchEmbed(config, layers)
         self.cls_token = layers.embedding(1, 1, dim)
         self.dist_token = layers.embedding(1, 1, dim) if config.distilled else None
         tokens = self.prefix_tokens + self.grid[0] * self.grid[1]
@@ -101,7 +122,7 @@ class DeiT(Backbone):
         self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None
     ) -> tuple[tuple[jax.Array, tuple[int, int]], jax.Array]:
         """(all tokens after the last norm, prefix first; the patches' grid), and the mask densities."""
-        grid = patch_grid(images.shape[1:3], self.patch_size)
+        grid = patch_grid(images.shape[1:3], self.patch_size, "the patch")
         tokens = self.patch_embed(images)
         prefix = [token[...] for token in (self.cls_token, self.dist_token) if token is not None]
         prefix = [jnp.broadcast_to(token, (images.shape[0], *token.shape[1:])).astype(tokens.dtype) for token in prefix]
@@ -133,15 +154,3 @@ class DeiT(Backbone):
     def _maps(self, encoded):
         x, grid = encoded
         return [x[:, self.prefix_tokens :].reshape(x.shape[0], *grid, x.shape[2])]
-
-
-def patch_grid(size: tuple[int, ...], patch_size: int) -> tuple[int, int]:
-    """(rows, columns) of patches in an image of (height, width) pixels.
-
-    Raises:
-      InputError: either is not a multiple of the patch.
-    """
-    height, width = size
-    if height < patch_size or width < patch_size or height % patch_size or width % patch_size:
-        raise InputError(f"an image of {height} x {width} pixels is not a multiple of the patch, {patch_size} pixels.")
-    return height // patch_size, width // patch_size

@@ -260,19 +260,16 @@ class NormLinear(nnx.Module):
         return self.linear(x if self.bn is None else self.bn.normalize(x, training))
 
 
-class PatchEmbed(nnx.Module):
-    """Non-overlapping patches, each projected to a token."""
+def patch_grid(size: tuple[int, ...], side: int, what: str) -> tuple[int, int]:
+    """(rows, columns) of tokens, one for each square of `side` pixels, in an image of (height, width) pixels.
 
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, layers: Layers):
-        patch = (patch_size, patch_size)
-        self.proj = nnx.Conv(
-            in_chans, embed_dim, patch, strides=patch, padding="VALID", kernel_init=TORCH_INIT, **layers.flax
-        )
-
-    @jax.named_scope("patch_embed")
-    def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch tokens embed_dim"]:
-        patches = self.proj(images)
-        return patches.reshape(patches.shape[0], -1, patches.shape[-1])
+    Raises:
+      InputError: either is not a multiple of the side, which the message calls `what`.
+    """
+    height, width = size
+    if min(size) < side or height % side or width % side:
+        raise InputError(f"an image of {height} x {width} pixels is not a multiple of {what}, {side} pixels.")
+    return height // side, width // side
 
 
 def mlp_width(dim: int, mlp_ratio: float) -> int:

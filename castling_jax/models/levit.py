@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, check_at_most
 from castling_jax.models.attention.kinds import Core
 from castling_jax.models.backbone import Backbone, BackboneConfig
 from castling_jax.models.layers import (
@@ -25,6 +25,7 @@ from castling_jax.models.layers import (
     drop_path,
     mlp_width,
     of_layer,
+    patch_grid,
     run_block,
 )
 from castling_jax.ops.tokens import select_tokens
@@ -58,8 +59,9 @@ class LeViTConfig(BackboneConfig):
 class Stem(nnx.Module):
     """Four convolutions of stride 2 with Hardswish between them."""
 
-    def __init__(self, in_chans: int, dim: int, layers: Layers):
-        self.conv1 = ConvNorm(in_chans, dim // 8, layers)
+    def __init__(self, config: LeViTConfig, layers: Layers):
+        dim = config.embed_dim[0]
+        self.conv1 = ConvNorm(config.in_chans, dim // 8, layers)
         self.conv2 = ConvNorm(dim // 8, dim // 4, layers)
         self.conv3 = ConvNorm(dim // 4, dim // 2, layers)
         self.conv4 = ConvNorm(dim // 2, dim, layers)
@@ -282,11 +284,10 @@ class LeViT(Backbone):
         _check_stages(embed_dim=widths, depth=config.depth, num_heads=config.num_heads)
         if widths[0] % 8:
             raise InputError(f"the first embed_dim must be a multiple of 8, for the stem, not {widths[0]}.")
-        if config.key_dim > min(widths):
-            raise InputError(f"key_dim must be at most the widths {widths}, not {config.key_dim}.")
+        check_at_most("key_dim", config.key_dim, min(widths), f"the least of {widths}")
         self.in_chans = config.in_chans
-        self.stem = Stem(config.in_chans, widths[0], layers)
-        grid = stem_grid((config.image_size, config.image_size))
+        self.stem = Stem(config, layers)
+        grid = patch_grid((config.image_size, config.image_size), STEM_STRIDE, "the stem's stride")
         stages = []
         for stage in range(len(widths)):
             stages.append(LevitStage(config, stage, grid, core, layers))
@@ -300,7 +301,7 @@ class LeViT(Backbone):
         self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None
     ) -> tuple[list[jax.Array], jax.Array]:
         """The tokens after each stage, on their grid, and the mask densities, subsampling attentions among them."""
-        grid = stem_grid(images.shape[1:3])
+        grid = patch_grid(images.shape[1:3], STEM_STRIDE, "the stem's stride")
         x = self.stem(images, training=key is not None)
         x = x.reshape(x.shape[0], math.prod(grid), x.shape[3])
         drawn = draw_drop_path(key, sum(stage.layers for stage in self.stages), x.shape[0])
@@ -328,25 +329,8 @@ def _check_stages(**sizes: tuple[int, ...]) -> None:
         if not isinstance(values, tuple) or not values or any(type(n) is not int or n < 1 for n in values):
             raise InputError(f"{name} must be a tuple of an integer of at least 1 for each stage, not {values}.")
     if len({len(values) for values in sizes.values()}) > 1:
-        raise InputError(
-            "embed_dim, depth and num_heads must have as many stages as each other, not "
-            + ", ".join(str(len(values)) for values in sizes.values())
-            + "."
-        )
-
-
-def stem_grid(size: tuple[int, ...]) -> tuple[int, int]:
-    """(rows, columns) of tokens after the stem, for an image of (height, width) pixels.
-
-    Raises:
-      InputError: either is not a multiple of the stem's stride.
-    """
-    height, width = size
-    if min(size) < STEM_STRIDE or height % STEM_STRIDE or width % STEM_STRIDE:
-        raise InputError(
-            f"an image of {height} x {width} pixels is not a multiple of the stem's stride, {STEM_STRIDE} pixels."
-        )
-    return height // STEM_STRIDE, width // STEM_STRIDE
+        counts = ", ".join(str(len(values)) for values in sizes.values())
+        raise InputError(f"embed_dim, depth and num_heads must have as many stages as each other, not {counts}.")
 
 
 def halved(grid: tuple[int, int]) -> tuple[int, int]:

@@ -67,10 +67,10 @@ class Pooling:
 class PatchEmbed(nnx.Module):
     """Overlapping patches, each projected to a token; an edge that is no multiple of the stride is padded."""
 
-    def __init__(self, in_chans: int, embed_dim: int, layers: Layers):
+    def __init__(self, config: MViTv2Config, layers: Layers):
         self.proj = nnx.Conv(
-            in_chans,
-            embed_dim,
+            config.in_chans,
+            config.embed_dim,
             (PATCH_KERNEL, PATCH_KERNEL),
             strides=PATCH_STRIDE,
             padding=PATCH_KERNEL // 2,
@@ -314,7 +314,7 @@ class MViTv2(Backbone):
             raise InputError(f"{config.num_heads} heads do not divide the width {width}.")
         self.in_chans = config.in_chans
         self.remat = config.remat
-        self.patch_embed = PatchEmbed(config.in_chans, width, layers)
+        self.patch_embed = PatchEmbed(config, layers)
         grid = pooled((config.image_size, config.image_size), (PATCH_STRIDE, PATCH_STRIDE))
         rates = (config.drop_path_rate * i / max(sum(depths) - 1, 1) for i in itertools.count())  # linear over depth
         stages = []

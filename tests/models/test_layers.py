@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from castling_jax.models.deit import DeiTConfig, PatchEmbed
 from castling_jax.models.layers import (
     BatchNorm,
     ConvNorm,
     LinearNorm,
     Mlp,
     NormLinear,
-    PatchEmbed,
     add_bias,
     draw_drop_path,
     drop_path,
@@ -66,7 +66,7 @@ def test_mlp_has_the_exact_gelu(hidden):
 
 
 def test_patch_embed_is_one_product_a_patch():
-    embed = PatchEmbed(2, 3, 5, small.layers())
+    embed = PatchEmbed(DeiTConfig(patch_size=2, embed_dim=5, depth=1, num_heads=1), small.layers())
     images = np.random.default_rng(0).normal(size=(2, 4, 6, 3))
     tokens = embed(jnp.asarray(images, jnp.float32))
     kernel = np.asarray(embed.proj.kernel[...], np.float64).reshape(12, 5)

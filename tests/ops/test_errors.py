@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from castling_jax import InputError, ops
-from castling_jax.errors import check_known
+from castling_jax.errors import check_at_least, check_at_most, check_between, check_known, refusing
 
 Q = jnp.ones((2, 5, 3, 4))
 MASKED = {
@@ -30,6 +30,40 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all(refuses):
     with refuses("colour 17", "known: none"):
         check_known("colour", 17, [])
     check_known("colour", "red", ["red", "blue"])
+
+
+def test_numbers_are_refused_beyond_their_limits_and_taken_on_them(refuses):
+    for too_low in (0, np.nan):
+        with refuses(f"--batch must be at least 1, not {too_low}."):
+            check_at_least("--batch", too_low, 1)
+    for too_high in (0.75, np.nan):
+        with refuses(f"begin must be at most end, 0.5, not {too_high}."):
+            check_at_most("begin", too_high, 0.5, "end")
+    for outside in (-1, 4, np.nan):
+        with refuses(f"id must be from 0 to 3, not {outside}."):
+            check_between("id", outside, 0, 3)
+        with refuses(f"id must be from 0 to 3, the last process, not {outside}."):
+            check_between("id", outside, 0, 3, "the last process")
+    check_at_least("--batch", 1, 1)
+    check_at_most("begin", 0.5, 0.5, "end")
+    check_between("id", 0, 0, 3)
+    check_between("id", 3, 0, 3)
+
+
+def test_errors_of_other_packages_become_one_sentence(refuses, tmp_path):
+    with refuses("'x.bin' is damaged (it is short; read 3 of 7 bytes)."), refusing(ValueError, "'x.bin' is damaged"):
+        raise ValueError("it is short. read\n3 of 7 bytes.")
+    with refuses("it is damaged (KeyError('model'))."), refusing(KeyError, "it is damaged"):
+        {}["model"]
+    with refuses("'x' cannot be read (No such file or directory)."), refusing(OSError, "'x' cannot be read"):
+        (tmp_path / "x").read_bytes()
+    with refuses("it is damaged (ValueError())."), refusing(ValueError, "it is damaged"):
+        raise ValueError
+    # A refusal is a ValueError too, and has its sentence already; what is of another kind is not bad input.
+    with refuses("mine."), refusing(ValueError, "it is damaged"):
+        raise InputError("mine.")
+    with pytest.raises(TypeError, match="a bug"), refusing(ValueError, "it is damaged"):
+        raise TypeError("a bug")
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
