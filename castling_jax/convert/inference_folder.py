@@ -24,7 +24,7 @@ from safetensors.numpy import save_file as save_safetensors
 
 from castling_jax.convert.inference import to_inference
 from castling_jax.convert.shipped import locate
-from castling_jax.errors import InputError, check_known, reason
+from castling_jax.errors import InputError, check_known, reason, refusing
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, check_variables, flatten, unflatten
@@ -126,14 +126,13 @@ def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
     folder = Path(path)
     if not (folder / MODEL_FILE).is_file():
         raise InputError(f"'{folder}' is not an inference folder: it has no {MODEL_FILE}.")
-    try:
+    damage = (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError)
+    with refusing(damage, f"'{folder / MODEL_FILE}' is damaged or not an inference folder's"):
         description = json.loads((folder / MODEL_FILE).read_text())
         arguments, checksum = description["model"], description["sha256"]
         written_as, name = description["format"], description.get("file", VARIABLES_FILE)
         if not isinstance(arguments, dict) or "name" not in arguments or name not in PAYLOADS.values():
             raise KeyError("name")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"'{folder / MODEL_FILE}' is damaged or not an inference folder's: {error!r}.") from error
     if written_as != FORMAT:
         raise InputError(f"'{folder}' is of format {written_as}; this version reads format {FORMAT}.")
     payload = folder / name
@@ -146,16 +145,10 @@ def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
             f"'{folder}' holds a program and no variables: jax.export.deserialize of the bytes of {name} gives it, "
             "and its call(images) the logits."
         )
-    try:
+    with refusing(SafetensorError, f"'{payload}' cannot be read"):
         variables = unflatten(load_safetensors(payload)) if name == VARIABLES_FILE else _load_orbax(payload)
-    except SafetensorError as error:
-        raise InputError(f"'{payload}' cannot be read: {error}.") from error
-    try:
+    with refusing((TypeError, ValueError), f"'{folder / MODEL_FILE}' describes no model"):
         model = abstract_model(**arguments)
-    except InputError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise InputError(f"'{folder / MODEL_FILE}' describes no model: {str(error).splitlines()[0]}.") from error
     check_variables(model, variables)
     return model, variables
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, refusing
 from castling_jax.storage import write_atomically
 
 CONFIG_FILE = "config.json"
@@ -29,13 +29,12 @@ def read_config(run: epath.Path) -> dict[str, Any]:
       InputError: it is missing, damaged, of another format, or does not say what the run's model is.
     """
     path = run / CONFIG_FILE
-    try:
+    damage = (OSError, ValueError, AttributeError, KeyError, TypeError)
+    with refusing(damage, f"'{path}' is missing or damaged"):
         config = json.loads(path.read_text())
         written_as = config.pop("format", FORMAT)
         if written_as == FORMAT:  # all that a reader of the run goes by is there, and of the right type
             model_arguments(config), exported_weights(config), float(config["mask"]["start_threshold"])
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"'{path}' is missing or damaged ({error!r}).") from error
     if written_as != FORMAT:
         raise InputError(f"'{path}' is of format {written_as}; this version reads format {FORMAT}.")
     return config

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file as load_safetensors
 
 from castling_jax.convert.inference import SOFTMAX_BRANCH
-from castling_jax.errors import InputError, in_one_sentence, reason
+from castling_jax.errors import InputError, refusing
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.levit import LeViT, fit_bias_table
@@ -62,18 +62,14 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    try:
+    with refusing(SafetensorError, f"'{path}' is damaged or no safetensors file"):
         return {name: np.asarray(value) for name, value in load_safetensors(path).items()}
-    except SafetensorError as error:
-        raise InputError(f"'{path}' is damaged or no safetensors file: {error}.") from error
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except Exception as error:  # zipfile, zlib and numpy raise many kinds
-        raise InputError(f"'{path}' is damaged or no .npz file: {in_one_sentence(reason(error))}.") from error
+    no_npz = refusing(Exception, f"'{path}' is damaged or no .npz file")  # zipfile, zlib and numpy raise many kinds
+    with no_npz, np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
     for name, value in arrays.items():
         if value.dtype.kind not in "fiub":
             raise InputError(f"'{path}' holds {name!r} of dtype {value.dtype}, which is not one of numbers.")

@@ -56,15 +56,18 @@ def check_same_classes(before: list[str], now: list[str]) -> None:
     Raises:
       InputError: names those that are missing or new, or says that their order is another.
     """
-    if before == now:
-        return
+    if before != now:
+        raise InputError(
+            f"the data's classes are not the run's ({_class_changes(before, now)}): put them back, or choose another "
+            "--workdir."
+        )
+
+
+def _class_changes(before: list[str], now: list[str]) -> str:
     missing, new = ([name for name in these if name not in others] for these, others in ((before, now), (now, before)))
     said = [f"{len(now):,} instead of {len(before):,}"] if len(now) != len(before) else []
     said += [f"{_listed(names)} {word}" for names, word in ((missing, "missing"), (new, "new")) if names]
-    raise InputError(
-        f"the data's classes are not the run's ({', '.join(said) or 'the order is another'}): put them back, or choose "
-        "another --workdir."
-    )
+    return ", ".join(said) or "the order is another"
 
 
 def _changes(what: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:

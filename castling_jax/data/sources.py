@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
-from castling_jax.errors import InputError, check_known, in_one_sentence
+from castling_jax.errors import InputError, check_known, in_one_sentence, refusing
 
 DIGITS_SPLITS = ("train", "test", "minitrain", "minival")
 FOLDER = "folder:"  # how the name of a folder of images starts
@@ -105,10 +105,8 @@ class FolderDataset:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
+        with refusing(OSError, "the file cannot be read"):
             image = (self.folder / self.files[index]).read_bytes()
-        except OSError as error:
-            raise InputError(f"the file cannot be read ({error.strerror or error}).") from error
         return {"image": image, "label": int(self.labels[index])}
 
     def describe(self, index: int) -> str:
@@ -162,10 +160,8 @@ class TfdsDataset:
         return {"version": self.version}
 
     def _example(self, index: int) -> dict[str, Any]:
-        try:
+        with refusing(UNREADABLE, "the record cannot be read"):
             return self.source[int(index)]
-        except UNREADABLE as error:
-            raise InputError(f"the record cannot be read ({in_one_sentence(error)}).") from error
 
 
 @dataclasses.dataclass(frozen=True)

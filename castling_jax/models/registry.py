@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from castling_jax.errors import InputError, check_known
+from castling_jax.errors import InputError, check_at_least, check_known
 from castling_jax.models.attention.kinds import KINDS, make_core
 from castling_jax.models.backbone import Backbone, BackboneConfig, ModelSpec
 from castling_jax.models.deit import DeiT, DeiTConfig
@@ -78,8 +78,8 @@ def _check_values(config: BackboneConfig) -> None:
         if type(value) not in types:
             allowed = " or ".join(sorted(getattr(kind, "__name__", str(kind)) for kind in types))
             raise InputError(f"{word} must be {allowed.replace('NoneType', 'None')}, not {value!r}.")
-        if type(value) is int and value < 1 and float not in types:
-            raise InputError(f"{word} must be at least 1, not {value}.")
+        if type(value) is int and float not in types:
+            check_at_least(word, value, 1)
     if not 0 <= config.drop_path_rate < 1:
         raise InputError(f"drop_path_rate must be in [0, 1), not {config.drop_path_rate}.")
     if not 0 < config.mlp_ratio < math.inf:

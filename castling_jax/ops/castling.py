@@ -5,7 +5,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from castling_jax.ops.angular import add_linear_angular
 from castling_jax.ops.bias import Bias
-from castling_jax.ops.checks import check_qkv, check_query_values, is_known_empty
+from castling_jax.ops.checks import is_known_empty
 from castling_jax.ops.masked_softmax import masked_softmax_first
 from castling_jax.ops.mesh import on_auto_axes, split_as
 from castling_jax.ops.tokens import QueryValues
@@ -52,8 +52,6 @@ def castling_attention(
       InputError: shapes do not fit or the kernels do not serve them, queries unlike keys come without query_values,
         the threshold is negative or NaN (where it is concrete), or a name is unknown.
     """
-    check_qkv(q, k, v)
-    check_query_values(q, v, query_values)
     auxiliary, density, (q, k, v) = masked_softmax_first(
         q, k, v, mask_threshold=mask_threshold, bias=bias, implementation=implementation
     )

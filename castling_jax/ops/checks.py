@@ -18,21 +18,21 @@ def check_implementation(implementation: str) -> None:
     check_known("implementation", implementation, IMPLEMENTATIONS)
 
 
-def check_array(name: str, array: Any) -> None:
-    """Raises an InputError unless it is an array of a floating type."""
+def check_array(name: str, array: Any, axes: tuple[str, ...] = ()) -> None:
+    """Raises an InputError unless it is an array of a floating type and, where these are given, with these axes."""
     if not hasattr(array, "dtype"):
         raise InputError(f"{name} must be an array, not {type(array).__name__}.")
     if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
         raise InputError(f"{name} must be of a floating type such as float32 or bfloat16, not {array.dtype}.")
+    if axes and array.ndim != len(axes):
+        raise InputError(f"{name} must be [{', '.join(axes)}], not of shape {array.shape}.")
 
 
 def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array | None = None) -> None:
     """Raises an InputError unless the shapes of queries, keys (and values) fit together."""
     arrays = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
     for name, array in arrays.items():
-        check_array(name, array)
-        if array.ndim != 4:
-            raise InputError(f"{name} must be [batch, tokens, heads, dim], not of shape {array.shape}.")
+        check_array(name, array, ("batch", "tokens", "heads", "dim"))
         if (array.shape[0], array.shape[2]) != (q.shape[0], q.shape[2]):
             raise InputError(f"{name} must have q's batch and heads: {array.shape} does not fit {q.shape}.")
     if q.shape[3] != k.shape[3]:

@@ -38,9 +38,7 @@ def depthwise_convolution(
     Raises:
       InputError: a kernel of even length or of the wrong heads, or a grid that is missing or does not fit.
     """
-    check_array("v", v)
-    if v.ndim != 4:
-        raise InputError(f"v must be [batch, tokens, heads, value_dim], not of shape {v.shape}.")
+    check_array("v", v, ("batch", "tokens", "heads", "value_dim"))
     check_token_kernel(kernel, v.shape[1], v.shape[2], grid, prefix_tokens)
     tokens = v.shape[1] - prefix_tokens
     sizes = (tokens,) if grid is None else tuple(grid)

@@ -41,7 +41,7 @@ import numpy as np
 from tqdm import tqdm
 
 import castling_jax
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, check_at_least
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import apply, get_variables
 from castling_jax.tools.folders import make_folder
@@ -345,8 +345,7 @@ def parse_arguments(arguments: Iterable[str] | None) -> argparse.Namespace:
     parsed.tokens = parse_counts("--tokens", parsed.tokens)
     parsed.image_sizes = parse_counts("--image-sizes", parsed.image_sizes)
     for name in ("channels", "heads", "repeats"):
-        if getattr(parsed, name) < 1:
-            raise InputError(f"--{name} must be at least 1, not {getattr(parsed, name)}.")
+        check_at_least(f"--{name}", getattr(parsed, name), 1)
     return parsed
 
 

@@ -83,13 +83,13 @@ def convert(
         config = run_config(source.config)
         images = held_out_images(model, config)
         print(f"\nOn {len(images)} images of {config.dataset.name} {config.dataset.eval_split}:")
-        for line in check_forms(source.model, source.variables, source.mask_threshold, images):
+        for line in compare_forms(source.model, source.variables, source.mask_threshold, images):
             print(f"  {line}")
     save_inference(out, model, variables, format=format)
     if check:
-        print(f"  {check_written(out, format, model, variables, images)}")
+        print(f"  {compare_written(out, format, model, variables, images)}")
         if param_dtype != spec.param_dtype:
-            print(f"  {check_cast(source.model, source.variables, model, variables, images)}")
+            print(f"  {compare_cast(source.model, source.variables, model, variables, images)}")
     print(f"\nWrote {out}: {PAYLOADS[format]} and {MODEL_FILE}, {_bytes(epath.Path(out)) / 1e6:,.2f} MB.")
 
 
@@ -148,7 +148,7 @@ def held_out_images(model: Backbone, config: ConfigDict) -> jax.Array:
     return jnp.asarray(next(batches)["image"])
 
 
-def check_forms(model: Backbone, variables: Variables, mask_threshold: float | None, images: jax.Array) -> list[str]:
+def compare_forms(model: Backbone, variables: Variables, mask_threshold: float | None, images: jax.Array) -> list[str]:
     """What switching changes on these images.
 
     Args:
@@ -181,7 +181,7 @@ def check_forms(model: Backbone, variables: Variables, mask_threshold: float | N
     return lines
 
 
-def check_written(out: epath.Path, format: str, model: Backbone, variables: Variables, images: jax.Array) -> str:
+def compare_written(out: epath.Path, format: str, model: Backbone, variables: Variables, images: jax.Array) -> str:
     """Compares what was written, read back, with what was to be written.
 
     Raises:
@@ -198,7 +198,7 @@ def check_written(out: epath.Path, format: str, model: Backbone, variables: Vari
     return "what was written, read back, gives the same logits" + (f" to {difference:.1e}" if difference else "")
 
 
-def check_cast(
+def compare_cast(
     source: Backbone, source_variables: Variables, model: Backbone, variables: Variables, images: jax.Array
 ) -> str:
     """What parameters in another dtype than the source's change on these images."""

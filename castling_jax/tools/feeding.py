@@ -12,7 +12,7 @@ import sys
 
 import jax
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, check_at_least
 from castling_jax.training.config_files import load_config
 from castling_jax.training.setup import first_state, first_variables, set_up
 from castling_jax.training.sharding import shard_batch
@@ -68,8 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         for name in ("batches", "repeats"):
-            if getattr(options, name) < 1:
-                raise InputError(f"--{name} must be at least 1, not {getattr(options, name)}.")
+            check_at_least(f"--{name}", getattr(options, name), 1)
         print(f"{options.config}: images/s, least / median / greatest of {options.repeats}", flush=True)
         found = rates(options.config, batches=options.batches, repeats=options.repeats)
     except InputError as error:

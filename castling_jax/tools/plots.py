@@ -30,7 +30,7 @@ from castling_jax.convert.run_folder import model_arguments
 from castling_jax.data.mixing import mix
 from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import eval_transform, train_transform
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, check_at_least
 from castling_jax.models.registry import abstract_model
 from castling_jax.storage import check_bucket
 from castling_jax.training.config import default_config, image_options, mixing_options
@@ -138,8 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parser.parse_args(given[of_config:])
     try:
         if of_config:
-            if parsed.examples < 1:
-                raise InputError(f"--examples must be at least 1, not {parsed.examples}.")
+            check_at_least("--examples", parsed.examples, 1)
             path = parsed.out or epath.Path("runs") / f"augment_{epath.Path(parsed.config.partition(':')[0]).stem}.png"
             print(draw_augmentations(load_config(parsed.config), path, examples=parsed.examples))
         else:

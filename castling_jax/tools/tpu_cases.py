@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from castling_jax.convert.run_folder import model_arguments
 from castling_jax.data.sources import Dataset, Unread, load_dataset
-from castling_jax.errors import InputError, check_known
+from castling_jax.errors import InputError, check_at_least, check_known
 from castling_jax.models.attention.kinds import FORMS, Kind, make_core
 from castling_jax.models.layers import add_bias
 from castling_jax.models.macs import count_macs
@@ -119,8 +119,8 @@ def _bfloat16(*shape: int) -> jax.ShapeDtypeStruct:
 
 def _check_positive(**sizes: int | None) -> None:
     for word, size in sizes.items():
-        if size is not None and size < 1:
-            raise InputError(f"--{word} must be at least 1, not {size}.")
+        if size is not None:
+            check_at_least(f"--{word}", size, 1)
 
 
 def layer(

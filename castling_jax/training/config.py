@@ -5,7 +5,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from castling_jax.data.randaugment import parse_policy
-from castling_jax.errors import InputError, Mistakes, check_known
+from castling_jax.errors import InputError, Mistakes, check_at_most, check_known
 from castling_jax.models.variables import flatten, unflatten
 from castling_jax.ops.checks import IMPLEMENTATIONS
 from castling_jax.training.fields import FLAG, SIZES, TEXT, Field, integer, number, numbers, one_of
@@ -145,10 +145,7 @@ def check_config(config: ConfigDict) -> None:
             field.check(f"config.{name}", given[name])
     mistakes.report()
     with mistakes:
-        if not config.mask.begin <= config.mask.end:
-            raise InputError(
-                f"config.mask.begin must be at most config.mask.end, {config.mask.end}, not {config.mask.begin}."
-            )
+        check_at_most("config.mask.begin", config.mask.begin, config.mask.end, "config.mask.end")
     with mistakes:
         if config.train.export == "averaged" and config.train.ema_decay is None:
             raise InputError("config.train.export = 'averaged' needs an average: give config.train.ema_decay.")

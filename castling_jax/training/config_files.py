@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from castling_jax.convert.run_folder import CONFIG_FILE, read_config
-from castling_jax.errors import InputError, check_known, in_one_sentence
+from castling_jax.errors import InputError, check_known, refusing
 from castling_jax.models.variables import flatten
 from castling_jax.training.config import RUNTIME_FIELDS, RUNTIME_GROUPS, check_config, default_config
 
@@ -52,17 +52,13 @@ def load_config(name: str) -> ConfigDict:
       InputError: there is no such file, it makes no configuration, or a field is wrong.
     """
     path, argument = find_config(name)
-    try:
+    with refusing(Exception, f"'{path}' makes no configuration"):  # the file may be anybody's, and do anything
         get_config = getattr(_load_module(path), "get_config", None)
         if get_config is None:
             raise InputError(f"'{path}' is no configuration: it has no function get_config.")
         if argument and not inspect.signature(get_config).parameters:
             raise InputError(f"'{path}' has no variants: leave out {':' + argument!r}.")
         config = get_config(argument) if argument else get_config()
-    except InputError:
-        raise
-    except Exception as error:  # the file may be anybody's, and do anything
-        raise InputError(f"'{path}' makes no configuration ({in_one_sentence(error)}).") from error
     check_config(config)
     return config
 
@@ -87,11 +83,8 @@ def run_config(fields: dict[str, Any] | None) -> ConfigDict:
       InputError: a field is of another type.
     """
     config = default_config()
-    try:
-        with config.unlocked():
-            config.update(fields or {})
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"the run's {CONFIG_FILE} is damaged ({in_one_sentence(error)}).") from error
+    with refusing((TypeError, ValueError, AttributeError), f"the run's {CONFIG_FILE} is damaged"), config.unlocked():
+        config.update(fields or {})
     return config
 
 
@@ -107,20 +100,24 @@ def check_same_run(config: ConfigDict, path: epath.Path) -> None:
         earlier = read_config(path.parent)
     except InputError as error:
         raise InputError(f"{str(error).rstrip('.')}; choose another --workdir or remove it.") from error
+    if different := _differences(earlier, config.to_dict()):
+        raise InputError(
+            f"'{path.parent}' holds a run with {'; '.join(different)}: choose another --workdir, or remove that folder "
+            "to start anew."
+        )
+
+
+def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The fields that tell two runs apart, with both values, of their nested configurations."""
     defaults, earlier, now = (
         {path.replace("/", "."): value for path, value in flatten(json.loads(json.dumps(tree))).items()}
-        for tree in (default_config().to_dict(), earlier, config.to_dict())
+        for tree in (default_config().to_dict(), earlier, now)
     )
     earlier = defaults | earlier
-    different = [
+    return [
         f"config.{name} = {earlier.get(name)!r}, not {now.get(name)!r}"
         for name in sorted(earlier.keys() | now.keys())
         if name.split(".")[0] not in RUNTIME_GROUPS
         and name not in RUNTIME_FIELDS
         and earlier.get(name) != now.get(name)
     ]
-    if different:
-        raise InputError(
-            f"'{path.parent}' holds a run with {'; '.join(different)}: choose another --workdir, or remove that folder "
-            "to start anew."
-        )

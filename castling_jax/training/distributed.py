@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, check_between
 
 HEARTBEAT_SECONDS = 20  # after so long without a sign of a process, JAX ends the others
 SHARING_SECONDS = 40  # so long a file of another host may take to be seen, on network file systems
@@ -42,8 +42,7 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         return
     if coordinator is None or num_processes is None or process_id is None:
         raise InputError("--coordinator, --num_processes and --process_id go together: give all three or none.")
-    if process_id >= num_processes:
-        raise InputError(f"--process_id must be from 0 to {num_processes - 1}, not {process_id}.")
+    check_between("--process_id", process_id, 0, num_processes - 1)
     if ":" not in coordinator:
         raise InputError(f"--coordinator must be HOST:PORT, not {coordinator!r}.")
     _initialize(coordinator, num_processes, process_id)
@@ -62,12 +61,13 @@ def _initialize(
 
 
 def check_shared(folder: epath.Path) -> None:
-    """Raises an InputError, on all processes, unless all see one folder: the first save would wait for the others.
+    """Raises an InputError, on all processes, unless all see one folder: the first save would wait for the others."""
+    if jax.process_count() > 1 and not _all_see(folder):
+        raise InputError(f"not all processes see one '{folder}': give a --workdir that all hosts share, gs:// will do.")
 
-    Process 0 makes the folder, and writes a file that the others look for; it is removed again.
-    """
-    if jax.process_count() == 1:
-        return
+
+def _all_see(folder: epath.Path) -> bool:
+    """Whether all processes see one folder. Process 0 makes it, and writes a file that the others look for."""
     token = str(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31))))
     file = folder / "shared"
     if jax.process_index() == 0:
@@ -80,8 +80,7 @@ def check_shared(folder: epath.Path) -> None:
     all_see = multihost_utils.process_allgather(np.bool_(seen)).all()
     if jax.process_index() == 0:
         file.unlink()
-    if not all_see:
-        raise InputError(f"not all processes see one '{folder}': give a --workdir that all hosts share, gs:// will do.")
+    return bool(all_see)
 
 
 def said_by_process_0(sentence: str) -> str:

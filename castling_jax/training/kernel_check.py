@@ -30,7 +30,7 @@ Differences = dict[str, jax.Array]
 IMAGES_A_DEVICE = 2  # kernels take one image at a time; what they sum over images needs a second one
 
 
-def check_kernels(setup: Setup) -> None:
+def compare_kernels(setup: Setup) -> None:
     """Compares each kernel that the run's models call with XLA, forward and backward, on a small random batch.
 
     Nothing happens where no kernels run: with `config.model.implementation` "xla", or "auto" and no TPU. All processes

@@ -19,7 +19,7 @@ from castling_jax.storage import absolute, check_bucket, write_atomically
 from castling_jax.training.checkpoints import Checkpoints, Progress
 from castling_jax.training.config_files import check_same_run
 from castling_jax.training.distributed import check_shared
-from castling_jax.training.kernel_check import check_kernels
+from castling_jax.training.kernel_check import compare_kernels
 from castling_jax.training.lock import one_writer
 from castling_jax.training.loop import Loop
 from castling_jax.training.metrics import MetricsWriter
@@ -72,7 +72,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
         check_same_run(config, workdir / CONFIG_FILE)
     folder = absolute(workdir / CHECKPOINTS)
     variables = {} if checkpoint_steps(folder) else first_variables(setup)  # a run that goes on has its own
-    check_kernels(setup)
+    compare_kernels(setup)
     data = fingerprint(setup.train_set, setup.eval_set)
     is_writer = jax.process_index() == 0
 
@@ -87,7 +87,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
         stack.enter_context(jax.set_mesh(setup.mesh))  # over which the attention's kernels split their work
         checkpoints = Checkpoints(folder, keep=config.checkpoint.keep, data=data)
         stack.enter_context(contextlib.closing(checkpoints))
-        _check_data(config, workdir, checkpoints.saved_data(), data)
+        _record_data(config, workdir, checkpoints.saved_data(), data)
         restored = checkpoints.restore(with_shardings(setup.state, setup.shardings))
         state, progress = restored or (first_state(setup, variables), Progress(0.0))
         metrics = None
@@ -121,7 +121,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
         return finish(workdir, figures)
 
 
-def _check_data(config: ConfigDict, workdir: epath.Path, before: Any, data: Any) -> None:
+def _record_data(config: ConfigDict, workdir: epath.Path, before: Any, data: Any) -> None:
     """Refuses data that is not the run's, or says what has changed where that is accepted; and records the data."""
     # A run of an earlier version has no record: `before` is None.
     accepted = check_same_data(before or data, data, accept_changes=config.dataset.accept_changes)

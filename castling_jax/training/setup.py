@@ -16,7 +16,7 @@ from castling_jax.convert.run_folder import exported_weights, model_arguments
 from castling_jax.data.loader import Batch, TrainTransform, training_batches
 from castling_jax.data.sources import ArrayDataset, Dataset, load_dataset
 from castling_jax.data.transforms import train_transform
-from castling_jax.errors import InputError, Mistakes
+from castling_jax.errors import InputError, Mistakes, check_at_most
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model, create_model
@@ -198,11 +198,7 @@ def set_up(
 def _steps(config: ConfigDict, images: int) -> tuple[int, int]:
     """All steps of the run, and those of an epoch."""
     steps_per_epoch = images // config.train.batch_size
-    if not steps_per_epoch:
-        raise InputError(
-            f"config.train.batch_size must be at most {images}, the images of the training split, not "
-            f"{config.train.batch_size}."
-        )
+    check_at_most("config.train.batch_size", config.train.batch_size, images, "the images of the training split")
     return config.train.epochs * steps_per_epoch, steps_per_epoch
 
 

@@ -37,7 +37,7 @@ def calls_of(name, **arguments):
 
 @pytest.mark.slow  # interpreted kernels take long to compile
 def test_sound_kernels_pass(capsys):
-    kernel_check.check_kernels(set_up(small_config()))
+    kernel_check.compare_kernels(set_up(small_config()))
     said = capsys.readouterr().out
     assert re.fullmatch(r"Compared 3 attention kernels with XLA in .* s: the largest difference is \d+% of .*\n", said)
     assert int(re.search(r"(\d+)%", said)[1]) < 10  # of what is allowed on a TPU; a CPU's float32 is nearer
@@ -86,7 +86,7 @@ def test_a_broken_kernel_stops_the_run_and_leaves_nothing(tmp_path, monkeypatch,
 @pytest.mark.parametrize("implementation", ["auto", "xla"])
 def test_where_no_kernel_runs_nothing_is_compared(implementation, monkeypatch, capsys):
     monkeypatch.setattr(kernel_check, "_kernel_calls", None)
-    kernel_check.check_kernels(set_up(small_config(implementation)))
+    kernel_check.compare_kernels(set_up(small_config(implementation)))
     assert not capsys.readouterr().out
 
 
