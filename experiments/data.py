@@ -1,0 +1,59 @@
+"""Unpacks CIFAR-10 as JPEG files into data_local/cifar10: python -m experiments.data ARCHIVE.tar.gz.
+
+The archive holds train/CLASS/*.jpg and test/CLASS/*.jpg. Every tenth image of each class of train, in the order of the
+names and from the first on, becomes val: train keeps 45,000 images, val gets 5,000.
+"""
+
+import argparse
+import shutil
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from castling_jax.errors import InputError, reason
+from experiments.study import ROOT
+
+CIFAR10 = ROOT / "data_local" / "cifar10"  # ignored by git
+VALIDATION_EVERY = 10
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpacks an archive of train/CLASS and test/CLASS into a new folder, and makes val/CLASS.
+
+    Raises:
+      InputError: the folder exists, or the archive cannot be read or holds something else.
+    """
+    if folder.exists():
+        raise InputError(f"'{folder}' exists already: remove it to unpack it anew.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked:
+        try:
+            with tarfile.open(archive) as file:
+                file.extractall(unpacked, filter="data")
+        except (OSError, EOFError, tarfile.TarError) as error:
+            raise InputError(f"'{archive}' cannot be unpacked ({reason(error)}).") from error
+        whole = Path(unpacked, folder.name)
+        whole.mkdir()
+        for split in ("train", "test"):
+            if not Path(unpacked, split).is_dir():
+                raise InputError(f"'{archive}' has no folder {split}/.")
+            shutil.move(Path(unpacked, split), whole)
+        for of_class in sorted((whole / "train").iterdir()):
+            (whole / "val" / of_class.name).mkdir(parents=True)
+            for image in sorted(of_class.iterdir())[::VALIDATION_EVERY]:
+                image.rename(whole / "val" / of_class.name / image.name)
+        whole.rename(folder)  # last, so that a folder of this name is whole
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("archive", type=Path)
+    try:
+        unpack(parser.parse_args().archive, CIFAR10)
+    except InputError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Runs what is left of a study: python -m experiments.run STUDY [--jobs=2] [--only=PATTERN].
+
+Each job is a process on a core of its own, with one thread, at the lowest priority. A finished run has its result in
+experiments/results and is left alone; a run that was killed goes on from its last checkpoint.
+
+All runs of a study are trained from one commit, the HEAD at which the study is first started, in a git worktree of that
+commit: the checkout may change meanwhile. To run a study anew, remove its folder in experiments/results.
+"""
+
+import argparse
+import collections
+import contextlib
+import fcntl
+import fnmatch
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from castling_jax.errors import InputError
+from castling_jax.storage import write_atomically
+from experiments.results import ORIGIN_FILE, RESULTS
+from experiments.study import ROOT, STUDIES, Trial, code_hash, load_study, study_hash, trials_of
+
+RUNS = ROOT / "runs" / "experiments"  # ignored by git
+DATA = "data_local"  # ignored by git, and so missing in a worktree
+POLL_SECONDS = 0.5
+
+
+def run(name: str, *, jobs: int, only: str = "*") -> int:
+    """Runs what is left of a study; returns how many runs failed.
+
+    Raises:
+      InputError: the study is unknown, has no such runs, is being run already, or has changed since its first result.
+    """
+    if jobs < 1:
+        raise InputError(f"--jobs must be at least 1, not {jobs}.")
+    trials = [trial for trial in trials_of(name, load_study(name)) if fnmatch.fnmatch(trial.name, only)]
+    if not trials:
+        raise InputError(f"{name} has no run called {only!r}.")
+    with _one_runner(name) as lock:
+        origin = origin_of(name)
+        waiting = collections.deque(trial for trial in trials if not trial.result.exists())
+        print(f"{name}: {len(trials) - len(waiting)} of {len(trials)} runs are finished.", flush=True)
+        return _run_all(waiting, worktree_of(name, origin), jobs, lock) if waiting else 0
+
+
+@contextlib.contextmanager
+def _one_runner(name: str) -> Iterator[int]:
+    """Holds a study's lock, and yields its file descriptor.
+
+    Every process of a run inherits the descriptor, and with it the lock: where the runner alone was killed, the next
+    runner has to wait for what is still training.
+    """
+    (RUNS / name).mkdir(parents=True, exist_ok=True)
+    with (RUNS / name / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{name} is being run by another process: wait for its end, or end it.") from None
+        yield file.fileno()
+
+
+def origin_of(name: str) -> dict[str, str]:
+    """The commit that a study's results come from, with the hashes of code and study; recorded at the first start.
+
+    Raises:
+      InputError: at the first start: there are changes that are not committed. Later: the study's file has changed.
+    """
+    path = RESULTS / name / ORIGIN_FILE
+    if path.exists():
+        origin = json.loads(path.read_text())
+        if origin["study"] != study_hash(name):
+            raise InputError(
+                f"{STUDIES / name}.py has changed since its first result: give the new study another name, or remove "
+                f"'{path.parent}' to run it anew."
+            )
+        return origin
+    changes = _git("status", "--porcelain", "castling_jax", "experiments", f":!{RESULTS.relative_to(ROOT)}")
+    if changes:
+        raise InputError(f"commit the code that {name} is to be run with first ({' '.join(changes.split())}).")
+    origin = {"commit": _git("rev-parse", "HEAD"), "code": code_hash(name), "study": study_hash(name)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(origin, indent=1).encode() + b"\n")
+    return origin
+
+
+def worktree_of(name: str, origin: dict[str, str]) -> Path:
+    """A checkout of the commit that a study's results come from, in the folder of its runs.
+
+    Raises:
+      InputError: the commit is not in this repository, or is not the recorded code.
+    """
+    folder = RUNS / name / "code"
+    if folder.exists() and code_hash(name, folder) == origin["code"]:
+        return folder
+    if folder.exists():  # its making was killed, or it belongs to results that were removed
+        shutil.rmtree(folder)
+    _git("worktree", "prune")
+    _git("worktree", "add", "--detach", str(folder), origin["commit"])
+    (folder / DATA).symlink_to(ROOT / DATA)
+    if code_hash(name, folder) != origin["code"]:
+        raise InputError(f"commit {origin['commit']} is not the code that '{RESULTS / name / ORIGIN_FILE}' tells of.")
+    return folder
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"git {' '.join(arguments)} failed ({' '.join(done.stderr.split())}).")
+    return done.stdout.strip()
+
+
+def _run_all(waiting: collections.deque[Trial], code: Path, jobs: int, lock: int) -> int:
+    """Runs all trials, `jobs` at a time; returns how many failed."""
+    cores = list(itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), jobs))
+    running: list[tuple[Trial, int, subprocess.Popen[bytes]]] = []
+    failed = 0
+    try:
+        while waiting or running:
+            while waiting and cores:
+                trial, core = waiting.popleft(), cores.pop()
+                print(f"{trial.name}: started on core {core}.", flush=True)
+                running.append((trial, core, _start(trial, code, core, lock)))
+            time.sleep(POLL_SECONDS)
+            for trial, core, process in [job for job in running if job[2].poll() is not None]:
+                running.remove((trial, core, process))
+                cores.append(core)
+                failed += not _has_finished(trial)
+    finally:  # SIGTERM has a run save its state and end
+        for _, _, process in running:
+            process.terminate()
+        for _, _, process in running:
+            process.wait()
+    return failed
+
+
+def _start(trial: Trial, code: Path, core: int, lock: int) -> subprocess.Popen[bytes]:
+    """Starts one run on one core."""
+    folder = RUNS / trial.study / trial.name
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["nice", "-n19", "taskset", "--cpu-list", str(core), sys.executable, "-m", "experiments.train_one"]
+    command += [trial.study, trial.name, f"--workdir={folder}", f"--result={trial.result}"]
+    environment = {"JAX_PLATFORMS": "cpu"} | os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
+    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
+    with _log_file(trial).open("a") as log:
+        return subprocess.Popen(
+            command, cwd=code, env=environment, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock]
+        )
+
+
+def _has_finished(trial: Trial) -> bool:
+    """Whether a run whose process has ended left its result; tells a person."""
+    if not trial.result.exists():
+        print(f"{trial.name}: failed; see '{_log_file(trial)}'.", flush=True)
+        return False
+    result = json.loads(trial.result.read_text())
+    accuracy = f"{100 * result['accuracy_inference_form']:.2f} %"
+    print(f"{trial.name}: {accuracy} on the test split, trained in {result['seconds'] / 60:.0f} min.", flush=True)
+    return True
+
+
+def _log_file(trial: Trial) -> Path:
+    return RUNS / trial.study / trial.name / "log.txt"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", help="a file in experiments/studies, without .py")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on a core (default: %(default)s)")
+    parser.add_argument("--only", default="*", help="a pattern of runs' names, such as 'castling-*-seed0'")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        failed = run(options.study, jobs=options.jobs, only=options.only)
+    except InputError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on.")
+    sys.exit(f"{failed} runs failed." if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""A study: arms x learning rates x seeds, each a run of one configuration with a few fields changed."""
+
+import dataclasses
+import hashlib
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from castling_jax.errors import InputError, check_known
+from castling_jax.training.config import FIELDS
+from experiments.results import RESULTS
+
+ROOT = Path(__file__).parents[1]
+STUDIES = Path("experiments", "studies")  # relative to a checkout
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One of the things that a study compares.
+
+    Attributes:
+      name: as tables show it.
+      changes: dotted fields of the configuration -> their values.
+      seeds: one run each. A seed draws the same order of examples in every arm, so arms are compared seed by seed.
+      learning_rates: one run of each seed for each rate; the report takes the rate of the best validation accuracy.
+    """
+
+    name: str
+    changes: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What a file in experiments/studies declares as STUDY.
+
+    Attributes:
+      config: makes the configuration that all runs share: data, model and budget. Its eval_split is for validation.
+      arms: what is compared.
+      control: the arm that the others are compared with.
+      test_split: the split that each finished run is tested on, once.
+      about_data: a sentence on the data that every page with the study's figures shows.
+    """
+
+    config: Callable[[], ConfigDict]
+    arms: tuple[Arm, ...]
+    control: str
+    test_split: str
+    about_data: str
+
+    def __post_init__(self) -> None:
+        names = [arm.name for arm in self.arms]
+        check_known("control", self.control, names)
+        if len(set(names)) < len(names):
+            raise InputError(f"two arms of a study have one name: {', '.join(names)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run of a study."""
+
+    study: str
+    arm: Arm
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder and of its result."""
+        return f"{self.arm.name}-lr{self.learning_rate:g}-seed{self.seed}"
+
+    @property
+    def result(self) -> Path:
+        """The file that holds the result of the finished run."""
+        return RESULTS / self.study / f"{self.name}.json"
+
+    def config(self, study: Study) -> ConfigDict:
+        """The run's configuration.
+
+        Raises:
+          InputError: the arm changes an unknown field.
+        """
+        config = study.config()
+        for field, value in self.arm.changes.items():
+            check_known("config field", field, FIELDS)
+            config.update_from_flattened_dict({field: value})
+        config.seed = self.seed
+        config.optimizer.learning_rate = self.learning_rate
+        config.logging.progress = config.logging.tensorboard = False
+        return config
+
+
+def study_names() -> list[str]:
+    """The studies in experiments/studies."""
+    return sorted(path.stem for path in (ROOT / STUDIES).glob("*.py"))
+
+
+def load_study(name: str) -> Study:
+    """The STUDY of experiments/studies/NAME.py.
+
+    Raises:
+      InputError: there is no such file.
+    """
+    check_known("study", name, study_names())
+    return importlib.import_module(f"experiments.studies.{name}").STUDY
+
+
+def trials_of(name: str, study: Study) -> list[Trial]:
+    """All runs of a study. First seeds come first, so that an unfinished study has something of every arm."""
+    trials = [Trial(name, arm, rate, seed) for arm in study.arms for rate in arm.learning_rates for seed in arm.seeds]
+    return sorted(trials, key=lambda trial: trial.arm.seeds.index(trial.seed))
+
+
+def study_hash(name: str, root: Path = ROOT) -> str:
+    """SHA-256 of a study's file in a checkout."""
+    return _sha256([root / STUDIES / f"{name}.py"], root)
+
+
+def code_hash(name: str, root: Path = ROOT) -> str:
+    """SHA-256 of what a study's results come from: all files of castling_jax/, with their names, and the study's."""
+    package = sorted((root / "castling_jax").rglob("*"))
+    return _sha256([*package, root / STUDIES / f"{name}.py"], root)
+
+
+def _sha256(paths: list[Path], root: Path) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        if path.is_file() and path.parent.name != "__pycache__":
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()

@@ -1,0 +1,58 @@
+import tarfile
+
+import pytest
+from PIL import Image
+
+from castling_jax.data.sources import folder
+from experiments.data import unpack
+
+
+def make_archive(path, splits=("train", "test")):
+    source = path.parent / "source"
+    for split in splits:
+        for name in ("cat", "dog"):
+            (source / split / name).mkdir(parents=True)
+            for number in range(21):
+                Image.new("RGB", (2, 2)).save(source / split / name / f"{number:04d}.jpg")
+    with tarfile.open(path, "w:gz") as archive:
+        for split in splits:
+            archive.add(source / split, split)
+    return path
+
+
+def test_every_tenth_image_of_a_class_is_for_validation(tmp_path):
+    target = tmp_path / "data" / "cifar10"
+    unpack(make_archive(tmp_path / "a.tar.gz"), target)
+    assert [path.name for path in target.parent.iterdir()] == ["cifar10"]
+    found = {split: folder(target, split).files for split in ("train", "val", "test")}
+    assert found["val"] == [f"{name}/{number:04d}.jpg" for name in ("cat", "dog") for number in (0, 10, 20)]
+    assert len(found["train"]) == 36 and len(found["test"]) == 42
+    assert sorted(found["train"] + found["val"]) == found["test"]  # the archive's names are the same in both
+
+
+def test_nothing_half_unpacked_stays(tmp_path, refuses):
+    whole = make_archive(tmp_path / "a.tar.gz")
+    (tmp_path / "cut.tar.gz").write_bytes(whole.read_bytes()[:-100])
+    (tmp_path / "other").mkdir()
+    other = make_archive(tmp_path / "other" / "a.tar.gz", splits=("train",))
+    target = tmp_path / "data" / "cifar10"
+    for archive, why in (
+        (tmp_path / "cut.tar.gz", "cannot be unpacked"),
+        (tmp_path / "none.tar.gz", "No such file"),
+        (other, "no folder test/"),
+    ):
+        with refuses(str(archive), why):
+            unpack(archive, target)
+        assert list(target.parent.iterdir()) == []
+    target.mkdir()
+    with refuses("exists already"):
+        unpack(whole, target)
+
+
+@pytest.mark.parametrize("member", ["../outside.jpg", "/outside.jpg"])
+def test_an_archive_writes_nowhere_else(tmp_path, refuses, member):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo(member))
+    with refuses("a.tar.gz"):
+        unpack(tmp_path / "a.tar.gz", tmp_path / "data" / "cifar10")
+    assert not list(tmp_path.rglob("outside.jpg"))

@@ -1,0 +1,90 @@
+import shutil
+import sys
+
+import pytest
+
+from castling_jax.training.config import check_config
+from experiments.study import (
+    ROOT,
+    STUDIES,
+    Arm,
+    Study,
+    Trial,
+    code_hash,
+    load_study,
+    study_hash,
+    study_names,
+    trials_of,
+)
+from tests.experiments.tiny import STUDY
+from tests.test_imports import imports
+
+
+def test_runs_are_arms_times_rates_times_seeds_and_first_seeds_come_first():
+    arms = (Arm("a", {}, (3, 4), (0.1, 0.002)), Arm("b", {}, (3,), (1e-5,)))
+    names = [trial.name for trial in trials_of("study", Study(STUDY.config, arms, "a", "test", ""))]
+    assert names == ["a-lr0.1-seed3", "a-lr0.002-seed3", "b-lr1e-05-seed3", "a-lr0.1-seed4", "a-lr0.002-seed4"]
+
+
+def test_a_run_changes_what_its_arm_says_and_nothing_else():
+    arm = Arm("wide", {"model.embed_dim": 96, "seed": 7}, (2,), (0.5,))
+    changed, common = Trial("tiny", arm, 0.5, 2).config(STUDY).to_dict(), STUDY.config().to_dict()
+    assert (changed["model"].pop("embed_dim"), common["model"].pop("embed_dim")) == (96, None)
+    assert (changed.pop("seed"), common.pop("seed")) == (2, 0)  # the run's seed wins
+    assert changed["optimizer"].pop("learning_rate") == 0.5 != common["optimizer"].pop("learning_rate")
+    assert changed.pop("logging") != common.pop("logging")
+    assert changed == common
+
+
+def test_what_is_wrong_with_a_study_is_said(refuses):
+    arm = Arm("a", {"model.atention": "softmax"}, (0,), (0.1,))
+    with refuses("'b'", "known: a"):
+        Study(STUDY.config, (arm,), "b", "test", "")
+    with refuses("one name: a, a"):
+        Study(STUDY.config, (arm, arm), "a", "test", "")
+    with refuses("'model.atention'", "did you mean 'model.attention'?"):
+        Trial("tiny", arm, 0.1, 0).config(STUDY)
+    with refuses("unknown study 'nope'"):
+        load_study("nope")
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_studies_configurations_are_valid_and_test_on_no_split_they_choose_by(name):
+    study = load_study(name)
+    for trial in trials_of(name, study):
+        config = trial.config(study)
+        check_config(config)
+        assert study.test_split not in (config.dataset.train_split, config.dataset.eval_split)
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_studies_depend_on_nothing_that_the_hash_leaves_out(name):
+    for imported in imports(ROOT / STUDIES / f"{name}.py"):
+        head = imported.split(".")[0]
+        outside = {"castling_jax", "jax", "ml_collections", "numpy", *sys.stdlib_module_names}
+        assert imported.startswith("experiments.study.") or head in outside, imported
+
+
+def test_the_hash_is_of_the_package_and_the_study_alone(tmp_path):
+    for folder in ("castling_jax", STUDIES):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    name = "cifar10_pilot"
+    before = code_hash(name, tmp_path)
+    assert before == code_hash(name)  # wherever it lies, compiled or not
+    (tmp_path / "experiments" / "results").mkdir()
+    (tmp_path / "experiments" / "results" / "a.json").write_text("{}")
+    (tmp_path / STUDIES / "another.py").write_text("STUDY = None")
+    (tmp_path / "castling_jax" / "__pycache__").mkdir()
+    (tmp_path / "castling_jax" / "__pycache__" / "a.pyc").write_text("compiled")
+    assert code_hash(name, tmp_path) == before
+
+    study = tmp_path / STUDIES / f"{name}.py"
+    of_study = study_hash(name, tmp_path)
+    for path in (tmp_path / "castling_jax" / "ops" / "norms.py", study):
+        content = path.read_bytes()
+        path.write_bytes(content + b"#")
+        assert code_hash(name, tmp_path) != before
+        assert (study_hash(name, tmp_path) != of_study) == (path == study)
+        path.write_bytes(content)
+    (tmp_path / "castling_jax" / "py.typed").rename(tmp_path / "castling_jax" / "py.untyped")
+    assert code_hash(name, tmp_path) != before
