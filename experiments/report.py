@@ -1,0 +1,298 @@
+"""Writes what studies found into docs/evidence.md: python -m experiments.report [--check].
+
+docs/evidence.md is written by hand, but for what stands between `<!-- report: KEY -->` and `<!-- end -->`:
+
+  STUDY                  its tables and its picture, docs/evidence_STUDY.png
+  STUDY/ARM/accuracy     one figure, for a sentence: the mean over seeds, with its standard deviation
+  STUDY/ARM/difference   likewise: the mean difference from the study's control, with its 95 % interval
+
+--check writes nothing, and fails where the page or a picture is not what the results give.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy import stats
+
+from castling_jax.errors import InputError, check_known
+from castling_jax.storage import write_atomically
+from experiments.results import ORIGIN_FILE, RESULTS, unpack
+from experiments.study import ROOT, STUDIES, Study, load_study, study_hash, study_names, trials_of
+
+PAGE = ROOT / "docs" / "evidence.md"
+MARKED = re.compile(r"(<!-- report: (\S+) -->)(.*?)(<!-- end -->)", re.DOTALL)
+DIGEST = "Description"  # the text in a picture's file that says which results it shows
+CONFIDENCE = 0.95
+
+Result = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds.
+
+    Attributes:
+      mean: of the values.
+      sd: their standard deviation, with n - 1 in the denominator; NaN for one value.
+      n: how many there are.
+    """
+
+    mean: float
+    sd: float
+    n: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Student's 95 % interval of the mean, (low, high); NaNs for one value."""
+        half = stats.t.ppf((1 + CONFIDENCE) / 2, self.n - 1) * self.sd / math.sqrt(self.n) if self.n > 1 else math.nan
+        return self.mean - half, self.mean + half
+
+
+def estimate(values: Iterable[float]) -> Estimate:
+    """The estimate from one value of each seed."""
+    array = np.array(list(values))
+    return Estimate(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else math.nan, len(array))
+
+
+def accuracies(results: Iterable[Result]) -> dict[int, float]:
+    """Seed -> accuracy of the inference form on the test split, in percent."""
+    return {result["seed"]: 100 * result["accuracy_inference_form"] for result in results}
+
+
+def paired_difference(arm: dict[int, float], control: dict[int, float]) -> Estimate | None:
+    """The mean difference of two arms over the seeds that both have; None where they share no seed."""
+    differences = [arm[seed] - control[seed] for seed in sorted(arm.keys() & control.keys())]
+    return estimate(differences) if differences else None
+
+
+class Findings:
+    """A study with the results that there are.
+
+    Args:
+      name: of the study.
+      study: what its file declares.
+      results: of its finished runs.
+    """
+
+    def __init__(self, name: str, study: Study, results: list[Result]):
+        self.name, self.study, self.results = name, study, results
+        self.chosen = {arm.name: self._best_rate(arm.name) for arm in study.arms}
+
+    def of(self, arm: str, learning_rate: float | None) -> list[Result]:
+        """The results of an arm at a learning rate."""
+        return [one for one in self.results if (one["variant"], one["learning_rate"]) == (arm, learning_rate)]
+
+    def _best_rate(self, arm: str) -> float | None:
+        """The learning rate of the best mean validation accuracy, so that the test split chooses nothing."""
+        rates = {result["learning_rate"] for result in self.results if result["variant"] == arm}
+        validation = {
+            rate: estimate(result["accuracy_validation"] for result in self.of(arm, rate)).mean
+            for rate in sorted(rates)
+        }
+        return max(validation, key=lambda rate: validation[rate]) if validation else None
+
+    def accuracy(self, arm: str) -> dict[int, float]:
+        """Seed -> test accuracy in percent, at the chosen learning rate."""
+        return accuracies(self.of(arm, self.chosen[arm]))
+
+    def difference(self, arm: str) -> Estimate | None:
+        """The paired difference from the control."""
+        return paired_difference(self.accuracy(arm), self.accuracy(self.study.control))
+
+    def texts(self) -> dict[str, str]:
+        """What the page may show: key -> text."""
+        texts = {self.name: self._section()}
+        for arm in self.chosen:
+            found, difference = self.accuracy(arm), self.difference(arm)
+            none_yet = "(no result yet)"
+            texts[f"{self.name}/{arm}/accuracy"] = _accuracy(estimate(found.values())) if found else none_yet
+            texts[f"{self.name}/{arm}/difference"] = _difference(difference) if difference else none_yet
+        return texts
+
+    def _section(self) -> str:
+        runs = len(trials_of(self.name, self.study))
+        lines = [
+            f"`{STUDIES / self.name}.py`: {len(self.results)} of {runs} runs are finished. {self.study.about_data}"
+        ]
+        if not self.results:
+            return "\n".join([*lines, f"No results yet: `python -m experiments.run {self.name}` makes them."])
+        first = self.results[0]
+        lines += [
+            f"The runs come from commit {first['commit'][:12]}. Accuracies are of the inference form on the "
+            f"{first['images']:,} images of `{first['data']['test_split']}`, with the standard deviation over seeds; "
+            "parameters and MACs (an image) are of the inference form too; seconds are of training.",
+            "",
+            "| arm | learning rate | test accuracy, % | seeds | parameters | MACs | steps | seconds a run |",
+            "|---|---|---|---|---|---|---|---|",
+            *self._accuracy_rows(),
+            "",
+            f"| arm | difference from {self.study.control}, points [95 % interval] | seeds |",
+            "|---|---|---|",
+            *self._difference_rows(),
+            "",
+            f"![Test accuracy of each seed and arm]({self.picture.name})",
+        ]
+        return "\n".join(lines)
+
+    def _accuracy_rows(self) -> Iterable[str]:
+        for arm in self.study.arms:
+            for rate in arm.learning_rates:
+                if not (found := self.of(arm.name, rate)):
+                    continue
+                accuracy = estimate(accuracies(found).values())
+                is_chosen = len(arm.learning_rates) > 1 and rate == self.chosen[arm.name]
+                shown_rate = f"{rate:g} (chosen on validation)" if is_chosen else f"{rate:g}"
+                seconds = estimate(result["seconds"] for result in found).mean
+                yield (
+                    f"| {arm.name} | {shown_rate} | {_accuracy(accuracy)} | "
+                    f"{accuracy.n} | {found[0]['parameters']:,} | {found[0]['macs'] / 1e6:,.2f} M | "
+                    f"{found[0]['steps']:,} | {seconds:,.0f} |"
+                )
+
+    def _difference_rows(self) -> Iterable[str]:
+        for arm in self.chosen:
+            if arm != self.study.control and (difference := self.difference(arm)):
+                yield f"| {arm} | {_difference(difference)} | {difference.n} |"
+
+    @property
+    def picture(self) -> Path:
+        """The file of the picture."""
+        return PAGE.parent / f"evidence_{self.name}.png"
+
+    def digest(self) -> str | None:
+        """SHA-256 of the results; None where there are none."""
+        return hashlib.sha256(json.dumps(self.results).encode()).hexdigest() if self.results else None
+
+    def draw(self) -> bytes:
+        """The picture, a PNG that carries `digest`: a dot for each seed, a bar for the mean, at the chosen rates."""
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots()
+        for place, arm in enumerate(self.chosen):
+            if values := list(self.accuracy(arm).values()):
+                axes.plot([place] * len(values), values, "o", color="tab:blue", alpha=0.6)
+                axes.plot(place, estimate(values).mean, "_", color="black", markersize=30)
+        axes.set_xticks(range(len(self.chosen)), list(self.chosen), rotation=20)
+        axes.set(title=self.name, ylabel="test accuracy, inference form (%)")
+        axes.grid(alpha=0.3)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=110, metadata={DIGEST: self.digest()})
+        return file.getvalue()
+
+
+def _accuracy(found: Estimate) -> str:
+    return f"{found.mean:.2f} " + (f"± {found.sd:.2f}" if found.n > 1 else "(screening: one seed)")
+
+
+def _difference(found: Estimate) -> str:
+    low, high = found.interval
+    return f"{found.mean:+.2f} " + (f"[{low:+.2f}, {high:+.2f}]" if found.n > 1 else "(screening: one seed)")
+
+
+def read_findings(name: str) -> Findings:
+    """A study and its results, in the order of its runs.
+
+    Raises:
+      InputError: a result is not of this study, of its code or in itself consistent.
+    """
+    study, folder = load_study(name), RESULTS / name
+    paths = {trial.result: trial for trial in trials_of(name, study)}
+    origin = json.loads((folder / ORIGIN_FILE).read_text()) if (folder / ORIGIN_FILE).exists() else {}
+    for path in folder.glob("*.json"):
+        if path.name != ORIGIN_FILE:
+            check_known(f"run of {name}", path.stem, [known.stem for known in paths])
+            if origin.get("study") != study_hash(name):
+                raise InputError(
+                    f"'{folder}' holds results of another {STUDIES / name}.py: remove them to run it anew."
+                )
+    results = []
+    for path, trial in paths.items():
+        if path.exists():
+            result = json.loads(path.read_text())
+            correct = unpack(result["correct"], result["images"])
+            expected = {
+                **{"study": name, "variant": trial.arm.name, "seed": trial.seed, "learning_rate": trial.learning_rate},
+                **{"code": origin["code"], "commit": origin["commit"], "accuracy_inference_form": correct.mean()},
+            }
+            for field, value in expected.items():
+                if result[field] != value:
+                    raise InputError(f"'{path}' has {field} = {result[field]}, which should be {value}.")
+            results.append(result)
+    return Findings(name, study, results)
+
+
+def fill(page: str, texts: dict[str, str], names: Iterable[str]) -> str:
+    """The page with the texts of its keys.
+
+    Raises:
+      InputError: a key is unknown, or a study is missing.
+    """
+    keys = [key for _, key, _, _ in MARKED.findall(page)]
+    for key in keys:
+        check_known("key", key, texts)
+    for name in names:
+        if name not in keys:
+            raise InputError(f"'{PAGE.name}' has no place for {name}: add <!-- report: {name} --> <!-- end --> to it.")
+
+    def replace(found: re.Match[str]) -> str:
+        start, key, _, end = found.groups()
+        return f"{start}{texts[key]}{end}" if "/" in key else f"{start}\n\n{texts[key]}\n\n{end}"
+
+    return MARKED.sub(replace, page)
+
+
+def report(*, check: bool) -> list[Path]:
+    """Writes the page and the pictures that differ from the results; with `check`, only returns which differ.
+
+    Raises:
+      InputError: a result or the page is wrong.
+    """
+    studies = [read_findings(name) for name in study_names()]
+    texts = {key: text for findings in studies for key, text in findings.texts().items()}
+    page = fill(PAGE.read_text(), texts, [findings.name for findings in studies])
+    stale = [PAGE] if page != PAGE.read_text() else []
+    # Pictures are compared by what they show: their bytes depend on Matplotlib's version.
+    changed = [findings for findings in studies if _digest_of(findings.picture) != findings.digest()]
+    if not check:
+        write_atomically(PAGE, page.encode())
+        for findings in changed:
+            if findings.results:
+                write_atomically(findings.picture, findings.draw())
+            else:
+                findings.picture.unlink()
+    return stale + [findings.picture for findings in changed]
+
+
+def _digest_of(picture: Path) -> str | None:
+    if not picture.exists():
+        return None
+    with Image.open(picture) as image:
+        return image.info.get(DIGEST, "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where what is there is not current")
+    check = parser.parse_args().check
+    try:
+        stale = [str(path.relative_to(ROOT)) for path in report(check=check)]
+    except InputError as error:
+        sys.exit(str(error))
+    if check and stale:
+        sys.exit(f"not what the results give: {', '.join(stale)}; run python -m experiments.report.")
+    print(f"written: {', '.join(stale)}." if stale else "All is what the results give.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+import math
+import statistics
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from experiments import report
+from experiments.report import Estimate, Findings, estimate, fill, paired_difference
+from experiments.results import pack, unpack
+from experiments.study import Arm, Study
+from tests.experiments.tiny import STUDY
+
+ARMS = (Arm("castling", {}, (0, 1, 2), (0.1, 0.2)), Arm("softmax", {}, (0, 1, 2), (0.1,)), Arm("new", {}, (0,), (0.1,)))
+THREE_ARMS = Study(STUDY.config, ARMS, "softmax", "test", "Digits.")
+
+
+def result(arm, rate, seed, accuracy, validation=0.5):
+    return {
+        **{"variant": arm, "learning_rate": rate, "seed": seed, "accuracy_inference_form": accuracy},
+        **{"accuracy_validation": validation, "images": 10_000, "data": {"test_split": "test"}, "commit": 40 * "a"},
+        **{"parameters": 1234, "macs": 5_600_000, "steps": 70, "seconds": 100.0 + seed},
+    }
+
+
+RESULTS = [
+    *(result("softmax", 0.1, seed, accuracy) for seed, accuracy in enumerate((0.70, 0.72, 0.71))),
+    *(result("castling", 0.1, seed, accuracy) for seed, accuracy in enumerate((0.71, 0.74, 0.70))),
+    # Better on the test split, but not on validation images.
+    *(result("castling", 0.2, seed, 0.9, validation=0.4) for seed in range(3)),
+    result("new", 0.1, 0, 0.65),
+]
+
+
+def test_the_interval_is_students_of_paired_differences():
+    arm, control = np.random.default_rng(0).normal(size=(2, 6))
+    found = paired_difference(dict(enumerate(arm)), dict(enumerate(control)))
+    assert found.n == 6
+    # A second way to the same formula in float64: a few roundings.
+    assert found.mean == pytest.approx(statistics.fmean(arm - control), rel=1e-12)
+    assert found.sd == pytest.approx(statistics.stdev(arm - control), rel=1e-12)
+    expected = stats.ttest_rel(arm, control).confidence_interval(0.95)
+    assert found.interval == pytest.approx((expected.low, expected.high), rel=1e-12)
+
+
+def test_only_seeds_of_both_arms_are_paired():
+    found = paired_difference({0: 5.0, 1: 7.0, 2: 9.0, 4: 100.0}, {2: 5.0, 1: 6.0, 0: 5.0, 3: -100.0})
+    # Differences 0, 1, 4: their mean is 5 / 3, their variance 13 / 3, and tables give 4.303 for two degrees of freedom.
+    assert (found.mean, found.n) == (pytest.approx(5 / 3), 3)
+    assert found.interval[1] - found.mean == pytest.approx(4.303 * math.sqrt(13 / 3) / math.sqrt(3), rel=1e-4)
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_one_seed_has_a_mean_and_no_more():
+    found = estimate([3.0])
+    assert (found.mean, found.n) == (3, 1)
+    assert np.isnan([found.sd, *found.interval]).all()
+
+
+def test_a_study_in_texts():
+    texts = Findings("tiny", THREE_ARMS, RESULTS).texts()
+    lines = texts["tiny"].splitlines()
+    assert lines[0] == "`experiments/studies/tiny.py`: 10 of 10 runs are finished. Digits."
+    assert "| castling | 0.1 (chosen on validation) | 71.67 ± 2.08 | 3 | 1,234 | 5.60 M | 70 | 101 |" in lines
+    assert "| castling | 0.2 | 90.00 ± 0.00 | 3 | 1,234 | 5.60 M | 70 | 101 |" in lines
+    assert "| softmax | 0.1 | 71.00 ± 1.00 | 3 | 1,234 | 5.60 M | 70 | 101 |" in lines
+    assert "| new | 0.1 | 65.00 (screening: one seed) | 1 | 1,234 | 5.60 M | 70 | 100 |" in lines
+    # Differences of 1, 2 and -1 points, of deviation 1.5275: 4.3027 * 1.5275 / sqrt(3) = 3.7946.
+    assert "| castling | +0.67 [-3.13, +4.46] | 3 |" in lines
+    assert "| new | -5.00 (screening: one seed) | 1 |" in lines
+    assert not any(line.startswith("| softmax | +") for line in lines)
+    assert texts["tiny/castling/accuracy"] == "71.67 ± 2.08"
+    assert texts["tiny/castling/difference"] == "+0.67 [-3.13, +4.46]"
+
+
+def test_a_study_without_results_says_so():
+    texts = Findings("tiny", THREE_ARMS, []).texts()
+    assert "0 of 10 runs" in texts["tiny"]
+    assert "No results yet: `python -m experiments.run tiny` makes them." in texts["tiny"]
+    assert texts["tiny/new/accuracy"] == texts["tiny/new/difference"] == "(no result yet)"
+    assert Findings("tiny", THREE_ARMS, []).digest() is None
+
+
+def test_a_picture_tells_its_results(tmp_path):
+    findings = Findings("tiny", THREE_ARMS, RESULTS)
+    (tmp_path / "a.png").write_bytes(findings.draw())
+    assert report._digest_of(tmp_path / "a.png") == findings.digest() != Findings("tiny", STUDY, RESULTS[1:]).digest()
+    with Image.open(tmp_path / "a.png") as image:
+        assert len(np.unique(np.asarray(image))) > 10  # there is something in it
+    assert report._digest_of(tmp_path / "none.png") is None
+
+
+def test_a_page_is_filled_between_its_marks_alone(refuses):
+    page = "A <!-- report: s -->old<!-- end --> B <!-- report: s/a/accuracy --><!-- end --> % C"
+    filled = fill(page, {"s": "table", "s/a/accuracy": "7"}, ["s"])
+    assert filled == "A <!-- report: s -->\n\ntable\n\n<!-- end --> B <!-- report: s/a/accuracy -->7<!-- end --> % C"
+    assert fill(filled, {"s": "table", "s/a/accuracy": "7"}, ["s"]) == filled
+    with refuses("unknown key 's/a/accuracy'"):
+        fill(page, {"s": "table"}, ["s"])
+    with refuses("no place for t", "<!-- report: t -->"):
+        fill(page, {"s": "table", "s/a/accuracy": "7", "t": "table"}, ["s", "t"])
+
+
+@pytest.mark.parametrize("images", [1, 8, 1003])
+def test_answers_are_packed_without_loss(images):
+    correct = np.random.default_rng(images).random(images) < 0.7
+    np.testing.assert_array_equal(unpack(pack(correct), images), correct)
+    assert len(pack(correct)) <= images / 6 + 4
+
+
+def test_estimates_are_values():
+    assert estimate([1.0, 3.0]) == Estimate(2.0, math.sqrt(2), 2)
+
+
+def test_the_committed_page_is_what_the_committed_results_give():
+    assert report.report(check=True) == []
