@@ -37,7 +37,7 @@ FIELDS = {
     "reset_head": Field(False, FLAG, "Start the classifier anew where init_from has another number of classes."),
     # Arguments of create_model. None leaves the model's own.
     "model.name": Field("deit_tiny", TEXT, "The model, by its name in create_model."),
-    "model.attention": Field("castling", TEXT, "The attention: castling, linear_angular, softmax or angular."),
+    "model.attention": Field("castling", TEXT, "The attention kind, such as castling, linear_angular or softmax."),
     "model.dtype": Field("float32", TEXT, "Compute dtype: float32 or bfloat16. Parameters stay in float32."),
     "model.implementation": Field("auto", one_of(*IMPLEMENTATIONS), "Of the attention: auto, xla or pallas (TPU)."),
     "model.image_size": Field(None, integer(1), "Height and width of the images in pixels."),

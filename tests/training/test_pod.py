@@ -57,7 +57,7 @@ def test_a_run_killed_in_every_way_ends_with_the_same_parameters(alone, tmp_path
     (said,) = [line for line in pod.said().splitlines() if line.startswith("Preempted")]
     step = checkpoint_steps(run / CHECKPOINTS)[-1]
     assert said == f"Preempted; the state of step {step} is saved, and the same command goes on from there."
-    assert step % 10  # saved because of the signal, not because it was time
+    assert 55 <= step < TOTAL
 
     pod = Pod(run, processes=2)
     assert pod.wait() == 0, pod.said()
