@@ -50,10 +50,10 @@ def check_at_most(name: str, value: float, high: float, meaning: str) -> None:
         raise InputError(f"{name} must be at most {meaning}, {high}, not {value}.")
 
 
-def check_between(name: str, value: float, low: float, high: float, meaning: str = "") -> None:
-    """Raises an InputError unless the value called `name` is from `low` to `high`, which is `meaning`; NaN is not."""
+def check_between(name: str, value: float, low: float, high: float) -> None:
+    """Raises an InputError unless the value called `name` is from `low` to `high`; NaN is not."""
     if not low <= value <= high:
-        raise InputError(f"{name} must be from {low} to {high}{meaning and f', {meaning}'}, not {value}.")
+        raise InputError(f"{name} must be from {low} to {high}, not {value}.")
 
 
 @contextlib.contextmanager

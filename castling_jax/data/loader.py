@@ -17,7 +17,7 @@ from absl import flags
 from jaxtyping import Int
 
 from castling_jax.data.sources import Dataset
-from castling_jax.errors import DeterministicError, InputError, check_between
+from castling_jax.errors import DeterministicError, InputError
 
 LOGGER = logging.getLogger(__name__)
 PART = 32  # images that one thread reads at a time: a batch is shared out, and what is read ahead is bounded
@@ -77,7 +77,8 @@ def training_batches(
     Raises:
       InputError: the batch is larger than the dataset.
     """
-    check_between("the images of a batch", batch_size, 1, len(dataset), "all that there are")
+    if not 1 <= batch_size <= len(dataset):
+        raise InputError(f"a batch must be of 1 to {len(dataset)} images (there are no more), not {batch_size}.")
     order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat()
     read = functools.partial(_training_image, dataset, transform, order, seed, repeats)
     parts = _Parts(read, batch_size, rows)
