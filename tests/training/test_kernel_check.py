@@ -12,6 +12,7 @@ from castling_jax.models.registry import abstract_model
 from castling_jax.ops.tpu import linear_angular, masked_softmax
 from castling_jax.training import kernel_check
 from castling_jax.training.config import default_config
+from castling_jax.training.run import run
 from castling_jax.training.setup import set_up
 from castling_jax.training.sharding import make_mesh
 
@@ -79,7 +80,7 @@ def test_a_broken_kernel_stops_the_run_and_leaves_nothing(tmp_path, monkeypatch,
     with refuses(
         "differs from XLA on this cpu", "train without the kernels, with --config.model.implementation=xla", *said
     ):
-        train(small_config(), tmp_path / "run")
+        run(small_config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
