@@ -92,7 +92,8 @@ class Mistakes:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
         if isinstance(error, InputError):
-            self._sentences.append(str(error))
+            head, *sentences = str(error).splitlines()  # of several mistakes, which another one reported
+            self._sentences += sentences or [head]
         return isinstance(error, InputError)
 
     def report(self) -> None:

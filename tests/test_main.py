@@ -118,9 +118,16 @@ def test_all_mistakes_are_said_at_once(tmp_path):
     assert fields.stderr.count("\n") == 4
     for part in ("3 mistakes:", "'train.epoch': did you mean 'train.epochs'", "'optimiser.b1'", "'nothing'"):
         assert part in fields.stderr
-    values = run(tmp_path / "run", "--config.train.epochs=many", "--config.mask.begin=x", "--config.train.batch_size=0")
-    assert values.stderr.count("\n") == 4
-    for part in ("3 mistakes:", "'many'", "'x'", "config.train.batch_size must be an integer of at least 1, not 0."):
+    wrong = ("--config.train.epochs=many", "--config.mask.begin=x", "--config.train.batch_size=0", "--config.seed=-1")
+    values = run(tmp_path / "run", *wrong)
+    assert values.stderr.count("\n") == 5
+    for part in (
+        "4 mistakes:",
+        "config.seed must be",
+        "'many'",
+        "'x'",
+        "config.train.batch_size must be an integer of at least 1, not 0.",
+    ):
         assert part in values.stderr
 
 

@@ -1,6 +1,6 @@
 """What the switch does to each array, told without doing it."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -35,13 +35,16 @@ def plan(variables: Variables) -> dict[str, Fate]:
     Raises:
       InputError: what `to_inference` raises.
     """
-    shapes = jax.eval_shape(
-        to_inference, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
-    )
+    shapes = jax.eval_shape(to_inference, jax.tree.map(_shape_only, variables))
     targets = {path: leaf.shape for path, leaf in flatten(shapes).items()}
     paths = flatten(variables)
     two_heads = "head_dist" in variables["params"] and "head_dist" not in shapes["params"]
     return {path: _fate(path, paths, targets, two_heads) for path in paths}
+
+
+def _shape_only(leaf: Any) -> Any:
+    """What `to_inference` refuses stays as it is."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf
 
 
 def _fate(path: str, paths: dict[str, object], targets: dict[str, tuple[int, ...]], two_heads: bool) -> Fate:

@@ -59,3 +59,5 @@ def make_shapes(name):
 def test_a_tree_that_cannot_be_switched_has_no_plan(refuses):
     with refuses('the variables lack "params"'):
         convert.plan({})
+    with refuses("the variables lack", '"params"'):
+        convert.plan({"a": 1})

@@ -3,6 +3,8 @@ import sys
 
 import pytest
 
+from castling_jax.convert.run_folder import model_arguments
+from castling_jax.models.registry import abstract_model
 from castling_jax.training.config import check_config
 from experiments.study import (
     ROOT,
@@ -49,16 +51,17 @@ def test_what_is_wrong_with_a_study_is_said(refuses):
 
 
 @pytest.mark.parametrize("name", study_names())
-def test_studies_configurations_are_valid_and_test_on_no_split_they_choose_by(name):
+def test_a_studys_models_can_be_made_and_its_test_split_is_no_other(name):
     study = load_study(name)
     for trial in trials_of(name, study):
         config = trial.config(study)
         check_config(config)
+        abstract_model(**model_arguments(config))
         assert study.test_split not in (config.dataset.train_split, config.dataset.eval_split)
 
 
 @pytest.mark.parametrize("name", study_names())
-def test_studies_depend_on_nothing_that_the_hash_leaves_out(name):
+def test_a_study_depends_on_nothing_that_the_hash_leaves_out(name):
     for imported in imports(ROOT / STUDIES / f"{name}.py"):
         head = imported.split(".")[0]
         outside = {"castling_jax", "jax", "ml_collections", "numpy", *sys.stdlib_module_names}

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import castling_jax
-from castling_jax.models.layers import layer_norm, stop_at_zero
+from castling_jax.models.layers import Layers, stop_at_zero
 from castling_jax.models.variables import forward_train
 from tests.models import small
 
@@ -90,7 +90,7 @@ def test_gradients_are_of_softmaxs_size(family, attention, threshold, training):
 
 def test_stop_at_zero_is_the_identity_elsewhere():
     x = jnp.asarray([[0.0, 0.0, 0.0], [1.0, -2.0, 0.0], [1e-30, 0.0, 0.0]])
-    norm = layer_norm(3, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    norm = Layers(dtype=jnp.dtype(jnp.float32), param_dtype=jnp.dtype(jnp.float32), rngs=nnx.Rngs(0)).layer_norm(3)
     cotangent = jnp.asarray([[1.0, 2.0, 4.0]] * 3)
     out, pullback = jax.vjp(lambda x: norm(stop_at_zero(x)), x)
     expected, expected_pullback = jax.vjp(norm, x)

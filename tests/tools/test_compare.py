@@ -26,5 +26,5 @@ def test_attentions_are_trained_side_by_side_and_not_twice(tmp_path, monkeypatch
         expected = small_config(model={"attention": attention}).to_dict()
         assert (tmp_path / attention / "config.json").read_text() == json.dumps({"format": 1} | expected, indent=2)
     assert found["castling"]["macs_inference_form"] < found["castling"]["macs_train_form"]
-    monkeypatch.setattr(compare, "train", None)  # would be called
+    monkeypatch.setattr("castling_jax.training.run.set_up", None)  # would be called
     assert compare.compare(small_config(), ["castling", "softmax"], epath.Path(tmp_path)) == found
