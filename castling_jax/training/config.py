@@ -153,11 +153,8 @@ def check_config(config: ConfigDict) -> None:
         with mistakes:
             parse_policy(config.augment.randaugment, (0, 0, 0))
         with mistakes:
-            if config.augment.color_jitter:
-                raise InputError(
-                    "config.augment.color_jitter must be 0 where config.augment.randaugment, which changes colors too, "
-                    f"is set, not {config.augment.color_jitter}."
-                )
+            if jitter := config.augment.color_jitter:
+                raise InputError(f"config.augment.color_jitter must be 0 where randaugment is set, not {jitter}.")
     mistakes.report()
 
 
