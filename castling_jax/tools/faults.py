@@ -28,7 +28,7 @@ from tqdm import tqdm
 from castling_jax.convert.checkpoint import CHECKPOINTS
 from castling_jax.convert.run_folder import read_metrics
 from castling_jax.errors import InputError
-from castling_jax.tools.summary import SUMMARY_FILE
+from castling_jax.training.summary import SUMMARY_FILE
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "scripts" / "launch.py"
 SMALL = (

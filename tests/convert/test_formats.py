@@ -15,9 +15,9 @@ from castling_jax import apply, load_inference, to_inference
 from castling_jax.convert import read
 from castling_jax.convert.checkpoint import checkpoint_steps
 from castling_jax.convert.run_folder import CONFIG_FILE, read_config
-from castling_jax.training import loop
 from castling_jax.training.config_files import run_config
 from castling_jax.training.evaluate import evaluate_checkpoint
+from castling_jax.training.run import run as training_run
 from castling_jax.training.state import parameters_sha256
 from tests.conftest import GOLDEN
 from tests.models import small
@@ -100,7 +100,8 @@ def test_a_run_goes_on(version, tmp_path, capsys):
     fields = json.loads((run / CONFIG_FILE).read_text())
     fields["train"]["epochs"] = 3  # one more than it had
     (run / CONFIG_FILE).write_text(json.dumps(fields))
-    figures = loop.train(run_config(read_config(run)), run)
+    (run / "summary.json").unlink()
+    figures = training_run(run_config(read_config(run)), run).figures
     assert f"Going on from step {STEPS} of 66" in capsys.readouterr().out
     assert figures["steps"] == 66
     assert checkpoint_steps(run / "checkpoints")[-1] == 66
