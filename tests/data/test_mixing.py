@@ -152,7 +152,7 @@ for ours, expected in zip(over_mesh(*placed), jax.jit(run)(*given), strict=True)
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [32, 256])
 def test_on_a_mesh_images_with_partners_elsewhere_are_exchanged_and_the_result_is_the_same(rows):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
     run = subprocess.run(
         [sys.executable, "-c", ON_A_MESH.replace("ROWS", str(rows))],
         env=env,

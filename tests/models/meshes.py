@@ -26,10 +26,10 @@ def run_case(*name: str) -> dict:
 
 def run_on_devices(count: int, module: str, *arguments: str) -> str:
     """What `python -m module arguments` prints, with so many devices forced upon the CPU."""
-    flags = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
     run = subprocess.run(
         [sys.executable, "-m", module, *arguments],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        env=os.environ | {"XLA_FLAGS": flags},
         capture_output=True,
         text=True,
         check=False,
