@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from castling_jax.models.attention.kinds import KINDS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "castling_jax"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -99,3 +101,13 @@ def test_a_path_that_does_not_exist_is_seen():
         "a/d/e.py",
         "f.py",
     ]
+
+
+def test_every_attention_has_a_row_and_other_papers_are_in_order():
+    text = (ROOT / "docs" / "models.md").read_text()
+    ours, others = (
+        re.findall(r"^\| `(\w+)` \|", text.split(f"\n## {title}\n")[1].split("\n## ")[0], re.MULTILINE)[1:]
+        for title in ("Kinds of attention", "Other attentions")
+    )
+    assert sorted(ours + others) == sorted(KINDS)
+    assert others == sorted(others)

@@ -36,6 +36,7 @@ class DeiTConfig(BackboneConfig):
       patch_size: pixels a side of a patch.
       qkv_bias: whether the projection to q, k and v has a bias.
       distilled: whether there is a distillation token, with a head of its own.
+      window_size: side of the windows of attention="window", in tokens; None is 7, and no other attention reads it.
       init_std: standard deviation that the dense layers' matrices start from.
     """
 
@@ -46,6 +47,7 @@ class DeiTConfig(BackboneConfig):
     qkv_bias: bool = True
     distilled: bool = False
     token_conv: str | None = "1d"
+    window_size: int | None = None
     init_std: float = DEIT_STD
 
 
@@ -113,7 +115,10 @@ class DeiT(Backbone):
         tokens = self.prefix_tokens + self.grid[0] * self.grid[1]
         self.pos_embed = layers.embedding(1, tokens, dim)
         rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]  # linear over depth
-        self.blocks = nnx.List(Block(config, core, layers, drop_path_rate=rate) for rate in rates)
+        cores = [dataclasses.replace(core, window_size=config.window_size, block=i) for i in range(depth)]
+        self.blocks = nnx.List(
+            Block(config, core, layers, drop_path_rate=rate) for core, rate in zip(cores, rates, strict=True)
+        )
         self.norm = layers.layer_norm(dim)
         self.head = layers.linear(dim, classes)
         self.head_dist = layers.linear(dim, classes) if config.distilled else None

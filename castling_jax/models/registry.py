@@ -119,8 +119,8 @@ def create_model(
       rngs: where the parameters are drawn from; None is nnx.Rngs(0).
       **overrides: other fields of the model's configuration (DeiTConfig, LeViTConfig, MViTv2Config), which are timm's
         constructor words: embed_dim, depth, num_heads (tuples for LeViT), depths, stride_q, stride_kv_adaptive (for
-        MViTv2), key_dim, patch_size, in_chans, mlp_ratio, qkv_bias, distilled, drop_path_rate; and ours: init_std,
-        remat, token_conv, token_kernel_size and implementation.
+        MViTv2), key_dim, patch_size, in_chans, mlp_ratio, qkv_bias, distilled, drop_path_rate, window_size (Swin's
+        word, for DeiT); and ours: init_std, remat, token_conv, token_kernel_size and implementation.
 
     Returns:
       A Flax NNX module; `model.spec` holds what it was made from.

@@ -1,13 +1,14 @@
 """Speed of the attention against softmax, on the machine at hand.
 
-    python -m castling_jax.tools.benchmark [--backward] [--models] [--out=DIR]
+    python -m castling_jax.tools.benchmark [--backward] [--models] [--attentions=NAMES] [--out=DIR]
 
 times one attention layer with its projections (float32) over growing numbers of tokens: castling in its inference and
 its training form, and softmax, which is jax.nn.dot_product_attention. Where they are installed (pip install torch timm
 equimo), PyTorch's softmax attention, the castling block in plain PyTorch and Equimo's castling layer join the run.
 Calls take turns, so that whatever else the machine does falls on all of them alike: read the ratios to softmax, whose
 range over the repeats is printed too, rather than the milliseconds. The batch falls as the tokens grow, so that one
-call has about 2,048 tokens, and where one sequence is longer, that one.
+call has about 2,048 tokens, and where one sequence is longer, that one. --attentions=window,bridge adds layers of other
+attentions (and with --models, models); tokens stand on the largest square grid, and those left over stand before it.
 It writes DIR/benchmark.json (every figure, the machine, versions) and DIR/benchmark.png (time over tokens).
 On two CPU cores it takes some five minutes, and with --backward and --models twenty.
 
@@ -46,7 +47,7 @@ from castling_jax.models.registry import create_model
 from castling_jax.models.variables import apply, get_variables
 from castling_jax.tools.folders import make_folder
 from castling_jax.tools.memory import keep_freed_memory
-from castling_jax.tools.peers import INFERENCE, SOFTMAX, Layer, equimo_layers, our_layers, torch_layers
+from castling_jax.tools.peers import INFERENCE, SOFTMAX, Layer, equimo_layers, our_layers, rival_layers, torch_layers
 from castling_jax.tools.reading import describe_reading, measure_reading
 from castling_jax.training.timing import interleaved_seconds, spread
 
@@ -135,17 +136,19 @@ def _tokens(batch: int, tokens: int, channels: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(batch, tokens, channels)).astype(np.float32)
 
 
-def measure_models(name: str, image_sizes: list[int], repeats: int) -> list[Row]:
+def measure_models(name: str, image_sizes: list[int], repeats: int, rivals: list[str]) -> list[Row]:
     """Times a whole model's forward pass, castling in inference form against softmax; rows as `measure_layers`'.
 
+    `rivals` are other attentions, which join them.
+
     Raises:
-      InputError: an unknown model, or a size that is no multiple of its patch.
+      InputError: an unknown model, an attention that it does not take, or a size that is no multiple of its patch.
     """
     rows = []
     for size in (bar := tqdm(sorted(image_sizes), unit="size")):
         bar.set_description(f"{name}, {size} pixels")
         calls: dict[str, Callable[[], object]] = {}
-        for label, attention in ((SOFTMAX, "softmax"), (INFERENCE, "castling")):
+        for label, attention in ((SOFTMAX, "softmax"), (INFERENCE, "castling"), *zip(rivals, rivals, strict=True)):
             model = create_model(name, attention=attention, form="inference", image_size=size)
             variables = get_variables(model)
             positions = variables["params"].get("pos_embed")
@@ -208,7 +211,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     passes = list(dict.fromkeys(row["pass"] for row in rows))
     figure, axes = plt.subplots(len(passes), 2, figsize=(12, 4.6 * len(passes)), layout="constrained", squeeze=False)
     names = list(dict.fromkeys(row["name"] for row in rows))
-    colors = dict(zip(names, plt.colormaps["tab10"].colors, strict=False))  # type: ignore[attr-defined]
+    palette = plt.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    colors = {name: palette(i) for i, name in enumerate(names)}
     for kind, (time_axis, ratio_axis) in zip(passes, axes, strict=True):
         for (name, of), (tokens, times, limits) in _series(rows).items():
             if of != kind:
@@ -325,6 +329,7 @@ def parse_arguments(arguments: Iterable[str] | None) -> argparse.Namespace:
     parser.add_argument("--channels", type=int, default=384, help="width of the layer (384, as DeiT-S)")
     parser.add_argument("--heads", type=int, default=6, help="heads (6)")
     parser.add_argument("--repeats", type=int, default=11, help="timed calls of each (11)")
+    parser.add_argument("--attentions", default="", help="other attentions to time, with commas, such as window,bridge")
     parser.add_argument("--backward", action="store_true", help="time the gradients of weights and input too")
     parser.add_argument("--models", action="store_true", help="time whole models too, forward")
     parser.add_argument("--model", default="deit_tiny", help="which model (deit_tiny)")
@@ -343,6 +348,7 @@ def parse_arguments(arguments: Iterable[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder (runs/benchmark)")
     parsed = parser.parse_args(None if arguments is None else list(arguments))
     parsed.tokens = parse_counts("--tokens", parsed.tokens)
+    parsed.attentions = [name for name in parsed.attentions.split(",") if name]
     parsed.image_sizes = parse_counts("--image-sizes", parsed.image_sizes)
     for name in ("channels", "heads", "repeats"):
         check_at_least(f"--{name}", getattr(parsed, name), 1)
@@ -352,13 +358,14 @@ def parse_arguments(arguments: Iterable[str] | None) -> argparse.Namespace:
 def measure_attention(arguments: argparse.Namespace) -> dict[str, Any]:
     """Layers and, where they are asked for, models: their rows, slopes and notes."""
     layers, weights = our_layers(arguments.channels, arguments.heads)
+    rivals = rival_layers(arguments.attentions, arguments.channels, arguments.heads)
     notes: list[str] = []
     if not arguments.no_peers:
         peers = torch_layers(weights) + equimo_layers(weights)
         peers, notes = peers_that_agree(layers, peers, arguments.channels, min(*arguments.tokens, 64))
         layers += peers
     rows, left_out = measure_layers(
-        layers,
+        layers + rivals,
         arguments.tokens,
         channels=arguments.channels,
         heads=arguments.heads,
@@ -366,7 +373,9 @@ def measure_attention(arguments: argparse.Namespace) -> dict[str, Any]:
         backward=arguments.backward,
         max_score_gib=arguments.max_score_gib,
     )
-    models = measure_models(arguments.model, arguments.image_sizes, arguments.repeats) if arguments.models else []
+    models = []
+    if arguments.models:
+        models = measure_models(arguments.model, arguments.image_sizes, arguments.repeats, arguments.attentions)
     return {"layers": rows, "slopes": slopes(rows), "models": models, "reading": [], "notes": notes + left_out}
 
 

@@ -44,6 +44,7 @@ PART_NAMES = {
     "softmax": "softmax: Q K^T and P V",
     "angular": "exact kernel: Q K^T and Sim V",
     "relu_linear": "ReLU linear: K^T V and Q (K^T V)",
+    "separable": "separable: context vector",
     "token_kernel": "token kernel's taps",
     "proj": "output projections",
     "mlp": "MLPs",

@@ -7,7 +7,7 @@ import functools
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from castling_jax.models.layers import Layers
 
 MASK_THRESHOLD = 0.02  # of training forms; what it lets through costs nothing less
 SOFTMAX, INFERENCE, TRAINING = "softmax", "castling, inference form", "castling, training form"
+LINEAR = ("linear_angular", "relu_linear", "bridge", "separable", "window")  # kinds that are linear in tokens
 # Where Equimo has had its layer, newest first.
 EQUIMO_MODULES = ("equimo.vision.layers.attention", "equimo.layers.attention")
 
@@ -56,15 +57,11 @@ def our_layers(channels: int, heads: int) -> tuple[list[Layer], dict[str, np.nda
     layers = []
     kinds = {SOFTMAX: ("softmax", "inference"), INFERENCE: ("castling", "inference"), TRAINING: ("castling", "train")}
     for name, (attention, form) in kinds.items():
-        made_by = Layers(dtype=jnp.dtype("float32"), param_dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
-        core = make_core(attention, form, token_conv="1d")
-        module = MultiHeadAttention(channels, heads, core, made_by, qkv_bias=True)
+        module = _our_module(attention, form, channels, heads)
         if module.token_kernel is not None:  # zero in a new layer, which would hide it from a comparison
             module.token_kernel[...] = jax.random.normal(jax.random.key(1), module.token_kernel.shape) / 3
             taps = np.asarray(module.token_kernel[...])
-        graphdef, parameters = nnx.split(module, nnx.Param)
-        run = functools.partial(_run_module, graphdef)
-        layers.append(Layer(name, name, name != INFERENCE, functools.partial(_prepare_jax, run, parameters)))
+        layers.append(_our_layer(name, module))
     weights = {"taps": taps}
     for part in ("qkv", "proj"):
         weights[part] = np.asarray(getattr(module, part).kernel[...])
@@ -72,10 +69,36 @@ def our_layers(channels: int, heads: int) -> tuple[list[Layer], dict[str, np.nda
     return layers, weights
 
 
+def rival_layers(attentions: Sequence[str], channels: int, heads: int) -> list[Layer]:
+    """Layers of other attentions of ours in inference form, each with the parameters that it has.
+
+    Raises:
+      InputError: an attention is unknown, or heads do not divide the channels.
+    """
+    return [_our_layer(name, _our_module(name, "inference", channels, heads)) for name in attentions]
+
+
+def _our_module(attention: str, form: str, channels: int, heads: int) -> Any:
+    made_by = Layers(dtype=jnp.dtype("float32"), param_dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    core = make_core(attention, form, token_conv="1d")
+    return (core.kind.module or MultiHeadAttention)(channels, heads, core, made_by, qkv_bias=True)
+
+
+def _our_layer(name: str, module: Any) -> Layer:
+    graphdef, parameters = nnx.split(module, nnx.Param)
+    run = functools.partial(_run_module, graphdef)
+    return Layer(name, name, module.core.kind.name not in LINEAR, functools.partial(_prepare_jax, run, parameters))
+
+
+def place_of(tokens: int) -> dict[str, Any]:
+    """Where a layer's tokens stand: the largest square grid, and the rest before it: 197 are 14 x 14 after one."""
+    side = math.isqrt(tokens)
+    return {"grid": (side, side), "prefix_tokens": tokens - side * side}
+
+
 def _run_module(graphdef: Any, parameters: Any, x: jax.Array) -> jax.Array:
-    return nnx.merge(graphdef, parameters)(
-        x, grid=(1, x.shape[1]), prefix_tokens=0, mask_threshold=jnp.float32(MASK_THRESHOLD)
-    )[0]
+    threshold = jnp.float32(MASK_THRESHOLD)
+    return nnx.merge(graphdef, parameters)(x, mask_threshold=threshold, **place_of(x.shape[1]))[0]
 
 
 def _prepare_jax(run: Callable[..., jax.Array], parameters: Any, x: np.ndarray, backward: bool) -> Callable[[], Any]:

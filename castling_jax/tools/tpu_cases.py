@@ -12,17 +12,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from castling_jax.convert.run_folder import model_arguments
 from castling_jax.data.sources import Dataset, Unread, load_dataset
 from castling_jax.errors import InputError, check_at_least, check_known
-from castling_jax.models.attention.kinds import FORMS, Kind, make_core
-from castling_jax.models.layers import add_bias
+from castling_jax.models.attention.kinds import FORMS, Core, Kind, make_core
+from castling_jax.models.layers import Layers, add_bias
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, get_variables
+from castling_jax.tools.peers import place_of
 from castling_jax.training.config import default_config
 from castling_jax.training.config_files import load_config
 from castling_jax.training.optimizers import make_optimizer
@@ -133,17 +135,21 @@ def layer(
 ) -> Case:
     """The attention layer of DeiT-B in bfloat16: its three input projections, the attention, the output projection.
 
-    With form="train" it is forward and backward, to all weights and to the layer's input.
+    With form="train" it is forward and backward, to all weights and to the layer's input. An attention with a module of
+    its own is that module, its tokens on the largest square grid, and the rest before it.
     """
     core = make_core(attention, form, token_conv="1d", implementation=implementation)
     _check_positive(tokens=tokens, batch=batch)
     if implementation == "pallas" and not core.kind.takes("implementation"):
         raise InputError(f'there are no Pallas kernels of {attention} attention: leave --implementation at "auto".')
-    linear = {"kernel": _bfloat16(CHANNELS, CHANNELS), "bias": _bfloat16(CHANNELS)}
-    weights = {"q": linear, "k": linear, "v": linear, "proj": linear, "token_kernel": _bfloat16(TAPS, HEADS)}
     x = _bfloat16(batch, tokens, CHANNELS)
     threshold = jax.ShapeDtypeStruct((), jnp.float32)
-    run = functools.partial(_run_layer, kind=core.kind, implementation=implementation)
+    linear = {"kernel": _bfloat16(CHANNELS, CHANNELS), "bias": _bfloat16(CHANNELS)}
+    weights: Any = {"q": linear, "k": linear, "v": linear, "proj": linear, "token_kernel": _bfloat16(TAPS, HEADS)}
+    run: Callable[..., jax.Array] = functools.partial(_run_layer, kind=core.kind, implementation=implementation)
+    if core.kind.module is not None:
+        graphdef, weights = nnx.split(nnx.eval_shape(lambda: _make_module(core)), nnx.Param)
+        run = functools.partial(_run_module, graphdef)
     if form == "inference":
         return Case(run, (weights, x, threshold))
 
@@ -165,6 +171,16 @@ def _run_layer(weights, x, threshold, *, kind: Kind, implementation: str) -> jax
     taps = weights["token_kernel"] if kind.taps else None
     out, _ = kind(q, k, v, token_kernel=taps, mask_threshold=threshold, implementation=implementation)
     return project(out.reshape(x.shape), "proj") + weights["proj"]["bias"]
+
+
+def _make_module(core: Core) -> Any:
+    layers = Layers(dtype=jnp.dtype("bfloat16"), param_dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))
+    assert core.kind.module is not None
+    return core.kind.module(CHANNELS, HEADS, core, layers, qkv_bias=True)
+
+
+def _run_module(graphdef: Any, weights: Any, x: jax.Array, threshold: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, weights)(x, mask_threshold=threshold, **place_of(x.shape[1]))[0]
 
 
 def model(

@@ -54,6 +54,7 @@ FIELDS = {
     "model.remat": Field(None, FLAG, "Recompute the blocks in the backward pass: less memory, more time."),
     "model.token_conv": Field(None, TEXT, "Convolution of the values: 1d over tokens, 2d over the grid, or none."),
     "model.token_kernel_size": Field(None, integer(1), "Taps of that convolution along each axis; odd."),
+    "model.window_size": Field(None, integer(1), "Side of the windows of window attention, in tokens. None is 7."),
     "model.init_std": Field(None, number("(0, inf)"), "Standard deviation of the initial weights."),
     "dataset.name": Field("digits", TEXT, "digits, folder:PATH, or a name in tensorflow-datasets."),
     "dataset.train_split": Field("train", TEXT, "The split to learn from."),

@@ -45,8 +45,8 @@ def adaptive_clip(share: float) -> optax.GradientTransformation:
 def decay_mask(params: Any) -> Any:
     """True for the kernels of linear and convolution layers, and for MViTv2's tables of relative positions.
 
-    Biases, norms, tokens, position embeddings, LeViT's attention biases and the token kernels' taps are not decayed
-    (the recipes of DeiT, LeViT and MViTv2).
+    Biases, norms, tokens, position embeddings, LeViT's attention biases, Swin's bias table and the token kernels' taps
+    are not decayed (the recipes of DeiT, LeViT, MViTv2 and Swin).
     """
     decayed = ("kernel", "rel_pos_h", "rel_pos_w")
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in decayed, params)

@@ -237,6 +237,10 @@ def test_every_built_in_kind_names_its_inference_kind_and_its_tables():
         "angular": ("angular", None, True),
         "softmax_taps": ("softmax_taps", "module", True),
         "relu_linear": ("relu_linear", None, False),
+        "bridge": ("bridge", "module", False),
+        "convolutional": ("convolutional", "module", False),
+        "separable": ("separable", None, False),
+        "window": ("window", "module", False),
     }
     assert all(dataclasses.is_dataclass(kind) and hash(kind) for kind in KINDS.values())
 

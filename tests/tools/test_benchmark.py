@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.deit import DeiT, DeiTConfig
 from castling_jax.models.registry import MODELS
 from castling_jax.tools import benchmark, peers
@@ -16,7 +17,15 @@ def finished(tmp_path_factory):
     """A run of everything on tiny sizes, in which the quadratic layers are left out at 40 tokens."""
     out = tmp_path_factory.mktemp("benchmark")
     limit = 4 * 32 * 2 * 39**2 / 2**30  # just under the scores at 40 tokens, 32 x 2 x 40^2 numbers of 4 bytes
-    arguments = [*TINY, "--tokens=40,9", "--backward", f"--max-score-gib={limit}", f"--out={out}", "--no-peers"]
+    arguments = [
+        *TINY,
+        "--attentions=bridge",
+        "--tokens=40,9",
+        "--backward",
+        f"--max-score-gib={limit}",
+        f"--out={out}",
+        "--no-peers",
+    ]
     nano = DeiTConfig(image_size=8, patch_size=2, embed_dim=8, depth=1, num_heads=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "deit_nano", (DeiT, nano))
@@ -31,9 +40,10 @@ def test_every_case_is_timed_and_what_is_too_long_is_said(finished):
     for row in results["layers"]:
         assert 0 < row["milliseconds"]["min"] <= row["milliseconds"]["median"] <= row["milliseconds"]["max"]
         names.setdefault((row["pass"], row["tokens"], row["batch"]), []).append(row["name"])
-    ours = ["softmax", "castling, inference form", "castling, training form"]
+    ours = ["softmax", "castling, inference form", "castling, training form", "bridge"]
+    linear = ["castling, inference form", "bridge"]
     assert names == {
-        (kind, tokens, batch): ours if tokens < 40 else ours[1:2]
+        (kind, tokens, batch): ours if tokens < 40 else linear
         for kind in ("forward", "forward and backward")
         for tokens, batch in ((9, 128), (40, 32))
     }
@@ -60,6 +70,7 @@ def test_models_are_timed_in_inference_form(finished):
     assert rows == [
         ("deit_nano", 8, 17, 64, "softmax"),
         ("deit_nano", 8, 17, 64, "castling, inference form"),
+        ("deit_nano", 8, 17, 64, "bridge"),
     ]
 
 
@@ -156,3 +167,17 @@ def test_reading_is_measured_instead(tmp_path, monkeypatch, capsys):
 def test_command_line_says_what_is_wrong_without_a_traceback():
     with pytest.raises(SystemExit, match=r"--repeats must be at least 1, not 0."):
         benchmark.main(["--repeats=0"])
+
+
+def test_tokens_stand_on_the_largest_square():
+    assert peers.place_of(197) == {"grid": (14, 14), "prefix_tokens": 1}
+    assert peers.place_of(64) == {"grid": (8, 8), "prefix_tokens": 0}
+
+
+def test_what_is_linear_in_tokens_is_named_among_the_kinds():
+    assert set(peers.LINEAR) < set(KINDS)
+
+
+def test_an_unknown_attention_is_refused(refuses):
+    with refuses("unknown attention 'windows'", "'window'"):
+        benchmark.measure_attention(benchmark.parse_arguments([*TINY, "--attentions=windows"]))

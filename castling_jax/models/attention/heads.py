@@ -1,18 +1,34 @@
 """Multi-head self-attention, as plain transformers have it."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
 from castling_jax.errors import InputError
-from castling_jax.models.attention.kinds import Core
 from castling_jax.models.layers import Layers, split_linear
+
+if TYPE_CHECKING:  # the table of kinds imports the modules that some of them bring, and these are built on this one
+    from castling_jax.models.attention.kinds import Core
+
+
+def split_heads(x: Float[Array, "batch tokens channels"], num_heads: int) -> Float[Array, "batch tokens heads dim"]:
+    """The channels cut into heads."""
+    return x.reshape(*x.shape[:2], num_heads, -1)
+
+
+def check_heads_divide(dim: int, num_heads: int) -> None:
+    """Raises an InputError unless the heads divide the width."""
+    if num_heads < 1 or dim % num_heads:
+        raise InputError(f"{num_heads} heads do not divide the width {dim}.")
 
 
 class MultiHeadAttention(nnx.Module):
     """Self-attention with fused qkv, whose rows are ordered q, k, v, then head, then head_dim.
+
+    A subclass may replace `project`, how tokens become q, k and v, or `attend`, how these become the heads' output.
 
     Args:
       dim: width, a multiple of num_heads.
@@ -27,9 +43,8 @@ class MultiHeadAttention(nnx.Module):
 
     token_kernel: nnx.Param | None
 
-    def __init__(self, dim: int, num_heads: int, core: Core, layers: Layers, *, qkv_bias: bool):
-        if num_heads < 1 or dim % num_heads:
-            raise InputError(f"{num_heads} heads do not divide the width {dim}.")
+    def __init__(self, dim: int, num_heads: int, core: "Core", layers: Layers, *, qkv_bias: bool):
+        check_heads_divide(dim, num_heads)
         self.num_heads = num_heads
         self.key_dim = self.value_dim = dim // num_heads
         self.core = core
@@ -47,8 +62,26 @@ class MultiHeadAttention(nnx.Module):
     ) -> tuple[Float[Array, "batch tokens channels"], Float[Array, ""]]:
         """The output and the mask density; `grid` is (height, width) of the tokens after the prefix tokens."""
         with jax.named_scope("qkv"):
-            q, k, v = (part.reshape(*x.shape[:2], self.num_heads, -1) for part in split_linear(self.qkv, x, 3))
-        where: dict[str, Any] = {"grid": grid, "prefix_tokens": prefix_tokens}
-        out, density = self.core.kind(q, k, v, mask_threshold=mask_threshold, **where, **self.core.inputs_of(self))
+            q, k, v = (split_heads(part, self.num_heads) for part in self.project(x, grid, prefix_tokens))
+        out, density = self.attend(q, k, v, grid, prefix_tokens, mask_threshold)
         with jax.named_scope("proj"):
             return self.proj(out.reshape(x.shape)), density
+
+    def project(
+        self, x: Float[Array, "batch tokens channels"], grid: tuple[int, int], prefix_tokens: int
+    ) -> Sequence[Float[Array, "batch _ channels"]]:
+        """Queries, keys and values, all heads side by side."""
+        return split_linear(self.qkv, x, 3)
+
+    def attend(
+        self,
+        q: Float[Array, "batch tokens heads dim"],
+        k: Float[Array, "batch keys heads dim"],
+        v: Float[Array, "batch keys heads dim"],
+        grid: tuple[int, int],
+        prefix_tokens: int,
+        mask_threshold: ArrayLike | None,
+    ) -> tuple[Float[Array, "batch tokens heads dim"], Float[Array, ""]]:
+        """The heads' output before the projection, and the mask density."""
+        place = {"grid": grid, "prefix_tokens": prefix_tokens}
+        return self.core.kind(q, k, v, mask_threshold=mask_threshold, **place, **self.core.inputs_of(self))

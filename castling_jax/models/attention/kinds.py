@@ -18,6 +18,10 @@ from jaxtyping import Array, Float
 
 from castling_jax import ops
 from castling_jax.errors import InputError, check_known
+from castling_jax.models.attention.bridge import BridgeAttention
+from castling_jax.models.attention.convolutional import ConvolutionalAttention
+from castling_jax.models.attention.separable import SeparableAttention, separable_attention
+from castling_jax.models.attention.windows import WindowAttention
 from castling_jax.models.layers import Layers
 from castling_jax.ops.angular import normalize_and_convolve
 from castling_jax.ops.bias import Bias, dense_bias
@@ -179,6 +183,10 @@ KINDS = {
         Kind("angular", normalized_angular_attention, parts=("angular",)),
         Kind("softmax_taps", softmax_attention, parts=("softmax",)),
         Kind("relu_linear", relu_linear_attention, taps=False, parts=("relu_linear",)),
+        Kind("bridge", softmax_attention, taps=False, parts=("softmax",), module=BridgeAttention),
+        Kind("convolutional", softmax_attention, taps=False, parts=("softmax",), module=ConvolutionalAttention),
+        Kind("separable", separable_attention, taps=False, parts=("separable",), module=SeparableAttention),
+        Kind("window", softmax_attention, taps=False, parts=("softmax",), module=WindowAttention),
     )
 }
 _BUILT_IN = frozenset(KINDS)
@@ -193,12 +201,16 @@ class Core:
       token_conv: the convolution of the values: "1d" over tokens, "2d" over the grid, or None.
       token_kernel_size: taps, or rows and columns, of that convolution; None is 9 for "1d" and 3 for "2d".
       implementation: "auto", "xla" or "pallas", as in `ops`.
+      window_size: side of the windows of attention="window", in tokens; None is 7.
+      block: the number of the block in its model, from 0; a plain transformer sets it.
     """
 
     kind: Kind
     token_conv: str | None
     token_kernel_size: int | None = None
     implementation: str = "auto"
+    window_size: int | None = None
+    block: int = 0
 
     @property
     def needs_query_values(self) -> bool:

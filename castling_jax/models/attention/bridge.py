@@ -1,0 +1,64 @@
+"""Bridge attention: a few global tokens gather from all tokens, and give back to them."""
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float
+
+from castling_jax.models.attention.heads import check_heads_divide, split_heads
+from castling_jax.models.layers import Layers, split_linear
+
+if TYPE_CHECKING:
+    from castling_jax.models.attention.kinds import Core
+
+GLOBAL_TOKENS = 6  # as in Mobile-Former's models
+
+
+class BridgeAttention(nnx.Module):
+    """Mobile-Former's two-way bridge (Chen et al., CVPR 2022, equations 1 and 2): linear in tokens.
+
+    With x the tokens, z the learned global tokens and attn(q, k, v) = softmax(q k^T / sqrt(d)) v in each head,
+
+        z' = z + [attn((z W_Q)_h, x_h, x_h)]_h W_O        equation 1, Mobile -> Former
+        output = [attn(x_h, (z' W_K)_h, (z' W_V)_h)]_h    equation 2, Mobile <- Former
+
+    The tokens have no projections of their own, as in the paper: all matrices act on the six global tokens, and the
+    block's residual adds the output to the tokens.
+
+    What is left out: the Former's block between the two equations (attention among the global tokens, and an MLP), and
+    the way of the global tokens from block to block; here each block has its own. The paper has no class token. Here it
+    is a token like all others.
+
+    Raises:
+      InputError: the heads do not divide the width.
+    """
+
+    def __init__(self, dim: int, num_heads: int, core: "Core", layers: Layers, *, qkv_bias: bool):
+        check_heads_divide(dim, num_heads)
+        self.num_heads = num_heads
+        self.core = core
+        self.global_tokens = layers.embedding(1, GLOBAL_TOKENS, dim)
+        self.q = layers.linear(dim, dim, use_bias=qkv_bias)
+        self.proj = layers.linear(dim, dim)
+        self.kv = layers.linear(dim, 2 * dim, use_bias=qkv_bias)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens channels"],
+        *,
+        grid: tuple[int, int],
+        prefix_tokens: int,
+        mask_threshold: ArrayLike | None,
+    ) -> tuple[Float[Array, "batch tokens channels"], Float[Array, ""]]:
+        attention, heads = self.core.kind.function, split_heads(x, self.num_heads)
+        z = self.global_tokens[...].astype(x.dtype)  # the same for all images, and so are their queries
+        with jax.named_scope("qkv"):
+            q = split_heads(self.q(z), self.num_heads)
+        gathered = attention(jnp.broadcast_to(q, (len(x), *q.shape[1:])), heads, heads)
+        with jax.named_scope("proj"):
+            z = z + self.proj(gathered.reshape(len(x), *z.shape[1:]))
+        with jax.named_scope("qkv"):
+            k, v = (split_heads(part, self.num_heads) for part in split_linear(self.kv, z, 2))
+        return attention(heads, k, v).reshape(x.shape), jnp.zeros((), jnp.float32)
