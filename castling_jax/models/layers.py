@@ -266,29 +266,18 @@ class NormLinear(nnx.Module):
         return self.linear(x if self.bn is None else self.bn.normalize(x, training))
 
 
-class Pool(nnx.Module):
-    """Pooling by a depthwise 3 x 3 convolution without bias, whose taps all heads share: `dim` is a head's channels."""
-
-    def __init__(self, dim: int, layers: Layers):
-        self.kernel = nnx.Param(TORCH_INIT(layers.rngs.params(), (3, 3, 1, dim), layers.param_dtype))
-
-    @jax.named_scope("pool")
-    def __call__(
-        self, x: Float[Array, "batch height width channels"], strides: tuple[int, int]
-    ) -> Float[Array, "batch rows columns channels"]:
-        # The taps are repeated for every head, so that heads stay side by side in the channels and nothing is
-        # transposed. XLA has a depthwise convolution for TPUs: by its estimates shifted multiply-adds would take two to
-        # three times as long forwards and four to five times backwards. On a CPU they would be faster.
-        channels = x.shape[3]
-        kernel = jnp.tile(self.kernel[...].astype(x.dtype), channels // self.kernel.shape[3])
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            strides,
-            ((1, 1), (1, 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=channels,
-        )
+def depthwise(
+    x: Float[Array, "batch height width channels"], kernel: Float[Array, "3 3 1 channels"], strides: tuple[int, int]
+) -> Float[Array, "batch rows columns channels"]:
+    """A 3 x 3 convolution of each channel with its own taps, zero padded; an edge that is no multiple is padded too."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        ((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[3],
+    )
 
 
 def patch_grid(size: tuple[int, ...], side: int, what: str) -> tuple[int, int]:

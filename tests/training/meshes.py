@@ -21,7 +21,7 @@ MESHES = {
     "8 all but replica": (8, 1, 2, 2, 2),
     "8 all but data": (8, 2, 1, 2, 2),
 }
-FAMILIES = {
+FAMILIES: dict[str, dict] = {
     "deit": {"name": "deit_micro", "depth": 2, "drop_path_rate": 0.3},
     "pallas": {"name": "deit_micro", "depth": 1, "implementation": "pallas"},
     "plain": {"name": "deit_micro", "depth": 1},
@@ -30,6 +30,8 @@ FAMILIES = {
         **{"key_dim": 8, "distilled": True},
     },
 }
+RIVALS = ("bridge", "convolutional", "separable", "window")
+FAMILIES |= {kind: {"name": "deit_micro", "depth": 2, "attention": kind, "window_size": 3} for kind in RIVALS}
 BATCH = 16
 
 
@@ -154,6 +156,7 @@ CASES = {
     "accumulated": functools.partial(compare, "plain", ["1", "8 data"], accumulate_steps=2),
     "pallas": functools.partial(compare, "pallas", ["8 data", "8 all but replica"]),
     "levit": functools.partial(compare, "levit", ["8 data", "4 replica x fsdp", "8 all but replica"]),
+    **{kind: functools.partial(compare, kind, ["8 data x tensor", "8 all but replica"]) for kind in RIVALS},
     "collectives": lambda: {mesh: collectives(mesh) for mesh in ("8 data", "8 fsdp", "4 replica x fsdp")},
 }
 

@@ -10,7 +10,7 @@ from castling_jax.models.registry import abstract_model, attentions_of
 from castling_jax.models.variables import flatten, get_variables
 from castling_jax.training import sharding
 from castling_jax.training.sharding import AXES, check_batch, check_heads, make_mesh, process_rows, shard_batch
-from tests.training.meshes import MESHES, run_case
+from tests.training.meshes import MESHES, RIVALS, run_case
 
 SIZES = {"replica": 1, "data": -1, "fsdp": 1, "tensor": 1}
 
@@ -154,6 +154,14 @@ def test_every_mesh_trains_as_one_device_does(case):
             assert found[name] <= tolerance, (mesh, name, found[name])
         assert (found["split"] > 0) == any(size > 1 for size in MESHES[mesh][3:]), mesh
         assert 0.1 < found["density"] < 0.95  # the threshold lies among the weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RIVALS)
+def test_modules_of_other_attentions_train_as_on_one_device(case):
+    for mesh, found in run_case(case).items():
+        for name in ("loss", "gradient_norm", "gradients"):
+            assert found[name] <= ROUNDING[name], (mesh, name, found[name])
 
 
 @pytest.mark.slow
