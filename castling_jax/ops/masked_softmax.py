@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from castling_jax.ops.bias import Bias, check_bias, dense_bias
 from castling_jax.ops.checks import check_implementation, check_qkv, is_known_empty
@@ -92,12 +92,19 @@ def _plain(
     scores = jnp.einsum("bhqd,bhkd->bhqk", q / math.sqrt(q.shape[3]), k, precision=precision)
     if bias is not None:
         scores = scores + dense_bias(bias).astype(wide)
-    weights = jax.nn.softmax(scores, axis=-1)
-    threshold = jnp.asarray(mask_threshold, weights.dtype)
-    # Rounding can lift a weight above 1, so an empty mask has to be said rather than computed. Written so that NaN is
-    # kept, and seen.
-    kept = ~(weights <= threshold) & (threshold < 1)
+    weights, kept = masked_weights(scores, mask_threshold)
     out = jnp.einsum("bhqk,bhkd->bhqd", jnp.where(kept, weights, 0), v_wide, precision=precision)
     # A float: the batch of a pod has more weights than an int32 counts.
     density = jnp.sum(kept, dtype=jnp.float32) / float(kept.size)
     return jnp.swapaxes(out, 1, 2).astype(v.dtype), density, given
+
+
+def masked_weights(
+    scores: Float[Array, "batch heads queries keys"], mask_threshold: ArrayLike
+) -> tuple[Float[Array, "batch heads queries keys"], Bool[Array, "batch heads queries keys"]]:
+    """P = softmax(scores), and the mask M = 1[P > threshold], which is empty from 1 on."""
+    weights = jax.nn.softmax(scores, axis=-1)
+    threshold = jnp.asarray(mask_threshold, weights.dtype)
+    # Rounding can lift a weight above 1, so an empty mask has to be said rather than computed. Written so that NaN is
+    # kept, and seen.
+    return weights, ~(weights <= threshold) & (threshold < 1)

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from castling_jax.convert.run_folder import model_arguments
 from castling_jax.data.sources import Dataset, Unread, load_dataset
 from castling_jax.errors import InputError, check_at_least, check_known
+from castling_jax.models.attention.heads import MultiHeadAttention
 from castling_jax.models.attention.kinds import FORMS, Core, Kind, make_core
 from castling_jax.models.layers import Layers, add_bias
 from castling_jax.models.macs import count_macs
@@ -135,8 +136,8 @@ def layer(
 ) -> Case:
     """The attention layer of DeiT-B in bfloat16: its three input projections, the attention, the output projection.
 
-    With form="train" it is forward and backward, to all weights and to the layer's input. An attention with a module of
-    its own is that module, its tokens on the largest square grid, and the rest before it.
+    With form="train" it is forward and backward, to all weights and to the layer's input. An attention with a module or
+    parameters of its own is that module, its tokens on the largest square grid, and the rest before it.
     """
     core = make_core(attention, form, token_conv="1d", implementation=implementation)
     _check_positive(tokens=tokens, batch=batch)
@@ -147,7 +148,7 @@ def layer(
     linear = {"kernel": _bfloat16(CHANNELS, CHANNELS), "bias": _bfloat16(CHANNELS)}
     weights: Any = {"q": linear, "k": linear, "v": linear, "proj": linear, "token_kernel": _bfloat16(TAPS, HEADS)}
     run: Callable[..., jax.Array] = functools.partial(_run_layer, kind=core.kind, implementation=implementation)
-    if core.kind.module is not None:
+    if core.kind.module or core.kind.parameters:
         graphdef, weights = nnx.split(nnx.eval_shape(lambda: _make_module(core)), nnx.Param)
         run = functools.partial(_run_module, graphdef)
     if form == "inference":
@@ -175,8 +176,7 @@ def _run_layer(weights, x, threshold, *, kind: Kind, implementation: str) -> jax
 
 def _make_module(core: Core) -> Any:
     layers = Layers(dtype=jnp.dtype("bfloat16"), param_dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))
-    assert core.kind.module is not None
-    return core.kind.module(CHANNELS, HEADS, core, layers, qkv_bias=True)
+    return (core.kind.module or MultiHeadAttention)(CHANNELS, HEADS, core, layers, qkv_bias=True)
 
 
 def _run_module(graphdef: Any, weights: Any, x: jax.Array, threshold: jax.Array) -> jax.Array:

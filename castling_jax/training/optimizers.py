@@ -27,11 +27,12 @@ def make_optimizer(optimizer: ConfigDict, learning_rate: optax.Schedule) -> opta
 def adaptive_clip(share: float) -> optax.GradientTransformation:
     """optax.adaptive_grad_clip, of what it would take for a matrix by its shape too.
 
-    The units of LeViT's attention biases [heads, offsets] and of token kernels [..., heads] are heads, as in timm.
+    The units of LeViT's attention biases [heads, offsets], of focused attention's scales [heads, channels] and of token
+    kernels [..., heads] are heads; the first are so in timm.
     """
 
     def axis(name: str, ndim: int) -> int | tuple[int, ...] | None:
-        if name == "attention_biases":
+        if name in ("attention_biases", "focus_scale"):
             return 1
         return tuple(range(ndim - 1)) if name == "token_kernel" else None
 
@@ -46,7 +47,7 @@ def decay_mask(params: Any) -> Any:
     """True for the kernels of linear and convolution layers, and for MViTv2's tables of relative positions.
 
     Biases, norms, tokens, position embeddings, LeViT's attention biases, Swin's bias table and the token kernels' taps
-    are not decayed (the recipes of DeiT, LeViT, MViTv2 and Swin).
+    are not decayed (the recipes of DeiT, LeViT, MViTv2 and Swin), nor are focused attention's scales.
     """
     decayed = ("kernel", "rel_pos_h", "rel_pos_w")
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in decayed, params)

@@ -33,7 +33,7 @@ RULES = (
     (r"attn\w*/((qkv|q|kv)/bias|(qkv|q/ln|kv)/bn/\w+)", P("tensor")),
     (r"attn/latent/kernel", P("fsdp", None)),
     (r"token_kernel|relative_position_bias_table", P("tensor")),
-    (r"attention_biases", P("tensor", None)),
+    (r"attention_biases|focus_scale", P("tensor", None)),
     (r"(head|head_dist)/(linear/|fc/)?kernel|shortcut_proj_attn/kernel", P("fsdp", None)),
     (r"(patch_embed/proj|stem/conv[34]/linear)/kernel", P("fsdp")),
     (r"(stem/conv[12]/linear|pool_[qkv])/kernel", P()),

@@ -78,7 +78,7 @@ class Reference:
             q, k, v = fused[..., :width], fused[..., width : 2 * width], fused[..., 2 * width :]
             own, queries = v, keys
         q, k, v, own = (part.reshape(*part.shape[:2], num_heads, -1) for part in (q, k, v, own))
-        branch = "softmax_branch/" if self.attention == "castling" else ""
+        branch = "softmax_branch/" if self.attention in small.WITH_MASK else ""
         bias = None
         if self.attention in small.WITH_SOFTMAX or self.threshold is not None:
             bias = bias_of(self.of("params", path, f"{branch}attention_biases"), queries, keys, self.side)
@@ -86,14 +86,18 @@ class Reference:
         density = 0.0
         if self.attention in small.WITH_SOFTMAX:
             out = np.einsum("bhqk,bkhd->bqhd", weights, v)
-        elif self.attention == "relu_linear":
-            out = small.relu_linear(q, k, v)
+        elif self.attention in small.LINEAR:
+            scale = f"params/{path}/focus_scale"
+            out = small.LINEAR[self.attention](q, k, v, {"focus_scale": self.leaves.get(scale)})
+        elif self.attention == "taylor":
+            out, density = small.taylor(q, k, v, self.threshold, bias)
         elif self.attention == "angular":
             out = reference.normalize(np.einsum("bhqk,bkhd->bqhd", reference.kernel(q, k), v))
         elif self.threshold is None:
             out = reference.linear_angular(q, k, v, query_values=own)
         else:
             out, density = reference.castling(q, k, v, threshold=self.threshold, bias=bias, query_values=own)
+        if self.threshold is not None:
             self.margin = min(self.margin, np.min(np.abs(weights - self.threshold)) / self.threshold)
         if self.attention not in small.WITHOUT_TAPS and self.token_conv == "2d":
             out = out + reference.convolve_grid(own, self.of("params", path, "token_kernel"), grid)

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from castling_jax.models.attention.linear import random_directions
 from castling_jax.models.layers import Layers
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import flatten, get_variables, unflatten
 from tests.ops import reference
 
-WITH_SOFTMAX, WITHOUT_TAPS = ("softmax", "softmax_taps"), ("softmax", "relu_linear")
+WITH_SOFTMAX = ("softmax", "softmax_taps")
+WITHOUT_TAPS = ("softmax", "relu_linear", "taylor", "linear_taylor", "performer")
+WITH_MASK = ("castling", "taylor")  # and their branch has the tables, under softmax_branch
 SIZES = {
     "embed_dim": 24,
     "depth": 2,
@@ -113,14 +116,71 @@ def relu_linear(q, k, v):
     return np.einsum("bhqk,bkhd->bqhd", weights / np.where(total == 0, 1, total), v)
 
 
+def focused_linear(q, k, v, focus_scale):
+    """FLatten's equations 5 and 6 with the published code's scales and epsilon: normalised weights of all pairs."""
+
+    def focus(x):
+        x = np.maximum(x, 0) / np.log1p(np.exp(focus_scale))
+        return np.linalg.norm(x, axis=-1, keepdims=True) * reference.normalize(x**3)
+
+    weights = reference.scores_of(focus(q), focus(k)) / k.shape[1]
+    return np.einsum("bhqk,bkhd->bqhd", weights / (weights.sum(axis=-1, keepdims=True) + 1e-6), v)
+
+
+def taylor_weights(q, k):
+    """1 + s of centred keys, divided by the row's sum as in the paper, which centring makes N."""
+    weights = 1 + reference.scaled_scores(q, k - k.mean(axis=1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def taylor(q, k, v, threshold, bias=None):
+    """ViTALiTy's training form; with a threshold of 1 its linear form."""
+    weights = reference.softmax(reference.scaled_scores(q, k, bias))
+    mask = reference.mask_of(weights, threshold)
+    linear = taylor_weights(q, k)
+    return np.einsum("bhqk,bkhd->bqhd", np.where(mask, weights, linear), v), mask.mean()
+
+
+def performer(q, k, v, directions):
+    """Performer's weights of all pairs. Epsilon stands beside the features, relative to the largest."""
+
+    def features(x, axes):
+        x = x / x.shape[-1] ** 0.25
+        logs = x @ directions.T
+        if axes == (1, 3):
+            logs = logs - np.square(x).sum(axis=-1, keepdims=True) / 2
+        return np.exp(logs - logs.max(axis=axes, keepdims=True)) + 1e-6
+
+    weights = reference.scores_of(features(q, (3,)), features(k, (1, 3)))
+    return np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(axis=-1, keepdims=True), v)
+
+
+def _performer_of_seed_0(q, k, v, parameters):
+    key_dim = q.shape[-1]
+    return performer(q, k, v, random_directions(key_dim * max(1, round(math.log(key_dim))), key_dim))
+
+
+# The kinds without a mask or a bias: (q, k, v, the attention's parameters) -> output without the taps.
+LINEAR = {
+    "relu_linear": lambda q, k, v, parameters: relu_linear(q, k, v),
+    "relu_linear_taps": lambda q, k, v, parameters: relu_linear(q, k, v),
+    "focused_linear": lambda q, k, v, parameters: focused_linear(q, k, v, parameters["focus_scale"]),
+    "linear_taylor": lambda q, k, v, parameters: taylor(q, k, v, 1.0)[0],
+    "performer": _performer_of_seed_0,
+}
+
+
 def attend(q, k, v, parameters, *, attention, threshold, token_conv, grid, prefix_tokens):
     """(output, mask density, how near a weight comes to the threshold, relative to it)."""
     density, margin = 0.0, np.inf
     if attention in WITH_SOFTMAX:
         weights = reference.softmax(reference.scaled_scores(q, k))
         out = np.einsum("bhqk,bkhd->bqhd", weights, v)
-    elif attention == "relu_linear":
-        out = relu_linear(q, k, v)
+    elif attention in LINEAR:
+        out = LINEAR[attention](q, k, v, parameters)
+    elif attention == "taylor":
+        out, density = taylor(q, k, v, threshold)
+        margin = np.min(np.abs(reference.softmax(reference.scaled_scores(q, k)) - threshold) / threshold)
     elif attention == "angular":
         out = reference.normalize(np.einsum("bhqk,bkhd->bqhd", reference.kernel(q, k), v))
     elif threshold is None:

@@ -12,12 +12,13 @@ from castling_jax.models.variables import bind, flatten, forward_train, unflatte
 from tests.models import small
 from tests.models.test_position import resize_with_pillow
 
-KINDS = ["castling", "linear_angular", "softmax", "angular", "softmax_taps", "relu_linear"]
+KINDS = ["castling", "linear_angular", "softmax", "angular", "softmax_taps", *small.LINEAR, "taylor"]
 VARIANTS = [
     (kind, conv)
     for kind in KINDS
     for conv in ("1d", "2d", None)
-    if kind not in small.WITHOUT_TAPS or conv == "1d"  # these have no convolution
+    # Some have no convolution, and the others' is the same code.
+    if kind not in (*small.WITHOUT_TAPS, *small.LINEAR) or conv == "1d"
 ]
 THRESHOLD = 0.06  # with 17 tokens, where many weights are
 
@@ -38,14 +39,14 @@ def expected(variables, images, attention, token_conv, threshold, num_heads=3):
         num_heads=num_heads,
         patch_size=2,
         attention=attention,
-        threshold=threshold if attention == "castling" else None,
+        threshold=threshold if attention in small.WITH_MASK else None,
         token_conv=token_conv,
     )
 
 
 @pytest.mark.parametrize(("attention", "token_conv"), VARIANTS)
 def test_float32_agrees_with_the_float64_reference(attention, token_conv):
-    depth = 2 if attention == "castling" else 1
+    depth = 2 if attention in small.WITH_MASK else 1
     model = small.small_model(attention=attention, token_conv=token_conv, distilled=token_conv == "2d", depth=depth)
     variables, images = small.random_variables(model), small.random_images()
     logits, densities = run(model, variables, images, THRESHOLD)
@@ -56,7 +57,7 @@ def test_float32_agrees_with_the_float64_reference(attention, token_conv):
     # Some 60 sums of 24 to 96 terms one after another, each off by a few roundings of 6e-8.
     np.testing.assert_allclose(logits, reference, rtol=0, atol=1e-5 * np.max(np.abs(reference)))
     np.testing.assert_allclose(densities, reference_densities, rtol=1e-6)
-    if attention == "castling":
+    if attention in small.WITH_MASK:
         assert np.all((reference_densities > 0) & (reference_densities < 1))
     else:
         chex.assert_trees_all_equal(densities, jnp.zeros(depth))

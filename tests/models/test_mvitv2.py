@@ -19,7 +19,7 @@ from tests.models import small
 from tests.models.test_position import resize_with_interp
 from tests.ops import reference
 
-KINDS = ["castling", "linear_angular", "softmax", "angular", "softmax_taps", "relu_linear"]
+KINDS = ["castling", "linear_angular", "softmax", "angular", "softmax_taps", *small.LINEAR, "taylor"]
 # Queries on a finer grid than keys, on the same by unlike strides of both, and on a coarser one, as at the starts of
 # MViTv2's stages. The last is of no published model.
 STRIDES = [((1, 1), (4, 4)), ((2, 2), (2, 2)), ((2, 2), (1, 1)), ((2, 1), (3, 2))]
@@ -94,13 +94,15 @@ def pooling_attention(x, parameters, *, heads, strides, attention, threshold=Non
     q, k, v, query_values, q_grid, kv_grid = pooled_parts(x, parameters, heads, strides)
     branch = parameters.get("softmax_branch", parameters)
     density = 0.0
-    if attention in ("castling", *small.WITH_SOFTMAX):
+    if attention in (*small.WITH_MASK, *small.WITH_SOFTMAX):
         bias = dense_positions(q, (branch["rel_pos_h"], branch["rel_pos_w"]), q_grid, kv_grid)
         weights = reference.softmax(reference.scaled_scores(q, k, bias))
     if attention in small.WITH_SOFTMAX:
         out = np.einsum("bhqk,bkhd->bqhd", weights, v)
-    elif attention == "relu_linear":
-        out = small.relu_linear(q, k, v)
+    elif attention in small.LINEAR:
+        out = small.LINEAR[attention](q, k, v, parameters)
+    elif attention == "taylor":
+        out, density = small.taylor(q, k, v, threshold, bias)
     elif attention == "angular":
         out = reference.normalize(np.einsum("bhqk,bkhd->bqhd", reference.kernel(q, k), v))
     elif attention == "linear_angular":
@@ -147,7 +149,7 @@ def test_pooling_attention_agrees_with_the_float64_reference(attention, strides)
     # A dozen sums of 3 to 28 terms one after another.
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.max(np.abs(expected)))
     assert float(density) == pytest.approx(expected_density, rel=1e-6)
-    if attention == "castling":
+    if attention in small.WITH_MASK:
         assert 0.05 < expected_density < 0.95
 
 

@@ -20,13 +20,20 @@ from castling_jax import ops
 from castling_jax.errors import InputError, check_known
 from castling_jax.models.attention.bridge import BridgeAttention
 from castling_jax.models.attention.convolutional import ConvolutionalAttention
+from castling_jax.models.attention.linear import (
+    focus_parameters,
+    focused_linear_attention,
+    linear_taylor_attention,
+    performer_attention,
+    relu_linear_attention,
+    taylor_attention,
+)
 from castling_jax.models.attention.separable import SeparableAttention, separable_attention
 from castling_jax.models.attention.windows import WindowAttention
 from castling_jax.models.layers import Layers
 from castling_jax.ops.angular import normalize_and_convolve
 from castling_jax.ops.bias import Bias, dense_bias
 from castling_jax.ops.checks import check_implementation
-from castling_jax.ops.precision import precision_of
 from castling_jax.ops.tokens import values_of_queries
 
 FORMS = ("train", "inference")
@@ -151,29 +158,11 @@ def normalized_angular_attention(
     return normalize_and_convolve(out, out, None, grid=None, prefix_tokens=0)
 
 
-@jax.named_scope("relu_linear")
-def relu_linear_attention(
-    q: Float[Array, "batch queries heads key_dim"],
-    k: Float[Array, "batch keys heads key_dim"],
-    v: Float[Array, "batch keys heads value_dim"],
-) -> Float[Array, "batch queries heads value_dim"]:
-    """relu(Q) (relu(K)^T V) / (relu(Q) sum_j relu(k_j)) (Cai et al., EfficientViT, 2023, equation 2).
-
-    Linear in tokens. A query that no key answers, whose denominator is zero, has the output zero.
-    """
-    wide = jnp.promote_types(v.dtype, jnp.float32)
-    q, k, v_wide = jax.nn.relu(q).astype(wide), jax.nn.relu(k).astype(wide), v.astype(wide)
-    product = functools.partial(jnp.einsum, precision=precision_of(v.dtype))
-    out = product("bqhd,bhde->bqhe", q, product("bkhd,bkhe->bhde", k, v_wide))
-    total = product("bqhd,bhd->bqh", q, jnp.sum(k, axis=1))[..., None]
-    # Numerator and denominator are zero together: then the quotient is set to zero, with no gradient.
-    return jnp.where(total > 0, out / jnp.where(total > 0, total, 1), 0).astype(v.dtype)
-
-
 _LINEAR_ANGULAR = Kind("linear_angular", ops.linear_angular_attention, parts=("linear_angular",))
 _CASTLING = Kind(
     "castling", ops.castling_attention, inference=_LINEAR_ANGULAR, parts=("masked_softmax", "linear_angular")
 )
+_LINEAR_TAYLOR = Kind("linear_taylor", linear_taylor_attention, taps=False, parts=("linear_taylor",))
 KINDS = {
     kind.name: kind
     for kind in (
@@ -187,6 +176,17 @@ KINDS = {
         Kind("convolutional", softmax_attention, taps=False, parts=("softmax",), module=ConvolutionalAttention),
         Kind("separable", separable_attention, taps=False, parts=("separable",), module=SeparableAttention),
         Kind("window", softmax_attention, taps=False, parts=("softmax",), module=WindowAttention),
+        Kind("relu_linear_taps", relu_linear_attention, parts=("relu_linear",)),
+        Kind("focused_linear", focused_linear_attention, parts=("focused_linear",), parameters=focus_parameters),
+        Kind(
+            "taylor",
+            taylor_attention,
+            taps=False,
+            inference=_LINEAR_TAYLOR,
+            parts=("taylor_branch", "linear_taylor"),
+        ),
+        _LINEAR_TAYLOR,
+        Kind("performer", performer_attention, taps=False, parts=("performer",)),
     )
 }
 _BUILT_IN = frozenset(KINDS)
