@@ -4,12 +4,15 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+DENSITY_TITLES = {"threshold": "Softmax weights kept by the mask", "fade": "Softmax branch kept by the fade"}
 
-def draw_training(history: dict[str, np.ndarray]) -> Figure:
+
+def draw_training(history: dict[str, np.ndarray], *, mask_kind: str = "threshold") -> Figure:
     """A run's loss, accuracy of both forms, learning rate with mask threshold, and mask density of each layer.
 
     Args:
       history: as `castling_jax.training.metrics.read_history` gives it; what it lacks is left out.
+      mask_kind: what empties the softmax branch: "threshold" or "fade".
     """
     figure = Figure(figsize=(11, 7), layout="constrained")  # not pyplot's, which would keep it
     axes = figure.subplots(2, 2, sharex=True)
@@ -28,18 +31,18 @@ def draw_training(history: dict[str, np.ndarray]) -> Figure:
     accuracy_axis.legend(loc="lower right")
 
     schedule_axis.plot(*_series(history, "learning_rate"), color="tab:green")
-    schedule_axis.set(title="Learning rate and mask threshold", xlabel="step")
+    schedule_axis.set(title=f"Learning rate and mask {mask_kind}", xlabel="step")
     schedule_axis.set_ylabel("learning rate", color="tab:green")
     threshold_axis = schedule_axis.twinx()
     threshold_axis.plot(*_series(history, "mask_threshold"), color="tab:red")
-    threshold_axis.set_ylabel("mask threshold", color="tab:red")
+    threshold_axis.set_ylabel(f"mask {mask_kind}", color="tab:red")
     threshold_axis.set_ylim(-0.03, 1.05)
 
     steps, densities = _series(history, "mask_density")
     layers = densities.shape[1] if len(steps) else 0  # a run may have evaluated before it first logged
     for layer, color in enumerate(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, layers))):
         density_axis.plot(steps, 100 * densities[:, layer], color=color, label=f"{layer}")
-    density_axis.set(title="Softmax weights kept by the mask", xlabel="step", ylabel="%")
+    density_axis.set(title=DENSITY_TITLES[mask_kind], xlabel="step", ylabel="%")
     if layers:
         density_axis.legend(title="layer", ncols=2, fontsize="small")
 

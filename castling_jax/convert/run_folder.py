@@ -13,6 +13,7 @@ from castling_jax.storage import write_atomically
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 INFERENCE = "inference"  # a run's inference folder
+START_THRESHOLDS = {"threshold": 0.02, "fade": 0.0}  # by mask.kind; 0.02 is that of the authors' block
 FORMAT = 1  # of config.json. A file that does not state one is of format 1 too
 _LOGGER = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def read_config(run: epath.Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
         written_as = config.pop("format", FORMAT)
         if written_as == FORMAT:  # all that a reader of the run goes by is there, and of the right type
-            model_arguments(config), exported_weights(config), float(config["mask"]["start_threshold"])
+            model_arguments(config), exported_weights(config), start_threshold(config["mask"])
     if written_as != FORMAT:
         raise InputError(f"'{path}' is of format {written_as}; this version reads format {FORMAT}.")
     return config
@@ -45,7 +46,20 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     arguments = {name: value for name, value in config["model"].items() if value is not None}
     if arguments.get("token_conv") == "none":
         arguments["token_conv"] = None
+    if mask_kind(config) != "threshold":
+        arguments["mask_kind"] = mask_kind(config)
     return arguments
+
+
+def mask_kind(config: Mapping[str, Any]) -> str:
+    """How a run empties the softmax branch; a run of an earlier version always by a threshold."""
+    return config["mask"].get("kind", "threshold")
+
+
+def start_threshold(mask: Mapping[str, Any]) -> float:
+    """The mask's threshold at the start: of the configuration's group `mask`, where None is its kind's own."""
+    start = mask["start_threshold"]
+    return START_THRESHOLDS[mask.get("kind", "threshold")] if start is None else float(start)
 
 
 def exported_weights(config: Mapping[str, Any]) -> str:

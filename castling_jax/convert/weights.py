@@ -17,6 +17,7 @@ from castling_jax.convert.run_folder import (
     model_arguments,
     read_config,
     read_metrics,
+    start_threshold,
 )
 from castling_jax.convert.shipped import locate, shipped_names
 from castling_jax.convert.torch import read_state_dict, to_torch
@@ -143,7 +144,7 @@ def _read_checkpoint(run: epath.Path, folder: epath.Path, ema: bool | None) -> W
     step = int(absolute(folder).name)
     threshold = about.get("mask_threshold")
     if threshold is None:
-        threshold = _logged_threshold(run, step, first=config["mask"]["start_threshold"])
+        threshold = _logged_threshold(run, step, first=start_threshold(config["mask"]))
     classes = (about.get("data") or {}).get("classes")
     return Weights(folder, variables, model, config, threshold, step, ema, classes)
 

@@ -26,6 +26,7 @@ class BackboneConfig:
       token_conv: the convolution of the values: "1d" over tokens, "2d" over the grid, or None.
       token_kernel_size: taps, or rows and columns, of that convolution; None is 9 for "1d" and 3 for "2d".
       implementation: "auto", "xla" or "pallas", as in `ops`.
+      mask_kind: how the mask's threshold empties castling's softmax branch: "threshold" or "fade", as in `ops`.
     """
 
     num_classes: int = 1000
@@ -37,6 +38,7 @@ class BackboneConfig:
     token_conv: str | None = "2d"
     token_kernel_size: int | None = None
     implementation: str = "auto"
+    mask_kind: str = "threshold"
 
 
 @dataclasses.dataclass(frozen=True)

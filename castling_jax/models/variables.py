@@ -105,7 +105,8 @@ def apply(
       model: gives the architecture; its own parameters are not used.
       variables: as from `get_variables`.
       images: normalised pixels.
-      mask_threshold: a scalar of at least 0, needed by castling models in training form; the others ignore it.
+      mask_threshold: a scalar of at least 0, needed by models in training form whose attention has a mask (castling,
+        taylor); the others ignore it.
       return_densities: also return the mask density of each layer.
 
     Returns:

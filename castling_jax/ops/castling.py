@@ -1,14 +1,18 @@
 """Castling attention in its training form: both attentions at once (Castling-ViT, equation 9)."""
 
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, Float
 
+from castling_jax.errors import check_known
 from castling_jax.ops.angular import add_linear_angular
 from castling_jax.ops.bias import Bias
 from castling_jax.ops.checks import is_known_empty
 from castling_jax.ops.masked_softmax import masked_softmax_first
 from castling_jax.ops.mesh import on_auto_axes, split_as
 from castling_jax.ops.tokens import QueryValues
+
+MASK_KINDS = ("threshold", "fade")
 
 
 @on_auto_axes(lambda q: (split_as(q, 0, 1, 2), PartitionSpec()))
@@ -19,6 +23,7 @@ def castling_attention(
     token_kernel: Float[Array, "taps heads"] | Float[Array, "rows columns heads"] | None = None,
     *,
     mask_threshold: ArrayLike,
+    mask_kind: str = "threshold",
     bias: Bias | None = None,
     query_values: QueryValues = None,
     grid: tuple[int, int] | None = None,
@@ -27,16 +32,19 @@ def castling_attention(
 ) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""]]:
     """l2normalise(aux + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V), the training form of the authors' block.
 
-    aux is `masked_softmax_attention`, whose queries and keys are not normalised. In the linear-angular part and for the
-    output, a zero vector normalises to zero and passes no gradient of its own. The inference form, without aux, is
-    `linear_angular_attention`; from mask_threshold = 1 on the two are equal.
+    aux is `masked_softmax_attention`, whose queries and keys are not normalised. With mask_kind="fade" it is
+    (1 - mask_threshold) softmax(Q K^T / sqrt(key_dim) + bias) V instead, which the paper does not have: a factor in the
+    place of the mask, to compare the mask with. In the linear-angular part and for the output, a zero vector normalises
+    to zero and passes no gradient of its own. The inference form, without aux, is `linear_angular_attention`; from
+    mask_threshold = 1 on the two are equal.
 
     Args:
       q: queries.
       k: keys.
       v: values.
       token_kernel: of the values, as `depthwise_convolution` takes it.
-      mask_threshold: scalar of at least 0; softmax weights at or under it are masked out.
+      mask_threshold: scalar of at least 0; softmax weights at or under it are masked out, or all weights fade by it.
+      mask_kind: "threshold" or "fade".
       bias: of the softmax branch alone; see `masked_softmax_attention`.
       query_values: the values at the queries' positions, where queries and keys are different tokens; or, where the
         queries stand on some of the keys' tokens, which: integers [queries], in NumPy.
@@ -46,15 +54,22 @@ def castling_attention(
         it is lowered for a TPU and they serve these arguments, "xla" elsewhere.
 
     Returns:
-      The attention's output in v's dtype, and the mask density: the share of softmax weights kept, in float32.
+      The attention's output in v's dtype, and the mask density in float32: the share of softmax weights kept, which is
+      1 - mask_threshold for a fade.
 
     Raises:
       InputError: shapes do not fit or the kernels do not serve them, queries unlike keys come without query_values,
         the threshold is negative or NaN (where it is concrete), or a name is unknown.
     """
+    check_known("mask_kind", mask_kind, MASK_KINDS)
+    fades = mask_kind == "fade" and not is_known_empty(mask_threshold)
+    # Above a threshold of 0 is the whole softmax: a weight that is 0, by underflow, adds nothing to output or gradient.
     auxiliary, density, (q, k, v) = masked_softmax_first(
-        q, k, v, mask_threshold=mask_threshold, bias=bias, implementation=implementation
+        q, k, v, mask_threshold=0.0 if fades else mask_threshold, bias=bias, implementation=implementation
     )
+    if fades:
+        kept = jnp.maximum(1 - jnp.asarray(mask_threshold, jnp.promote_types(v.dtype, jnp.float32)), 0)
+        auxiliary, density = (kept * auxiliary).astype(v.dtype), kept.astype(jnp.float32)
     # Of an empty mask the branch is zero: it is not worth reading.
     added = None if is_known_empty(mask_threshold) else auxiliary
     out = add_linear_angular(

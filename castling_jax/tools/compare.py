@@ -33,9 +33,11 @@ def compare(config: ConfigDict, attentions: list[str], workdir: epath.Path) -> d
     figures = {}
     for attention in attentions:
         print(f"{attention}: {workdir / attention}", flush=True)
-        config = config.copy_and_resolve_references()
-        config.model.attention = attention
-        figures[attention] = run(config, workdir / attention).figures
+        own = config.copy_and_resolve_references()
+        own.model.attention = attention
+        if not KINDS[attention].takes("mask_kind"):
+            own.mask.kind = "threshold"  # a fade is castling's, which the others are compared with
+        figures[attention] = run(own, workdir / attention).figures
     return figures
 
 

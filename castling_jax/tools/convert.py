@@ -167,9 +167,10 @@ def compare_forms(model: Backbone, variables: Variables, mask_threshold: float |
     if KINDS[spec.attention].inference is not None:
         assert mask_threshold is not None
         report = check_switch(model, variables, images, mask_threshold)
+        mask_kind = spec.arguments().get("mask_kind", "threshold")
         kept = ", ".join(f"{density:.2%}" for density in report["densities"])
         lines = [
-            f"at the mask threshold {mask_threshold:g} the two forms' logits differ by at most "
+            f"at the mask {mask_kind} {mask_threshold:g} the two forms' logits differ by at most "
             f"{report['max_difference']:.1e}; softmax weights kept, by layer: {kept}",
             f"at 1 by at most {report['max_difference_at_one']:.1e}",
         ]

@@ -20,7 +20,7 @@ from castling_jax.convert.run_folder import model_arguments
 from castling_jax.data.sources import Dataset, Unread, load_dataset
 from castling_jax.errors import InputError, check_at_least, check_known
 from castling_jax.models.attention.heads import MultiHeadAttention
-from castling_jax.models.attention.kinds import FORMS, Core, Kind, make_core
+from castling_jax.models.attention.kinds import FORMS, KINDS, Core, Kind, make_core
 from castling_jax.models.layers import Layers, add_bias
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
@@ -255,10 +255,14 @@ def recipe(
       devices: along the mesh's axes.
     """
     check_known("form", form, FORMS)
+    if attention is not None:
+        check_known("attention", attention, KINDS)
     _check_positive(image_size=image_size, batch=batch)
     settings = load_config(config)
     chosen = {"attention": attention, "image_size": image_size, "remat": remat}
     settings.model.update({word: value for word, value in chosen.items() if value is not None})
+    if attention is not None and not KINDS[attention].takes("mask_kind"):
+        settings.mask.kind = "threshold"  # a fade is castling's
     if mesh is not None:
         settings.mesh.update(read_mesh(mesh))
     if batch is not None:

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from castling_jax.data.randaugment import parse_policy
 from castling_jax.errors import InputError, Mistakes, check_at_most, check_known
 from castling_jax.models.variables import flatten, unflatten
+from castling_jax.ops.castling import MASK_KINDS
 from castling_jax.ops.checks import IMPLEMENTATIONS
 from castling_jax.training.fields import FLAG, SIZES, TEXT, Field, integer, number, numbers, one_of
 from castling_jax.training.losses import DISTILLATIONS
@@ -103,8 +104,9 @@ FIELDS = {
     "distillation.temperature": Field(3.0, number("(0, inf)"), "Temperature of the soft loss."),
     "distillation.teacher": Field(None, TEXT, "A run, an inference folder, or timm's weights of distillation.name."),
     "distillation.name": Field(None, TEXT, "The teacher's model, with softmax attention; None is the run's own model."),
+    "mask.kind": Field("threshold", one_of(*MASK_KINDS), "What empties the softmax branch: a mask, or a fade."),
     "mask.schedule": Field("cosine", one_of(*MASK_SCHEDULES), "How the mask threshold rises to 1."),
-    "mask.start_threshold": Field(0.02, number("[0, 1]"), "The threshold until the fraction mask.begin of training."),
+    "mask.start_threshold": Field(None, number("[0, 1]"), "The threshold until mask.begin. None: 0.02, for fade 0."),
     "mask.begin": Field(0.2, number("[0, 1]"), "Fraction of training from which the threshold rises."),
     "mask.end": Field(0.8, number("[0, 1]"), "Fraction of training from which the threshold is 1."),
     # Sizes of the mesh's axes; one may be -1, which is what the others leave.

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from castling_jax.convert.run_folder import CONFIG_FILE, read_config
+from castling_jax.convert.run_folder import CONFIG_FILE, read_config, start_threshold
 from castling_jax.errors import InputError, check_known, refusing
 from castling_jax.models.variables import flatten
 from castling_jax.training.config import RUNTIME_FIELDS, RUNTIME_GROUPS, check_config, default_config
@@ -114,6 +114,9 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for tree in (default_config().to_dict(), earlier, now)
     )
     earlier = defaults | earlier
+    for fields in (earlier, now):  # None and the number that it stands for are one run's
+        mask = {name: fields[f"mask.{name}"] for name in ("kind", "start_threshold")}
+        fields["mask.start_threshold"] = start_threshold(mask)
     return [
         f"config.{name} = {earlier.get(name)!r}, not {now.get(name)!r}"
         for name in sorted(earlier.keys() | now.keys())

@@ -149,7 +149,7 @@ def configured_evaluator(config: ConfigDict, model: Backbone, dataset: Dataset, 
 
 
 def evaluate_checkpoint(path: str | os.PathLike, mesh_sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The figures of `evaluate_weights` of a checkpoint, on its run's held-out split; step, mask_threshold, exported.
+    """The figures of `evaluate_weights` of a checkpoint, on its run's held-out split; step, mask, exported.
 
     Args:
       path: of a run or one of its checkpoints, as `read` takes it.
@@ -178,4 +178,5 @@ def evaluate_checkpoint(path: str | os.PathLike, mesh_sizes: Mapping[str, int]) 
         evaluate = configured_evaluator(config, model, dataset, mesh)
         weights = {"averaged" if one.averaged else "raw": place(one.variables, shardings) for one in checkpoints}
         figures = evaluate_weights(evaluate, weights, threshold, exported=exported)
-    return {"step": checkpoint.step, "mask_threshold": threshold, "exported": exported, **figures}
+    mask = {"mask_kind": config.mask.kind, "mask_threshold": threshold}
+    return {"step": checkpoint.step, **mask, "exported": exported, **figures}

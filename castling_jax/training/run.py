@@ -106,6 +106,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
         figures |= {
             "model": setup.model.spec.name,
             "exported": setup.exported,
+            "mask_kind": setup.config.mask.kind,
             "mask_threshold": setup.threshold_at(setup.total_steps - 1),
             "steps": setup.total_steps,
             "skipped_steps": state.skipped_steps,

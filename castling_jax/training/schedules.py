@@ -6,6 +6,7 @@ from collections.abc import Callable
 import optax
 from ml_collections import ConfigDict
 
+from castling_jax.convert.run_folder import start_threshold
 from castling_jax.errors import InputError
 
 MASK_SCHEDULES = ("constant", "linear", "cosine")
@@ -46,12 +47,13 @@ def mask_threshold_schedule(mask: ConfigDict, *, total_steps: int) -> Callable[[
     """The threshold of a step: from `start_threshold` to 1 between two fractions of training, or constant.
 
     At 1 the mask is empty, so a schedule that gets there makes the switch lossless. The paper only says that the mask
-    is driven to zero; 0.02 is the value of its authors' block.
+    is driven to zero. `start_threshold` None is 0.02, the value of its authors' block, and for a fade 0, the whole
+    softmax.
 
     Returns:
       A function of the step, counted from 0, to a float; exactly 1.0 from the fraction `end` on, and of the last step.
     """
-    start, begin, end = mask.start_threshold, mask.begin, mask.end
+    start, begin, end = start_threshold(mask), mask.begin, mask.end
 
     def threshold(step: int) -> float:
         fraction = step / total_steps

@@ -92,7 +92,7 @@ def finish(workdir: epath.Path, figures: dict[str, Any]) -> Summary:
         "files": {
             "checkpoints": str(workdir / "checkpoints"),
             "inference": str(workdir / INFERENCE),
-            "picture": str(save_picture(workdir)),
+            "picture": str(save_picture(workdir, _mask_kind(figures))),
             "metrics": str(workdir / METRICS_FILE),
         },
     }
@@ -107,8 +107,8 @@ def finish(workdir: epath.Path, figures: dict[str, Any]) -> Summary:
     return Summary(workdir, summary)
 
 
-def save_picture(workdir: epath.Path) -> epath.Path:
-    """Draws WORKDIR/training.png from the metrics.
+def save_picture(workdir: epath.Path, mask_kind: str = "threshold") -> epath.Path:
+    """Draws WORKDIR/training.png from the metrics; `mask_kind` as `draw_training` takes it.
 
     Raises:
       InputError: there are no metrics in workdir.
@@ -118,7 +118,7 @@ def save_picture(workdir: epath.Path) -> epath.Path:
         raise InputError(f"'{workdir}' has no metrics to draw: {METRICS_FILE} is missing or empty.")
     path = workdir / TRAINING_FILE
     with path.open("wb") as file:
-        draw_training(history).savefig(file, dpi=110, format="png")
+        draw_training(history, mask_kind=mask_kind).savefig(file, dpi=110, format="png")
     return path
 
 
@@ -176,10 +176,15 @@ def describe(summary: dict[str, Any]) -> str:
     skipped = f" ({summary['skipped_steps']:,} skipped)" if summary.get("skipped_steps") else ""
     return (
         f"{summary['model']}: {summary['steps']:,} steps{skipped} in {summary['train_seconds']:.0f} s, "
-        f"mask threshold {summary['mask_threshold']:g} at the end\n{table}\n"
+        f"mask {_mask_kind(summary)} {summary['mask_threshold']:g} at the end\n{table}\n"
         f"  largest difference between the two forms' logits: {summary['max_difference']:.1e}\n"
         + "\n".join(f"  {name:28s}{path}" for name, path in files.items())
     )
+
+
+def _mask_kind(figures: dict[str, Any]) -> str:
+    """An earlier version's figures, which do not say it, are of a threshold."""
+    return figures.get("mask_kind", "threshold")
 
 
 def _accuracies(figures: dict[str, Any], kind: str = "") -> list[str]:
@@ -200,7 +205,7 @@ def describe_evaluation(figures: dict[str, Any]) -> str:
     """The figures of one checkpoint for a person."""
     both = "".join(f"{name}: {train}, {inference}\n" for name, train, inference in _of_each_weights(figures))
     return (
-        f"step {figures['step']:,}, mask threshold {figures['mask_threshold']:g}\n"
+        f"step {figures['step']:,}, mask {_mask_kind(figures)} {figures['mask_threshold']:g}\n"
         f"  training form   {100 * figures['accuracy_train_form']:.2f} % of the held-out images\n"
         f"  inference form  {100 * figures['accuracy_inference_form']:.2f} %, loss {figures['eval_loss']:.4f} nats\n"
         f"{both}"

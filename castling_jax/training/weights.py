@@ -38,6 +38,7 @@ def teacher_model(name: str, student: Backbone, *, distilled: bool = False) -> B
     spec = student.spec
     given = {"num_classes": spec.num_classes, "image_size": spec.image_size, "dtype": spec.dtype}
     given |= dict(spec.overrides) if name == spec.name else {}
+    given.pop("mask_kind", None)  # which softmax attention does not have
     given |= {"distilled": distilled} if distilled or given.get("distilled") else {}
     return abstract_model(name, attention="softmax", **given)
 

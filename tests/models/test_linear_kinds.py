@@ -262,7 +262,11 @@ def test_the_switch_leaves_their_trees_as_they_are(name):
 
 
 @pytest.mark.parametrize(
-    "build", [small.small_model, small.small_levit, pytest.param(small.small_mvit, marks=pytest.mark.slow)]
+    "build",
+    [
+        small.small_model,
+        *(pytest.param(build, marks=pytest.mark.slow) for build in (small.small_levit, small.small_mvit)),
+    ],
 )
 def test_taylor_drops_its_branch_at_the_switch(build):
     model = build(attention="taylor")

@@ -25,6 +25,8 @@ MODELS = {
 }
 # With an empty mask, castling attention in training form is linear-angular attention, in another program.
 KINDS = [("castling", 0.02), ("castling", 0.999), ("linear_angular", None), ("angular", None)]
+RIVALS = [("taylor", 0.02), ("linear_taylor", None), ("relu_linear_taps", None), ("focused_linear", None)]
+RIVALS += [("performer", None)]
 
 
 def draw_images(size):
@@ -86,6 +88,13 @@ def test_linear_angular_gradients_are_of_softmaxs_size():
 @pytest.mark.parametrize("family", MODELS)
 def test_gradients_are_of_softmaxs_size(family, attention, threshold, training):
     compare_with_softmax(family, attention, threshold, training)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("attention", "threshold"), RIVALS)
+@pytest.mark.parametrize("family", ["levit", "mvitv2 of full width"])
+def test_rivals_gradients_are_of_softmaxs_size(family, attention, threshold):
+    compare_with_softmax(family, attention, threshold, training=True)
 
 
 def test_stop_at_zero_is_the_identity_elsewhere():

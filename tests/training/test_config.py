@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from castling_jax.convert.run_folder import exported_weights, model_arguments
+from castling_jax.convert.run_folder import exported_weights, mask_kind, model_arguments, start_threshold
 from castling_jax.errors import InputError
 from castling_jax.training.config import FIELDS, check_config, default_config
 from castling_jax.training.config_files import check_same_run, load_config, run_config
@@ -110,6 +110,7 @@ def test_values_out_of_range_are_refused(refuses, field, value, allowed):
     ("field", "value", "sentence"),
     [
         ("model.implementation", "palas", "unknown config.model.implementation 'palas': did you mean 'pallas'?"),
+        ("mask.kind", "fad", "unknown config.mask.kind 'fad': did you mean 'fade'?"),
         ("mask.schedule", "cosin", "unknown config.mask.schedule 'cosin': did you mean 'cosine'?"),
         ("optimizer.scaled_rates", "al", "unknown config.optimizer.scaled_rates 'al': did you mean 'all'?"),
         ("distillation.kind", "sof", "unknown config.distillation.kind 'sof': did you mean 'soft'?"),
@@ -194,6 +195,36 @@ def test_a_field_that_an_earlier_version_did_not_have_is_its_default(tmp_path):
     check_same_run(default_config(), path)
     with pytest.raises(InputError, match=r"config.train.accumulate_steps = 1, not 2"):
         check_same_run(changed("train.accumulate_steps", 2), path)
+
+
+def test_an_earlier_runs_start_threshold_is_the_default_that_it_had(tmp_path):
+    earlier = default_config().to_dict()
+    del earlier["mask"]["kind"]
+    earlier["mask"]["start_threshold"] = 0.02
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(earlier))
+    check_same_run(default_config(), path)
+    assert (mask_kind(earlier), start_threshold(earlier["mask"])) == ("threshold", 0.02)
+    for field, value, said in (
+        ("mask.start_threshold", 0.05, r"config.mask.start_threshold = 0.02, not 0.05"),
+        (
+            "mask.kind",
+            "fade",
+            r"config.mask.kind = 'threshold', not 'fade'; config.mask.start_threshold = 0.02, not 0.0",
+        ),
+    ):
+        with pytest.raises(InputError, match=said):
+            check_same_run(changed(field, value), path)
+
+
+def test_a_fade_is_an_argument_of_the_model_that_starts_with_the_whole_softmax():
+    assert start_threshold(default_config().mask) == 0.02
+    config = changed("mask.kind", "fade")
+    check_config(config)
+    assert model_arguments(config)["mask_kind"] == "fade"
+    assert start_threshold(config.mask) == 0.0
+    config.mask.start_threshold = 0.3
+    assert start_threshold(config.mask) == 0.3
 
 
 def test_damaged_config_file_is_refused(tmp_path):

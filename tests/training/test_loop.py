@@ -108,6 +108,28 @@ def test_interrupted_run_ends_with_the_same_parameters(whole_run, tmp_path, monk
     assert without_times(tmp_path / "run") == without_times(expected_workdir)
 
 
+@pytest.mark.slow
+def test_a_run_that_fades(tmp_path):
+    config = small_config(mask={"kind": "fade", "schedule": "linear"})
+    workdir = tmp_path / "run"
+    figures = train(config, workdir)
+    assert (figures["mask_kind"], figures["mask_threshold"]) == ("fade", 1)
+    assert figures["max_difference"] <= 1e-5
+    lines = [line for line in read_metrics(workdir) if "mask_density" in line]
+    for line in lines:
+        assert line["mask_density"] == pytest.approx([1 - line["mask_threshold"]], abs=1e-6)
+    assert lines[0]["mask_threshold"] < 0.3
+    assert "22 steps in" in str(run(config, workdir))
+    assert "mask fade 1 at the end" in str(run(config, workdir))
+    checkpoint = read(workdir)
+    assert checkpoint.model.spec.arguments()["mask_kind"] == "fade"
+    # In training form, in the middle of the fade: the checkpoint says how the branch was emptied.
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    middle = evaluate_checkpoint(workdir / "checkpoints" / str(steps[0]), config.mesh)
+    assert (middle["mask_kind"], middle["step"]) == ("fade", steps[0])
+    assert load_inference(workdir / "inference")[0].spec.arguments()["mask_kind"] == "fade"
+
+
 def test_a_run_that_was_killed_at_its_end_only_evaluates_again(whole_run, tmp_path):
     workdir = shutil.copytree(whole_run[0], tmp_path / "run")
     (workdir / "summary.json").unlink()

@@ -33,6 +33,7 @@ from castling_jax.models.attention.windows import WindowAttention
 from castling_jax.models.layers import Layers
 from castling_jax.ops.angular import normalize_and_convolve
 from castling_jax.ops.bias import Bias, dense_bias
+from castling_jax.ops.castling import MASK_KINDS
 from castling_jax.ops.checks import check_implementation
 from castling_jax.ops.tokens import values_of_queries
 
@@ -42,6 +43,7 @@ TOKEN_KERNEL_SIZES = {"1d": 9, "2d": 3}  # the authors' block has 9 taps over to
 INPUTS: dict[str, Any] = {
     "token_kernel": None,
     "mask_threshold": None,
+    "mask_kind": "threshold",
     "bias": None,
     "query_values": None,
     "grid": None,
@@ -201,6 +203,7 @@ class Core:
       token_conv: the convolution of the values: "1d" over tokens, "2d" over the grid, or None.
       token_kernel_size: taps, or rows and columns, of that convolution; None is 9 for "1d" and 3 for "2d".
       implementation: "auto", "xla" or "pallas", as in `ops`.
+      mask_kind: how the threshold empties castling's softmax branch: "threshold" or "fade", as in `ops`.
       window_size: side of the windows of attention="window", in tokens; None is 7.
       block: the number of the block in its model, from 0; a plain transformer sets it.
     """
@@ -209,6 +212,7 @@ class Core:
     token_conv: str | None
     token_kernel_size: int | None = None
     implementation: str = "auto"
+    mask_kind: str = "threshold"
     window_size: int | None = None
     block: int = 0
 
@@ -255,6 +259,7 @@ class Core:
         return {
             "token_kernel": token_kernel,
             "implementation": self.implementation,
+            "mask_kind": self.mask_kind,
             **{name: getattr(module, name)[...] for name in own},
         }
 
@@ -266,15 +271,17 @@ def make_core(
     token_conv: str | None,
     token_kernel_size: int | None = None,
     implementation: str = "auto",
+    mask_kind: str = "threshold",
 ) -> Core:
     """The core that a model's arguments name; in inference form that of the kind which is left after the switch.
 
     Raises:
-      InputError: a name is unknown, or the kernel's size is even.
+      InputError: a name is unknown, the kernel's size is even, or the attention has no branch that fades.
     """
     check_known("attention", attention, KINDS)
     check_known("form", form, FORMS)
     check_implementation(implementation)
+    check_known("mask_kind", mask_kind, MASK_KINDS)
     if token_conv is not None:
         check_known("token_conv", token_conv, TOKEN_KERNEL_SIZES)
     if token_kernel_size is not None and token_kernel_size % 2 == 0:
@@ -282,7 +289,10 @@ def make_core(
             f"token_kernel_size must be odd, so that a tap stands on the token itself, not {token_kernel_size}."
         )
     kind = KINDS[attention]
-    return Core(kind.at_inference if form == "inference" else kind, token_conv, token_kernel_size, implementation)
+    if mask_kind != "threshold" and not kind.takes("mask_kind"):
+        raise InputError(f"mask_kind={mask_kind!r} is an option of castling attention, not of {attention!r}.")
+    kind = kind.at_inference if form == "inference" else kind
+    return Core(kind, token_conv, token_kernel_size, implementation, mask_kind)
 
 
 def register_attention(
@@ -305,11 +315,12 @@ def register_attention(
       function: (q, k, v) -> out, or (out, mask density) with the share of softmax weights kept. q is [batch, queries,
         heads, key_dim], k [batch, keys, heads, key_dim], v [batch, keys, heads, value_dim] and out [batch, queries,
         heads, value_dim]; out is cast to v's dtype. Pure and traceable by JAX. It may also take these, by name:
-        mask_threshold (scalar, required if it has no default), bias (of the scores: LeViT's attention biases, MViTv2's
-        relative positions, as in `ops.masked_softmax_attention`; None in DeiT), query_values (values at the queries'
-        positions, where queries and keys are different tokens, as in `ops.linear_angular_attention`), grid (height,
-        width of the queries), prefix_tokens (queries before the grid), implementation, and token_kernel (the taps,
-        which it then applies itself; grid and prefix_tokens are then as `ops.depthwise_convolution` takes them).
+        mask_threshold (scalar, required if it has no default), mask_kind ("threshold" or "fade", as the model is built
+        with), bias (of the scores: LeViT's attention biases, MViTv2's relative positions, as in
+        `ops.masked_softmax_attention`; None in DeiT), query_values (values at the queries' positions, where queries and
+        keys are different tokens, as in `ops.linear_angular_attention`), grid (height, width of the queries),
+        prefix_tokens (queries before the grid), implementation, and token_kernel (the taps, which it then applies
+        itself; grid and prefix_tokens are then as `ops.depthwise_convolution` takes them).
       taps: whether DWConv(V), the convolution of the values with a token kernel, is part of it: it is added to the
         function's output, unless the function takes `token_kernel`.
       inference: the attention that it becomes at the switch, registered before; None: it stays as it is. Parameters for

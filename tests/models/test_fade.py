@@ -1,0 +1,124 @@
+"""A castling model whose softmax branch fades: the option `mask_kind` and all that reads it."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import castling_jax
+from castling_jax.convert.inference_folder import save_inference
+from castling_jax.models.attention.kinds import KINDS
+from castling_jax.models.registry import abstract_model
+from castling_jax.models.variables import get_variables
+from castling_jax.tools import compare
+from castling_jax.tools.convert import compare_forms
+from castling_jax.tools.tpu_cases import load_case
+from castling_jax.training import summary
+from castling_jax.training.config import default_config
+from castling_jax.training.weights import teacher_model
+from tests.models import small
+
+BUILDERS = [
+    small.small_model,
+    *(pytest.param(build, marks=pytest.mark.slow) for build in (small.small_levit, small.small_mvit)),
+]
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_a_fading_model_goes_from_the_whole_softmax_to_its_inference_form(build):
+    model, masked = build(mask_kind="fade"), build()
+    variables = small.random_variables(model)
+    chex.assert_trees_all_equal_shapes_and_dtypes(variables, get_variables(masked))
+    images = small.random_images(2, model.spec.image_size, model.spec.image_size)
+
+    @jax.jit
+    def run(t):
+        return tuple(
+            castling_jax.apply(one, variables, images, mask_threshold=t, return_densities=True)
+            for one in (model, masked)
+        )
+
+    (start, densities), (whole, _) = run(0.0)
+    # At 0 both are the whole softmax; the fade multiplies by 1.
+    chex.assert_trees_all_equal(start, whole)
+    assert np.all(densities == 1)
+    (half, densities), _ = run(0.25)
+    np.testing.assert_array_equal(densities, 0.75)
+    assert float(jnp.max(jnp.abs(half - start))) > 1e-2
+    report = castling_jax.check_switch(model, variables, images, 0.25)
+    np.testing.assert_array_equal(report["densities"], 0.75)
+    assert report["max_difference_at_one"] < 1e-4 < report["max_difference"]
+
+
+def test_mask_kind_is_saved_with_the_model_and_left_behind_by_nothing(tmp_path):
+    model = small.small_model(mask_kind="fade")
+    left = abstract_model(**model.spec.arguments(form="inference"))
+    variables = castling_jax.to_inference(small.random_variables(model))
+    save_inference(tmp_path / "inference", left, variables)
+    read, _ = castling_jax.load_inference(tmp_path / "inference")
+    assert read.spec.arguments()["mask_kind"] == "fade"
+    again = abstract_model(**read.spec.arguments(form="train"))
+    assert again.blocks[0].attn.core.mask_kind == "fade"
+    # The threshold's own models are written as before.
+    assert "mask_kind" not in small.small_model().spec.arguments()
+
+
+@pytest.mark.parametrize("attention", [name for name in KINDS if name != "castling"])
+def test_other_attentions_do_not_fade(refuses, attention):
+    with refuses(f"mask_kind='fade' is an option of castling attention, not of '{attention}'."):
+        small.small_model(attention=attention, mask_kind="fade")
+
+
+def test_an_unknown_mask_kind_is_refused(refuses):
+    with refuses("unknown mask_kind 'fde': did you mean 'fade'?"):
+        small.small_model(mask_kind="fde")
+
+
+def test_a_fading_students_teacher_of_its_own_architecture_is_softmax():
+    teacher = teacher_model("deit_micro", small.small_model(mask_kind="fade"))
+    assert (teacher.spec.attention, teacher.spec.arguments().get("mask_kind")) == ("softmax", None)
+
+
+def test_only_castling_fades_in_a_comparison(monkeypatch, tmp_path):
+    made = {}
+
+    def run(config, workdir):
+        made[config.model.attention] = config.mask.kind
+        return summary.Summary(workdir, {})
+
+    monkeypatch.setattr(compare, "run", run)
+    config = default_config()
+    config.mask.kind = "fade"
+    compare.compare(config, ["softmax", "castling", "taylor"], tmp_path)
+    assert made == {"softmax": "threshold", "castling": "fade", "taylor": "threshold"}
+
+
+def test_the_compilers_report_compares_a_fading_configuration_with_softmax(tmp_path):
+    (tmp_path / "faded.py").write_text(
+        "from castling_jax.training.config import default_config\n\n\n"
+        "def get_config():\n    config = default_config()\n"
+        "    config.model.update(name='deit_micro', depth=1)\n    config.mask.kind = 'fade'\n    return config\n"
+    )
+    for attention in ("castling", "softmax"):
+        options = {"config": str(tmp_path / "faded.py"), "attention": attention, "batch": 8}
+        assert load_case("recipe", options, jax.devices()[:1]).facts["attention"] == attention
+
+
+def test_the_words_are_a_fades():
+    figures = {
+        **{"accuracy_train_form": 0.5, "accuracy_inference_form": 0.5, "eval_loss": 1.0, "max_difference": 0.0},
+        **{"step": 3, "mask_kind": "fade", "mask_threshold": 0.25},
+    }
+    assert "step 3, mask fade 0.25\n" in summary.describe_evaluation(figures)
+    model = small.small_model(mask_kind="fade", depth=1)
+    first, _ = compare_forms(model, small.random_variables(model), 0.25, small.random_images())
+    assert first.startswith("at the mask fade 0.25 the two forms' logits differ by at most ")
+    assert first.endswith("softmax weights kept, by layer: 75.00%")
+    history = {"step": np.arange(3), "mask_threshold": np.arange(3) / 2, "mask_density": np.ones((3, 2))}
+    axes = castling_jax.plots.draw_training(history, mask_kind="fade").axes
+    assert [axis.get_title() for axis in axes[2:4]] == [
+        "Learning rate and mask fade",
+        "Softmax branch kept by the fade",
+    ]
+    assert axes[4].get_ylabel() == "mask fade"
