@@ -20,6 +20,7 @@ from tests.models.test_position import resize_with_interp
 from tests.ops import reference
 
 KINDS = ["castling", "linear_angular", "softmax", "angular", "softmax_taps", *small.LINEAR, "taylor"]
+RIVALS = [kind for kind in small.LINEAR if kind != "relu_linear"]
 # Queries on a finer grid than keys, on the same by unlike strides of both, and on a coarser one, as at the starts of
 # MViTv2's stages. The last is of no published model.
 STRIDES = [((1, 1), (4, 4)), ((2, 2), (2, 2)), ((2, 2), (1, 1)), ((2, 1), (3, 2))]
@@ -134,7 +135,11 @@ def randomise(module, seed=0):
 
 @pytest.mark.parametrize(
     ("attention", "strides"),
-    [*(("castling", strides) for strides in STRIDES), *((kind, STRIDES[0]) for kind in KINDS[1:])],
+    [
+        *(("castling", strides) for strides in STRIDES),
+        *((kind, STRIDES[0]) for kind in KINDS[1:] if kind not in RIVALS),
+        *(pytest.param(kind, STRIDES[0], marks=pytest.mark.slow) for kind in RIVALS),
+    ],
 )
 def test_pooling_attention_agrees_with_the_float64_reference(attention, strides):
     # The image's grid is not the tables', its sides are unlike, and no stride divides 7.

@@ -21,8 +21,9 @@ def run(monkeypatch, capsys, *arguments):
 
 
 def row(text, start):
-    """The cells of the one line that starts so."""
-    (line,) = (line for line in text.splitlines() if re.match(rf"\s*{re.escape(start)}\s", line))
+    """The cells of the one line that starts so; two spaces stand for the gap between two cells."""
+    pattern = r"\s{2,}".join(map(re.escape, start.split("  ")))
+    (line,) = (line for line in text.splitlines() if re.match(rf"\s*{pattern}\s", line))
     return re.split(r"\s{2,}", line.strip())
 
 
