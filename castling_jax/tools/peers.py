@@ -22,7 +22,6 @@ from castling_jax.models.layers import Layers
 
 MASK_THRESHOLD = 0.02  # of training forms; what it lets through costs nothing less
 SOFTMAX, INFERENCE, TRAINING = "softmax", "castling, inference form", "castling, training form"
-LINEAR = ("linear_angular", "relu_linear", "bridge", "separable", "window")  # kinds that are linear in tokens
 # Where Equimo has had its layer, newest first.
 EQUIMO_MODULES = ("equimo.vision.layers.attention", "equimo.layers.attention")
 
@@ -87,7 +86,7 @@ def _our_module(attention: str, form: str, channels: int, heads: int) -> Any:
 def _our_layer(name: str, module: Any) -> Layer:
     graphdef, parameters = nnx.split(module, nnx.Param)
     run = functools.partial(_run_module, graphdef)
-    return Layer(name, name, module.core.kind.name not in LINEAR, functools.partial(_prepare_jax, run, parameters))
+    return Layer(name, name, not module.core.kind.linear, functools.partial(_prepare_jax, run, parameters))
 
 
 def place_of(tokens: int) -> dict[str, Any]:

@@ -224,6 +224,7 @@ def test_relu_linear_of_a_query_that_no_key_answers_is_zero_with_finite_gradient
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "taylor"])
 def test_the_cost_is_linear_in_tokens(name):
+    assert KINDS[name].linear
     model = small.small_model(attention=name, depth=1)
     (part,) = KINDS[name].parts
     costs = [count_costs(model, image_size=size) for size in (8, 16, 32)]

@@ -249,6 +249,7 @@ def test_twice_the_tokens_cost_twice_as_much_but_for_the_quadratic_one(kind, gro
     once, twice = costs_of(kind, (4, 4)), costs_of(kind, (4, 8))
     (part,) = KINDS[kind].parts
     assert 0 < once[part] * growth == twice[part]
+    assert KINDS[kind].linear == (growth == 2)
 
 
 def test_counted_costs_are_worked_out_by_hand():

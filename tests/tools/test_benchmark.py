@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.deit import DeiT, DeiTConfig
 from castling_jax.models.registry import MODELS
 from castling_jax.tools import benchmark, peers
@@ -172,10 +171,6 @@ def test_command_line_says_what_is_wrong_without_a_traceback():
 def test_tokens_stand_on_the_largest_square():
     assert peers.place_of(197) == {"grid": (14, 14), "prefix_tokens": 1}
     assert peers.place_of(64) == {"grid": (8, 8), "prefix_tokens": 0}
-
-
-def test_what_is_linear_in_tokens_is_named_among_the_kinds():
-    assert set(peers.LINEAR) < set(KINDS)
 
 
 def test_an_unknown_attention_is_refused(refuses):

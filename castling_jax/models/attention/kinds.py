@@ -62,6 +62,7 @@ class Kind:
       name: what `attention` calls it.
       function: (q, k, v, ...) -> out, or (out, mask density), as `register_attention` describes it.
       taps: whether the values are convolved with a token kernel, where the model has a `token_conv`.
+      linear: whether the cost grows with the number of tokens, not with its square.
       inference: the kind that it becomes at the switch; None: it stays as it is.
       parts: the named scopes in which `count_costs` finds the work of the function.
       parameters: (attention module, layers) -> parameters of the kind's own, by name, for the module's num_heads,
@@ -73,6 +74,7 @@ class Kind:
     name: str
     function: Callable[..., Any]
     taps: bool = True
+    linear: bool = False
     inference: "Kind | None" = None
     parts: tuple[str, ...] = ()
     parameters: Callable[[Any, Layers], dict[str, nnx.Param]] | None = None
@@ -160,11 +162,11 @@ def normalized_angular_attention(
     return normalize_and_convolve(out, out, None, grid=None, prefix_tokens=0)
 
 
-_LINEAR_ANGULAR = Kind("linear_angular", ops.linear_angular_attention, parts=("linear_angular",))
+_LINEAR_ANGULAR = Kind("linear_angular", ops.linear_angular_attention, linear=True, parts=("linear_angular",))
 _CASTLING = Kind(
     "castling", ops.castling_attention, inference=_LINEAR_ANGULAR, parts=("masked_softmax", "linear_angular")
 )
-_LINEAR_TAYLOR = Kind("linear_taylor", linear_taylor_attention, taps=False, parts=("linear_taylor",))
+_LINEAR_TAYLOR = Kind("linear_taylor", linear_taylor_attention, linear=True, taps=False, parts=("linear_taylor",))
 KINDS = {
     kind.name: kind
     for kind in (
@@ -173,13 +175,21 @@ KINDS = {
         Kind("softmax", softmax_attention, taps=False, parts=("softmax",)),
         Kind("angular", normalized_angular_attention, parts=("angular",)),
         Kind("softmax_taps", softmax_attention, parts=("softmax",)),
-        Kind("relu_linear", relu_linear_attention, taps=False, parts=("relu_linear",)),
-        Kind("bridge", softmax_attention, taps=False, parts=("softmax",), module=BridgeAttention),
+        Kind("relu_linear", relu_linear_attention, linear=True, taps=False, parts=("relu_linear",)),
+        Kind("bridge", softmax_attention, linear=True, taps=False, parts=("softmax",), module=BridgeAttention),
         Kind("convolutional", softmax_attention, taps=False, parts=("softmax",), module=ConvolutionalAttention),
-        Kind("separable", separable_attention, taps=False, parts=("separable",), module=SeparableAttention),
-        Kind("window", softmax_attention, taps=False, parts=("softmax",), module=WindowAttention),
-        Kind("relu_linear_taps", relu_linear_attention, parts=("relu_linear",)),
-        Kind("focused_linear", focused_linear_attention, parts=("focused_linear",), parameters=focus_parameters),
+        Kind(
+            "separable", separable_attention, linear=True, taps=False, parts=("separable",), module=SeparableAttention
+        ),
+        Kind("window", softmax_attention, linear=True, taps=False, parts=("softmax",), module=WindowAttention),
+        Kind("relu_linear_taps", relu_linear_attention, linear=True, parts=("relu_linear",)),
+        Kind(
+            "focused_linear",
+            focused_linear_attention,
+            linear=True,
+            parts=("focused_linear",),
+            parameters=focus_parameters,
+        ),
         Kind(
             "taylor",
             taylor_attention,
@@ -188,7 +198,7 @@ KINDS = {
             parts=("taylor_branch", "linear_taylor"),
         ),
         _LINEAR_TAYLOR,
-        Kind("performer", performer_attention, taps=False, parts=("performer",)),
+        Kind("performer", performer_attention, linear=True, taps=False, parts=("performer",)),
     )
 }
 _BUILT_IN = frozenset(KINDS)
