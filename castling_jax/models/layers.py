@@ -266,20 +266,6 @@ class NormLinear(nnx.Module):
         return self.linear(x if self.bn is None else self.bn.normalize(x, training))
 
 
-def depthwise(
-    x: Float[Array, "batch height width channels"], kernel: Float[Array, "3 3 1 channels"], strides: tuple[int, int]
-) -> Float[Array, "batch rows columns channels"]:
-    """A 3 x 3 convolution of each channel with its own taps, zero padded; an edge that is no multiple is padded too."""
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        strides,
-        ((1, 1), (1, 1)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[3],
-    )
-
-
 def patch_grid(size: tuple[int, ...], side: int, what: str) -> tuple[int, int]:
     """(rows, columns) of tokens, one for each square of `side` pixels, in an image of (height, width) pixels.
 

@@ -17,7 +17,6 @@ from castling_jax.models.layers import (
     TORCH_INIT,
     Layers,
     Mlp,
-    depthwise,
     draw_drop_path,
     drop_path,
     norm_heads,
@@ -27,6 +26,7 @@ from castling_jax.models.layers import (
     stop_at_zero,
 )
 from castling_jax.models.position import resize_relative_positions
+from castling_jax.ops.depthwise import convolve_channels
 from castling_jax.ops.tokens import select_tokens
 
 Pair = tuple[int, int]  # (height, width)
@@ -98,7 +98,7 @@ class Pool(nnx.Module):
         # transposed. XLA has a depthwise convolution for TPUs: by its estimates shifted multiply-adds would take two to
         # three times as long forwards and four to five times backwards. On a CPU they would be faster.
         kernel = jnp.tile(self.kernel[...].astype(x.dtype), x.shape[3] // self.kernel.shape[3])
-        return depthwise(x, kernel, strides)
+        return convolve_channels(x, kernel, strides)
 
 
 class MultiScaleAttention(nnx.Module):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from castling_jax.errors import InputError
 from castling_jax.ops.checks import check_array
-from castling_jax.ops.mesh import on_auto_axes, split_as
+from castling_jax.ops.mesh import HEAD_AXES, mesh_in_use, on_auto_axes, split_as
 
 
 @on_auto_axes(lambda v: split_as(v, 0, 1, 2, 3))
@@ -84,16 +84,10 @@ def _depthwise_taps(patches: jax.Array, kernel: jax.Array) -> jax.Array:
 def _convolution(patches: jax.Array, kernel: jax.Array) -> jax.Array:
     *_, heads, dim = patches.shape
     *taps, _ = kernel.shape
-    axes = "HW"[: len(taps)]
-    out = jax.lax.conv_general_dilated(
-        patches.reshape(*patches.shape[:-2], heads * dim),
-        jnp.repeat(kernel.astype(patches.dtype), dim, axis=-1).reshape(*taps, 1, heads * dim),
-        window_strides=(1,) * len(taps),
-        padding="SAME",
-        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
-        feature_group_count=heads * dim,
-        precision=jax.lax.Precision.HIGHEST,  # of float32, which would be rounded to bfloat16
-    )
+    channels = patches.reshape(*patches.shape[:-2], heads * dim)
+    repeated = jnp.repeat(kernel.astype(patches.dtype), dim, axis=-1).reshape(*taps, 1, heads * dim)
+    # HIGHEST is of float32, which would be rounded to bfloat16.
+    out = convolve_channels(channels, repeated, (1,) * len(taps), precision=jax.lax.Precision.HIGHEST)
     return out.reshape(patches.shape)
 
 
@@ -114,3 +108,68 @@ def _shifted_taps(patches: jax.Array, kernel: jax.Array) -> jax.Array:
         tap = jnp.broadcast_to(kernel[offset], patches.shape).reshape(channels.shape)
         total += padded[(slice(None), *window)] * tap
     return total.reshape(patches.shape).astype(patches.dtype)
+
+
+def convolve_channels(
+    x: Float[Array, "batch *sizes channels"],
+    kernel: Float[Array, "*taps 1 channels"],
+    strides: tuple[int, ...],
+    *,
+    precision: jax.lax.Precision | None = None,
+) -> Float[Array, "batch *strided channels"]:
+    """A convolution of each channel with its own taps, of odd sizes and zero padded by half of them, as XLA has it.
+
+    XLA's partitioner (JAX 0.10 to 0.12) multiplies the kernel's gradient, a convolution too, by the number of devices
+    along each axis of a mesh over which `x` is not split, where another axis splits the batch. That may be any axis
+    named `tensor` or `model`: on a mesh that has one, the gradient is a sum of products, which is slower on a TPU.
+    """
+    sizes = mesh_in_use((x, kernel)).shape
+    split = any(sizes.get(name, 1) > 1 for name in HEAD_AXES)
+    return (_convolve_in_parts if split else _convolve)(x, kernel, strides, precision)
+
+
+def _convolve(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], precision: jax.lax.Precision | None
+) -> jax.Array:
+    axes = "HW"[: len(strides)]
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=strides,
+        padding=[(size // 2, size // 2) for size in kernel.shape[:-2]],
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+        feature_group_count=x.shape[-1],
+        precision=precision,
+    )
+
+
+_convolve_in_parts = jax.custom_vjp(_convolve, nondiff_argnums=(2, 3))
+
+
+def _convolve_and_keep(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], precision: jax.lax.Precision | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _convolve(x, kernel, strides, precision), (x, kernel)
+
+
+def _convolution_gradients(
+    strides: tuple[int, ...],
+    precision: jax.lax.Precision | None,
+    kept: tuple[jax.Array, jax.Array],
+    d_out: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = kept
+    _, backward = jax.vjp(lambda x: _convolve(x, kernel, strides, precision), x)
+    *taps, _, _ = kernel.shape
+    padded = jnp.pad(x, [(0, 0), *((size // 2, size // 2) for size in taps), (0, 0)]).astype(jnp.float32)
+    d_taps = []
+    for offset in product(*map(range, taps)):
+        window = (
+            slice(start, start + stride * size, stride)
+            for start, stride, size in zip(offset, strides, d_out.shape[1:-1], strict=True)
+        )
+        d_taps.append(jnp.sum(padded[(slice(None), *window)] * d_out, axis=tuple(range(d_out.ndim - 1))))
+    return *backward(d_out), jnp.stack(d_taps).reshape(kernel.shape).astype(kernel.dtype)
+
+
+_convolve_in_parts.defvjp(_convolve_and_keep, _convolution_gradients)

@@ -15,6 +15,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from castling_jax.errors import InputError
 
+HEAD_AXES = ("tensor", "model")  # mesh axes of these names split the heads; all others split the batch
+
 
 def split_as(x: Any, *dimensions: int | None) -> PartitionSpec:
     """A result whose dimensions are split as these dimensions of `x` are; None, and the rest, are not split."""

@@ -230,7 +230,46 @@ def own_loop(name):
     return {"own_loop": found}
 
 
-CASES = {"forward": forward, "around": around, "own_loop": own_loop}
+def replicated(name):
+    """Gradients where the images are split over `data` alone, and nothing over `model`; shares of each array's norm."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import AxisType
+
+    import castling_jax
+    from castling_jax.ops.depthwise import convolve_channels
+
+    if name == "convolution":
+        rng = np.random.default_rng(0)
+        x, kernel = rng.normal(size=(4, 7, 8, 6)).astype("f"), rng.normal(size=(3, 5, 1, 6)).astype("f")
+
+        def total(kernel, x):
+            return sum(jnp.sum(jnp.sin(convolve_channels(x, kernel, strides))) for strides in ((1, 1), (2, 3)))
+
+        variables, images = kernel, x
+    else:
+        model, variables, images = family(name, **({"attention": "convolutional"} if name == "deit" else {}))
+
+        def total(variables, images):
+            return jnp.sum(jnp.sin(castling_jax.apply(model, variables, images, mask_threshold=0.05)))
+
+    expected = jax.jit(jax.grad(total))(variables, images)
+    found = {}
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
+        placed = jax.device_put(variables, jax.NamedSharding(mesh, jax.P()))
+        rows = jax.device_put(images, jax.NamedSharding(mesh, jax.P("data")))
+        shares = jax.tree.map(
+            lambda one, other: float(np.linalg.norm(one - other) / np.linalg.norm(other)) if np.any(other) else 0.0,
+            jax.device_get(jax.jit(jax.grad(total))(placed, rows)),
+            jax.device_get(expected),
+        )
+        found[kind.name] = max(jax.tree.leaves(shares))
+    return {"replicated": found}
+
+
+CASES = {"forward": forward, "around": around, "own_loop": own_loop, "replicated": replicated}
 
 if __name__ == "__main__":
     case, of = sys.argv[1:]

@@ -16,9 +16,7 @@ import castling_jax
 from castling_jax.convert.torch import from_torch, to_torch
 from castling_jax.data.sources import ArrayDataset
 from castling_jax.models import macs
-from castling_jax.models.attention import convolutional
 from castling_jax.models.attention.kinds import KINDS, make_core
-from castling_jax.models.layers import depthwise
 from castling_jax.models.registry import attentions_of
 from castling_jax.models.variables import bind, flatten, get_variables, unflatten
 from castling_jax.tools import describe
@@ -214,20 +212,6 @@ def test_tokens_that_are_zero_have_finite_gradients(kind):
 
     for gradient in jax.tree.leaves(gradients(params, jnp.zeros((2, 10, DIM)))):
         assert np.max(np.abs(gradient)) < 1e3
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_the_convolutions_own_gradient_is_jaxs_of_the_convolution(stride):
-    rng = np.random.default_rng(0)
-    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 5, 4, 6), (3, 3, 1, 6)))
-
-    def gradients(function):
-        return jax.grad(lambda *arrays: jnp.sum(jnp.sin(function(*arrays, (stride, stride)))), argnums=(0, 1))(
-            x, kernel
-        )
-
-    # Up to 40 products, summed in another order.
-    chex.assert_trees_all_close(gradients(convolutional._depthwise), gradients(depthwise), rtol=0, atol=5e-6)
 
 
 # What they cost

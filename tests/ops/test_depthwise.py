@@ -125,3 +125,19 @@ def test_what_a_tpu_runs_is_the_same_convolution(sizes, taps, dtype):
     for ours, theirs in zip(on_tpu, elsewhere, strict=True):
         largest = float(jnp.max(jnp.abs(theirs.astype(jnp.float32))))
         chex.assert_trees_all_close(ours, theirs, rtol=0, atol=4 * float(jnp.finfo(dtype).eps) * max(largest, 8))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "taps", "strides"), [((9,), (5,), (1,)), ((5, 4), (3, 5), (1, 1)), ((5, 4), (3, 3), (2, 3))]
+)
+def test_the_gradient_in_parts_is_jaxs_of_the_convolution(sizes, taps, strides):
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, *sizes, 6), (*taps, 1, 6)))
+
+    def gradients(function):
+        return jax.grad(lambda *arrays: jnp.sum(jnp.sin(function(*arrays, strides, None))), argnums=(0, 1))(x, kernel)
+
+    # Up to 40 products, summed in another order.
+    chex.assert_trees_all_close(
+        gradients(depthwise._convolve_in_parts), gradients(depthwise._convolve), rtol=0, atol=5e-6
+    )

@@ -1,17 +1,16 @@
 """Convolutional attention: a depthwise convolution of the grid before queries, keys and values."""
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from castling_jax.models.attention.heads import MultiHeadAttention
-from castling_jax.models.layers import TORCH_INIT, Layers, depthwise, split_linear, stop_at_zero
+from castling_jax.models.layers import TORCH_INIT, Layers, split_linear, stop_at_zero
+from castling_jax.ops.depthwise import convolve_channels
 
 if TYPE_CHECKING:
     from castling_jax.models.attention.kinds import Core
@@ -59,31 +58,4 @@ class Convolution(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], strides: tuple[int, int]
     ) -> Float[Array, "batch rows columns channels"]:
-        return _depthwise(x, self.kernel[...].astype(x.dtype), strides)
-
-
-# XLA's partitioner multiplies the kernel's gradient, a convolution too, by the number of devices along any axis of a
-# mesh over which the input is not split, if another axis splits the batch: here `tensor`, because the channels come
-# before the heads. The gradient is a sum of products instead.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _depthwise(x: Array, kernel: Array, strides: tuple[int, int]) -> Array:
-    return depthwise(x, kernel, strides)
-
-
-def _depthwise_and_keep(x: Array, kernel: Array, strides: tuple[int, int]) -> tuple[Array, tuple[Array, Array]]:
-    return depthwise(x, kernel, strides), (x, kernel)
-
-
-def _depthwise_gradients(strides: tuple[int, int], kept: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
-    x, kernel = kept
-    _, backward = jax.vjp(lambda x: depthwise(x, kernel, strides), x)
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32)
-    (rows, columns), (down, across) = d_out.shape[1:3], strides
-    taps = [
-        jnp.sum(padded[:, i : i + down * rows : down, j : j + across * columns : across] * d_out, axis=(0, 1, 2))
-        for i, j in np.ndindex(3, 3)
-    ]
-    return *backward(d_out), jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
-
-
-_depthwise.defvjp(_depthwise_and_keep, _depthwise_gradients)
+        return convolve_channels(x, self.kernel[...].astype(x.dtype), strides)

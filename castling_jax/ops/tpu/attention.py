@@ -15,14 +15,13 @@ from castling_jax.errors import InputError
 from castling_jax.ops.bias import Bias
 from castling_jax.ops.depthwise import depthwise_convolution
 from castling_jax.ops.kernel_calls import record
-from castling_jax.ops.mesh import axes_of_kind, mesh_in_use
+from castling_jax.ops.mesh import HEAD_AXES, axes_of_kind, mesh_in_use
 from castling_jax.ops.tokens import MAX_MULTIPLIED, values_of_queries
 from castling_jax.ops.tpu import linear_angular, linear_angular_blocks, masked_softmax, masked_softmax_blocks
 from castling_jax.ops.tpu.factors import append_factors, join_factors
 from castling_jax.ops.tpu.layout import fast_memory_bytes
 
 INSTEAD = 'use implementation="xla", which serves all'
-HEAD_AXES = ("tensor", "model")  # mesh axes of these names split the heads; all others split the batch
 
 
 def linear_angular_attention(
