@@ -32,6 +32,7 @@ from ml_collections import config_flags
 from castling_jax.convert.checkpoint import CHECKPOINTS
 from castling_jax.errors import DeterministicError, InputError, Mistakes, check_known
 from castling_jax.storage import check_bucket
+from castling_jax.suggestions import suggest
 from castling_jax.tools.memory import keep_freed_memory
 from castling_jax.training import distributed
 from castling_jax.training.checkpoints import next_start
@@ -92,6 +93,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     """
     try:
         return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        nearest = suggest(error.flagname, [*flags.FLAGS, *(f"config.{field}" for field in FIELDS)])
+        hint = f": did you mean --{nearest}?" if nearest else "; --help lists the flags."
+        raise InputError(f"unknown flag --{error.flagname}{hint}") from error
     except (flags.Error, TypeError, ValueError) as error:
         mistakes = Mistakes()
         for word in argv[1:]:  # absl stops at the first

@@ -8,7 +8,7 @@ from castling_jax.convert.inference import check_switch, to_inference
 from castling_jax.convert.inference_folder import load_inference
 from castling_jax.errors import InputError
 from castling_jax.models.attention.kinds import register_attention
-from castling_jax.models.registry import create_model
+from castling_jax.models.registry import create_model, list_models
 from castling_jax.models.variables import apply, get_variables
 
 __version__ = "0.1.0"
@@ -20,6 +20,7 @@ __all__ = [
     "convert",
     "create_model",
     "get_variables",
+    "list_models",
     "load_inference",
     "ops",
     "register_attention",

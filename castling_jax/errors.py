@@ -1,12 +1,15 @@
 """How the package refuses bad input: one sentence that names the value and what is allowed."""
 
 import contextlib
-import difflib
 import errno
 import os
 import re
 from collections.abc import Iterable, Iterator
 from types import TracebackType
+
+from castling_jax.suggestions import group_of, suggest
+
+LISTED = 20  # names, beside the nearest one
 
 
 class InputError(ValueError):
@@ -31,11 +34,10 @@ def check_known(kind: str, name: object, known: Iterable[str]) -> None:
     choices = list(known)
     if name in choices:
         return
-    nearest = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
-    hints = [f"did you mean {nearest[0]!r}?"] if nearest else []
-    if not nearest or len(choices) <= 12:
-        hints.append(f"(known: {', '.join(choices) or 'none'})")
-    raise InputError(f"unknown {kind} {name!r}: {' '.join(hints)}")
+    nearest, nearby = suggest(str(name), choices), group_of(str(name), choices)
+    listed = f" (known: {', '.join(nearby) or 'none'})" if not nearest or len(nearby) <= LISTED else ""
+    hint = f": did you mean {nearest!r}?{listed}" if nearest else f"{listed}."
+    raise InputError(f"unknown {kind} {name!r}{hint}")
 
 
 def check_at_least(name: str, value: float, low: float) -> None:

@@ -41,8 +41,9 @@ def run(workdir, *arguments):
     ("argument", "sentence"),
     [
         (
-            "--config.optimizer.learning_rat=1",
-            "unknown config field 'optimizer.learning_rat': did you mean 'optimizer.learning_rate'?",
+            "--config.mask.start=1",
+            "unknown config field 'mask.start': did you mean 'mask.start_threshold'? (known: mask.kind, mask.schedule, "
+            "mask.start_threshold, mask.begin, mask.end)",
         ),
         ("--config=configs/nope.py", "there is no configuration file 'configs/nope.py'."),
         (
@@ -54,7 +55,8 @@ def run(workdir, *arguments):
             "--config.train.epochs=many",
             "flag --config.train.epochs=many: invalid literal for int() with base 10: 'many'",
         ),
-        ("--wrkdir=x", "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
+        ("--wrkdir=x", "unknown flag --wrkdir: did you mean --workdir?"),
+        ("--learning_rate=1", "unknown flag --learning_rate: did you mean --config.optimizer.learning_rate?"),
         ("more", "unexpected argument 'more'; flags are --config, --workdir and --config.GROUP.FIELD."),
         ("--profile=5", "--profile must be FIRST:LAST, such as 100:104, not '5'."),
         ("--num_processes=2", "--coordinator, --num_processes and --process_id go together: give all three or none."),

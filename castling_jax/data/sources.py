@@ -325,7 +325,8 @@ def tfds_builder(name: str, *, data_dir: epath.PathLike | None, **options: Any) 
     import tensorflow_datasets as tfds
 
     if not re.fullmatch(TFDS_NAME, name):
-        raise InputError(f"a dataset is named digits, {FOLDER}PATH or NAME[/CONFIG][:VERSION], not {name!r}.")
+        hint = f": did you mean {FOLDER + name!r}?" if "/" in name or epath.Path(name).exists() else "."
+        raise InputError(f"a dataset is named digits, {FOLDER}PATH or NAME[/CONFIG][:VERSION], not {name!r}{hint}")
     try:
         return tfds.builder(name, data_dir=data_dir, **options)
     except tfds.core.DatasetNotFoundError as error:

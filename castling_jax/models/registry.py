@@ -51,7 +51,7 @@ MODELS: dict[str, tuple[type[Backbone], BackboneConfig]] = {
     "mvitv2_base": (MViTv2, MViTv2Config(depths=(2, 3, 16, 3), drop_path_rate=0.3)),
 }
 DTYPES = ("float32", "bfloat16")
-SIZES = ("num_classes", "image_size")  # fields of every configuration that are arguments of create_model themselves
+ARGUMENTS = ("attention", "form", "dtype", "param_dtype", "rngs")  # of create_model, beside a configuration's fields
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -175,12 +175,17 @@ def create_model(
 def _configured(name: str, overrides: dict[str, Any], sizes: dict[str, Any]) -> BackboneConfig:
     """The model's configuration with these fields, checked."""
     _, config = MODELS[name]
-    words = [field.name for field in dataclasses.fields(config) if field.name not in SIZES]
+    words = [field.name for field in dataclasses.fields(config)]
     for word in overrides:
-        check_known(f"argument of {name}", word, words)
+        check_known(f"argument of {name}", word, [*words, *ARGUMENTS])
     config = dataclasses.replace(config, **overrides, **sizes)
     _check_values(config)
     return config
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` takes."""
+    return list(MODELS)
 
 
 def attentions_of(name: str) -> list[str]:

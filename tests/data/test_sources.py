@@ -46,6 +46,7 @@ def test_unknown_names_are_refused(tmp_path):
         load_dataset("digits", "tset")
     for name, said in [
         ("fashion_mnst", "did you mean 'fashion_mnist'?"),
+        ("/data/flowers", "not '/data/flowers': did you mean 'folder:/data/flowers'?"),
         ("qqqq", "tensorflow-datasets has none of this name"),
         ("mnist:9.9.9", "only: 3.0.1"),
         ("emnist/leters", "leters not found"),
