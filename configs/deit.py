@@ -18,7 +18,7 @@ VARIANTS = {"tiny": "deit_tiny", "small": "deit_small", "base": "deit_base"}
 def get_config(argument: str = "") -> ConfigDict:
     config = imagenet_config("DeiT", argument, VARIANTS, default="small")
     config.model.drop_path_rate = 0.1
-    config.augment.repeats = 3
+    config.augment.update(repeats=3, mix_rows=256)  # one draw of mixing for each of the recipe's GPUs
     config.train.update(epochs=300, batch_size=1024, export="raw")
     config.optimizer.update(
         learning_rate=5e-4,

@@ -13,7 +13,7 @@ from .deit import get_config as deit_config
 
 def get_config(argument: str = "base") -> ConfigDict:
     config = deit_config(argument)
-    config.model.image_size = 384
+    config.model.update(image_size=384, drop_path_rate=0.0)  # DeiT fine-tunes without drop-path
     config.train.update(epochs=30, batch_size=512)
     config.optimizer.update(
         learning_rate=5e-6, initial_learning_rate=1e-6, final_learning_rate=5e-6, weight_decay=1e-8, warmup_epochs=5.0

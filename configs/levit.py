@@ -20,7 +20,7 @@ VARIANTS = {name: f"levit_{name}" for name in ("128s", "128", "192", "256", "384
 def get_config(argument: str = "") -> ConfigDict:
     config = imagenet_config("LeViT", argument, VARIANTS, default="256")
     config.model.distilled = True
-    config.augment.repeats = 3
+    config.augment.update(repeats=3, mix_rows=256)  # one draw of mixing for each of the recipe's GPUs
     config.train.update(epochs=1000, batch_size=2048, ema_decay=0.99996, export="raw")
     config.optimizer.update(
         learning_rate=5e-4,

@@ -16,7 +16,8 @@ VARIANTS = {"tiny": "mvitv2_tiny", "small": "mvitv2_small", "base": "mvitv2_base
 
 def get_config(argument: str = "") -> ConfigDict:
     config = imagenet_config("MViTv2", argument, VARIANTS, default="tiny")
-    config.augment.randaugment = "rand-m9-n6-mstd0.5-inc1"
+    # One draw of mixing for each of the recipe's GPUs.
+    config.augment.update(randaugment="rand-m9-n6-mstd0.5-inc1", mix_rows=32)
     config.train.update(epochs=300, batch_size=2048)
     config.optimizer.update(
         learning_rate=2.5e-4,

@@ -79,6 +79,7 @@ FIELDS = {
     "augment.cutmix": Field(0.0, number("[0, inf)"), "Alpha of CutMix, which pastes a box of another image."),
     "augment.mix_switch": Field(0.5, number("[0, 1]"), "Probability of CutMix where mixup is on as well."),
     "augment.mix_probability": Field(1.0, number("[0, 1]"), "Probability that a batch is mixed at all."),
+    "augment.mix_rows": Field(None, integer(1), "Rows of a batch that share one draw of mixing. None: all of them."),
     "train.epochs": Field(100, integer(1), "Passes over the training split; each is a whole number of batches."),
     "train.batch_size": Field(128, integer(1), "Images a step, over all devices."),
     "train.accumulate_steps": Field(1, integer(1), "Parts of a batch, computed one after another: less memory."),
@@ -150,6 +151,10 @@ def check_config(config: ConfigDict) -> None:
     with mistakes:
         check_at_most("config.mask.begin", config.mask.begin, config.mask.end, "config.mask.end")
     with mistakes:
+        rows, batch_size = config.augment.mix_rows, config.train.batch_size
+        if rows is not None and rows < batch_size and batch_size % rows:
+            raise InputError(f"config.augment.mix_rows = {rows} does not divide config.train.batch_size, {batch_size}.")
+    with mistakes:
         if config.train.export == "averaged" and config.train.ema_decay is None:
             raise InputError("config.train.export = 'averaged' needs an average: give config.train.ema_decay.")
     if config.augment.randaugment is not None:
@@ -175,4 +180,5 @@ def mixing_options(config: ConfigDict) -> dict[str, Any]:
         "cutmix": augment.cutmix,
         "switch": augment.mix_switch,
         "probability": augment.mix_probability,
+        "mix_rows": augment.mix_rows,
     }

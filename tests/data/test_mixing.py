@@ -121,6 +121,26 @@ def test_images_keep_their_dtype_and_targets_are_float32():
     assert (targets.dtype, targets.shape) == (jnp.float32, (CLASSES, CLASSES))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_that_share_a_draw_are_mixed_as_a_whole_batch_is(seed):
+    options = MIX | {"probability": 1.0}
+    key = jax.random.key(seed)
+    images, targets = mix(jnp.asarray(IMAGES), LABELS, key, **options, mix_rows=2)
+    draws = [mix(jnp.asarray(IMAGES), LABELS, own, **options) for own in jax.random.split(key, 3)]
+    for ours, expected in zip((images, targets), zip(*draws, strict=True), strict=True):
+        np.testing.assert_allclose(
+            ours, np.concatenate([draw[2 * i : 2 * i + 2] for i, draw in enumerate(expected)]), rtol=0, atol=1e-6
+        )
+    assert len({float(targets[row, row]) for row in range(CLASSES)}) == 3  # a weight of its own for each two rows
+
+
+@pytest.mark.parametrize("rows", [CLASSES, CLASSES + 5])
+def test_one_draw_for_the_whole_batch_is_the_default(rows):
+    given = jnp.asarray(IMAGES), LABELS, jax.random.key(3)
+    for ours, expected in zip(mix(*given, **MIX, mix_rows=rows), mix(*given, **MIX), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
 ON_A_MESH = """
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -129,7 +149,7 @@ from castling_jax.data.mixing import mix
 
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-options = {"mixup": 0.8, "cutmix": 1.0, "switch": 0.5, "probability": 1.0, "num_classes": 10}
+options = {"mixup": 0.8, "cutmix": 1.0, "switch": 0.5, "probability": 1.0, "num_classes": 10, "mix_rows": SHARE}
 images = np.random.default_rng(0).normal(size=(ROWS, 16, 16, 3)).astype(np.float32)
 given = images, np.arange(ROWS) % 10, jax.random.key(5)
 
@@ -150,11 +170,11 @@ for ours, expected in zip(over_mesh(*placed), jax.jit(run)(*given), strict=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [32, 256])
-def test_on_a_mesh_images_with_partners_elsewhere_are_exchanged_and_the_result_is_the_same(rows):
+@pytest.mark.parametrize(("rows", "share"), [(32, None), (256, None), (256, 64), (256, 16)])
+def test_on_a_mesh_images_with_partners_elsewhere_are_exchanged_and_the_result_is_the_same(rows, share):
     env = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
     run = subprocess.run(
-        [sys.executable, "-c", ON_A_MESH.replace("ROWS", str(rows))],
+        [sys.executable, "-c", ON_A_MESH.replace("ROWS", str(rows)).replace("SHARE", str(share))],
         env=env,
         capture_output=True,
         text=True,
