@@ -4,6 +4,7 @@ NAME is one of configs/, or a file of your own. --help-config lists the fields.
 
 Started again, the same command goes on where an interrupted run stopped; of a finished run it prints the summary.
 Ctrl-C (as SIGTERM) has the run save after the step and end; a second Ctrl-C ends it at once.
+--check checks the configuration, and does nothing else.
 --evaluate=RUN (or RUN/checkpoints/STEP) prints the held-out figures of both forms, and does nothing else.
 
 On a TPU pod it is started on every host, which find each other; elsewhere --coordinator=HOST:PORT, --num_processes and
@@ -76,6 +77,7 @@ def define_flags(argv: list[str]) -> list[str]:
     about = "NAME or FILE.py, and :ARGUMENT; --help-config lists its fields."
     config_flags.DEFINE_config_dict("config", config, about, sys_argv=arguments)
     flags.DEFINE_boolean("help-config", False, "Print the configuration's fields, values and meanings, and no more.")
+    flags.DEFINE_boolean("check", False, "Check the configuration's values, and do no more: no data is looked at.")
     flags.DEFINE_string("workdir", str(workdir), "Where the run is kept, gs:// too.")
     flags.DEFINE_string("evaluate", None, "A run's folder, or one of its checkpoints/STEP, to evaluate and no more.")
     flags.DEFINE_string("profile", None, "FIRST:LAST, the steps to trace for XProf, into the workdir's profile/.")
@@ -189,6 +191,10 @@ def main(argv: list[str]) -> None:
         print(describe_fields(options.config))
         return
     profile = profiled_steps(options.profile)
+    if options.check:
+        check_config(options.config)
+        print("The configuration is valid.")
+        return
     distributed.initialize(options.coordinator, options.num_processes, options.process_id)
     is_writer = jax.process_index() == 0
     if jax.default_backend() == "cpu":

@@ -20,6 +20,7 @@ SETTINGS = {
     "ARCHIVES": "/archives",
     "TOPOLOGY": "v5e:16x16",
     "REPOSITORY": "https://host/code",
+    "PYTHON": "/nowhere/python",  # the configuration is checked in the tests that say so
 }
 
 
@@ -229,6 +230,43 @@ def test_a_setting_that_is_missing_or_wrong_is_named():
     assert "set TOPOLOGY" in dry_run("report", status=2, TOPOLOGY="")
     assert "TYPE must start with" in dry_run("create", status=2, TYPE="v3-8")
     assert "SLICES must be a number from 1 on, not '0'" in dry_run("train", status=2, SLICES="0")
+
+
+@pytest.mark.parametrize(
+    ("step", "setting", "value"),
+    [
+        ("train", "RUN", "a b"),
+        ("stop", "RUN", "it's"),
+        ("export", "RUN", "$(reboot)"),
+        ("watch", "BUCKET", "gs://my bucket"),
+        ("install", "BUCKET", "gs://x;reboot"),
+        ("install", "REVISION", "main && reboot"),
+        ("create", "NAME", "my pod"),
+    ],
+)
+def test_what_a_workers_shell_would_read_otherwise_is_refused(step, setting, value):
+    said = dry_run(step, status=2, **{setting: value})
+    assert said.startswith(f"{step}.sh: {setting} must be ")
+    assert said.endswith(f"not '{value}'.\n")
+
+
+def test_a_repositorys_address_is_quoted():
+    (command, *_) = [command for _, command in on_workers(dry_run("install", REPOSITORY="https://host/my code"))]
+    assert "https://host/my code" in shlex.split(command)
+
+
+@pytest.mark.parametrize("flag", ["--dryrun", "--workdir=x", "--config=deit", "more"])
+def test_a_start_takes_fields_alone(flag):
+    said = dry_run("train", flag, status=2)
+    assert said.startswith(f"train.sh: there is no flag '{flag}', only --config.GROUP.FIELD=VALUE")
+
+
+def test_fields_are_checked_before_workers_are_asked():
+    done = run_step("train", "--dry-run", "--config.optimizer.lr=1", PYTHON=sys.executable)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "unknown config field 'optimizer.lr': did you mean 'optimizer.learning_rate'?" in done.stderr
+    done = run_step("train", "--dry-run", "--config.train.epochs=9", PYTHON=sys.executable)
+    assert (done.returncode, done.stderr) == (0, "The configuration is valid.\n")
 
 
 @pytest.mark.parametrize("step", ["create", "delete", "install", "prepare", "stop", "watch"])

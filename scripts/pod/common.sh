@@ -23,6 +23,12 @@ case "$TYPE" in
     *) echo "TYPE must start with v4-, v5litepod-, v5p- or v6e-, not '$TYPE'." >&2 && exit 2 ;;
 esac
 [[ "$SLICES" =~ ^[1-9][0-9]*$ ]] || { echo "SLICES must be a number from 1 on, not '$SLICES'." >&2 && exit 2; }
+# They stand in commands that a worker's shell reads.
+plain() {
+    [[ "${!1:-}" =~ ^$2$ ]] || { echo "$(basename "$0"): $1 must be $3, not '${!1}'." >&2 && exit 2; }
+}
+plain NAME '[a-z][a-z0-9-]*' "lower-case letters, digits and -"
+plain RUN '[A-Za-z0-9._-]+' "letters, digits, '.', '_' and '-'"
 CODE=castling_jax       # the clone, in every worker's home
 TRAINING="^[^ ]*python main.py .*--workdir=${BUCKET:-}/runs/$RUN( |$)"  # by which pgrep finds the run
 MOUNT=/mnt/castling     # where every worker sees BUCKET: ArrayRecord files are read from a disk
@@ -67,6 +73,7 @@ need() {
 bucket() {
     need BUCKET "the bucket that everything is kept in, such as gs://my-bucket"
     [[ "$BUCKET" == gs://* ]] || { echo "$(basename "$0"): BUCKET must start with gs://, not '$BUCKET'." >&2 && exit 2; }
+    plain BUCKET 'gs://[a-z0-9._-]+(/[A-Za-z0-9._-]+)*' "gs://NAME or gs://NAME/FOLDER, of letters, digits, '.', '_' and '-'"
 }
 
 # nodes: the names of all slices.

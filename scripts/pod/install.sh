@@ -7,10 +7,11 @@ bucket
 REPOSITORY=${REPOSITORY:-$(git remote get-url origin 2> /dev/null || true)}
 REVISION=${REVISION:-$(git rev-parse HEAD 2> /dev/null || echo origin/HEAD)}
 need REPOSITORY "an address that the workers can clone, such as https://github.com/YOU/castling_jax"
+plain REVISION '[A-Za-z0-9._/-]+' "a commit, a branch or a tag"
 
 # The pods' system has an older Python than 3.11, so uv brings one.
 everywhere "curl -LsSf https://astral.sh/uv/install.sh | sh; \
-[ -d $CODE ] || git clone --quiet $REPOSITORY $CODE; \
+[ -d $CODE ] || git clone --quiet $(printf %q "$REPOSITORY") $CODE; \
 cd $CODE && git fetch --quiet && git checkout --quiet --detach $REVISION \
 && ~/.local/bin/uv venv --quiet --clear --python 3.12 .venv && ~/.local/bin/uv pip install --quiet -e '.[tpu]'"
 # A new machine updates itself: apt-get waits for its lock.
