@@ -5,7 +5,9 @@ NAME is one of configs/, or a file of your own. --help-config lists the fields.
 Started again, the same command goes on where an interrupted run stopped; of a finished run it prints the summary.
 Ctrl-C (as SIGTERM) has the run save after the step and end; a second Ctrl-C ends it at once.
 --check checks the configuration, and does nothing else.
---evaluate=RUN (or RUN/checkpoints/STEP) prints the held-out figures of both forms, and does nothing else.
+--evaluate=RUN (or RUN/checkpoints/STEP) evaluates both forms on the split that the run's summary tells of, or on the
+data that --config.dataset.name, .eval_split and other fields of dataset name, and trains nothing. It prints what it
+finds and writes RUN/evaluation/, or WORKDIR/evaluation/ where --workdir is given.
 
 On a TPU pod it is started on every host, which find each other; elsewhere --coordinator=HOST:PORT, --num_processes and
 --process_id say where they are. scripts/launch.py starts several processes on one machine.
@@ -40,10 +42,10 @@ from castling_jax.training.checkpoints import next_start
 from castling_jax.training.config import FIELDS, check_config
 from castling_jax.training.config_files import find_config, load_config
 from castling_jax.training.config_help import describe_fields
-from castling_jax.training.evaluate import evaluate_checkpoint
+from castling_jax.training.evaluate_run import evaluate_checkpoint, run_of
 from castling_jax.training.preemption import Preempted
 from castling_jax.training.run import run
-from castling_jax.training.summary import SUMMARY_FILE, describe_evaluation
+from castling_jax.training.summary import SUMMARY_FILE
 
 DEFAULT_CONFIG = "digits"
 SAME_AGAIN = 3  # the status after a DeterministicError, by which scripts/pod/resume.sh knows not to start the run again
@@ -133,6 +135,21 @@ def profiled_steps(text: str | None) -> range | None:
     return range(int(found[1]), int(found[2]) + 1)
 
 
+def evaluation_changes() -> dict[str, Any]:
+    """The fields given beside --evaluate, but for mesh's.
+
+    Raises:
+      InputError: there is a flag that has no effect with --evaluate.
+    """
+    options = flags.FLAGS
+    unused = ["--profile"] if options["profile"].present else []
+    unused += ["--config"] if any(re.fullmatch(r"--?config(=.*)?", word) for word in sys.argv[1:]) else []
+    if unused:
+        raise InputError(f"--evaluate takes the run's own configuration: leave out {' and '.join(unused)}.")
+    given = config_flags.get_override_values(options["config"])
+    return {name: value for name, value in given.items() if not name.startswith("mesh.")}
+
+
 def ignore_closed_loops(raised: Any) -> None:
     """Python's hook for what nobody can catch, without what TensorStore's threads say a hundred times of a bad file."""
     if str(raised.exc_value) != "Event loop is closed":
@@ -200,8 +217,11 @@ def main(argv: list[str]) -> None:
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     if options.evaluate is not None:
-        figures = evaluate_checkpoint(options.evaluate, options.config.mesh)
-        print(describe_evaluation(figures) if is_writer else "", end="")
+        evaluation = evaluate_checkpoint(options.evaluate, options.config.mesh, evaluation_changes())
+        if is_writer:
+            print(evaluation, end="", flush=True)
+            files = evaluation.write(options.workdir if options["workdir"].present else run_of(options.evaluate))
+            print("".join(f"  {file}\n" for file in files), end="")
         return
     workdir = run_folder()
     assert workdir is not None

@@ -80,6 +80,15 @@ def refusing(kinds: type[Exception] | tuple[type[Exception], ...], sentence: str
         raise InputError(f"{sentence} ({said}).") from error
 
 
+@contextlib.contextmanager
+def about(subject: str) -> Iterator[None]:
+    """Puts `subject` and a colon before what an InputError inside the block says."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"{subject}: {error}") from error
+
+
 class Mistakes:
     """Collects mistakes, so that a person hears of all of them at once.
 

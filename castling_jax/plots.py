@@ -1,10 +1,15 @@
 """Pictures: arrays in, matplotlib figures out. `figure.savefig(path)` writes one; a notebook shows it."""
 
+from collections.abc import Sequence
+
 import matplotlib
 import numpy as np
+from jaxtyping import Int
 from matplotlib.figure import Figure
 
 DENSITY_TITLES = {"threshold": "Softmax weights kept by the mask", "fade": "Softmax branch kept by the fade"}
+MOST_NAMED = 30  # classes of a confusion matrix that have their names and counts
+MOST_LETTERS = 24  # of a name
 
 
 def draw_training(history: dict[str, np.ndarray], *, mask_kind: str = "threshold") -> Figure:
@@ -48,6 +53,33 @@ def draw_training(history: dict[str, np.ndarray], *, mask_kind: str = "threshold
 
     for axis in axes.flat:
         axis.grid(alpha=0.3)
+    return figure
+
+
+def draw_confusion(counts: Int[np.ndarray, "classes classes"], classes: Sequence[str]) -> Figure:
+    """A confusion matrix: the share of each class's images that got each answer, with counts where there is room.
+
+    Args:
+      counts: of images; row is the label, column the answer.
+      classes: their names.
+    """
+    count = len(classes)
+    side = min(3 + 0.45 * count, 16)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axis = figure.subplots()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    image = axis.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, label="% of the class's images", shrink=0.8)
+    axis.set(xlabel="answer", ylabel="class", title="Answers of the inference form")
+    if count > MOST_NAMED:
+        return figure
+    names = [name.encode("unicode_escape").decode() if not name.isprintable() else name for name in classes]
+    names = [name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…" for name in names]
+    axis.set_xticks(range(count), names, rotation=90, parse_math=False)
+    axis.set_yticks(range(count), names, parse_math=False)
+    for row, column in np.argwhere(counts):
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axis.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=color, fontsize="small")
     return figure
 
 

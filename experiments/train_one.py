@@ -4,7 +4,6 @@
 """
 
 import argparse
-import functools
 import json
 import platform
 import subprocess
@@ -16,18 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Bool
-from ml_collections import ConfigDict
 
-from castling_jax.convert.weights import read
-from castling_jax.data.loader import evaluation_batches
-from castling_jax.data.sources import load_dataset
-from castling_jax.data.transforms import eval_transform
 from castling_jax.errors import InputError, check_known
-from castling_jax.models.backbone import Backbone
-from castling_jax.models.variables import Variables, apply
 from castling_jax.storage import write_atomically
 from castling_jax.tools.memory import keep_freed_memory
-from castling_jax.training.config import image_options
+from castling_jax.training.evaluate_run import ANSWERS_FILE, EVALUATIONS
 from castling_jax.training.preemption import Preempted
 from castling_jax.training.run import run
 from castling_jax.training.summary import Summary
@@ -48,8 +40,9 @@ def train_one(trial: Trial, workdir: Path) -> dict[str, Any]:
     """
     study = load_study(trial.study)
     config = trial.config(study)
+    config.dataset.test_split = study.test_split
     summary = run(config, workdir)
-    train_form, inference_form = correct_answers(summary, config, study.test_split)
+    correct = _correct_answers(summary)
     figures, data = summary.figures, config.dataset
     return {
         "study": trial.study,
@@ -57,16 +50,16 @@ def train_one(trial: Trial, workdir: Path) -> dict[str, Any]:
             "name": data.name,
             "train_split": data.train_split,
             "eval_split": data.eval_split,
-            "test_split": study.test_split,
+            "test_split": data.test_split,
         },
         "variant": trial.arm.name,
         "seed": trial.seed,
         "learning_rate": trial.learning_rate,
-        "accuracy_validation": figures["accuracy_inference_form"],
-        "accuracy_train_form": float(train_form.mean()),
-        "accuracy_inference_form": float(inference_form.mean()),
-        "correct": pack(inference_form),
-        "images": len(inference_form),
+        "accuracy_validation": figures["validation"]["accuracy_inference_form"],
+        "accuracy_train_form": figures["accuracy_train_form"],
+        "accuracy_inference_form": figures["accuracy_inference_form"],
+        "correct": pack(correct),
+        "images": len(correct),
         "steps": figures["steps"],
         "seconds": figures["train_seconds"],
         "parameters": figures["parameters_inference_form"],
@@ -79,40 +72,14 @@ def train_one(trial: Trial, workdir: Path) -> dict[str, Any]:
     }
 
 
-def correct_answers(
-    summary: Summary, config: ConfigDict, split: str
-) -> tuple[Bool[np.ndarray, "images"], Bool[np.ndarray, "images"]]:
-    """Which images of a split a finished run classifies correctly, in the split's order.
-
-    Returns:
-      The training form's answers, at the last step's mask threshold, and those of the exported inference form.
-
-    Raises:
-      InputError: an image is corrupt.
-    """
-    checkpoint = read(summary.workdir)
-    assert checkpoint.model is not None  # a run's checkpoint says what its model is
-    train_form = functools.partial(_classify, checkpoint.model, mask_threshold=checkpoint.mask_threshold)
-    forms = (
-        (jax.jit(train_form), jax.device_put(checkpoint.variables)),
-        (jax.jit(functools.partial(_classify, summary.model)), jax.device_put(summary.variables)),
-    )
-    batches = evaluation_batches(
-        load_dataset(config.dataset.name, split, data_dir=config.dataset.data_dir),
-        batch_size=config.evaluation.batch_size,
-        transform=eval_transform(**image_options(config, summary.model.spec.image_size)),
-    )
-    answers = []
-    for batch in batches:
-        is_image = batch["weight"] > 0  # the last batch is padded
-        labels = batch["label"][is_image]
-        answers.append([np.asarray(form(variables, batch["image"]))[is_image] == labels for form, variables in forms])
-    of_train_form, of_inference_form = zip(*answers, strict=True)
-    return np.concatenate(of_train_form), np.concatenate(of_inference_form)
-
-
-def _classify(model: Backbone, variables: Variables, images: jax.Array, **inputs: Any) -> jax.Array:
-    return apply(model, variables, images, **inputs).argmax(-1)
+def _correct_answers(summary: Summary) -> Bool[np.ndarray, "images"]:
+    """Which images of the test split the exported inference form classifies correctly, in the split's order."""
+    figures = summary.figures
+    if figures["eval_corrupt"]:
+        raise InputError(f"{figures['eval_corrupt']:,} images of the test split are corrupt.")
+    (path,) = (summary.workdir / EVALUATIONS).glob(f"*-{figures['steps']}/{ANSWERS_FILE}")
+    answers = np.genfromtxt(path, delimiter=",", names=True, dtype=int)
+    return answers["inference_form"] == answers["label"]
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""Who may import whom: main.py -> tools -> training -> {data, convert, plots} -> models -> ops -> {errors, storage}."""
+"""Who may import whom: main.py -> tools -> training -> {data, convert, plots} -> models -> ops -> {errors, ...}."""
 
 import ast
 import sys
@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "castling_jax"
-RANKS = {"suggestions": -1, "errors": 0, "storage": 1, "ops": 2, "models": 3, "data": 4, "convert": 4, "plots": 4}
+RANKS = {"suggestions": -1, "errors": 0, "storage": 1, "preprocessing": 1, "ops": 2, "models": 3}
+RANKS |= {"data": 4, "convert": 4, "plots": 4}
 RANKS |= {"training": 5, "tools": 6}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in RANKS)
 OPS_MAY_IMPORT = {"jax", "jaxtyping", "numpy", "castling_jax", *sys.stdlib_module_names}

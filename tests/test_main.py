@@ -115,6 +115,23 @@ def test_the_configuration_is_found_in_the_arguments(monkeypatch, arguments, mod
     assert str(main.run_folder()) == workdir
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config=digits", "--profile=1:2"], "takes the run's own configuration: leave out --profile and --config."),
+        (
+            ["--config.seed=7", "--config.dataset.name=digits"],
+            "does not heed seed: of the configuration, only ",
+        ),
+        (["--noconfig.reset_head"], "does not heed reset_head: "),
+    ],
+)
+def test_an_evaluation_refuses_what_it_would_ignore(tmp_path, arguments, sentence):
+    result = run(tmp_path / "run", "--evaluate=nowhere", *arguments)
+    assert sentence in result.stderr
+    assert result.stderr.count("\n") == 1 and result.returncode == 1
+
+
 def test_all_mistakes_are_said_at_once(tmp_path):
     fields = run(tmp_path / "run", "--config.train.epoch=1", "--config.optimiser.b1=2", "--config=nothing")
     assert fields.stderr.count("\n") == 4
@@ -270,7 +287,11 @@ def test_run_from_end_to_end(tmp_path):
     evaluated = run(workdir, f"--evaluate={workdir}")
     assert evaluated.returncode == 0, evaluated.stderr
     assert f"inference form  {100 * summary['accuracy_inference_form']:.2f} %" in evaluated.stdout
-    assert f"step {summary['steps']}, mask threshold 1\n" in evaluated.stdout
+    assert f"step {summary['steps']}, mask threshold 1\n  digits, split test: 360 images" in evaluated.stdout
+    other = run(workdir, f"--evaluate={workdir}", "--config.dataset.eval_split=minival", "--config.mesh.data=1")
+    assert "  digits, split minival: 288 images of 10 classes\n" in other.stdout
+    for split in ("test", "minival"):
+        assert (workdir / "evaluation" / f"digits-{split}-{summary['steps']}" / "confusion.png").exists()
     other = run(workdir, *SMALL, "--config.seed=1")
     assert other.returncode != 0
     assert "config.seed = 0, not 1" in other.stderr

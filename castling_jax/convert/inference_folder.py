@@ -1,15 +1,17 @@
 """The inference folder: the switched variables, or a program with them inside, and the model they belong to, on disk.
 
-A folder holds `model.json`, which says what it was made from, with what, and the SHA-256 of the rest, and one of
-PAYLOADS.
+A folder holds one of PAYLOADS, and `model.json`, which says what model it is, how an image becomes its input, what its
+outputs are called, what it was made with, and the SHA-256 of the payload.
 """
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,11 @@ from safetensors.numpy import save_file as save_safetensors
 
 from castling_jax.convert.inference import to_inference
 from castling_jax.convert.shipped import locate
-from castling_jax.errors import InputError, check_known, reason, refusing
+from castling_jax.errors import InputError, about, check_known, reason, refusing
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, check_variables, flatten, unflatten
+from castling_jax.preprocessing import Preprocessing
 from castling_jax.storage import check_bucket, copy_folder, is_remote, local_copy, remove, write_atomically
 
 VARIABLES_FILE = "variables.safetensors"
@@ -35,11 +38,36 @@ PROGRAM_FILE = "program.stablehlo"
 MODEL_FILE = "model.json"
 PAYLOADS = {"safetensors": VARIABLES_FILE, "orbax": "variables.orbax", "stablehlo": PROGRAM_FILE}
 PLATFORMS = ("cpu", "tpu", "cuda")  # what a program is exported for
-FORMAT = 1
+FORMAT = 2  # format 1 had neither preprocessing nor classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a model.json says.
+
+    Attributes:
+      model: the arguments of `create_model`.
+      file: the payload's name, one of PAYLOADS' values.
+      sha256: the payload's.
+      preprocessing: how an image becomes the model's input; None where it is not stated.
+      classes: the names of the model's outputs, in their order; None where they are not stated.
+    """
+
+    model: dict[str, Any]
+    file: str
+    sha256: str
+    preprocessing: Preprocessing | None
+    classes: list[str] | None
 
 
 def save_inference(
-    path: str | os.PathLike, model: Backbone, variables: Variables, *, format: str = "safetensors"
+    path: str | os.PathLike,
+    model: Backbone,
+    variables: Variables,
+    *,
+    format: str = "safetensors",
+    preprocessing: Preprocessing | None = None,
+    classes: Sequence[str] | None = None,
 ) -> None:
     """Writes an inference folder, which `load_inference` reads unless it is a StableHLO program.
 
@@ -50,15 +78,20 @@ def save_inference(
       model: in training or inference form.
       variables: this model's; switched here if the model is in training form.
       format: one of PAYLOADS: "safetensors", one file; "orbax", a checkpoint; "stablehlo", `export_program`.
+      preprocessing: how an image becomes the model's input; None leaves it unsaid.
+      classes: the names of the model's outputs, in their order; None leaves them unsaid.
 
     Raises:
-      InputError: the variables are not the model's, the format is unknown, `path` is a file, or it cannot be written.
+      InputError: the variables are not the model's, the preprocessing or the classes do not fit the model, the format
+        is unknown, `path` is a file, or it cannot be written.
     """
     check_known("format", format, PAYLOADS)
+    classes = None if classes is None else list(classes)
+    _check_meaning(model.spec.arguments(), preprocessing, classes)
     if is_remote(path):
         check_bucket(path)
         with tempfile.TemporaryDirectory() as here:
-            save_inference(here, model, variables, format=format)
+            save_inference(here, model, variables, format=format, preprocessing=preprocessing, classes=classes)
             for name in PAYLOADS.values():  # an earlier one's files would stay among the new ones
                 remove(epath.Path(path) / name)
             copy_folder(epath.Path(here), epath.Path(path), last=MODEL_FILE)
@@ -73,6 +106,7 @@ def save_inference(
     check_variables(model, variables)
     arrays = {name: np.ascontiguousarray(jax.device_get(leaf)) for name, leaf in flatten(variables).items()}
     description: dict[str, Any] = {"format": FORMAT, "model": arguments, "file": PAYLOADS[format]}
+    description |= {"preprocessing": preprocessing and preprocessing.to_dict(), "classes": classes}
     if format == "stablehlo":
         program = export_program(model, unflatten(arrays))
         description |= {"images": ["batch", *_image_shape(model)], "platforms": PLATFORMS}
@@ -124,21 +158,12 @@ def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
         with local_copy(path) as copy:
             return load_inference(copy)
     folder = Path(path)
-    if not (folder / MODEL_FILE).is_file():
-        raise InputError(f"'{folder}' is not an inference folder: it has no {MODEL_FILE}.")
-    damage = (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError)
-    with refusing(damage, f"'{folder / MODEL_FILE}' is damaged or not an inference folder's"):
-        description = json.loads((folder / MODEL_FILE).read_text())
-        arguments, checksum = description["model"], description["sha256"]
-        written_as, name = description["format"], description.get("file", VARIABLES_FILE)
-        if not isinstance(arguments, dict) or "name" not in arguments or name not in PAYLOADS.values():
-            raise KeyError("name")
-    if written_as != FORMAT:
-        raise InputError(f"'{folder}' is of format {written_as}; this version reads format {FORMAT}.")
+    description = read_description(folder)
+    name = description.file
     payload = folder / name
     if not payload.exists():
         raise InputError(f"'{folder}' is not an inference folder: it has no {name}.")
-    if _sha256(payload) != checksum:
+    if _sha256(payload) != description.sha256:
         raise InputError(f"'{payload}' is damaged: its SHA-256 is not the one in {MODEL_FILE}.")
     if name == PROGRAM_FILE:
         raise InputError(
@@ -148,9 +173,54 @@ def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
     with refusing(SafetensorError, f"'{payload}' cannot be read"):
         variables = unflatten(load_safetensors(payload)) if name == VARIABLES_FILE else _load_orbax(payload)
     with refusing((TypeError, ValueError), f"'{folder / MODEL_FILE}' describes no model"):
-        model = abstract_model(**arguments)
+        model = abstract_model(**description.model)
     check_variables(model, variables)
     return model, variables
+
+
+def read_description(path: str | os.PathLike) -> Description:
+    """Reads an inference folder's model.json alone, of a StableHLO program too.
+
+    Args:
+      path: as `load_inference` takes it.
+
+    Raises:
+      InputError: the file is missing, damaged, or of a later format.
+    """
+    check_bucket(path)
+    file = locate(path) / MODEL_FILE
+    if not file.is_file():
+        raise InputError(f"'{file.parent}' is not an inference folder: it has no {MODEL_FILE}.")
+    damage = (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError)
+    with refusing(damage, f"'{file}' is damaged or not an inference folder's"):
+        content = json.loads(file.read_text())
+        written_as, model, sha256 = content["format"], content["model"], content["sha256"]
+        name = content.get("file", VARIABLES_FILE)
+        if not isinstance(model, dict) or "name" not in model or name not in PAYLOADS.values():
+            raise KeyError("name")
+    if written_as not in range(1, FORMAT + 1):
+        raise InputError(f"'{file.parent}' is of format {written_as}; this version reads formats up to {FORMAT}.")
+    with about(f"'{file}' is damaged"):
+        stated, classes = content.get("preprocessing"), content.get("classes")
+        preprocessing = None if stated is None else Preprocessing.from_dict(stated)
+        _check_meaning(model, preprocessing, classes)
+    return Description(model, name, sha256, preprocessing, classes)
+
+
+def _check_meaning(arguments: dict[str, Any], preprocessing: Preprocessing | None, classes: Any) -> None:
+    """Raises an InputError unless preprocessing and classes, where stated, fit a model of these arguments."""
+    size, channels, count = arguments.get("image_size"), arguments.get("in_chans", 3), arguments.get("num_classes")
+    if preprocessing is not None and (preprocessing.image_size, len(preprocessing.channels)) != (size, channels):
+        raise InputError(
+            f"the preprocessing makes images of {preprocessing.image_size} pixels and {len(preprocessing.channels)} "
+            f"channels, and the model takes {size} and {channels}."
+        )
+    if classes is None:
+        return
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise InputError("classes must be a list of texts.")
+    if len(classes) != count:
+        raise InputError(f"there are {len(classes):,} names of classes, and the model has {count} classes.")
 
 
 def export_program(model: Backbone, variables: Variables) -> bytes:

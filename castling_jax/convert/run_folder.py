@@ -7,7 +7,8 @@ from typing import Any
 
 from etils import epath
 
-from castling_jax.errors import InputError, refusing
+from castling_jax.errors import InputError, about, refusing
+from castling_jax.preprocessing import Preprocessing
 from castling_jax.storage import write_atomically
 
 CONFIG_FILE = "config.json"
@@ -36,8 +37,11 @@ def read_config(run: epath.Path) -> dict[str, Any]:
         written_as = config.pop("format", FORMAT)
         if written_as == FORMAT:  # all that a reader of the run goes by is there, and of the right type
             model_arguments(config), exported_weights(config), start_threshold(config["mask"])
+            config["dataset"].keys()
     if written_as != FORMAT:
         raise InputError(f"'{path}' is of format {written_as}; this version reads format {FORMAT}.")
+    with about(f"'{path}' is damaged"):
+        preprocessing_of(config, image_size=1)
     return config
 
 
@@ -60,6 +64,16 @@ def start_threshold(mask: Mapping[str, Any]) -> float:
     """The mask's threshold at the start: of the configuration's group `mask`, where None is its kind's own."""
     start = mask["start_threshold"]
     return START_THRESHOLDS[mask.get("kind", "threshold")] if start is None else float(start)
+
+
+def preprocessing_of(config: Mapping[str, Any], image_size: int) -> Preprocessing:
+    """What a run does to the images that it is evaluated on, by its configuration or its config.json.
+
+    An earlier version's config.json may lack fields, which then have `Preprocessing`'s defaults.
+    """
+    data = config["dataset"]
+    names = ("mean", "std", "crop_ratio", "exif")
+    return Preprocessing(image_size, **{name: data[name] for name in names if name in data})
 
 
 def exported_weights(config: Mapping[str, Any]) -> str:

@@ -9,12 +9,13 @@ import numpy as np
 from etils import epath
 
 from castling_jax.convert.checkpoint import CHECKPOINTS, FORMAT, checkpoint_steps, read_checkpoint
-from castling_jax.convert.inference_folder import MODEL_FILE, load_inference
+from castling_jax.convert.inference_folder import MODEL_FILE, load_inference, read_description
 from castling_jax.convert.run_folder import (
     INFERENCE,
     METRICS_FILE,
     exported_weights,
     model_arguments,
+    preprocessing_of,
     read_config,
     read_metrics,
     start_threshold,
@@ -25,6 +26,7 @@ from castling_jax.errors import InputError
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, check_variables, flatten
+from castling_jax.preprocessing import Preprocessing
 from castling_jax.storage import absolute, check_bucket, is_remote, local_copy
 
 _LOGGER = logging.getLogger(__name__)
@@ -43,7 +45,10 @@ class Weights:
       mask_threshold: of a checkpoint, the threshold of its last step.
       step: of a checkpoint, how many steps were made.
       averaged: of a checkpoint, whether the variables are the moving averages.
-      classes: of a checkpoint, the names of its run's classes; one of an earlier version does not have them.
+      preprocessing: how an image becomes the model's input, for `castling_jax.preprocess`. None for a foreign file, and
+        where it is not stated.
+      classes: the names of the model's outputs, in their order. None for a foreign file, and where an earlier version
+        did not keep them.
     """
 
     path: epath.Path
@@ -53,6 +58,7 @@ class Weights:
     mask_threshold: float | None = None
     step: int | None = None
     averaged: bool | None = None
+    preprocessing: Preprocessing | None = None
     classes: list[str] | None = None
 
     @property
@@ -113,7 +119,8 @@ def read(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
     if inference is None:
         return Weights(where, _read_file(where))
     model, variables = load_inference(inference)
-    return Weights(inference, variables, model)
+    description = read_description(inference)
+    return Weights(inference, variables, model, preprocessing=description.preprocessing, classes=description.classes)
 
 
 def _listed(steps: list[int]) -> str:
@@ -146,7 +153,8 @@ def _read_checkpoint(run: epath.Path, folder: epath.Path, ema: bool | None) -> W
     if threshold is None:
         threshold = _logged_threshold(run, step, first=start_threshold(config["mask"]))
     classes = (about.get("data") or {}).get("classes")
-    return Weights(folder, variables, model, config, threshold, step, ema, classes)
+    preprocessing = preprocessing_of(config, model.spec.image_size)
+    return Weights(folder, variables, model, config, threshold, step, ema, preprocessing, classes)
 
 
 def _logged_threshold(run: epath.Path, step: int, *, first: float) -> float:

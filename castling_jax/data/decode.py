@@ -1,7 +1,13 @@
 """Encoded images -> pixels, no more of them than are asked for.
 
-An image is the bytes of a JPEG, PNG or any other file that Pillow reads, or an array of uint8 [height, width] or
-[height, width, 1 or 3]. Its EXIF orientation is ignored, as TFDS and torchvision ignore it.
+An image is the bytes of a JPEG, PNG or any other file that Pillow reads, an image of Pillow's, or an array of uint8
+[height, width] or [height, width, 1 or 3].
+
+Its EXIF orientation is ignored, as TFDS and torchvision ignore it, unless `exif` is set. A TIFF's orientation always
+counts, because Pillow applies it.
+
+Of 16-bit grey pixels the upper 8 bits are kept. Other pixels of more than 8 bits are refused: 12 bits, 32-bit integers
+and floating-point numbers have no range that the file states.
 """
 
 import contextlib
@@ -10,48 +16,71 @@ from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from castling_jax.errors import InputError, in_one_sentence
 
-Encoded = bytes | UInt8[np.ndarray, "height width *channels"]
+Encoded = bytes | Image.Image | UInt8[np.ndarray, "height width *channels"]
 Box = tuple[float, float, float, float]  # top, left, height, width
 Size = tuple[int, int]  # height, width
+# EXIF orientation -> what turns the image upright (Exif 2.3, tag 274).
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SWAPPED = (5, 6, 7, 8)  # orientations whose upright image has the height for its width
+BITS_PER_SAMPLE = 258  # TIFF's tag
+SIXTEEN_BITS = ("PNG", "PPM")  # formats of whose 16 bits Pillow makes its mode I, which is of 32 bits elsewhere
 
 
-def image_size(image: Encoded) -> Size:
-    """(height, width) of an image, of which only the header is read.
+def image_size(image: Encoded, *, exif: bool = False) -> Size:
+    """(height, width) of an image, of which only the header is read; with `exif` those of the upright image.
 
     Raises:
       InputError: it cannot be decoded.
     """
-    width, height = _open(image).size
-    return height, width
+    opened = _open(image)
+    width, height = opened.size
+    return (width, height) if exif and _orientation(opened) in SWAPPED else (height, width)
 
 
-def decode(image: Encoded) -> Image.Image:
+def decode(image: Encoded, *, exif: bool = False) -> Image.Image:
     """The whole image, in RGB: transparency is dropped, and of 16 bits the upper 8 are kept.
 
+    Args:
+      image: encoded, an array, or Pillow's.
+      exif: whether it is turned as its EXIF orientation says.
+
     Raises:
-      InputError: it cannot be decoded.
+      InputError: it cannot be decoded, or has pixels of a depth that has no range.
     """
-    return _load(_open(image))
+    return _load(_open(image), exif)
 
 
-def read_crop(image: Encoded, box: Box, size: Size, interpolation: str = "bicubic") -> Image.Image:
+def read_crop(
+    image: Encoded, box: Box, size: Size, interpolation: str = "bicubic", *, exif: bool = False, reduced: bool = True
+) -> Image.Image:
     """Cuts `box` out of an image and resizes it, antialiased, to `size`; RGB.
 
-    A JPEG is decoded at a half, a quarter or an eighth where the box stays at least as large as `size`. Crop and resize
-    are one: a filter at the edge of the box sees the pixels behind it, which a crop on its own would cut off.
+    Crop and resize are one: a filter at the edge of the box sees the pixels behind it, which a crop on its own would
+    cut off.
 
     Args:
-      image: encoded, or an array.
-      box: in pixels of the image; need not be whole.
+      image: encoded, an array, or Pillow's.
+      box: in pixels of the image, upright if `exif` is set; need not be whole.
       size: of the result.
       interpolation: of Pillow's, "bicubic" or "bilinear".
+      exif: whether the image is turned as its EXIF orientation says.
+      reduced: whether a JPEG may be decoded at a half, a quarter or an eighth, where the box stays at least as large as
+        `size`. That is faster, and moves pixels of large photographs by up to some 30 levels of 255.
 
     Raises:
-      InputError: it cannot be decoded.
+      InputError: it cannot be decoded, or has pixels of a depth that has no range.
     """
     top, left, height, width = box
     opened = _open(image)
@@ -59,13 +88,13 @@ def read_crop(image: Encoded, box: Box, size: Size, interpolation: str = "bicubi
     # libjpeg decodes at 1, 2, 4 or 8 times less; other formats know no draft.
     factor = 1 << min(int(min(height / size[0], width / size[1])), 8).bit_length() >> 1
     shrunk = 1.0
-    if factor > 1:
+    if reduced and factor > 1:
         with _decoding():
             drafted = opened.draft(None, (across // factor, down // factor))
         if drafted is not None:
             shrunk = across / drafted[1][2]
     corners = (left / shrunk, top / shrunk, (left + width) / shrunk, (top + height) / shrunk)
-    return _load(opened).resize(size[::-1], Image.Resampling[interpolation.upper()], box=corners)
+    return _load(opened, exif).resize(size[::-1], Image.Resampling[interpolation.upper()], box=corners)
 
 
 @contextlib.contextmanager
@@ -82,6 +111,8 @@ def _decoding() -> Iterator[None]:
 
 def _open(image: Encoded) -> Image.Image:
     """The image, with nothing but its header read yet."""
+    if isinstance(image, Image.Image):
+        return image
     if isinstance(image, bytes):
         with _decoding():
             return Image.open(io.BytesIO(image))
@@ -93,11 +124,27 @@ def _open(image: Encoded) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
 
 
-def _load(opened: Image.Image) -> Image.Image:
+def _orientation(opened: Image.Image) -> int:
+    """Of EXIF; 1, upright, where there is none or it cannot be read."""
+    if opened.format == "TIFF" or (opened.format == "PNG" and "exif" not in opened.info):  # which would be loaded
+        return 1
+    with contextlib.suppress(Exception):  # of many kinds; the pixels are not in it
+        return int(opened.getexif().get(ExifTags.Base.Orientation, 1))
+    return 1
+
+
+def _load(opened: Image.Image, exif: bool) -> Image.Image:
     with _decoding():
+        turn = TURNS.get(_orientation(opened)) if exif else None
         if opened.mode == "F":
             raise ValueError("its pixels are floating-point numbers")
-        if opened.mode.startswith("I"):  # up to 65,535, which Pillow would clip at 255
-            opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+        if opened.mode == "I" and opened.format not in SIXTEEN_BITS:
+            raise ValueError("its pixels are integers of 32 bits, whose range is not known")
+        if opened.format == "TIFF" and getattr(opened, "tag_v2", {}).get(BITS_PER_SAMPLE) == (12,):
+            raise ValueError("its pixels are of 12 bits, and those of 8 or 16 are known")
         opened.load()
-        return opened if opened.mode == "RGB" else opened.convert("RGB")  # which would copy it
+        if opened.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
+            opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+        if opened.mode != "RGB":
+            opened = opened.convert("RGB")
+        return opened if turn is None else opened.transpose(turn)

@@ -13,12 +13,15 @@ Fingerprint = dict[str, Any]
 NAMED = 3  # classes in an error message
 
 
-def fingerprint(train_set: Dataset, eval_set: Dataset) -> Fingerprint:
-    """What is kept of the data: {"classes": names, "training": {"images": count, ...}, "held-out": likewise}."""
+def fingerprint(train_set: Dataset, eval_set: Dataset, test_set: Dataset | None = None) -> Fingerprint:
+    """What is kept of the data: {"classes": names, "training": {"images": count, ...}, "held-out": likewise}.
+
+    With a test set there is "test" too.
+    """
+    splits = {"training": train_set, "held-out": eval_set} | ({} if test_set is None else {"test": test_set})
     return {
         "classes": list(train_set.classes),
-        "training": {"images": len(train_set), **train_set.contents()},
-        "held-out": {"images": len(eval_set), **eval_set.contents()},
+        **{name: {"images": len(split), **split.contents()} for name, split in splits.items()},
     }
 
 
@@ -39,7 +42,8 @@ def check_same_data(before: Fingerprint, now: Fingerprint, *, accept_changes: bo
     check_same_classes(before["classes"], now["classes"])
     changes = [
         change
-        for split in ("training", "held-out")
+        for split in ("training", "held-out", "test")
+        if split in before and split in now
         for change in _changes(f"the {split} split", before[split], now[split])
     ]
     if changes and not accept_changes:
@@ -50,17 +54,21 @@ def check_same_data(before: Fingerprint, now: Fingerprint, *, accept_changes: bo
     return "; ".join(changes)
 
 
-def check_same_classes(before: list[str], now: list[str]) -> None:
+def check_same_classes(
+    before: list[str], now: list[str], *, remedy: str = "put them back, or choose another --workdir"
+) -> None:
     """Refuses classes that are not a run's.
+
+    Args:
+      before: the run's.
+      now: of the data that is here.
+      remedy: what a person may do.
 
     Raises:
       InputError: names those that are missing or new, or says that their order is another.
     """
     if before != now:
-        raise InputError(
-            f"the data's classes are not the run's ({_class_changes(before, now)}): put them back, or choose another "
-            "--workdir."
-        )
+        raise InputError(f"the data's classes are not the run's ({_class_changes(before, now)}): {remedy}.")
 
 
 def _class_changes(before: list[str], now: list[str]) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import re
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -193,13 +194,16 @@ def _numbers(count: int) -> tuple[str, ...]:
     return tuple(map(str, range(count)))
 
 
-def load_dataset(name: str, split: str, *, data_dir: epath.PathLike | None = None) -> Dataset:
+def load_dataset(
+    name: str, split: str, *, data_dir: epath.PathLike | None = None, classes: Sequence[str] | None = None
+) -> Dataset:
     """A split of a dataset by its name; the module's docstring says which there are.
 
     Args:
       name: of the dataset.
       split: one of its splits; of tensorflow-datasets' in its notation, such as "train[:90%]".
       data_dir: where tensorflow-datasets' are; None is where it puts them, ~/tensorflow_datasets.
+      classes: of a folder of images, as `folder` takes them; others have their own.
 
     Raises:
       InputError: the dataset or the split is unknown, not prepared or empty, or no labelled images.
@@ -207,7 +211,7 @@ def load_dataset(name: str, split: str, *, data_dir: epath.PathLike | None = Non
     if name == "digits":
         return digits(split)
     if name.startswith(FOLDER):
-        return folder(name.removeprefix(FOLDER), split)
+        return folder(name.removeprefix(FOLDER), split, classes)
     return tfds_dataset(name, split, data_dir=data_dir)
 
 
@@ -237,7 +241,7 @@ def digits(split: str) -> ArrayDataset:
     return ArrayDataset(np.repeat(images[..., None], 3, axis=-1), labels[chosen], num_classes=10)
 
 
-def folder(path: epath.PathLike, split: str) -> FolderDataset:
+def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) -> FolderDataset:
     """The images PATH/SPLIT/CLASS/*, in sorted order.
 
     The folders in PATH/train, sorted, are the classes, so that a label means the same in every split.
@@ -245,33 +249,35 @@ def folder(path: epath.PathLike, split: str) -> FolderDataset:
     Args:
       path: of the folder.
       split: a folder in it.
+      classes: those of a model that was trained elsewhere, in its order. PATH/train then need not be there.
 
     Raises:
-      InputError: a folder is missing, holds no classes, no images, or a class that PATH/train has not.
+      InputError: a folder is missing, holds no classes, no images, or a class that PATH/train or `classes` has not.
     """
     root = epath.Path(path).expanduser()
     if not root.is_dir():
         raise InputError(f"there is no folder '{root}'.")
     splits = _folders(root)
-    if "train" not in splits:
+    if classes is None and "train" not in splits:
         raise InputError(f"'{root}' has no folder 'train', whose folders would be the classes.")
     check_known(f"split of '{root}'", split, splits)
-    classes = _folders(root / "train")
-    if not classes:
+    known = _folders(root / "train") if classes is None else list(classes)
+    if not known:
         raise InputError(f"'{root / 'train'}' holds no folders, one for the images of each class.")
     files: list[str] = []
     labels: list[int] = []
     for name in _folders(root / split):
-        if name not in classes:
-            raise InputError(f"'{root / split / name}' is of a class for which '{root / 'train'}' has no folder.")
+        if name not in known:
+            lacks = f"for which '{root / 'train'}' has no folder" if classes is None else "that the model does not have"
+            raise InputError(f"'{root / split / name}' is of a class {lacks}.")
         found = sorted(file.name for file in (root / split / name).iterdir() if _is_image(file.name))
         if not found:
             raise InputError(f"'{root / split / name}' holds no images ({', '.join(IMAGE_SUFFIXES)}).")
         files += [f"{name}/{file}" for file in found]
-        labels += [classes.index(name)] * len(found)
+        labels += [known.index(name)] * len(found)
     if not files:
         raise InputError(f"'{root / split}' holds no folders, one for the images of each class.")
-    return FolderDataset(root / split, files, np.array(labels, np.int32), tuple(classes))
+    return FolderDataset(root / split, files, np.array(labels, np.int32), tuple(known))
 
 
 def _folders(path: epath.Path) -> list[str]:

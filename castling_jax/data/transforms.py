@@ -6,11 +6,10 @@ cropped and resized as those are, but not given to operations on 8 bits.
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Num
 from ml_collections import ConfigDict
 from PIL import Image as PillowImage
 from PIL import ImageEnhance
@@ -18,6 +17,7 @@ from PIL import ImageEnhance
 from castling_jax.data.decode import Box, decode, image_size, read_crop
 from castling_jax.data.randaugment import RandAugment, parse_policy
 from castling_jax.errors import InputError
+from castling_jax.preprocessing import Preprocessing
 
 Image = Float[np.ndarray, "height width 3"]
 Example = dict[str, Any]
@@ -37,11 +37,31 @@ def random_shift(image: Image, rng: np.random.Generator, pixels: int) -> Image:
 
 
 def normalize(
-    images: Float[np.ndarray, "*batch height width 3"],
+    images: Num[Array | np.ndarray, "*batch height width 3"],
     mean: Channels = (0.5, 0.5, 0.5),
     std: Channels = (0.5, 0.5, 0.5),
-) -> Float[np.ndarray, "*batch height width 3"]:
-    """From [0, 1] to a mean of 0 and a standard deviation of 1, where `mean` and `std` are the data set's."""
+) -> Any:
+    """(images - mean) / std, channel by channel, which is what models take; a data set's own give mean 0 and std 1.
+
+    Training, evaluation, `preprocess` and what checks an exported program all normalise by this function.
+
+    Args:
+      images: [..., height, width, 3], of NumPy or JAX: uint8, which is divided by 255 first, or floats in [0, 1].
+      mean: of the channels, in [0, 1].
+      std: likewise.
+
+    Returns:
+      Floats of the same shape; float32, or float64 of float64.
+
+    Raises:
+      InputError: the images are of another dtype, or do not have three channels.
+    """
+    if images.ndim < 3 or images.shape[-1] != 3:
+        raise InputError(f"images must be [..., height, width, 3], not of shape {images.shape}.")
+    if images.dtype == np.uint8:
+        images = images.astype(np.float32) / np.float32(255)
+    elif np.dtype(images.dtype).kind not in "fV":  # V: bfloat16
+        raise InputError(f"images must be uint8, or floats in [0, 1], not {images.dtype}.")
     # Row by row: numpy is slow where the last axis has three entries only.
     rows = images.reshape(*images.shape[:-2], -1)
     means, stds = (np.tile(np.asarray(values, np.float32), images.shape[-2]) for values in (mean, std))
@@ -116,15 +136,9 @@ def random_erasing(image: Image, rng: np.random.Generator) -> Image:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """Resizes the short side to image_size / crop_ratio, cuts out the middle, and normalises.
+    """What `preprocessing` says; JPEGs are decoded at their full scale."""
 
-    An image that is image_size x image_size is not touched but for that.
-    """
-
-    image_size: int
-    mean: Channels
-    std: Channels
-    crop_ratio: float
+    preprocessing: Preprocessing
 
     def __call__(self, example: Example) -> Example:
         """{"image", "label"} -> {"image" float32 [image_size, image_size, 3], "label"}.
@@ -132,16 +146,16 @@ class EvalTransform:
         Raises:
           InputError: the image cannot be decoded.
         """
-        image = _as_floats(self.read(example["image"]))
-        return {"image": normalize(image, self.mean, self.std), "label": example["label"]}
+        image = np.asarray(self.read(example["image"]))
+        return {"image": normalize(image, self.preprocessing.mean, self.preprocessing.std), "label": example["label"]}
 
     def read(self, image: Any) -> PillowImage.Image | Image:
         """The image at its size; floats stay floats."""
-        side = (self.image_size, self.image_size)
-        size = _size(image)
+        options = self.preprocessing
+        side, size = (options.image_size, options.image_size), _size(image, options)
         if size == side:
-            return image if _is_float(image) else decode(image)
-        return _crop(image, center_crop_box(size, self.image_size, self.crop_ratio), side)
+            return image if _is_float(image) else decode(image, exif=options.exif)
+        return _crop(image, center_crop_box(size, options.image_size, options.crop_ratio), options, reduced=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +176,7 @@ class TrainTransform:
         Raises:
           InputError: the image cannot be decoded, or is of floats and meant to be changed as only 8 bits can be.
         """
+        options = self.resize.preprocessing
         image = self._read(example["image"], rng)
         # Nothing is drawn for what is turned off: to turn one thing on leaves the other draws as they were.
         if self.flip and rng.random() < self.flip:
@@ -173,7 +188,7 @@ class TrainTransform:
         floats = _as_floats(image)
         if self.shift_pixels:
             floats = random_shift(floats, rng, self.shift_pixels)
-        floats = normalize(floats, self.resize.mean, self.resize.std)
+        floats = normalize(floats, options.mean, options.std)
         if self.erasing and rng.random() < self.erasing:
             floats = random_erasing(floats, rng)
         return {"image": floats, "label": example["label"]}
@@ -185,60 +200,51 @@ class TrainTransform:
                     raise InputError(f"config.augment.{name} is for images of 8 bits, and these are of floats.")
         if self.crop_scale is None:
             return self.resize.read(image)
-        side = self.resize.image_size
-        return _crop(image, random_resized_crop_box(_size(image), self.crop_scale, rng), (side, side))
+        options = self.resize.preprocessing
+        box = random_resized_crop_box(_size(image, options), self.crop_scale, rng)
+        return _crop(image, box, options, reduced=True)
 
 
-def train_transform(
-    augment: ConfigDict, *, image_size: int, mean: Channels, std: Channels, crop_ratio: float = 0.875
-) -> Callable[[Example, np.random.Generator], Example]:
+def train_transform(augment: ConfigDict, preprocessing: Preprocessing) -> TrainTransform:
     """What is done to an example in training; it can be pickled, and draws from nothing but its second argument.
 
     Args:
       augment: as `default_config` has it; what it says of repeats and mixing is for others.
-      image_size: of the model.
-      mean: of the channels, in [0, 1].
-      std: of the channels.
-      crop_ratio: of images that are resized for want of a random crop, as in `eval_transform`.
+      preprocessing: the size and the normalisation; and what is done to images for want of a random crop.
 
     Raises:
       InputError: a field is out of range.
     """
+    fill = tuple(round(255 * value) for value in preprocessing.mean)  # what comes in from outside is the mean color
     return TrainTransform(
-        resize=EvalTransform(image_size, tuple(mean), tuple(std), crop_ratio),
+        resize=EvalTransform(preprocessing),
         crop_scale=None if augment.crop_scale is None else tuple(augment.crop_scale),
         flip=augment.flip,
-        # What comes in from outside is the mean color.
-        randaugment=augment.randaugment and parse_policy(augment.randaugment, tuple(round(255 * x) for x in mean)),
+        randaugment=augment.randaugment and parse_policy(augment.randaugment, fill),
         color_jitter=augment.color_jitter,
         shift_pixels=augment.shift_pixels,
         erasing=augment.erasing,
     )
 
 
-def eval_transform(
-    *, image_size: int, mean: Channels, std: Channels, crop_ratio: float
-) -> Callable[[Example], Example]:
-    """What is done to an example in evaluation; arguments as `train_transform`'s."""
-    return EvalTransform(image_size, tuple(mean), tuple(std), crop_ratio)
-
-
 def _is_float(image: Any) -> bool:
     return isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating)
 
 
-def _size(image: Any) -> tuple[int, int]:
-    return image.shape[:2] if _is_float(image) else image_size(image)
+def _size(image: Any, options: Preprocessing) -> tuple[int, int]:
+    return image.shape[:2] if _is_float(image) else image_size(image, exif=options.exif)
 
 
-def _crop(image: Any, box: Box, size: tuple[int, int]) -> PillowImage.Image | Image:
-    """`read_crop` of an image that may be of floats, of which Pillow resizes a channel at a time."""
+def _crop(image: Any, box: Box, options: Preprocessing, *, reduced: bool) -> PillowImage.Image | Image:
+    """`read_crop` to the model's size, of an image that may be of floats, whose channels Pillow resizes one by one."""
+    size = (options.image_size, options.image_size)
     if not _is_float(image):
-        return read_crop(image, box, size)
+        return read_crop(image, box, size, options.interpolation, exif=options.exif, reduced=reduced)
+    resampling = PillowImage.Resampling[options.interpolation.upper()]
     top, left, height, width = box
     corners = (left, top, left + width, top + height)
     channels = [PillowImage.fromarray(np.ascontiguousarray(image[..., channel], np.float32)) for channel in range(3)]
-    resized = [channel.resize(size[::-1], PillowImage.Resampling.BICUBIC, corners) for channel in channels]
+    resized = [channel.resize(size, resampling, corners) for channel in channels]
     # As 8 bits are clipped where the filter overshoots.
     return np.stack([np.asarray(channel) for channel in resized], -1).clip(0, 1)
 

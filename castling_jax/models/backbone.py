@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Key
 
@@ -128,6 +129,11 @@ class Backbone(nnx.Module):
         return self._maps(encoded)
 
     def _checked(self, images: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise InputError(
+                f"images must be floating-point numbers that were normalised, not {images.dtype}: "
+                "castling_jax.preprocess makes them of files and of pixels."
+            )
         if images.shape[3] != self.in_chans:
             raise InputError(f"images must have {self.in_chans} channels, not {images.shape[3]}.")
         return images

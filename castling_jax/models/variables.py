@@ -104,7 +104,7 @@ def apply(
     Args:
       model: gives the architecture; its own parameters are not used.
       variables: as from `get_variables`.
-      images: normalised pixels.
+      images: normalised pixels, in floating-point numbers, as `castling_jax.preprocess` makes them.
       mask_threshold: a scalar of at least 0, needed by models in training form whose attention has a mask (castling,
         taylor); the others ignore it.
       return_densities: also return the mask density of each layer.

@@ -5,7 +5,8 @@
 drops the softmax branch, folds batch norm into the layers beside it, and says of every parameter what became of it.
 SOURCE is a run's folder (its newest checkpoint is read, or its inference folder where there is no other), the folder of
 one checkpoint, RUN/checkpoints/STEP, or an inference folder. OUT is a folder that describes itself, in model.json: the
-model's name and arguments, versions and a checksum. What fails leaves no OUT behind that could be taken for whole.
+model's name and arguments, how an image becomes its input, the names of its classes, versions and a checksum. What
+fails leaves no OUT behind that could be taken for whole.
 
 formats:
   safetensors   OUT/variables.safetensors; castling_jax.load_inference(OUT) gives (model, variables)
@@ -14,7 +15,8 @@ formats:
                 of images. A program needs only jax and flatbuffers to run it:
 
                   program = jax.export.deserialize(open("OUT/program.stablehlo", "rb").read())
-                  logits = program.call(images)  # [batch, size, size, 3] in float32, normalised as in training
+                  logits = program.call(images)  # [batch, size, size, 3] in float32, as castling_jax.preprocess makes
+                                                 # them, or any program that does what model.json's preprocessing says
 
 examples:
   python -m castling_jax.tools.convert runs/digits exported --check
@@ -41,17 +43,18 @@ from ml_collections import ConfigDict
 from castling_jax.convert.inference import check_switch, to_inference
 from castling_jax.convert.inference_folder import MODEL_FILE, PAYLOADS, load_inference, save_inference
 from castling_jax.convert.plan import Fate, plan
+from castling_jax.convert.run_folder import preprocessing_of
 from castling_jax.convert.weights import read
 from castling_jax.data.loader import evaluation_batches
 from castling_jax.data.sources import load_dataset
-from castling_jax.data.transforms import eval_transform
+from castling_jax.data.transforms import EvalTransform
 from castling_jax.errors import InputError
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, count_parameters, flatten
+from castling_jax.preprocessing import Preprocessing
 from castling_jax.storage import check_bucket
-from castling_jax.training.config import image_options
 from castling_jax.training.config_files import run_config
 
 CHECK_IMAGES = 128
@@ -81,11 +84,11 @@ def convert(
     print(table(source.variables, variables))
     if check:
         config = run_config(source.config)
-        images = held_out_images(model, config)
+        images = held_out_images(source.preprocessing or preprocessing_of(config, spec.image_size), config)
         print(f"\nOn {len(images)} images of {config.dataset.name} {config.dataset.eval_split}:")
         for line in compare_forms(source.model, source.variables, source.mask_threshold, images):
             print(f"  {line}")
-    save_inference(out, model, variables, format=format)
+    save_inference(out, model, variables, format=format, preprocessing=source.preprocessing, classes=source.classes)
     if check:
         print(f"  {compare_written(out, format, model, variables, images)}")
         if param_dtype != spec.param_dtype:
@@ -139,11 +142,11 @@ def _told(path: str, old: dict[str, Any], new: dict[str, Any], fates: dict[str, 
     return "folded with batch norm" if action == "folded" else "averaged with the second head"
 
 
-def held_out_images(model: Backbone, config: ConfigDict) -> jax.Array:
+def held_out_images(preprocessing: Preprocessing, config: ConfigDict) -> jax.Array:
     """Up to CHECK_IMAGES held-out images, [batch, size, size, 3], as the model takes them."""
     data = config.dataset
     dataset = load_dataset(data.name, data.eval_split, data_dir=data.data_dir)
-    transform = eval_transform(**image_options(config, model.spec.image_size))
+    transform = EvalTransform(preprocessing)
     batches = evaluation_batches(dataset, batch_size=min(CHECK_IMAGES, len(dataset)), transform=transform)
     return jnp.asarray(next(batches)["image"])
 

@@ -19,6 +19,7 @@ from PIL import Image
 from castling_jax.data.loader import training_batches
 from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import train_transform
+from castling_jax.preprocessing import Preprocessing
 from castling_jax.training.config import default_config
 
 IMAGES, SIZE, BATCH_SIZE = 2000, 64, 32
@@ -53,7 +54,7 @@ def main() -> None:
             load_dataset(f"folder:{folder}", "train"),
             batch_size=BATCH_SIZE,
             seed=0,
-            transform=train_transform(augment, image_size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3),
+            transform=train_transform(augment, Preprocessing(SIZE)),
             workers=options.workers,
         )
         looks = {200, *np.linspace(0, options.batches, LOOKS + 1, dtype=int)[1:].tolist()}

@@ -26,14 +26,14 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from castling_jax.convert.run_folder import model_arguments
+from castling_jax.convert.run_folder import model_arguments, preprocessing_of
 from castling_jax.data.mixing import mix
 from castling_jax.data.sources import load_dataset
-from castling_jax.data.transforms import eval_transform, train_transform
+from castling_jax.data.transforms import EvalTransform, train_transform
 from castling_jax.errors import InputError, check_at_least
 from castling_jax.models.registry import abstract_model
 from castling_jax.storage import check_bucket
-from castling_jax.training.config import default_config, image_options, mixing_options
+from castling_jax.training.config import default_config, mixing_options
 from castling_jax.training.config_files import load_config
 from castling_jax.training.summary import save_picture
 
@@ -58,8 +58,8 @@ def draw_augmentations(config: ConfigDict, path: epath.Path, *, examples: int) -
     dataset = load_dataset(config.dataset.name, config.dataset.train_split, data_dir=config.dataset.data_dir)
     channels = {"mean": tuple(config.dataset.mean), "std": tuple(config.dataset.std)}
     size = abstract_model(**model_arguments(config)).spec.image_size
-    evaluation = eval_transform(**image_options(config, size))
-    training = train_transform(config.augment, **image_options(config, size))
+    preprocessing = preprocessing_of(config, size)
+    evaluation, training = EvalTransform(preprocessing), train_transform(config.augment, preprocessing)
     chosen = [dataset[int(index)] for index in np.linspace(0, len(dataset) - 1, max(examples, COLUMNS))]
     drawn = [
         [training(example, np.random.default_rng((config.seed, row, column))) for column in range(1, COLUMNS)]

@@ -59,7 +59,8 @@ FIELDS = {
     "model.init_std": Field(None, number("(0, inf)"), "Standard deviation of the initial weights."),
     "dataset.name": Field("digits", TEXT, "digits, folder:PATH, or a name in tensorflow-datasets."),
     "dataset.train_split": Field("train", TEXT, "The split to learn from."),
-    "dataset.eval_split": Field("test", TEXT, "The held-out split."),
+    "dataset.eval_split": Field("test", TEXT, "The held-out split, by which the best checkpoint is chosen."),
+    "dataset.test_split": Field(None, TEXT, "Evaluated once, at the end; the summary's figures. None: eval_split's."),
     "dataset.data_dir": Field(None, TEXT, "Where tensorflow-datasets keeps its data; None is its own default."),
     "dataset.workers": Field(0, integer(0), "Processes that read and augment images; 0 uses the run's own threads."),
     "dataset.max_corrupt_share": Field(0.001, number("[0, 1]"), "Share of unreadable images above which a run stops."),
@@ -67,6 +68,7 @@ FIELDS = {
     "dataset.mean": Field((0.5, 0.5, 0.5), RGB, "The model sees (image - mean) / std, with the image in [0, 1]."),
     "dataset.std": Field((0.5, 0.5, 0.5), POSITIVE_RGB, "The model sees (image - mean) / std."),
     "dataset.crop_ratio": Field(0.875, number("(0, 1]"), "Share of the short side that evaluation keeps: its middle."),
+    "dataset.exif": Field(False, FLAG, "Turn images as their EXIF orientation says; TFDS and torchvision do not."),
     # What is done to training images, in this order. 0 or None leaves it out.
     "augment.crop_scale": Field(None, CROP_SCALE, "Random resized crop: least and largest share of the image's area."),
     "augment.flip": Field(0.0, number("[0, 1]"), "Probability of a horizontal flip."),
@@ -164,12 +166,6 @@ def check_config(config: ConfigDict) -> None:
             if jitter := config.augment.color_jitter:
                 raise InputError(f"config.augment.color_jitter must be 0 where randaugment is set, not {jitter}.")
     mistakes.report()
-
-
-def image_options(config: ConfigDict, image_size: int) -> dict[str, Any]:
-    """How images come to be as a model of this size takes them: the arguments of `eval_transform`."""
-    data = config.dataset
-    return {"image_size": image_size, "mean": data.mean, "std": data.std, "crop_ratio": data.crop_ratio}
 
 
 def mixing_options(config: ConfigDict) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from castling_jax.storage import absolute, check_bucket, write_atomically
 from castling_jax.training.checkpoints import Checkpoints, Progress
 from castling_jax.training.config_files import check_same_run
 from castling_jax.training.distributed import check_shared
+from castling_jax.training.evaluate_run import Evaluation, summary_split
 from castling_jax.training.kernel_check import compare_kernels
 from castling_jax.training.lock import one_writer
 from castling_jax.training.loop import Loop
@@ -48,7 +49,8 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
     Args:
       config: as `default_config` gives it.
       workdir: gets config.json, parameters.txt, data.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end,
-        inference/, training.png and summary.json. All processes see the same one.
+        inference/, training.png, summary.json and, with config.dataset.test_split, evaluation/. All processes see the
+        same one.
       profile: the steps that are traced into workdir/profile.
 
     Returns:
@@ -73,7 +75,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
     folder = absolute(workdir / CHECKPOINTS)
     variables = {} if checkpoint_steps(folder) else first_variables(setup)  # a run that goes on has its own
     compare_kernels(setup)
-    data = fingerprint(setup.train_set, setup.eval_set)
+    data = fingerprint(setup.train_set, setup.eval_set, setup.test_set)
     is_writer = jax.process_index() == 0
 
     with contextlib.ExitStack() as stack:  # however it ends, what is being written is finished
@@ -87,7 +89,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
         stack.enter_context(jax.set_mesh(setup.mesh))  # over which the attention's kernels split their work
         checkpoints = Checkpoints(folder, keep=config.checkpoint.keep, data=data)
         stack.enter_context(contextlib.closing(checkpoints))
-        _record_data(config, workdir, checkpoints.saved_data(), data)
+        _record_data(setup, workdir, checkpoints.saved_data(), data)
         restored = checkpoints.restore(with_shardings(setup.state, setup.shardings))
         state, progress = restored or (first_state(setup, variables), Progress(0.0))
         metrics = None
@@ -101,7 +103,18 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
         with Profiler(profile, workdir) as profiler:
             state, figures, train_seconds = loop.run(state, progress.train_seconds, profiler)
 
-        # 4. Switch: the inference form is what the run was for.
+        # 4. Test, once.
+        figures |= {"dataset": config.dataset.name, "split": summary_split(config)}
+        if setup.test_set is not None:
+            threshold = setup.threshold_at(setup.total_steps - 1)
+            tested, answers = setup.test(state.weights, threshold)
+            validation = figures | {"split": config.dataset.eval_split}
+            figures = figures | tested | {"validation": validation}
+            about = {"step": setup.total_steps, "mask_threshold": threshold, "exported": setup.exported}
+            if is_writer:
+                Evaluation(figures | about, answers, list(setup.test_set.classes)).write(workdir)
+
+        # 5. Switch: the inference form is what the run was for.
         variables, params = to_host((state.weights[setup.exported], state.params), setup.mesh)
         figures |= {
             "model": setup.model.spec.name,
@@ -115,19 +128,26 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
         }
         if not is_writer:
             return Summary(workdir, figures)
-        save_inference(workdir / INFERENCE, setup.model, variables)
+        save_inference(
+            workdir / INFERENCE,
+            setup.model,
+            variables,
+            preprocessing=setup.preprocessing,
+            classes=setup.train_set.classes,
+        )
         checkpoints.wait()
 
-        # 5. Measure both forms, draw, write.
+        # 6. Measure both forms, draw, write.
         return finish(workdir, figures)
 
 
-def _record_data(config: ConfigDict, workdir: epath.Path, before: Any, data: Any) -> None:
+def _record_data(setup: Setup, workdir: epath.Path, before: Any, data: Any) -> None:
     """Refuses data that is not the run's, or says what has changed where that is accepted; and records the data."""
     # A run of an earlier version has no record: `before` is None.
-    accepted = check_same_data(before or data, data, accept_changes=config.dataset.accept_changes)
+    accepted = check_same_data(before or data, data, accept_changes=setup.config.dataset.accept_changes)
     if jax.process_index() == 0:
-        write_atomically(workdir / DATA_FILE, json.dumps(data, indent=2).encode())
+        recorded = data | {"preprocessing": setup.preprocessing.to_dict()}
+        write_atomically(workdir / DATA_FILE, json.dumps(recorded, indent=2).encode())
         if accepted:
             print(f"The data has changed since the run began: {accepted}.", flush=True)
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from castling_jax.convert.run_folder import exported_weights, model_arguments
+from castling_jax.convert.run_folder import exported_weights, model_arguments, preprocessing_of
 from castling_jax.data.loader import Batch, TrainTransform, training_batches
 from castling_jax.data.sources import ArrayDataset, Dataset, load_dataset
 from castling_jax.data.transforms import train_transform
@@ -21,7 +21,9 @@ from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model, create_model
 from castling_jax.models.variables import Variables, get_variables
-from castling_jax.training.config import check_config, image_options, mixing_options
+from castling_jax.preprocessing import Preprocessing
+from castling_jax.training.answers import Answers
+from castling_jax.training.config import check_config, mixing_options
 from castling_jax.training.evaluate import Evaluator, configured_evaluator, evaluate_weights
 from castling_jax.training.optimizers import make_optimizer
 from castling_jax.training.schedules import learning_rate_schedule, mask_threshold_schedule
@@ -48,6 +50,7 @@ class Setup:
       mesh: over which it runs.
       train_set: examples to learn from.
       eval_set: held-out examples.
+      test_set: what is evaluated once, at the end, if anything.
       train_transform: what is done to an example to learn from, (example, random generator) -> example.
       model: in training form; holds shapes only.
       steps_per_epoch: whole batches.
@@ -65,6 +68,7 @@ class Setup:
     mesh: Mesh
     train_set: Dataset
     eval_set: Dataset
+    test_set: Dataset | None
     train_transform: TrainTransform
     model: Backbone
     steps_per_epoch: int
@@ -76,6 +80,11 @@ class Setup:
     shardings: TrainState
     teacher: Teacher | None
     train_step: Callable[..., Any]
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How an image becomes the model's input in evaluation."""
+        return preprocessing_of(self.config, self.model.spec.image_size)
 
     @property
     def exported(self) -> str:
@@ -99,7 +108,13 @@ class Setup:
 
     def evaluate(self, weights: Mapping[str, Variables], threshold: float) -> dict[str, float]:
         """The figures of `evaluate_weights` on the held-out examples, at a mask threshold."""
-        return evaluate_weights(self._evaluator, weights, threshold, exported=self.exported)
+        return evaluate_weights(self._evaluator, weights, threshold, exported=self.exported)[0]
+
+    def test(self, weights: Mapping[str, Variables], threshold: float) -> tuple[dict[str, float], Answers]:
+        """What `evaluate_weights` finds on the test examples, which have to be there, at a mask threshold."""
+        assert self.test_set is not None
+        evaluator = configured_evaluator(self.config, self.model, self.test_set, self.mesh)
+        return evaluate_weights(evaluator, weights, threshold, exported=self.exported)
 
     @functools.cached_property
     def _evaluator(self) -> Evaluator:
@@ -123,7 +138,7 @@ def set_up(
     Args:
       config: as `default_config` gives it.
       devices: that the mesh is of; None is all.
-      datasets: to learn from and held out; None is those that `config` names.
+      datasets: to learn from and held out, where nothing is to be tested; None is those that `config` names.
       teacher: None is the one that `config` names, if any.
 
     Raises:
@@ -142,6 +157,9 @@ def set_up(
         train_set, eval_set = datasets or (
             load_dataset(data.name, split, data_dir=data.data_dir) for split in (data.train_split, data.eval_split)
         )
+        test_set = None
+        if datasets is None and data.test_split is not None:
+            test_set = load_dataset(data.name, data.test_split, data_dir=data.data_dir)
         with mistakes:
             total_steps, steps_per_epoch = _steps(config, len(train_set))
             learning_rate = learning_rate_schedule(
@@ -149,7 +167,7 @@ def set_up(
             )
         with mistakes:
             model = abstract_model(num_classes=train_set.num_classes, **model_arguments(config))
-            transform = train_transform(config.augment, **image_options(config, model.spec.image_size))
+            transform = train_transform(config.augment, preprocessing_of(config, model.spec.image_size))
             if isinstance(train_set, ArrayDataset):  # of floats, which not every augmentation takes
                 transform(train_set[0], np.random.default_rng(config.seed))
     mistakes.report()
@@ -181,6 +199,7 @@ def set_up(
         mesh=mesh,
         train_set=train_set,
         eval_set=eval_set,
+        test_set=test_set,
         train_transform=transform,
         model=model,
         steps_per_epoch=steps_per_epoch,

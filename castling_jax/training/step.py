@@ -49,7 +49,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     label_smoothing: float,
-    mixing: Mapping[str, float] = NO_MIXING,
+    mixing: Mapping[str, Any] = NO_MIXING,
     teacher: Teacher | None = None,
     ema_decay: float | None = None,
     ema_warmup: bool = False,

@@ -165,7 +165,8 @@ def describe(summary: dict[str, Any]) -> str:
     rows = [
         ("", "training form", "inference form"),
         ("held-out accuracy", *_accuracies(summary)),
-        *_of_each_weights(summary),
+        *([("  top 5", *_accuracies(summary, "top5_"))] if "top5_accuracy_train_form" in summary else []),
+        *describe_each_weights(summary),
         ("parameters", *(f"{summary[f'parameters_{form}_form']:,}" for form in ("train", "inference"))),
         ("MACs an image", *(f"{summary[f'macs_{form}_form'] / 1e6:,.2f} M" for form in ("train", "inference"))),
     ]
@@ -174,9 +175,12 @@ def describe(summary: dict[str, Any]) -> str:
         rows.append((f"time at {speed['tokens']:,} tokens", *times))
     table = "\n".join(f"  {name:28s}{left:>16s}{right:>18s}" for name, left, right in rows)
     skipped = f" ({summary['skipped_steps']:,} skipped)" if summary.get("skipped_steps") else ""
+    data = ""
+    if "dataset" in summary:  # which an earlier version's does not have
+        data = f", on {summary['eval_images']:,} images of {summary['dataset']} {summary['split']}"
     return (
         f"{summary['model']}: {summary['steps']:,} steps{skipped} in {summary['train_seconds']:.0f} s, "
-        f"mask {_mask_kind(summary)} {summary['mask_threshold']:g} at the end\n{table}\n"
+        f"mask {_mask_kind(summary)} {summary['mask_threshold']:g} at the end{data}\n{table}\n"
         f"  largest difference between the two forms' logits: {summary['max_difference']:.1e}\n"
         + "\n".join(f"  {name:28s}{path}" for name, path in files.items())
     )
@@ -192,22 +196,19 @@ def _accuracies(figures: dict[str, Any], kind: str = "") -> list[str]:
     return [f"{100 * figures[f'{kind}accuracy_{form}_form']:.2f} %" for form in ("train", "inference")]
 
 
-def _of_each_weights(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+def describe_accuracies(figures: dict[str, Any]) -> list[str]:
+    """Top-1 and, where there is one, top-5 accuracy of the training form and of the inference form."""
+    top5 = _accuracies(figures, "top5_") if "top5_accuracy_train_form" in figures else None
+    return [
+        f"{accuracy} top-1" + ("" if top5 is None else f", {top5[form]} top-5")
+        for form, accuracy in enumerate(_accuracies(figures))
+    ]
+
+
+def describe_each_weights(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of the raw and the averaged weights, which say which are exported; none where there are only raw ones."""
     return [
         (f"  {kind} weights" + (", exported" if kind == figures["exported"] else ""), *_accuracies(figures, f"{kind}_"))
         for kind in ("raw", "averaged")
         if f"{kind}_accuracy_train_form" in figures
     ]
-
-
-def describe_evaluation(figures: dict[str, Any]) -> str:
-    """The figures of one checkpoint for a person."""
-    both = "".join(f"{name}: {train}, {inference}\n" for name, train, inference in _of_each_weights(figures))
-    return (
-        f"step {figures['step']:,}, mask {_mask_kind(figures)} {figures['mask_threshold']:g}\n"
-        f"  training form   {100 * figures['accuracy_train_form']:.2f} % of the held-out images\n"
-        f"  inference form  {100 * figures['accuracy_inference_form']:.2f} %, loss {figures['eval_loss']:.4f} nats\n"
-        f"{both}"
-        f"  largest difference between the two forms' logits: {figures['max_difference']:.1e}\n"
-    )

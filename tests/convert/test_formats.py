@@ -16,7 +16,7 @@ from castling_jax.convert import read
 from castling_jax.convert.checkpoint import checkpoint_steps
 from castling_jax.convert.run_folder import CONFIG_FILE, read_config
 from castling_jax.training.config_files import run_config
-from castling_jax.training.evaluate import evaluate_checkpoint
+from castling_jax.training.evaluate_run import evaluate_checkpoint
 from castling_jax.training.run import run as training_run
 from castling_jax.training.state import parameters_sha256
 from tests.conftest import GOLDEN
@@ -83,7 +83,8 @@ def test_a_program_gives_the_models_logits(version):
 @pytest.mark.slow
 def test_a_runs_figures_are_its_summarys(version):
     _, folder = version
-    figures, summary = evaluate_checkpoint(folder / "run", read_config(folder / "run")["mesh"]), summary_of(folder)
+    figures = evaluate_checkpoint(folder / "run", read_config(folder / "run")["mesh"]).figures
+    summary = summary_of(folder)
     names = [name for name in summary if name.endswith(("accuracy_train_form", "accuracy_inference_form", "eval_loss"))]
     assert {"accuracy_train_form", "accuracy_inference_form", "eval_loss"} <= set(names)
     # Of 360 images none is so near to two classes that float32's rounding on another machine moves it; if one is,

@@ -1,8 +1,9 @@
 import io
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from castling_jax.data.decode import decode, image_size, read_crop
 
@@ -161,3 +162,54 @@ def test_floating_point_pixels_are_refused(refuses):
 def test_arrays_of_another_form_are_refused(refuses, array):
     with refuses("uint8 [height, width] or [height, width, 1 or 3]", str(array.dtype), str(list(array.shape))):
         decode(array)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_an_upright_crop_of_a_turned_jpeg(orientation, reduced):
+    exif = Image.Exif()
+    exif[274] = orientation
+    data = encoded(smooth(400, 480), exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert image_size(data, exif=True) == upright.shape[:2]
+    np.testing.assert_array_equal(decode(data, exif=True), upright)
+    box = (40, 80, 240, 300)
+    crop = np.asarray(read_crop(data, box, (50, 60), exif=True, reduced=reduced), int)
+    expected = np.asarray(read_crop(upright, box, (50, 60)), int)
+    # Decoded whole, the same pixels go in; a quarter's turn changes the order of the two passes, each rounded.
+    assert np.abs(crop - expected).max() <= (6 if reduced else 1)
+
+
+def test_a_jpeg_decoded_whole_gives_the_pixels_of_pillow():
+    data = encoded(smooth(600, 800))
+    whole = Image.open(io.BytesIO(data)).convert("RGB")
+    expected = whole.resize((50, 60), Image.Resampling.BICUBIC, box=(10, 20, 510, 520))
+    np.testing.assert_array_equal(read_crop(data, (20, 10, 500, 500), (60, 50), reduced=False), expected)
+    assert np.any(np.asarray(read_crop(data, (20, 10, 500, 500), (60, 50))) != np.asarray(expected))
+
+
+@pytest.mark.parametrize("value", [200, 100_000, -1])
+def test_integers_of_32_bits_have_no_range(refuses, value):
+    for read in (decode, lambda image: read_crop(image, (0, 0, 4, 4), (2, 2))):
+        with refuses("an image cannot be decoded: its pixels are integers of 32 bits, whose range is not known."):
+            read(encoded(np.full((4, 4), value, np.int32), "TIFF", "I"))
+
+
+def test_twelve_bits_are_not_taken_for_sixteen(refuses):
+    # A TIFF of one strip, 2 x 2 pixels of 12 bits, written by hand: Pillow writes none.
+    entries = [(256, 3, 2), (257, 3, 2), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 3, 2)]
+    entries += [(279, 4, 6)]
+    directory = struct.pack("<H", len(entries)) + b"".join(
+        struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries
+    )
+    data = struct.pack("<2sHI", b"II", 42, 14) + b"\xff" * 6 + directory + struct.pack("<I", 0)
+    assert Image.open(io.BytesIO(data)).mode == "I;16"
+    with refuses("its pixels are of 12 bits"):
+        decode(data)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_of_sixteen_bits_the_upper_eight_are_kept(kind):
+    pixels = np.array([[0, 255, 256], [511, 40_000, 65_535]], np.uint16)
+    seen = np.asarray(decode(encoded(pixels, kind, "I;16")))
+    np.testing.assert_array_equal(seen, np.repeat((pixels >> 8)[..., None], 3, -1))

@@ -244,10 +244,11 @@ class TestTfds:
             sys.meta_path = [Hiding if finder is PathFinder else finder for finder in sys.meta_path]
             from castling_jax.data.loader import training_batches
             from castling_jax.data.sources import load_dataset
-            from castling_jax.data.transforms import eval_transform
+            from castling_jax.data.transforms import EvalTransform
+            from castling_jax.preprocessing import Preprocessing
 
             dataset = load_dataset("tiny_animals", "train", data_dir={str(data_dir)!r})
-            transform = eval_transform(image_size=6, mean=(0.5,) * 3, std=(0.5,) * 3, crop_ratio=1.0)
+            transform = EvalTransform(Preprocessing(image_size=6, mean=(0.5,) * 3, std=(0.5,) * 3, crop_ratio=1.0))
             batches = training_batches(
                 dataset, batch_size=4, seed=0, transform=lambda example, rng: transform(example)
             )

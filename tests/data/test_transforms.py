@@ -8,15 +8,16 @@ import scipy.ndimage
 from PIL import Image
 
 from castling_jax.data.transforms import (
+    EvalTransform,
     center_crop_box,
     color_jitter,
-    eval_transform,
     normalize,
     random_erasing,
     random_resized_crop_box,
     random_shift,
     train_transform,
 )
+from castling_jax.preprocessing import Preprocessing
 from castling_jax.training.config import default_config
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -42,7 +43,7 @@ def augment_of(**changes):
 
 
 def training(size, **changes):
-    return train_transform(augment_of(**changes), image_size=size, **HALF)
+    return train_transform(augment_of(**changes), Preprocessing(image_size=size, **HALF))
 
 
 def to_uint8(image):
@@ -136,7 +137,7 @@ def test_evaluation_resizes_the_short_side_and_cuts_out_the_middle(size, side, c
     top, left = round((height - side) / 2), round((width - side) / 2)
     resized = Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC)
     expected = np.asarray(resized.crop((left, top, left + side, top + side)), int)
-    transform = eval_transform(image_size=side, crop_ratio=crop_ratio, **HALF)
+    transform = EvalTransform(Preprocessing(image_size=side, crop_ratio=crop_ratio, **HALF))
     example = transform({"image": array, "label": 7})
     assert example.keys() == {"image", "label"}
     assert example["label"] == 7
@@ -156,7 +157,7 @@ def test_an_image_of_the_models_size_is_not_touched(shape):
     array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     expected = normalize(np.broadcast_to(array.reshape(28, 28, -1), (28, 28, 3)).astype(np.float32) / 255)
     example = {"image": array, "label": 1}
-    seen = eval_transform(image_size=28, crop_ratio=0.875, **HALF)(example)["image"]
+    seen = EvalTransform(Preprocessing(image_size=28, crop_ratio=0.875, **HALF))(example)["image"]
     np.testing.assert_array_equal(seen, expected)
     np.testing.assert_array_equal(training(28)(example, np.random.default_rng(0))["image"], expected)
 
@@ -165,7 +166,7 @@ def test_encoded_images_and_arrays_are_the_same():
     array, file = picture(50, 60), io.BytesIO()
     Image.fromarray(array).save(file, "PNG")
     for transform in (
-        lambda image: eval_transform(image_size=32, crop_ratio=0.9, **HALF)({"image": image, "label": 0}),
+        lambda image: EvalTransform(Preprocessing(image_size=32, crop_ratio=0.9, **HALF))({"image": image, "label": 0}),
         lambda image: training(32, **EVERYTHING)({"image": image, "label": 0}, np.random.default_rng(5)),
     ):
         np.testing.assert_array_equal(transform(array)["image"], transform(file.getvalue())["image"])
@@ -173,7 +174,7 @@ def test_encoded_images_and_arrays_are_the_same():
 
 def test_training_without_augmentation_is_evaluation():
     example = {"image": picture(50, 60), "label": 0}
-    expected = eval_transform(image_size=32, crop_ratio=0.875, **HALF)(example)["image"]
+    expected = EvalTransform(Preprocessing(image_size=32, crop_ratio=0.875, **HALF))(example)["image"]
     np.testing.assert_array_equal(training(32)(example, np.random.default_rng(0))["image"], expected)
 
 
@@ -211,7 +212,7 @@ def test_random_resized_crop_shows_the_box_that_is_drawn():
 
 
 def test_randaugment_fills_with_the_mean():
-    transform = train_transform(augment_of(randaugment="rand-m9-mstd0.5-inc1"), image_size=8, **IMAGENET)
+    transform = train_transform(augment_of(randaugment="rand-m9-mstd0.5-inc1"), Preprocessing(8, **IMAGENET))
     assert transform.randaugment.fill == (124, 116, 104)
     assert transform.randaugment.layers == 2
 
@@ -269,7 +270,7 @@ def test_transforms_are_pickled_and_draw_from_nothing_but_their_generator():
     np.random.seed(1)
     np.testing.assert_array_equal(again(example, np.random.default_rng(1))["image"], first)
     assert not np.array_equal(again(example, np.random.default_rng(2))["image"], first)
-    evaluation = eval_transform(image_size=24, crop_ratio=0.9, **IMAGENET)
+    evaluation = EvalTransform(Preprocessing(image_size=24, crop_ratio=0.9, **IMAGENET))
     assert pickle.loads(pickle.dumps(evaluation)) == evaluation
 
 

@@ -136,7 +136,7 @@ def test_a_killed_study_ends_with_all_results_and_its_report(repository):
         assert (config.dataset.eval_split, result["data"]["test_split"]) == ("minival", "test")
         dataset = load_dataset("digits", "test")
         evaluate = configured_evaluator(config, checkpoint.model, dataset, make_mesh(config.mesh))
-        figures = evaluate(checkpoint.variables, checkpoint.mask_threshold)
+        figures = evaluate(checkpoint.variables, checkpoint.mask_threshold).figures()
         for measure in ("accuracy_train_form", "accuracy_inference_form"):
             assert result[measure] == figures[measure], name  # whole numbers of images, over 360
         assert unpack(result["correct"], len(dataset)).mean() == result["accuracy_inference_form"]

@@ -85,10 +85,11 @@ def test_jit_changes_nothing_and_a_new_threshold_does_not_compile_again():
     assert apply._cache_size() == 1
 
 
-def test_variables_may_be_numpy_arrays_and_images_pixels():
-    pixels = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
-    logits = apply(jax.tree.map(np.asarray, VARIABLES), pixels, 0.06)
-    chex.assert_trees_all_equal(logits, apply(VARIABLES, pixels, 0.06))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_variables_and_images_may_be_numpy_arrays(dtype):
+    images = np.asarray(IMAGES, np.float16).astype(dtype)
+    logits = apply(jax.tree.map(np.asarray, VARIABLES), images, 0.06)
+    chex.assert_trees_all_equal(logits, apply(VARIABLES, jnp.asarray(images), 0.06))
     chex.assert_tree_all_finite(logits)
 
 

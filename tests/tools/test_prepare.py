@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from castling_jax.data.sources import load_dataset
-from castling_jax.data.transforms import eval_transform
+from castling_jax.data.transforms import EvalTransform
+from castling_jax.preprocessing import Preprocessing
 from castling_jax.tools import prepare
 from tests.data.tfds_builders import encoded, prepared
 
@@ -44,7 +45,7 @@ def archives(tmp_path, monkeypatch):
 def check_same(data_dir, arrays):
     for split, (images, labels) in arrays.items():
         dataset = load_dataset("fashion_mnist", split, data_dir=data_dir)
-        transform = eval_transform(image_size=28, mean=(0.5,) * 3, std=(0.5,) * 3, crop_ratio=0.875)
+        transform = EvalTransform(Preprocessing(image_size=28, mean=(0.5,) * 3, std=(0.5,) * 3, crop_ratio=0.875))
         examples = [transform(dataset[i]) for i in range(len(dataset))]
         order = [example["label"] for example in examples]
         assert sorted(order) == labels.tolist()

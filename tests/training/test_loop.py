@@ -17,10 +17,12 @@ from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import normalize
 from castling_jax.errors import DeterministicError, InputError
 from castling_jax.models.variables import apply
+from castling_jax.preprocessing import Preprocessing
 from castling_jax.training import loop, setup, summary
 from castling_jax.training.checkpoints import Checkpoints
 from castling_jax.training.config import default_config
-from castling_jax.training.evaluate import evaluate_checkpoint
+from castling_jax.training.evaluate import configured_evaluator
+from castling_jax.training.evaluate_run import evaluate_checkpoint
 from castling_jax.training.losses import cross_entropy
 from castling_jax.training.run import run
 
@@ -87,6 +89,17 @@ def test_inference_folder_gives_the_reported_accuracy(whole_run):
     assert float(correct.mean()) == pytest.approx(figures["accuracy_inference_form"])
 
 
+def test_a_run_says_what_its_numbers_mean(whole_run):
+    workdir, _ = whole_run
+    expected = Preprocessing(8)  # the digits' own size, and the default's mean and deviation
+    for path in (workdir, workdir / "inference"):
+        weights = read(path)
+        assert (weights.preprocessing, weights.classes) == (expected, list("0123456789"))
+    data = json.loads((workdir / "data.json").read_text())
+    assert Preprocessing.from_dict(data["preprocessing"]) == expected
+    assert data["classes"] == list("0123456789")
+
+
 # Before the first checkpoint, with the branch, and without it.
 @pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.slow), 6, pytest.param(15, marks=pytest.mark.slow)])
 def test_interrupted_run_ends_with_the_same_parameters(whole_run, tmp_path, monkeypatch, stop):
@@ -126,8 +139,46 @@ def test_a_run_that_fades(tmp_path):
     # In training form, in the middle of the fade: the checkpoint says how the branch was emptied.
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
     middle = evaluate_checkpoint(workdir / "checkpoints" / str(steps[0]), config.mesh)
-    assert (middle["mask_kind"], middle["step"]) == ("fade", steps[0])
+    assert (middle.figures["mask_kind"], middle.figures["step"]) == ("fade", steps[0])
+    assert "mask fade" in str(middle)
     assert load_inference(workdir / "inference")[0].spec.arguments()["mask_kind"] == "fade"
+
+
+def test_the_test_split_is_read_once_at_the_end_and_is_what_the_summary_tells_of(tmp_path, monkeypatch):
+    read_splits = []
+
+    def note(config, model, dataset, mesh):
+        evaluate = configured_evaluator(config, model, dataset, mesh)
+
+        def noted(*arguments):
+            read_splits.append(len(dataset))
+            return evaluate(*arguments)
+
+        return noted
+
+    monkeypatch.setattr(setup, "configured_evaluator", note)
+    config, workdir = small_config(), tmp_path / "run"
+    config.dataset.update({"train_split": "minitrain", "eval_split": "minival", "test_split": "test"})
+    figures = train(config, workdir)
+    assert read_splits == [288, 288, 360]
+    assert (figures["dataset"], figures["split"], figures["eval_images"]) == ("digits", "test", 360)
+    validation = figures["validation"]
+    assert (validation["split"], validation["eval_images"]) == ("minival", 288)
+    last = read_metrics(workdir)[-1]
+    assert last["accuracy_inference_form"] == validation["accuracy_inference_form"]
+    assert last["eval_loss"] == validation["eval_loss"]
+    evaluated = evaluate_checkpoint(workdir, config.mesh)
+    assert evaluated.figures == {name: (figures | {"step": 16})[name] for name in evaluated.figures}
+    written = np.loadtxt(evaluated.folder(workdir) / "answers.csv", delimiter=",", skiprows=1, dtype=int)
+    np.testing.assert_array_equal(written[:, 3], evaluated.answers.inference_form)
+    assert evaluate_checkpoint(workdir, config.mesh, {"dataset.eval_split": "minival"}).figures["eval_images"] == 288
+    data = json.loads((workdir / "data.json").read_text())
+    assert {name: data[name]["images"] for name in ("training", "held-out", "test")} == {
+        "training": 1149,
+        "held-out": 288,
+        "test": 360,
+    }
+    assert "on 360 images of digits test" in summary.describe(json.loads((workdir / "summary.json").read_text()))
 
 
 def test_a_run_that_was_killed_at_its_end_only_evaluates_again(whole_run, tmp_path):
@@ -272,7 +323,7 @@ def test_raw_and_averaged_weights_are_both_evaluated_and_the_field_says_which_is
         chex.assert_trees_all_equal(to_inference(snapshot.variables), variables)
         # 0.99 to the power of the 22 steps.
         assert "At the end, 80% of the averaged weights will be the initial ones" in capsys.readouterr().out
-        evaluated = evaluate_checkpoint(workdir, config.mesh)
+        evaluated = evaluate_checkpoint(workdir, config.mesh).figures
         assert {name: evaluated[name] for name in figures if name in evaluated} == {
             name: figures[name] for name in figures if name in evaluated
         }

@@ -69,8 +69,6 @@ def test_raw_and_averaged_weights_stand_side_by_side(finished):
     lines = [line.split() for line in text.splitlines()]
     assert ["raw", "weights,", "exported", "75.00", "%", "75.00", "%"] in lines
     assert ["averaged", "weights", "13.10", "%", "13.10", "%"] in lines
-    figures = FIGURES | both | {"exported": "raw", "step": 3}
-    assert "  raw weights, exported: 75.00 %, 75.00 %\n" in summary.describe_evaluation(figures)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,81 @@
+"""Images of any kind -> what a model takes, as evaluation makes it of the files of a data set."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float
+from PIL import Image as PillowImage
+
+from castling_jax.data.transforms import EvalTransform
+from castling_jax.errors import InputError, about, refusing
+from castling_jax.preprocessing import Preprocessing
+
+
+def preprocess(images: Any, preprocessing: Preprocessing) -> Float[np.ndarray, "batch image_size image_size 3"]:
+    """What `apply` and exported programs take, of images as they are: bit by bit what evaluation gives the model.
+
+    Args:
+      images: one image or a list of them. An image is a path, gs:// too; the bytes of a JPEG, PNG or any other file
+        that Pillow reads; an image of Pillow's; or an array [height, width], [height, width, 1 or 3] or, of several
+        images, [batch, height, width, 3], in uint8 or of floats in [0, 1].
+      preprocessing: the model's: `castling_jax.convert.read(PATH).preprocessing`.
+
+    Returns:
+      float32, in the order of the images.
+
+    Raises:
+      InputError: there is no image, one cannot be read or decoded or is of another kind, or the weights do not say how
+        their images are made (`preprocessing` is None).
+    """
+    if not isinstance(preprocessing, Preprocessing):
+        raise InputError(
+            f"preprocess needs a Preprocessing, not {type(preprocessing).__name__}: castling_jax.convert.read(PATH)"
+            ".preprocessing is one, where the weights state it."
+        )
+    transform = EvalTransform(preprocessing)
+    prepared = []
+    for name, image in _named(images):
+        with about(name):
+            prepared.append(transform({"image": _read(image), "label": 0})["image"])
+    if not prepared:
+        raise InputError("preprocess needs at least one image, and there is none.")
+    return np.stack(prepared)
+
+
+def _named(images: Any) -> Iterator[tuple[str, Any]]:
+    """The images one by one, each with a name for error messages."""
+    if hasattr(images, "ndim"):  # an array: of one image, or of several
+        images = np.asarray(images) if images.ndim == 4 else [images]
+    elif isinstance(images, str | os.PathLike | bytes | PillowImage.Image):
+        images = [images]
+    try:
+        numbered = enumerate(images)
+    except TypeError:
+        raise InputError(f"images must be an image or a list of them, not {type(images).__name__}.") from None
+    for number, image in numbered:
+        yield f"'{image}'" if isinstance(image, str | os.PathLike) else f"image {number}", image
+
+
+def _read(image: Any) -> Any:
+    """An image as a data set gives it: encoded, of Pillow's, uint8, or float32 [height, width, 3]."""
+    if isinstance(image, str | os.PathLike):
+        with refusing((OSError, ValueError), "the file cannot be read"):
+            path = epath.Path(image) if "://" in os.fspath(image) else Path(image).expanduser()
+            return path.read_bytes()
+    if isinstance(image, bytes | PillowImage.Image):
+        return image
+    if not hasattr(image, "ndim"):
+        raise InputError(f"an image must be a path, bytes, Pillow's or an array, not {type(image).__name__}.")
+    array = np.asarray(image)
+    if array.dtype.kind not in "fV":  # V: bfloat16
+        return array  # `decode` refuses all but uint8
+    array = array.astype(np.float32)
+    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,)) or not array.size:
+        raise InputError(f"an image must be [height, width] or [height, width, 1 or 3], not {list(array.shape)}.")
+    if not (array.min() >= 0 and array.max() <= 1):  # which NaN is not
+        raise InputError(f"floats must be in [0, 1], not from {array.min():g} to {array.max():g}.")
+    return np.broadcast_to(array.reshape(*array.shape[:2], -1), (*array.shape[:2], 3))

@@ -1,0 +1,235 @@
+"""A trained run's figures on any labelled data: `main.py --evaluate`, and the test split at a run's end."""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from castling_jax.convert.checkpoint import CHECKPOINTS
+from castling_jax.convert.run_folder import exported_weights
+from castling_jax.convert.weights import Weights, read
+from castling_jax.data.fingerprint import check_same_classes
+from castling_jax.data.sources import FOLDER, Dataset, load_dataset
+from castling_jax.errors import InputError, refusing
+from castling_jax.plots import draw_confusion
+from castling_jax.storage import absolute, write_atomically
+from castling_jax.training.answers import Answers
+from castling_jax.training.config import FIELDS
+from castling_jax.training.config_files import run_config
+from castling_jax.training.evaluate import configured_evaluator, evaluate_weights
+from castling_jax.training.sharding import check_batch, make_mesh, place, state_shardings, whole_over_fsdp
+from castling_jax.training.summary import describe_accuracies, describe_each_weights
+
+EVALUATIONS = "evaluation"  # a run's folder of them
+ANSWERS_FILE = "answers.csv"
+GROUPS = ("dataset", "evaluation")
+WITHOUT_EFFECT = ("dataset.train_split", "dataset.accept_changes", "evaluation.every_epochs")
+MOST_CLASSES = 2000  # that a matrix of them is written for
+CLASSES_SHOWN = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a model's answers to a split are.
+
+    Attributes:
+      figures: those of `evaluate_weights`; dataset, split, step, mask_kind, mask_threshold and exported.
+      answers: of the exported weights, to each image.
+      classes: their names.
+    """
+
+    figures: dict[str, Any]
+    answers: Answers
+    classes: list[str]
+
+    @property
+    def by_class(self) -> dict[str, dict[str, Any]]:
+        """{class: {"images": count, "accuracy": share of the inference form, None without images}}."""
+        counts, shares = self.answers.images_by_class(), self.answers.accuracy_by_class()
+        return {
+            name: {"images": int(count), "accuracy": float(share) if count else None}
+            for name, count, share in zip(self.classes, counts, shares, strict=True)
+        }
+
+    def folder(self, run: epath.PathLike) -> epath.Path:
+        """Where `write` puts this evaluation: RUN/evaluation/DATASET-SPLIT-STEP."""
+        name = self.figures["dataset"]
+        name = epath.Path(name.removeprefix(FOLDER)).name if name.startswith(FOLDER) else name
+        stem = f"{name[:80]}-{self.figures['split'][:80]}-{self.figures['step']}"
+        return epath.Path(run) / EVALUATIONS / re.sub(r"[^\w.-]", "_", stem)
+
+    def write(self, run: epath.PathLike) -> list[epath.Path]:
+        """Writes this evaluation into `folder(run)`; an earlier one of the same name there is replaced.
+
+        figures.json holds the figures, and those of each class. answers.csv has a line for each image: its number in
+        the split from 0, its label, and the two forms' answers, as numbers in the order of the classes. confusion.csv
+        and confusion.png are the inference form's confusion matrix, a row for each class; there is none of more than
+        MOST_CLASSES.
+
+        Returns:
+          The paths of the files.
+
+        Raises:
+          InputError: they cannot be written.
+        """
+        answers, folder = self.answers, self.folder(run)
+        columns = ("image", "label", "train_form", "inference_form")
+        files = {
+            "figures.json": json.dumps(self.figures | {"classes": self.by_class}, indent=2).encode(),
+            ANSWERS_FILE: _csv([columns, *zip(*(getattr(answers, name) for name in columns), strict=True)]),
+        }
+        if len(self.classes) <= MOST_CLASSES:
+            counts = answers.confusion()
+            rows = [[name, *row] for name, row in zip(self.classes, counts.tolist(), strict=True)]
+            files["confusion.csv"] = _csv([["label \\ answer", *self.classes], *rows])
+            picture = io.BytesIO()
+            draw_confusion(counts, self.classes).savefig(picture, dpi=110, format="png")
+            files["confusion.png"] = picture.getvalue()
+        with refusing(OSError, f"the evaluation cannot be written into '{folder}'"):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, data in files.items():
+                write_atomically(folder / name, data)
+        return [folder / name for name in files]
+
+    def __str__(self) -> str:
+        figures = self.figures
+        left_out = f" ({figures['eval_corrupt']:,} corrupt ones left out)" if figures["eval_corrupt"] else ""
+        train_form, inference_form = describe_accuracies(figures)
+        both = "".join(f"{name}: {', '.join(shares)}\n" for name, *shares in describe_each_weights(figures))
+        return (
+            f"step {figures['step']:,}, mask {figures['mask_kind']} {figures['mask_threshold']:g}\n"
+            f"  {figures['dataset']}, split {figures['split']}: {figures['eval_images']:,} images of "
+            f"{len(self.classes):,} classes{left_out}\n"
+            f"  training form   {train_form}\n"
+            f"  inference form  {inference_form}, loss {figures['eval_loss']:.4f} nats\n"
+            f"{both}"
+            f"  largest difference between the two forms' logits: {figures['max_difference']:.1e}\n"
+            f"{self._describe_classes()}"
+        )
+
+    def _describe_classes(self) -> str:
+        """A line for each class or, where there are many, for the worst."""
+        rows = [(name, row["images"], row["accuracy"]) for name, row in self.by_class.items() if row["images"]]
+        title = "  accuracy of each class, inference form:"
+        if len(rows) > CLASSES_SHOWN:
+            title = f"  the {CLASSES_SHOWN} classes of the lowest accuracy, inference form:"
+            rows = sorted(rows, key=lambda row: row[2])[:CLASSES_SHOWN]
+        names = [_printable(name) for name, *_ in rows]
+        width = max(map(len, names))
+        lines = [
+            f"    {name:{width}s}  {100 * accuracy:6.2f} % of {images:,}"
+            for name, (_, images, accuracy) in zip(names, rows, strict=True)
+        ]
+        return "\n".join([title, *lines, ""])
+
+
+def evaluate_checkpoint(
+    path: str | os.PathLike, mesh_sizes: Mapping[str, int], changes: Mapping[str, Any] | None = None
+) -> Evaluation:
+    """Evaluates a checkpoint as its run was configured, on the split that the run's summary tells of, or on other data.
+
+    Args:
+      path: of a run or one of its checkpoints, as `read` takes it.
+      mesh_sizes: as `make_mesh` takes them; the run may have had another mesh.
+      changes: fields of the configuration, dataset.NAME and evaluation.NAME, that count instead of the run's. Of
+        dataset.test_split and dataset.eval_split one may be given, and names the split.
+
+    Raises:
+      InputError: the checkpoint cannot be read or is none, the mesh does not fit, a change is of another field or a
+        wrong value, or the data has other classes than the run's.
+    """
+    changes = dict(changes or {})
+    check_changes(changes)
+    mesh = make_mesh(mesh_sizes)
+    checkpoint = read(path)
+    model, threshold = checkpoint.model, checkpoint.mask_threshold
+    if model is None or checkpoint.config is None or threshold is None:
+        raise InputError(f"'{path}' is neither a run's folder with checkpoints nor one of its {CHECKPOINTS}/STEP.")
+    config = _changed(run_config(checkpoint.config), changes)
+    checkpoints = [checkpoint]
+    if config.train.ema_decay is not None:
+        checkpoints.append(read(checkpoint.path, ema=not checkpoint.averaged))
+    check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
+    dataset = _load(config, checkpoint)
+    shardings = whole_over_fsdp(state_shardings(checkpoint.variables, mesh))
+    exported = exported_weights(config)
+    with jax.set_mesh(mesh):
+        evaluate = configured_evaluator(config, model, dataset, mesh)
+        weights = {"averaged" if one.averaged else "raw": place(one.variables, shardings) for one in checkpoints}
+        figures, answers = evaluate_weights(evaluate, weights, threshold, exported=exported)
+    about = {"dataset": config.dataset.name, "split": summary_split(config)}
+    about |= {"step": checkpoint.step, "mask_kind": config.mask.kind, "mask_threshold": threshold, "exported": exported}
+    return Evaluation(about | figures, answers, list(dataset.classes))
+
+
+def check_changes(changes: Mapping[str, Any]) -> None:
+    """Refuses fields that an evaluation does not heed, and values that they do not take.
+
+    Raises:
+      InputError: names the fields, or the value and what is allowed.
+    """
+    heeded = [name for name in FIELDS if name.split(".")[0] in GROUPS and name not in WITHOUT_EFFECT]
+    if wrong := [name for name in changes if name not in heeded]:
+        raise InputError(
+            f"an evaluation takes the run as it was configured, and does not heed {', '.join(wrong)}: of the "
+            f"configuration, only {', '.join(heeded)} and mesh may be given."
+        )
+    if {"dataset.eval_split", "dataset.test_split"} <= changes.keys():
+        raise InputError("dataset.eval_split and dataset.test_split both name the split to evaluate: give one of them.")
+    for name, value in changes.items():
+        FIELDS[name].check(f"config.{name}", value)
+
+
+def summary_split(config: ConfigDict) -> str:
+    """The split that a run's summary tells of: the test split, where there is one."""
+    return config.dataset.eval_split if config.dataset.test_split is None else config.dataset.test_split
+
+
+def run_of(path: str | os.PathLike) -> epath.Path:
+    """The run's folder of a path that `evaluate_checkpoint` takes: RUN, or RUN/checkpoints/STEP."""
+    folder = absolute(epath.Path(path))
+    return folder.parent.parent if folder.name.isdigit() and folder.parent.name == CHECKPOINTS else epath.Path(path)
+
+
+def _changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
+    if "dataset.eval_split" in changes:
+        changes = changes | {"dataset.test_split": None}
+    with config.ignore_type():
+        for name, value in changes.items():
+            group, field = name.split(".")
+            config[group][field] = value
+    return config
+
+
+def _load(config: ConfigDict, checkpoint: Weights) -> Dataset:
+    """The split to evaluate, whose classes are the run's."""
+    data, model = config.dataset, checkpoint.model
+    assert model is not None
+    dataset = load_dataset(data.name, summary_split(config), data_dir=data.data_dir, classes=checkpoint.classes)
+    remedy = "choose data of these classes by --config.dataset.name"
+    if checkpoint.classes is not None:
+        check_same_classes(checkpoint.classes, list(dataset.classes), remedy=remedy)
+    elif dataset.num_classes != model.spec.num_classes:
+        raise InputError(
+            f"the data has {dataset.num_classes:,} classes, and the run's model {model.spec.num_classes:,}: {remedy}."
+        )
+    return dataset
+
+
+def _csv(rows: Any) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode(errors="backslashreplace")  # a folder's name may be no UTF-8
+
+
+def _printable(name: str) -> str:
+    """The name with its control characters as escapes."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in name)
