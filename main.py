@@ -33,8 +33,8 @@ from etils import epath
 from ml_collections import config_flags
 
 from castling_jax.convert.checkpoint import CHECKPOINTS
-from castling_jax.errors import DeterministicError, InputError, Mistakes, check_known
-from castling_jax.storage import check_bucket
+from castling_jax.errors import DeterministicError, InputError, Mistakes, check_known, refusing_os_errors
+from castling_jax.storage import as_path, check_bucket
 from castling_jax.suggestions import suggest
 from castling_jax.tools.memory import keep_freed_memory
 from castling_jax.training import distributed
@@ -182,18 +182,19 @@ def run_folder() -> epath.Path | None:
     options = flags.FLAGS
     if "workdir" not in options or not options.is_parsed() or options.evaluate is not None:
         return None
-    return epath.Path(options.workdir)
+    return as_path(options.workdir, "--workdir")
 
 
 def outlook() -> str:
     """What the same command does next, for the end of a sentence."""
-    folder = run_folder()
     try:
+        folder = run_folder()
         return "nothing was written" if folder is None else next_start(folder / CHECKPOINTS)
     except Exception:  # the bucket may be what is out of reach, and its libraries raise many kinds
         return "the same command goes on from the last checkpoint, if there is one"
 
 
+@refusing_os_errors()
 def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         # Orbax tells of every file it writes, and logs the errors that it raises too.
@@ -242,6 +243,9 @@ def start() -> None:
     except DeterministicError as error:
         distributed.end(f"main.py: {error}", status=SAME_AGAIN)
     except InputError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            distributed.end(f"main.py: {str(error).rstrip('.')}; make room: {outlook()}.")
         distributed.end(f"main.py: {error}")
     except Preempted as preempted:
         if jax.process_index() == 0:
@@ -249,8 +253,6 @@ def start() -> None:
     except KeyboardInterrupt:
         distributed.end(f"main.py: interrupted; {outlook()}.", status=INTERRUPTED)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            distributed.end(f"main.py: {error}; make room: {outlook()}.")
         if not distributed.has_others():
             raise
         if isinstance(error, jax.errors.JaxRuntimeError):

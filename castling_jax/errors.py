@@ -13,7 +13,26 @@ LISTED = 20  # names, beside the nearest one
 
 
 class InputError(ValueError):
-    """A caller's mistake. Its message is one complete sentence, fit to be shown without a traceback."""
+    """A caller's mistake. Its message is one complete sentence, fit to be shown without a traceback.
+
+    Control characters are shown escaped: names of files, and names inside files, may hold any. Of several sentences,
+    which `Mistakes` gives, each is a line of the message.
+    """
+
+    def __init__(self, *sentences: str):
+        super().__init__(*map(printable, sentences))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
+
+
+def printable(text: object) -> str:
+    """A text with its control characters, line breaks and lone surrogates escaped, as a name has to be for a log.
+
+    A name with a line break would write lines of its own into the log, and one with escape sequences would command the
+    terminal that shows it.
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in str(text))
 
 
 class DeterministicError(InputError):
@@ -89,6 +108,27 @@ def about(subject: str) -> Iterator[None]:
         raise type(error)(f"{subject}: {error}") from error
 
 
+@contextlib.contextmanager
+def refusing_os_errors() -> Iterator[None]:
+    """Turns the system's errors inside the block into an InputError that names the path: a full disk, a lost folder.
+
+    Raises:
+      InputError: the block raised an OSError, which is its cause.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(system_sentence(error)) from error
+
+
+def system_sentence(error: OSError) -> str:
+    """What the system refuses, in a sentence that names the path where there is one."""
+    said = error.strerror or in_one_sentence(error) or repr(error)
+    if error.filename is None:
+        return f"the system refuses to go on ({said})."
+    return f"'{os.fsdecode(error.filename)}' cannot be read or written ({said})."
+
+
 class Mistakes:
     """Collects mistakes, so that a person hears of all of them at once.
 
@@ -112,7 +152,7 @@ class Mistakes:
         if len(self._sentences) == 1:
             raise InputError(self._sentences[0])
         if self._sentences:
-            raise InputError("\n".join([f"{len(self._sentences)} mistakes:", *self._sentences]))
+            raise InputError(f"{len(self._sentences)} mistakes:", *self._sentences)
 
 
 def reason(error: Exception) -> str:

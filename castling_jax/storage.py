@@ -1,6 +1,7 @@
 """Files and folders on this machine's disks and in buckets (gs://)."""
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,26 @@ from pathlib import Path
 from etils import epath
 
 from castling_jax.errors import InputError, reason
+
+
+def as_path(path: str | os.PathLike, what: str = "a path") -> epath.Path:
+    """A path as a person gives it, with ~ for the home folder; every path from outside comes through here.
+
+    Args:
+      path: on this machine, or in a bucket.
+      what: what the path is of, for the message.
+
+    Raises:
+      InputError: it is no text and no path, it is empty, or it holds a null character.
+    """
+    if not isinstance(path, str | os.PathLike) or not isinstance(text := os.fspath(path), str):
+        raise InputError(f"{what} must be a text or a path, not {path!r}.")
+    if not text:
+        raise InputError(f"{what} must not be empty; the folder one stands in is '.'.")
+    if "\0" in text:
+        raise InputError(f"{what} must not hold a null character, as {text!r} does.")
+    # os.path's leaves ~NOBODY as it is.
+    return epath.Path(text if is_remote(text) else os.path.expanduser(text))  # noqa: PTH111
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -81,6 +102,52 @@ def copy_folder(source: epath.Path, target: epath.Path, *, last: str | None = No
             copy_folder(path, target / path.name)
         else:
             path.copy(target / path.name, overwrite=True)
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """Tries to make a folder and a file in it, before the work whose results are to go there; leaves nothing behind.
+
+    A bucket's is left to `check_bucket`.
+
+    Raises:
+      InputError: there is a file in the folder's place or above it, or nothing can be made or written there.
+    """
+    if is_remote(folder):
+        return
+    path = Path(folder).absolute()
+    made: list[Path] = []
+    try:
+        for part in (*reversed(path.parents), path):
+            if os.path.lexists(part) and not part.is_dir():
+                where = "" if part == path else f"'{folder}' cannot be made: "
+                what = "is a file" if part.exists() else "is a link that leads nowhere"
+                raise InputError(f"{where}'{part if where else folder}' {what}, and a folder is needed there.")
+            if not part.exists():
+                part.mkdir()
+                made.append(part)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"a byte, for which a full disk has no place")
+    except OSError as error:
+        raise InputError(f"'{folder}' cannot be written to ({error.strerror or error}): choose another.") from error
+    finally:
+        for part in reversed(made):
+            with contextlib.suppress(OSError):  # another process may have put something into it
+                part.rmdir()
+
+
+def check_writable_file(path: str | os.PathLike) -> None:
+    """Tries whether a file can be written or replaced, before the work whose results are to go there.
+
+    Raises:
+      InputError: it is a folder, or its folder cannot be written to.
+    """
+    if is_remote(path):
+        return
+    check_writable(Path(path).parent)
+    if Path(path).is_dir():
+        raise InputError(f"'{path}' is a folder, and a file is to be written there.")
+    if Path(path).exists() and not os.access(path, os.W_OK):
+        raise InputError(f"'{path}' cannot be written to ({os.strerror(errno.EACCES)}).")
 
 
 def remove(path: Path | epath.Path) -> None:

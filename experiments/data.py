@@ -6,12 +6,12 @@ names and from the first on, becomes val: train keeps 45,000 images, val gets 5,
 
 import argparse
 import shutil
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
 from castling_jax.errors import InputError, reason
+from castling_jax.tools.folders import ending_in_a_sentence
 from experiments.study import ROOT
 
 CIFAR10 = ROOT / "data_local" / "cifar10"  # ignored by git
@@ -46,13 +46,11 @@ def unpack(archive: Path, folder: Path) -> None:
         whole.rename(folder)  # last, so that a folder of this name is whole
 
 
+@ending_in_a_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("archive", type=Path)
-    try:
-        unpack(parser.parse_args().archive, CIFAR10)
-    except InputError as error:
-        sys.exit(str(error))
+    unpack(parser.parse_args().archive, CIFAR10)
 
 
 if __name__ == "__main__":

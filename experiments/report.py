@@ -28,6 +28,7 @@ from scipy import stats
 
 from castling_jax.errors import InputError, check_known
 from castling_jax.storage import write_atomically
+from castling_jax.tools.folders import ending_in_a_sentence
 from experiments.results import ORIGIN_FILE, RESULTS, unpack
 from experiments.study import ROOT, STUDIES, Study, load_study, study_hash, study_names, trials_of
 
@@ -281,14 +282,12 @@ def _digest_of(picture: Path) -> str | None:
         return image.info.get(DIGEST, "")
 
 
+@ending_in_a_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where what is there is not current")
     check = parser.parse_args().check
-    try:
-        stale = [str(path.relative_to(ROOT)) for path in report(check=check)]
-    except InputError as error:
-        sys.exit(str(error))
+    stale = [str(path.relative_to(ROOT)) for path in report(check=check)]
     if check and stale:
         sys.exit(f"not what the results give: {', '.join(stale)}; run python -m experiments.report.")
     print(f"written: {', '.join(stale)}." if stale else "All is what the results give.")

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from castling_jax.errors import InputError
 from castling_jax.storage import write_atomically
+from castling_jax.tools.folders import ending_in_a_sentence
 from experiments.results import ORIGIN_FILE, RESULTS
 from experiments.study import ROOT, STUDIES, Trial, code_hash, load_study, study_hash, trials_of
 
@@ -170,6 +171,7 @@ def _log_file(trial: Trial) -> Path:
     return RUNS / trial.study / trial.name / "log.txt"
 
 
+@ending_in_a_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", help="a file in experiments/studies, without .py")
@@ -179,8 +181,6 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         failed = run(options.study, jobs=options.jobs, only=options.only)
-    except InputError as error:
-        sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on.")
     sys.exit(f"{failed} runs failed." if failed else 0)

@@ -18,6 +18,7 @@ from jaxtyping import Bool
 
 from castling_jax.errors import InputError, check_known
 from castling_jax.storage import write_atomically
+from castling_jax.tools.folders import ending_in_a_sentence, local_path
 from castling_jax.tools.memory import keep_freed_memory
 from castling_jax.training.evaluate_run import ANSWERS_FILE, EVALUATIONS
 from castling_jax.training.preemption import Preempted
@@ -90,12 +91,13 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
+@ending_in_a_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study")
     parser.add_argument("run")
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--result", type=Path, required=True)
+    parser.add_argument("--workdir", type=local_path, required=True)
+    parser.add_argument("--result", type=local_path, required=True)
     options = parser.parse_args()
     if jax.default_backend() == "cpu":
         keep_freed_memory()
@@ -103,8 +105,6 @@ def main() -> None:
         trials = {trial.name: trial for trial in trials_of(options.study, load_study(options.study))}
         check_known(f"run of {options.study}", options.run, trials)
         result = train_one(trials[options.run], options.workdir)
-    except InputError as error:
-        sys.exit(str(error))
     except Preempted as preempted:
         sys.exit(f"interrupted; the state of step {preempted.step} is saved.")
     write_atomically(options.result, json.dumps(result, indent=1).encode() + b"\n")

@@ -37,6 +37,7 @@ from castling_jax.data.sources import Unread
 from castling_jax.models.attention.kinds import FORMS
 from castling_jax.models.registry import MODELS, abstract_model, attentions_of
 from castling_jax.models.variables import apply, get_variables
+from castling_jax.tools.folders import ending_in_a_sentence, local_path, make_folder
 from castling_jax.training.config import default_config
 from castling_jax.training.setup import set_up
 from castling_jax.training.sharding import batch_shapes
@@ -168,16 +169,19 @@ def programs() -> list[Program]:
     return listed
 
 
+@ending_in_a_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names to print, such as 'deit_*/softmax/*'")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="also write each program's text to this folder")
+    parser.add_argument(
+        "--out", type=local_path, metavar="FOLDER", help="also write each program's text to this folder"
+    )
     options = parser.parse_args()
     chosen = [program for program in programs() if fnmatch.fnmatchcase(program.name, options.only)]
     if not chosen:
         parser.error(f"no program is called {options.only!r}: names are MODEL/ATTENTION/FORM and step/NAME")
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
+        make_folder(options.out)
     for number, program in enumerate(chosen, start=1):
         print(f"{number} of {len(chosen)}: {program.name}", file=sys.stderr)
         text = program.text()

@@ -5,6 +5,7 @@ checksums; `metrics`, a JSON of figures; and SHA256SUMS, the manifest of all but
 """
 
 import contextlib
+import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -19,15 +20,30 @@ from castling_jax.storage import is_remote
 
 CHECKPOINTS = "checkpoints"  # a run's folder of them
 COMMIT_SUCCESS_FILE = "commit_success.txt"  # Orbax's, in a bucket
+STEP = re.compile("0|[1-9][0-9]{0,8}")  # a checkpoint's name, as a run writes it
 FORMAT = 2  # of what is saved beside the state. 1 had neither manifest, nor mask threshold, nor the data's fingerprint
 
 
 def checkpoint_steps(folder: epath.Path) -> list[int]:
     """The steps of which a folder of checkpoints holds one, sorted; what is still being written does not count."""
-    steps = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    steps = [path for path in folder.iterdir() if STEP.fullmatch(path.name)] if folder.is_dir() else []
     if is_remote(folder):  # where a folder cannot be renamed once it is whole, Orbax marks it
         steps = [path for path in steps if (path / COMMIT_SUCCESS_FILE).exists()]
     return sorted(int(path.name) for path in steps)
+
+
+def check_names(folder: epath.Path) -> None:
+    """Refuses what a run cannot keep its checkpoints in, or beside.
+
+    Raises:
+      InputError: it is a file, or a name in it is a number that no run writes: with leading zeros, other digits than 0
+        to 9, or too many, which Orbax takes for a step all the same.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"'{folder}' is a file, and the checkpoints' folder is to be there.")
+    for name in sorted(path.name for path in folder.iterdir()) if folder.exists() else ():
+        if name.isdigit() and not STEP.fullmatch(name):
+            raise InputError(f"'{folder / name}' is not named as a checkpoint is, by its step: move it elsewhere.")
 
 
 def read_checkpoint(folder: epath.Path, names: Collection[str] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -42,7 +58,7 @@ def read_checkpoint(folder: epath.Path, names: Collection[str] | None = None) ->
       (state, about): nested dicts of numpy arrays, of what was asked for; and what was saved beside the state.
 
     Raises:
-      InputError: it is damaged; says how, and which other there is.
+      InputError: it is damaged; says how.
     """
     import orbax.checkpoint as ocp  # takes a while to import, and whoever only converts arrays does without
 
@@ -78,8 +94,4 @@ def reading(folder: epath.Path) -> Iterator[Any]:
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             yield checkpointer
     except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
-        others = [step for step in checkpoint_steps(folder.parent) if str(step) != folder.name]
-        instead = f"; try '{folder.parent / str(others[-1])}'" if others else ""
-        raise InputError(
-            f"the checkpoint '{folder}' is damaged ({in_one_sentence(reason(error))}){instead}."
-        ) from error
+        raise InputError(f"the checkpoint '{folder}' is damaged ({in_one_sentence(reason(error))}).") from error

@@ -20,18 +20,27 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError
-from safetensors.flax import load_file as load_safetensors
 from safetensors.numpy import save_file as save_safetensors
 
+from castling_jax.convert.files import read_safetensors
 from castling_jax.convert.inference import to_inference
+from castling_jax.convert.run_folder import CONFIG_FILE, INFERENCE
 from castling_jax.convert.shipped import locate
 from castling_jax.errors import InputError, about, check_known, reason, refusing
 from castling_jax.models.backbone import Backbone
-from castling_jax.models.registry import abstract_model
+from castling_jax.models.registry import DTYPES, abstract_model
 from castling_jax.models.variables import Variables, apply, check_variables, flatten, unflatten
 from castling_jax.preprocessing import Preprocessing
-from castling_jax.storage import check_bucket, copy_folder, is_remote, local_copy, remove, write_atomically
+from castling_jax.storage import (
+    as_path,
+    check_bucket,
+    check_writable,
+    copy_folder,
+    is_remote,
+    local_copy,
+    remove,
+    write_atomically,
+)
 
 VARIABLES_FILE = "variables.safetensors"
 PROGRAM_FILE = "program.stablehlo"
@@ -86,6 +95,7 @@ def save_inference(
         is unknown, `path` is a file, or it cannot be written.
     """
     check_known("format", format, PAYLOADS)
+    path = as_path(path)
     classes = None if classes is None else list(classes)
     _check_meaning(model.spec.arguments(), preprocessing, classes)
     if is_remote(path):
@@ -99,6 +109,7 @@ def save_inference(
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"'{folder}' is a file: give a folder, which is made if need be.")
+    check_writable(folder)
     if model.spec.form == "train":
         variables = to_inference(variables)
     arguments = model.spec.arguments(form="inference")
@@ -119,7 +130,10 @@ def save_inference(
         elif format == "orbax":
             _save_orbax(temporary, unflatten(arrays))
         else:
+            temporary.touch()
+            mode = temporary.stat().st_mode
             save_safetensors(arrays, temporary)
+            temporary.chmod(mode)  # safetensors' own is 0600, which nobody else may read
         description["sha256"] = _sha256(temporary)
         description["versions"] = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
         remove(payload)
@@ -170,12 +184,14 @@ def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
             f"'{folder}' holds a program and no variables: jax.export.deserialize of the bytes of {name} gives it, "
             "and its call(images) the logits."
         )
-    with refusing(SafetensorError, f"'{payload}' cannot be read"):
-        variables = unflatten(load_safetensors(payload)) if name == VARIABLES_FILE else _load_orbax(payload)
-    with refusing((TypeError, ValueError), f"'{folder / MODEL_FILE}' describes no model"):
+    with refusing((OSError, TypeError, ValueError), f"'{payload}' cannot be read"):
+        variables = unflatten(read_safetensors(payload)) if name == VARIABLES_FILE else _load_orbax(payload)
+    no_model = (TypeError, ValueError, OverflowError, RecursionError)
+    with refusing(no_model, f"'{folder / MODEL_FILE}' describes no model"):
         model = abstract_model(**description.model)
-    check_variables(model, variables)
-    return model, variables
+    for path, leaf in check_variables(model, variables).items():
+        check_known(f"dtype of {path!r} in '{payload}'", leaf.dtype.name, DTYPES)
+    return model, jax.tree.map(jnp.asarray, variables)
 
 
 def read_description(path: str | os.PathLike) -> Description:
@@ -188,16 +204,22 @@ def read_description(path: str | os.PathLike) -> Description:
       InputError: the file is missing, damaged, or of a later format.
     """
     check_bucket(path)
-    file = locate(path) / MODEL_FILE
+    folder = locate(path)
+    file = folder / MODEL_FILE
     if not file.is_file():
-        raise InputError(f"'{file.parent}' is not an inference folder: it has no {MODEL_FILE}.")
-    damage = (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError)
+        here = f"; that of this run is '{folder / INFERENCE}'" if (folder / INFERENCE / MODEL_FILE).is_file() else ""
+        if not here and (folder / CONFIG_FILE).is_file():
+            here = "; a run that is not finished has none yet, and castling_jax.tools.convert makes one"
+        raise InputError(f"'{folder}' is not an inference folder: it has no {MODEL_FILE}{here}.")
+    damage = (OSError, ValueError, KeyError, TypeError, RecursionError)
     with refusing(damage, f"'{file}' is damaged or not an inference folder's"):
         content = json.loads(file.read_text())
         written_as, model, sha256 = content["format"], content["model"], content["sha256"]
         name = content.get("file", VARIABLES_FILE)
         if not isinstance(model, dict) or "name" not in model or name not in PAYLOADS.values():
             raise KeyError("name")
+        if (form := model.get("form")) != "inference":
+            raise InputError(f"'{file}' describes a model in the form {form!r}, not 'inference'.")
     if written_as not in range(1, FORMAT + 1):
         raise InputError(f"'{file.parent}' is of format {written_as}; this version reads formats up to {FORMAT}.")
     with about(f"'{file}' is damaged"):
@@ -256,7 +278,7 @@ def _load_orbax(path: Path) -> Variables:
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
-        return jax.tree.map(jnp.asarray, checkpointer.restore(path.absolute()))
+        return checkpointer.restore(path.absolute())
 
 
 def _sha256(path: Path) -> str:

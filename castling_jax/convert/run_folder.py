@@ -31,7 +31,7 @@ def read_config(run: epath.Path) -> dict[str, Any]:
       InputError: it is missing, damaged, of another format, or does not say what the run's model is.
     """
     path = run / CONFIG_FILE
-    damage = (OSError, ValueError, AttributeError, KeyError, TypeError)
+    damage = (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError)
     with refusing(damage, f"'{path}' is missing or damaged"):
         config = json.loads(path.read_text())
         written_as = config.pop("format", FORMAT)

@@ -7,19 +7,17 @@ named as in the paper authors' block.
 
 import logging
 import math
-import os
+import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.flax import load_file as load_safetensors
 
 from castling_jax.convert.inference import SOFTMAX_BRANCH
-from castling_jax.errors import InputError, refusing
+from castling_jax.convert.names import listed, timm_state_dict
+from castling_jax.errors import InputError, printable
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.levit import LeViT, fit_bias_table
@@ -33,73 +31,16 @@ _LEAF_NAMES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-# Buffers that state dicts may hold and that say nothing: PyTorch counts batches where no momentum is given, and older
-# LeViTs keep what can be computed. `to_torch` leaves them out; load_state_dict(strict=True) does not miss them.
-_IGNORED = ("num_batches_tracked", "attention_bias_idxs")
 # What a bias of the scores is made of; only some kinds of attention take one.
 _SOFTMAX_ONLY = ("attention_biases", "rel_pos_h", "rel_pos_w")
-_WRAPPERS = ("model", "state_dict", "model_ema")  # under one of these, checkpoints of a training keep the weights
-_LISTED = 6  # names that a refusal gives; the rest is counted
+# What scales a layer's output in DeiT III, CaiT and BEiT, by timm's, their own and Hugging Face's names.
+_LAYER_SCALE = re.compile(r"(^|\.)(ls[12]?\.gamma|gamma_[12]|lambda_[12]|layer_scale[12]?\.\w+)$")
 
 
-def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The weights in a safetensors file, in NumPy's .npz, or in a PyTorch file (.pth, .pt, .bin), for `from_torch`.
-
-    A PyTorch file is read with weights_only=True, so that no code in it is run, and needs torch. Where its weights
-    stand under "model", "state_dict" or "model_ema", as in DeiT's and timm's checkpoints, they are taken from there.
-
-    Returns:
-      Names to arrays; floating-point ones in float32, whatever they were stored in.
-
-    Raises:
-      InputError: there is no such file, it is damaged or holds no weights, or torch is needed and not installed.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"there is no file '{path}' to read weights from.")
-    tensors = {".safetensors": _read_safetensors, ".npz": _read_npz}.get(path.suffix, _read_torch)(path)
-    return {name: x.astype(np.float32) if jnp.issubdtype(x.dtype, np.floating) else x for name, x in tensors.items()}
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    with refusing(SafetensorError, f"'{path}' is damaged or no safetensors file"):
-        return {name: np.asarray(value) for name, value in load_safetensors(path).items()}
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    no_npz = refusing(Exception, f"'{path}' is damaged or no .npz file")  # zipfile, zlib and numpy raise many kinds
-    with no_npz, np.load(path, allow_pickle=False) as file:
-        arrays = dict(file)
-    for name, value in arrays.items():
-        if value.dtype.kind not in "fiub":
-            raise InputError(f"'{path}' holds {name!r} of dtype {value.dtype}, which is not one of numbers.")
-    return arrays
-
-
-def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError:
-        raise InputError(
-            f"'{path}' is read with torch, which is not installed: install it (pip install torch), or store the "
-            "weights as .safetensors."
-        ) from None
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zipfile and torch raise many kinds
-        said = (str(error) or repr(error)).splitlines()[0].split(". ")[0].rstrip(".")
-        raise InputError(f"'{path}' is damaged, or holds other things than weights: {said}.") from error
-    for key in _WRAPPERS:
-        if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
-            tensors = tensors[key]
-            break
-    if not isinstance(tensors, dict) or not tensors or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
-        raise InputError(f"'{path}' holds no weights: it must be a dict of tensors, or have one under {_WRAPPERS}.")
-    return {name: (x.float() if x.is_floating_point() else x).numpy() for name, x in tensors.items()}
-
-
-def from_torch(model: Backbone, state_dict: Mapping[str, np.ndarray], *, reset_head: bool = False) -> Variables:
-    """Variables for `model` from a state dict under timm 1.0's names.
+def from_torch(
+    model: Backbone, state_dict: Mapping[str, Any], *, reset_head: bool = False, ema: bool | None = None
+) -> Variables:
+    """Variables for `model` from a state dict under timm 1.0's names, or others that `read_state_dict` translates.
 
     A position embedding, attention biases or relative positions of another image size are fitted to the model's. What
     timm does not have, the token kernels, starts at zero, as in a new model, and is listed in a warning of this
@@ -107,28 +48,29 @@ def from_torch(model: Backbone, state_dict: Mapping[str, np.ndarray], *, reset_h
 
     Args:
       model: in training form; its parameters are not used, only their paths and shapes.
-      state_dict: names to arrays, [out, in] and [out, in, height, width] as in PyTorch.
+      state_dict: names to arrays, [out, in] and [out, in, height, width] as in PyTorch; of NumPy, JAX or PyTorch. It
+        may have a prefix before all names, or stand in a dict under "model" or "state_dict", as a training saves it.
       reset_head: whether classifiers that are missing or of another number of classes start anew, at zero: with no
         preference for any class.
+      ema: of a dict that has both, whether the moving average is wanted; None is the raw weights, said in a warning.
 
     Returns:
       {"params": ...}, and "batch_stats" with batch norm, of float arrays in the model's dtypes; copies.
 
     Raises:
-      InputError: the model is in inference form, the state dict is no mapping, or names are missing or unknown or
-        shapes do not fit: it lists them.
+      InputError: the model is in inference form, the state dict is no mapping, holds no weights or several, names are
+        missing or unknown or shapes do not fit, or arrays are not of finite floating numbers: it lists them.
     """
     _check_form(model)
-    if not isinstance(state_dict, Mapping):
-        raise InputError(f"a state dict must be a dict of names to arrays, not {type(state_dict).__name__}.")
-    remaining = {name: np.asarray(value) for name, value in state_dict.items() if name.split(".")[-1] not in _IGNORED}
+    remaining = timm_state_dict(state_dict, "a state dict", ema=ema)
     leaves: dict[str, jax.Array] = {}
-    missing, misshapen, at_zero, unused = [], [], [], []
+    missing, misshapen, unusable, at_zero, unused = [], [], [], [], []
     for path, leaf in flatten(get_variables(model)).items():
         name, shape = _torch_name(path), _torch_shape(path, leaf.shape)
         value = remaining.pop(name, None)
         fitted = value if value is None or value.shape == shape else _fit(model, path, value, leaf.shape)
-        if fitted is not None and fitted.shape == shape:
+        if value is not None and fitted is not None and fitted.shape == shape:
+            unusable += _unusable(name, value)
             order = _row_order(model, path)
             fitted = fitted if order is None else fitted[order]
             # A copy: on a CPU asarray may share memory with a torch model that goes on being trained.
@@ -147,6 +89,8 @@ def from_torch(model: Backbone, state_dict: Mapping[str, np.ndarray], *, reset_h
     unknown = [repr(name) for name in sorted(remaining.keys() - unused)]
     if missing or unknown or misshapen:
         raise InputError(_misfit(model, missing, unknown, misshapen))
+    if unusable:
+        raise InputError(f"the state dict holds {len(unusable)} arrays that are no weights: {listed(unusable)}.")
     if at_zero:
         logging.getLogger(__name__).warning(
             "%d token kernels are not in the state dict and start at zero, as in a new model: %s",
@@ -155,24 +99,32 @@ def from_torch(model: Backbone, state_dict: Mapping[str, np.ndarray], *, reset_h
         )
     if unused:
         logging.getLogger(__name__).warning(
-            "%d arrays of the state dict are of the softmax alone and are left out: %s", len(unused), ", ".join(unused)
+            "%d arrays of the state dict are of the softmax alone and are left out: %s",
+            len(unused),
+            printable(", ".join(unused)),
         )
     return unflatten(leaves)
 
 
 def _misfit(model: Backbone, missing: list[str], unknown: list[str], misshapen: list[str]) -> str:
     """All that keeps a state dict from being this model's, in one sentence."""
-
-    def listed(found: list[str]) -> str:
-        return ", ".join(found[:_LISTED]) + (f" and {len(found) - _LISTED} more" if len(found) > _LISTED else "")
-
     name = model.spec.name
     parts = [f"it lacks {len(missing)} of the model's tensors: {listed(missing)}"] if missing else []
     parts += [f"it holds {len(unknown)} that {name} does not have: {listed(unknown)}"] if unknown else []
     parts += [f"it holds {len(misshapen)} of another shape: {listed(misshapen)}"] if misshapen else []
+    if scales := [text for text in unknown if _LAYER_SCALE.search(text.strip("'"))]:
+        parts.append(f"{scales[0]} is of layer scale, as DeiT III has it, which {name} does not")
     if any(text.startswith("'head") for text in misshapen):
         parts.append("reset_head=True starts classifiers of another number of classes anew")
     return f"the state dict does not fit {name}: {'; '.join(parts)}."
+
+
+def _unusable(name: str, value: np.ndarray) -> list[str]:
+    """Why an array is none of weights, if so."""
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        return [f"{name!r} is of {value.dtype}, not floating"]
+    count = int(np.sum(~np.isfinite(value)))
+    return [f"{name!r} has {count} of {value.size} numbers that are not finite"] if count else []
 
 
 def to_torch(model: Backbone, variables: Variables) -> dict[str, np.ndarray]:

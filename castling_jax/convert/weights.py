@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from castling_jax.convert.checkpoint import CHECKPOINTS, FORMAT, checkpoint_steps, read_checkpoint
+from castling_jax.convert.checkpoint import CHECKPOINTS, FORMAT, STEP, checkpoint_steps, read_checkpoint
+from castling_jax.convert.files import read_state_dict
 from castling_jax.convert.inference_folder import MODEL_FILE, load_inference, read_description
 from castling_jax.convert.run_folder import (
     INFERENCE,
@@ -21,13 +22,13 @@ from castling_jax.convert.run_folder import (
     start_threshold,
 )
 from castling_jax.convert.shipped import locate, shipped_names
-from castling_jax.convert.torch import read_state_dict, to_torch
+from castling_jax.convert.torch import to_torch
 from castling_jax.errors import InputError
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, check_variables, flatten
 from castling_jax.preprocessing import Preprocessing
-from castling_jax.storage import absolute, check_bucket, is_remote, local_copy
+from castling_jax.storage import absolute, check_bucket
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ class Weights:
 
     Attributes:
       path: where: a checkpoint's folder, an inference folder, or a file.
-      variables: the model's, nested dicts of arrays. A foreign file, which names no model, gives its arrays under its
-        own names, as `read_state_dict` does: `from_torch` makes a model's variables of them.
+      variables: the model's, nested dicts of arrays. A foreign file, which names no model, gives its arrays under
+        timm's names, as `read_state_dict` does: `from_torch` makes a model's variables of them.
       model: in `form`; holds shapes only. None for a foreign file.
       config: of a checkpoint, the fields of its run's config.json, as nested plain dicts.
       mask_threshold: of a checkpoint, the threshold of its last step.
@@ -93,53 +94,54 @@ def read(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
         - a foreign file: .safetensors, .npz, or PyTorch's.
       step: which checkpoint of a run; None is the newest.
       ema: whether a checkpoint's variables are to be their moving averages; None is where it is they that its run
-        exports.
+        exports. Of a foreign file as in `read_state_dict`.
 
     Raises:
-      InputError: there is nothing of this kind at `path` or it is damaged, the run has no checkpoint of that step, or
-        there is no moving average.
+      InputError: there is nothing of this kind at `path` or it is damaged, the run has no checkpoint of that step,
+        there is no moving average, or an argument is of another type.
     """
-    check_bucket(path)
     where = locate(path)
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int | np.integer)):
+        raise InputError(f"step must be an integer, or None for the newest, not {step!r}.")
+    if not isinstance(ema, bool | None):
+        raise InputError(f"ema must be True, False or None, not {ema!r}.")
+    check_bucket(where)
     steps = checkpoint_steps(where / CHECKPOINTS)
     if step is not None and step not in steps:
         raise InputError(f"'{path}' is no run with a checkpoint of step {step}{_listed(steps)}.")
     if steps:
         return _read_checkpoint(where, where / CHECKPOINTS / str(steps[-1] if step is None else step), ema)
-    if absolute(where).name.isdigit() and (where / "state").is_dir():
+    if STEP.fullmatch(absolute(where).name) and (where / "state").is_dir():
         return _read_checkpoint(absolute(where).parent.parent, where, ema)
-    inference = next((folder for folder in (where, where / INFERENCE) if (folder / MODEL_FILE).is_file()), None)
-    if inference is None and not where.is_file():
-        raise InputError(
-            f"'{path}' is neither a run's folder with checkpoints, one of its {CHECKPOINTS}/STEP, an inference folder, "
-            f"a file of weights, nor the name of shipped weights ({', '.join(shipped_names()) or 'none yet'})."
-        )
-    if ema:
-        raise InputError(f"'{inference or where}' holds no moving average, which only a run's checkpoints do.")
-    if inference is None:
-        return Weights(where, _read_file(where))
-    model, variables = load_inference(inference)
-    description = read_description(inference)
-    return Weights(inference, variables, model, preprocessing=description.preprocessing, classes=description.classes)
+    if inference := next((folder for folder in (where, where / INFERENCE) if (folder / MODEL_FILE).is_file()), None):
+        if ema:
+            raise InputError(f"'{inference}' holds no moving average, which only checkpoints do.")
+        model, variables = load_inference(inference)
+        known = read_description(inference)
+        return Weights(inference, variables, model, preprocessing=known.preprocessing, classes=known.classes)
+    if where.is_file():
+        return Weights(where, read_state_dict(where, ema=ema))
+    raise InputError(
+        f"'{path}' is neither a run's folder with checkpoints, one of its {CHECKPOINTS}/STEP, an inference folder, "
+        f"a file of weights, nor the name of shipped weights ({', '.join(shipped_names()) or 'none yet'}): "
+        + ("it is another folder." if where.exists() else "there is nothing of this name.")
+    )
 
 
 def _listed(steps: list[int]) -> str:
     return f"; it has those of {', '.join(map(str, steps))}" if steps else ""
 
 
-def _read_file(path: epath.Path) -> dict[str, np.ndarray]:
-    """`read_state_dict`, of a bucket's file too."""
-    if is_remote(path):
-        with local_copy(path) as copy:
-            return read_state_dict(copy)
-    return read_state_dict(path)
-
-
 def _read_checkpoint(run: epath.Path, folder: epath.Path, ema: bool | None) -> Weights:
     config = read_config(run)
     if ema is None:
         ema = exported_weights(config) == "averaged"
-    state, about = read_checkpoint(absolute(folder), ("ema",) if ema else ("params", "batch_stats"))
+    try:
+        state, about = read_checkpoint(absolute(folder), ("ema",) if ema else ("params", "batch_stats"))
+    except InputError as error:
+        others = [step for step in checkpoint_steps(folder.parent) if str(step) != absolute(folder).name]
+        instead = f"; try '{folder.parent / str(others[-1])}'" if others else ""
+        raise InputError(f"{str(error).rstrip('.')}{instead}.") from error
     if ema and not state:
         raise InputError(f"the checkpoint '{folder}' holds no moving average of its parameters.")
     if (written_as := about.get("format", 1)) > FORMAT:

@@ -17,7 +17,7 @@ from absl import flags
 from jaxtyping import Int
 
 from castling_jax.data.sources import Dataset
-from castling_jax.errors import DeterministicError, InputError
+from castling_jax.errors import DeterministicError, InputError, printable
 
 LOGGER = logging.getLogger(__name__)
 PART = 32  # images that one thread reads at a time: a batch is shared out, and what is read ahead is bounded
@@ -262,7 +262,7 @@ class _Corrupt:
             self._named[name] = why
             if name not in _LOGGED:
                 _LOGGED.add(name)
-                LOGGER.warning("Corrupt image, skipped: %s: %s", name, why)
+                LOGGER.warning("Corrupt image, skipped: %s: %s", printable(name), printable(why))
         if self._count > self._max_share * max(self._read, MIN_IMAGES_JUDGED):
             named = [f"{name}: {why.rstrip('.')}" for name, why in self._named.items()]
             more = f"; and {len(named) - NAMED} others" if len(named) > NAMED else ""

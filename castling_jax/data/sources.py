@@ -18,6 +18,7 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from castling_jax.errors import InputError, check_known, in_one_sentence, refusing
+from castling_jax.storage import as_path
 
 DIGITS_SPLITS = ("train", "test", "minitrain", "minival")
 FOLDER = "folder:"  # how the name of a folder of images starts
@@ -212,7 +213,7 @@ def load_dataset(
         return digits(split)
     if name.startswith(FOLDER):
         return folder(name.removeprefix(FOLDER), split, classes)
-    return tfds_dataset(name, split, data_dir=data_dir)
+    return tfds_dataset(name, split, data_dir=None if data_dir is None else as_path(data_dir, "data_dir"))
 
 
 def digits(split: str) -> ArrayDataset:
@@ -254,7 +255,7 @@ def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = Non
     Raises:
       InputError: a folder is missing, holds no classes, no images, or a class that PATH/train or `classes` has not.
     """
-    root = epath.Path(path).expanduser()
+    root = as_path(path, "the folder of a data set")
     if not root.is_dir():
         raise InputError(f"there is no folder '{root}'.")
     splits = _folders(root)

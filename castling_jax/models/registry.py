@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from castling_jax.errors import InputError, check_at_least, check_known
+from castling_jax.errors import InputError, check_at_least, check_at_most, check_known
 from castling_jax.models.attention.kinds import KINDS, make_core
 from castling_jax.models.backbone import Backbone, BackboneConfig, ModelSpec
 from castling_jax.models.deit import DeiT, DeiTConfig
@@ -52,6 +52,7 @@ MODELS: dict[str, tuple[type[Backbone], BackboneConfig]] = {
 }
 DTYPES = ("float32", "bfloat16")
 ARGUMENTS = ("attention", "form", "dtype", "param_dtype", "rngs")  # of create_model, beside a configuration's fields
+MOST_BLOCKS, LARGEST_SIZE = 256, 2**24  # above any model; what a file says beyond that takes minutes to be refused
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -70,8 +71,11 @@ def _check_values(config: BackboneConfig) -> None:
         word, value, hint = field.name, getattr(config, field.name), cast(Any, field.type)
         types = {get_origin(kind) or kind for kind in (hint.__args__ if isinstance(hint, UnionType) else (hint,))}
         if tuple in types:
-            if any(type(item) is not int for item in jax.tree.leaves(value)):
+            items = jax.tree.leaves(value)
+            check_at_most(f"the entries of {word}", len(items), MOST_BLOCKS, "the blocks of the deepest model")
+            if any(type(item) is not int for item in items):
                 raise InputError(f"{word} must be integers, not {value!r}.")
+            check_at_most(word, max(items, default=0), LARGEST_SIZE, "the largest size")
             continue
         if float in types:
             types |= {int}
@@ -80,10 +84,14 @@ def _check_values(config: BackboneConfig) -> None:
             raise InputError(f"{word} must be {allowed.replace('NoneType', 'None')}, not {value!r}.")
         if type(value) is int and float not in types:
             check_at_least(word, value, 1)
+            check_at_most(word, value, LARGEST_SIZE, "the largest size")
+    blocks = sum(jax.tree.leaves([getattr(config, word, ()) for word in ("depth", "depths")]))
+    check_at_most("the number of blocks", blocks, MOST_BLOCKS, "that of the deepest model")
     if not 0 <= config.drop_path_rate < 1:
         raise InputError(f"drop_path_rate must be in [0, 1), not {config.drop_path_rate}.")
     if not 0 < config.mlp_ratio < math.inf:
         raise InputError(f"mlp_ratio must be above 0, not {config.mlp_ratio}.")
+    check_at_most("mlp_ratio", config.mlp_ratio, LARGEST_SIZE, "the largest size")
 
 
 def _plain(value: Any) -> Any:

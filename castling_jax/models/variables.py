@@ -41,12 +41,18 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(leaves: dict[str, Any]) -> Any:
-    """The inverse of `flatten`."""
+    """The inverse of `flatten`.
+
+    Raises:
+      InputError: a path leads on from an array, as "a/b" does where "a" is one.
+    """
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, name = path.split("/")
         node = tree
-        for parent in parents:
+        for depth, parent in enumerate(parents, start=1):
+            if (above := "/".join(parents[:depth])) in leaves:
+                raise InputError(f"{above!r} cannot be an array and hold {path!r}.")
             node = node.setdefault(parent, {})
         node[name] = leaf
     return tree

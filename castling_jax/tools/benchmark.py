@@ -26,7 +26,6 @@ import json
 import math
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -45,7 +44,7 @@ import castling_jax
 from castling_jax.errors import InputError, check_at_least
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import apply, get_variables
-from castling_jax.tools.folders import make_folder
+from castling_jax.tools.folders import ending_in_a_sentence, local_path, make_folder
 from castling_jax.tools.memory import keep_freed_memory
 from castling_jax.tools.peers import INFERENCE, SOFTMAX, Layer, equimo_layers, our_layers, rival_layers, torch_layers
 from castling_jax.tools.reading import describe_reading, measure_reading
@@ -345,7 +344,7 @@ def parse_arguments(arguments: Iterable[str] | None) -> argparse.Namespace:
         default=1.0,
         help="leave out softmax and training forms where one copy of a call's scores is over this (1 GiB)",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder (runs/benchmark)")
+    parser.add_argument("--out", type=local_path, default=Path("runs/benchmark"), help="folder (runs/benchmark)")
     parsed = parser.parse_args(None if arguments is None else list(arguments))
     parsed.tokens = parse_counts("--tokens", parsed.tokens)
     parsed.attentions = [name for name in parsed.attentions.split(",") if name]
@@ -405,12 +404,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+@ending_in_a_sentence()
 def main(arguments: Iterable[str] | None = None) -> None:
-    try:
-        parsed = parse_arguments(arguments)
-        results = run(parsed)
-    except InputError as error:
-        sys.exit(str(error))
+    parsed = parse_arguments(arguments)
+    results = run(parsed)
     print(describe(results))
     print(f"\n{parsed.out / JSON_FILE}")
     if results["layers"]:

@@ -17,9 +17,10 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from castling_jax.errors import InputError, check_known
+from castling_jax.errors import check_known
 from castling_jax.models.attention.kinds import KINDS
-from castling_jax.storage import write_atomically
+from castling_jax.storage import check_writable_file, write_atomically
+from castling_jax.tools.folders import any_path, ending_in_a_sentence
 from castling_jax.tools.memory import keep_freed_memory
 from castling_jax.training.config_files import load_config
 from castling_jax.training.preemption import Preempted
@@ -53,12 +54,13 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
     return "\n".join([head, "|---|---|---|---|---|---|---|---|", *rows, ""])
 
 
+@ending_in_a_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:VARIANT")
     parser.add_argument("--attentions", default="castling,softmax", help="by commas (default: %(default)s)")
     parser.add_argument("--epochs", type=int, help="instead of the configuration's")
-    parser.add_argument("--workdir", type=epath.Path, help="by default runs/compare- and the configuration's name")
+    parser.add_argument("--workdir", type=any_path, help="by default runs/compare- and the configuration's name")
     options = parser.parse_args()
     if jax.default_backend() == "cpu":
         keep_freed_memory()
@@ -70,10 +72,9 @@ def main() -> None:
         if options.epochs is not None:
             config.train.epochs = options.epochs
         workdir = options.workdir or epath.Path("runs") / f"compare-{Path(options.config.partition(':')[0]).stem}"
+        check_writable_file(workdir / TABLE_FILE)
         page = table(compare(config, attentions, workdir))
         write_atomically(workdir / TABLE_FILE, page.encode())
-    except InputError as error:
-        sys.exit(str(error))
     except Preempted as preempted:
         sys.exit(f"interrupted; the state of step {preempted.step} is saved, and the same command goes on from there.")
     except KeyboardInterrupt:

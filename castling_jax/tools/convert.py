@@ -28,8 +28,8 @@ import argparse
 import functools
 import os
 import re
-import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,22 +40,25 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from castling_jax.convert.checkpoint import CHECKPOINTS
 from castling_jax.convert.inference import check_switch, to_inference
 from castling_jax.convert.inference_folder import MODEL_FILE, PAYLOADS, load_inference, save_inference
 from castling_jax.convert.plan import Fate, plan
-from castling_jax.convert.run_folder import preprocessing_of
+from castling_jax.convert.run_folder import CONFIG_FILE, preprocessing_of
 from castling_jax.convert.weights import read
 from castling_jax.data.loader import evaluation_batches
 from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import EvalTransform
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, printable
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, count_parameters, flatten
 from castling_jax.preprocessing import Preprocessing
-from castling_jax.storage import check_bucket
+from castling_jax.storage import absolute, check_bucket, check_writable, is_remote
+from castling_jax.tools.folders import any_path, ending_in_a_sentence
 from castling_jax.training.config_files import run_config
+from castling_jax.training.summary import SUMMARY_FILE
 
 CHECK_IMAGES = 128
 # How far logits of order one may be off where the arithmetic is the same but for the order of sums.
@@ -71,6 +74,7 @@ def convert(
       InputError: what `read` and `save_inference` raise, the source names no model, or a check fails.
     """
     check_bucket(out)
+    _check_out(out)
     source = read(path, ema=ema)
     if source.model is None:
         raise InputError(f"'{path}' does not say which model it is of, as a run and an inference folder do.")
@@ -81,11 +85,14 @@ def convert(
     about = f"{source.path}" if source.step is None else f"{source.path}, step {source.step:,}"
     about += ", moving average" if source.averaged else ""
     print(f"{spec.name}, {spec.attention}, {spec.image_size} pixels, {spec.num_classes} classes: {about}\n")
+    if source.step is not None and not (absolute(source.path).parent.parent / SUMMARY_FILE).exists():
+        threshold = f", whose mask threshold is {source.mask_threshold:g}" if source.mask_threshold is not None else ""
+        print(f"This run is not finished: what is converted is its step {source.step:,}{threshold}.\n")
     print(table(source.variables, variables))
+    config = run_config(source.config)
     if check:
-        config = run_config(source.config)
         images = held_out_images(source.preprocessing or preprocessing_of(config, spec.image_size), config)
-        print(f"\nOn {len(images)} images of {config.dataset.name} {config.dataset.eval_split}:")
+        print(f"\nOn {len(images)} images of {printable(config.dataset.name)} {printable(config.dataset.eval_split)}:")
         for line in compare_forms(source.model, source.variables, source.mask_threshold, images):
             print(f"  {line}")
     save_inference(out, model, variables, format=format, preprocessing=source.preprocessing, classes=source.classes)
@@ -93,7 +100,20 @@ def convert(
         print(f"  {compare_written(out, format, model, variables, images)}")
         if param_dtype != spec.param_dtype:
             print(f"  {compare_cast(source.model, source.variables, model, variables, images)}")
-    print(f"\nWrote {out}: {PAYLOADS[format]} and {MODEL_FILE}, {_bytes(epath.Path(out)) / 1e6:,.2f} MB.")
+    size = _bytes(out / PAYLOADS[format]) + _bytes(out / MODEL_FILE)
+    print(f"\nWrote {out}: {PAYLOADS[format]} and {MODEL_FILE}, {size / 1e6:,.2f} MB.")
+
+
+def _check_out(out: epath.Path) -> None:
+    """Refuses a folder that cannot be written to, and a run's own: a conversion would mix with the run's files."""
+    where = out if is_remote(out) else epath.Path(Path(out).resolve())
+    for run in (where, *where.parents):
+        is_run = (run / CONFIG_FILE).exists() or (run / CHECKPOINTS).exists()
+        if is_run and (where == run or where.relative_to(run).parts[0] == CHECKPOINTS):
+            raise InputError(
+                f"'{out}' belongs to a run: give a folder for the conversion alone, such as '{out}-converted'."
+            )
+    check_writable(out)
 
 
 def _bytes(path: epath.Path) -> int:
@@ -229,10 +249,11 @@ def _refuse_beyond(dtype: str, difference: float, logits: np.ndarray, what: str)
         raise InputError(f"{what} differ by {difference:.1e}, more than the {allowed:.1e} that rounding explains.")
 
 
+@ending_in_a_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a run's folder, a checkpoint's, or an inference folder")
-    parser.add_argument("out", type=epath.Path, help="the folder to write; an earlier conversion there is replaced")
+    parser.add_argument("out", type=any_path, help="the folder to write; an earlier conversion there is replaced")
     parser.add_argument("--format", choices=PAYLOADS, default="safetensors", help="safetensors if not given")
     parser.add_argument(
         "--ema",
@@ -253,10 +274,7 @@ def main() -> None:
     )
     arguments = vars(parser.parse_args())
     logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
-    try:
-        convert(arguments.pop("source"), arguments.pop("out"), **arguments)
-    except InputError as error:
-        sys.exit(str(error))
+    convert(arguments.pop("source"), arguments.pop("out"), **arguments)
 
 
 if __name__ == "__main__":

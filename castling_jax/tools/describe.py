@@ -20,7 +20,6 @@ import argparse
 import ast
 import dataclasses
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import Cost, count_costs
 from castling_jax.models.registry import MODELS, abstract_model, attentions_of
 from castling_jax.models.variables import count_parameters, flatten, get_variables
+from castling_jax.tools.folders import ending_in_a_sentence
 
 # What the tables call a part; a registered attention's part has its own name.
 PART_NAMES = {
@@ -226,6 +226,7 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
     return overrides
 
 
+@ending_in_a_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help=f"one of {', '.join(MODELS)}; without it all are listed")
@@ -243,16 +244,13 @@ def main() -> None:
     options = vars(parser.parse_args())
     given = [word for word, value in options.items() if value != parser.get_default(word)]
     settings = options.pop("set")
-    try:
-        if options["name"] is None and given:
-            raise InputError(f"--{given[0]} is of one model: give its name, one of {', '.join(MODELS)}.")
-        if options["name"] is None:
-            for line in describe_all():
-                print(line, flush=True)
-        else:
-            print(describe(**options | parse_overrides(settings)))
-    except InputError as error:
-        sys.exit(str(error))
+    if options["name"] is None and given:
+        raise InputError(f"--{given[0]} is of one model: give its name, one of {', '.join(MODELS)}.")
+    if options["name"] is None:
+        for line in describe_all():
+            print(line, flush=True)
+    else:
+        print(describe(**options | parse_overrides(settings)))
 
 
 if __name__ == "__main__":

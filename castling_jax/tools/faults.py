@@ -28,6 +28,8 @@ from tqdm import tqdm
 from castling_jax.convert.checkpoint import CHECKPOINTS
 from castling_jax.convert.run_folder import read_metrics
 from castling_jax.errors import InputError
+from castling_jax.storage import check_writable_file
+from castling_jax.tools.folders import ending_in_a_sentence, local_path
 from castling_jax.training.summary import SUMMARY_FILE
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "scripts" / "launch.py"
@@ -234,25 +236,25 @@ def describe(kills: list[Kill], processes: int, expected: str, found: set[str]) 
     )
 
 
+@ending_in_a_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="how many (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="of the run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and ways (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="also write the table there")
+    parser.add_argument("--out", type=local_path, help="also write the table there")
     options = parser.parse_args()
     for word in ("kills", "processes"):
         if (value := getattr(options, word)) < 1:
             sys.exit(f"--{word} must be at least 1, not {value}.")
     if not LAUNCHER.exists():
         sys.exit(f"there is no '{LAUNCHER}': run this in a clone of the repository.")
+    if options.out is not None:
+        check_writable_file(options.out)
     with tempfile.TemporaryDirectory(prefix="castling_jax_faults_") as folder:
-        try:
-            kills, expected, found = sweep(
-                Path(folder), kills=options.kills, processes=options.processes, seed=options.seed
-            )
-        except InputError as error:
-            sys.exit(str(error))
+        kills, expected, found = sweep(
+            Path(folder), kills=options.kills, processes=options.processes, seed=options.seed
+        )
     page = describe(kills, options.processes, expected, found)
     print(page)
     if options.out is not None:

@@ -8,11 +8,11 @@ other of the same cores.
 """
 
 import argparse
-import sys
 
 import jax
 
-from castling_jax.errors import InputError, check_at_least
+from castling_jax.errors import check_at_least
+from castling_jax.tools.folders import ending_in_a_sentence
 from castling_jax.training.config_files import load_config
 from castling_jax.training.setup import first_state, first_variables, set_up
 from castling_jax.training.sharding import shard_batch
@@ -60,19 +60,17 @@ def rates(config_name: str, *, batches: int, repeats: int) -> dict[str, dict[str
     return {name: spread([batches * size / value for value in values]) for name, values in seconds.items()}
 
 
+@ending_in_a_sentence("feeding: ")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/fashion_mnist.py", help="default %(default)s")
     parser.add_argument("--batches", type=int, default=100, help="in each repeat; default %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="of each; default %(default)s")
     options = parser.parse_args()
-    try:
-        for name in ("batches", "repeats"):
-            check_at_least(f"--{name}", getattr(options, name), 1)
-        print(f"{options.config}: images/s, least / median / greatest of {options.repeats}", flush=True)
-        found = rates(options.config, batches=options.batches, repeats=options.repeats)
-    except InputError as error:
-        sys.exit(f"feeding: {error}")
+    for name in ("batches", "repeats"):
+        check_at_least(f"--{name}", getattr(options, name), 1)
+    print(f"{options.config}: images/s, least / median / greatest of {options.repeats}", flush=True)
+    found = rates(options.config, batches=options.batches, repeats=options.repeats)
     for name, figures in found.items():
         print(f"  {name:8}  {figures['min']:9,.0f} / {figures['median']:9,.0f} / {figures['max']:9,.0f}")
     print(f"  reading is {found['reading']['median'] / found['steps']['median']:.2f} times as fast as the steps.")

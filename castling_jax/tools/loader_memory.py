@@ -20,6 +20,7 @@ from castling_jax.data.loader import training_batches
 from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import train_transform
 from castling_jax.preprocessing import Preprocessing
+from castling_jax.tools.folders import ending_in_a_sentence
 from castling_jax.training.config import default_config
 
 IMAGES, SIZE, BATCH_SIZE = 2000, 64, 32
@@ -41,6 +42,7 @@ def resident_megabytes() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+@ending_in_a_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=3000)

@@ -30,9 +30,10 @@ from castling_jax.convert.run_folder import model_arguments, preprocessing_of
 from castling_jax.data.mixing import mix
 from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import EvalTransform, train_transform
-from castling_jax.errors import InputError, check_at_least
+from castling_jax.errors import check_at_least
 from castling_jax.models.registry import abstract_model
-from castling_jax.storage import check_bucket
+from castling_jax.storage import check_bucket, check_writable_file
+from castling_jax.tools.folders import any_path, ending_in_a_sentence
 from castling_jax.training.config import default_config, mixing_options
 from castling_jax.training.config_files import load_config
 from castling_jax.training.summary import save_picture
@@ -121,6 +122,7 @@ def _describe_target(target: np.ndarray) -> str:
     return ", ".join(f"{label}: {target[label]:.2f}" for label in heaviest)
 
 
+@ending_in_a_sentence()
 def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     of_config = given[:1] == ["augment"]
@@ -131,21 +133,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if of_config:
         parser.add_argument("--config", required=True, help="FILE.py or FILE.py:VARIANT")
-        parser.add_argument("--out", type=epath.Path, help="the picture (runs/augment_NAME.png)")
+        parser.add_argument("--out", type=any_path, help="the picture (runs/augment_NAME.png)")
         parser.add_argument("--examples", type=int, default=6, help="rows of single images (6)")
     else:
-        parser.add_argument("run", type=epath.Path, help="the folder of a run, such as runs/digits, or: augment")
+        parser.add_argument("run", type=any_path, help="the folder of a run, such as runs/digits, or: augment")
     parsed = parser.parse_args(given[of_config:])
-    try:
-        if of_config:
-            check_at_least("--examples", parsed.examples, 1)
-            path = parsed.out or epath.Path("runs") / f"augment_{epath.Path(parsed.config.partition(':')[0]).stem}.png"
-            print(draw_augmentations(load_config(parsed.config), path, examples=parsed.examples))
-        else:
-            check_bucket(parsed.run)
-            print(save_picture(parsed.run))
-    except InputError as error:
-        sys.exit(str(error))
+    if of_config:
+        check_at_least("--examples", parsed.examples, 1)
+        path = parsed.out or epath.Path("runs") / f"augment_{epath.Path(parsed.config.partition(':')[0]).stem}.png"
+        check_writable_file(path)
+        print(draw_augmentations(load_config(parsed.config), path, examples=parsed.examples))
+    else:
+        check_bucket(parsed.run)
+        print(save_picture(parsed.run))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ from etils import epath
 from PIL import Image
 
 from castling_jax.data.sources import FOLDER, folder, labelled_image, load_dataset, tfds_builder
-from castling_jax.errors import InputError, in_one_sentence
+from castling_jax.errors import InputError, in_one_sentence, printable
+from castling_jax.storage import check_writable
+from castling_jax.tools.folders import any_path, ending_in_a_sentence
 
 IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 DEBIAN_ARCHIVES = epath.Path("/usr/share/datasets/fashion-mnist")  # where dataset-fashion-mnist is installed
@@ -69,6 +71,7 @@ def prepare(
     labelled_image(builder)  # before hours of work
     if builder.is_prepared():
         return f"{name} was prepared before.\n{_count(builder, name, data_dir)}"
+    check_writable(builder.data_path)
     if builder.name == "fashion_mnist":
         found = epath.Path(archives) if archives else DEBIAN_ARCHIVES
         if archives or found.is_dir():
@@ -200,24 +203,30 @@ def _count_folder(path: epath.Path) -> str:
     for split in sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."):
         dataset = folder(path, split)
         counts = np.bincount(dataset.labels, minlength=len(classes))
-        lines.append(f"  {split}: {len(dataset):,} images, {counts.min():,} to {counts.max():,} in a class")
+        lines.append(f"  {printable(split)}: {len(dataset):,} images, {counts.min():,} to {counts.max():,} in a class")
     return "\n".join([*lines, f"To train on it: --config.dataset.name={FOLDER}{path} --config.dataset.eval_split=val"])
 
 
+@ending_in_a_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", metavar="NAME", help="of the data set")
-    parser.add_argument("--data_dir", metavar="DIR", help="where data sets are; ~/tensorflow_datasets if not given")
     parser.add_argument(
-        "--manual_dir", metavar="DIR", help="where archives are that were fetched by hand; DIR/downloads/manual if not"
+        "--data_dir", metavar="DIR", type=any_path, help="where data sets are; ~/tensorflow_datasets if not given"
     )
-    parser.add_argument("--archives", metavar="DIR", help=f"fashion_mnist's; {DEBIAN_ARCHIVES} if it is there")
+    parser.add_argument(
+        "--manual_dir",
+        metavar="DIR",
+        type=any_path,
+        help="where archives are that were fetched by hand; DIR/downloads/manual if not",
+    )
+    parser.add_argument(
+        "--archives", metavar="DIR", type=any_path, help=f"fashion_mnist's; {DEBIAN_ARCHIVES} if it is there"
+    )
     arguments = vars(parser.parse_args())
     logging.set_verbosity(logging.ERROR)  # tensorflow-datasets tells of what it looks for
     try:
         print(prepare(arguments.pop("name"), **arguments))
-    except InputError as error:
-        sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("prepare: interrupted; nothing is prepared.")
 

@@ -25,6 +25,7 @@ from castling_jax.models.layers import Layers, add_bias
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, get_variables
+from castling_jax.storage import as_path
 from castling_jax.tools.peers import place_of
 from castling_jax.training.config import default_config
 from castling_jax.training.config_files import load_config
@@ -100,6 +101,7 @@ def load_case(what: str, options: dict[str, Any], devices: list[Any]) -> Case:
 
 def _from_file(what: str, devices: list[Any]) -> Case:
     path, name = what.rsplit(":", 1)
+    path = str(as_path(path))
     if not Path(path).is_file():
         raise InputError(f"there is no file '{path}'.")
     sys.path[:0] = [str(Path.cwd()), str(Path(path).resolve().parent)]

@@ -46,7 +46,7 @@ from typing import Any
 from castling_jax.errors import InputError, check_known
 from castling_jax.models.attention.kinds import FORMS, KINDS
 from castling_jax.ops.checks import IMPLEMENTATIONS
-from castling_jax.tools.folders import make_folder
+from castling_jax.tools.folders import ending_in_a_sentence, local_path, make_folder
 from castling_jax.tools.tpu_chips import CHIPS
 from castling_jax.tools.tpu_figures import report
 from castling_jax.tools.tpu_plots import draw_pod, draw_sweep
@@ -89,6 +89,7 @@ def _kernel_table(kernels: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+@ending_in_a_sentence("tpu_report: ")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", help="FILE.py:NAME, layer or model; without it, --config is reported on")
@@ -104,7 +105,9 @@ def main() -> None:
     pod = parser.add_argument_group("of a configuration")
     pod.add_argument("--config", help="configs/NAME.py or configs/NAME.py:VARIANT,ATTENTION")
     pod.add_argument("--sweep", action="store_true", help="scale its chips, up to those of --topology, and its tokens")
-    pod.add_argument("--out", type=Path, help="where the report is kept; default tpu_reports/ and the config's name")
+    pod.add_argument(
+        "--out", type=local_path, help="where the report is kept; default tpu_reports/ and the config's name"
+    )
     # What is not given is absent, so that an option of layer that is given to model is noticed.
     group = parser.add_argument_group("options of layer, model and --config", argument_default=argparse.SUPPRESS)
     group.add_argument("--form", help=f"{' or '.join(FORMS)}; train is forward and backward (default inference)")
@@ -126,20 +129,17 @@ def main() -> None:
     options = vars(parser.parse_args())
     words = ("what", "topology", "devices", "top", "json", "strict", "config", "sweep", "out")
     shared = {word: options.pop(word) for word in words}
-    try:
-        if shared["sweep"] and shared["config"] is None:
-            raise InputError("--sweep goes with --config=configs/NAME.py.")
-        if shared["config"] is not None:
-            incomplete = report_config(options, shared)
-        elif shared["what"] is None:
-            raise InputError("give --config=configs/NAME.py, or what to compile: FILE.py:NAME, layer or model.")
-        else:
-            devices = shared["devices"] if shared["devices"] is not None else 0 if "mesh" in options else 1
-            figures = report(shared["what"], options, topology=shared["topology"], devices=devices)
-            print(json.dumps(figures) if shared["json"] else describe(figures, shared["top"]))
-            incomplete = figures["incomplete"]
-    except InputError as error:
-        sys.exit(f"tpu_report: {error}")
+    if shared["sweep"] and shared["config"] is None:
+        raise InputError("--sweep goes with --config=configs/NAME.py.")
+    if shared["config"] is not None:
+        incomplete = report_config(options, shared)
+    elif shared["what"] is None:
+        raise InputError("give --config=configs/NAME.py, or what to compile: FILE.py:NAME, layer or model.")
+    else:
+        devices = shared["devices"] if shared["devices"] is not None else 0 if "mesh" in options else 1
+        figures = report(shared["what"], options, topology=shared["topology"], devices=devices)
+        print(json.dumps(figures) if shared["json"] else describe(figures, shared["top"]))
+        incomplete = figures["incomplete"]
     sys.exit(shared["strict"] and bool(incomplete))
 
 

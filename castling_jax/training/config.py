@@ -36,6 +36,7 @@ FIELDS = {
     "seed": Field(0, integer(0, 2**32 - 1), "Seed of everything drawn: parameters, order of examples, augmentations."),
     "init_from": Field(None, TEXT, "Where a new run starts: timm's weights (.safetensors, .npz, .pth), or a run."),
     "reset_head": Field(False, FLAG, "Start the classifier anew where init_from has another number of classes."),
+    "init_ema": Field(None, FLAG, "Whether init_from means its moving average. None: what its run exports, else raw."),
     # Arguments of create_model. None leaves the model's own.
     "model.name": Field("deit_tiny", TEXT, "The model, by its name in create_model."),
     "model.attention": Field("castling", TEXT, "The attention kind, such as castling, linear_angular or softmax."),

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from castling_jax.convert.run_folder import CONFIG_FILE, read_config, start_threshold
 from castling_jax.errors import InputError, check_known, refusing
 from castling_jax.models.variables import flatten
+from castling_jax.storage import as_path
 from castling_jax.training.config import RUNTIME_FIELDS, RUNTIME_GROUPS, check_config, default_config
 
 _PACKAGE = Path(__file__).parents[1]
@@ -34,8 +35,8 @@ def find_config(name: str) -> tuple[Path, str]:
       InputError: there is no such file.
     """
     path, _, argument = name.partition(":")
-    if Path(path).is_file():
-        return Path(path), argument
+    if path and (file := Path(as_path(path))).is_file():
+        return file, argument
     if "/" in path or path.endswith(".py"):
         raise InputError(f"there is no configuration file '{path}'.")
     check_known("configuration", path, config_names())
@@ -80,9 +81,11 @@ def run_config(fields: dict[str, Any] | None) -> ConfigDict:
     An earlier version's may lack fields, which then have their defaults, and may have others, which are kept.
 
     Raises:
-      InputError: a field is of another type.
+      InputError: a field is of another type, or there is a group of fields that no version has.
     """
     config = default_config()
+    for group in fields or {}:
+        check_known(f"group of fields in the run's {CONFIG_FILE}", group, config)
     with refusing((TypeError, ValueError, AttributeError), f"the run's {CONFIG_FILE} is damaged"), config.unlocked():
         config.update(fields or {})
     return config
@@ -98,6 +101,7 @@ def check_same_run(config: ConfigDict, path: epath.Path) -> None:
     """
     try:
         earlier = read_config(path.parent)
+        run_config(earlier)
     except InputError as error:
         raise InputError(f"{str(error).rstrip('.')}; choose another --workdir or remove it.") from error
     if different := _differences(earlier, config.to_dict()):

@@ -11,6 +11,7 @@ from tensorboardX import SummaryWriter
 from castling_jax.convert.run_folder import METRICS_FILE, read_metrics
 from castling_jax.storage import is_remote, write_atomically
 
+EVENTS = "tensorboard"  # a run's folder of TensorBoard's
 REMOTE_SECONDS = 60  # between two writings of a file that cannot be appended to
 
 
@@ -30,7 +31,7 @@ class MetricsWriter:
         self._write_all()
         self._file = None if is_remote(workdir) else self._path.open("a")
         self._events = (
-            SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+            SummaryWriter(str(workdir / EVENTS), purge_step=first_step + 1 if first_step else None)
             if tensorboard
             else None
         )

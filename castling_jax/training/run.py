@@ -11,11 +11,12 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from castling_jax.convert.checkpoint import CHECKPOINTS, checkpoint_steps
+from castling_jax.convert.checkpoint import CHECKPOINTS, check_names, checkpoint_steps
 from castling_jax.convert.inference_folder import save_inference
-from castling_jax.convert.run_folder import CONFIG_FILE, INFERENCE, write_config
+from castling_jax.convert.run_folder import CONFIG_FILE, INFERENCE, METRICS_FILE, write_config
 from castling_jax.data.fingerprint import check_same_data, fingerprint
-from castling_jax.storage import absolute, check_bucket, write_atomically
+from castling_jax.errors import printable, refusing_os_errors
+from castling_jax.storage import absolute, as_path, check_bucket, check_writable, check_writable_file, write_atomically
 from castling_jax.training.checkpoints import Checkpoints, Progress
 from castling_jax.training.config_files import check_same_run
 from castling_jax.training.distributed import check_shared
@@ -23,19 +24,22 @@ from castling_jax.training.evaluate_run import Evaluation, summary_split
 from castling_jax.training.kernel_check import compare_kernels
 from castling_jax.training.lock import one_writer
 from castling_jax.training.loop import Loop
-from castling_jax.training.metrics import MetricsWriter
+from castling_jax.training.metrics import EVENTS, MetricsWriter
 from castling_jax.training.preemption import PreemptionWatch
-from castling_jax.training.profiling import Profiler
+from castling_jax.training.profiling import PROFILE, Profiler
 from castling_jax.training.setup import Setup, first_state, first_variables, set_up
 from castling_jax.training.sharding import to_host, with_shardings
 from castling_jax.training.state import parameter_table, parameters_sha256
-from castling_jax.training.summary import Summary, finish, read_summary
+from castling_jax.training.summary import SUMMARY_FILE, TRAINING_FILE, Summary, finish, read_summary
 
 PARAMETERS_FILE = "parameters.txt"
 DATA_FILE = "data.json"
+FOLDERS = (CHECKPOINTS, INFERENCE, EVENTS)  # what a run writes into its workdir
+FILES = (CONFIG_FILE, PARAMETERS_FILE, DATA_FILE, METRICS_FILE, TRAINING_FILE, SUMMARY_FILE)
 INITIAL_SHARE = 0.01  # of averaged weights: more of the initial ones than this is said
 
 
+@refusing_os_errors()
 def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = None) -> Summary:
     """Runs the training that `config` describes, or what is left of it, in `workdir`.
 
@@ -58,13 +62,13 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
 
     Raises:
       InputError: a field, a name or a size is wrong, workdir holds another configuration's run or one of other data, is
-        being written by another run or is not one for all processes, or a checkpoint cannot be written.
+        being written by another run or is not one for all processes, or a file or a checkpoint cannot be written.
       DeterministicError: the loss or a gradient is not finite, as `config.train.on_nonfinite` says, or too many images
         are corrupt.
       Preempted: SIGTERM or Ctrl-C came, and the state was saved.
     """
     # 1. Refuse what can be refused before anything is computed or written.
-    workdir = epath.Path(workdir)
+    workdir = as_path(workdir, "workdir")
     check_bucket(workdir, for_a_run=True)
     if (finished := read_summary(workdir)) is not None:
         check_same_run(config, workdir / CONFIG_FILE)
@@ -73,10 +77,13 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
     if (workdir / CONFIG_FILE).exists():
         check_same_run(config, workdir / CONFIG_FILE)
     folder = absolute(workdir / CHECKPOINTS)
+    check_names(folder)
+    is_writer = jax.process_index() == 0
+    if is_writer:
+        _check_writable(workdir, profile)
     variables = {} if checkpoint_steps(folder) else first_variables(setup)  # a run that goes on has its own
     compare_kernels(setup)
     data = fingerprint(setup.train_set, setup.eval_set, setup.test_set)
-    is_writer = jax.process_index() == 0
 
     with contextlib.ExitStack() as stack:  # however it ends, what is being written is finished
         check_lock = stack.enter_context(one_writer(workdir))
@@ -141,6 +148,14 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
         return finish(workdir, figures)
 
 
+def _check_writable(workdir: epath.Path, profile: range | None) -> None:
+    """Tries every place that the run writes to; raises an InputError where it would fail to, hours later."""
+    for name in ("", *FOLDERS, *([PROFILE] if profile else [])):
+        check_writable(workdir / name)
+    for name in FILES:
+        check_writable_file(workdir / name)
+
+
 def _record_data(setup: Setup, workdir: epath.Path, before: Any, data: Any) -> None:
     """Refuses data that is not the run's, or says what has changed where that is accepted; and records the data."""
     # A run of an earlier version has no record: `before` is None.
@@ -149,7 +164,7 @@ def _record_data(setup: Setup, workdir: epath.Path, before: Any, data: Any) -> N
         recorded = data | {"preprocessing": setup.preprocessing.to_dict()}
         write_atomically(workdir / DATA_FILE, json.dumps(recorded, indent=2).encode())
         if accepted:
-            print(f"The data has changed since the run began: {accepted}.", flush=True)
+            print(f"The data has changed since the run began: {printable(accepted)}.", flush=True)
 
 
 def _start_metrics(setup: Setup, workdir: epath.Path, first_step: int) -> MetricsWriter:

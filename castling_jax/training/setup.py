@@ -145,6 +145,10 @@ def set_up(
       InputError: a field, a name or a size is wrong.
     """
     check_config(config)
+    if jax.config.read("jax_enable_x64"):
+        raise InputError(
+            "JAX_ENABLE_X64 must be off: a run computes in float32 or bfloat16, and draws other weights with it."
+        )
     data, batch_size = config.dataset, config.train.batch_size
     mistakes = Mistakes()  # what does not depend on one another is said together
     with mistakes:
@@ -225,7 +229,7 @@ def first_variables(setup: Setup) -> Variables:
     """Where a new run starts: numpy arrays, drawn or read."""
     config = setup.config
     if config.init_from:
-        variables = initial_variables(config.init_from, setup.model, reset_head=config.reset_head)
+        variables = initial_variables(config.init_from, setup.model, reset_head=config.reset_head, ema=config.init_ema)
     else:
         arguments = model_arguments(config) | {"num_classes": setup.train_set.num_classes}
         variables = get_variables(create_model(rngs=nnx.Rngs(config.seed), **arguments))

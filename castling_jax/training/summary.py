@@ -14,7 +14,7 @@ from etils import epath
 
 from castling_jax.convert.inference_folder import load_inference
 from castling_jax.convert.run_folder import INFERENCE, METRICS_FILE
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, printable
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model, create_model
@@ -182,7 +182,7 @@ def describe(summary: dict[str, Any]) -> str:
         f"{summary['model']}: {summary['steps']:,} steps{skipped} in {summary['train_seconds']:.0f} s, "
         f"mask {_mask_kind(summary)} {summary['mask_threshold']:g} at the end{data}\n{table}\n"
         f"  largest difference between the two forms' logits: {summary['max_difference']:.1e}\n"
-        + "\n".join(f"  {name:28s}{path}" for name, path in files.items())
+        + "\n".join(f"  {name:28s}{printable(path)}" for name, path in files.items())
     )
 
 

@@ -14,7 +14,9 @@ from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables
 
 
-def initial_variables(path: str | os.PathLike, model: Backbone, *, reset_head: bool) -> Variables:
+def initial_variables(
+    path: str | os.PathLike, model: Backbone, *, reset_head: bool, ema: bool | None = None
+) -> Variables:
     """What a run of `model` starts from: another run's variables, or weights under timm's names.
 
     A castling model takes those of a softmax one: both attentions share its q, k and v, and the taps start at zero.
@@ -23,11 +25,12 @@ def initial_variables(path: str | os.PathLike, model: Backbone, *, reset_head: b
       path: as `read` takes it, of weights in training form; of a run those that it exports.
       model: in training form.
       reset_head: as in `from_torch`.
+      ema: as in `read`.
 
     Raises:
       InputError: what is at `path` cannot be read, is in inference form, or does not fit the model.
     """
-    return from_torch(model, read(path).state_dict(), reset_head=reset_head)
+    return from_torch(model, read(path, ema=ema).state_dict(), reset_head=reset_head)
 
 
 def teacher_model(name: str, student: Backbone, *, distilled: bool = False) -> Backbone:

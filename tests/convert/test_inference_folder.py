@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -19,6 +20,8 @@ import castling_jax
 from castling_jax import load_inference, to_inference
 from castling_jax.convert import inference_folder
 from castling_jax.convert.inference_folder import MODEL_FILE, PAYLOADS, PROGRAM_FILE, VARIABLES_FILE, save_inference
+from castling_jax.models import registry
+from castling_jax.models.variables import flatten
 from tests.models import small
 
 
@@ -377,3 +380,116 @@ def test_a_description_that_names_another_file(refuses, folder, file):
     rewrite(folder, file=file)
     with refuses(MODEL_FILE, "damaged"):
         load_inference(folder)
+
+
+# Files that nobody has vouched for
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"depth": 100_000},
+        {"depth": 10**30},
+        {"embed_dim": 2**40},
+        {"image_size": 10**12},
+        {"num_classes": 10**18},
+        {"mlp_ratio": 1e308},
+        {"mlp_ratio": 10**400},
+        {"name": "levit_128s", "depth": [1] * 2000},
+        {"name": "mvitv2_tiny", "depths": [10**6] * 4},
+        {"name": "mvitv2_tiny", "stride_q": [[1, 1]] * 10_000},
+    ],
+)
+def test_sizes_are_bounded_before_anything_is_built(refuses, folder, monkeypatch, changes):
+    monkeypatch.setattr(registry, "make_core", None)  # with which the building begins
+    arguments = json.loads((folder / MODEL_FILE).read_text())["model"]
+    rewrite(folder, model=arguments | changes)
+    with refuses():
+        load_inference(folder)
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 10_000])
+def test_a_description_that_is_no_reasonable_json(refuses, folder, text):
+    (folder / MODEL_FILE).write_bytes(text)
+    with refuses(MODEL_FILE, "damaged"):
+        load_inference(folder)
+
+
+@pytest.mark.parametrize("form", ["train", "other", None, 3])
+def test_a_description_of_another_form(refuses, folder, form):
+    arguments = json.loads((folder / MODEL_FILE).read_text())["model"]
+    rewrite(folder, model=arguments | {"form": form})
+    with refuses(f"'{folder / MODEL_FILE}' describes a model in the form {form!r}, not 'inference'"):
+        load_inference(folder)
+
+
+def with_variables(folder, arrays):
+    data = save(arrays)
+    (folder / VARIABLES_FILE).write_bytes(data)
+    rewrite(folder, sha256=hashlib.sha256(data).hexdigest())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "int32", "int8", "bool"])
+def test_variables_of_another_dtype(refuses, folder, dtype):
+    arrays = {path: np.asarray(leaf) for path, leaf in flatten(load_inference(folder)[1]).items()}
+    with_variables(folder, arrays | {"params/norm/scale": arrays["params/norm/scale"].astype(dtype)})
+    with refuses("dtype of 'params/norm/scale'", repr(dtype), "(known: float32, bfloat16)"):
+        load_inference(folder)
+
+
+def test_a_name_that_is_an_array_and_a_folder(refuses, folder):
+    arrays = {path: np.asarray(leaf) for path, leaf in flatten(load_inference(folder)[1]).items()}
+    for more in ("params/cls_token/a", "params/cls_token/a/b"):
+        with_variables(folder, arrays | {more: np.zeros(1, np.float32)})
+        with refuses(f"'params/cls_token' cannot be an array and hold '{more}'"):
+            load_inference(folder)
+
+
+def test_names_of_arrays_are_shown_escaped(refuses, folder):
+    arrays = {path: np.asarray(leaf) for path, leaf in flatten(load_inference(folder)[1]).items()}
+    with_variables(folder, arrays | {"params/\x1b[2J\nAll is well.": np.zeros(1, np.float32)})
+    with refuses("hold 'params/\\x1b[2J\\nAll is well.', which"):
+        load_inference(folder)
+
+
+# Places
+
+
+def test_what_is_written_has_the_umasks_mode(tmp_path, model, variables):
+    before = os.umask(0o027)
+    try:
+        for name in PAYLOADS:
+            save_inference(tmp_path / name, model, variables, format=name)
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(tmp_path): oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
+    assert modes == {path: "0o750" if (tmp_path / path).is_dir() else "0o640" for path in modes}
+
+
+def test_the_home_folder_is_meant(tmp_path, monkeypatch, model, variables):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    save_inference("~/exported", model, variables)
+    assert (tmp_path / "home" / "exported" / MODEL_FILE).exists()
+    assert not (tmp_path / "~").exists()
+    load_inference("~/exported")
+    load_inference("~/../home/exported")
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_computed(refuses, tmp_path, model, variables):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "a", "/proc/a"):
+        with refuses(f"'{path}' cannot be "):
+            save_inference(path, model, {})
+    with refuses("a path must be a text or a path, not None"):
+        save_inference(None, model, variables)
+
+
+def test_a_runs_folder_is_told_of(refuses, tmp_path, model, variables):
+    save_inference(tmp_path / "inference", model, variables)
+    with refuses(f"it has no {MODEL_FILE}; that of this run is '{tmp_path / 'inference'}'"):
+        load_inference(tmp_path)
+    shutil.rmtree(tmp_path / "inference")
+    (tmp_path / "config.json").write_text("{}")
+    with refuses("a run that is not finished has none yet, and castling_jax.tools.convert makes one"):
+        load_inference(tmp_path)

@@ -230,3 +230,56 @@ def test_shipped_weights_are_called_by_their_bare_name(refuses, model, tmp_path,
     chex.assert_trees_all_equal(read(tmp_path / "digits").variables, own)
     with refuses("'digit' is neither", "nor the name of shipped weights (digits)"):
         read("digit")
+
+
+# What cannot be meant
+
+
+@pytest.mark.parametrize("path", [None, 3, "", b"run", "a\0"])
+def test_what_is_no_path(refuses, path):
+    with refuses("a path must"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"step": "65"}, "step must be an integer, or None for the newest, not '65'."),
+        ({"step": 2.0}, "step must be an integer, or None for the newest, not 2.0."),
+        ({"step": True}, "step must be an integer, or None for the newest, not True."),
+        ({"ema": "yes"}, "ema must be True, False or None, not 'yes'."),
+        ({"ema": 1}, "ema must be True, False or None, not 1."),
+    ],
+)
+def test_arguments_of_another_type(refuses, run, arguments, sentence):
+    with refuses(sentence):
+        read(run, **arguments)
+    assert read(run, step=np.int64(2)).step == 2
+
+
+def test_the_home_folder_is_meant(run, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.parent))
+    assert read("~/run").step == 10
+    assert read("~/run/checkpoints/2").step == 2
+
+
+def test_what_is_missing_is_told_from_what_is_something_else(refuses, run, tmp_path):
+    with refuses("nor the name of shipped weights (none yet): there is nothing of this name."):
+        read(tmp_path / "nowhere")
+    with refuses("nor the name of shipped weights (none yet): it is another folder."):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["0099", "00", "²", "٣", "99999999999", "7.tmp", "+5"])
+def test_a_folder_that_no_run_has_named_is_no_checkpoint(run, tmp_path, name):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "checkpoints" / name).mkdir()
+    assert read(copy).step == 10
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"model":' * 100_000, '{"model": NaN, "train": 3, "mask": 3}'])
+def test_a_config_that_is_no_reasonable_json(refuses, run, tmp_path, text):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "config.json").write_text(text)
+    with refuses(f"'{copy / 'config.json'}' is missing or damaged"):
+        read(copy)

@@ -186,6 +186,12 @@ class TestCorruptImages:
             f"Corrupt image, skipped: image {number}: image {number} cannot be decoded." for number in (11, 3, 4)
         ]
 
+    def test_a_name_cannot_write_lines_of_its_own(self, caplog, monkeypatch):
+        monkeypatch.setattr(ArrayDataset, "describe", lambda self, index: f"'{index}\n\x1b[2JError.png'")
+        next(batches(transform=functools.partial(corrupt_at, range(3)), max_corrupt_share=1.0))
+        assert caplog.messages
+        assert all(message.isprintable() and "\\n\\x1b[2JError.png" in message for message in caplog.messages)
+
     def test_processes_agree_on_what_takes_their_place(self):
         options = {"transform": functools.partial(corrupt_at, [3, 4]), "max_corrupt_share": 0.5}
         whole, part = batches(**options), batches(**options, rows=np.array([1, 3]))

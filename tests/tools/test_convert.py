@@ -1,4 +1,6 @@
+import json
 import re
+import shutil
 import sys
 
 import chex
@@ -58,7 +60,7 @@ def refusal(monkeypatch, *arguments):
     with pytest.raises(SystemExit) as caught:
         run(monkeypatch, *arguments)
     message = caught.value.code
-    assert isinstance(message, str) and message.endswith(".") and "\n" not in message, message
+    assert isinstance(message, str) and message.endswith((".", "?", ")")) and "\n" not in message, message
     return message
 
 
@@ -154,3 +156,55 @@ def test_the_help_says_what_each_format_is(monkeypatch, capsys):
     text = capsys.readouterr().out
     for fragment in (*PAYLOADS, "load_inference", "jax.export.deserialize", "--bfloat16", "checkpoints/STEP"):
         assert fragment in text
+
+
+# Places
+
+
+def listed(folder):
+    return sorted(folder.rglob("*"))
+
+
+def test_a_run_is_no_place_for_its_conversion(levit, monkeypatch):
+    folder, _, _ = levit
+    before = listed(folder)
+    places = (folder, folder / "checkpoints", folder / "checkpoints" / "0", folder / "checkpoints" / "0" / "new")
+    for out in (*places, f"{folder}/../{folder.name}"):
+        assert f"'{out}' belongs to a run: give a folder for the conversion" in refusal(monkeypatch, folder, out)
+    assert listed(folder) == before
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "out", "/proc/out"):
+        assert f"'{out}'" in refusal(monkeypatch, "nowhere", out)
+    assert listed(tmp_path) == [tmp_path / "file"]
+
+
+def test_an_unfinished_run_is_said_and_only_what_was_written_is_counted(levit, tmp_path, monkeypatch, capsys):
+    folder, _, _ = levit
+    out = tmp_path / "home" / "out"
+    out.mkdir(parents=True)
+    (out / "notes").write_bytes(bytes(10_000_000))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, folder, "~/out")
+    text = capsys.readouterr().out
+    assert "This run is not finished: what is converted is its step 0, whose mask threshold is 0.02." in text
+    size = sum((out / name).stat().st_size for name in (MODEL_FILE, PAYLOADS["safetensors"]))
+    assert f"Wrote {out}: variables.safetensors and model.json, {size / 1e6:,.2f} MB." in text
+    (folder / "summary.json").write_text("{}")
+    try:
+        run(monkeypatch, folder, out)
+    finally:
+        (folder / "summary.json").unlink()
+    assert "not finished" not in capsys.readouterr().out
+
+
+def test_a_group_of_fields_that_no_version_has(levit, tmp_path, monkeypatch):
+    copy = shutil.copytree(levit[0], tmp_path / "run")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"optimiser": {"learning_rate": 3}}))
+    assert "unknown group of fields in the run's config.json 'optimiser': did you mean 'optimizer'?" in refusal(
+        monkeypatch, copy, tmp_path / "out"
+    )

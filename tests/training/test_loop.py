@@ -6,6 +6,7 @@ import shutil
 import time
 
 import chex
+import jax
 import numpy as np
 import pytest
 
@@ -416,3 +417,63 @@ def test_levit_trains_castles_and_is_restored(tmp_path, monkeypatch):
     (tmp_path / "run" / "summary.json").unlink()
     again = train(config, tmp_path / "run")
     assert {**again, "train_seconds": 0} == {**figures, "train_seconds": 0}
+
+
+# Places
+
+
+def test_every_place_that_a_run_writes_to_is_tried_before_anything_is_computed(tmp_path, monkeypatch, refuses):
+    def unreached(*_):
+        raise AssertionError("something was computed")
+
+    monkeypatch.setattr("castling_jax.training.run.first_variables", unreached)
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run", "/proc/run"):
+        with refuses(f"'{workdir}'"):
+            run(small_config(), workdir)
+    for name in ("checkpoints", "inference", "tensorboard"):
+        workdir = tmp_path / name
+        workdir.mkdir()
+        (workdir / name).write_text("")
+        with refuses(f"'{workdir / name}' is a file"):
+            run(small_config(), workdir)
+        assert [path.name for path in workdir.iterdir()] == [name]
+    for name in ("parameters.txt", "data.json", "metrics.jsonl", "training.png"):
+        workdir = tmp_path / name
+        (workdir / name).mkdir(parents=True)
+        with refuses(f"'{workdir / name}' is a folder, and a file is to be written there"):
+            run(small_config(), workdir)
+        assert [path.name for path in workdir.iterdir()] == [name]
+    (tmp_path / "traced").mkdir()
+    (tmp_path / "traced" / "profile").write_text("")
+    with refuses(f"'{tmp_path / 'traced' / 'profile'}' is a file"):
+        run(small_config(), tmp_path / "traced", profile=range(1, 2))
+
+
+@pytest.mark.parametrize("name", ["0099", "²", "99999999999999999999"])
+def test_a_number_that_is_no_checkpoint_stops_a_start_with_a_sentence(tmp_path, refuses, name):
+    (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    with refuses(f"'{tmp_path / 'checkpoints' / name}' is not named as a checkpoint is"):
+        run(small_config(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+@pytest.mark.parametrize("workdir", [None, 3, ""])
+def test_what_is_no_folder(refuses, workdir):
+    with refuses("workdir must"):
+        run(small_config(), workdir)
+
+
+def test_the_systems_errors_are_sentences(tmp_path, monkeypatch, refuses):
+    def lost(*_):
+        raise OSError(5, "Input/output error", "disk")
+
+    monkeypatch.setattr("castling_jax.training.run.first_variables", lost)
+    with refuses("'disk' cannot be read or written (Input/output error)."):
+        run(small_config(), tmp_path)
+
+
+def test_sixty_four_bits_are_refused(tmp_path, refuses):
+    with jax.enable_x64(True), refuses("JAX_ENABLE_X64 must be off"):
+        run(small_config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

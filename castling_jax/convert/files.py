@@ -1,0 +1,132 @@
+"""Files of weights that others wrote: a file in, names and arrays out. What the names mean is names.py's matter."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, deserialize
+
+from castling_jax.convert.names import timm_state_dict
+from castling_jax.errors import InputError, refusing
+from castling_jax.storage import as_path, is_remote, local_copy
+
+SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".th", ".ckpt", ".tar")  # the last six are PyTorch's
+
+_DTYPES = {  # of safetensors, whose own readers know no float8
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    **{
+        f"{kind}{bits}": np.dtype(f"{name}{bits}")
+        for kind, name in (("I", "int"), ("U", "uint"))
+        for bits in (8, 16, 32, 64)
+    },
+    "BOOL": np.dtype(bool),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+
+
+def read_state_dict(path: str | os.PathLike, *, ema: bool | None = None) -> dict[str, np.ndarray]:
+    """The weights in a safetensors file, NumPy's .npz or a PyTorch file (.pth, .pt, .bin, ...), for `from_torch`.
+
+    No code in a PyTorch file is run: it is read with weights_only=True, and blanks take the place of objects that are
+    no tensors, such as a script's options. It needs torch.
+
+    Args:
+      path: on this machine or in a bucket (gs://).
+      ema: of a training's checkpoint that holds both, whether the moving average is wanted. None is the raw weights,
+        said in a warning of this package's logger.
+
+    Returns:
+      timm 1.0's names to arrays, floating-point ones in float32, whatever they were stored in: without a prefix before
+      all names, from under "model", "state_dict" and the like, and translated from Hugging Face's names of ViT and
+      DeiT, and big_vision's of ViT.
+
+    Raises:
+      InputError: there is no such file, it is of another kind or damaged, it holds no weights or several, or torch is
+        needed and not installed.
+    """
+    where = as_path(path)
+    if is_remote(where):
+        with local_copy(where) as copy:
+            return read_state_dict(copy, ema=ema)
+    file = Path(where)
+    if not file.is_file():
+        raise InputError(f"there is no file '{file}' to read weights from.")
+    suffix = file.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(f"'{file}' is no file of weights, whose names end in {', '.join(SUFFIXES)}.")
+    with refusing(OSError, f"'{file}' cannot be read"):
+        content = {".safetensors": read_safetensors, ".npz": _read_npz}.get(suffix, _read_torch)(file)
+    if not isinstance(content, Mapping):
+        raise InputError(f"'{file}' holds a {type(content).__qualname__}, and no dict of names to arrays.")
+    arrays = timm_state_dict(content, f"'{file}'", ema=ema)
+    if not arrays:
+        raise InputError(f"'{file}' holds no weights: it is empty.")
+    return arrays
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """A safetensors file's arrays, each in the dtype that it is stored in.
+
+    Raises:
+      InputError: the file is damaged, of another kind, or has a dtype that holds no numbers of this package's.
+    """
+    with refusing(SafetensorError, f"'{path}' cannot be read: it is damaged or no safetensors file"):
+        entries = deserialize(path.read_bytes())
+    arrays = {}
+    for name, entry in entries:
+        if entry["dtype"] not in _DTYPES:
+            raise InputError(
+                f"'{path}' holds {name!r} of dtype {entry['dtype']}, which is not one of {', '.join(_DTYPES)}."
+            )
+        # A copy, which may be changed: the bytes may not.
+        arrays[name] = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"]).copy()
+    return arrays
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    no_npz = refusing(Exception, f"'{path}' is damaged or no .npz file")  # zipfile, zlib and numpy raise many kinds
+    with no_npz, np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+class _Blank:
+    """What stands for an object of a class that is not PyTorch's: it takes what it is made of, and does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "_Blank":
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise InputError(
+            f"'{path}' is read with torch, which is not installed: install it (pip install torch), or store the "
+            "weights as .safetensors."
+        ) from None
+    blanks: dict[str, type] = {}
+    while True:
+        try:
+            with torch.serialization.safe_globals(list(blanks.values())):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # pickle, zipfile and torch raise many kinds
+            found = re.search(r"GLOBAL `?([\w.]+)", str(error))
+            if found and found[1] not in blanks:
+                module, _, name = found[1].rpartition(".")
+                blanks[found[1]] = type(name, (_Blank,), {"__module__": module, "__qualname__": name})
+                continue
+            blocking = found[1] if found else ", ".join(blanks)
+            what = f"holds {blocking}" if blocking else "is damaged, or holds other things than weights"
+            raise InputError(f"'{path}' {what}: store its state dict alone.") from error
