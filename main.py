@@ -34,7 +34,7 @@ from ml_collections import config_flags
 
 from castling_jax.convert.checkpoint import CHECKPOINTS
 from castling_jax.errors import DeterministicError, InputError, Mistakes, check_known, refusing_os_errors
-from castling_jax.storage import as_path, check_bucket
+from castling_jax.storage import as_path, reach_bucket
 from castling_jax.suggestions import suggest
 from castling_jax.tools.memory import keep_freed_memory
 from castling_jax.training import distributed
@@ -226,7 +226,7 @@ def main(argv: list[str]) -> None:
         return
     workdir = run_folder()
     assert workdir is not None
-    check_bucket(workdir, for_a_run=True)
+    reach_bucket(workdir, for_a_run=True)
     distributed.use_compilation_cache(workdir / "compiled")
     was_finished = (workdir / SUMMARY_FILE).exists()
     summary = run(options.config, workdir, profile=profile)

@@ -1,14 +1,21 @@
 """How an image becomes a model's input: a value that is kept beside the weights. `castling_jax.preprocess` does it."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from castling_jax.errors import InputError, check_known
+from castling_jax.fields import FLAG, integer, number, numbers, one_of
 
-CHANNELS = "RGB"
-INTERPOLATIONS = ("bicubic", "bilinear")  # Pillow's, antialiased
+VALUES = {
+    "image_size": integer(1),
+    "channels": one_of("RGB"),
+    "mean": numbers(3, "three finite numbers", lambda _: True),
+    "std": numbers(3, "three finite numbers above 0", lambda values: min(values) > 0),
+    "crop_ratio": number("(0, 1]"),
+    "interpolation": one_of("bicubic", "bilinear"),  # Pillow's, antialiased
+    "exif": FLAG,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Preprocessing:
     """
 
     image_size: int
-    channels: str = CHANNELS
+    channels: str = "RGB"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     crop_ratio: float = 0.875
@@ -40,18 +47,10 @@ class Preprocessing:
     exif: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.image_size) is not int or self.image_size < 1:
-            raise InputError(f"image_size must be an integer of at least 1, not {self.image_size!r}.")
-        check_known("channels", self.channels, (CHANNELS,))
+        for name, values in VALUES.items():
+            values.check(name, getattr(self, name))
         for name in ("mean", "std"):
-            object.__setattr__(self, name, _three_numbers(name, getattr(self, name)))
-        if min(self.std) <= 0:
-            raise InputError(f"std must be three numbers above 0, not {self.std}.")
-        if not (_is_number(self.crop_ratio) and 0 < self.crop_ratio <= 1):
-            raise InputError(f"crop_ratio must be a number in (0, 1], not {self.crop_ratio!r}.")
-        check_known("interpolation", self.interpolation, INTERPOLATIONS)
-        if type(self.exif) is not bool:
-            raise InputError(f"exif must be True or False, not {self.exif!r}.")
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
 
     def to_dict(self) -> dict[str, Any]:
         """The attributes, plain enough for JSON."""
@@ -67,15 +66,5 @@ class Preprocessing:
         if not isinstance(fields, Mapping) or "image_size" not in fields:
             raise InputError(f"preprocessing must be an object with an image_size, not {str(fields)[:100]!r}.")
         for name in fields:
-            check_known("attribute of the preprocessing", name, [field.name for field in dataclasses.fields(cls)])
+            check_known("attribute of the preprocessing", name, VALUES)
         return cls(**fields)
-
-
-def _three_numbers(name: str, values: Any) -> tuple[float, ...]:
-    if not isinstance(values, tuple | list) or len(values) != 3 or not all(map(_is_number, values)):
-        raise InputError(f"{name} must be three finite numbers, not {str(values)[:100]}.")
-    return tuple(map(float, values))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -37,7 +37,7 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def check_bucket(path: str | os.PathLike, *, for_a_run: bool = False) -> None:
+def reach_bucket(path: str | os.PathLike, *, for_a_run: bool = False) -> None:
     """Refuses a path in a bucket that is out of reach.
 
     Args:
@@ -73,9 +73,9 @@ def local_copy(path: str | os.PathLike) -> Iterator[Path]:
     """A copy on this machine, while the block lasts, of a bucket's file or folder; what refuses it names the bucket's.
 
     Raises:
-      InputError: what `check_bucket` raises. Where there is nothing at `path`, there is nothing at the copy's.
+      InputError: what `reach_bucket` raises. Where there is nothing at `path`, there is nothing at the copy's.
     """
-    check_bucket(path)
+    reach_bucket(path)
     source = epath.Path(path)
     with tempfile.TemporaryDirectory() as here:
         copy = epath.Path(here) / source.name
@@ -104,10 +104,10 @@ def copy_folder(source: epath.Path, target: epath.Path, *, last: str | None = No
             path.copy(target / path.name, overwrite=True)
 
 
-def check_writable(folder: str | os.PathLike) -> None:
+def try_folder(folder: str | os.PathLike) -> None:
     """Tries to make a folder and a file in it, before the work whose results are to go there; leaves nothing behind.
 
-    A bucket's is left to `check_bucket`.
+    A bucket's is left to `reach_bucket`.
 
     Raises:
       InputError: there is a file in the folder's place or above it, or nothing can be made or written there.
@@ -135,7 +135,7 @@ def check_writable(folder: str | os.PathLike) -> None:
                 part.rmdir()
 
 
-def check_writable_file(path: str | os.PathLike) -> None:
+def try_file(path: str | os.PathLike) -> None:
     """Tries whether a file can be written or replaced, before the work whose results are to go there.
 
     Raises:
@@ -143,7 +143,7 @@ def check_writable_file(path: str | os.PathLike) -> None:
     """
     if is_remote(path):
         return
-    check_writable(Path(path).parent)
+    try_folder(Path(path).parent)
     if Path(path).is_dir():
         raise InputError(f"'{path}' is a folder, and a file is to be written there.")
     if Path(path).exists() and not os.access(path, os.W_OK):

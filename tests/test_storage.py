@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from castling_jax.storage import as_path, check_writable, check_writable_file, write_atomically
+from castling_jax.storage import as_path, try_file, try_folder, write_atomically
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
@@ -43,7 +43,7 @@ def test_places_that_cannot_be_written_to_are_refused_and_none_is_left_half_made
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     before = everything_in(tmp_path)
-    for check in (check_writable, lambda folder: check_writable_file(folder / "file.txt")):
+    for check in (try_folder, lambda folder: try_file(folder / "file.txt")):
         with refuses(f"'{tmp_path / 'file'}' is a file, and a folder is needed there"):
             check(tmp_path / "file")
         with refuses(f"'{tmp_path / 'file' / 'a' / 'b'}' cannot be made: '{tmp_path / 'file'}' is a file"):
@@ -56,7 +56,7 @@ def test_places_that_cannot_be_written_to_are_refused_and_none_is_left_half_made
             check(tmp_path / ("a" * 300))
         check(tmp_path / "new" / "deep")
     with refuses(f"'{tmp_path}' is a folder, and a file is to be written there"):
-        check_writable_file(tmp_path)
+        try_file(tmp_path)
     assert everything_in(tmp_path) == before
 
 
@@ -65,4 +65,4 @@ def test_a_folder_of_somebody_elses(refuses, tmp_path):
         pytest.skip("root may write everywhere")
     tmp_path.chmod(0o500)
     with refuses("cannot be written to (Permission denied)"):
-        check_writable(tmp_path / "a")
+        try_folder(tmp_path / "a")

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from castling_jax.convert.checksums import check_checksums
-from castling_jax.convert.manifest import MANIFEST_FILE, check_manifest
+from castling_jax.convert.checksums import verify_checksums
+from castling_jax.convert.manifest import MANIFEST_FILE, verify_manifest
 from castling_jax.errors import InputError, in_one_sentence, reason
 from castling_jax.storage import is_remote
 
@@ -63,7 +63,7 @@ def read_checkpoint(folder: epath.Path, names: Collection[str] | None = None) ->
     import orbax.checkpoint as ocp  # takes a while to import, and whoever only converts arrays does without
 
     with reading(folder) as checkpointer:
-        has_manifest = check_manifest(folder)
+        has_manifest = verify_manifest(folder)
         shapes: dict[str, Any] = checkpointer.metadata(folder).item_metadata["state"].tree
         wanted = {name: part for name, part in shapes.items() if names is None or name in names}
         if not wanted:
@@ -72,7 +72,7 @@ def read_checkpoint(folder: epath.Path, names: Collection[str] | None = None) ->
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         state_args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
         items = checkpointer.restore(folder, args=ocp.args.Composite(state=state_args, about=ocp.args.JsonRestore()))
-        check_checksums(items["state"], items["about"]["checksums"])
+        verify_checksums(items["state"], items["about"]["checksums"])
         if not has_manifest and items["about"].get("format", 1) >= FORMAT:
             raise ValueError(f"its {MANIFEST_FILE} is missing")
         return items["state"], items["about"]

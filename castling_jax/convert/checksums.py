@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 
-def check_checksums(tree: Any, expected: dict[str, int]) -> None:
+def verify_checksums(tree: Any, expected: dict[str, int]) -> None:
     """Raises a ValueError unless a tree, or a part of what was saved, has the checksums of that."""
     for path, checksum in checksums(tree).items():
         if expected.get(path) != checksum:

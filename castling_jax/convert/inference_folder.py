@@ -29,16 +29,16 @@ from castling_jax.convert.shipped import locate
 from castling_jax.errors import InputError, about, check_known, reason, refusing
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import DTYPES, abstract_model
-from castling_jax.models.variables import Variables, apply, check_variables, flatten, unflatten
+from castling_jax.models.variables import Variables, apply, flatten, leaves_of, unflatten
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.storage import (
     as_path,
-    check_bucket,
-    check_writable,
     copy_folder,
     is_remote,
     local_copy,
+    reach_bucket,
     remove,
+    try_folder,
     write_atomically,
 )
 
@@ -99,7 +99,7 @@ def save_inference(
     classes = None if classes is None else list(classes)
     _check_meaning(model.spec.arguments(), preprocessing, classes)
     if is_remote(path):
-        check_bucket(path)
+        reach_bucket(path)
         with tempfile.TemporaryDirectory() as here:
             save_inference(here, model, variables, format=format, preprocessing=preprocessing, classes=classes)
             for name in PAYLOADS.values():  # an earlier one's files would stay among the new ones
@@ -109,12 +109,12 @@ def save_inference(
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"'{folder}' is a file: give a folder, which is made if need be.")
-    check_writable(folder)
+    try_folder(folder)
     if model.spec.form == "train":
         variables = to_inference(variables)
     arguments = model.spec.arguments(form="inference")
     model = abstract_model(**arguments)
-    check_variables(model, variables)
+    leaves_of(model, variables)
     arrays = {name: np.ascontiguousarray(jax.device_get(leaf)) for name, leaf in flatten(variables).items()}
     description: dict[str, Any] = {"format": FORMAT, "model": arguments, "file": PAYLOADS[format]}
     description |= {"preprocessing": preprocessing and preprocessing.to_dict(), "classes": classes}
@@ -189,7 +189,7 @@ def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
     no_model = (TypeError, ValueError, OverflowError, RecursionError)
     with refusing(no_model, f"'{folder / MODEL_FILE}' describes no model"):
         model = abstract_model(**description.model)
-    for path, leaf in check_variables(model, variables).items():
+    for path, leaf in leaves_of(model, variables).items():
         check_known(f"dtype of {path!r} in '{payload}'", leaf.dtype.name, DTYPES)
     return model, jax.tree.map(jnp.asarray, variables)
 
@@ -203,14 +203,11 @@ def read_description(path: str | os.PathLike) -> Description:
     Raises:
       InputError: the file is missing, damaged, or of a later format.
     """
-    check_bucket(path)
+    reach_bucket(path)
     folder = locate(path)
     file = folder / MODEL_FILE
     if not file.is_file():
-        here = f"; that of this run is '{folder / INFERENCE}'" if (folder / INFERENCE / MODEL_FILE).is_file() else ""
-        if not here and (folder / CONFIG_FILE).is_file():
-            here = "; a run that is not finished has none yet, and castling_jax.tools.convert makes one"
-        raise InputError(f"'{folder}' is not an inference folder: it has no {MODEL_FILE}{here}.")
+        raise InputError(f"'{folder}' is not an inference folder: it has no {MODEL_FILE}{_where_it_is(folder)}.")
     damage = (OSError, ValueError, KeyError, TypeError, RecursionError)
     with refusing(damage, f"'{file}' is damaged or not an inference folder's"):
         content = json.loads(file.read_text())
@@ -227,6 +224,15 @@ def read_description(path: str | os.PathLike) -> Description:
         preprocessing = None if stated is None else Preprocessing.from_dict(stated)
         _check_meaning(model, preprocessing, classes)
     return Description(model, name, sha256, preprocessing, classes)
+
+
+def _where_it_is(folder: epath.Path) -> str:
+    """Where the inference folder of a run is, for the end of a sentence; "" of another folder."""
+    if (folder / INFERENCE / MODEL_FILE).is_file():
+        return f"; that of this run is '{folder / INFERENCE}'"
+    if (folder / CONFIG_FILE).is_file():
+        return "; a run that is not finished has none yet, and castling_jax.tools.convert makes one"
+    return ""
 
 
 def _check_meaning(arguments: dict[str, Any], preprocessing: Preprocessing | None, classes: Any) -> None:

@@ -25,7 +25,7 @@ def write_manifest(folder: epath.Path) -> None:
     write_atomically(folder / MANIFEST_FILE, "".join(lines).encode())
 
 
-def check_manifest(folder: epath.Path, part: str = "") -> bool:
+def verify_manifest(folder: epath.Path, part: str = "") -> bool:
     """Holds a checkpoint's files against its manifest.
 
     Args:

@@ -22,7 +22,7 @@ from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.levit import LeViT, fit_bias_table
 from castling_jax.models.position import resize_position_embedding, resize_relative_positions
-from castling_jax.models.variables import Variables, check_variables, flatten, get_variables, unflatten
+from castling_jax.models.variables import Variables, flatten, get_variables, leaves_of, unflatten
 
 _LEAF_NAMES = {
     "kernel": "weight",
@@ -134,7 +134,7 @@ def to_torch(model: Backbone, variables: Variables) -> dict[str, np.ndarray]:
       InputError: the model is in inference form, or the variables are not this model's.
     """
     _check_form(model)
-    check_variables(model, variables)
+    leaves_of(model, variables)
     state_dict = {}
     for path, leaf in flatten(variables).items():
         value, order = _to_torch_layout(path, np.asarray(leaf, np.float32)), _row_order(model, path)

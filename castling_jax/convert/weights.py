@@ -26,9 +26,9 @@ from castling_jax.convert.torch import to_torch
 from castling_jax.errors import InputError
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
-from castling_jax.models.variables import Variables, check_variables, flatten
+from castling_jax.models.variables import Variables, flatten, leaves_of
 from castling_jax.preprocessing import Preprocessing
-from castling_jax.storage import absolute, check_bucket
+from castling_jax.storage import absolute, reach_bucket
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def read(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
         raise InputError(f"step must be an integer, or None for the newest, not {step!r}.")
     if not isinstance(ema, bool | None):
         raise InputError(f"ema must be True, False or None, not {ema!r}.")
-    check_bucket(where)
+    reach_bucket(where)
     steps = checkpoint_steps(where / CHECKPOINTS)
     if step is not None and step not in steps:
         raise InputError(f"'{path}' is no run with a checkpoint of step {step}{_listed(steps)}.")
@@ -149,7 +149,7 @@ def _read_checkpoint(run: epath.Path, folder: epath.Path, ema: bool | None) -> W
     variables = state["ema"] if ema else state
     heads = [leaf.shape[-1] for name, leaf in flatten(variables["params"]).items() if name.startswith("head/")]
     model = abstract_model(num_classes=heads[-1], **model_arguments(config))  # the last one's: batch norm comes before
-    check_variables(model, variables)
+    leaves_of(model, variables)
     step = int(absolute(folder).name)
     threshold = about.get("mask_threshold")
     if threshold is None:

@@ -25,7 +25,7 @@ def fingerprint(train_set: Dataset, eval_set: Dataset, test_set: Dataset | None 
     }
 
 
-def check_same_data(before: Fingerprint, now: Fingerprint, *, accept_changes: bool) -> str:
+def compare_data(before: Fingerprint, now: Fingerprint, *, accept_changes: bool) -> str:
     """Refuses to go on with other data than a run began with.
 
     Args:

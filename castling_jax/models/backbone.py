@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from castling_jax.errors import InputError
-from castling_jax.models.attention.kinds import Core
+from castling_jax.models.attention.core import Core
 from castling_jax.models.layers import Layers
 
 

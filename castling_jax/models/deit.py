@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
+from castling_jax.models.attention.core import Core
 from castling_jax.models.attention.heads import MultiHeadAttention
-from castling_jax.models.attention.kinds import Core
 from castling_jax.models.backbone import Backbone, BackboneConfig
 from castling_jax.models.layers import (
     DEIT_STD,

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from castling_jax.errors import InputError, check_at_most
-from castling_jax.models.attention.kinds import Core
+from castling_jax.models.attention.core import Core
 from castling_jax.models.backbone import Backbone, BackboneConfig
 from castling_jax.models.layers import (
     ConvNorm,

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
 from castling_jax.errors import InputError
-from castling_jax.models.attention.kinds import Core
+from castling_jax.models.attention.core import Core
 from castling_jax.models.backbone import Backbone, BackboneConfig
 from castling_jax.models.layers import (
     TORCH_INIT,

@@ -1,7 +1,6 @@
 """Names -> models."""
 
 import dataclasses
-import math
 from types import UnionType
 from typing import Any, cast, get_origin
 
@@ -89,9 +88,8 @@ def _check_values(config: BackboneConfig) -> None:
     check_at_most("the number of blocks", blocks, MOST_BLOCKS, "that of the deepest model")
     if not 0 <= config.drop_path_rate < 1:
         raise InputError(f"drop_path_rate must be in [0, 1), not {config.drop_path_rate}.")
-    if not 0 < config.mlp_ratio < math.inf:
-        raise InputError(f"mlp_ratio must be above 0, not {config.mlp_ratio}.")
-    check_at_most("mlp_ratio", config.mlp_ratio, LARGEST_SIZE, "the largest size")
+    if not 0 < config.mlp_ratio <= LARGEST_SIZE:
+        raise InputError(f"mlp_ratio must be above 0 and at most {LARGEST_SIZE}, not {config.mlp_ratio}.")
 
 
 def _plain(value: Any) -> Any:

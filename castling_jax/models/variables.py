@@ -58,7 +58,7 @@ def unflatten(leaves: dict[str, Any]) -> Any:
     return tree
 
 
-def check_variables(model: Backbone, variables: Variables) -> dict[str, Any]:
+def leaves_of(model: Backbone, variables: Variables) -> dict[str, Any]:
     """The variables by path, as `flatten` gives them.
 
     Raises:
@@ -84,7 +84,7 @@ def bind(model: Backbone, variables: Variables) -> Backbone:
     Raises:
       InputError: a variable is missing, unknown or of another shape.
     """
-    return _with_leaves(model, check_variables(model, variables))
+    return _with_leaves(model, leaves_of(model, variables))
 
 
 def _with_leaves(model: Backbone, leaves: dict[str, Any]) -> Backbone:
@@ -129,7 +129,7 @@ def apply(
     def forward(images: Any, leaves: Any, mask_threshold: Any) -> Any:
         return _with_leaves(model, leaves)(images, mask_threshold=mask_threshold)
 
-    logits, densities = forward(images, check_variables(model, variables), mask_threshold)
+    logits, densities = forward(images, leaves_of(model, variables), mask_threshold)
     return (logits, densities) if return_densities else logits
 
 
@@ -146,7 +146,7 @@ def forward_train(
     The key is drop-path's. `batch_stats` are the running statistics of batch norm after this batch, {} without any.
     """
     _check_images(images)
-    leaves = check_variables(model, variables)
+    leaves = leaves_of(model, variables)
     statistics = flatten(variables.get("batch_stats", {}))
     stay = unflatten({path: split_as(leaf, *range(len(leaf.shape))) for path, leaf in statistics.items()})
 
@@ -178,7 +178,7 @@ def features(
     def forward(images: Any, leaves: Any, mask_threshold: Any) -> Any:
         return _with_leaves(model, leaves).features(images, mask_threshold=mask_threshold)
 
-    return forward(images, check_variables(model, variables), mask_threshold)
+    return forward(images, leaves_of(model, variables), mask_threshold)
 
 
 def _check_images(images: jax.Array) -> None:

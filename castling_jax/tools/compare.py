@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from castling_jax.errors import check_known
 from castling_jax.models.attention.kinds import KINDS
-from castling_jax.storage import check_writable_file, write_atomically
+from castling_jax.storage import try_file, write_atomically
 from castling_jax.tools.folders import any_path, ending_in_a_sentence
 from castling_jax.tools.memory import keep_freed_memory
 from castling_jax.training.config_files import load_config
@@ -72,7 +72,7 @@ def main() -> None:
         if options.epochs is not None:
             config.train.epochs = options.epochs
         workdir = options.workdir or epath.Path("runs") / f"compare-{Path(options.config.partition(':')[0]).stem}"
-        check_writable_file(workdir / TABLE_FILE)
+        try_file(workdir / TABLE_FILE)
         page = table(compare(config, attentions, workdir))
         write_atomically(workdir / TABLE_FILE, page.encode())
     except Preempted as preempted:

@@ -55,7 +55,7 @@ from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, count_parameters, flatten
 from castling_jax.preprocessing import Preprocessing
-from castling_jax.storage import absolute, check_bucket, check_writable, is_remote
+from castling_jax.storage import absolute, is_remote, reach_bucket, try_folder
 from castling_jax.tools.folders import any_path, ending_in_a_sentence
 from castling_jax.training.config_files import run_config
 from castling_jax.training.summary import SUMMARY_FILE
@@ -73,7 +73,7 @@ def convert(
     Raises:
       InputError: what `read` and `save_inference` raise, the source names no model, or a check fails.
     """
-    check_bucket(out)
+    reach_bucket(out)
     _check_out(out)
     source = read(path, ema=ema)
     if source.model is None:
@@ -113,7 +113,7 @@ def _check_out(out: epath.Path) -> None:
             raise InputError(
                 f"'{out}' belongs to a run: give a folder for the conversion alone, such as '{out}-converted'."
             )
-    check_writable(out)
+    try_folder(out)
 
 
 def _bytes(path: epath.Path) -> int:

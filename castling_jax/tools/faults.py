@@ -28,7 +28,7 @@ from tqdm import tqdm
 from castling_jax.convert.checkpoint import CHECKPOINTS
 from castling_jax.convert.run_folder import read_metrics
 from castling_jax.errors import InputError
-from castling_jax.storage import check_writable_file
+from castling_jax.storage import try_file
 from castling_jax.tools.folders import ending_in_a_sentence, local_path
 from castling_jax.training.summary import SUMMARY_FILE
 
@@ -250,7 +250,7 @@ def main() -> None:
     if not LAUNCHER.exists():
         sys.exit(f"there is no '{LAUNCHER}': run this in a clone of the repository.")
     if options.out is not None:
-        check_writable_file(options.out)
+        try_file(options.out)
     with tempfile.TemporaryDirectory(prefix="castling_jax_faults_") as folder:
         kills, expected, found = sweep(
             Path(folder), kills=options.kills, processes=options.processes, seed=options.seed

@@ -10,7 +10,7 @@ from pathlib import Path
 from etils import epath
 
 from castling_jax.errors import InputError, refusing_os_errors
-from castling_jax.storage import as_path, check_writable
+from castling_jax.storage import as_path, try_folder
 
 
 def any_path(text: str) -> epath.Path:
@@ -36,7 +36,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"'{folder}' cannot be made ({error.strerror}): choose another folder for --out.") from error
-    check_writable(folder)
+    try_folder(folder)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import EvalTransform, train_transform
 from castling_jax.errors import check_at_least
 from castling_jax.models.registry import abstract_model
-from castling_jax.storage import check_bucket, check_writable_file
+from castling_jax.storage import reach_bucket, try_file
 from castling_jax.tools.folders import any_path, ending_in_a_sentence
 from castling_jax.training.config import default_config, mixing_options
 from castling_jax.training.config_files import load_config
@@ -141,10 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if of_config:
         check_at_least("--examples", parsed.examples, 1)
         path = parsed.out or epath.Path("runs") / f"augment_{epath.Path(parsed.config.partition(':')[0]).stem}.png"
-        check_writable_file(path)
+        try_file(path)
         print(draw_augmentations(load_config(parsed.config), path, examples=parsed.examples))
     else:
-        check_bucket(parsed.run)
+        reach_bucket(parsed.run)
         print(save_picture(parsed.run))
 
 

@@ -38,7 +38,7 @@ from PIL import Image
 
 from castling_jax.data.sources import FOLDER, folder, labelled_image, load_dataset, tfds_builder
 from castling_jax.errors import InputError, in_one_sentence, printable
-from castling_jax.storage import check_writable
+from castling_jax.storage import try_folder
 from castling_jax.tools.folders import any_path, ending_in_a_sentence
 
 IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
@@ -71,7 +71,7 @@ def prepare(
     labelled_image(builder)  # before hours of work
     if builder.is_prepared():
         return f"{name} was prepared before.\n{_count(builder, name, data_dir)}"
-    check_writable(builder.data_path)
+    try_folder(builder.data_path)
     if builder.name == "fashion_mnist":
         found = epath.Path(archives) if archives else DEBIAN_ARCHIVES
         if archives or found.is_dir():

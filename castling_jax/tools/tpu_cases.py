@@ -19,8 +19,9 @@ from ml_collections import ConfigDict
 from castling_jax.convert.run_folder import model_arguments
 from castling_jax.data.sources import Dataset, Unread, load_dataset
 from castling_jax.errors import InputError, check_at_least, check_known
+from castling_jax.models.attention.core import Core, Kind
 from castling_jax.models.attention.heads import MultiHeadAttention
-from castling_jax.models.attention.kinds import FORMS, KINDS, Core, Kind, make_core
+from castling_jax.models.attention.kinds import FORMS, KINDS, make_core
 from castling_jax.models.layers import Layers, add_bias
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model

@@ -14,8 +14,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from castling_jax.convert.checkpoint import FORMAT, checkpoint_steps, read_checkpoint, reading
-from castling_jax.convert.checksums import check_checksums, checksums
-from castling_jax.convert.manifest import check_manifest, write_manifest
+from castling_jax.convert.checksums import checksums, verify_checksums
+from castling_jax.convert.manifest import verify_manifest, write_manifest
 from castling_jax.errors import InputError, in_one_sentence, reason
 from castling_jax.storage import write_atomically
 from castling_jax.training.state import TrainState
@@ -145,7 +145,7 @@ class Checkpoints:
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template), about=ocp.args.JsonRestore())
         )
         state, about = items["state"], items["about"]
-        check_checksums(state, about["checksums"])
+        verify_checksums(state, about["checksums"])
         return state, Progress(float(about["train_seconds"]), mask_threshold=about.get("mask_threshold"))
 
     def _write_manifest(self) -> None:
@@ -246,6 +246,6 @@ def next_start(folder: epath.Path) -> str:
 def check_figures(folder: epath.Path) -> None:
     """Raises an InputError unless a checkpoint's figures can be read, as Orbax's manager does of all at its start."""
     with reading(folder) as checkpointer:
-        check_manifest(folder, "metrics/")
+        verify_manifest(folder, "metrics/")
         items = checkpointer.restore(folder, args=ocp.args.Composite(metrics=ocp.args.JsonRestore()))
         _figure(items["metrics"])

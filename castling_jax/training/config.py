@@ -6,10 +6,11 @@ from ml_collections import ConfigDict
 
 from castling_jax.data.randaugment import parse_policy
 from castling_jax.errors import InputError, Mistakes, check_at_most, check_known
+from castling_jax.fields import FLAG, SIZES, TEXT, Field, integer, number, numbers, one_of
 from castling_jax.models.variables import flatten, unflatten
 from castling_jax.ops.castling import MASK_KINDS
 from castling_jax.ops.checks import IMPLEMENTATIONS
-from castling_jax.training.fields import FLAG, SIZES, TEXT, Field, integer, number, numbers, one_of
+from castling_jax.preprocessing import VALUES as PIXELS
 from castling_jax.training.losses import DISTILLATIONS
 from castling_jax.training.schedules import MASK_SCHEDULES, SCALED_RATES
 
@@ -27,8 +28,6 @@ RUNTIME_FIELDS = (
 ON_NONFINITE = ("stop", "skip")
 EXPORTS = ("raw", "averaged")
 
-RGB = numbers(3, "three numbers", lambda _: True)
-POSITIVE_RGB = numbers(3, "three numbers above 0", lambda values: min(values) > 0)
 CROP_SCALE = numbers(2, "two numbers with 0 < first <= second <= 1", lambda scale: 0 < scale[0] <= scale[1] <= 1)
 
 # By dotted name: default, values, meaning. Where the default is None, None is allowed too.
@@ -66,9 +65,9 @@ FIELDS = {
     "dataset.workers": Field(0, integer(0), "Processes that read and augment images; 0 uses the run's own threads."),
     "dataset.max_corrupt_share": Field(0.001, number("[0, 1]"), "Share of unreadable images above which a run stops."),
     "dataset.accept_changes": Field(False, FLAG, "Go on though images of the run's classes came, went or changed."),
-    "dataset.mean": Field((0.5, 0.5, 0.5), RGB, "The model sees (image - mean) / std, with the image in [0, 1]."),
-    "dataset.std": Field((0.5, 0.5, 0.5), POSITIVE_RGB, "The model sees (image - mean) / std."),
-    "dataset.crop_ratio": Field(0.875, number("(0, 1]"), "Share of the short side that evaluation keeps: its middle."),
+    "dataset.mean": Field((0.5,) * 3, PIXELS["mean"], "The model sees (image - mean) / std, with the image in [0, 1]."),
+    "dataset.std": Field((0.5,) * 3, PIXELS["std"], "The model sees (image - mean) / std."),
+    "dataset.crop_ratio": Field(0.875, PIXELS["crop_ratio"], "Share of the short side that evaluation keeps."),
     "dataset.exif": Field(False, FLAG, "Turn images as their EXIF orientation says; TFDS and torchvision do not."),
     # What is done to training images, in this order. 0 or None leaves it out.
     "augment.crop_scale": Field(None, CROP_SCALE, "Random resized crop: least and largest share of the image's area."),

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from castling_jax.convert.checkpoint import CHECKPOINTS, check_names, checkpoint_steps
 from castling_jax.convert.inference_folder import save_inference
 from castling_jax.convert.run_folder import CONFIG_FILE, INFERENCE, METRICS_FILE, write_config
-from castling_jax.data.fingerprint import check_same_data, fingerprint
+from castling_jax.data.fingerprint import compare_data, fingerprint
 from castling_jax.errors import printable, refusing_os_errors
-from castling_jax.storage import absolute, as_path, check_bucket, check_writable, check_writable_file, write_atomically
+from castling_jax.storage import absolute, as_path, reach_bucket, try_file, try_folder, write_atomically
 from castling_jax.training.checkpoints import Checkpoints, Progress
 from castling_jax.training.config_files import check_same_run
 from castling_jax.training.distributed import check_shared
@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
     """
     # 1. Refuse what can be refused before anything is computed or written.
     workdir = as_path(workdir, "workdir")
-    check_bucket(workdir, for_a_run=True)
+    reach_bucket(workdir, for_a_run=True)
     if (finished := read_summary(workdir)) is not None:
         check_same_run(config, workdir / CONFIG_FILE)
         return finished
@@ -80,7 +80,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
     check_names(folder)
     is_writer = jax.process_index() == 0
     if is_writer:
-        _check_writable(workdir, profile)
+        _try_places(workdir, profile)
     variables = {} if checkpoint_steps(folder) else first_variables(setup)  # a run that goes on has its own
     compare_kernels(setup)
     data = fingerprint(setup.train_set, setup.eval_set, setup.test_set)
@@ -148,18 +148,18 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
         return finish(workdir, figures)
 
 
-def _check_writable(workdir: epath.Path, profile: range | None) -> None:
+def _try_places(workdir: epath.Path, profile: range | None) -> None:
     """Tries every place that the run writes to; raises an InputError where it would fail to, hours later."""
     for name in ("", *FOLDERS, *([PROFILE] if profile else [])):
-        check_writable(workdir / name)
+        try_folder(workdir / name)
     for name in FILES:
-        check_writable_file(workdir / name)
+        try_file(workdir / name)
 
 
 def _record_data(setup: Setup, workdir: epath.Path, before: Any, data: Any) -> None:
     """Refuses data that is not the run's, or says what has changed where that is accepted; and records the data."""
     # A run of an earlier version has no record: `before` is None.
-    accepted = check_same_data(before or data, data, accept_changes=setup.config.dataset.accept_changes)
+    accepted = compare_data(before or data, data, accept_changes=setup.config.dataset.accept_changes)
     if jax.process_index() == 0:
         recorded = data | {"preprocessing": setup.preprocessing.to_dict()}
         write_atomically(workdir / DATA_FILE, json.dumps(recorded, indent=2).encode())

@@ -3,7 +3,7 @@ import subprocess
 import pytest
 from etils import epath
 
-from castling_jax.convert.manifest import check_manifest, write_manifest
+from castling_jax.convert.manifest import verify_manifest, write_manifest
 
 
 @pytest.fixture
@@ -18,14 +18,14 @@ def folder(tmp_path):
 def test_sha256sum_checks_it(folder):
     result = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == ["about/metadata: OK", "metrics/metrics: OK", "state/_METADATA: OK"]
-    assert check_manifest(folder)
+    assert verify_manifest(folder)
 
 
 def test_what_orbax_writes_later_and_the_arrays_are_left_out(folder):
     (folder / "commit_success.txt").write_text("now")
     (folder / "_CHECKPOINT_METADATA").write_text("now")
     (folder / "state" / "d" / "0123").write_text("another")
-    assert check_manifest(folder)
+    assert verify_manifest(folder)
 
 
 @pytest.mark.parametrize("damage", ["other", "missing", "more", "line"])
@@ -42,10 +42,10 @@ def test_what_is_not_as_it_was_written(folder, damage):
         manifest = folder / "SHA256SUMS"
         manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(ValueError, match=f"{said} is not as SHA256SUMS has it"):
-        check_manifest(folder)
-    assert check_manifest(folder, "metrics/")
+        verify_manifest(folder)
+    assert verify_manifest(folder, "metrics/")
 
 
 def test_an_earlier_versions_checkpoint_has_none(folder):
     (folder / "SHA256SUMS").unlink()
-    assert not check_manifest(folder)
+    assert not verify_manifest(folder)

@@ -103,7 +103,7 @@ def test_folders_that_say_nothing_are_read(tmp_path, model):
     ("changes", "sentence"),
     [
         ({"preprocessing": 3}, "preprocessing must be an object with an image_size"),
-        ({"preprocessing": {"image_size": 16, "std": [0, 0, 0]}}, "std must be three numbers above 0"),
+        ({"preprocessing": {"image_size": 16, "std": [0, 0, 0]}}, "std must be three finite numbers above 0"),
         (
             {"preprocessing": {"image_size": 32}},
             "of 32 pixels and 3 channels, and the model takes 16 and 3",

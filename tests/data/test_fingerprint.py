@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from castling_jax.data.fingerprint import check_same_classes, check_same_data, fingerprint
+from castling_jax.data.fingerprint import check_same_classes, compare_data, fingerprint
 from castling_jax.data.sources import Unread, load_dataset
 from tests.data.tfds_builders import CLASSES, prepared
 
@@ -23,7 +23,7 @@ def of(root):
 
 def test_the_same_data_has_the_same_fingerprint(root):
     before = of(root)
-    assert check_same_data(before, of(root), accept_changes=False) == ""
+    assert compare_data(before, of(root), accept_changes=False) == ""
     assert before["classes"] == ["cat", "dog"]
     assert before["training"]["images"] == 6
     digits = [fingerprint(*(load_dataset("digits", split) for split in ("train", "test"))) for _ in range(2)]
@@ -39,22 +39,22 @@ def test_images_that_come_or_go_are_one_sentence_and_can_be_accepted(root, refus
         "; the held-out split holds 3 images instead of 4",
     )
     with refuses("the data has changed since the run began: ", *said, "config.dataset.accept_changes."):
-        check_same_data(before, of(root), accept_changes=False)
-    assert check_same_data(before, of(root), accept_changes=True) == "".join(said)
+        compare_data(before, of(root), accept_changes=False)
+    assert compare_data(before, of(root), accept_changes=True) == "".join(said)
 
 
 def test_as_many_images_of_other_names(root, refuses):
     before = of(root)
     (root / "train" / "cat" / "0.png").rename(root / "train" / "cat" / "8.png")
     with refuses("the training split has other file names;"):
-        check_same_data(before, of(root), accept_changes=False)
+        compare_data(before, of(root), accept_changes=False)
 
 
 def test_one_image_more_in_one_class_and_less_in_the_other(root, refuses):
     before = of(root)
     (root / "train" / "cat" / "0.png").rename(root / "train" / "dog" / "8.png")
     with refuses("the training split has other file names;"):
-        check_same_data(before, of(root), accept_changes=False)
+        compare_data(before, of(root), accept_changes=False)
 
 
 def test_other_classes_are_never_accepted(root, refuses):
@@ -62,11 +62,11 @@ def test_other_classes_are_never_accepted(root, refuses):
     for split in ("train", "val"):
         (root / split / "cat").rename(root / split / "zebra")  # all labels move
     with refuses("the data's classes are not the run's ('cat' missing, 'zebra' new): put them back"):
-        check_same_data(before, of(root), accept_changes=True)
+        compare_data(before, of(root), accept_changes=True)
     (root / "train" / "cow").mkdir()
     (root / "train" / "cow" / "0.png").write_bytes(b"")
     with refuses("(3 instead of 2, 'cat' missing, 'cow', 'zebra' new)"):
-        check_same_data(before, of(root), accept_changes=True)
+        compare_data(before, of(root), accept_changes=True)
 
 
 def test_many_classes_are_not_all_named(refuses):
@@ -84,7 +84,7 @@ def test_another_version_of_a_tfds_data_set(tmp_path, refuses):
     assert now["training"]["version"] == f"{builder.name}/{builder.version}"
     before = now | {"training": now["training"] | {"version": f"{builder.name}/0.9.9"}}
     with refuses(f"the training split is of {builder.name}/{builder.version} instead of {builder.name}/0.9.9;"):
-        check_same_data(before, now, accept_changes=False)
+        compare_data(before, now, accept_changes=False)
 
 
 def test_what_is_not_here_has_sizes_alone():

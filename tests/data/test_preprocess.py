@@ -131,7 +131,7 @@ def test_it_is_kept_as_json():
         ({"image_size": 8, "mean": [0, 1]}, "mean must be three finite numbers, not [0, 1]."),
         ({"image_size": 8, "mean": "abc"}, "mean must be three finite numbers"),
         ({"image_size": 8, "std": [1, float("nan"), 1]}, "std must be three finite numbers"),
-        ({"image_size": 8, "std": [1, 0, 1]}, "std must be three numbers above 0"),
+        ({"image_size": 8, "std": [1, 0, 1]}, "std must be three finite numbers above 0"),
         ({"image_size": 8, "crop_ratio": 1.5}, "crop_ratio must be a number in (0, 1], not 1.5."),
         ({"image_size": 8, "crop_ratio": None}, "crop_ratio must be"),
         ({"image_size": 8, "interpolation": "lanczos"}, "unknown interpolation 'lanczos'"),

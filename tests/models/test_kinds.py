@@ -13,8 +13,9 @@ from flax import nnx
 import castling_jax
 from castling_jax.convert.inference_folder import save_inference
 from castling_jax.data.sources import ArrayDataset
+from castling_jax.models.attention.core import Kind
 from castling_jax.models.attention.heads import MultiHeadAttention
-from castling_jax.models.attention.kinds import KINDS, Kind
+from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.macs import Cost, count_costs
 from castling_jax.models.registry import abstract_model, attentions_of
 from castling_jax.models.variables import flatten, get_variables

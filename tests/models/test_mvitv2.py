@@ -11,7 +11,8 @@ from flax import nnx
 
 import castling_jax
 from castling_jax.models import mvitv2
-from castling_jax.models.attention.kinds import Kind, make_core
+from castling_jax.models.attention.core import Kind
+from castling_jax.models.attention.kinds import make_core
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import bind, flatten, forward_train, get_variables, unflatten

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import castling_jax
-from castling_jax.models.variables import bind, check_variables, count_parameters, flatten, get_variables, unflatten
+from castling_jax.models.variables import bind, count_parameters, flatten, get_variables, leaves_of, unflatten
 from tests.models import small
 
 MODEL = small.small_model()
@@ -171,6 +171,6 @@ def changed(path, leaf=None):
 )
 def test_variables_that_are_not_the_models(refuses, variables, fragments):
     with refuses(*fragments):
-        check_variables(MODEL, variables)
+        leaves_of(MODEL, variables)
     with refuses(*fragments):
         castling_jax.apply(MODEL, variables, IMAGES, mask_threshold=0.1)

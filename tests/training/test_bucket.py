@@ -108,11 +108,11 @@ def test_run_in_a_bucket_is_killed_and_damaged_and_ends_as_one_on_disk(server, t
 @needs_gcsfs
 def test_bucket_out_of_reach_is_one_sentence(server, refuses, monkeypatch):
     with refuses("there is no bucket 'gs://other'"):
-        storage.check_bucket("gs://other/run")
+        storage.reach_bucket("gs://other/run")
     server.objects["x"] = b"", 1
     monkeypatch.setattr(server, "bucket_status", 403)
     with refuses("the bucket 'gs://bucket' cannot be reached (403 GET", "allowed storage.buckets.get?"):
-        storage.check_bucket("gs://bucket/run", for_a_run=True)
+        storage.reach_bucket("gs://bucket/run", for_a_run=True)
     with refuses("'gs://bucket/nothing' is not an inference folder"):
         load_inference("gs://bucket/nothing")
 
@@ -124,7 +124,7 @@ def test_bucket_without_gcsfs_is_one_sentence(refuses, monkeypatch):
     monkeypatch.setattr(type(epath.Path("gs://bucket")), "exists", exists)
     with refuses("'gs://bucket/run' is in a bucket, which takes gcsfs: pip install 'castling_jax[gcs]'"):
         load_inference("gs://bucket/run")
-    storage.check_bucket("runs/digits")
+    storage.reach_bucket("runs/digits")
 
 
 def test_paths_in_buckets_are_absolute():

@@ -1,17 +1,13 @@
 """Bridge attention: a few global tokens gather from all tokens, and give back to them."""
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
+from castling_jax.models.attention.core import Core
 from castling_jax.models.attention.heads import check_heads_divide, split_heads
 from castling_jax.models.layers import Layers, split_linear
-
-if TYPE_CHECKING:
-    from castling_jax.models.attention.kinds import Core
 
 GLOBAL_TOKENS = 6  # as in Mobile-Former's models
 
@@ -35,7 +31,7 @@ class BridgeAttention(nnx.Module):
       InputError: the heads do not divide the width.
     """
 
-    def __init__(self, dim: int, num_heads: int, core: "Core", layers: Layers, *, qkv_bias: bool):
+    def __init__(self, dim: int, num_heads: int, core: Core, layers: Layers, *, qkv_bias: bool):
         check_heads_divide(dim, num_heads)
         self.num_heads = num_heads
         self.core = core

@@ -1,7 +1,6 @@
 """Convolutional attention: a depthwise convolution of the grid before queries, keys and values."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,6 @@ from jaxtyping import Array, Float
 from castling_jax.models.attention.heads import MultiHeadAttention
 from castling_jax.models.layers import TORCH_INIT, Layers, split_linear, stop_at_zero
 from castling_jax.ops.depthwise import convolve_channels
-
-if TYPE_CHECKING:
-    from castling_jax.models.attention.kinds import Core
 
 STRIDES = ((1, 1), (2, 2), (2, 2))  # of queries, keys and values
 
@@ -30,8 +26,8 @@ class ConvolutionalAttention(MultiHeadAttention):
     are divided by the square root of a head's width; CvT's code takes the width of all heads.
     """
 
-    def __init__(self, dim: int, num_heads: int, core: "Core", layers: Layers, *, qkv_bias: bool):
-        super().__init__(dim, num_heads, core, layers, qkv_bias=qkv_bias)
+    def add_layers(self, layers: Layers) -> None:
+        dim = self.num_heads * self.key_dim
         self.pool_q, self.pool_k, self.pool_v = (Convolution(dim, layers) for _ in STRIDES)
         self.norm_q, self.norm_k, self.norm_v = (layers.layer_norm(dim) for _ in STRIDES)
 

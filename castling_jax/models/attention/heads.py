@@ -1,17 +1,14 @@
 """Multi-head self-attention, as plain transformers have it."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
 from castling_jax.errors import InputError
+from castling_jax.models.attention.core import Core
 from castling_jax.models.layers import Layers, split_linear
-
-if TYPE_CHECKING:  # the table of kinds imports the modules that some of them bring, and these are built on this one
-    from castling_jax.models.attention.kinds import Core
 
 
 def split_heads(x: Float[Array, "batch tokens channels"], num_heads: int) -> Float[Array, "batch tokens heads dim"]:
@@ -28,7 +25,8 @@ def check_heads_divide(dim: int, num_heads: int) -> None:
 class MultiHeadAttention(nnx.Module):
     """Self-attention with fused qkv, whose rows are ordered q, k, v, then head, then head_dim.
 
-    A subclass may replace `project`, how tokens become q, k and v, or `attend`, how these become the heads' output.
+    A subclass may have layers of its own (`add_layers`), and replace `project`, how tokens become q, k and v, or
+    `attend`, how these become the heads' output.
 
     Args:
       dim: width, a multiple of num_heads.
@@ -43,7 +41,7 @@ class MultiHeadAttention(nnx.Module):
 
     token_kernel: nnx.Param | None
 
-    def __init__(self, dim: int, num_heads: int, core: "Core", layers: Layers, *, qkv_bias: bool):
+    def __init__(self, dim: int, num_heads: int, core: Core, layers: Layers, *, qkv_bias: bool):
         check_heads_divide(dim, num_heads)
         self.num_heads = num_heads
         self.key_dim = self.value_dim = dim // num_heads
@@ -51,6 +49,10 @@ class MultiHeadAttention(nnx.Module):
         self.qkv = layers.linear(dim, 3 * dim, use_bias=qkv_bias)
         self.proj = layers.linear(dim, dim)
         core.add_parameters(self, layers)
+        self.add_layers(layers)
+
+    def add_layers(self, layers: Layers) -> None:
+        """Adds what a subclass has beside; the width is `num_heads * key_dim`."""
 
     def __call__(
         self,

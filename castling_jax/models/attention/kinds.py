@@ -4,22 +4,21 @@ A backbone makes q, k and v in its own way (one fused layer, pooled on a grid, e
 takes every kind. A new kind is an entry of KINDS; everything else, from `create_model` to the switch, reads it there.
 """
 
-import dataclasses
 import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from castling_jax import ops
 from castling_jax.errors import InputError, check_known
 from castling_jax.models.attention.bridge import BridgeAttention
 from castling_jax.models.attention.convolutional import ConvolutionalAttention
+from castling_jax.models.attention.core import INPUTS, TOKEN_KERNEL_SIZES, Core, Kind, Output
 from castling_jax.models.attention.linear import (
     focus_parameters,
     focused_linear_attention,
@@ -30,108 +29,12 @@ from castling_jax.models.attention.linear import (
 )
 from castling_jax.models.attention.separable import SeparableAttention, separable_attention
 from castling_jax.models.attention.windows import WindowAttention
-from castling_jax.models.layers import Layers
 from castling_jax.ops.angular import normalize_and_convolve
 from castling_jax.ops.bias import Bias, dense_bias
 from castling_jax.ops.castling import MASK_KINDS
 from castling_jax.ops.checks import check_implementation
-from castling_jax.ops.tokens import values_of_queries
 
 FORMS = ("train", "inference")
-TOKEN_KERNEL_SIZES = {"1d": 9, "2d": 3}  # the authors' block has 9 taps over tokens
-# What a kind's function may take by name beside q, k and v, with its default: see `register_attention`.
-INPUTS: dict[str, Any] = {
-    "token_kernel": None,
-    "mask_threshold": None,
-    "mask_kind": "threshold",
-    "bias": None,
-    "query_values": None,
-    "grid": None,
-    "prefix_tokens": 0,
-    "implementation": "auto",
-}
-
-Output = tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""]]  # with the mask density
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A kind of attention. What its function takes by name says what it needs.
-
-    Attributes:
-      name: what `attention` calls it.
-      function: (q, k, v, ...) -> out, or (out, mask density), as `register_attention` describes it.
-      taps: whether the values are convolved with a token kernel, where the model has a `token_conv`.
-      linear: whether the cost grows with the number of tokens, not with its square.
-      inference: the kind that it becomes at the switch; None: it stays as it is.
-      parts: the named scopes in which `count_costs` finds the work of the function.
-      parameters: (attention module, layers) -> parameters of the kind's own, by name, for the module's num_heads,
-        key_dim and value_dim; the function takes them by these names. None: it has none.
-      module: a module in the place of `MultiHeadAttention`, made and called like it, which may use `function` or not;
-        for plain transformers only. None: MultiHeadAttention.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    taps: bool = True
-    linear: bool = False
-    inference: "Kind | None" = None
-    parts: tuple[str, ...] = ()
-    parameters: Callable[[Any, Layers], dict[str, nnx.Param]] | None = None
-    module: Callable[..., Any] | None = None
-
-    @functools.cached_property
-    def signature(self) -> dict[str, inspect.Parameter]:
-        """What the function takes beside q, k and v, by name."""
-        return dict(list(inspect.signature(self.function).parameters.items())[3:])
-
-    def takes(self, name: str) -> bool:
-        """Whether the function takes this input."""
-        return name in self.signature
-
-    @property
-    def at_inference(self) -> "Kind":
-        """The kind that is left after the switch."""
-        return self.inference or self
-
-    @property
-    def tables(self) -> Literal["module", "softmax_branch"] | None:
-        """Where the parameters live that only a bias of the scores is made of.
-
-        These are LeViT's attention biases and MViTv2's relative positions. They are in the attention module itself, or
-        in its `softmax_branch`, which the switch drops, or nowhere.
-        """
-        if not self.takes("bias"):
-            return None
-        return "module" if self.at_inference.takes("bias") else "softmax_branch"
-
-    def __call__(self, q: Array, k: Array, v: Array, **inputs: Any) -> Output:
-        """The output, convolved values included, and the mask density, which is 0 for a kind that has no mask.
-
-        `inputs` are some of INPUTS, and all of the kind's own parameters; the function gets those that it takes.
-
-        Raises:
-          InputError: the function needs a mask threshold, and there is none.
-        """
-        inputs = INPUTS | inputs
-        threshold = self.signature.get("mask_threshold")
-        if threshold and threshold.default is threshold.empty and inputs["mask_threshold"] is None:
-            raise InputError(f"a {self.name} model in training form needs mask_threshold, a number of at least 0.")
-        density = jnp.zeros((), jnp.float32)
-        token_kernel, values = inputs["token_kernel"], None
-        # A kernel over the tokens runs through prefix and patches alike: it takes no grid.
-        on_grid = token_kernel is not None and token_kernel.ndim == 3
-        where = {name: inputs[name] if on_grid else INPUTS[name] for name in ("grid", "prefix_tokens")}
-        if self.takes("token_kernel"):
-            inputs |= where
-        elif token_kernel is not None:
-            values = values_of_queries(v, inputs["query_values"])
-        out = self.function(q, k, v, **{name: value for name, value in inputs.items() if self.takes(name)})
-        if isinstance(out, tuple):
-            out, density = out
-        if values is not None:
-            out = out + ops.depthwise_convolution(values, token_kernel, **where)
-        return out, density
 
 
 @jax.named_scope("softmax")
@@ -202,76 +105,6 @@ KINDS = {
     )
 }
 _BUILT_IN = frozenset(KINDS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Core:
-    """The attention that a model is built with: one value from the model's constructor down to its blocks.
-
-    Attributes:
-      kind: the kind of attention; in inference form the one that is left after the switch.
-      token_conv: the convolution of the values: "1d" over tokens, "2d" over the grid, or None.
-      token_kernel_size: taps, or rows and columns, of that convolution; None is 9 for "1d" and 3 for "2d".
-      implementation: "auto", "xla" or "pallas", as in `ops`.
-      mask_kind: how the threshold empties castling's softmax branch: "threshold" or "fade", as in `ops`.
-      window_size: side of the windows of attention="window", in tokens; None is 7.
-      block: the number of the block in its model, from 0; a plain transformer sets it.
-    """
-
-    kind: Kind
-    token_conv: str | None
-    token_kernel_size: int | None = None
-    implementation: str = "auto"
-    mask_kind: str = "threshold"
-    window_size: int | None = None
-    block: int = 0
-
-    @property
-    def needs_query_values(self) -> bool:
-        """Whether anything reads the values at the queries' positions."""
-        return self.kind.takes("query_values") or (self.kind.taps and self.token_conv is not None)
-
-    def add_parameters(self, module: Any, layers: Layers, **tables: nnx.Param) -> None:
-        """Gives an attention module its token kernel, its tables and the kind's own parameters.
-
-        Args:
-          module: has `num_heads`, and the widths of each head, `key_dim` and `value_dim`.
-          layers: makes the parameters.
-          **tables: the backbone's parameters for a bias of the scores. They go where `Kind.tables` says.
-        """
-        kind = self.kind
-        taps = self._taps if kind.taps else None
-        # Taps start at zero, so that a new model starts as attention alone.
-        module.token_kernel = None if taps is None else layers.zeros(*taps, module.num_heads)
-        module.softmax_branch = nnx.Dict(**tables) if kind.tables == "softmax_branch" else None
-        parameters = kind.parameters(module, layers) if kind.parameters else {}
-        if kind.tables == "module":
-            parameters |= tables
-        for name, parameter in parameters.items():
-            setattr(module, name, parameter)
-
-    @property
-    def _taps(self) -> tuple[int, ...] | None:
-        """The token kernel's shape without its heads."""
-        if self.token_conv is None:
-            return None
-        size = self.token_kernel_size or TOKEN_KERNEL_SIZES[self.token_conv]
-        return (size,) if self.token_conv == "1d" else (size, size)
-
-    def tables_of(self, module: Any) -> Any:
-        """What holds the module's parameters for a bias of the scores: the module, its branch, or None."""
-        return module if self.kind.tables == "module" else module.softmax_branch
-
-    def inputs_of(self, module: Any) -> dict[str, Any]:
-        """What the kind reads beside q, k and v and the place of the tokens: its parameters, and how to run."""
-        own = self.kind.signature.keys() - INPUTS.keys() if self.kind.parameters else ()
-        token_kernel = None if module.token_kernel is None else module.token_kernel[...]
-        return {
-            "token_kernel": token_kernel,
-            "implementation": self.implementation,
-            "mask_kind": self.mask_kind,
-            **{name: getattr(module, name)[...] for name in own},
-        }
 
 
 def make_core(

@@ -1,16 +1,12 @@
 """Separable self-attention: one latent token in the place of the queries."""
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
+from castling_jax.models.attention.core import Core
 from castling_jax.models.layers import Layers, split_linear
-
-if TYPE_CHECKING:
-    from castling_jax.models.attention.kinds import Core
 
 
 @jax.named_scope("separable")
@@ -35,7 +31,7 @@ class SeparableAttention(nnx.Module):
     a plain transformer a token is a patch. The paper has no class token. Here it is a token like all others.
     """
 
-    def __init__(self, dim: int, num_heads: int, core: "Core", layers: Layers, *, qkv_bias: bool):
+    def __init__(self, dim: int, num_heads: int, core: Core, layers: Layers, *, qkv_bias: bool):
         self.core = core
         self.latent = layers.linear(dim, 1, use_bias=False)
         self.kv = layers.linear(dim, 2 * dim, use_bias=qkv_bias)

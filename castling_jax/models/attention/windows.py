@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +9,6 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from castling_jax.models.attention.heads import MultiHeadAttention
 from castling_jax.models.layers import Layers
-
-if TYPE_CHECKING:
-    from castling_jax.models.attention.kinds import Core
 
 WINDOW_SIZE = 7  # Swin's
 
@@ -33,10 +29,9 @@ class WindowAttention(MultiHeadAttention):
     all tokens; neither has a relative position, so their scores have no bias.
     """
 
-    def __init__(self, dim: int, num_heads: int, core: "Core", layers: Layers, *, qkv_bias: bool):
-        super().__init__(dim, num_heads, core, layers, qkv_bias=qkv_bias)
-        self.window_size = core.window_size or WINDOW_SIZE
-        self.relative_position_bias_table = layers.embedding((2 * self.window_size - 1) ** 2, num_heads)
+    def add_layers(self, layers: Layers) -> None:
+        self.window_size = self.core.window_size or WINDOW_SIZE
+        self.relative_position_bias_table = layers.embedding((2 * self.window_size - 1) ** 2, self.num_heads)
 
     def attend(
         self,

@@ -1,4 +1,4 @@
-"""A field of the configuration: its default, the values it takes, and what it means."""
+"""A field of a configuration: its default, the values it takes, and what it means."""
 
 import dataclasses
 import math
@@ -26,6 +26,13 @@ class Values:
     allows: Callable[[Any], bool]
     names: tuple[str, ...] = ()
 
+    def check(self, name: str, value: Any) -> None:
+        """Raises an InputError unless the value called `name` is one of them."""
+        if self.names:
+            check_known(name, value, self.names)
+        elif not self.allows(value):
+            raise InputError(f"{name} must be {self.text}, not {repr(value)[:100]}.")
+
 
 @dataclasses.dataclass(frozen=True)
 class Field:
@@ -42,12 +49,8 @@ class Field:
 
     def check(self, name: str, value: Any) -> None:
         """Raises an InputError unless the field called `name` takes `value`."""
-        if value is None and self.default is None:
-            return
-        if self.values.names:
-            check_known(name, value, self.values.names)
-        elif not self.values.allows(value):
-            raise InputError(f"{name} must be {self.values.text}, not {value!r}.")
+        if value is not None or self.default is not None:
+            self.values.check(name, value)
 
 
 def integer(low: int, high: int | None = None) -> Values:
