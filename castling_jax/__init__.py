@@ -11,7 +11,7 @@ from castling_jax.data.transforms import normalize
 from castling_jax.errors import InputError
 from castling_jax.models.attention.kinds import register_attention
 from castling_jax.models.registry import create_model, list_models
-from castling_jax.models.variables import apply, get_variables
+from castling_jax.models.variables import apply, features, forward_train, get_variables
 from castling_jax.preprocessing import Preprocessing
 
 __version__ = "0.1.0"
@@ -23,6 +23,8 @@ __all__ = [
     "check_switch",
     "convert",
     "create_model",
+    "features",
+    "forward_train",
     "get_variables",
     "list_models",
     "load_inference",

@@ -2,14 +2,19 @@
 
 import contextlib
 import errno
+import functools
+import inspect
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 from castling_jax.suggestions import group_of, suggest
 
 LISTED = 20  # names, beside the nearest one
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class InputError(ValueError):
@@ -75,6 +80,29 @@ def check_between(name: str, value: float, low: float, high: float) -> None:
     """Raises an InputError unless the value called `name` is from `low` to `high`; NaN is not."""
     if not low <= value <= high:
         raise InputError(f"{name} must be from {low} to {high}, not {value}.")
+
+
+def takes(**kinds: tuple[type, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a public function so that arguments of another kind, such as two that are swapped, are refused.
+
+    Args:
+      **kinds: by the argument's name, its type and what it is, in words.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name, value in signature.bind(*args, **kwargs).arguments.items():
+                kind, words = kinds.get(name, (object, ""))
+                if not isinstance(value, kind):
+                    raise InputError(f"{function.__name__} takes {words} as {name}, not {type(value).__name__}.")
+            return function(*args, **kwargs)
+
+        return run
+
+    return decorate
 
 
 @contextlib.contextmanager

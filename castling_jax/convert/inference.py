@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, DTypeLike, Float
 
 from castling_jax.convert.batchnorm import compute, fold_batch_norms
-from castling_jax.errors import InputError, check_known
+from castling_jax.errors import InputError, check_known, takes
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
-from castling_jax.models.variables import COLLECTIONS, Variables, apply
+from castling_jax.models.variables import COLLECTIONS, MODEL, VARIABLES, Variables, apply
 from castling_jax.ops.checks import concrete_threshold
 
 SOFTMAX_BRANCH = "softmax_branch"  # the key under which castling models keep what only the branch uses
@@ -87,6 +87,7 @@ def _cast(leaf: Any, dtype: np.dtype) -> Any:
     return compute(lambda leaf: leaf.astype(dtype), leaf)
 
 
+@takes(model=MODEL, variables=VARIABLES)
 def check_switch(
     model: Backbone,
     variables: Variables,

@@ -26,10 +26,10 @@ from castling_jax.convert.files import read_safetensors
 from castling_jax.convert.inference import to_inference
 from castling_jax.convert.run_folder import CONFIG_FILE, INFERENCE
 from castling_jax.convert.shipped import locate
-from castling_jax.errors import InputError, about, check_known, reason, refusing
+from castling_jax.errors import InputError, about, check_known, reason, refusing, takes
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import DTYPES, abstract_model
-from castling_jax.models.variables import Variables, apply, flatten, leaves_of, unflatten
+from castling_jax.models.variables import MODEL, VARIABLES, Variables, apply, flatten, leaves_of, unflatten
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.storage import (
     as_path,
@@ -69,6 +69,7 @@ class Description:
     classes: list[str] | None
 
 
+@takes(model=MODEL, variables=VARIABLES)
 def save_inference(
     path: str | os.PathLike,
     model: Backbone,
@@ -251,6 +252,7 @@ def _check_meaning(arguments: dict[str, Any], preprocessing: Preprocessing | Non
         raise InputError(f"there are {len(classes):,} names of classes, and the model has {count} classes.")
 
 
+@takes(model=MODEL, variables=VARIABLES)
 def export_program(model: Backbone, variables: Variables) -> bytes:
     """The inference form's forward pass as serialised StableHLO, with the weights inside.
 

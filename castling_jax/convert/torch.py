@@ -17,12 +17,12 @@ import numpy as np
 
 from castling_jax.convert.inference import SOFTMAX_BRANCH
 from castling_jax.convert.names import listed, timm_state_dict
-from castling_jax.errors import InputError, printable
+from castling_jax.errors import InputError, printable, takes
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.levit import LeViT, fit_bias_table
 from castling_jax.models.position import resize_position_embedding, resize_relative_positions
-from castling_jax.models.variables import Variables, flatten, get_variables, leaves_of, unflatten
+from castling_jax.models.variables import MODEL, VARIABLES, Variables, flatten, get_variables, leaves_of, unflatten
 
 _LEAF_NAMES = {
     "kernel": "weight",
@@ -37,6 +37,7 @@ _SOFTMAX_ONLY = ("attention_biases", "rel_pos_h", "rel_pos_w")
 _LAYER_SCALE = re.compile(r"(^|\.)(ls[12]?\.gamma|gamma_[12]|lambda_[12]|layer_scale[12]?\.\w+)$")
 
 
+@takes(model=MODEL)
 def from_torch(
     model: Backbone, state_dict: Mapping[str, Any], *, reset_head: bool = False, ema: bool | None = None
 ) -> Variables:
@@ -127,6 +128,7 @@ def _unusable(name: str, value: np.ndarray) -> list[str]:
     return [f"{name!r} has {count} of {value.size} numbers that are not finite"] if count else []
 
 
+@takes(model=MODEL, variables=VARIABLES)
 def to_torch(model: Backbone, variables: Variables) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`: timm 1.0's names to float32 numpy arrays, which are copies.
 

@@ -253,7 +253,8 @@ def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = Non
       classes: those of a model that was trained elsewhere, in its order. PATH/train then need not be there.
 
     Raises:
-      InputError: a folder is missing, holds no classes, no images, or a class that PATH/train or `classes` has not.
+      InputError: a folder is missing, holds no classes, no images (a class may have none but in train), or a class that
+        PATH/train or `classes` has not.
     """
     root = as_path(path, "the folder of a data set")
     if not root.is_dir():
@@ -272,7 +273,7 @@ def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = Non
             lacks = f"for which '{root / 'train'}' has no folder" if classes is None else "that the model does not have"
             raise InputError(f"'{root / split / name}' is of a class {lacks}.")
         found = sorted(file.name for file in (root / split / name).iterdir() if _is_image(file.name))
-        if not found:
+        if not found and split == "train":
             raise InputError(f"'{root / split / name}' holds no images ({', '.join(IMAGE_SUFFIXES)}).")
         files += [f"{name}/{file}" for file in found]
         labels += [known.index(name)] * len(found)

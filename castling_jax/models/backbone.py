@@ -128,12 +128,21 @@ class Backbone(nnx.Module):
         encoded, _ = self._encode(self._checked(images), mask_threshold, key)
         return self._maps(encoded)
 
+    def __repr__(self) -> str:
+        spec = getattr(self, "spec", None)
+        if spec is None:
+            return type(self).__name__
+        words = [f"{word}={value!r}" for word, value in spec.arguments().items() if word != "name"]
+        return f"{type(self).__name__}({spec.name!r}, {', '.join(words)})"
+
     def _checked(self, images: jax.Array) -> jax.Array:
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise InputError(
                 f"images must be floating-point numbers that were normalised, not {images.dtype}: "
                 "castling_jax.preprocess makes them of files and of pixels."
             )
+        if isinstance(jax.tree.leaves(nnx.state(self, nnx.Param))[0], jax.ShapeDtypeStruct):
+            raise InputError("this model holds shapes alone: castling_jax.apply(model, variables, images) computes.")
         if images.shape[3] != self.in_chans:
             raise InputError(f"images must have {self.in_chans} channels, not {images.shape[3]}.")
         return images

@@ -12,11 +12,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Key
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, takes
 from castling_jax.models.backbone import Backbone
 from castling_jax.ops.mesh import on_auto_axes, split_as
 
 Variables = dict[str, Any]
+MODEL = (nnx.Module, "a model, as create_model makes it,")
+VARIABLES = (Mapping, 'variables such as {"params": ...}')
 COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 
 
@@ -24,6 +26,7 @@ def _string_keys(tree: Any) -> Any:
     return {str(key): _string_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
+@takes(model=MODEL)
 def get_variables(model: Backbone) -> Variables:
     """The model's variables as nested plain dicts with string keys (block 0 is "0"). The arrays are the model's own."""
     trees = {name: nnx.to_pure_dict(nnx.state(model, kind)) for name, kind in COLLECTIONS.items()}
@@ -58,6 +61,7 @@ def unflatten(leaves: dict[str, Any]) -> Any:
     return tree
 
 
+@takes(model=MODEL, variables=VARIABLES)
 def leaves_of(model: Backbone, variables: Variables) -> dict[str, Any]:
     """The variables by path, as `flatten` gives them.
 
@@ -97,6 +101,7 @@ def _with_leaves(model: Backbone, leaves: dict[str, Any]) -> Backbone:
     return nnx.merge(graphdef, nnx.from_flat_state(bound))
 
 
+@takes(model=MODEL, variables=VARIABLES)
 def apply(
     model: Backbone,
     variables: Variables,
@@ -133,6 +138,7 @@ def apply(
     return (logits, densities) if return_densities else logits
 
 
+@takes(model=MODEL, variables=VARIABLES)
 def forward_train(
     model: Backbone,
     variables: Variables,
@@ -161,6 +167,7 @@ def forward_train(
     return forward(images, leaves, mask_threshold, key)
 
 
+@takes(model=MODEL, variables=VARIABLES)
 def features(
     model: Backbone,
     variables: Variables,
@@ -188,6 +195,7 @@ def _check_images(images: jax.Array) -> None:
         raise InputError(f"images must be [batch, height, width, channels], at least one, not {what}.")
 
 
+@takes(variables=VARIABLES)
 def count_parameters(variables: Variables) -> int:
     """How many numbers `params` holds (batch statistics are not parameters)."""
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))

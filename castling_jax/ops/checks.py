@@ -28,17 +28,17 @@ def check_array(name: str, array: Any, axes: tuple[str, ...] = ()) -> None:
         raise InputError(f"{name} must be [{', '.join(axes)}], not of shape {array.shape}.")
 
 
-def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array | None = None) -> None:
-    """Raises an InputError unless the shapes of queries, keys (and values) fit together."""
-    arrays = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
-    for name, array in arrays.items():
+def check_qkv(q: jax.Array, k: jax.Array, *values: jax.Array) -> None:
+    """Raises an InputError unless the shapes of queries and keys, and of values where they are given, fit together."""
+    for name, array in zip("qkv", (q, k, *values), strict=False):
         check_array(name, array, ("batch", "tokens", "heads", "dim"))
         if (array.shape[0], array.shape[2]) != (q.shape[0], q.shape[2]):
             raise InputError(f"{name} must have q's batch and heads: {array.shape} does not fit {q.shape}.")
     if q.shape[3] != k.shape[3]:
         raise InputError(f"q and k must have one key_dim, not {q.shape[3]} and {k.shape[3]}.")
-    if v is not None and v.shape[1] != k.shape[1]:
-        raise InputError(f"k and v must have one number of tokens, not {k.shape[1]} and {v.shape[1]}.")
+    for v in values:
+        if v.shape[1] != k.shape[1]:
+            raise InputError(f"k and v must have one number of tokens, not {k.shape[1]} and {v.shape[1]}.")
 
 
 def check_query_values(q: jax.Array, v: jax.Array, query_values: QueryValues) -> None:

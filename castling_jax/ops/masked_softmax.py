@@ -95,7 +95,7 @@ def _plain(
     weights, kept = masked_weights(scores, mask_threshold)
     out = jnp.einsum("bhqk,bhkd->bhqd", jnp.where(kept, weights, 0), v_wide, precision=precision)
     # A float: the batch of a pod has more weights than an int32 counts.
-    density = jnp.sum(kept, dtype=jnp.float32) / float(kept.size)
+    density = jnp.sum(kept, dtype=jnp.float32) / float(max(kept.size, 1))
     return jnp.swapaxes(out, 1, 2).astype(v.dtype), density, given
 
 

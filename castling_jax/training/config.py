@@ -124,7 +124,7 @@ FIELDS = {
     "checkpoint.keep": Field(2, integer(1), "How many of the newest checkpoints stay, besides the best."),
     "logging.every_steps": Field(20, integer(1), "Steps between lines of metrics.jsonl."),
     "logging.tensorboard": Field(True, FLAG, "Whether to write TensorBoard's events."),
-    "logging.progress": Field(True, FLAG, "Whether to show a progress bar."),
+    "logging.progress": Field(True, FLAG, "Whether to tell how the run goes: a bar on a terminal, else lines."),
 }
 
 

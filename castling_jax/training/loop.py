@@ -1,8 +1,6 @@
 """The training loop."""
 
 import collections
-import functools
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from castling_jax.training.checkpoints import BEST, Checkpoints, Progress
+from castling_jax.training.console import Console
 from castling_jax.training.finite import FiniteCheck
 from castling_jax.training.metrics import MetricsWriter
 from castling_jax.training.preemption import Preempted
@@ -32,6 +30,7 @@ class Loop:
       setup: what the run is made of.
       checkpoints: the run's.
       metrics: where figures are written; None on all processes but one.
+      console: what tells a person.
       should_stop: whether the run is to save after this step, and to end.
       check_lock: raises an InputError when another run writes in the same folder.
     """
@@ -41,12 +40,13 @@ class Loop:
         setup: Setup,
         checkpoints: Checkpoints,
         metrics: MetricsWriter | None,
+        console: Console,
         *,
         should_stop: Callable[[int], bool],
         check_lock: Callable[[], None],
     ):
         self._setup, self._config = setup, setup.config
-        self._checkpoints, self._metrics = checkpoints, metrics
+        self._checkpoints, self._metrics, self._console = checkpoints, metrics, console
         self._should_stop, self._check_lock = should_stop, check_lock
         self._best = checkpoints.best()
 
@@ -74,62 +74,60 @@ class Loop:
         peak = peak_flops()
         macs = (0, 0) if peak is None else setup.macs  # which takes two traces of the model, for this share alone
         meter = Meter(batch_size=config.train.batch_size, step=step, total_steps=total_steps, peak=peak)
-        say = functools.partial(tqdm.write, file=sys.stderr) if self._metrics is not None else lambda _: None
+        say = self._console.say
         finite = FiniteCheck(config.train.on_nonfinite, config.train.max_skips, self._checkpoints.folder, say)
         sent: collections.deque[Any] = collections.deque(maxlen=STEPS_AHEAD)
         figures: dict[str, Any] = {}
         start = saved_at = time.perf_counter()
-        silent = self._metrics is None or not config.logging.progress
-        with tqdm(total=total_steps, initial=step, unit="step", disable=silent) as bar:
-            while step < total_steps:
-                # Send the step off, its batch already on the devices, and wait for the one STEPS_AHEAD before it.
-                profiler.before(step, state)
-                threshold = setup.threshold_at(step)
-                with meter.waiting():
-                    batch = shard_batch(next(batches), setup.mesh, batch_size=config.train.batch_size)
-                state, result = setup.train_step(state, batch, threshold)
-                step += 1
-                finite.add(step, result["loss"], result["gradient_norm"])
-                sent.append(result["loss"])
-                jax.block_until_ready(sent[0])
-                bar.update()
+        while step < total_steps:
+            # Send the step off, its batch already on the devices, and wait for the one STEPS_AHEAD before it.
+            profiler.before(step, state)
+            threshold = setup.threshold_at(step)
+            with meter.waiting():
+                batch = shard_batch(next(batches), setup.mesh, batch_size=config.train.batch_size)
+            state, result = setup.train_step(state, batch, threshold)
+            step += 1
+            finite.add(step, result["loss"], result["gradient_norm"])
+            sent.append(result["loss"])
+            jax.block_until_ready(sent[0])
+            self._console.advance()
 
-                # What is due now: a function of the step, so that all processes agree.
-                is_last = step == total_steps
-                logs = is_last or step % config.logging.every_steps == 0
-                evaluates = is_last or step % (config.evaluation.every_epochs * setup.steps_per_epoch) == 0
-                stops = self._should_stop(step)
-                saves = is_last or stops or step % config.checkpoint.every_steps == 0
-                saves = saves or _is_time(config.checkpoint.every_minutes, saved_at, logs=logs)
-                if not (logs or evaluates or saves):
-                    continue
+            # What is due now: a function of the step, so that all processes agree.
+            is_last = step == total_steps
+            logs = is_last or step % config.logging.every_steps == 0
+            evaluates = is_last or step % (config.evaluation.every_epochs * setup.steps_per_epoch) == 0
+            stops = self._should_stop(step)
+            saves = is_last or stops or step % config.checkpoint.every_steps == 0
+            saves = saves or _is_time(config.checkpoint.every_minutes, saved_at, logs=logs)
+            if not (logs or evaluates or saves):
+                continue
 
-                # Nothing is kept of a run that went wrong.
-                finite.check()
-                self._check_lock()
+            # Nothing is kept of a run that went wrong.
+            finite.check()
+            self._check_lock()
 
-                # Figures are the step's own, not averages: an interrupted run writes the same lines.
-                line: dict[str, Any] = {}
-                if logs:
-                    line |= self._log(state, result, step) | meter.read(step, macs=macs[threshold >= 1])
-                    loss, speed = float(result["loss"]), line["images_per_second"]
-                    bar.set_postfix({"loss": f"{loss:.3f}", "images/s": f"{speed:,.0f}"})
-                if evaluates:
-                    with meter.paused():
-                        figures = setup.evaluate(state.weights, threshold)
-                    line |= {"accuracy": figures["accuracy_train_form"], "mask_threshold": threshold, **figures}
-                    saves = saves or figures[BEST] > self._best
-                    self._best = max(self._best, figures[BEST])
-                if line and self._metrics is not None:
-                    self._metrics.write(step, line)
+            # Figures are the step's own, not averages: an interrupted run writes the same lines.
+            line: dict[str, Any] = {}
+            if logs:
+                line |= self._log(state, result, step) | meter.read(step, macs=macs[threshold >= 1])
+                self._console.logged(step, line)
+            if evaluates:
+                with meter.paused():
+                    figures = setup.evaluate(state.weights, threshold)
+                line |= {"accuracy": figures["accuracy_train_form"], "mask_threshold": threshold, **figures}
+                self._console.evaluated(step, float(result["loss"]), result["mask_density"], figures, threshold)
+                saves = saves or figures[BEST] > self._best
+                self._best = max(self._best, figures[BEST])
+            if line and self._metrics is not None:
+                self._metrics.write(step, line)
 
-                if saves:
-                    saved_at = time.perf_counter()
-                    seconds = seconds_before + saved_at - start
-                    self._save(state, Progress(seconds, figures if evaluates else None, threshold))
-                if stops and not is_last:
-                    raise Preempted(step)
-            jax.block_until_ready(state)
+            if saves:
+                saved_at = time.perf_counter()
+                seconds = seconds_before + saved_at - start
+                self._save(state, Progress(seconds, figures if evaluates else None, threshold))
+            if stops and not is_last:
+                raise Preempted(step)
+        jax.block_until_ready(state)
         seconds = seconds_before + (time.perf_counter() - start if step > first_step else 0)
         # A run that was killed between its last step and its end has its figures still to be computed.
         figures = figures or setup.evaluate(state.weights, setup.threshold_at(total_steps - 1))

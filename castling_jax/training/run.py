@@ -19,6 +19,7 @@ from castling_jax.errors import printable, refusing_os_errors
 from castling_jax.storage import absolute, as_path, reach_bucket, try_file, try_folder, write_atomically
 from castling_jax.training.checkpoints import Checkpoints, Progress
 from castling_jax.training.config_files import check_same_run
+from castling_jax.training.console import Console
 from castling_jax.training.distributed import check_shared
 from castling_jax.training.evaluate_run import Evaluation, summary_split
 from castling_jax.training.kernel_check import compare_kernels
@@ -106,7 +107,9 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
         # 3. Train.
         watch = stack.enter_context(PreemptionWatch(checkpoints))
         stack.callback(checkpoints.wait)  # while a signal does not kill: SIGTERM may come twice
-        loop = Loop(setup, checkpoints, metrics, should_stop=watch.reached, check_lock=check_lock)
+        console = stack.enter_context(contextlib.closing(Console(setup, int(state.step), speaks=is_writer)))
+        console.begin(workdir)
+        loop = Loop(setup, checkpoints, metrics, console, should_stop=watch.reached, check_lock=check_lock)
         with Profiler(profile, workdir) as profiler:
             state, figures, train_seconds = loop.run(state, progress.train_seconds, profiler)
 

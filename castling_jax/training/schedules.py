@@ -24,6 +24,8 @@ def learning_rate_schedule(
     Rates that are given for batches of `reference_batch` images grow with the batch: the peak alone (DeiT, LeViT), or
     with `scaled_rates` = "all" those at the start and at the end too (MViTv2).
 
+    With a peak of 0 all rates are 0.
+
     Raises:
       InputError: the warm-up is as long as the training or longer.
     """
@@ -34,6 +36,8 @@ def learning_rate_schedule(
         raise InputError(
             f"config.optimizer.warmup_epochs = {optimizer.warmup_epochs} leaves nothing of the {total_steps} steps."
         )
+    if optimizer.learning_rate == 0:  # nothing is to be learnt, so neither at the start nor at the end
+        return optax.constant_schedule(0.0)
     return optax.warmup_cosine_decay_schedule(
         init_value=ends * optimizer.initial_learning_rate,
         peak_value=scale * optimizer.learning_rate,

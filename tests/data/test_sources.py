@@ -79,6 +79,12 @@ class TestFolder:
         assert [val[i] for i in range(len(val))] == [{"image": b"val/b/y.jpg", "label": 1}]  # though val has no a
         assert train.describe(1) == f"'{root}/train/b/10.jpeg'"
 
+    def test_a_class_without_images_in_another_split_than_train_is_taken(self, root):
+        before = load_dataset(f"folder:{root}", "val")
+        (root / "val" / "a").mkdir(exist_ok=True)
+        val = load_dataset(f"folder:{root}", "val")
+        assert (len(val), val.classes) == (len(before), before.classes)
+
     def test_a_file_that_is_gone_is_a_corrupt_image(self, root, refuses):
         train = load_dataset(f"folder:{root}", "train")
         (root / "train" / "a" / "x.png").unlink()

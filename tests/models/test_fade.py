@@ -106,11 +106,6 @@ def test_the_compilers_report_compares_a_fading_configuration_with_softmax(tmp_p
 
 
 def test_the_words_are_a_fades():
-    figures = {
-        **{"accuracy_train_form": 0.5, "accuracy_inference_form": 0.5, "eval_loss": 1.0, "max_difference": 0.0},
-        **{"step": 3, "mask_kind": "fade", "mask_threshold": 0.25},
-    }
-    assert "step 3, mask fade 0.25\n" in summary.describe_evaluation(figures)
     model = small.small_model(mask_kind="fade", depth=1)
     first, _ = compare_forms(model, small.random_variables(model), 0.25, small.random_images())
     assert first.startswith("at the mask fade 0.25 the two forms' logits differ by at most ")

@@ -37,6 +37,13 @@ def test_rates_grow_with_the_batch(scaled, ends):
     np.testing.assert_allclose([rate(0), rate(20), rate(100)], [0.1 * ends, 4, 0.2 * ends], rtol=1e-6)
 
 
+def test_a_rate_of_zero_is_zero_throughout():
+    optimizer = default_config().optimizer
+    optimizer.learning_rate = 0.0
+    rate = learning_rate_schedule(optimizer, batch_size=8, total_steps=100, steps_per_epoch=10)
+    assert [float(rate(step)) for step in (0, 1, 10, 50, 99, 100)] == [0] * 6
+
+
 def test_warmup_must_leave_some_steps():
     with pytest.raises(InputError, match="warmup_epochs = 5.0 leaves nothing of the 50 steps"):
         learning_rate_schedule(default_config().optimizer, batch_size=8, total_steps=50, steps_per_epoch=10)

@@ -185,7 +185,7 @@ def taylor_attention(
             weights, kept = masked_weights(scores if bias is None else scores + dense_bias(bias), mask_threshold)
             strong = jnp.where(kept, weights - taylor_weights, 0)
             out = out + jnp.einsum("bhqk,bhkd->bhqd", strong, v_heads, precision=precision)
-            density = jnp.sum(kept, dtype=jnp.float32) / float(kept.size)
+            density = jnp.sum(kept, dtype=jnp.float32) / float(max(kept.size, 1))
     return _from_heads(out, v), density
 
 

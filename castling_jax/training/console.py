@@ -1,0 +1,102 @@
+"""What a run tells the person who watches it: what it is, before its first step; then how it goes.
+
+It goes to standard error, from process 0 alone. On a terminal a bar shows the steps; elsewhere, such as in a log, there
+are plain lines.
+"""
+
+import math
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from castling_jax.errors import printable
+from castling_jax.models.attention.kinds import KINDS
+from castling_jax.models.variables import count_parameters, get_variables
+from castling_jax.training.setup import Setup
+
+
+class Console:
+    """Tells of one run.
+
+    Args:
+      setup: what the run is made of.
+      first_step: the steps that an earlier part of the run has made.
+      speaks: whether this process tells anything at all. How the run goes it tells with config.logging.progress.
+    """
+
+    def __init__(self, setup: Setup, first_step: int, *, speaks: bool):
+        self._setup, self._speaks = setup, speaks
+        self._shows_progress = speaks and setup.config.logging.progress
+        shows_bar = self._shows_progress and sys.stderr.isatty()
+        self._bar = tqdm(total=setup.total_steps, initial=first_step, unit="step", disable=not shows_bar)
+
+    def begin(self, workdir: epath.Path) -> None:
+        """What the run is, before its first step."""
+        if self._shows_progress:
+            self.say(describe_start(self._setup, workdir))
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if self._speaks:
+            tqdm.write(text, file=sys.stderr)
+
+    def advance(self) -> None:
+        """One more step is sent off."""
+        self._bar.update()
+
+    def logged(self, step: int, line: dict[str, Any]) -> None:
+        """The figures of a step, of which the loss may be missing."""
+        loss, speed = line.get("loss", math.nan), line["images_per_second"]
+        self._bar.set_postfix({"loss": f"{loss:.3f}", "images/s": f"{speed:,.0f}"})
+        if self._shows_progress and self._bar.disable:
+            total, left = self._setup.total_steps, _time(line["eta_seconds"])
+            self.say(f"step {step:,} of {total:,}: loss {loss:.4f}, {speed:,.0f} images/s, {left} left")
+
+    def evaluated(self, step: int, loss: float, density: Any, figures: dict[str, Any], threshold: float) -> None:
+        """The figures of an evaluation, and the loss and the mask density of the step before it."""
+        if not self._shows_progress:
+            return
+        epoch = f"epoch {step / self._setup.steps_per_epoch:g}, step {step:,}"
+        accuracy = f"{100 * figures['accuracy_inference_form']:.2f} %"
+        if KINDS[self._setup.model.spec.attention].inference is not None:
+            accuracy = f"{100 * figures['accuracy_train_form']:.2f} % in training form, {accuracy} in inference form"
+            accuracy += f"; mask {self._setup.config.mask.kind} {threshold:.3g}, density {np.mean(density):.3g}"
+        self.say(f"{epoch}: loss {loss:.4f}, held out {figures['eval_loss']:.4f}; accuracy held out {accuracy}")
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        self._bar.close()
+
+
+def describe_start(setup: Setup, workdir: epath.Path) -> str:
+    """The block of lines before the first step: data, model, steps, devices, folder, and what takes the first while."""
+    config, spec = setup.config, setup.model.spec
+    data, train = config.dataset, config.train
+    splits = [(setup.train_set, data.train_split), (setup.eval_set, data.eval_split), (setup.test_set, data.test_split)]
+    counts = ", ".join(f"{split} {len(dataset):,}" for dataset, split in splits if dataset is not None)
+    costs = f"{count_parameters(get_variables(setup.model)):,} parameters, {setup.macs[1] / 1e6:,.1f} M MACs an image"
+    if setup.macs[0] != setup.macs[1]:
+        costs += f" ({setup.macs[0] / 1e6:,.1f} M in training form)"
+    axes = " x ".join(f"{name} {size}" for name, size in setup.mesh.shape.items() if size > 1) or "one device"
+    kinds = " and ".join(sorted({device.device_kind for device in setup.mesh.devices.flat}))
+    processes = f"{jax.process_count()} process" + "es" * (jax.process_count() > 1)
+    lines = {
+        "data": f"{data.name}: {counts} images of {len(setup.train_set.classes):,} classes",
+        "model": f"{spec.name}, {spec.attention}, {spec.image_size} pixels: {costs}",
+        "steps": f"{setup.total_steps:,} of {train.batch_size:,} images, {setup.steps_per_epoch:,} an epoch: "
+        f"{train.epochs:,} epochs",
+        "devices": f"{setup.mesh.devices.size} x {kinds}, {processes}; mesh: {axes}",
+        "folder": str(workdir),
+    }
+    block = [f"{name:8s}{printable(text)}" for name, text in lines.items()]
+    return "\n".join([*block, "compiling the first step"])
+
+
+def _time(seconds: float) -> str:
+    """Such as 1:02:03."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
