@@ -33,6 +33,52 @@ def command(workdir, *arguments):
     return [sys.executable, str(ROOT / "main.py"), f"--workdir={workdir}", *arguments]
 
 
+# Imports main.py once; each line of its input is a command, which a child of its own runs.
+SERVER = """
+import json, os, sys
+import main
+
+for line in sys.stdin:
+    folder, arguments = json.loads(line)
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    os.chdir(folder)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = ["main.py", *arguments]
+    status = 0
+    try:
+        main.start()
+    except SystemExit as ended:
+        status = ended.code or 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+"""
+
+
+@pytest.fixture(scope="module")
+def mistaken():
+    """mistaken(workdir, *arguments) is run(workdir, *arguments), for what ends before it computes anything."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as server:
+
+        def start(workdir, *arguments):
+            folder = workdir.parent / "output"
+            folder.mkdir(exist_ok=True)
+            server.stdin.write(json.dumps([str(folder), [f"--workdir={workdir}", *arguments]]) + "\n")
+            server.stdin.flush()
+            status = int(server.stdout.readline())
+            said = [(folder / name).read_text() for name in ("stdout", "stderr")]
+            return subprocess.CompletedProcess(arguments, status, *said)
+
+        yield start
+        server.stdin.close()
+
+
 def run(workdir, *arguments):
     return subprocess.run(command(workdir, *arguments), capture_output=True, text=True, cwd=workdir.parent, timeout=600)
 
@@ -86,8 +132,8 @@ def run(workdir, *arguments):
         ),
     ],
 )
-def test_mistakes_are_one_sentence_and_a_status(tmp_path, argument, sentence):
-    result = run(tmp_path / "run", argument)
+def test_mistakes_are_one_sentence_and_a_status(mistaken, tmp_path, argument, sentence):
+    result = mistaken(tmp_path / "run", argument)
     assert result.stderr == f"main.py: {sentence}\n"
     assert result.stdout == ""
     assert result.returncode != 0
@@ -126,19 +172,19 @@ def test_the_configuration_is_found_in_the_arguments(monkeypatch, arguments, mod
         (["--noconfig.reset_head"], "does not heed reset_head: "),
     ],
 )
-def test_an_evaluation_refuses_what_it_would_ignore(tmp_path, arguments, sentence):
-    result = run(tmp_path / "run", "--evaluate=nowhere", *arguments)
+def test_an_evaluation_refuses_what_it_would_ignore(mistaken, tmp_path, arguments, sentence):
+    result = mistaken(tmp_path / "run", "--evaluate=nowhere", *arguments)
     assert sentence in result.stderr
     assert result.stderr.count("\n") == 1 and result.returncode == 1
 
 
-def test_all_mistakes_are_said_at_once(tmp_path):
-    fields = run(tmp_path / "run", "--config.train.epoch=1", "--config.optimiser.b1=2", "--config=nothing")
+def test_all_mistakes_are_said_at_once(mistaken, tmp_path):
+    fields = mistaken(tmp_path / "run", "--config.train.epoch=1", "--config.optimiser.b1=2", "--config=nothing")
     assert fields.stderr.count("\n") == 4
     for part in ("3 mistakes:", "'train.epoch': did you mean 'train.epochs'", "'optimiser.b1'", "'nothing'"):
         assert part in fields.stderr
     wrong = ("--config.train.epochs=many", "--config.mask.begin=x", "--config.train.batch_size=0", "--config.seed=-1")
-    values = run(tmp_path / "run", *wrong)
+    values = mistaken(tmp_path / "run", *wrong)
     assert values.stderr.count("\n") == 5
     for part in (
         "4 mistakes:",
@@ -150,8 +196,8 @@ def test_all_mistakes_are_said_at_once(tmp_path):
         assert part in values.stderr
 
 
-def test_the_fields_are_listed_with_the_configurations_values(tmp_path):
-    listed = run(tmp_path / "run", "--config=digits", "--config.mask.end=0.7", "--help-config")
+def test_the_fields_are_listed_with_the_configurations_values(mistaken, tmp_path):
+    listed = mistaken(tmp_path / "run", "--config=digits", "--config.mask.end=0.7", "--help-config")
     assert listed.returncode == 0
     assert listed.stdout.count("--config.") == len(FIELDS)
     assert "--config.model.name=deit_micro\n" in listed.stdout

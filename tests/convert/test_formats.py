@@ -71,6 +71,7 @@ def test_inference_folders_hold_the_runs_variables_switched(version):
         chex.assert_trees_all_close(weights.variables, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_program_gives_the_models_logits(version):
     _, folder = version
     program = jax.export.deserialize(bytearray((folder / "stablehlo" / "program.stablehlo").read_bytes()))

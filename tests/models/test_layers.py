@@ -178,7 +178,7 @@ def test_remat_changes_nothing_but_memory(name):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("heads", [1, 2, 3])
+@pytest.mark.parametrize("heads", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_norms_of_heads_are_the_same_by_products_as_by_reductions(monkeypatch, heads, dtype):
     norm = dataclasses.replace(small.layers(), dtype=dtype).layer_norm(4)
     norm.scale = nnx.Param(jnp.array([1.0, -2.0, 0.5, 3.0]))

@@ -419,7 +419,11 @@ def test_the_strides_of_keys_follow_those_of_queries():
 
 @pytest.mark.parametrize(
     ("name", "published", "positions"),
-    [("mvitv2_tiny", 4.68e9, 35e6), ("mvitv2_small", 6.96e9, 48e6), ("mvitv2_base", 10.10e9, 72e6)],
+    [
+        ("mvitv2_tiny", 4.68e9, 35e6),
+        pytest.param("mvitv2_small", 6.96e9, 48e6, marks=pytest.mark.slow),
+        pytest.param("mvitv2_base", 10.10e9, 72e6, marks=pytest.mark.slow),
+    ],
 )
 def test_softmax_models_have_the_published_macs(monkeypatch, name, published, positions):
     model = abstract_model(name, attention="softmax")

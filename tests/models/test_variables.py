@@ -159,7 +159,7 @@ def changed(path, leaf=None):
     ("variables", "fragments"),
     [
         ({}, ["lack 'params/", "missing"]),
-        ([], ["lack 'params/"]),
+        ([], ['takes variables such as {"params": ...} as variables, not list.']),
         (VARIABLES["params"], ["lack 'params/"]),
         (changed("params/blocks/1/mlp/fc2/bias"), ["lack 'params/blocks/1/mlp/fc2/bias'", "1 of "]),
         (changed("params/head_dist/bias", jnp.zeros(7)), ["'params/head_dist/bias'", "does not have"]),

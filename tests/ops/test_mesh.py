@@ -62,6 +62,7 @@ def assert_close(actual, expected):
 
 # Kernels, which "auto" traces too, take long to trace and compile; castling's attention calls both.
 SLOW = {f"{part}_attention, {name}" for part in ("linear_angular", "masked_softmax") for name in ("auto", "pallas")}
+SLOW |= {"castling_attention, pallas"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in OPERATIONS])
@@ -86,7 +87,9 @@ def test_other_kinds_of_axes(name, kinds):
     assert_close(value_and_gradients(OPERATIONS[name])(*place(mesh)), expected)
 
 
-@pytest.mark.parametrize("name", ["castling_attention, xla", "linear_angular_attention, pallas"])
+@pytest.mark.parametrize(
+    "name", ["castling_attention, xla", pytest.param("linear_angular_attention, pallas", marks=pytest.mark.slow)]
+)
 def test_outside_of_jit(name):
     expected = OPERATIONS[name](Q, K, V, TAPS)
     mesh = mesh_of()

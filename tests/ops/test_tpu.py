@@ -142,7 +142,7 @@ def draw_bias(shape, bias):
     ] or None
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], (1, 9, 20, 2, 32, 64), SHAPES[5]])
+@pytest.mark.parametrize("shape", [SHAPES[0], (1, 9, 20, 2, 32, 64), pytest.param(SHAPES[5], marks=pytest.mark.slow)])
 def test_agrees_with_the_plain_operations(kind, shape):
     compare(kind, shape, 0.1)
 
@@ -373,8 +373,8 @@ def test_a_gpu_is_refused(refuses, monkeypatch):
         ((3, 3), (2, 16, 49, 2, 32, 64), 0),  # queries on some of the keys' tokens
         ((3, 3), (2, 49, 49, 2, 32, 64), 0),
         ((9,), (2, 16, 49, 2, 32, 64), 1),
-        ((3, 3), (1, 16, 60, 3, 16, 64), 0),  # on others
-        ((1, 5), (2, 15, 15, 2, 16, 16), 0),
+        pytest.param((3, 3), (1, 16, 60, 3, 16, 64), 0, marks=pytest.mark.slow),  # on others
+        pytest.param((1, 5), (2, 15, 15, 2, 16, 16), 0, marks=pytest.mark.slow),
         ((7, 5), (2, 4, 4, 2, 16, 16), 0),  # farther than the grid goes
         ((5, 3), (1, 27, 27, 2, 64, 64), 2),
         ((19,), (1, 70, 70, 2, 64, 64), 0),

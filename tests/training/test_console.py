@@ -53,6 +53,7 @@ def test_one_form_has_one_accuracy(tmp_path, capsys, monkeypatch):
     assert "training form" not in said
 
 
+@pytest.mark.slow
 def test_a_terminal_has_a_bar_and_no_lines_of_steps(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     said = told(small_config(attention="linear_angular"), tmp_path / "run", capsys, monkeypatch)
@@ -61,6 +62,7 @@ def test_a_terminal_has_a_bar_and_no_lines_of_steps(tmp_path, capsys, monkeypatc
     assert "epoch 2, step 22: loss" in said
 
 
+@pytest.mark.slow
 def test_progress_may_be_left_out(tmp_path, capsys, monkeypatch):
     config = small_config(attention="linear_angular")
     config.logging.progress = False

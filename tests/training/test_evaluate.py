@@ -19,7 +19,7 @@ from tests.training.test_sharding import SIZES
 TRANSFORM = EvalTransform(Preprocessing(image_size=8, mean=(0.5,) * 3, std=(0.5,) * 3, crop_ratio=0.875))
 
 
-@pytest.mark.parametrize("size", [3, 8, 10])
+@pytest.mark.parametrize("size", [3, pytest.param(8, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.slow)])
 def test_figures_are_those_of_one_whole_batch(size):
     rng = np.random.default_rng(0)
     dataset = ArrayDataset(rng.random((size, 8, 8, 3), np.float32), rng.integers(0, 10, size).astype(np.int32), 10)

@@ -303,6 +303,7 @@ def test_skipped_steps_are_counted_and_the_run_goes_on(tmp_path, monkeypatch, ca
     assert lines[12]["learning_rate"] == pytest.approx(float(setup.set_up(config).learning_rate(11 - 3)))
 
 
+@pytest.mark.slow
 def test_raw_and_averaged_weights_are_both_evaluated_and_the_field_says_which_is_exported(tmp_path, capsys):
     names = ("accuracy_train_form", "accuracy_inference_form", "eval_loss", "max_difference")
     found = {}
@@ -332,6 +333,7 @@ def test_raw_and_averaged_weights_are_both_evaluated_and_the_field_says_which_is
     assert found[None]["raw_eval_loss"] == found["raw"]["raw_eval_loss"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_saved_by_the_clock_too_and_changes_nothing(whole_run, tmp_path, monkeypatch):
     saved = []
     save = Checkpoints.save

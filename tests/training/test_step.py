@@ -67,7 +67,7 @@ def test_step_without_branch_is_the_step_at_an_empty_mask():
     np.testing.assert_array_equal(metrics["mask_density"], [0])
 
 
-@pytest.mark.parametrize("threshold", [0.02, 1.0])
+@pytest.mark.parametrize("threshold", [0.02, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_two_runs_give_the_same_bits(threshold):
     digests = set()
     for _ in range(2):
@@ -138,7 +138,7 @@ def test_warmed_up_averages_soon_leave_the_initial_weights_behind():
     chex.assert_trees_all_close(state.ema["params"], jax.tree.map(lambda value: 4e-5 * value, state.params), rtol=1e-5)
 
 
-@pytest.mark.parametrize("fault", ["image", "gradient"])
+@pytest.mark.parametrize("fault", ["image", pytest.param("gradient", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("threshold", [0.02, 1.0])
 def test_a_step_that_is_not_finite_can_be_skipped(fault, threshold):
     _, state, step = setup({"ema_decay": 0.9, "skip_nonfinite": True}, ema=True)
@@ -176,7 +176,7 @@ def test_batch_norms_statistics_are_skipped_too():
     assert int(state.step) == 1
 
 
-@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize("kind", ["hard", pytest.param("soft", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("distilled", [True, False])
 def test_a_teacher_is_learnt_from_by_the_last_head(kind, distilled):
     teacher_model = create_model("deit_micro", attention="softmax", num_classes=10, depth=1, rngs=nnx.Rngs(5))
