@@ -42,14 +42,15 @@ class Study:
       config: makes the configuration that all runs share: data, model and budget. Its eval_split is for validation.
       arms: what is compared.
       control: the arm that the others are compared with.
-      test_split: the split that each finished run is tested on, once.
+      test_split: the split that each finished run is tested on, once. None: the held-out split, for a study that
+        settles what another one compares.
       about_data: a sentence on the data that every page with the study's figures shows.
     """
 
     config: Callable[[], ConfigDict]
     arms: tuple[Arm, ...]
     control: str
-    test_split: str
+    test_split: str | None
     about_data: str
 
     def __post_init__(self) -> None:

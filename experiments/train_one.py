@@ -41,7 +41,7 @@ def train_one(trial: Trial, workdir: Path) -> dict[str, Any]:
     """
     study = load_study(trial.study)
     config = trial.config(study)
-    config.dataset.test_split = study.test_split
+    config.dataset.test_split = study.test_split or config.dataset.eval_split
     summary = run(config, workdir)
     correct = _correct_answers(summary)
     figures, data = summary.figures, config.dataset
