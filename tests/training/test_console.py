@@ -3,6 +3,8 @@
 import re
 import sys
 
+import pytest
+
 from castling_jax.training import summary
 from castling_jax.training.config import default_config
 from castling_jax.training.run import run
