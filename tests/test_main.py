@@ -253,26 +253,30 @@ def interrupt(workdir, *, lines, launcher=False, ignored=False, times=1, group=F
     ignored: SIGINT was inherited so. group: the launcher's processes are told too, as by a terminal.
     """
     script = ["scripts/launch.py", "--simulate=2"] if launcher else ["main.py"]
-    process = subprocess.Popen(
-        [sys.executable, *(ROOT / script[0], *script[1:]), f"--workdir={workdir}", *SMALL, *FREQUENT],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
-    )
+    output = workdir.parent / "said.txt"
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *(ROOT / script[0], *script[1:]), f"--workdir={workdir}", *SMALL, *FREQUENT],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
+        )
     try:
         metrics = workdir / "metrics.jsonl"
-        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < lines):
+        # From the first step's compilation on, the run listens to signals.
+        while process.poll() is None and (
+            "compiling the first step" not in output.read_text() or metrics.read_text().count("\n") < lines
+        ):
             time.sleep(0.01)
         for _ in range(times):
             (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
             time.sleep(0.1)
-        said, _ = process.communicate(timeout=300)
+        process.wait(timeout=300)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, said, checkpoint_steps(workdir / "checkpoints")
+    return process.returncode, output.read_text(), checkpoint_steps(workdir / "checkpoints")
 
 
 FREQUENT = ["--config.logging.every_steps=1", "--config.checkpoint.every_steps=1000", "--config.train.epochs=60"]
