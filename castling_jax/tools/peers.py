@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import ArrayLike
 
+from castling_jax.models.attention.core import Core
 from castling_jax.models.attention.heads import MultiHeadAttention
 from castling_jax.models.attention.kinds import make_core
 from castling_jax.models.layers import Layers
@@ -78,14 +80,18 @@ def rival_layers(attentions: Sequence[str], channels: int, heads: int) -> list[L
 
 
 def _our_module(attention: str, form: str, channels: int, heads: int) -> Any:
-    made_by = Layers(dtype=jnp.dtype("float32"), param_dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
-    core = make_core(attention, form, token_conv="1d")
-    return (core.kind.module or MultiHeadAttention)(channels, heads, core, made_by, qkv_bias=True)
+    return make_module(make_core(attention, form, token_conv="1d"), channels, heads, "float32")
+
+
+def make_module(core: Core, channels: int, heads: int, dtype: str) -> Any:
+    """An attention with its projections: the module that the kind brings, or multi-head attention."""
+    layers = Layers(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    return (core.kind.module or MultiHeadAttention)(channels, heads, core, layers, qkv_bias=True)
 
 
 def _our_layer(name: str, module: Any) -> Layer:
     graphdef, parameters = nnx.split(module, nnx.Param)
-    run = functools.partial(_run_module, graphdef)
+    run = functools.partial(run_module, graphdef)
     return Layer(name, name, not module.core.kind.linear, functools.partial(_prepare_jax, run, parameters))
 
 
@@ -95,8 +101,9 @@ def place_of(tokens: int) -> dict[str, Any]:
     return {"grid": (side, side), "prefix_tokens": tokens - side * side}
 
 
-def _run_module(graphdef: Any, parameters: Any, x: jax.Array) -> jax.Array:
-    threshold = jnp.float32(MASK_THRESHOLD)
+def run_module(graphdef: Any, parameters: Any, x: jax.Array, threshold: ArrayLike = MASK_THRESHOLD) -> jax.Array:
+    """The output of a `make_module`, with tokens where `place_of` puts them."""
+    threshold = jnp.asarray(threshold, jnp.float32)
     return nnx.merge(graphdef, parameters)(x, mask_threshold=threshold, **place_of(x.shape[1]))[0]
 
 

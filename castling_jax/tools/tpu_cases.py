@@ -19,15 +19,14 @@ from ml_collections import ConfigDict
 from castling_jax.convert.run_folder import model_arguments
 from castling_jax.data.sources import Dataset, Unread, load_dataset
 from castling_jax.errors import InputError, check_at_least, check_known
-from castling_jax.models.attention.core import Core, Kind
-from castling_jax.models.attention.heads import MultiHeadAttention
+from castling_jax.models.attention.core import Kind
 from castling_jax.models.attention.kinds import FORMS, KINDS, make_core
-from castling_jax.models.layers import Layers, add_bias
+from castling_jax.models.layers import add_bias
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, get_variables
 from castling_jax.storage import as_path
-from castling_jax.tools.peers import place_of
+from castling_jax.tools.peers import make_module, run_module
 from castling_jax.training.config import default_config
 from castling_jax.training.config_files import load_config
 from castling_jax.training.optimizers import make_optimizer
@@ -152,8 +151,8 @@ def layer(
     weights: Any = {"q": linear, "k": linear, "v": linear, "proj": linear, "token_kernel": _bfloat16(TAPS, HEADS)}
     run: Callable[..., jax.Array] = functools.partial(_run_layer, kind=core.kind, implementation=implementation)
     if core.kind.module or core.kind.parameters:
-        graphdef, weights = nnx.split(nnx.eval_shape(lambda: _make_module(core)), nnx.Param)
-        run = functools.partial(_run_module, graphdef)
+        graphdef, weights = nnx.split(nnx.eval_shape(lambda: make_module(core, CHANNELS, HEADS, "bfloat16")), nnx.Param)
+        run = functools.partial(run_module, graphdef)
     if form == "inference":
         return Case(run, (weights, x, threshold))
 
@@ -175,15 +174,6 @@ def _run_layer(weights, x, threshold, *, kind: Kind, implementation: str) -> jax
     taps = weights["token_kernel"] if kind.taps else None
     out, _ = kind(q, k, v, token_kernel=taps, mask_threshold=threshold, implementation=implementation)
     return project(out.reshape(x.shape), "proj") + weights["proj"]["bias"]
-
-
-def _make_module(core: Core) -> Any:
-    layers = Layers(dtype=jnp.dtype("bfloat16"), param_dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))
-    return (core.kind.module or MultiHeadAttention)(CHANNELS, HEADS, core, layers, qkv_bias=True)
-
-
-def _run_module(graphdef: Any, weights: Any, x: jax.Array, threshold: jax.Array) -> jax.Array:
-    return nnx.merge(graphdef, weights)(x, mask_threshold=threshold, **place_of(x.shape[1]))[0]
 
 
 def model(

@@ -4,6 +4,7 @@ It goes to standard error, from process 0 alone. On a terminal a bar shows the s
 are plain lines.
 """
 
+import datetime
 import math
 import sys
 from typing import Any
@@ -53,7 +54,7 @@ class Console:
         loss, speed = line.get("loss", math.nan), line["images_per_second"]
         self._bar.set_postfix({"loss": f"{loss:.3f}", "images/s": f"{speed:,.0f}"})
         if self._shows_progress and self._bar.disable:
-            total, left = self._setup.total_steps, _time(line["eta_seconds"])
+            total, left = self._setup.total_steps, datetime.timedelta(seconds=round(line["eta_seconds"]))
             self.say(f"step {step:,} of {total:,}: loss {loss:.4f}, {speed:,.0f} images/s, {left} left")
 
     def evaluated(self, step: int, loss: float, density: Any, figures: dict[str, Any], threshold: float) -> None:
@@ -94,9 +95,3 @@ def describe_start(setup: Setup, workdir: epath.Path) -> str:
     }
     block = [f"{name:8s}{printable(text)}" for name, text in lines.items()]
     return "\n".join([*block, "compiling the first step"])
-
-
-def _time(seconds: float) -> str:
-    """Such as 1:02:03."""
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -165,9 +165,8 @@ def evaluate_checkpoint(
         evaluate = configured_evaluator(config, model, dataset, mesh)
         weights = {"averaged" if one.averaged else "raw": place(one.variables, shardings) for one in checkpoints}
         figures, answers = evaluate_weights(evaluate, weights, threshold, exported=exported)
-    about = {"dataset": config.dataset.name, "split": summary_split(config)}
-    about |= {"step": checkpoint.step, "mask_kind": config.mask.kind, "mask_threshold": threshold, "exported": exported}
-    return Evaluation(about | figures, answers, list(dataset.classes))
+    assert checkpoint.step is not None  # a checkpoint has one
+    return Evaluation(what_is_evaluated(config, checkpoint.step, threshold) | figures, answers, list(dataset.classes))
 
 
 def check_changes(changes: Mapping[str, Any]) -> None:
@@ -186,6 +185,18 @@ def check_changes(changes: Mapping[str, Any]) -> None:
         raise InputError("dataset.eval_split and dataset.test_split both name the split to evaluate: give one of them.")
     for name, value in changes.items():
         FIELDS[name].check(f"config.{name}", value)
+
+
+def what_is_evaluated(config: ConfigDict, step: int, threshold: float) -> dict[str, Any]:
+    """The figures of an evaluation that say what was evaluated, and on what."""
+    return {
+        "dataset": config.dataset.name,
+        "split": summary_split(config),
+        "step": step,
+        "mask_kind": config.mask.kind,
+        "mask_threshold": threshold,
+        "exported": exported_weights(config),
+    }
 
 
 def summary_split(config: ConfigDict) -> str:

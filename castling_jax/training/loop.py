@@ -74,8 +74,9 @@ class Loop:
         peak = peak_flops()
         macs = (0, 0) if peak is None else setup.macs  # which takes two traces of the model, for this share alone
         meter = Meter(batch_size=config.train.batch_size, step=step, total_steps=total_steps, peak=peak)
-        say = self._console.say
-        finite = FiniteCheck(config.train.on_nonfinite, config.train.max_skips, self._checkpoints.folder, say)
+        finite = FiniteCheck(
+            config.train.on_nonfinite, config.train.max_skips, self._checkpoints.folder, self._console.say
+        )
         sent: collections.deque[Any] = collections.deque(maxlen=STEPS_AHEAD)
         figures: dict[str, Any] = {}
         start = saved_at = time.perf_counter()

@@ -21,7 +21,7 @@ from castling_jax.training.checkpoints import Checkpoints, Progress
 from castling_jax.training.config_files import check_same_run
 from castling_jax.training.console import Console
 from castling_jax.training.distributed import check_shared
-from castling_jax.training.evaluate_run import Evaluation, summary_split
+from castling_jax.training.evaluate_run import Evaluation, summary_split, what_is_evaluated
 from castling_jax.training.kernel_check import compare_kernels
 from castling_jax.training.lock import one_writer
 from castling_jax.training.loop import Loop
@@ -120,9 +120,9 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
             tested, answers = setup.test(state.weights, threshold)
             validation = figures | {"split": config.dataset.eval_split}
             figures = figures | tested | {"validation": validation}
-            about = {"step": setup.total_steps, "mask_threshold": threshold, "exported": setup.exported}
             if is_writer:
-                Evaluation(figures | about, answers, list(setup.test_set.classes)).write(workdir)
+                tested_on = what_is_evaluated(config, setup.total_steps, threshold)
+                Evaluation(figures | tested_on, answers, list(setup.test_set.classes)).write(workdir)
 
         # 5. Switch: the inference form is what the run was for.
         variables, params = to_host((state.weights[setup.exported], state.params), setup.mesh)
