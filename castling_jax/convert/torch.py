@@ -34,6 +34,8 @@ _LEAF_NAMES = {
 # What a bias of the scores is made of; only some kinds of attention take one.
 _SOFTMAX_ONLY = ("attention_biases", "rel_pos_h", "rel_pos_w")
 # What scales a layer's output in DeiT III, CaiT and BEiT, by timm's, their own and Hugging Face's names.
+_TAPS = ("/token_kernel",)  # parameters that timm does not have
+_POOLS = tuple(f"/pool_{part}/kernel" for part in "qkv")  # likewise, in a DeiT
 _LAYER_SCALE = re.compile(r"(^|\.)(ls[12]?\.gamma|gamma_[12]|lambda_[12]|layer_scale[12]?\.\w+)$")
 
 
@@ -44,8 +46,9 @@ def from_torch(
     """Variables for `model` from a state dict under timm 1.0's names, or others that `read_state_dict` translates.
 
     A position embedding, attention biases or relative positions of another image size are fitted to the model's. What
-    timm does not have, the token kernels, starts at zero, as in a new model, and is listed in a warning of this
-    module's logger. So are the biases of the softmax, where the model's attention does not take a bias of the scores.
+    timm does not have, the token kernels and those of DeiT's `qkv_pool`, starts at zero, as in a new model, and is
+    listed in a warning of this module's logger. So are the biases of the softmax, where the model's attention does not
+    take a bias of the scores.
 
     Args:
       model: in training form; its parameters are not used, only their paths and shapes.
@@ -66,6 +69,7 @@ def from_torch(
     remaining = timm_state_dict(state_dict, "a state dict", ema=ema)
     leaves: dict[str, jax.Array] = {}
     missing, misshapen, unusable, at_zero, unused = [], [], [], [], []
+    at_zero_here = _TAPS + _POOLS * ("qkv_pool" in dict(model.spec.overrides))
     for path, leaf in flatten(get_variables(model)).items():
         name, shape = _torch_name(path), _torch_shape(path, leaf.shape)
         value = remaining.pop(name, None)
@@ -76,7 +80,7 @@ def from_torch(
             fitted = fitted if order is None else fitted[order]
             # A copy: on a CPU asarray may share memory with a torch model that goes on being trained.
             leaves[path] = jnp.array(_from_torch_layout(path, fitted, leaf.ndim), leaf.dtype)
-        elif value is None and path.endswith("/token_kernel"):
+        elif value is None and path.endswith(at_zero_here):
             leaves[path] = jnp.zeros(leaf.shape, leaf.dtype)
             at_zero.append(path)
         elif reset_head and name.split(".")[0] in ("head", "head_dist"):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
+from castling_jax.errors import InputError, check_known
 from castling_jax.models.attention.core import Core
 from castling_jax.models.attention.heads import MultiHeadAttention
 from castling_jax.models.backbone import Backbone, BackboneConfig
@@ -21,8 +22,11 @@ from castling_jax.models.layers import (
     of_layer,
     patch_grid,
     run_block,
+    torch_bias_init,
 )
 from castling_jax.models.position import resize_position_embedding
+
+QKV_POOLS = ("3x3",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,10 @@ class DeiTConfig(BackboneConfig):
       distilled: whether there is a distillation token, with a head of its own.
       window_size: side of the windows of attention="window", in tokens; None is 7, and no other attention reads it.
       init_std: standard deviation that the dense layers' matrices start from.
+      qkv_pool: "3x3" adds to queries, keys and values their depthwise convolution over the patches, each with a kernel
+        of its own that the heads share. None: no such convolutions, as in DeiT. They are our reading of the authors'
+        README, whose block has the form of MViTv2's MultiScaleAttention; its norms are left out, so that a new model
+        still starts as DeiT.
     """
 
     embed_dim: int
@@ -49,6 +57,7 @@ class DeiTConfig(BackboneConfig):
     token_conv: str | None = "1d"
     window_size: int | None = None
     init_std: float = DEIT_STD
+    qkv_pool: str | None = None
 
 
 class PatchEmbed(nnx.Module):
@@ -63,6 +72,7 @@ class PatchEmbed(nnx.Module):
             strides=patch,
             padding="VALID",
             kernel_init=TORCH_INIT,
+            bias_init=torch_bias_init(config.in_chans * config.patch_size**2),
             **layers.flax,
         )
 
@@ -96,7 +106,8 @@ class DeiT(Backbone):
     Images of another size than `image_size` are taken too: the position embedding is resized to their grid.
 
     Raises:
-      InputError: image_size is no multiple of patch_size, or the heads do not divide the width.
+      InputError: image_size is no multiple of patch_size, the heads do not divide the width, or qkv_pool is unknown or
+        the attention kind has another module than multi-head attention.
     """
 
     takes_modules: ClassVar[bool] = True
@@ -115,6 +126,11 @@ class DeiT(Backbone):
         tokens = self.prefix_tokens + self.grid[0] * self.grid[1]
         self.pos_embed = layers.embedding(1, tokens, dim)
         rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]  # linear over depth
+        if config.qkv_pool is not None:
+            check_known("qkv_pool", config.qkv_pool, QKV_POOLS)
+            if core.kind.module is not None:
+                raise InputError(f"qkv_pool is for multi-head attention, which attention={core.kind.name!r} is not.")
+            core = dataclasses.replace(core, pools_qkv=True)
         cores = [dataclasses.replace(core, window_size=config.window_size, block=i) for i in range(depth)]
         self.blocks = nnx.List(
             Block(config, core, layers, drop_path_rate=rate) for core, rate in zip(cores, rates, strict=True)

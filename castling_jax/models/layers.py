@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from castling_jax.errors import InputError
+from castling_jax.ops.depthwise import convolve_channels
 
 # DeiT and MViTv2 start their matrices, tokens and position embeddings from timm's trunc_normal_(std=0.02). It cuts at
 # -2 and 2, a hundred deviations away, so it is a normal; JAX's truncated_normal cuts at two deviations.
@@ -21,6 +22,15 @@ DEIT_STD = 0.02
 TORCH_INIT = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 BATCH_NORM_EPSILON = 1e-5
 SUBLANES = 8  # rows of a TPU's register: with fewer rows the compiler turns the product back into a reduction
+
+
+def torch_bias_init(fan_in: int) -> jax.nn.initializers.Initializer:
+    """PyTorch's default for the biases of linear layers and convolutions: uniform from -1 to 1 over sqrt(fan_in)."""
+
+    def init(key: jax.Array, shape: Sequence[Any], dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    return init
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +129,36 @@ def split_linear(
     return [add_bias(out, bias) for out, bias in zip(outs, biases, strict=True)]
 
 
+class Pool(nnx.Module):
+    """Pooling by a depthwise 3 x 3 convolution without bias.
+
+    Args:
+      channels: of the kernel. An input of several times as many has them head by head, and all heads share the taps.
+      layers: makes the kernel.
+      kernel_init: what the kernel starts from.
+    """
+
+    def __init__(self, channels: int, layers: Layers, kernel_init: jax.nn.initializers.Initializer = TORCH_INIT):
+        self.kernel = nnx.Param(kernel_init(layers.rngs.params(), (3, 3, 1, channels), layers.param_dtype))
+
+    @jax.named_scope("pool")
+    def __call__(
+        self, x: Float[Array, "batch height width channels"], strides: tuple[int, int] = (1, 1)
+    ) -> Float[Array, "batch rows columns channels"]:
+        # The taps are repeated for every head, so that heads stay side by side in the channels and nothing is
+        # transposed. XLA has a depthwise convolution for TPUs: by its estimates shifted multiply-adds would take two to
+        # three times as long forwards and four to five times backwards. On a CPU they would be faster.
+        kernel = jnp.tile(self.kernel[...].astype(x.dtype), x.shape[3] // self.kernel.shape[3])
+        return convolve_channels(x, kernel, strides)
+
+
 @jax.custom_jvp
 def stop_at_zero(x: Float[Array, "*axes channels"]) -> Float[Array, "*axes channels"]:
     """x, whose zero vectors pass no gradient: what goes before a layer norm where tokens may be zero.
 
-    At zero, layer norm's derivative is 1 / sqrt(epsilon) = 1000. A black region's tokens are zero in a new model, and
-    linear-angular attention leaves zero tokens zero from block to block: the factors would multiply.
+    At zero, layer norm's derivative is 1 / sqrt(epsilon) = 1000. Where a region's tokens are zero, as they are in black
+    images of a model without biases, linear-angular attention leaves them zero from block to block: the factors would
+    multiply.
     """
     return x
 

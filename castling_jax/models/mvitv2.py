@@ -17,6 +17,7 @@ from castling_jax.models.layers import (
     TORCH_INIT,
     Layers,
     Mlp,
+    Pool,
     draw_drop_path,
     drop_path,
     norm_heads,
@@ -24,9 +25,9 @@ from castling_jax.models.layers import (
     run_block,
     split_linear,
     stop_at_zero,
+    torch_bias_init,
 )
 from castling_jax.models.position import resize_relative_positions
-from castling_jax.ops.depthwise import convolve_channels
 from castling_jax.ops.tokens import select_tokens
 
 Pair = tuple[int, int]  # (height, width)
@@ -76,29 +77,13 @@ class PatchEmbed(nnx.Module):
             strides=PATCH_STRIDE,
             padding=PATCH_KERNEL // 2,
             kernel_init=TORCH_INIT,
+            bias_init=torch_bias_init(config.in_chans * PATCH_KERNEL**2),
             **layers.flax,
         )
 
     @jax.named_scope("patch_embed")
     def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch rows columns dim"]:
         return self.proj(images)
-
-
-class Pool(nnx.Module):
-    """Pooling by a depthwise 3 x 3 convolution without bias, whose taps all heads share."""
-
-    def __init__(self, head_dim: int, layers: Layers):
-        self.kernel = nnx.Param(TORCH_INIT(layers.rngs.params(), (3, 3, 1, head_dim), layers.param_dtype))
-
-    @jax.named_scope("pool")
-    def __call__(
-        self, x: Float[Array, "batch height width channels"], strides: Pair
-    ) -> Float[Array, "batch rows columns channels"]:
-        # The taps are repeated for every head, so that heads stay side by side in the channels and nothing is
-        # transposed. XLA has a depthwise convolution for TPUs: by its estimates shifted multiply-adds would take two to
-        # three times as long forwards and four to five times backwards. On a CPU they would be faster.
-        kernel = jnp.tile(self.kernel[...].astype(x.dtype), x.shape[3] // self.kernel.shape[3])
-        return convolve_channels(x, kernel, strides)
 
 
 class MultiScaleAttention(nnx.Module):

@@ -126,8 +126,8 @@ def create_model(
       **overrides: other fields of the model's configuration (DeiTConfig, LeViTConfig, MViTv2Config), which are timm's
         constructor words: embed_dim, depth, num_heads (tuples for LeViT), depths, stride_q, stride_kv_adaptive (for
         MViTv2), key_dim, patch_size, in_chans, mlp_ratio, qkv_bias, distilled, drop_path_rate, window_size (Swin's
-        word, for DeiT); and ours: init_std, remat, token_conv, token_kernel_size, implementation and, for castling,
-        mask_kind.
+        word, for DeiT); and ours: init_std, qkv_pool (for DeiT), remat, token_conv, token_kernel_size, implementation
+        and, for castling, mask_kind.
 
     Returns:
       A Flax NNX module; `model.spec` holds what it was made from.

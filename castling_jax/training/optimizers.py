@@ -46,8 +46,10 @@ def adaptive_clip(share: float) -> optax.GradientTransformation:
 def decay_mask(params: Any) -> Any:
     """True for the kernels of linear and convolution layers, and for MViTv2's tables of relative positions.
 
-    Biases, norms, tokens, position embeddings, LeViT's attention biases, Swin's bias table and the token kernels' taps
-    are not decayed (the recipes of DeiT, LeViT, MViTv2 and Swin), nor are focused attention's scales.
+    Biases, norms, tokens, position embeddings, LeViT's attention biases and Swin's bias table are not decayed (the
+    recipes of DeiT, LeViT, MViTv2 and Swin). That the taps of token kernels and focused attention's scales are not
+    decayed either is our choice: no recipe is published for them, and timm's rule, which decays all arrays of two and
+    more axes, would decay them.
     """
     decayed = ("kernel", "rel_pos_h", "rel_pos_w")
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in decayed, params)

@@ -215,6 +215,9 @@ def forward(variables, images, *, num_heads, patch_size, attention, threshold=No
     for block in params["blocks"].values():
         qkv = dense(layer_norm(x, block["norm1"]), block["attn"]["qkv"])
         q, k, v = np.moveaxis(qkv.reshape(batch, x.shape[1], 3, num_heads, -1), 2, 0)
+        if "pool_q" in block["attn"]:
+            pools = (block["attn"][f"pool_{name}"]["kernel"] for name in "qkv")
+            q, k, v = (add_pooled(part, pool, grid, len(prefix)) for part, pool in zip((q, k, v), pools, strict=True))
         out, density, margin = attend(
             q,
             k,
@@ -235,3 +238,14 @@ def forward(variables, images, *, num_heads, patch_size, attention, threshold=No
     if "head_dist" in params:
         logits = (logits + dense(x[:, 1], params["head_dist"])) / 2
     return logits, np.asarray(densities), min(margins)
+
+
+def add_pooled(x, kernel, grid, prefix_tokens):
+    """x and, at the patches, the sum over each 3 x 3 neighbourhood on the grid with the kernel [3, 3, 1, head_dim]."""
+    patches = x[:, prefix_tokens:].reshape(x.shape[0], *grid, *x.shape[2:])
+    padded = np.pad(patches, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+    pooled = np.einsum("byxhdij,ijd->byxhd", windows, kernel[:, :, 0])
+    return x + np.concatenate(
+        [np.zeros_like(x[:, :prefix_tokens]), pooled.reshape(patches.shape[0], -1, *x.shape[2:])], 1
+    )

@@ -1,4 +1,5 @@
 import functools
+import math
 
 import chex
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 import castling_jax
 from castling_jax.models import deit
+from castling_jax.models.macs import count_macs
 from castling_jax.models.variables import bind, flatten, forward_train, unflatten
 from tests.models import small
 from tests.models.test_position import resize_with_pillow
@@ -251,3 +253,51 @@ def test_a_model_without_blocks(refuses, depth):
 def test_a_drop_path_rate_that_is_no_share(refuses, rate):
     with refuses("drop_path_rate must be in [0, 1)", str(rate)):
         small.small_model(drop_path_rate=rate)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_pooled_queries_keys_and_values_agree_with_the_float64_reference(distilled):
+    model = small.small_model(qkv_pool="3x3", distilled=distilled, depth=1)
+    variables, images = small.random_variables(model), small.random_images()
+    logits, _ = run(model, variables, images, THRESHOLD)
+    reference, _, margin = expected(variables, images, "castling", "1d", THRESHOLD)
+    assert margin > 1e-5
+    np.testing.assert_allclose(logits, reference, rtol=0, atol=1e-5 * np.max(np.abs(reference)))
+
+
+def test_pools_start_at_zero_and_stay_at_the_switch():
+    plain, pooled = small.small_model(), small.small_model(qkv_pool="3x3")
+    variables, images = small.random_variables(plain), small.random_images()
+    started = castling_jax.convert.from_torch(pooled, castling_jax.convert.to_torch(plain, variables))
+    # The same float32 numbers, with zeros added.
+    np.testing.assert_array_equal(run(pooled, started, images, 0.1)[0], run(plain, variables, images, 0.1)[0])
+    new = castling_jax.get_variables(castling_jax.create_model("deit_micro", qkv_pool="3x3", depth=1))
+    assert all(not np.any(leaf) for path, leaf in flatten(new).items() if "pool_" in path)
+    variables = small.random_variables(pooled)
+    state_dict = castling_jax.convert.to_torch(pooled, variables)
+    chex.assert_trees_all_equal(castling_jax.convert.from_torch(pooled, state_dict), variables)
+    chex.assert_trees_all_equal(castling_jax.to_inference(variables), variables)
+
+
+def test_pools_cost_27_macs_a_patch_channel_and_layer():
+    macs = [count_macs(small.small_model(qkv_pool=pool, form="inference")) for pool in (None, "3x3")]
+    assert macs[1] - macs[0] == 27 * 16 * 24 * 2  # patches, width, layers
+
+
+def test_pools_are_of_multi_head_attention(refuses):
+    with refuses("qkv_pool is for multi-head attention, which attention='window' is not"):
+        small.small_model(qkv_pool="3x3", attention="window")
+    with refuses("unknown qkv_pool '5x5'"):
+        small.small_model(qkv_pool="5x5")
+    with refuses("qkv_pool"):
+        castling_jax.create_model("levit_128s", qkv_pool="3x3")
+
+
+@pytest.mark.parametrize("name", ["deit_tiny", "mvitv2_tiny"])
+def test_patches_start_with_pytorchs_bias(name):
+    arguments = {"depth": 1} if name == "deit_tiny" else {"depths": (1,)}
+    proj = castling_jax.get_variables(castling_jax.create_model(name, **arguments))["params"]["patch_embed"]["proj"]
+    limit = 1 / math.sqrt(np.prod(proj["kernel"].shape[:3]))
+    # Uniform from -limit to limit, over 192 or 96 numbers: within four standard errors of limit / sqrt(3).
+    assert np.max(np.abs(proj["bias"])) <= limit
+    assert np.std(proj["bias"]) == pytest.approx(limit / math.sqrt(3), rel=0.2)

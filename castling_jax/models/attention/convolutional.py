@@ -2,14 +2,11 @@
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from castling_jax.models.attention.heads import MultiHeadAttention
-from castling_jax.models.layers import TORCH_INIT, Layers, split_linear, stop_at_zero
-from castling_jax.ops.depthwise import convolve_channels
+from castling_jax.models.layers import Layers, Pool, split_linear, stop_at_zero
 
 STRIDES = ((1, 1), (2, 2), (2, 2))  # of queries, keys and values
 
@@ -28,7 +25,7 @@ class ConvolutionalAttention(MultiHeadAttention):
 
     def add_layers(self, layers: Layers) -> None:
         dim = self.num_heads * self.key_dim
-        self.pool_q, self.pool_k, self.pool_v = (Convolution(dim, layers) for _ in STRIDES)
+        self.pool_q, self.pool_k, self.pool_v = (Pool(dim, layers) for _ in STRIDES)
         self.norm_q, self.norm_k, self.norm_v = (layers.layer_norm(dim) for _ in STRIDES)
 
     def project(
@@ -42,16 +39,3 @@ class ConvolutionalAttention(MultiHeadAttention):
             pooled = norm(stop_at_zero(pool(patches, stride))).reshape(batch, -1, channels)
             inputs.append(jnp.concatenate([x[:, :prefix_tokens], pooled], axis=1))
         return split_linear(self.qkv, inputs, 3)
-
-
-class Convolution(nnx.Module):
-    """A depthwise 3 x 3 convolution without bias."""
-
-    def __init__(self, dim: int, layers: Layers):
-        self.kernel = nnx.Param(TORCH_INIT(layers.rngs.params(), (3, 3, 1, dim), layers.param_dtype))
-
-    @jax.named_scope("pool")
-    def __call__(
-        self, x: Float[Array, "batch height width channels"], strides: tuple[int, int]
-    ) -> Float[Array, "batch rows columns channels"]:
-        return convolve_channels(x, self.kernel[...].astype(x.dtype), strides)

@@ -122,6 +122,7 @@ class Core:
       implementation: "auto", "xla" or "pallas", as in `ops`.
       mask_kind: how the threshold empties castling's softmax branch: "threshold" or "fade", as in `ops`.
       window_size: side of the windows of attention="window", in tokens; None is 7.
+      pools_qkv: whether multi-head attention pools its queries, keys and values.
       block: the number of the block in its model, from 0; a plain transformer sets it.
     """
 
@@ -131,6 +132,7 @@ class Core:
     implementation: str = "auto"
     mask_kind: str = "threshold"
     window_size: int | None = None
+    pools_qkv: bool = False
     block: int = 0
 
     @property

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
 from castling_jax.errors import InputError
 from castling_jax.models.attention.core import Core
-from castling_jax.models.layers import Layers, split_linear
+from castling_jax.models.layers import Layers, Pool, split_linear
 
 
 def split_heads(x: Float[Array, "batch tokens channels"], num_heads: int) -> Float[Array, "batch tokens heads dim"]:
@@ -48,6 +49,9 @@ class MultiHeadAttention(nnx.Module):
         self.core = core
         self.qkv = layers.linear(dim, 3 * dim, use_bias=qkv_bias)
         self.proj = layers.linear(dim, dim)
+        if core.pools_qkv:
+            zeros = jax.nn.initializers.zeros
+            self.pool_q, self.pool_k, self.pool_v = (Pool(self.key_dim, layers, zeros) for _ in range(3))
         core.add_parameters(self, layers)
         self.add_layers(layers)
 
@@ -73,7 +77,11 @@ class MultiHeadAttention(nnx.Module):
         self, x: Float[Array, "batch tokens channels"], grid: tuple[int, int], prefix_tokens: int
     ) -> Sequence[Float[Array, "batch _ channels"]]:
         """Queries, keys and values, all heads side by side."""
-        return split_linear(self.qkv, x, 3)
+        parts = split_linear(self.qkv, x, 3)
+        if not self.core.pools_qkv:
+            return parts
+        pools = (self.pool_q, self.pool_k, self.pool_v)
+        return [_add_pooled(part, pool, grid, prefix_tokens) for part, pool in zip(parts, pools, strict=True)]
 
     def attend(
         self,
@@ -87,3 +95,12 @@ class MultiHeadAttention(nnx.Module):
         """The heads' output before the projection, and the mask density."""
         place = {"grid": grid, "prefix_tokens": prefix_tokens}
         return self.core.kind(q, k, v, mask_threshold=mask_threshold, **place, **self.core.inputs_of(self))
+
+
+def _add_pooled(
+    x: Float[Array, "batch tokens channels"], pool: Pool, grid: tuple[int, int], prefix_tokens: int
+) -> Float[Array, "batch tokens channels"]:
+    """Tokens and, added to the patches, their convolution over the grid. Its kernel starts at zero, as the taps do."""
+    patches = x[:, prefix_tokens:]
+    pooled = pool(patches.reshape(x.shape[0], *grid, x.shape[2])).reshape(patches.shape)
+    return jnp.concatenate([x[:, :prefix_tokens], patches + pooled], axis=1)
