@@ -2,7 +2,8 @@
 
 NAME is one of configs/, or a file of your own. --help-config lists the fields.
 
-Started again, the same command goes on where an interrupted run stopped; of a finished run it prints the summary.
+Started again, the same command resumes a run that was interrupted, or prints the summary of a finished one. --extend
+trains a finished run further, to a larger --config.train.epochs.
 Ctrl-C (as SIGTERM) has the run save after the step and end; a second Ctrl-C ends it at once.
 --check checks the configuration, and does nothing else.
 --evaluate=RUN (or RUN/checkpoints/STEP) evaluates both forms on the split that the run's summary tells of, or on the
@@ -80,6 +81,7 @@ def define_flags(argv: list[str]) -> list[str]:
     config_flags.DEFINE_config_dict("config", config, about, sys_argv=arguments)
     flags.DEFINE_boolean("help-config", False, "Print the configuration's fields, values and meanings, and no more.")
     flags.DEFINE_boolean("check", False, "Check the configuration's values, and do no more: no data is looked at.")
+    flags.DEFINE_boolean("extend", False, "Go on with a finished run to a larger config.train.epochs.")
     flags.DEFINE_string("workdir", str(workdir), "Where the run is kept, gs:// too.")
     flags.DEFINE_string("evaluate", None, "A run's folder, or one of its checkpoints/STEP, to evaluate and no more.")
     flags.DEFINE_string("profile", None, "FIRST:LAST, the steps to trace for XProf, into the workdir's profile/.")
@@ -142,7 +144,7 @@ def evaluation_changes() -> dict[str, Any]:
       InputError: there is a flag that has no effect with --evaluate.
     """
     options = flags.FLAGS
-    unused = ["--profile"] if options["profile"].present else []
+    unused = [f"--{name}" for name in ("profile", "extend") if options[name].present]
     unused += ["--config"] if any(re.fullmatch(r"--?config(=.*)?", word) for word in sys.argv[1:]) else []
     if unused:
         raise InputError(f"--evaluate takes the run's own configuration: leave out {' and '.join(unused)}.")
@@ -228,12 +230,15 @@ def main(argv: list[str]) -> None:
     assert workdir is not None
     reach_bucket(workdir, for_a_run=True)
     distributed.use_compilation_cache(workdir / "compiled")
-    was_finished = (workdir / SUMMARY_FILE).exists()
-    summary = run(options.config, workdir, profile=profile)
+    was_finished = (workdir / SUMMARY_FILE).exists() and not options.extend
+    summary = run(options.config, workdir, profile=profile, extend=options.extend)
     if is_writer:
         print(summary)
         if was_finished:
-            print(f"This run is finished. To start anew, remove '{workdir}' or give another --workdir.")
+            print(
+                f"This run is finished. A larger --config.train.epochs with --extend goes on with it; to start anew, "
+                f"remove '{workdir}' or give another --workdir."
+            )
 
 
 def start() -> None:

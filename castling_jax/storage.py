@@ -58,7 +58,7 @@ def reach_bucket(path: str | os.PathLike, *, for_a_run: bool = False) -> None:
 
             storage.Client().get_bucket(bucket.removeprefix("gs://"))
     except ImportError:
-        raise InputError(f"'{path}' is in a bucket, which takes gcsfs: pip install 'castling_jax[gcs]'.") from None
+        raise InputError(f"'{path}' is in a bucket, which takes gcsfs: pip install gcsfs.") from None
     except Exception as error:  # gcsfs, google.auth and aiohttp raise many kinds
         raise InputError(
             f"the bucket '{bucket}' cannot be reached ({reason(error)}); is there a network, and is this machine or "

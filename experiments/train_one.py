@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool
 
+from castling_jax.convert.run_folder import read_config
 from castling_jax.errors import InputError, check_known
 from castling_jax.storage import write_atomically
 from castling_jax.tools.folders import ending_in_a_sentence, local_path
@@ -44,15 +45,10 @@ def train_one(trial: Trial, workdir: Path) -> dict[str, Any]:
     config.dataset.test_split = study.test_split or config.dataset.eval_split
     summary = run(config, workdir)
     correct = _correct_answers(summary)
-    figures, data = summary.figures, config.dataset
+    figures, data = summary.figures, read_config(summary.workdir)["dataset"]
     return {
         "study": trial.study,
-        "data": {
-            "name": data.name,
-            "train_split": data.train_split,
-            "eval_split": data.eval_split,
-            "test_split": data.test_split,
-        },
+        "data": {field: data[field] for field in ("name", "train_split", "eval_split", "test_split")},
         "variant": trial.arm.name,
         "seed": trial.seed,
         "learning_rate": trial.learning_rate,

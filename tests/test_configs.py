@@ -34,6 +34,8 @@ def module_of(name):
 
 def arguments_of(name):
     """What a configuration can be asked for."""
+    if name == "folder":
+        return ["224", "28", "256,levit_128s,softmax"]
     variants = getattr(module_of(name), "VARIANTS", None)
     if variants is None:
         return [None]

@@ -95,7 +95,7 @@ def run(workdir, *arguments):
         (
             "--config=digit",
             "unknown configuration 'digit': did you mean 'digits'? (known: castle_pretrained, deit, deit_384, digits, "
-            "fashion_mnist, levit, mvitv2)",
+            "fashion_mnist, folder, levit, mvitv2)",
         ),
         (
             "--config.train.epochs=many",
@@ -333,7 +333,10 @@ def test_run_from_end_to_end(tmp_path):
 
     again = run(workdir, *SMALL)
     assert again.returncode == 0
-    assert "This run is finished. To start anew, remove" in again.stdout
+    assert (
+        "This run is finished. A larger --config.train.epochs with --extend goes on with it; to start anew, "
+        in again.stdout
+    )
     evaluated = run(workdir, f"--evaluate={workdir}")
     assert evaluated.returncode == 0, evaluated.stderr
     assert f"inference form  {100 * summary['accuracy_inference_form']:.2f} %" in evaluated.stdout

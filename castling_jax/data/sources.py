@@ -1,7 +1,7 @@
 """Where examples come from: names -> random-access datasets.
 
 digits                 scikit-learn's handwritten digits, in its wheel
-folder:PATH            images in PATH/SPLIT/CLASS/
+folder:PATH            images in PATH/SPLIT/CLASS/, or in PATH/CLASS/
 NAME[/CONFIG][:VERSION]  a data set of tensorflow-datasets, prepared by castling_jax.tools.prepare
 """
 
@@ -10,19 +10,21 @@ import dataclasses
 import difflib
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
+from castling_jax.data.folder import folder, folder_splits
 from castling_jax.errors import InputError, check_known, in_one_sentence, refusing
 from castling_jax.storage import as_path
 
 DIGITS_SPLITS = ("train", "test", "minitrain", "minival")
 FOLDER = "folder:"  # how the name of a folder of images starts
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+HELD_OUT_SPLITS = ("val", "valid", "validation", "test")  # their names, in the order of preference
+HELD_OUT_PERCENT = 10  # of train, where a data set has none of them
 UNREADABLE = (ValueError, RuntimeError)  # what ArrayRecord and protocol buffers raise
 # A data set of no more bytes is held in memory, encoded: to read one small record takes longer than to decode it.
 IN_MEMORY_BYTES = 256_000_000
@@ -81,41 +83,6 @@ class ArrayDataset:
 
     def contents(self) -> dict[str, str]:
         return {"images and labels": hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()}
-
-
-@dataclasses.dataclass(frozen=True)
-class FolderDataset:
-    """Image files in a folder for each class.
-
-    Attributes:
-      folder: of the split.
-      files: relative to the folder, CLASS/NAME, sorted.
-      labels: of the files.
-      classes: names of all classes.
-    """
-
-    folder: epath.Path
-    files: list[str]
-    labels: Int[np.ndarray, "examples"]
-    classes: tuple[str, ...]
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        with refusing(OSError, "the file cannot be read"):
-            image = (self.folder / self.files[index]).read_bytes()
-        return {"image": image, "label": int(self.labels[index])}
-
-    def describe(self, index: int) -> str:
-        return f"'{self.folder / self.files[index]}'"
-
-    def contents(self) -> dict[str, str]:
-        return {"file names": hashlib.sha256("\n".join(self.files).encode()).hexdigest()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +183,31 @@ def load_dataset(
     return tfds_dataset(name, split, data_dir=None if data_dir is None else as_path(data_dir, "data_dir"))
 
 
+def find_splits(name: str, *, data_dir: epath.PathLike | None = None) -> tuple[str, str]:
+    """The splits of a data set to learn from and to evaluate on, where nobody names them.
+
+    Returns:
+      "train" and the first of HELD_OUT_SPLITS that the data set has. Where it has none of them, HELD_OUT_PERCENT of
+      train are held out: "train without 10%" and "10% of train", or "train[:90%]" and "train[90%:]" of
+      tensorflow-datasets. These are always the same images.
+
+    Raises:
+      InputError: the dataset is unknown, or the folder is missing.
+    """
+    if name == "digits":
+        splits: Collection[str] = DIGITS_SPLITS
+    elif name.startswith(FOLDER):
+        splits = folder_splits(name.removeprefix(FOLDER))
+    else:
+        splits = tfds_builder(name, data_dir=data_dir).info.splits
+    for held_out in HELD_OUT_SPLITS:
+        if held_out in splits:
+            return "train", held_out
+    if name.startswith(FOLDER):
+        return f"train without {HELD_OUT_PERCENT}%", f"{HELD_OUT_PERCENT}% of train"
+    return f"train[:{100 - HELD_OUT_PERCENT}%]", f"train[{100 - HELD_OUT_PERCENT}%:]"
+
+
 def digits(split: str) -> ArrayDataset:
     """scikit-learn's handwritten digits: 1,797 real grey images of 8 x 8 pixels.
 
@@ -240,54 +232,6 @@ def digits(split: str) -> ArrayDataset:
     chosen = np.sort(train if split.endswith("train") else test)
     images = (data.images[chosen] / 16).astype(np.float32)
     return ArrayDataset(np.repeat(images[..., None], 3, axis=-1), labels[chosen], num_classes=10)
-
-
-def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) -> FolderDataset:
-    """The images PATH/SPLIT/CLASS/*, in sorted order.
-
-    The folders in PATH/train, sorted, are the classes, so that a label means the same in every split.
-
-    Args:
-      path: of the folder.
-      split: a folder in it.
-      classes: those of a model that was trained elsewhere, in its order. PATH/train then need not be there.
-
-    Raises:
-      InputError: a folder is missing, holds no classes, no images (a class may have none but in train), or a class that
-        PATH/train or `classes` has not.
-    """
-    root = as_path(path, "the folder of a data set")
-    if not root.is_dir():
-        raise InputError(f"there is no folder '{root}'.")
-    splits = _folders(root)
-    if classes is None and "train" not in splits:
-        raise InputError(f"'{root}' has no folder 'train', whose folders would be the classes.")
-    check_known(f"split of '{root}'", split, splits)
-    known = _folders(root / "train") if classes is None else list(classes)
-    if not known:
-        raise InputError(f"'{root / 'train'}' holds no folders, one for the images of each class.")
-    files: list[str] = []
-    labels: list[int] = []
-    for name in _folders(root / split):
-        if name not in known:
-            lacks = f"for which '{root / 'train'}' has no folder" if classes is None else "that the model does not have"
-            raise InputError(f"'{root / split / name}' is of a class {lacks}.")
-        found = sorted(file.name for file in (root / split / name).iterdir() if _is_image(file.name))
-        if not found and split == "train":
-            raise InputError(f"'{root / split / name}' holds no images ({', '.join(IMAGE_SUFFIXES)}).")
-        files += [f"{name}/{file}" for file in found]
-        labels += [known.index(name)] * len(found)
-    if not files:
-        raise InputError(f"'{root / split}' holds no folders, one for the images of each class.")
-    return FolderDataset(root / split, files, np.array(labels, np.int32), tuple(known))
-
-
-def _folders(path: epath.Path) -> list[str]:
-    return sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.is_dir())
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def tfds_dataset(name: str, split: str, *, data_dir: epath.PathLike | None = None) -> TfdsDataset:

@@ -58,6 +58,7 @@ from castling_jax.preprocessing import Preprocessing
 from castling_jax.storage import absolute, is_remote, reach_bucket, try_folder
 from castling_jax.tools.folders import any_path, ending_in_a_sentence
 from castling_jax.training.config_files import run_config
+from castling_jax.training.setup import named_splits
 from castling_jax.training.summary import SUMMARY_FILE
 
 CHECK_IMAGES = 128
@@ -91,6 +92,7 @@ def convert(
     print(table(source.variables, variables))
     config = run_config(source.config)
     if check:
+        _, config.dataset.eval_split = named_splits(config.dataset)
         images = held_out_images(source.preprocessing or preprocessing_of(config, spec.image_size), config)
         print(f"\nOn {len(images)} images of {printable(config.dataset.name)} {printable(config.dataset.eval_split)}:")
         for line in compare_forms(source.model, source.variables, source.mask_threshold, images):

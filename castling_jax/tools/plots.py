@@ -36,6 +36,7 @@ from castling_jax.storage import reach_bucket, try_file
 from castling_jax.tools.folders import any_path, ending_in_a_sentence
 from castling_jax.training.config import default_config, mixing_options
 from castling_jax.training.config_files import load_config
+from castling_jax.training.setup import named_splits
 from castling_jax.training.summary import save_picture
 
 COLUMNS = 8  # of a contact sheet; even, so that no image is its own partner
@@ -56,7 +57,8 @@ def draw_augmentations(config: ConfigDict, path: epath.Path, *, examples: int) -
     Raises:
       InputError: there is no such data set, or its images do not fit the configuration.
     """
-    dataset = load_dataset(config.dataset.name, config.dataset.train_split, data_dir=config.dataset.data_dir)
+    train_split, _ = named_splits(config.dataset)
+    dataset = load_dataset(config.dataset.name, train_split, data_dir=config.dataset.data_dir)
     channels = {"mean": tuple(config.dataset.mean), "std": tuple(config.dataset.std)}
     size = abstract_model(**model_arguments(config)).spec.image_size
     preprocessing = preprocessing_of(config, size)

@@ -4,7 +4,7 @@
 
 NAME is one of tensorflow-datasets', NAME[/CONFIG][:VERSION]; https://www.tensorflow.org/datasets/catalog lists them.
 It is downloaded, and written to DIR/NAME/VERSION as ArrayRecord files, which training reads at random access without
-TensorFlow. Preparing most data sets does need TensorFlow, once, on any machine: pip install 'castling_jax[tf]'. What is
+TensorFlow. Preparing most data sets does need TensorFlow, once, on any machine: pip install tensorflow-cpu. What is
 interrupted starts anew, and leaves nothing behind that could be taken for whole.
 
   imagenet2012       cannot be downloaded without an account. Get ILSVRC2012_img_train.tar (138 GB) and
@@ -13,7 +13,7 @@ interrupted starts anew, and leaves nothing behind that could be taken for whole
   fashion_mnist      needs neither TensorFlow nor a network where Debian's package dataset-fashion-mnist is installed
                      (apt-get install dataset-fashion-mnist), or --archives names a folder with its four .gz files, or
                      with the published ones. Takes half a minute, and 40 MB.
-  folder:PATH        images in PATH/SPLIT/CLASS/ need no preparing: checks and counts them.
+  folder:PATH        images in PATH/SPLIT/CLASS/ or PATH/CLASS/ need no preparing: checks and counts them.
 
 examples:
   python -m castling_jax.tools.prepare fashion_mnist
@@ -26,8 +26,10 @@ import argparse
 import gzip
 import hashlib
 import io
+import shlex
 import struct
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +38,8 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
-from castling_jax.data.sources import FOLDER, folder, labelled_image, load_dataset, tfds_builder
+from castling_jax.data.folder import folder, folder_splits
+from castling_jax.data.sources import FOLDER, find_splits, labelled_image, load_dataset, tfds_builder
 from castling_jax.errors import InputError, in_one_sentence, printable
 from castling_jax.storage import try_folder
 from castling_jax.tools.folders import any_path, ending_in_a_sentence
@@ -45,6 +48,11 @@ IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 DEBIAN_ARCHIVES = epath.Path("/usr/share/datasets/fashion-mnist")  # where dataset-fashion-mnist is installed
 # Debian's copies are the published files but for gzip's header, which lacks name and time: split -> (start, time).
 FASHION_MNIST = {"train": ("train", 1504176606), "test": ("t10k", 1504176627)}
+ANY_IMAGES = "folder:224"  # the configuration for images of any kind
+RECIPES = {
+    "fashion_mnist": "fashion_mnist",
+    "imagenet2012": "deit:small",
+}  # data sets with a configuration of their own
 IDX_IMAGES, IDX_LABELS = 0x803, 0x801  # magic numbers: unsigned bytes in three dimensions, and in one
 
 
@@ -111,7 +119,7 @@ def _download_and_prepare(builder: Any, name: str, manual: epath.Path) -> None:
         if _lacks_tensorflow(error):
             debian = ", or apt-get install dataset-fashion-mnist" if builder.name == "fashion_mnist" else ""
             raise InputError(
-                f"preparing {name} needs TensorFlow, which training on it does not: pip install 'castling_jax[tf]'"
+                f"preparing {name} needs TensorFlow, which training on it does not: pip install tensorflow-cpu"
                 f"{debian}, and run this again."
             ) from error
         if isinstance(error, OSError | tfds.download.DownloadError):
@@ -187,7 +195,8 @@ def _count(builder: Any, name: str, data_dir: epath.PathLike | None) -> str:
             f"{builder.data_path}: {dataset.num_classes} classes, {builder.info.dataset_size / 1e6:,.0f} MB",
             *(f"  {split}: {info.num_examples:,} images" for split, info in splits.items()),
             *(f"{left} is what an interrupted preparation left, and can be removed." for left in leftovers),
-            f"To train on it: --config.dataset.name={name}{option}",
+            "To train on it:",
+            f"  python main.py --config={RECIPES.get(builder.name, ANY_IMAGES)} --config.dataset.name={name}{option}",
         ]
     )
 
@@ -200,11 +209,24 @@ def _count_folder(path: epath.Path) -> str:
     """
     classes = folder(path, "train").classes
     lines = [f"{path}: {len(classes)} classes"]
-    for split in sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."):
+    skipped: Counter[str] = Counter()
+    for split in folder_splits(path):
         dataset = folder(path, split)
         counts = np.bincount(dataset.labels, minlength=len(classes))
         lines.append(f"  {printable(split)}: {len(dataset):,} images, {counts.min():,} to {counts.max():,} in a class")
-    return "\n".join([*lines, f"To train on it: --config.dataset.name={FOLDER}{path} --config.dataset.eval_split=val"])
+        skipped += dataset.skipped
+    if skipped:
+        kinds = ", ".join(f"{count:,} {printable(suffix)}" for suffix, count in skipped.most_common())
+        lines.append(f"  passed over, since their names are not those of images: {kinds}")
+    train_split, eval_split = find_splits(f"{FOLDER}{path}")
+    name = shlex.quote(f"{FOLDER}{path}")
+    return "\n".join(
+        [
+            *lines,
+            f"To train on {train_split} and evaluate on {eval_split}, with images of 224 x 224 pixels:",
+            f"  python main.py --config={ANY_IMAGES} --config.dataset.name={name}",
+        ]
+    )
 
 
 @ending_in_a_sentence()

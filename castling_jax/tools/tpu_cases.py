@@ -31,7 +31,7 @@ from castling_jax.training.config import default_config
 from castling_jax.training.config_files import load_config
 from castling_jax.training.optimizers import make_optimizer
 from castling_jax.training.schedules import learning_rate_schedule
-from castling_jax.training.setup import set_up
+from castling_jax.training.setup import named_splits, set_up
 from castling_jax.training.sharding import (
     AXES,
     batch_shapes,
@@ -261,11 +261,11 @@ def recipe(
     if batch is not None:
         settings.train.batch_size = batch * len(devices)
     evaluated = settings.evaluation.batch_size
-    settings.evaluation.batch_size = settings.train.batch_size  # which is not compiled
+    settings.evaluation.batch_size = settings.train.batch_size or evaluated  # which is not compiled
     datasets, assumed = _datasets(settings)
     teacher, taught_by = _teacher(settings, datasets[0].num_classes)
     made = set_up(settings, devices, datasets, teacher)
-    spec, images, placed = made.model.spec, settings.train.batch_size, made.mesh
+    spec, images, placed = made.model.spec, made.config.train.batch_size, made.mesh
     try:
         check_batch("config.evaluation.batch_size", evaluated, placed)
     except InputError as error:
@@ -314,9 +314,7 @@ def _datasets(config: ConfigDict) -> tuple[tuple[Dataset, Dataset], list[str]]:
     """A configuration's data sets; stand-ins where they are not here, and a sentence that says so."""
     data = config.dataset
     try:
-        train_set, eval_set = (
-            load_dataset(data.name, split, data_dir=data.data_dir) for split in (data.train_split, data.eval_split)
-        )
+        train_set, eval_set = (load_dataset(data.name, split, data_dir=data.data_dir) for split in named_splits(data))
         return (train_set, eval_set), []
     except InputError:
         if data.name not in PUBLISHED_SIZES:

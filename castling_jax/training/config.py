@@ -1,12 +1,13 @@
 """Every field a configuration has, one line each; configs/*.py change what they need."""
 
+import itertools
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from castling_jax.data.randaugment import parse_policy
 from castling_jax.errors import InputError, Mistakes, check_at_most, check_known
-from castling_jax.fields import FLAG, SIZES, TEXT, Field, integer, number, numbers, one_of
+from castling_jax.fields import FLAG, SIZES, TEXT, Field, Values, integer, number, numbers, one_of
 from castling_jax.models.variables import flatten, unflatten
 from castling_jax.ops.castling import MASK_KINDS
 from castling_jax.ops.checks import IMPLEMENTATIONS
@@ -25,10 +26,28 @@ RUNTIME_FIELDS = (
     "train.on_nonfinite",
     "train.max_skips",
 )
+# None leaves these to the data and the run's length. config.json holds what was found, and a run goes on with that.
+FOUND_FIELDS = (
+    "dataset.train_split",
+    "dataset.eval_split",
+    "train.batch_size",
+    "train.extended_from",
+    "optimizer.warmup_epochs",
+)
 ON_NONFINITE = ("stop", "skip")
 EXPORTS = ("raw", "averaged")
 
 CROP_SCALE = numbers(2, "two numbers with 0 < first <= second <= 1", lambda scale: 0 < scale[0] <= scale[1] <= 1)
+
+EPOCHS = Values(
+    tuple,
+    "a tuple of ascending positive integers",
+    lambda ends: (
+        isinstance(ends, tuple | list)
+        and all(isinstance(end, int) for end in ends)
+        and all(before < end for before, end in itertools.pairwise((0, *ends)))
+    ),
+)
 
 # By dotted name: default, values, meaning. Where the default is None, None is allowed too.
 FIELDS = {
@@ -56,10 +75,11 @@ FIELDS = {
     "model.token_conv": Field(None, TEXT, "Convolution of the values: 1d over tokens, 2d over the grid, or none."),
     "model.token_kernel_size": Field(None, integer(1), "Taps of that convolution along each axis; odd."),
     "model.window_size": Field(None, integer(1), "Side of the windows of window attention, in tokens. None is 7."),
+    "model.qkv_pool": Field(None, one_of("3x3"), "Depthwise convolutions of DeiT's queries, keys and values, or none."),
     "model.init_std": Field(None, number("(0, inf)"), "Standard deviation of the initial weights."),
     "dataset.name": Field("digits", TEXT, "digits, folder:PATH, or a name in tensorflow-datasets."),
-    "dataset.train_split": Field("train", TEXT, "The split to learn from."),
-    "dataset.eval_split": Field("test", TEXT, "The held-out split, by which the best checkpoint is chosen."),
+    "dataset.train_split": Field(None, TEXT, "The split to learn from. None: train, without what is held out of it."),
+    "dataset.eval_split": Field(None, TEXT, "The held-out split. None: val, validation, test, or a tenth of train."),
     "dataset.test_split": Field(None, TEXT, "Evaluated once, at the end; the summary's figures. None: eval_split's."),
     "dataset.data_dir": Field(None, TEXT, "Where tensorflow-datasets keeps its data; None is its own default."),
     "dataset.workers": Field(0, integer(0), "Processes that read and augment images; 0 uses the run's own threads."),
@@ -83,7 +103,8 @@ FIELDS = {
     "augment.mix_probability": Field(1.0, number("[0, 1]"), "Probability that a batch is mixed at all."),
     "augment.mix_rows": Field(None, integer(1), "Rows of a batch that share one draw of mixing. None: all of them."),
     "train.epochs": Field(100, integer(1), "Passes over the training split; each is a whole number of batches."),
-    "train.batch_size": Field(128, integer(1), "Images a step, over all devices."),
+    "train.extended_from": Field(None, EPOCHS, "Epochs after which the run had ended before; --extend writes them."),
+    "train.batch_size": Field(None, integer(1), "Images a step, over all devices. None: 128, or fewer for few images."),
     "train.accumulate_steps": Field(1, integer(1), "Parts of a batch, computed one after another: less memory."),
     "train.ema_decay": Field(None, number("(0, 1)"), "EMA decay; when set, averaged weights are evaluated as well."),
     "train.ema_warmup": Field(True, FLAG, "Whether the decay of step k is at most (1 + k) / (10 + k)."),
@@ -95,7 +116,7 @@ FIELDS = {
     "optimizer.scaled_rates": Field("peak", one_of(*SCALED_RATES), "Rates that grow with batch / reference_batch."),
     "optimizer.initial_learning_rate": Field(1e-6, number("[0, inf)"), "Learning rate at the start of the warm-up."),
     "optimizer.final_learning_rate": Field(1e-5, number("[0, inf)"), "Learning rate at the end of the cosine."),
-    "optimizer.warmup_epochs": Field(5.0, number("[0, inf)"), "Length of the linear warm-up."),
+    "optimizer.warmup_epochs": Field(None, number("[0, inf)"), "Linear warm-up. None: 5, or a tenth of train.epochs."),
     "optimizer.weight_decay": Field(0.05, number("[0, inf)"), "AdamW's weight decay, on matrices only."),
     "optimizer.b1": Field(0.9, number("[0, 1)"), "Adam's decay of the mean."),
     "optimizer.b2": Field(0.999, number("[0, 1)"), "Adam's decay of the mean square."),
@@ -153,8 +174,13 @@ def check_config(config: ConfigDict) -> None:
     with mistakes:
         check_at_most("config.mask.begin", config.mask.begin, config.mask.end, "config.mask.end")
     with mistakes:
+        if (ends := config.train.extended_from) and ends[-1] >= config.train.epochs:
+            raise InputError(
+                f"config.train.extended_from = {ends} must end below train.epochs = {config.train.epochs}."
+            )
+    with mistakes:
         rows, batch_size = config.augment.mix_rows, config.train.batch_size
-        if rows is not None and rows < batch_size and batch_size % rows:
+        if rows is not None and batch_size is not None and rows < batch_size and batch_size % rows:
             raise InputError(f"config.augment.mix_rows = {rows} does not divide config.train.batch_size, {batch_size}.")
     with mistakes:
         if config.train.export == "averaged" and config.train.ema_decay is None:

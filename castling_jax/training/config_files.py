@@ -15,7 +15,7 @@ from castling_jax.convert.run_folder import CONFIG_FILE, read_config, start_thre
 from castling_jax.errors import InputError, check_known, refusing
 from castling_jax.models.variables import flatten
 from castling_jax.storage import as_path
-from castling_jax.training.config import RUNTIME_FIELDS, RUNTIME_GROUPS, check_config, default_config
+from castling_jax.training.config import FOUND_FIELDS, RUNTIME_FIELDS, RUNTIME_GROUPS, check_config, default_config
 
 _PACKAGE = Path(__file__).parents[1]
 # A wheel has the configurations in the package, a checkout beside it.
@@ -91,24 +91,51 @@ def run_config(fields: dict[str, Any] | None) -> ConfigDict:
     return config
 
 
-def check_same_run(config: ConfigDict, path: epath.Path) -> None:
-    """Refuses to go on in a folder whose config.json, at `path`, is another configuration's.
+def join_run(config: ConfigDict, path: epath.Path, *, is_finished: bool = False, extend: bool = False) -> ConfigDict:
+    """The configuration with which a run goes on whose config.json is at `path`: `config`, and what the run found.
 
-    A field that the folder's configuration lacks, because it is of an earlier version, has its default there.
+    A field that the run's configuration lacks, because an earlier version wrote it, has its default there. FOUND_FIELDS
+    that `config` leaves open have the run's values.
+
+    Args:
+      config: as the person gives it.
+      path: RUN/config.json.
+      is_finished: whether the run is.
+      extend: whether train.epochs may be larger than the run's, which has to be finished then.
 
     Raises:
-      InputError: the file is damaged, or fields differ that are not RUNTIME_GROUPS' or RUNTIME_FIELDS; names them.
+      InputError: the file is damaged, or fields differ beside RUNTIME_GROUPS and RUNTIME_FIELDS; names them. Or there
+        is nothing to extend.
     """
     try:
         earlier = read_config(path.parent)
-        run_config(earlier)
+        found = run_config(earlier)
     except InputError as error:
         raise InputError(f"{str(error).rstrip('.')}; choose another --workdir or remove it.") from error
-    if different := _differences(earlier, config.to_dict()):
+    config = config.copy_and_resolve_references()
+    for group, field in (name.split(".") for name in FOUND_FIELDS):
+        if config[group][field] is None:
+            config[group][field] = found[group][field]
+    epochs, run_epochs = config.train.epochs, found.train.epochs
+    if extend:
+        found.train.epochs = max(epochs, run_epochs)
+    if different := _differences(found.to_dict(), config.to_dict()):
+        is_longer = not extend and epochs > run_epochs and len(different) == 1
         raise InputError(
-            f"'{path.parent}' holds a run with {'; '.join(different)}: choose another --workdir, or remove that folder "
-            "to start anew."
+            f"'{path.parent}' holds a run with {'; '.join(different)}: "
+            + ("add --extend to train it further, " if is_longer else "")
+            + f"choose another --workdir (--config.init_from={path.parent} starts there from this run's weights), or "
+            "remove that folder to start anew."
         )
+    if extend and epochs > run_epochs:
+        if not is_finished:
+            raise InputError(
+                f"--extend is for a finished run, and '{path.parent}' holds one that is not: finish it first."
+            )
+        config.train.extended_from = (*(config.train.extended_from or ()), run_epochs)
+    elif extend and not config.train.extended_from:
+        raise InputError(f"--extend needs config.train.epochs above {run_epochs}, those of the run in '{path.parent}'.")
+    return config
 
 
 def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:

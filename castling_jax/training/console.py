@@ -4,9 +4,11 @@ It goes to standard error, from process 0 alone. On a terminal a bar shows the s
 are plain lines.
 """
 
+import contextlib
 import datetime
 import math
 import sys
+from collections import Counter
 from typing import Any
 
 import jax
@@ -14,7 +16,9 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from castling_jax.errors import printable
+from castling_jax.data.decode import image_size
+from castling_jax.data.folder import FolderDataset
+from castling_jax.errors import InputError, printable
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.variables import count_parameters, get_variables
 from castling_jax.training.setup import Setup
@@ -73,6 +77,22 @@ class Console:
         self._bar.close()
 
 
+def describe_images(setup: Setup) -> dict[str, str]:
+    """Lines on the images: how large the first one is where it is a file, and which files were passed over."""
+    lines = {}
+    with contextlib.suppress(InputError):  # the first one is corrupt: training counts those
+        if isinstance(image := setup.train_set[0]["image"], bytes):
+            height, width = image_size(image, exif=setup.config.dataset.exif)
+            size = setup.model.spec.image_size
+            lines["images"] = f"the first has {width} x {height} pixels, and the model sees {size} x {size}"
+    datasets = [data for data in (setup.train_set, setup.eval_set, setup.test_set) if isinstance(data, FolderDataset)]
+    by_folder = {data.folder: data.skipped for data in datasets}  # two splits may be of one folder
+    if skipped := sum(by_folder.values(), Counter()):
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in skipped.most_common())
+        lines["skipped"] = f"files that are no images, by their names: {kinds}"
+    return lines
+
+
 def describe_start(setup: Setup, workdir: epath.Path) -> str:
     """The block of lines before the first step: data, model, steps, devices, folder, and what takes the first while."""
     config, spec = setup.config, setup.model.spec
@@ -87,6 +107,7 @@ def describe_start(setup: Setup, workdir: epath.Path) -> str:
     processes = f"{jax.process_count()} process" + "es" * (jax.process_count() > 1)
     lines = {
         "data": f"{data.name}: {counts} images of {len(setup.train_set.classes):,} classes",
+        **describe_images(setup),
         "model": f"{spec.name}, {spec.attention}, {spec.image_size} pixels: {costs}",
         "steps": f"{setup.total_steps:,} of {train.batch_size:,} images, {setup.steps_per_epoch:,} an epoch: "
         f"{train.epochs:,} epochs",

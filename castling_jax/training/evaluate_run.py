@@ -25,6 +25,7 @@ from castling_jax.training.answers import Answers
 from castling_jax.training.config import FIELDS
 from castling_jax.training.config_files import run_config
 from castling_jax.training.evaluate import configured_evaluator, evaluate_weights
+from castling_jax.training.setup import named_splits
 from castling_jax.training.sharding import check_batch, make_mesh, place, state_shardings, whole_over_fsdp
 from castling_jax.training.summary import describe_accuracies, describe_each_weights
 
@@ -217,6 +218,7 @@ def _changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
         for name, value in changes.items():
             group, field = name.split(".")
             config[group][field] = value
+    config.dataset.train_split, config.dataset.eval_split = named_splits(config.dataset)
     return config
 
 

@@ -15,10 +15,11 @@ from castling_jax.convert.checkpoint import CHECKPOINTS, check_names, checkpoint
 from castling_jax.convert.inference_folder import save_inference
 from castling_jax.convert.run_folder import CONFIG_FILE, INFERENCE, METRICS_FILE, write_config
 from castling_jax.data.fingerprint import compare_data, fingerprint
-from castling_jax.errors import printable, refusing_os_errors
+from castling_jax.errors import InputError, printable, refusing_os_errors
 from castling_jax.storage import absolute, as_path, reach_bucket, try_file, try_folder, write_atomically
 from castling_jax.training.checkpoints import Checkpoints, Progress
-from castling_jax.training.config_files import check_same_run
+from castling_jax.training.config import check_config
+from castling_jax.training.config_files import join_run
 from castling_jax.training.console import Console
 from castling_jax.training.distributed import check_shared
 from castling_jax.training.evaluate_run import Evaluation, summary_split, what_is_evaluated
@@ -41,7 +42,7 @@ INITIAL_SHARE = 0.01  # of averaged weights: more of the initial ones than this 
 
 
 @refusing_os_errors()
-def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = None) -> Summary:
+def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = None, extend: bool = False) -> Summary:
     """Runs the training that `config` describes, or what is left of it, in `workdir`.
 
     SIGTERM and, in the main thread, Ctrl-C or a notebook's interrupt save the state after the step and raise
@@ -57,6 +58,8 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
         inference/, training.png, summary.json and, with config.dataset.test_split, evaluation/. All processes see the
         same one.
       profile: the steps that are traced into workdir/profile.
+      extend: whether a finished run goes on to a larger config.train.epochs. Its learning rate follows the schedule of
+        all epochs from there on, and its mask threshold does not fall. config.json keeps the earlier ends.
 
     Returns:
       The summary. Process 0 alone measures both forms and draws; on the others the summary has training's figures.
@@ -71,12 +74,18 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
     # 1. Refuse what can be refused before anything is computed or written.
     workdir = as_path(workdir, "workdir")
     reach_bucket(workdir, for_a_run=True)
-    if (finished := read_summary(workdir)) is not None:
-        check_same_run(config, workdir / CONFIG_FILE)
-        return finished
+    check_config(config)
+    summary = read_summary(workdir)
+    if summary is not None or (workdir / CONFIG_FILE).exists():
+        config = join_run(config, workdir / CONFIG_FILE, is_finished=summary is not None, extend=extend)
+    elif extend:
+        raise InputError(f"there is no run in '{workdir}' to extend.")
+    ends = (*(config.train.extended_from or ()), config.train.epochs)
+    summary_end = None if summary is None else summary.figures.get("epochs", ends[0])  # earlier versions do not say it
+    if summary is not None and summary_end == config.train.epochs:
+        return summary
     setup = set_up(config)
-    if (workdir / CONFIG_FILE).exists():
-        check_same_run(config, workdir / CONFIG_FILE)
+    config = setup.config
     folder = absolute(workdir / CHECKPOINTS)
     check_names(folder)
     is_writer = jax.process_index() == 0
@@ -91,6 +100,8 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
         check_shared(workdir)
         if is_writer:
             write_config(workdir, config.to_dict())
+            if summary is not None:  # of the run before it was extended
+                (workdir / SUMMARY_FILE).rename(workdir / f"summary_of_{summary_end}_epochs.json")
             write_atomically(workdir / PARAMETERS_FILE, parameter_table(setup.state, setup.shardings).encode())
 
         # 2. Resume, or start.
@@ -132,6 +143,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
             "mask_kind": setup.config.mask.kind,
             "mask_threshold": setup.threshold_at(setup.total_steps - 1),
             "steps": setup.total_steps,
+            "epochs": config.train.epochs,
             "skipped_steps": state.skipped_steps,
             "train_seconds": train_seconds,
             "parameters_sha256": parameters_sha256(params),

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from castling_jax.convert.run_folder import exported_weights, model_arguments, preprocessing_of
 from castling_jax.data.loader import Batch, TrainTransform, training_batches
-from castling_jax.data.sources import ArrayDataset, Dataset, load_dataset
+from castling_jax.data.sources import HELD_OUT_SPLITS, ArrayDataset, Dataset, find_splits, load_dataset
 from castling_jax.data.transforms import train_transform
 from castling_jax.errors import InputError, Mistakes, check_at_most
 from castling_jax.models.backbone import Backbone
@@ -26,7 +26,7 @@ from castling_jax.training.answers import Answers
 from castling_jax.training.config import check_config, mixing_options
 from castling_jax.training.evaluate import Evaluator, configured_evaluator, evaluate_weights
 from castling_jax.training.optimizers import make_optimizer
-from castling_jax.training.schedules import learning_rate_schedule, mask_threshold_schedule
+from castling_jax.training.schedules import default_warmup, learning_rate_schedule, mask_threshold_schedule
 from castling_jax.training.sharding import (
     check_batch,
     check_heads,
@@ -40,13 +40,15 @@ from castling_jax.training.state import TrainState, create_state
 from castling_jax.training.step import Teacher, make_train_step
 from castling_jax.training.weights import initial_variables, read_teacher
 
+LARGEST_BATCH = 128  # where config.train.batch_size does not say it
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """What a run is made of.
 
     Attributes:
-      config: the configuration.
+      config: the configuration, with what it leaves to the data found: see `FOUND_FIELDS`.
       mesh: over which it runs.
       train_set: examples to learn from.
       eval_set: held-out examples.
@@ -145,35 +147,36 @@ def set_up(
       InputError: a field, a name or a size is wrong.
     """
     check_config(config)
+    config = config.copy_and_resolve_references()
     if jax.config.read("jax_enable_x64"):
         raise InputError(
             "JAX_ENABLE_X64 must be off: a run computes in float32 or bfloat16, and draws other weights with it."
         )
-    data, batch_size = config.dataset, config.train.batch_size
     mistakes = Mistakes()  # what does not depend on one another is said together
     with mistakes:
-        mesh = make_mesh(config.mesh, devices)
-        with mistakes:
-            check_batch("config.train.batch_size", batch_size, mesh, parts=config.train.accumulate_steps)
-        with mistakes:
-            check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
-    with mistakes:
-        train_set, eval_set = datasets or (
-            load_dataset(data.name, split, data_dir=data.data_dir) for split in (data.train_split, data.eval_split)
-        )
-        test_set = None
-        if datasets is None and data.test_split is not None:
-            test_set = load_dataset(data.name, data.test_split, data_dir=data.data_dir)
+        train_set, eval_set, test_set = (*datasets, None) if datasets else _load_splits(config.dataset)
+        _fit_to_data(config, len(train_set))
         with mistakes:
             total_steps, steps_per_epoch = _steps(config, len(train_set))
+            earlier_ends = [epochs * steps_per_epoch for epochs in config.train.extended_from or ()]
             learning_rate = learning_rate_schedule(
-                config.optimizer, batch_size=batch_size, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+                config.optimizer,
+                batch_size=config.train.batch_size,
+                total_steps=total_steps,
+                steps_per_epoch=steps_per_epoch,
+                earlier_ends=earlier_ends,
             )
         with mistakes:
             model = abstract_model(num_classes=train_set.num_classes, **model_arguments(config))
             transform = train_transform(config.augment, preprocessing_of(config, model.spec.image_size))
             if isinstance(train_set, ArrayDataset):  # of floats, which not every augmentation takes
                 transform(train_set[0], np.random.default_rng(config.seed))
+    with mistakes:
+        mesh = make_mesh(config.mesh, devices)
+        with mistakes:
+            check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
+        if (batch_size := config.train.batch_size) is not None:  # the data could be read, or the field was given
+            check_batch("config.train.batch_size", batch_size, mesh, parts=config.train.accumulate_steps)
     mistakes.report()
     with mistakes:
         check_heads(model, mesh)
@@ -209,13 +212,50 @@ def set_up(
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         learning_rate=learning_rate,
-        threshold_at=mask_threshold_schedule(config.mask, total_steps=total_steps),
+        threshold_at=mask_threshold_schedule(config.mask, total_steps=total_steps, earlier_ends=earlier_ends),
         optimizer=optimizer,
         state=state,
         shardings=shardings,
         teacher=teacher,
         train_step=train_step,
     )
+
+
+def named_splits(data: ConfigDict) -> tuple[str, str]:
+    """The splits to learn from and to evaluate on; those that `data`, a configuration's, leaves open are found.
+
+    Raises:
+      InputError: as `find_splits`, or the data has no held-out split, and the split to learn from is given.
+    """
+    if data.eval_split is not None:
+        return data.train_split or "train", data.eval_split
+    train_split, eval_split = find_splits(data.name, data_dir=data.data_dir)
+    if data.train_split is not None and train_split != "train":
+        raise InputError(
+            f"{data.name} has no split {', '.join(HELD_OUT_SPLITS)}: give config.dataset.eval_split, or leave out "
+            "config.dataset.train_split."
+        )
+    return data.train_split or train_split, eval_split
+
+
+def _load_splits(data: ConfigDict) -> tuple[Dataset, Dataset, Dataset | None]:
+    """The data sets to learn from, to evaluate on and to test on; writes the splits' names into `data`."""
+    data.train_split, data.eval_split = named_splits(data)
+    train_set, eval_set = (
+        load_dataset(data.name, split, data_dir=data.data_dir) for split in (data.train_split, data.eval_split)
+    )
+    test_set = None if data.test_split is None else load_dataset(data.name, data.test_split, data_dir=data.data_dir)
+    return train_set, eval_set, test_set
+
+
+def _fit_to_data(config: ConfigDict, images: int) -> None:
+    """Writes the batch and the warm-up into a configuration that leaves them open."""
+    if config.train.batch_size is None:  # at least 8 steps an epoch
+        eighth = max(images // 8, 1)
+        config.train.batch_size = min(LARGEST_BATCH, 2 ** (eighth.bit_length() - 1))
+    if config.optimizer.warmup_epochs is None:
+        config.optimizer.warmup_epochs = default_warmup(config.train.epochs)
+    check_config(config)
 
 
 def _steps(config: ConfigDict, images: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """What a run takes from weights that were trained before: its start, and its teacher."""
 
 import os
+import re
 
 import jax
 import numpy as np
@@ -33,13 +34,13 @@ def initial_variables(
     return from_torch(model, read(path, ema=ema).state_dict(), reset_head=reset_head)
 
 
-def teacher_model(name: str, student: Backbone, *, distilled: bool = False) -> Backbone:
-    """The softmax model `name`, abstract, for the student's images and classes.
+def teacher_model(name: str, student: Backbone, *, distilled: bool = False, num_classes: int | None = None) -> Backbone:
+    """The softmax model `name`, abstract, for the student's images and, unless `num_classes` says otherwise, classes.
 
     With the student's own architecture, where it is the student in softmax form; `distilled`: with a second head.
     """
     spec = student.spec
-    given = {"num_classes": spec.num_classes, "image_size": spec.image_size, "dtype": spec.dtype}
+    given = {"num_classes": num_classes or spec.num_classes, "image_size": spec.image_size, "dtype": spec.dtype}
     given |= dict(spec.overrides) if name == spec.name else {}
     given.pop("mask_kind", None)  # which softmax attention does not have
     given |= {"distilled": distilled} if distilled or given.get("distilled") else {}
@@ -61,7 +62,9 @@ def read_teacher(path: str | os.PathLike, name: str, student: Backbone) -> tuple
     source, variables = weights.model, weights.variables
     if source is None:
         distilled = any("head_dist" in key for key in variables)
-        source = teacher_model(name, student, distilled=distilled)
+        classifiers = [value for key, value in variables.items() if re.fullmatch(r"head\.(\w+\.)?weight", key)]
+        classes = [len(value) for value in classifiers if value.ndim == 2]  # LeViT's has a batch norm beside it
+        source = teacher_model(name, student, distilled=distilled, num_classes=(*classes, student.spec.num_classes)[0])
         variables = from_torch(source, variables)
     for word in ("num_classes", "image_size"):
         if getattr(source.spec, word) != getattr(student.spec, word):

@@ -58,62 +58,6 @@ def test_unknown_names_are_refused(tmp_path):
         assert said in str(caught.value), caught.value
 
 
-class TestFolder:
-    @pytest.fixture
-    def root(self, tmp_path):
-        for path in ("train/b/2.PNG", "train/b/10.jpeg", "train/a/x.png", "val/b/y.jpg", "train/a/notes.txt"):
-            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / path).write_bytes(path.encode())
-        (tmp_path / "train" / ".cache").mkdir()
-        return tmp_path
-
-    def test_files_in_sorted_order_with_the_classes_of_train(self, root):
-        train, val = (load_dataset(f"folder:{root}", split) for split in ("train", "val"))
-        assert [train[i]["image"] for i in range(len(train))] == [
-            b"train/a/x.png",
-            b"train/b/10.jpeg",
-            b"train/b/2.PNG",
-        ]
-        assert [train[i]["label"] for i in range(len(train))] == [0, 1, 1]
-        assert train.num_classes == val.num_classes == 2
-        assert [val[i] for i in range(len(val))] == [{"image": b"val/b/y.jpg", "label": 1}]  # though val has no a
-        assert train.describe(1) == f"'{root}/train/b/10.jpeg'"
-
-    def test_a_class_without_images_in_another_split_than_train_is_taken(self, root):
-        before = load_dataset(f"folder:{root}", "val")
-        (root / "val" / "a").mkdir(exist_ok=True)
-        val = load_dataset(f"folder:{root}", "val")
-        assert (len(val), val.classes) == (len(before), before.classes)
-
-    def test_a_file_that_is_gone_is_a_corrupt_image(self, root, refuses):
-        train = load_dataset(f"folder:{root}", "train")
-        (root / "train" / "a" / "x.png").unlink()
-        with refuses("cannot be read", "No such file"):
-            train[0]
-
-    @pytest.mark.parametrize(
-        ("change", "split", "said"),
-        [
-            (lambda root: None, "vall", ("unknown split", "did you mean 'val'?")),
-            (lambda root: (root / "train").rename(root / "training"), "val", ("no folder 'train'",)),
-            (lambda root: (root / "val" / "c").mkdir(), "val", ("val/c", "of a class for which")),
-            (lambda root: (root / "train" / "c").mkdir(), "train", ("train/c", "holds no images")),
-            (lambda root: (root / "test").mkdir(), "test", ("test", "holds no folders")),
-        ],
-    )
-    def test_what_it_refuses(self, root, refuses, change, split, said):
-        change(root)
-        with refuses(*said):
-            load_dataset(f"folder:{root}", split)
-
-    def test_missing_and_empty(self, tmp_path, refuses):
-        with refuses("there is no folder", "nowhere"):
-            load_dataset(f"folder:{tmp_path}/nowhere", "train")
-        (tmp_path / "train").mkdir()
-        with refuses("holds no folders"):
-            load_dataset(f"folder:{tmp_path}", "train")
-
-
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")

@@ -137,7 +137,7 @@ def test_what_needs_tensorflow_says_so(tmp_path, refuses, monkeypatch):
             raise RuntimeError("In <Image>") from error
 
     monkeypatch.setattr(tfds.core.GeneratorBasedBuilder, "download_and_prepare", needs_it)
-    with refuses("preparing mnist needs TensorFlow", "pip install 'castling_jax[tf]'"):
+    with refuses("preparing mnist needs TensorFlow", "pip install tensorflow-cpu"):
         prepare.prepare("mnist", data_dir=tmp_path)
     monkeypatch.setattr(prepare, "DEBIAN_ARCHIVES", tmp_path / "nowhere")
     with refuses("or apt-get install dataset-fashion-mnist"):
@@ -172,7 +172,8 @@ def test_folder_is_checked_and_counted(tmp_path, capsys, monkeypatch):
         f"{tmp_path}: 2 classes",
         "  train: 3 images, 1 to 2 in a class",
         "  val: 1 images, 0 to 1 in a class",
-        f"To train on it: --config.dataset.name=folder:{tmp_path} --config.dataset.eval_split=val",
+        "To train on train and evaluate on val, with images of 224 x 224 pixels:",
+        f"  python main.py --config=folder:224 --config.dataset.name=folder:{tmp_path}",
     ]
 
 

@@ -26,7 +26,7 @@ SMALL = [
     "--config.logging.every_steps=5",
 ]
 needs_gcsfs = pytest.mark.skipif(
-    importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed: pip install castling_jax[gcs]"
+    importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed: pip install gcsfs"
 )
 
 
@@ -122,7 +122,7 @@ def test_bucket_without_gcsfs_is_one_sentence(refuses, monkeypatch):
         raise ImportError("Please install gcsfs to access Google Storage")
 
     monkeypatch.setattr(type(epath.Path("gs://bucket")), "exists", exists)
-    with refuses("'gs://bucket/run' is in a bucket, which takes gcsfs: pip install 'castling_jax[gcs]'"):
+    with refuses("'gs://bucket/run' is in a bucket, which takes gcsfs: pip install gcsfs"):
         load_inference("gs://bucket/run")
     storage.reach_bucket("runs/digits")
 

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 
 from castling_jax.convert.run_folder import exported_weights, mask_kind, model_arguments, start_threshold
+from castling_jax.data.sources import Unread
 from castling_jax.errors import InputError
 from castling_jax.training.config import FIELDS, check_config, default_config
-from castling_jax.training.config_files import check_same_run, load_config, run_config
+from castling_jax.training.config_files import join_run, load_config, run_config
 from castling_jax.training.config_help import fields_page
+from castling_jax.training.setup import set_up
 
 ROOT = Path(__file__).parents[2]
 
@@ -175,16 +177,56 @@ def test_sizes_may_be_a_number_or_one_a_stage():
 def test_runtime_fields_may_differ_and_others_may_not(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(default_config().to_dict()))
-    check_same_run(changed("logging.every_steps", 7), path)
-    check_same_run(changed("checkpoint.every_steps", 7), path)
-    check_same_run(changed("mesh.fsdp", 2), path)
-    check_same_run(changed("evaluation.every_epochs", 2), path)
-    check_same_run(changed("dataset.workers", 2), path)
-    check_same_run(changed("model.implementation", "xla"), path)
+    join_run(changed("logging.every_steps", 7), path)
+    join_run(changed("checkpoint.every_steps", 7), path)
+    join_run(changed("mesh.fsdp", 2), path)
+    join_run(changed("evaluation.every_epochs", 2), path)
+    join_run(changed("dataset.workers", 2), path)
+    join_run(changed("model.implementation", "xla"), path)
     config = changed("optimizer.b1", 0.5)
     config.seed = 3
     with pytest.raises(InputError, match=r"b1 = 0.9, not 0.5; config.seed = 0, not 3: choose another --workdir"):
-        check_same_run(config, path)
+        join_run(config, path)
+
+
+def test_what_the_run_found_is_kept_where_nothing_is_given(tmp_path, refuses):
+    found = default_config()
+    found.dataset.update({"train_split": "train without 10%", "eval_split": "10% of train"})
+    found.train.batch_size, found.optimizer.warmup_epochs = 32, 0.5
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(found.to_dict()))
+    joined = join_run(default_config(), path)
+    assert joined.to_dict() == found.to_dict()
+    with refuses("config.train.batch_size = 32, not 64"):
+        join_run(changed("train.batch_size", 64), path)
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs", "expected"),
+    [(10**6, 300, (128, 5.0)), (1024, 20, (128, 2.0)), (1000, 5, (64, 0.5)), (7, 2, (1, 0.2))],
+)
+def test_batch_and_warm_up_fit_data_and_length(images, epochs, expected):
+    config = changed("train.epochs", epochs)
+    made = set_up(config, datasets=(Unread(images, 3), Unread(10, 3))).config
+    assert (made.train.batch_size, made.optimizer.warmup_epochs) == expected
+    assert config.train.batch_size is None  # the caller's own is left alone
+
+
+def test_an_extension_needs_a_finished_run_and_a_later_end(tmp_path, refuses):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(changed("train.epochs", 10).to_dict()))
+    longer = changed("train.epochs", 20)
+    with refuses("--extend is for a finished run", "finish it first"):
+        join_run(longer, path, extend=True)
+    assert join_run(longer, path, extend=True, is_finished=True).train.extended_from == (10,)
+    longer.seed = 3
+    with refuses("config.seed = 0, not 3: choose another --workdir (--config.init_from="):
+        join_run(longer, path, extend=True, is_finished=True)
+    for wrong in ((10, 10), (0, 3), (1.5,)):
+        with refuses("config.train.extended_from must be a tuple of ascending positive integers"):
+            check_config(changed("train.extended_from", wrong))
+    with refuses("config.train.extended_from = (100,) must end below train.epochs = 100"):
+        check_config(changed("train.extended_from", (100,)))
 
 
 def test_a_field_that_an_earlier_version_did_not_have_is_its_default(tmp_path):
@@ -192,9 +234,9 @@ def test_a_field_that_an_earlier_version_did_not_have_is_its_default(tmp_path):
     del earlier["reset_head"], earlier["mesh"], earlier["train"]["accumulate_steps"]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(earlier))
-    check_same_run(default_config(), path)
+    join_run(default_config(), path)
     with pytest.raises(InputError, match=r"config.train.accumulate_steps = 1, not 2"):
-        check_same_run(changed("train.accumulate_steps", 2), path)
+        join_run(changed("train.accumulate_steps", 2), path)
 
 
 def test_an_earlier_runs_start_threshold_is_the_default_that_it_had(tmp_path):
@@ -203,7 +245,7 @@ def test_an_earlier_runs_start_threshold_is_the_default_that_it_had(tmp_path):
     earlier["mask"]["start_threshold"] = 0.02
     path = tmp_path / "config.json"
     path.write_text(json.dumps(earlier))
-    check_same_run(default_config(), path)
+    join_run(default_config(), path)
     assert (mask_kind(earlier), start_threshold(earlier["mask"])) == ("threshold", 0.02)
     for field, value, said in (
         ("mask.start_threshold", 0.05, r"config.mask.start_threshold = 0.02, not 0.05"),
@@ -214,7 +256,7 @@ def test_an_earlier_runs_start_threshold_is_the_default_that_it_had(tmp_path):
         ),
     ):
         with pytest.raises(InputError, match=said):
-            check_same_run(changed(field, value), path)
+            join_run(changed(field, value), path)
 
 
 def test_a_fade_is_an_argument_of_the_model_that_starts_with_the_whole_softmax():
@@ -232,7 +274,7 @@ def test_damaged_config_file_is_refused(tmp_path):
     path.write_text('{"seed": ')
     for _ in range(2):
         with pytest.raises(InputError, match="is missing or damaged"):
-            check_same_run(default_config(), path)
+            join_run(default_config(), path)
         path.unlink(missing_ok=True)
 
 
@@ -254,7 +296,7 @@ def test_a_config_file_of_another_format_is_refused(refuses, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"format": 2} | default_config().to_dict()))
     with refuses(f"'{path}' is of format 2; this version reads format 1; choose another --workdir or remove it."):
-        check_same_run(default_config(), path)
+        join_run(default_config(), path)
 
 
 def test_configurations_are_found_by_name_and_by_path(refuses, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+from PIL import Image
 
 from castling_jax.training import summary
 from castling_jax.training.config import default_config
@@ -47,6 +48,21 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path, capsys, monkeypatch)
     accuracy = "accuracy held out .* % in training form, .* % in inference form"
     shape = f"epoch .*: loss .*, held out .*; {accuracy}; mask threshold .*, density .*"
     assert all(re.fullmatch(shape, line) for line in evaluations)
+
+
+def test_images_in_files_have_a_size_and_other_files_are_counted(tmp_path, capsys, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (40, 30), 25 * number).save(tmp_path / "data" / name / f"{number}.png")
+    (tmp_path / "data" / "a" / "notes.txt").touch()
+    config = small_config()
+    config.dataset.name, config.train.batch_size = f"folder:{tmp_path / 'data'}", None
+    lines = told(config, tmp_path / "run", capsys, monkeypatch).splitlines()
+    assert lines[0] == f"data    folder:{tmp_path / 'data'}: train without 10% 18, 10% of train 2 images of 2 classes"
+    assert lines[1] == "images  the first has 40 x 30 pixels, and the model sees 8 x 8"
+    assert lines[2] == "skipped files that are no images, by their names: 1 .txt"
+    assert "steps   18 of 2 images, 9 an epoch: 2 epochs" in lines
 
 
 def test_one_form_has_one_accuracy(tmp_path, capsys, monkeypatch):

@@ -20,7 +20,7 @@ from castling_jax.training.lock_file import lock_file
 from tests.training import fake_gcs
 
 needs_gcsfs = pytest.mark.skipif(
-    importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed: pip install castling_jax[gcs]"
+    importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed: pip install gcsfs"
 )
 
 

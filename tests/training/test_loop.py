@@ -26,6 +26,7 @@ from castling_jax.training.evaluate import configured_evaluator
 from castling_jax.training.evaluate_run import evaluate_checkpoint
 from castling_jax.training.losses import cross_entropy
 from castling_jax.training.run import run
+from castling_jax.training.setup import set_up
 
 TIMES = ("images_per_second", "images_per_second_per_chip", "data_wait_share", "eta_seconds")
 
@@ -68,7 +69,9 @@ def test_figures_and_files_of_a_run(whole_run):
     assert figures["max_difference"] <= 1e-5
     assert figures["accuracy_train_form"] == figures["accuracy_inference_form"]
     assert figures["train_seconds"] > 0
-    assert (workdir / "config.json").read_text() == json.dumps({"format": 1} | small_config().to_dict(), indent=2)
+    config = small_config()
+    config.dataset.update({"train_split": "train", "eval_split": "test"})  # were found
+    assert (workdir / "config.json").read_text() == json.dumps({"format": 1} | config.to_dict(), indent=2)
     lines = read_metrics(workdir)
     assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 12, 15, 18, 21, 22]
     assert [line["step"] for line in lines if "accuracy" in line] == [11, 22]
@@ -188,6 +191,39 @@ def test_a_run_that_was_killed_at_its_end_only_evaluates_again(whole_run, tmp_pa
     (workdir / "training.png").unlink()
     assert {**train(small_config(), workdir), "train_seconds": 0} == {**whole_run[1], "train_seconds": 0}
     assert (workdir / "training.png").exists()
+
+
+def test_a_finished_run_goes_on_to_a_later_end(whole_run, tmp_path, refuses, monkeypatch):
+    workdir = shutil.copytree(whole_run[0], tmp_path / "run")
+    longer = small_config()
+    longer.train.epochs = 4
+    with refuses("config.train.epochs = 2, not 4", "add --extend to train it further", "--config.init_from="):
+        run(longer, workdir)
+    with refuses("--extend needs config.train.epochs above 2"):
+        run(small_config(), workdir, extend=True)
+    with refuses("there is no run in", "to extend"):
+        run(small_config(), tmp_path / "nowhere", extend=True)
+    monkeypatch.setattr(summary, "measure_forms", lambda *_: None)
+    with monkeypatch.context() as patch:  # killed before its first step, when the end is written
+        patch.setattr(loop.Loop, "run", raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(longer, workdir, extend=True)
+    extended = run(longer, workdir, extend=True)  # the same command goes on
+    assert (extended.figures["epochs"], extended.figures["steps"]) == (4, 44)
+    assert extended.figures["train_seconds"] > whole_run[1]["train_seconds"]
+    assert json.loads((workdir / "summary_of_2_epochs.json").read_text())["steps"] == 22
+    assert json.loads((workdir / "config.json").read_text())["train"]["extended_from"] == [2]
+    lines, earlier = without_times(workdir), without_times(whole_run[0])
+    assert lines[: len(earlier)] == earlier
+    assert {line["mask_threshold"] for line in lines[len(earlier) :]} == {1.0}
+    # The cosine of 44 steps, from the optimiser's 22 updates on; float32.
+    (line,) = (line for line in lines if line["step"] == 33 and "loss" in line)
+    assert line["learning_rate"] == pytest.approx(float(set_up(longer).learning_rate(32)), rel=1e-6)
+    assert run(small_config(train={"epochs": 4, "batch_size": 128}), workdir).figures["steps"] == 44
+
+
+def raise_interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_a_finished_run_is_read(whole_run, monkeypatch):

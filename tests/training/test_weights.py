@@ -48,6 +48,14 @@ def test_a_run_starts_from_another(refuses, run, model, tmp_path):
         initial_variables(tmp_path, model, reset_head=False)
 
 
+def test_a_teacher_of_other_classes_is_said(refuses, tmp_path):
+    softmax = small.small_levit(image_size=32, distilled=True, attention="softmax")
+    save_file(to_torch(softmax, small.random_variables(softmax, seed=3)), tmp_path / "weights.safetensors")
+    student = small.small_levit(image_size=32, num_classes=5)
+    with refuses("the teacher", "has num_classes = 7, which must be that of the model that learns from it, 5"):
+        read_teacher(tmp_path / "weights.safetensors", "levit_128s", student)
+
+
 def test_a_teacher_is_a_run_an_inference_folder_or_timms_weights(refuses, run, tmp_path, model):
     variables = small.random_variables(model, seed=10)  # of the run's newest checkpoint
     expected = to_inference(variables)

@@ -1,0 +1,174 @@
+"""Image files in a folder for each class: PATH/SPLIT/CLASS/ or PATH/CLASS/, and folders below those."""
+
+import collections
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Bool, Int
+from PIL import features
+
+from castling_jax.errors import InputError, check_known, refusing
+from castling_jax.storage import as_path
+
+SPLIT_NAMES = ("train", "val", "valid", "validation", "test")  # a folder that has none of them is PATH/CLASS
+IMAGE_SUFFIXES: tuple[str, ...] = (
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tif",
+    ".tiff",
+)
+IMAGE_SUFFIXES += (".webp", ".avif") if features.check("avif") else (".webp",)  # Pillow reads AVIF from 11.3 on
+HOLDOUT_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderDataset:
+    """Image files in a folder for each class.
+
+    Attributes:
+      folder: the split's.
+      files: relative to the folder, CLASS/.../NAME, sorted.
+      labels: of the files.
+      classes: names of all classes.
+      skipped: how many files have another suffix than images have, by their suffix.
+    """
+
+    folder: epath.Path
+    files: list[str]
+    labels: Int[np.ndarray, "examples"]
+    classes: tuple[str, ...]
+    skipped: collections.Counter[str]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        with refusing(OSError, "the file cannot be read"):
+            image = (self.folder / self.files[index]).read_bytes()
+        return {"image": image, "label": int(self.labels[index])}
+
+    def describe(self, index: int) -> str:
+        return f"'{self.folder / self.files[index]}'"
+
+    def contents(self) -> dict[str, str]:
+        return {"file names": hashlib.sha256("\n".join(self.files).encode()).hexdigest()}
+
+
+def folder_splits(path: epath.PathLike) -> list[str]:
+    """The splits of a folder of images: the folders in it, or "train" alone where those are the classes.
+
+    Raises:
+      InputError: there is no such folder.
+    """
+    root = as_path(path, "the folder of a data set")
+    if not root.is_dir():
+        raise InputError(f"there is no folder '{root}'.")
+    folders = _folders(root)
+    return folders if set(folders) & set(SPLIT_NAMES) or not folders else ["train"]
+
+
+def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) -> FolderDataset:
+    """The images in PATH/SPLIT/CLASS/ and in the folders below it, in sorted order.
+
+    The folders in PATH/train, sorted, are the classes, so that a label means the same in every split. Where no folder
+    in PATH is called like a split, these folders are the classes, and "train" is all their images.
+
+    Args:
+      path: the folder.
+      split: a folder in it; or "10% of train", a tenth of each class, drawn with a seed of its own and so always the
+        same images; or "train without 10%", the other images.
+      classes: the classes of a model that was trained elsewhere, in its order. PATH/train then need not be there.
+
+    Raises:
+      InputError: a folder is missing, holds no classes, no images (a class may have none but in train), or a class that
+        PATH/train or `classes` does not have.
+    """
+    splits = folder_splits(path)
+    root = as_path(path)
+    name, percent, is_held_out = _parse_split(split)
+    if classes is None and "train" not in splits:
+        raise InputError(f"'{root}' has no folder 'train', whose folders would be the classes.")
+    if name in _folders(root):
+        train, images = root / "train", root / name
+    else:
+        check_known(f"split of '{root}'", name, splits)
+        train = images = root
+    known = _folders(train) if classes is None else list(classes)
+    if not known:
+        raise InputError(f"'{train}' holds no folders, one for the images of each class.")
+    files: list[str] = []
+    labels: list[int] = []
+    skipped: collections.Counter[str] = collections.Counter()
+    for class_name in _folders(images):
+        if class_name not in known:
+            lacks = f"for which '{train}' has no folder" if classes is None else "that the model does not have"
+            raise InputError(f"'{images / class_name}' is of a class {lacks}.")
+        found = sorted(_image_files(images / class_name, f"{class_name}/", skipped))
+        if not found and name == "train":
+            raise InputError(f"'{images / class_name}' holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+        files += found
+        labels += [known.index(class_name)] * len(found)
+    if not files:
+        raise InputError(f"'{images}' holds no folders, one for the images of each class.")
+    indices = np.arange(len(files))
+    if percent is not None:
+        indices = np.flatnonzero(_held_out(np.array(labels), percent) == is_held_out)
+    chosen = [files[index] for index in indices]
+    return FolderDataset(images, chosen, np.array(labels, np.int32)[indices], tuple(known), skipped)
+
+
+def _parse_split(split: str) -> tuple[str, int | None, bool]:
+    """A split's folder, the percentage that is held out of it if any, and whether the split is what is held out."""
+    if found := re.fullmatch(r"([1-9]\d?)% of (.+)", split):
+        return found[2], int(found[1]), True
+    if found := re.fullmatch(r"(.+) without ([1-9]\d?)%", split):
+        return found[1], int(found[2]), False
+    return split, None, False
+
+
+def _held_out(labels: Int[np.ndarray, "examples"], percent: int) -> Bool[np.ndarray, "examples"]:
+    """Which examples are held out: of each class this percentage, rounded, but at least one of two and more."""
+    is_held_out = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = max(round(len(members) * percent / 100), min(1, len(members) - 1))
+        order = np.random.default_rng((HOLDOUT_SEED, int(label))).permutation(len(members))
+        is_held_out[members[order[:count]]] = True
+    return is_held_out
+
+
+def _folders(path: epath.Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.is_dir())
+
+
+def _image_files(path: epath.Path, prefix: str, skipped: collections.Counter[str]) -> Iterator[str]:
+    """The images in a folder and below it, relative, after `prefix`; counts the other files in `skipped`.
+
+    A name with an image's suffix is not looked at further, because each look at a bucket takes a request.
+    """
+    for entry in path.iterdir():
+        if entry.name.startswith("."):
+            continue
+        if entry.name.lower().endswith(IMAGE_SUFFIXES):
+            yield prefix + entry.name
+        elif entry.is_dir():
+            yield from _image_files(entry, f"{prefix}{entry.name}/", skipped)
+        else:
+            skipped[entry.suffix.lower() or "no suffix"] += 1
