@@ -120,7 +120,7 @@ def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = Non
         if class_name not in known:
             lacks = f"for which '{train}' has no folder" if classes is None else "that the model does not have"
             raise InputError(f"'{images / class_name}' is of a class {lacks}.")
-        found = sorted(_image_files(images / class_name, f"{class_name}/", skipped))
+        found = sorted(image_files(images / class_name, f"{class_name}/", skipped))
         if not found and name == "train":
             raise InputError(f"'{images / class_name}' holds no images ({', '.join(IMAGE_SUFFIXES)}).")
         files += found
@@ -132,6 +132,22 @@ def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = Non
         indices = np.flatnonzero(_held_out(np.array(labels), percent) == is_held_out)
     chosen = [files[index] for index in indices]
     return FolderDataset(images, chosen, np.array(labels, np.int32)[indices], tuple(known), skipped)
+
+
+def image_files(path: epath.Path, prefix: str, skipped: collections.Counter[str]) -> Iterator[str]:
+    """The images in a folder and below it, relative, after `prefix`; counts the other files in `skipped`.
+
+    A name with an image's suffix is not looked at further, because each look at a bucket takes a request.
+    """
+    for entry in path.iterdir():
+        if entry.name.startswith("."):
+            continue
+        if entry.name.lower().endswith(IMAGE_SUFFIXES):
+            yield prefix + entry.name
+        elif entry.is_dir():
+            yield from image_files(entry, f"{prefix}{entry.name}/", skipped)
+        else:
+            skipped[entry.suffix.lower() or "no suffix"] += 1
 
 
 def _parse_split(split: str) -> tuple[str, int | None, bool]:
@@ -156,19 +172,3 @@ def _held_out(labels: Int[np.ndarray, "examples"], percent: int) -> Bool[np.ndar
 
 def _folders(path: epath.Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.is_dir())
-
-
-def _image_files(path: epath.Path, prefix: str, skipped: collections.Counter[str]) -> Iterator[str]:
-    """The images in a folder and below it, relative, after `prefix`; counts the other files in `skipped`.
-
-    A name with an image's suffix is not looked at further, because each look at a bucket takes a request.
-    """
-    for entry in path.iterdir():
-        if entry.name.startswith("."):
-            continue
-        if entry.name.lower().endswith(IMAGE_SUFFIXES):
-            yield prefix + entry.name
-        elif entry.is_dir():
-            yield from _image_files(entry, f"{prefix}{entry.name}/", skipped)
-        else:
-            skipped[entry.suffix.lower() or "no suffix"] += 1

@@ -38,15 +38,15 @@ def preprocess(images: Any, preprocessing: Preprocessing) -> Float[np.ndarray, "
         )
     transform = EvalTransform(preprocessing)
     prepared = []
-    for name, image in _named(images):
+    for name, image in named_images(images):
         with about(name):
-            prepared.append(transform({"image": _read(image), "label": 0})["image"])
+            prepared.append(transform({"image": read_image(image), "label": 0})["image"])
     if not prepared:
         raise InputError("preprocess needs at least one image, and there is none.")
     return np.stack(prepared)
 
 
-def _named(images: Any) -> Iterator[tuple[str, Any]]:
+def named_images(images: Any) -> Iterator[tuple[str, Any]]:
     """The images one by one, each with a name for error messages."""
     if hasattr(images, "ndim"):  # an array: of one image, or of several
         images = np.asarray(images) if images.ndim == 4 else [images]
@@ -60,7 +60,7 @@ def _named(images: Any) -> Iterator[tuple[str, Any]]:
         yield f"'{image}'" if isinstance(image, str | os.PathLike) else f"image {number}", image
 
 
-def _read(image: Any) -> Any:
+def read_image(image: Any) -> Any:
     """An image as a data set gives it: encoded, of Pillow's, uint8, or float32 [height, width, 3]."""
     if isinstance(image, str | os.PathLike):
         with refusing((OSError, ValueError), "the file cannot be read"):

@@ -1,0 +1,115 @@
+"""Predictions are the evaluation's numbers, for images of any kind and number."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import castling_jax
+from castling_jax.convert.inference_folder import save_inference
+from castling_jax.convert.weights import read
+from castling_jax.predictions import class_probabilities, mean_features, predict, stream
+from castling_jax.preprocessing import Preprocessing
+from tests.models import small
+
+CLASSES = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
+PREPROCESSING = Preprocessing(8, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    model = small.small_model()
+    save_inference(folder, model, small.random_variables(model), preprocessing=PREPROCESSING, classes=CLASSES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of 37 images of several sizes and depths of folders, more than a batch."""
+    root, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for number in range(37):
+        folder = root / f"{number % 3}" / ("deep" if number % 2 else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (9 + number % 4, 12, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    (root / "notes.txt").write_text("none")
+    return root
+
+
+def expected(weights, files):
+    """By the public functions, one image at a time, with a softmax in float64."""
+    read_weights = read(weights)
+    for file in files:
+        pixels = castling_jax.preprocess(file, read_weights.preprocessing)
+        logits = np.asarray(castling_jax.apply(read_weights.model, read_weights.variables, pixels), np.float64)[0]
+        shares = np.exp(logits - logits.max())
+        yield shares / shares.sum()
+
+
+def test_a_folder_gives_the_evaluations_numbers_in_sorted_order(weights, images):
+    files = sorted(images.rglob("*.png"))
+    answers = predict(weights, images, top=3)
+    assert len(answers) == len(files) == 37
+    for answer, probabilities in zip(answers, expected(weights, files), strict=True):
+        assert [name for name, _ in answer] == [CLASSES[index] for index in np.argsort(-probabilities)[:3]]
+        # A batch of 32 in the place of one image, and a softmax in float32: some roundings of 6e-8 of numbers below 1.
+        np.testing.assert_allclose([share for _, share in answer], np.sort(probabilities)[::-1][:3], rtol=0, atol=1e-6)
+
+
+def test_images_of_every_kind_are_the_same(weights, images):
+    files = sorted(images.rglob("*.png"))[:2]
+    whole = predict(weights, files)
+    opened = [Image.open(file) for file in files]
+    for kind in ([str(file) for file in files], opened, [np.asarray(image) for image in opened]):
+        assert predict(weights, kind) == whole
+    assert predict(weights, files[0]) == predict(weights, opened[0]) == whole[:1]
+    assert predict(weights, [files[0].parent, files[1]])[-1] == whole[1]  # a folder among files
+    assert [len(answer) for answer in predict(weights, files, top=100)] == [7, 7]
+
+
+def test_corrupt_files_are_named_and_the_others_go_on(weights, images, tmp_path, refuses):
+    files = sorted(images.rglob("*.png"))[:3]
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    mixed = [files[0], tmp_path / "broken.png", files[1], tmp_path / "missing.png", files[2]]
+    found = list(stream(read(weights), mixed, class_probabilities))
+    assert [image for image, _ in found] == mixed
+    good = [answer for _, answer in found if not isinstance(answer, castling_jax.InputError)]
+    np.testing.assert_array_equal(good, [answer for _, answer in stream(read(weights), files, class_probabilities)])
+    assert str(found[1][1]).startswith(f"'{tmp_path}/broken.png': ")
+    assert "No such file" in str(found[3][1])
+    with refuses("broken.png'"):
+        predict(weights, mixed)
+
+
+def test_features_are_the_last_maps_mean(weights, images):
+    files = sorted(images.rglob("*.png"))[:2]
+    read_weights = read(weights)
+    pixels = castling_jax.preprocess(files, read_weights.preprocessing)
+    maps = castling_jax.features(read_weights.model, read_weights.variables, pixels)[-1]
+    found = [vector for _, vector in stream(read_weights, files, mean_features)]
+    # Means of 16 float32 numbers of about 1, in another order.
+    np.testing.assert_allclose(found, np.asarray(maps, np.float64).mean((1, 2)), rtol=0, atol=1e-6)
+
+
+def test_what_is_refused(weights, tmp_path, refuses):
+    (tmp_path / "empty").mkdir()
+    with refuses("empty' holds no images"):
+        predict(weights, tmp_path / "empty")
+    (tmp_path / "empty" / "notes.txt").touch()
+    with refuses("holds no images, only 1 other files"):
+        predict(weights, tmp_path / "empty")
+    with refuses("there must be at least one image"):
+        predict(weights, [])
+    with refuses("top must be at least 1, not 0"):
+        predict(weights, [np.zeros((8, 8, 3), np.uint8)], top=0)
+    with refuses("classes must be the names of the model's 7 outputs, not 2 names"):
+        predict(weights, [np.zeros((8, 8, 3), np.uint8)], classes=["a", "b"])
+    with refuses("image 0", "[8, 8, 4]"):
+        predict(weights, [np.zeros((8, 8, 4), np.float32)])
+    model = small.small_model()
+    save_inference(tmp_path / "nameless", model, small.random_variables(model), preprocessing=PREPROCESSING)
+    with refuses("does not say the names of its classes"):
+        predict(tmp_path / "nameless", [np.zeros((8, 8, 3), np.uint8)])
+    save_inference(tmp_path / "raw", model, small.random_variables(model), classes=CLASSES)
+    with refuses("does not say how an image becomes its model's input"):
+        predict(tmp_path / "raw", [np.zeros((8, 8, 3), np.uint8)])
