@@ -26,7 +26,7 @@ format: $(VENV)/dev-installed
 	$(BIN)/ruff format .
 
 faults: $(VENV)/requirements-installed
-	$(BIN)/python -m castling_jax.tools.faults --kills=20
+	$(BIN)/python -m castling_jax faults --kills=20
 
 # Markers rather than the folder itself: an installation that was interrupted is done again.
 $(VENV)/requirements-installed: requirements.txt

@@ -1,18 +1,26 @@
 """castling_jax: Castling-ViT (You et al., CVPR 2023) in JAX and Flax, for TPU pods.
 
-The whole public API, with the modules `ops` (the mathematics) and `convert` (parameter trees).
+The whole public API, with the modules `ops` (the mathematics), `convert` (parameter trees) and `plots` (figures). Each
+name is imported when it is first used: `import castling_jax` alone does not import JAX.
 """
 
-from castling_jax import convert, ops
-from castling_jax.convert.inference import check_switch, to_inference
-from castling_jax.convert.inference_folder import load_inference
-from castling_jax.data.preprocess import preprocess
-from castling_jax.data.transforms import normalize
-from castling_jax.errors import InputError
-from castling_jax.models.attention.kinds import register_attention
-from castling_jax.models.registry import create_model, list_models
-from castling_jax.models.variables import apply, features, forward_train, get_variables
-from castling_jax.preprocessing import Preprocessing
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from castling_jax import convert, ops, plots
+    from castling_jax.convert.inference import check_switch, to_inference
+    from castling_jax.convert.inference_folder import load_inference
+    from castling_jax.data.preprocess import preprocess
+    from castling_jax.data.transforms import normalize_images
+    from castling_jax.errors import InputError
+    from castling_jax.models.attention.kinds import register_attention
+    from castling_jax.models.registry import create_model, list_models
+    from castling_jax.models.variables import apply, features, forward_train, get_variables
+    from castling_jax.predictions import predict
+    from castling_jax.preprocessing import Preprocessing
+    from castling_jax.training.config_files import load_config
+    from castling_jax.training.run import run as train
 
 __version__ = "0.1.0"
 
@@ -27,10 +35,55 @@ __all__ = [
     "forward_train",
     "get_variables",
     "list_models",
+    "load_config",
     "load_inference",
-    "normalize",
+    "normalize_images",
     "ops",
+    "plots",
+    "predict",
     "preprocess",
     "register_attention",
     "to_inference",
+    "train",
 ]
+
+# Name -> "module" that it is in under its own name, "module:name" elsewhere, or "" where it is a module itself.
+_PLACES = {
+    "InputError": "errors",
+    "Preprocessing": "preprocessing",
+    "apply": "models.variables",
+    "check_switch": "convert.inference",
+    "convert": "",
+    "create_model": "models.registry",
+    "features": "models.variables",
+    "forward_train": "models.variables",
+    "get_variables": "models.variables",
+    "list_models": "models.registry",
+    "load_config": "training.config_files",
+    "load_inference": "convert.inference_folder",
+    "normalize_images": "data.transforms",
+    "ops": "",
+    "plots": "",
+    "predict": "predictions",
+    "preprocess": "data.preprocess",
+    "register_attention": "models.attention.kinds",
+    "to_inference": "convert.inference",
+    "train": "training.run:run",
+}
+
+
+if not TYPE_CHECKING:  # or type checkers would take every name for known
+
+    def __getattr__(name):
+        if name not in _PLACES:
+            raise AttributeError(f"module 'castling_jax' has no attribute {name!r}")
+        module, _, attribute = _PLACES[name].partition(":")
+        if not module:
+            return importlib.import_module(f"castling_jax.{name}")
+        value = getattr(importlib.import_module(f"castling_jax.{module}"), attribute or name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from matplotlib.figure import Figure
 
 DENSITY_TITLES = {"threshold": "Softmax weights kept by the mask", "fade": "Softmax branch kept by the fade"}
@@ -73,8 +73,7 @@ def draw_confusion(counts: Int[np.ndarray, "classes classes"], classes: Sequence
     axis.set(xlabel="answer", ylabel="class", title="Answers of the inference form")
     if count > MOST_NAMED:
         return figure
-    names = [name.encode("unicode_escape").decode() if not name.isprintable() else name for name in classes]
-    names = [name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…" for name in names]
+    names = [_shortened(name) for name in classes]
     axis.set_xticks(range(count), names, rotation=90, parse_math=False)
     axis.set_yticks(range(count), names, parse_math=False)
     for row, column in np.argwhere(counts):
@@ -90,3 +89,31 @@ def _series(history: dict[str, np.ndarray], name: str, scale: float = 1) -> tupl
     values = history[name]
     there = ~np.isnan(values.reshape(len(values), -1)).any(axis=1)
     return history["step"][there], scale * values[there]
+
+
+def draw_predictions(
+    images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Sequence[tuple[str, float]]]
+) -> Figure:
+    """A sheet of images, each with its most probable classes, at most three.
+
+    Args:
+      images: of any sizes.
+      answers: for each image, (class, probability) pairs, the most probable first.
+    """
+    columns = min(len(images), 6)
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(2.2 * columns, 2.9 * rows), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
+    for axis, image, answer in zip(axes, images, answers, strict=False):
+        axis.imshow(image)
+        lines = [f"{_shortened(name)} {100 * share:.0f} %" for name, share in answer[:3]]
+        axis.set_title("\n".join(lines), fontsize=9, loc="left", parse_math=False)
+    for axis in axes:
+        axis.set_axis_off()
+    return figure
+
+
+def _shortened(name: str) -> str:
+    """A class's name as a picture can show it."""
+    name = name if name.isprintable() else name.encode("unicode_escape").decode()
+    return name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…"

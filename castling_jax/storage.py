@@ -135,6 +135,19 @@ def try_folder(folder: str | os.PathLike) -> None:
                 part.rmdir()
 
 
+def make_folder(folder: Path) -> None:
+    """Makes the folder that is given by --out, where there is none, before the work whose results are to go there.
+
+    Raises:
+      InputError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"'{folder}' cannot be made ({error.strerror}): choose another folder for --out.") from error
+    try_folder(folder)
+
+
 def try_file(path: str | os.PathLike) -> None:
     """Tries whether a file can be written or replaced, before the work whose results are to go there.
 

@@ -1,6 +1,6 @@
 """What the recipes on ImageNet share: the data, and the augmentations of DeiT. A base, not a configuration.
 
-python -m castling_jax.tools.prepare imagenet2012 --help says how to get the data.
+python -m castling_jax prepare imagenet2012 --help says how to get the data.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """DeiT-micro on Fashion-MNIST: 60,000 real grey images of 28 x 28 pixels, cut into 16 patches.
 
-python -m castling_jax.tools.prepare fashion_mnist
+python -m castling_jax prepare fashion_mnist
 python main.py --config=configs/fashion_mnist.py
 
 Five epochs, 9 minutes of CPU time: about 5 minutes on two cores. About 85 % of the 10,000 test images.

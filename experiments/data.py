@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from castling_jax.errors import InputError, reason
-from castling_jax.tools.folders import ending_in_a_sentence
+from castling_jax.tools.cli import ending_in_a_sentence
 from experiments.study import ROOT
 
 CIFAR10 = ROOT / "data_local" / "cifar10"  # ignored by git

@@ -28,7 +28,7 @@ from scipy import stats
 
 from castling_jax.errors import InputError, check_known
 from castling_jax.storage import write_atomically
-from castling_jax.tools.folders import ending_in_a_sentence
+from castling_jax.tools.cli import ending_in_a_sentence
 from experiments.results import ORIGIN_FILE, RESULTS, unpack
 from experiments.study import ROOT, STUDIES, Study, load_study, study_hash, study_names, trials_of
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from castling_jax.errors import InputError
 from castling_jax.storage import write_atomically
-from castling_jax.tools.folders import ending_in_a_sentence
+from castling_jax.tools.cli import ending_in_a_sentence
 from experiments.results import ORIGIN_FILE, RESULTS
 from experiments.study import ROOT, STUDIES, Trial, code_hash, load_study, study_hash, trials_of
 

@@ -37,7 +37,8 @@ from castling_jax.data.sources import Unread
 from castling_jax.models.attention.kinds import FORMS
 from castling_jax.models.registry import MODELS, abstract_model, attentions_of
 from castling_jax.models.variables import apply, get_variables
-from castling_jax.tools.folders import ending_in_a_sentence, local_path, make_folder
+from castling_jax.storage import make_folder
+from castling_jax.tools.cli import ending_in_a_sentence, local_path
 from castling_jax.training.config import default_config
 from castling_jax.training.setup import set_up
 from castling_jax.training.sharding import batch_shapes

@@ -1,11 +1,14 @@
 """The documents name only files, functions and commands that exist."""
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 
+from castling_jax.__main__ import COMMANDS
 from castling_jax.models.attention.kinds import KINDS
+from castling_jax.training.config import FIELDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "castling_jax"
@@ -13,12 +16,13 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 TOP_FOLDERS = {".ci", "castling_jax", "configs", "docs", "scripts", "tests"}
 ROOMS = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}  # as "training/" in a document
 SOURCE = re.compile(r"\.(py|sh|md)$")
-PLACEHOLDERS = re.compile(r"\b(NAME|FILE)\b")  # the reader puts a name there
+PLACEHOLDERS = re.compile(r"\b(NAME|FILE|COMMAND)\b")  # the reader puts a name there
 CODE = re.compile(r"```.*?```|`[^`]+`", re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 URL = re.compile(r"(https?|gs)://[^\s`)]*")
 PATH = re.compile(r"[\w.*-]*[\w*-](?:/[\w.*-]*)*(?::[A-Za-z_][\w.]*)?")
 MODULE = re.compile(r"-m (castling_jax[\w.]*)")
+COMMAND = re.compile(r"python (?:-m castling_jax (\w+)|main\.py)((?: +[^\s#`;)]+)*)")
 TREE = re.compile(r"```tree\n(.*?)```", re.DOTALL)
 
 
@@ -58,6 +62,14 @@ def paths_drawn(text):
                 folders.append((indent, name))
 
 
+def commands_shown(text):
+    """(command, its words) of all command lines in a text, without brackets and what stands for more of the same."""
+    for command, rest in COMMAND.findall(text.replace("\\\n", " ")):
+        words = re.sub(r"[\[\]|`]|\.\.\.", " ", rest.partition(" #")[0]).split()
+        if not PLACEHOLDERS.search(command):
+            yield command or "train", words
+
+
 def defines(file, name):
     """Whether a file defines a function or class, or Class.method, of this name."""
     source = file.read_text()
@@ -76,8 +88,38 @@ def test_what_a_document_names_exists(document):
     for link in LINK.findall(text):
         assert (document.parent / link).exists(), f"{document.name} links to {link}"
     for module in MODULE.findall(text):
-        if not PLACEHOLDERS.search(module):
-            assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), f"{document.name} runs {module}"
+        files = [(ROOT / module.replace(".", "/")).with_suffix(".py"), ROOT / module.replace(".", "/") / "__main__.py"]
+        assert any(file.exists() for file in files), f"{document.name} runs {module}"
+
+
+def unknown_flags(command, words):
+    """The flags of a command line that the command does not take."""
+    tool = importlib.import_module(f"castling_jax.tools.{COMMANDS[command]}")
+    parser = tool.make_parser(words) if command == "plots" else tool.make_parser()
+    known = {"--config.GROUP.FIELD"} if parser.takes_fields else set()
+    known |= {f"--config.{field}" for field in FIELDS if parser.takes_fields}
+    flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+    return flags - known - parser._option_string_actions.keys()
+
+
+TOOLS = [PACKAGE / "tools" / f"{name}.py" for name in COMMANDS.values()]
+SHOWN = [*DOCUMENTS, *TOOLS, *sorted((ROOT / "scripts" / "pod").glob("*.sh"))]
+
+
+@pytest.mark.parametrize("document", SHOWN, ids=lambda path: path.name)
+def test_command_lines_have_flags_that_exist(document):
+    for command, words in commands_shown(document.read_text()):
+        assert command in COMMANDS, f"{document.name} runs {command}"
+        assert not unknown_flags(command, words), f"{document.name}: {command} {' '.join(words)}"
+
+
+def test_a_flag_that_does_not_exist_is_seen():
+    text = (
+        "`python -m castling_jax convert a [--chek]`\npython main.py --config=deit:small \\\n  --config.sed=1  # --no\n"
+    )
+    shown = list(commands_shown(text))
+    assert shown == [("convert", ["a", "--chek"]), ("train", ["--config=deit:small", "--config.sed=1"])]
+    assert [unknown_flags(*line) for line in shown] == [{"--chek"}, {"--config.sed"}]
 
 
 def test_the_drawn_house_has_only_rooms_that_exist():

@@ -1,7 +1,6 @@
 """The command line as a user meets it: in a process of its own."""
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -13,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import main
 from castling_jax.convert.checkpoint import checkpoint_steps
 from castling_jax.errors import DeterministicError, InputError
+from castling_jax.tools import train
+from castling_jax.training import process
 from castling_jax.training.config import FIELDS
 
 ROOT = Path(__file__).parent.parent
@@ -33,10 +33,11 @@ def command(workdir, *arguments):
     return [sys.executable, str(ROOT / "main.py"), f"--workdir={workdir}", *arguments]
 
 
-# Imports main.py once; each line of its input is a command, which a child of its own runs.
+# Imports what main.py does once; each line of its input is a command, which a child of its own runs.
 SERVER = """
 import json, os, sys
 import main
+from castling_jax.training import process
 
 for line in sys.stdin:
     folder, arguments = json.loads(line)
@@ -50,9 +51,12 @@ for line in sys.stdin:
     sys.argv = ["main.py", *arguments]
     status = 0
     try:
-        main.start()
+        main.main()
     except SystemExit as ended:
         status = ended.code or 0
+        if isinstance(status, str):  # a sentence
+            print(status, file=sys.stderr)
+            status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -103,7 +107,7 @@ def run(workdir, *arguments):
         ),
         ("--wrkdir=x", "unknown flag --wrkdir: did you mean --workdir?"),
         ("--learning_rate=1", "unknown flag --learning_rate: did you mean --config.optimizer.learning_rate?"),
-        ("more", "unexpected argument 'more'; flags are --config, --workdir and --config.GROUP.FIELD."),
+        ("more", "unexpected argument 'more'; --help lists what this command takes."),
         ("--profile=5", "--profile must be FIRST:LAST, such as 100:104, not '5'."),
         ("--num_processes=2", "--coordinator, --num_processes and --process_id go together: give all three or none."),
         (
@@ -146,19 +150,22 @@ def test_mistakes_are_one_sentence_and_a_status(mistaken, tmp_path, argument, se
         ([], "deit_micro", "runs/digits"),  # as `make run` starts it
         (["--config=configs/deit.py:tiny,softmax"], "deit_tiny", "runs/deit-tiny-softmax"),
         (["--config", "deit:tiny"], "deit_tiny", "runs/deit-tiny"),
-        (["-config=deit", "--workdir=x"], "deit_small", "x"),
+        (["--config=deit", "--workdir=x", "--config.model.name", "levit_128"], "levit_128", "x"),
     ],
 )
 def test_the_configuration_is_found_in_the_arguments(monkeypatch, arguments, model, workdir):
-    known = main.flags.FlagValues()
-    monkeypatch.setattr(main.flags, "FLAGS", known)
-    for module, name in ((main.flags, "DEFINE_boolean"), (main.flags, "DEFINE_string"), (main.flags, "DEFINE_integer")):
-        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), flag_values=known))
-    define = functools.partial(main.config_flags.DEFINE_config_dict, flag_values=known)
-    monkeypatch.setattr(main.config_flags, "DEFINE_config_dict", define)
-    known(main.define_flags(["main.py", *arguments]))
-    assert known["config"].value.model.name == model
-    assert str(main.run_folder()) == workdir
+    class Begun(Exception):  # noqa: N818  no error
+        pass
+
+    def run(config, folder, *, profile, extend):
+        raise Begun(config.model.name, str(folder))
+
+    monkeypatch.setattr(process, "run", run)
+    monkeypatch.setattr(process, "start", lambda options: None)
+    monkeypatch.setattr(process.distributed, "use_compilation_cache", lambda folder: None)
+    with pytest.raises(Begun) as begun:
+        process.train(train.make_parser().read(arguments), "main.py", None)
+    assert begun.value.args == (model, workdir)
 
 
 @pytest.mark.parametrize(
@@ -209,12 +216,13 @@ def test_a_bug_in_one_of_several_processes_ends_it(monkeypatch, capsys):
         raise ValueError("a bug")
 
     statuses = []
-    monkeypatch.setattr(main, "define_flags", fail)
-    monkeypatch.setattr(main.distributed.os, "_exit", statuses.append)
+    options = train.make_parser().read([])
+    monkeypatch.setattr(process, "load_overridden", fail)
+    monkeypatch.setattr(process.distributed.os, "_exit", statuses.append)
     with pytest.raises(ValueError, match="a bug"):  # alone, Python ends it
-        main.start()
-    monkeypatch.setattr(main.distributed, "has_others", lambda: True)
-    main.start()
+        process.train(options, "main.py", None)
+    monkeypatch.setattr(process.distributed, "has_others", lambda: True)
+    process.train(options, "main.py", None)
     assert statuses == [1]
     said = capsys.readouterr().err
     assert "ValueError: a bug" in said
@@ -226,19 +234,21 @@ def test_what_would_only_end_the_same_way_again_has_a_status_of_its_own(monkeypa
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(main, "define_flags", fail)
+    monkeypatch.setattr(process, "load_overridden", fail)
     with pytest.raises(SystemExit) as ended:
-        main.start()
+        process.train(train.make_parser().read([]), "main.py", None)
     assert ended.value.code == status
     assert capsys.readouterr().err == "main.py: no.\n"
 
 
 def test_on_a_cpu_freed_memory_is_kept(tmp_path):
     program = """
-import sys, main
-main.keep_freed_memory = lambda: print("kept", flush=True)
+import sys
+from castling_jax.tools import train
+from castling_jax.training import process
+process.keep_freed_memory = lambda: print("kept", flush=True)
 sys.argv = ["main.py", "--evaluate=nowhere"]
-main.start()
+train.main()
 """
     ended = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
@@ -334,7 +344,7 @@ def test_run_from_end_to_end(tmp_path):
     again = run(workdir, *SMALL)
     assert again.returncode == 0
     assert (
-        "This run is finished. A larger --config.train.epochs with --extend goes on with it; to start anew, "
+        "This run is finished. A larger --config.train.epochs with --extend trains it further; to start "
         in again.stdout
     )
     evaluated = run(workdir, f"--evaluate={workdir}")

@@ -27,13 +27,12 @@ from castling_jax.training.config_files import CONFIGS, load_config
 print(castling_jax.__file__, CONFIGS, castling_jax.configs.deit_384.get_config("small").model.name)
 print(load_config("levit:128s,softmax").model.name)
 """
-    printed = subprocess.run(
-        [sys.executable, "-P", "-c", program],
-        env={"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu", "PATH": ""},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    alone = {"env": {"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu", "PATH": ""}, "cwd": tmp_path}
+    commands = [["-c", program], [str(tmp_path / "bin" / "castling-jax"), "train", "--config=digits", "--check"]]
+    printed, checked = (
+        subprocess.run([sys.executable, "-P", *command], **alone, capture_output=True, text=True, check=True).stdout
+        for command in commands
+    )
     folder = tmp_path / "castling_jax"
     assert printed == f"{folder}/__init__.py {folder}/configs deit_small\nlevit_128s\n"
+    assert checked == "The configuration is valid.\n"

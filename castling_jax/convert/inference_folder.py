@@ -232,7 +232,7 @@ def _where_it_is(folder: epath.Path) -> str:
     if (folder / INFERENCE / MODEL_FILE).is_file():
         return f"; that of this run is '{folder / INFERENCE}'"
     if (folder / CONFIG_FILE).is_file():
-        return "; a run that is not finished has none yet, and castling_jax.tools.convert makes one"
+        return "; a run that is not finished has none yet, and python -m castling_jax convert makes one"
     return ""
 
 

@@ -89,7 +89,7 @@ def read(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
       path: on this machine or in a bucket (gs://):
         - a run's folder: its newest checkpoint in training form, or its inference folder where it has no checkpoint;
         - the folder of one checkpoint, RUN/checkpoints/STEP;
-        - an inference folder, as a run or castling_jax.tools.convert writes it;
+        - an inference folder, as a run or the convert command writes it;
         - the name of shipped weights, a text without a slash: "digits", where "./digits" is a folder;
         - a foreign file: .safetensors, .npz, or PyTorch's.
       step: which checkpoint of a run; None is the newest.

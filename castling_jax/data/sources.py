@@ -2,7 +2,7 @@
 
 digits                 scikit-learn's handwritten digits, in its wheel
 folder:PATH            images in PATH/SPLIT/CLASS/, or in PATH/CLASS/
-NAME[/CONFIG][:VERSION]  a data set of tensorflow-datasets, prepared by castling_jax.tools.prepare
+NAME[/CONFIG][:VERSION]  a data set of tensorflow-datasets, prepared by castling_jax prepare
 """
 
 import contextlib
@@ -311,7 +311,7 @@ def labelled_image(builder: Any) -> tuple[str, str]:
 
 def prepare_command(name: str, data_dir: epath.PathLike | None) -> str:
     """What prepares a data set of tensorflow-datasets."""
-    return f"python -m castling_jax.tools.prepare {name}" + (f" --data_dir={data_dir}" if data_dir else "")
+    return f"python -m castling_jax prepare {name}" + (f" --data_dir={data_dir}" if data_dir else "")
 
 
 def _unreadable(builder: Any, name: str, split: str, data_dir: epath.PathLike | None, error: Exception) -> InputError:

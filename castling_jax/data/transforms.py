@@ -21,7 +21,6 @@ from castling_jax.preprocessing import Preprocessing
 
 Image = Float[np.ndarray, "height width 3"]
 Example = dict[str, Any]
-Channels = tuple[float, ...]  # red, green, blue
 TRIES = 10  # that a random box of an area and an aspect ratio has to fit into the image
 CROP_RATIOS = (3 / 4, 4 / 3)  # width / height
 ERASED_AREAS = (0.02, 1 / 3)
@@ -36,19 +35,14 @@ def random_shift(image: Image, rng: np.random.Generator, pixels: int) -> Image:
     return padded[row : row + height, column : column + width]
 
 
-def normalize(
-    images: Num[Array | np.ndarray, "*batch height width 3"],
-    mean: Channels = (0.5, 0.5, 0.5),
-    std: Channels = (0.5, 0.5, 0.5),
-) -> Any:
+def normalize_images(images: Num[Array | np.ndarray, "*batch height width 3"], preprocessing: Preprocessing) -> Any:
     """(images - mean) / std, channel by channel, which is what models take; a data set's own give mean 0 and std 1.
 
     Training, evaluation, `preprocess` and what checks an exported program all normalise by this function.
 
     Args:
       images: [..., height, width, 3], of NumPy or JAX: uint8, which is divided by 255 first, or floats in [0, 1].
-      mean: of the channels, in [0, 1].
-      std: likewise.
+      preprocessing: has the channels' mean and std, in [0, 1]. Nothing is resized.
 
     Returns:
       Floats of the same shape; float32, or float64 of float64.
@@ -64,7 +58,9 @@ def normalize(
         raise InputError(f"images must be uint8, or floats in [0, 1], not {images.dtype}.")
     # Row by row: numpy is slow where the last axis has three entries only.
     rows = images.reshape(*images.shape[:-2], -1)
-    means, stds = (np.tile(np.asarray(values, np.float32), images.shape[-2]) for values in (mean, std))
+    means, stds = (
+        np.tile(np.asarray(values, np.float32), images.shape[-2]) for values in (preprocessing.mean, preprocessing.std)
+    )
     return ((rows - means) / stds).reshape(images.shape)
 
 
@@ -147,7 +143,7 @@ class EvalTransform:
           InputError: the image cannot be decoded.
         """
         image = np.asarray(self.read(example["image"]))
-        return {"image": normalize(image, self.preprocessing.mean, self.preprocessing.std), "label": example["label"]}
+        return {"image": normalize_images(image, self.preprocessing), "label": example["label"]}
 
     def read(self, image: Any) -> PillowImage.Image | Image:
         """The image at its size; floats stay floats."""
@@ -176,7 +172,6 @@ class TrainTransform:
         Raises:
           InputError: the image cannot be decoded, or is of floats and meant to be changed as only 8 bits can be.
         """
-        options = self.resize.preprocessing
         image = self._read(example["image"], rng)
         # Nothing is drawn for what is turned off: to turn one thing on leaves the other draws as they were.
         if self.flip and rng.random() < self.flip:
@@ -188,7 +183,7 @@ class TrainTransform:
         floats = _as_floats(image)
         if self.shift_pixels:
             floats = random_shift(floats, rng, self.shift_pixels)
-        floats = normalize(floats, options.mean, options.std)
+        floats = normalize_images(floats, self.resize.preprocessing)
         if self.erasing and rng.random() < self.erasing:
             floats = random_erasing(floats, rng)
         return {"image": floats, "label": example["label"]}

@@ -1,1 +1,1 @@
-"""What a person runs: python -m castling_jax.tools.NAME."""
+"""The commands: python -m castling_jax COMMAND."""

@@ -1,6 +1,6 @@
 """Prepares a data set to be trained on; once.
 
-    python -m castling_jax.tools.prepare NAME [--data_dir=DIR] [--manual_dir=DIR] [--archives=DIR]
+    python -m castling_jax prepare NAME [--data_dir=DIR] [--manual_dir=DIR] [--archives=DIR]
 
 NAME is one of tensorflow-datasets', NAME[/CONFIG][:VERSION]; https://www.tensorflow.org/datasets/catalog lists them.
 It is downloaded, and written to DIR/NAME/VERSION as ArrayRecord files, which training reads at random access without
@@ -16,222 +16,20 @@ interrupted starts anew, and leaves nothing behind that could be taken for whole
   folder:PATH        images in PATH/SPLIT/CLASS/ or PATH/CLASS/ need no preparing: checks and counts them.
 
 examples:
-  python -m castling_jax.tools.prepare fashion_mnist
+  python -m castling_jax prepare fashion_mnist
   python main.py --config=configs/fashion_mnist.py
 
-  python -m castling_jax.tools.prepare imagenet2012 --data_dir=/data/tfds --manual_dir=/data/archives
+  python -m castling_jax prepare imagenet2012 --data_dir=/data/tfds --manual_dir=/data/archives
 """
 
-import argparse
-import gzip
-import hashlib
-import io
-import shlex
-import struct
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
-from absl import logging
-from etils import epath
-from PIL import Image
-
-from castling_jax.data.folder import folder, folder_splits
-from castling_jax.data.sources import FOLDER, find_splits, labelled_image, load_dataset, tfds_builder
-from castling_jax.errors import InputError, in_one_sentence, printable
-from castling_jax.storage import try_folder
-from castling_jax.tools.folders import any_path, ending_in_a_sentence
-
-IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
-DEBIAN_ARCHIVES = epath.Path("/usr/share/datasets/fashion-mnist")  # where dataset-fashion-mnist is installed
-# Debian's copies are the published files but for gzip's header, which lacks name and time: split -> (start, time).
-FASHION_MNIST = {"train": ("train", 1504176606), "test": ("t10k", 1504176627)}
-ANY_IMAGES = "folder:224"  # the configuration for images of any kind
-RECIPES = {
-    "fashion_mnist": "fashion_mnist",
-    "imagenet2012": "deit:small",
-}  # data sets with a configuration of their own
-IDX_IMAGES, IDX_LABELS = 0x803, 0x801  # magic numbers: unsigned bytes in three dimensions, and in one
+from castling_jax.tools.cli import Parser, any_path, ending_in_a_sentence
 
 
-def prepare(
-    name: str,
-    *,
-    data_dir: epath.PathLike | None = None,
-    manual_dir: epath.PathLike | None = None,
-    archives: epath.PathLike | None = None,
-) -> str:
-    """Prepares a data set, unless that was done; see the module's docstring.
-
-    Returns:
-      What there is now, for a person.
-
-    Raises:
-      InputError: the data set is unknown or not of labelled images, or something is missing that it needs.
-    """
-    if name == "digits":
-        return "digits is in scikit-learn's wheel and needs no preparing."
-    if name.startswith(FOLDER):
-        return _count_folder(epath.Path(name.removeprefix(FOLDER)).expanduser())
-    builder = tfds_builder(name, data_dir=data_dir, file_format="array_record")
-    labelled_image(builder)  # before hours of work
-    if builder.is_prepared():
-        return f"{name} was prepared before.\n{_count(builder, name, data_dir)}"
-    try_folder(builder.data_path)
-    if builder.name == "fashion_mnist":
-        found = epath.Path(archives) if archives else DEBIAN_ARCHIVES
-        if archives or found.is_dir():
-            _read_from_archives(builder, found)
-    elif archives:
-        raise InputError("--archives is for fashion_mnist alone; --manual_dir is for what others need.")
-    manual = epath.Path(manual_dir) if manual_dir else builder.data_dir_root / "downloads" / "manual"
-    _check_manual(builder, manual)
-    _download_and_prepare(builder, name, manual)
-    return _count(builder, name, data_dir)
-
-
-def _check_manual(builder: Any, manual: epath.Path) -> None:
-    """Raises an InputError unless what has to be fetched by hand is in the folder."""
-    if builder.name == "imagenet2012":
-        missing = [archive for archive in IMAGENET_ARCHIVES if not (manual / archive).exists()]
-        if missing:
-            raise InputError(
-                f"imagenet2012 is made of {' and '.join(IMAGENET_ARCHIVES)}, which https://image-net.org/"
-                f"download-images gives to those who register, and '{manual}' lacks {' and '.join(missing)}: put them "
-                "there, or name their folder by --manual_dir."
-            )
-    elif builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not manual.is_dir():
-        raise InputError(
-            f"{builder.name} has files to be fetched by hand, into '{manual}' or a folder named by --manual_dir "
-            f"({in_one_sentence(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)})."
-        )
-
-
-def _download_and_prepare(builder: Any, name: str, manual: epath.Path) -> None:
-    import tensorflow_datasets as tfds
-
-    options = tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
-    try:
-        builder.download_and_prepare(download_config=options)  # into a folder that gets its name when it is whole
-    except Exception as error:  # of many kinds
-        if _lacks_tensorflow(error):
-            debian = ", or apt-get install dataset-fashion-mnist" if builder.name == "fashion_mnist" else ""
-            raise InputError(
-                f"preparing {name} needs TensorFlow, which training on it does not: pip install tensorflow-cpu"
-                f"{debian}, and run this again."
-            ) from error
-        if isinstance(error, OSError | tfds.download.DownloadError):
-            raise InputError(f"{name} could not be fetched or written ({in_one_sentence(error)}).") from error
-        raise
-
-
-def _lacks_tensorflow(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, ImportError) and (error.name or "tensorflow").split(".")[0] == "tensorflow":
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _read_from_archives(builder: Any, folder: epath.Path) -> None:
-    """Lets a builder of Fashion-MNIST read its archives from a folder, with nothing that needs TensorFlow.
-
-    Raises:
-      InputError: an archive is missing, or is not the published one.
-    """
-    checksums = {url.rpartition("/")[2]: info.checksum for url, info in builder.url_infos.items()}
-    parts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for split, (start, time) in FASHION_MNIST.items():
-        images, labels = (
-            _read_archive(folder / f"{start}-{kind}-ubyte.gz", time, checksums)
-            for kind in ("images-idx3", "labels-idx1")
-        )
-        parts[split] = (_parse_idx(images, IDX_IMAGES), _parse_idx(labels, IDX_LABELS))
-
-    def split_generators(manager: Any) -> dict[str, Any]:
-        return {split: _examples(*part) for split, part in parts.items()}
-
-    builder._split_generators = split_generators
-
-
-def _read_archive(path: epath.Path, time: int, checksums: dict[str, str]) -> bytes:
-    """What is in a published archive, or in Debian's copy of it, which lacks the time and name in gzip's header."""
-    if not path.is_file():
-        raise InputError(f"there is no archive '{path}'; apt-get install dataset-fashion-mnist brings it.")
-    data = path.read_bytes()
-    header = b"\x1f\x8b\x08\x08" + struct.pack("<I", time) + b"\x00\x03" + path.stem.encode() + b"\x00"
-    if checksums[path.name] not in (hashlib.sha256(copy).hexdigest() for copy in (data, header + data[10:])):
-        raise InputError(f"'{path}' is not the published archive: its SHA-256 is not {checksums[path.name]}.")
-    return gzip.decompress(data)
-
-
-def _parse_idx(data: bytes, magic: int) -> np.ndarray:
-    """The array in an IDX file: its magic number's last byte is the number of dimensions."""
-    dimensions = magic & 0xFF
-    found, *shape = struct.unpack_from(f">{1 + dimensions}I", data)
-    if found != magic:
-        raise InputError(f"an archive's magic number is {found:#x}, not {magic:#x}.")
-    return np.frombuffer(data, np.uint8, offset=4 * (1 + dimensions)).reshape(shape)
-
-
-def _examples(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-    """As TFDS's own builder gives them, with its keys, so that they come in the same order; but encoded here."""
-    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-        encoded = io.BytesIO()
-        Image.fromarray(image).save(encoded, "PNG")
-        yield index, {"image": encoded.getvalue(), "label": int(label)}
-
-
-def _count(builder: Any, name: str, data_dir: epath.PathLike | None) -> str:
-    """What a prepared data set holds, and how it is trained on; its first image was read."""
-    splits = builder.info.splits
-    dataset = load_dataset(name, next(iter(splits)), data_dir=data_dir)
-    option = f" --config.dataset.data_dir={data_dir}" if data_dir else ""
-    leftovers = sorted(path.name for path in builder.data_path.parent.glob("incomplete.*"))
-    return "\n".join(
-        [
-            f"{builder.data_path}: {dataset.num_classes} classes, {builder.info.dataset_size / 1e6:,.0f} MB",
-            *(f"  {split}: {info.num_examples:,} images" for split, info in splits.items()),
-            *(f"{left} is what an interrupted preparation left, and can be removed." for left in leftovers),
-            "To train on it:",
-            f"  python main.py --config={RECIPES.get(builder.name, ANY_IMAGES)} --config.dataset.name={name}{option}",
-        ]
-    )
-
-
-def _count_folder(path: epath.Path) -> str:
-    """What there is in a folder of images.
-
-    Raises:
-      InputError: as `folder` does.
-    """
-    classes = folder(path, "train").classes
-    lines = [f"{path}: {len(classes)} classes"]
-    skipped: Counter[str] = Counter()
-    for split in folder_splits(path):
-        dataset = folder(path, split)
-        counts = np.bincount(dataset.labels, minlength=len(classes))
-        lines.append(f"  {printable(split)}: {len(dataset):,} images, {counts.min():,} to {counts.max():,} in a class")
-        skipped += dataset.skipped
-    if skipped:
-        kinds = ", ".join(f"{count:,} {printable(suffix)}" for suffix, count in skipped.most_common())
-        lines.append(f"  passed over, since their names are not those of images: {kinds}")
-    train_split, eval_split = find_splits(f"{FOLDER}{path}")
-    name = shlex.quote(f"{FOLDER}{path}")
-    return "\n".join(
-        [
-            *lines,
-            f"To train on {train_split} and evaluate on {eval_split}, with images of 224 x 224 pixels:",
-            f"  python main.py --config={ANY_IMAGES} --config.dataset.name={name}",
-        ]
-    )
-
-
-@ending_in_a_sentence()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("name", metavar="NAME", help="of the data set")
     parser.add_argument(
         "--data_dir", metavar="DIR", type=any_path, help="where data sets are; ~/tensorflow_datasets if not given"
@@ -242,13 +40,23 @@ def main() -> None:
         type=any_path,
         help="where archives are that were fetched by hand; DIR/downloads/manual if not",
     )
-    parser.add_argument(
-        "--archives", metavar="DIR", type=any_path, help=f"fashion_mnist's; {DEBIAN_ARCHIVES} if it is there"
-    )
-    arguments = vars(parser.parse_args())
+    parser.add_argument("--archives", metavar="DIR", type=any_path, help="fashion_mnist's; Debian's if they are there")
+    return parser
+
+
+@ending_in_a_sentence()
+def main(words: Sequence[str] | None = None) -> None:
+    options = make_parser().read(words)
+
+    from absl import logging
+
+    from castling_jax.data.prepare import prepare
+
     logging.set_verbosity(logging.ERROR)  # tensorflow-datasets tells of what it looks for
     try:
-        print(prepare(arguments.pop("name"), **arguments))
+        print(
+            prepare(options.name, data_dir=options.data_dir, manual_dir=options.manual_dir, archives=options.archives)
+        )
     except KeyboardInterrupt:
         sys.exit("prepare: interrupted; nothing is prepared.")
 

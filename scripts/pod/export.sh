@@ -7,5 +7,5 @@ bucket
 flags=("$BUCKET/runs/$RUN" "exported/$RUN" --check "$@")
 # On one host of a pod JAX would wait for the others.
 on_workers "$(nodes | head -n 1)" 0 "cd $CODE && \
-JAX_PLATFORMS=cpu .venv/bin/python -m castling_jax.tools.convert $(printf '%q ' "${flags[@]}")&& \
+JAX_PLATFORMS=cpu .venv/bin/python -m castling_jax convert $(printf '%q ' "${flags[@]}")&& \
 gcloud storage cp --recursive exported/$RUN $BUCKET/exported/"

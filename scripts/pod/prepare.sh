@@ -9,5 +9,5 @@ DATA=${DATA:-$HOME/tensorflow_datasets}
 
 run python3 -m venv .venv
 run .venv/bin/python -m pip install --quiet -e ".[tf]"
-run .venv/bin/python -m castling_jax.tools.prepare imagenet2012 --data_dir="$DATA" --manual_dir="$ARCHIVES"
+run .venv/bin/python -m castling_jax prepare imagenet2012 --data_dir="$DATA" --manual_dir="$ARCHIVES"
 run gcloud storage rsync --recursive "$DATA/imagenet2012" "$BUCKET/tensorflow_datasets/imagenet2012"

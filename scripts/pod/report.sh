@@ -6,4 +6,4 @@ need TOPOLOGY "the pod's shape, such as v5e:16x16"
 
 run python3 -m venv .venv
 run .venv/bin/python -m pip install --quiet -e . "jax[tpu]"
-run .venv/bin/python -m castling_jax.tools.tpu_report --config="$CONFIG" --topology="$TOPOLOGY" "$@"
+run .venv/bin/python -m castling_jax report --config="$CONFIG" --topology="$TOPOLOGY" "$@"

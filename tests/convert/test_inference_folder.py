@@ -491,5 +491,5 @@ def test_a_runs_folder_is_told_of(refuses, tmp_path, model, variables):
         load_inference(tmp_path)
     shutil.rmtree(tmp_path / "inference")
     (tmp_path / "config.json").write_text("{}")
-    with refuses("a run that is not finished has none yet, and castling_jax.tools.convert makes one"):
+    with refuses("a run that is not finished has none yet, and python -m castling_jax convert makes one"):
         load_inference(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import castling_jax
-from castling_jax import Preprocessing, normalize, preprocess
+from castling_jax import Preprocessing, normalize_images, preprocess
 from castling_jax.data.loader import evaluation_batches
 from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import EvalTransform
@@ -54,7 +54,7 @@ def test_the_published_recipe_by_hand():
 def test_arrays_in_every_form():
     grey = np.random.default_rng(0).integers(0, 256, (3, 32, 32), np.uint8)
     colors = np.repeat(grey[..., None], 3, -1)
-    expected = normalize(colors, IMAGENET.mean, IMAGENET.std)
+    expected = normalize_images(colors, IMAGENET)
     floats = colors.astype(np.float32) / np.float32(255)
     for images in (colors, list(colors), list(grey), list(grey[..., None]), floats, list(floats), jnp.asarray(colors)):
         np.testing.assert_array_equal(preprocess(images, IMAGENET), expected)
@@ -68,16 +68,16 @@ def test_normalisation_is_a_formula_for_numpy_and_jax():
     # float32's rounding of numbers up to 2.6.
     for images in (image, image / np.float32(255), jnp.asarray(image), image[None, None]):
         np.testing.assert_allclose(
-            np.asarray(normalize(images, IMAGENET.mean, IMAGENET.std)).reshape(expected.shape), expected, atol=1e-6
+            np.asarray(normalize_images(images, IMAGENET)).reshape(expected.shape), expected, atol=1e-6
         )
-    assert normalize(jnp.asarray(image, jnp.bfloat16) / 255).dtype == jnp.float32
+    assert normalize_images(jnp.asarray(image, jnp.bfloat16) / 255, IMAGENET).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int32, np.int64, bool, complex])
 def test_other_numbers_are_no_images(refuses, dtype):
     image = np.ones((4, 4, 3), dtype)
     with refuses("images must be uint8, or floats in [0, 1]", str(np.dtype(dtype))):
-        normalize(image)
+        normalize_images(image, IMAGENET)
     with refuses("image 0: an image must be encoded bytes, or uint8", str(np.dtype(dtype))):
         preprocess(image, IMAGENET)
 

@@ -101,7 +101,7 @@ class TestTfds:
             load_dataset("tiny_animals", split, data_dir=data_dir)
 
     def test_what_is_not_prepared_names_the_command(self, tmp_path, refuses):
-        with refuses("not prepared", f"run python -m castling_jax.tools.prepare mnist --data_dir={tmp_path}."):
+        with refuses("not prepared", f"run python -m castling_jax prepare mnist --data_dir={tmp_path}."):
             load_dataset("mnist", "train", data_dir=tmp_path)
 
     def test_other_formats_are_refused(self, tmp_path, refuses):
@@ -118,7 +118,7 @@ class TestTfds:
         builder.download_and_prepare()
         for path in builder.data_path.glob("dataset_info.json"):
             path.write_text(path.read_text().replace("array_record", "tfrecord"))
-        with refuses("prepared as tfrecord", "tools.prepare mnist"):
+        with refuses("prepared as tfrecord", "castling_jax prepare mnist"):
             load_dataset("mnist", "train", data_dir=tmp_path)
 
     def test_other_than_labelled_images_is_refused(self, tmp_path, refuses):

@@ -11,7 +11,7 @@ from castling_jax.data.transforms import (
     EvalTransform,
     center_crop_box,
     color_jitter,
-    normalize,
+    normalize_images,
     random_erasing,
     random_resized_crop_box,
     random_shift,
@@ -63,13 +63,15 @@ def test_random_shift_is_a_whole_pixel_translation():
 
 def test_normalize_maps_the_unit_interval_to_plus_minus_one():
     image = np.broadcast_to(np.float32([0, 0.5, 1])[:, None, None], (3, 2, 3))
-    np.testing.assert_array_equal(normalize(image), np.broadcast_to(np.float32([-1, 0, 1])[:, None, None], (3, 2, 3)))
+    np.testing.assert_array_equal(
+        normalize_images(image, Preprocessing(8)), np.broadcast_to(np.float32([-1, 0, 1])[:, None, None], (3, 2, 3))
+    )
 
 
 def test_normalize_subtracts_each_channels_mean_and_divides_by_its_deviation():
     image = np.random.default_rng(0).random((4, 5, 3), np.float32)
     expected = (image - np.float32(IMAGENET["mean"])) / np.float32(IMAGENET["std"])
-    np.testing.assert_array_equal(normalize(image, **IMAGENET), expected)
+    np.testing.assert_array_equal(normalize_images(image, Preprocessing(5, **IMAGENET)), expected)
 
 
 def test_crop_boxes_have_the_areas_and_aspect_ratios_asked_for():
@@ -155,7 +157,9 @@ def test_crop_box_may_lie_between_pixels():
 @pytest.mark.parametrize("shape", [(28, 28), (28, 28, 1), (28, 28, 3)])
 def test_an_image_of_the_models_size_is_not_touched(shape):
     array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    expected = normalize(np.broadcast_to(array.reshape(28, 28, -1), (28, 28, 3)).astype(np.float32) / 255)
+    expected = normalize_images(
+        np.broadcast_to(array.reshape(28, 28, -1), (28, 28, 3)).astype(np.float32) / 255, Preprocessing(8)
+    )
     example = {"image": array, "label": 1}
     seen = EvalTransform(Preprocessing(image_size=28, crop_ratio=0.875, **HALF))(example)["image"]
     np.testing.assert_array_equal(seen, expected)
@@ -191,7 +195,7 @@ def test_digits_keep_their_floats_and_their_stream_of_shifts():
 def test_flip_is_a_mirror_image_as_often_as_asked(as_floats):
     image = picture(8, 8)
     whole = {"image": image.astype(np.float32) / 255 if as_floats else image, "label": 0}
-    plain = normalize(image.astype(np.float32) / 255)
+    plain = normalize_images(image.astype(np.float32) / 255, Preprocessing(8))
     flipped = 0
     for seed in range(400):
         seen = training(8, flip=0.25)(whole, np.random.default_rng(seed))["image"]

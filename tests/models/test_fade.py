@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 
 import castling_jax
+from castling_jax.compile_report.cases import load_case
 from castling_jax.convert.inference_folder import save_inference
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import get_variables
-from castling_jax.tools import compare
-from castling_jax.tools.convert import compare_forms
-from castling_jax.tools.tpu_cases import load_case
-from castling_jax.training import summary
+from castling_jax.training import comparison, summary
 from castling_jax.training.config import default_config
+from castling_jax.training.export import compare_forms
 from castling_jax.training.weights import teacher_model
 from tests.models import small
 
@@ -87,10 +86,10 @@ def test_only_castling_fades_in_a_comparison(monkeypatch, tmp_path):
         made[config.model.attention] = config.mask.kind
         return summary.Summary(workdir, {})
 
-    monkeypatch.setattr(compare, "run", run)
+    monkeypatch.setattr(comparison, "run", run)
     config = default_config()
     config.mask.kind = "fade"
-    compare.compare(config, ["softmax", "castling", "taylor"], tmp_path)
+    comparison.compare(config, ["softmax", "castling", "taylor"], tmp_path)
     assert made == {"softmax": "threshold", "castling": "fade", "taylor": "threshold"}
 
 

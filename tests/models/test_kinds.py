@@ -13,13 +13,13 @@ from flax import nnx
 import castling_jax
 from castling_jax.convert.inference_folder import save_inference
 from castling_jax.data.sources import ArrayDataset
+from castling_jax.models import description
 from castling_jax.models.attention.core import Kind
 from castling_jax.models.attention.heads import MultiHeadAttention
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.macs import Cost, count_costs
 from castling_jax.models.registry import abstract_model, attentions_of
 from castling_jax.models.variables import flatten, get_variables
-from castling_jax.tools import describe
 from castling_jax.training.config import default_config
 from castling_jax.training.setup import first_state, first_variables, set_up
 from tests.models import small
@@ -112,7 +112,7 @@ def test_a_registered_attention_is_counted_and_described():
     assert costs["cosine"] == Cost(2 * tokens * width * head_dim, width * head_dim + tokens * width)
     assert costs["token_kernel"] == Cost(9 * tokens * width, tokens * width)
     assert "other" not in costs
-    text = describe.describe("deit_micro", attention="cosine")
+    text = description.describe("deit_micro", attention="cosine")
     assert "cosine" in text.split("one image's forward pass")[1].split("parameters")[0]
 
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 import castling_jax
+from castling_jax.compile_report.cases import load_case
 from castling_jax.data.sources import ArrayDataset
+from castling_jax.models import description
 from castling_jax.models.attention import linear
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.macs import Cost, count_costs
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import flatten, get_variables
-from castling_jax.tools import describe
-from castling_jax.tools.tpu_cases import load_case
 from castling_jax.training.config import default_config
 from castling_jax.training.setup import first_state, first_variables, set_up
 from tests.models import small
@@ -340,7 +340,7 @@ def test_a_training_step_moves_its_parameters_on_a_mesh(name):
 
 
 def test_describe_lists_them():
-    text = describe.describe("deit_micro", attention="taylor", depth=1)
+    text = description.describe("deit_micro", attention="taylor", depth=1)
     table = text.split("one image's forward pass")[0]
     assert {line.split()[0] for line in table.splitlines() if line.startswith("  ")} >= set(NAMES)
     assert "Taylor's sparse branch" in text

@@ -13,14 +13,13 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 import castling_jax
+from castling_jax.compile_report.cases import load_case
 from castling_jax.convert.torch import from_torch, to_torch
 from castling_jax.data.sources import ArrayDataset
-from castling_jax.models import macs
+from castling_jax.models import description, macs
 from castling_jax.models.attention.kinds import KINDS, make_core
 from castling_jax.models.registry import attentions_of
 from castling_jax.models.variables import bind, flatten, get_variables, unflatten
-from castling_jax.tools import describe
-from castling_jax.tools.tpu_cases import load_case
 from castling_jax.training.config import default_config
 from castling_jax.training.optimizers import decay_mask
 from castling_jax.training.setup import first_state, first_variables, set_up
@@ -257,9 +256,9 @@ def test_every_product_is_counted_under_a_part(kind):
 
 
 def test_they_are_described():
-    text = describe.describe("deit_micro", attention="separable")
+    text = description.describe("deit_micro", attention="separable")
     assert {line.split()[0] for line in text.splitlines() if "train and inference" in line} >= set(RIVALS)
-    assert describe.PART_NAMES["separable"] in text
+    assert description.PART_NAMES["separable"] in text
 
 
 # In a model

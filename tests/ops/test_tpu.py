@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from castling_jax import ops
+from castling_jax.compile_report.compile import LIBTPU_ENVIRONMENT
 from castling_jax.ops.bias import dense_bias
 from castling_jax.ops.tpu import attention as kernels
 from castling_jax.ops.tpu import layout, linear_angular_blocks, masked_softmax, masked_softmax_blocks
-from castling_jax.tools.tpu_compile import LIBTPU_ENVIRONMENT
 from tests.ops import reference, rounding
 
 # (batch, queries, keys, heads, key_dim, value_dim): DeiT's, LeViT's and MViTv2's heads, tokens that no block divides.

@@ -121,9 +121,9 @@ def collectives(mesh_name: str, family: str = "deit") -> dict:
     import jax.numpy as jnp
     import optax
 
+    from castling_jax.compile_report import dump
     from castling_jax.models.registry import abstract_model
     from castling_jax.models.variables import get_variables
-    from castling_jax.tools import tpu_dump
     from castling_jax.training import sharding
     from castling_jax.training.state import create_state
     from castling_jax.training.step import make_train_step
@@ -141,7 +141,7 @@ def collectives(mesh_name: str, family: str = "deit") -> dict:
     with jax.set_mesh(mesh):
         lowered = jax.jit(step, donate_argnums=0).lower(sharding.with_shardings(state, shardings), batch, threshold)
     sent: dict[str, list[int]] = {}
-    for found in tpu_dump.collectives(tpu_dump.read_program(lowered.compile().as_text())):
+    for found in dump.collectives(dump.read_program(lowered.compile().as_text())):
         sent.setdefault(found.kind, []).append(found.bytes)
     matrices = [leaf for leaf in jax.tree.leaves(shardings.params) if not leaf.is_fully_replicated]
     return {

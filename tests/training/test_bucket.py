@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 
 from castling_jax import load_inference, storage
-from castling_jax.tools import convert
+from castling_jax.training import export
 from tests.training import fake_gcs
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +97,7 @@ def test_run_in_a_bucket_is_killed_and_damaged_and_ends_as_one_on_disk(server, t
     # And what reads a run: twice to the same place, the second time in another format.
     for format in ("orbax", "orbax", "safetensors"):
         arguments = {"format": format, "ema": False, "bfloat16": False, "check": True}
-        convert.convert(epath.Path(workdir), epath.Path("gs://bucket/out"), **arguments)
+        export.convert(epath.Path(workdir), epath.Path("gs://bucket/out"), **arguments)
         assert "read back, gives the same logits" in capsys.readouterr().out
     assert {name for name in server.objects if name.startswith("out/")} == {
         "out/model.json",

@@ -5,7 +5,7 @@ from castling_jax.convert import to_torch
 from castling_jax.convert.inference import to_inference
 from castling_jax.convert.inference_folder import save_inference
 from castling_jax.data.sources import ArrayDataset
-from castling_jax.data.transforms import EvalTransform, normalize
+from castling_jax.data.transforms import EvalTransform, normalize_images
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import apply, get_variables
 from castling_jax.preprocessing import Preprocessing
@@ -29,7 +29,7 @@ def test_figures_are_those_of_one_whole_batch(size):
         variables, 0.05
     ).figures()
 
-    images = normalize(dataset.images)
+    images = normalize_images(dataset.images, Preprocessing(8))
     inference_model = create_model("deit_micro", num_classes=10, depth=1, form="inference")
     train_logits = apply(model, variables, images, mask_threshold=0.05)
     logits = apply(inference_model, to_inference(variables), images)

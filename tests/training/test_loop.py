@@ -15,7 +15,7 @@ from castling_jax.convert.inference_folder import load_inference
 from castling_jax.convert.run_folder import read_metrics
 from castling_jax.convert.weights import read
 from castling_jax.data.sources import load_dataset
-from castling_jax.data.transforms import normalize
+from castling_jax.data.transforms import normalize_images
 from castling_jax.errors import DeterministicError, InputError
 from castling_jax.models.variables import apply
 from castling_jax.preprocessing import Preprocessing
@@ -89,7 +89,7 @@ def test_inference_folder_gives_the_reported_accuracy(whole_run):
     workdir, figures = whole_run
     model, variables = load_inference(workdir / "inference")
     held_out = load_dataset("digits", "test")
-    correct = apply(model, variables, normalize(held_out.images)).argmax(-1) == held_out.labels
+    correct = apply(model, variables, normalize_images(held_out.images, Preprocessing(8))).argmax(-1) == held_out.labels
     assert float(correct.mean()) == pytest.approx(figures["accuracy_inference_form"])
 
 
@@ -354,7 +354,9 @@ def test_raw_and_averaged_weights_are_both_evaluated_and_the_field_says_which_is
         # What is in inference/ is what those figures are of, and what a reader of the run gets.
         model, variables = load_inference(workdir / "inference")
         held_out = load_dataset("digits", "test")
-        loss = cross_entropy(apply(model, variables, normalize(held_out.images)), np.eye(10)[held_out.labels]).mean()
+        loss = cross_entropy(
+            apply(model, variables, normalize_images(held_out.images, Preprocessing(8))), np.eye(10)[held_out.labels]
+        ).mean()
         assert float(loss) == pytest.approx(figures[f"{exported}_eval_loss"], rel=1e-5)
         snapshot = read(workdir)
         assert snapshot.averaged == (exported == "averaged")
@@ -449,7 +451,7 @@ def test_levit_trains_castles_and_is_restored(tmp_path, monkeypatch):
     model, variables = load_inference(tmp_path / "run" / "inference")
     assert variables.keys() == {"params"}
     held_out = large_digits("digits", "test")
-    correct = apply(model, variables, normalize(held_out.images)).argmax(-1) == held_out.labels
+    correct = apply(model, variables, normalize_images(held_out.images, Preprocessing(8))).argmax(-1) == held_out.labels
     assert float(correct.mean()) == pytest.approx(figures["accuracy_inference_form"])
     # Once more, from the checkpoint, which holds the statistics.
     (tmp_path / "run" / "summary.json").unlink()

@@ -10,9 +10,9 @@ import time
 import numpy as np
 import pytest
 
+from castling_jax.bench.faults import LAUNCHER, SMALL, Pod
 from castling_jax.convert.checkpoint import CHECKPOINTS, checkpoint_steps
 from castling_jax.convert.run_folder import read_metrics
-from castling_jax.tools.faults import LAUNCHER, SMALL, Pod
 
 # One process of pytest runs them all: each has the run of `alone` to compare with.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pod")]

@@ -1,0 +1,332 @@
+"""Speed of the attention against softmax, of whole models and of reading images, on the machine at hand."""
+
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import math
+import os
+import platform
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from tqdm import tqdm
+
+import castling_jax
+from castling_jax.bench.decode_speed import describe_reading, measure_reading
+from castling_jax.bench.rivals import INFERENCE, SOFTMAX, Layer, equimo_layers, our_layers, rival_layers, torch_layers
+from castling_jax.errors import InputError
+from castling_jax.models.registry import create_model
+from castling_jax.models.variables import apply, get_variables
+from castling_jax.storage import make_folder
+from castling_jax.training.malloc import keep_freed_memory
+from castling_jax.training.timing import interleaved_seconds, spread
+
+JSON_FILE, PICTURE_FILE = "benchmark.json", "benchmark.png"
+TOKENS_A_CALL = 2048
+SLOPE_POINTS = 3  # a row's slope is over so many of its longest sequences
+AGREEMENT = 1e-4  # mean difference between a peer's output and ours, over the mean output
+PASSES = {False: "forward", True: "forward and backward"}
+
+Row = dict[str, Any]
+
+
+def batch_of(tokens: int) -> int:
+    """The power of two that makes about TOKENS_A_CALL tokens a call, and at least 1."""
+    return 2 ** max(0, int(math.log2(TOKENS_A_CALL / tokens)))
+
+
+def time_group(calls: dict[str, Callable[[], object]], repeats: int) -> list[Row]:
+    """Times calls in turns.
+
+    Returns:
+      A row for each: its name, milliseconds {min, median, max}, and, where softmax is among them, ratio_to_softmax
+      {min, median, max}, of each repeat's time to softmax's in the same repeat.
+    """
+    seconds = interleaved_seconds(calls, repeats=repeats)
+    rows = []
+    for name, values in seconds.items():
+        row: Row = {"name": name, "milliseconds": spread([1e3 * value for value in values])}
+        if SOFTMAX in seconds:
+            row["ratio_to_softmax"] = spread([a / b for a, b in zip(values, seconds[SOFTMAX], strict=True)])
+        rows.append(row)
+    return rows
+
+
+def peers_that_agree(ours: list[Layer], peers: list[Layer], channels: int, tokens: int) -> tuple[list[Layer], list]:
+    """The peers whose output is that of our layer of the same kind, and a sentence on each of the others."""
+    x = _tokens(2, tokens, channels)
+    expected = {layer.name: np.asarray(layer.prepare(x, False)()) for layer in ours}
+    agreeing, notes = [], []
+    for peer in peers:
+        ours_out = expected[peer.same_as]
+        difference = float(np.mean(np.abs(np.asarray(peer.prepare(x, False)()) - ours_out)) / np.mean(np.abs(ours_out)))
+        if difference <= AGREEMENT:
+            agreeing.append(peer)
+        else:
+            notes.append(f"{peer.name} is left out: its output differs from ours by {difference:.1e} of its size.")
+    return agreeing, notes
+
+
+def measure_layers(
+    layers: list[Layer],
+    token_counts: list[int],
+    *,
+    channels: int,
+    heads: int,
+    repeats: int,
+    backward: bool,
+    max_score_gib: float,
+) -> tuple[list[Row], list[str]]:
+    """Times the layers over the token counts.
+
+    Returns:
+      Rows as `time_group`'s with pass, tokens and batch; and notes on what was left out.
+    """
+    rows, notes = [], []
+    cases = list(itertools.product([False, True] if backward else [False], sorted(token_counts)))
+    for with_backward, tokens in (bar := tqdm(cases, unit="case")):
+        batch = batch_of(tokens)
+        bar.set_description(f"{PASSES[with_backward]}, {batch} x {tokens} tokens")
+        gib = 4 * batch * heads * tokens**2 / 2**30
+        chosen = [layer for layer in layers if gib <= max_score_gib or not layer.quadratic]
+        if len(chosen) < len(layers) and not with_backward:
+            notes.append(
+                f"{tokens:,} tokens without what is quadratic: {gib:.1f} GiB of scores are over the limit of "
+                f"{max_score_gib:g} GiB (--max-score-gib)."
+            )
+        x = _tokens(batch, tokens, channels)
+        case = {"pass": PASSES[with_backward], "tokens": tokens, "batch": batch}
+        calls = {layer.name: layer.prepare(x, with_backward) for layer in chosen}
+        rows += [case | row for row in time_group(calls, repeats)]
+    return rows, notes
+
+
+def _tokens(batch: int, tokens: int, channels: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(batch, tokens, channels)).astype(np.float32)
+
+
+def measure_models(name: str, image_sizes: list[int], repeats: int, rivals: list[str]) -> list[Row]:
+    """Times a whole model's forward pass, castling in inference form against softmax; rows as `measure_layers`'.
+
+    `rivals` are other attentions, which join them.
+
+    Raises:
+      InputError: an unknown model, an attention that it does not take, or a size that is no multiple of its patch.
+    """
+    rows = []
+    for size in (bar := tqdm(sorted(image_sizes), unit="size")):
+        bar.set_description(f"{name}, {size} pixels")
+        calls: dict[str, Callable[[], object]] = {}
+        for label, attention in ((SOFTMAX, "softmax"), (INFERENCE, "castling"), *zip(rivals, rivals, strict=True)):
+            model = create_model(name, attention=attention, form="inference", image_size=size)
+            variables = get_variables(model)
+            positions = variables["params"].get("pos_embed")
+            tokens = (size // 16) ** 2 if positions is None else positions.shape[1]
+            images = np.random.default_rng(0).normal(size=(batch_of(tokens), size, size, 3)).astype(np.float32)
+            calls[label] = partial(jax.jit(partial(apply, model)), variables, jnp.asarray(images))
+        calls |= _timm_model(f"{name}_patch16_224", images)
+        case = {"model": name, "image_size": size, "tokens": tokens, "batch": len(images)}
+        rows += [case | row for row in time_group(calls, repeats)]
+    return rows
+
+
+def _timm_model(name: str, images: np.ndarray) -> dict[str, Callable[[], object]]:
+    """timm's softmax model, or nothing where timm is not installed or does not have it."""
+    if not importlib.util.find_spec("timm"):
+        return {}
+    import timm
+    import torch
+
+    if not timm.is_model(name):
+        return {}
+    model = timm.create_model(name, img_size=images.shape[1]).eval()
+    tensor = torch.tensor(np.moveaxis(images, 3, 1).copy())
+
+    def run() -> torch.Tensor:
+        with torch.inference_mode():
+            return model(tensor)
+
+    return {"softmax, timm": run}
+
+
+def slopes(rows: list[Row]) -> dict[str, dict[str, float]]:
+    """The exponent of the tokens in the time a sequence takes, by pass and name: 1 is linear, 2 quadratic.
+
+    Fitted to the SLOPE_POINTS longest sequences of each; projections, which are linear, are in it.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for (name, kind), (tokens, times, _) in _series(rows).items():
+        if len(tokens) > 1:
+            logs = np.log(tokens[-SLOPE_POINTS:]), np.log(times[-SLOPE_POINTS:])
+            found.setdefault(kind, {})[name] = float(np.polyfit(*logs, 1)[0])
+    return found
+
+
+def _series(rows: list[Row]) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(name, pass) -> tokens, median milliseconds a sequence, and its [min, max], all in the tokens' order."""
+    grouped: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["tokens"]):
+        grouped.setdefault((row["name"], row["pass"]), []).append(row)
+    series = {}
+    for key, group in grouped.items():
+        times = np.array([[row["milliseconds"][of] / row["batch"] for row in group] for of in ("median", "min", "max")])
+        series[key] = np.array([row["tokens"] for row in group]), times[0], times[1:]
+    return series
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draws time over tokens and, beside it, the ratio to softmax, both logarithmic; a row for each pass."""
+    rows, exponents = results["layers"], results["slopes"]
+    passes = list(dict.fromkeys(row["pass"] for row in rows))
+    figure, axes = plt.subplots(len(passes), 2, figsize=(12, 4.6 * len(passes)), layout="constrained", squeeze=False)
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    palette = plt.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    colors = {name: palette(i) for i, name in enumerate(names)}
+    for kind, (time_axis, ratio_axis) in zip(passes, axes, strict=True):
+        for (name, of), (tokens, times, limits) in _series(rows).items():
+            if of != kind:
+                continue
+            line = "-" if name in (SOFTMAX, INFERENCE) else "--"
+            style = {"color": colors[name], "marker": "o", "markersize": 4, "linestyle": line}
+            slope = exponents.get(kind, {}).get(name)
+            label = name if slope is None else f"{name} (slope {slope:.2f})"
+            time_axis.errorbar(tokens, times, yerr=np.abs(limits - times), label=label, capsize=2, **style)
+            ratios = [row for row in rows if (row["name"], row["pass"]) == (name, kind) and "ratio_to_softmax" in row]
+            if ratios:
+                spread = np.array([[row["ratio_to_softmax"][of] for of in ("min", "median", "max")] for row in ratios])
+                counts = [row["tokens"] for row in ratios]
+                ratio_axis.plot(counts, spread[:, 1], **style)
+                ratio_axis.fill_between(counts, spread[:, 0], spread[:, 2], color=colors[name], alpha=0.15)
+        time_axis.set(title=f"Attention layer, {kind}", ylabel="milliseconds a sequence")
+        time_axis.legend(fontsize="x-small", loc="upper left")
+        ratio_axis.set(title="Time relative to softmax (median, and range over the repeats)", ylabel="ratio")
+        for axis in (time_axis, ratio_axis):
+            axis.set(xlabel="tokens", xscale="log", yscale="log")
+            ticks = sorted({row["tokens"] for row in rows})
+            axis.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+    machine, settings = results["machine"], results["settings"]
+    figure.suptitle(
+        f"{settings['channels']} channels, {settings['heads']} heads, float32, projections included; "
+        f"{machine['processor']}, {_cores(machine)}, JAX {results['versions']['jax']}"
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def describe(results: dict[str, Any]) -> str:
+    """The figures as a table for a person."""
+    machine = results["machine"]
+    lines = [
+        f"{machine['processor']}, {_cores(machine)}, {machine['device']}; load before {machine['load']:.1f}",
+        ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+    ]
+    layers = [(f"attention layer, {row['pass']}", row) for row in results["layers"]]
+    models = [(f"{row['model']} at {row['image_size']} pixels, forward", row) for row in results["models"]]
+    lines += describe_reading(results["reading"])
+    header = f"{'tokens':>8s} {'batch':>6s}  {'':36s}{'median ms':>10s}   ratio to softmax: min  median     max"
+    title = None
+    for of, row in layers + models:
+        if of != title:
+            lines += ["", of, header]
+            title, case = of, None
+        size = f"{row['tokens']:8,d} {row['batch']:6d}"
+        ratio = "".join(f"{value:8.3f}" for value in row.get("ratio_to_softmax", {}).values()).rjust(45)
+        name_and_time = f"{row['name']:36s}{row['milliseconds']['median']:10.2f}"
+        lines.append(f"{size if size != case else '':15s}  {name_and_time}{ratio}".rstrip())
+        case = size
+    for kind, exponents in results["slopes"].items():
+        lines += ["", f"slope in tokens, {kind}, over the {SLOPE_POINTS} longest"]
+        lines += [f"  {name:36s}{slope:6.2f}" for name, slope in exponents.items()]
+    return "\n".join([*lines, *([""] if results["notes"] else []), *results["notes"]])
+
+
+def _cores(machine: dict[str, Any]) -> str:
+    return "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "processor": names[0].split(":")[1].strip() if names else platform.processor() or platform.machine(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "device": jax.devices()[0].device_kind,
+        "system": platform.platform(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan,
+    }
+
+
+def find_versions() -> dict[str, str]:
+    """The versions of Python, this package, JAX, and the peers that are there."""
+    found = {"python": platform.python_version(), "castling_jax": castling_jax.__version__}
+    for name in ("jax", "jaxlib", "flax", "pillow", "torch", "timm", "equimo", "tensorflow-cpu"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def measure_attention(arguments: Namespace) -> dict[str, Any]:
+    """Layers and, where they are asked for, models: their rows, slopes and notes."""
+    layers, weights = our_layers(arguments.channels, arguments.heads)
+    rivals = rival_layers(arguments.attentions, arguments.channels, arguments.heads)
+    notes: list[str] = []
+    if not arguments.no_peers:
+        peers = torch_layers(weights) + equimo_layers(weights)
+        peers, notes = peers_that_agree(layers, peers, arguments.channels, min(*arguments.tokens, 64))
+        layers += peers
+    rows, left_out = measure_layers(
+        layers + rivals,
+        arguments.tokens,
+        channels=arguments.channels,
+        heads=arguments.heads,
+        repeats=arguments.repeats,
+        backward=arguments.backward,
+        max_score_gib=arguments.max_score_gib,
+    )
+    models = []
+    if arguments.models:
+        models = measure_models(arguments.model, arguments.image_sizes, arguments.repeats, arguments.attentions)
+    return {"layers": rows, "slopes": slopes(rows), "models": models, "reading": [], "notes": notes + left_out}
+
+
+def run(arguments: Namespace) -> dict[str, Any]:
+    """Measures what the command line asks for, and writes the files.
+
+    Raises:
+      InputError: heads that do not divide the channels, an unknown model, a size it does not take, a C library that
+        cannot keep memory, or a folder that cannot be made.
+    """
+    if arguments.keep_memory and not keep_freed_memory():
+        raise InputError("--keep-memory needs glibc, the C library of most Linux systems, which this is not.")
+    make_folder(arguments.out)
+    results: dict[str, Any] = {
+        "machine": describe_machine(),  # before the load is our own
+        "versions": find_versions(),
+        "settings": {name: value for name, value in vars(arguments).items() if name != "out"},
+    }
+    if arguments.loader:
+        rows, notes = measure_reading(arguments.repeats)
+        results |= {"layers": [], "slopes": {}, "models": [], "reading": rows, "notes": notes}
+    else:
+        results |= measure_attention(arguments)
+    (arguments.out / JSON_FILE).write_text(json.dumps(results, indent=2))
+    if results["layers"]:
+        draw(results, arguments.out / PICTURE_FILE)
+    return results

@@ -1,0 +1,208 @@
+"""What a model is made of, and what it costs, in tables for a person; and what a model costs with each attention."""
+
+import ast
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from castling_jax.errors import InputError
+from castling_jax.models.attention.kinds import FORMS
+from castling_jax.models.backbone import Backbone
+from castling_jax.models.macs import Cost, count_costs
+from castling_jax.models.registry import MODELS, abstract_model, attentions_of
+from castling_jax.models.variables import count_parameters, flatten, get_variables
+
+# What the tables call a part; a registered attention's part has its own name.
+PART_NAMES = {
+    "patch_embed": "patch embedding",
+    "stem": "stem",
+    "shortcut": "skip path's projections",
+    "qkv": "projections to q, k and v",
+    "pool": "pooling of q, k and v",
+    "relative_positions": "relative positions of the softmax",
+    "masked_softmax": "softmax branch: Q K^T and (M * P) V",
+    "linear_angular": "linear-angular: K^T V and Q (K^T V)",
+    "softmax": "softmax: Q K^T and P V",
+    "angular": "exact kernel: Q K^T and Sim V",
+    "relu_linear": "ReLU linear: K^T V and Q (K^T V)",
+    "separable": "separable: context vector",
+    "focused_linear": "focused linear: K^T V and Q (K^T V)",
+    "taylor_branch": "Taylor's sparse branch: Q K^T and (M * (P - T)) V",
+    "linear_taylor": "linear Taylor: K^T V and Q (K^T V)",
+    "performer": "performer: features, K^T V and Q (K^T V)",
+    "token_kernel": "token kernel's taps",
+    "proj": "output projections",
+    "mlp": "MLPs",
+    "head": "heads",
+    "other": "other",
+}
+SIZE_HEADER = ("parameters", "MACs", "activations")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What a model is in numbers; `parts` are `count_costs`'s."""
+
+    parameters: int
+    parts: dict[str, Cost]
+
+    @property
+    def total(self) -> Cost:
+        return sum(self.parts.values(), Cost())
+
+
+def measure(model: Backbone) -> Size:
+    """The model's parameters, and the cost of one image of its own size."""
+    return Size(count_parameters(get_variables(model)), count_costs(model))
+
+
+def compare(name: str, **arguments: Any) -> dict[tuple[str, tuple[str, ...]], Size]:
+    """A model with every attention that it takes: (attention, the forms of this size) -> size.
+
+    Raises:
+      InputError: as `create_model`.
+    """
+    sizes: dict[tuple[str, tuple[str, ...]], Size] = {}
+    for attention in attentions_of(name):
+        train, inference = (
+            measure(abstract_model(name, attention=attention, form=form, **arguments)) for form in FORMS
+        )
+        if train == inference:
+            sizes[attention, FORMS] = train
+        else:
+            sizes |= {(attention, ("train",)): train, (attention, ("inference",)): inference}
+    return sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """The parameters that modules of the same shape hold; `path` has a range, such as 0-11, in the place of a block."""
+
+    path: str
+    arrays: dict[str, tuple[int, ...]]
+    parameters: int
+
+
+def list_modules(model: Backbone) -> list[Module]:
+    """The parameters by module. Blocks that hold the same are one entry."""
+    shapes: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
+    for path, leaf in flatten(get_variables(model)["params"]).items():
+        *parents, array = path.split("/")
+        shapes.setdefault(tuple(parents), {})[array] = leaf.shape
+    alike: dict[Any, list[tuple[str, ...]]] = {}
+    for holder, arrays in shapes.items():
+        block = _block_position(holder)
+        rest = holder if block is None else (holder[:block], holder[block + 1 :])  # all but the block's number
+        alike.setdefault((rest, tuple(arrays.items())), []).append(holder)
+    modules = []
+    for holders in alike.values():
+        arrays = shapes[holders[0]]
+        modules.append(Module(_joint_path(holders), arrays, len(holders) * sum(map(math.prod, arrays.values()))))
+    return sorted(modules, key=lambda module: module.path)
+
+
+def _block_position(holder: tuple[str, ...]) -> int | None:
+    """Where in the path the innermost number stands."""
+    return next((i for i in reversed(range(len(holder))) if holder[i].isdigit()), None)
+
+
+def _joint_path(holders: list[tuple[str, ...]]) -> str:
+    first, block = holders[0], _block_position(holders[0])
+    if block is None or len(holders) == 1:
+        return "/".join(first)
+    numbers = sorted(int(holder[block]) for holder in holders)
+    in_a_row = numbers[-1] - numbers[0] == len(numbers) - 1
+    span = f"{numbers[0]}-{numbers[-1]}" if in_a_row else ",".join(map(str, numbers))
+    return "/".join([*first[:block], span, *first[block + 1 :]])
+
+
+def describe(name: str, *, attention: str = "castling", form: str = "train", **arguments: Any) -> str:
+    """The three tables of one model, for a person.
+
+    Raises:
+      InputError: as `create_model`.
+    """
+    model = abstract_model(name, attention=attention, form=form, **arguments)
+    sizes = compare(name, **arguments)
+    comparison = [("attention", "form", *SIZE_HEADER)]
+    for (kind, forms), size in sizes.items():
+        comparison.append((kind, " and ".join(forms), *_size_cells(size)))
+
+    chosen = next(size for (kind, forms), size in sizes.items() if kind == attention and form in forms)
+    parts = [("part", "MACs", "share", "activations")]
+    for part, cost in [*chosen.parts.items(), ("all", chosen.total)]:
+        share = f"{100 * cost.macs / chosen.total.macs:.1f} %"
+        parts.append((PART_NAMES.get(part, part), _millions(cost.macs), share, _millions(cost.activations)))
+
+    parameters = [("module", "arrays", "parameters")]
+    for module in list_modules(model):
+        arrays = ", ".join(f"{array} {list(shape)}" for array, shape in module.arrays.items())
+        parameters.append((module.path, arrays, f"{module.parameters:,}"))
+    parameters.append(("all", "", f"{chosen.parameters:,}"))
+
+    spec, variables = model.spec, get_variables(model)
+    text = [
+        f"{name}, {spec.image_size} x {spec.image_size} pixels, {spec.num_classes:,} classes"
+        + "".join(f", {word}={value!r}" for word, value in spec.overrides),
+        _table(comparison, left=2),
+        f"{attention}, form {form}: one image's forward pass",
+        _table(parts, left=1),
+        f"{attention}, form {form}: parameters",
+        _table(parameters, left=2),
+    ]
+    branch = sum(leaf.size for path, leaf in flatten(variables).items() if "softmax_branch" in path.split("/"))
+    if branch:
+        text.append(f"The switch drops {branch:,} of these, under softmax_branch.")
+    if statistics := sum(leaf.size for leaf in flatten(variables.get("batch_stats", {})).values()):
+        text.append(f"Beside them are {statistics:,} running statistics of batch norm.")
+    return "\n\n".join(text)
+
+
+def describe_all() -> Iterator[str]:
+    """A line for each model as softmax model and in castling's two forms, below a header."""
+    widths = (14, 22, 14, 14, 14)
+    yield _line(("model", "attention", *SIZE_HEADER), widths, left=2)
+    for name in MODELS:
+        for attention, form in [("softmax", "train"), ("castling", "train"), ("castling", "inference")]:
+            size = measure(abstract_model(name, attention=attention, form=form))
+            kind = f"castling, {form}" if attention == "castling" else attention
+            yield _line((name, kind, *_size_cells(size)), widths, left=2)
+
+
+def _size_cells(size: Size) -> tuple[str, str, str]:
+    return f"{size.parameters:,}", _millions(size.total.macs), _millions(size.total.activations)
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:,.2f} M"
+
+
+def _table(rows: Sequence[tuple[str, ...]], *, left: int) -> str:
+    """Aligned columns, the first `left` of them to the left."""
+    widths = tuple(max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join(_line(row, widths, left=left) for row in rows)
+
+
+def _line(row: tuple[str, ...], widths: tuple[int, ...], *, left: int) -> str:
+    cells = zip(row, widths, strict=True)
+    aligned = [f"{cell:{'<' if i < left else '>'}{width}}" for i, (cell, width) in enumerate(cells)]
+    return "  " + "  ".join(aligned).rstrip()
+
+
+def parse_overrides(settings: list[str]) -> dict[str, Any]:
+    """KEY=VALUE settings as arguments; a value that is no Python literal is a string.
+
+    Raises:
+      InputError: a setting has no "=".
+    """
+    overrides: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set takes KEY=VALUE, such as distilled=True, not {setting!r}.")
+        try:
+            overrides[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            overrides[key] = value
+    return overrides

@@ -1,0 +1,87 @@
+"""Trains a model.
+
+    python -m castling_jax train --config=NAME[:VARIANT] [--workdir=DIR] [--config.GROUP.FIELD=VALUE ...]
+
+NAME is one of configs/, or a file of your own. --help-config lists the fields.
+
+Started again, the same command resumes a run that was interrupted, or prints the summary of a finished one. --extend
+trains a finished run further, to a larger --config.train.epochs.
+Ctrl-C (as SIGTERM) has the run save after the step and end; a second Ctrl-C ends it at once.
+--check checks the configuration, and does nothing else.
+
+On a TPU pod it is started on every host, which find each other; elsewhere --coordinator=HOST:PORT, --num_processes and
+--process_id say where they are. scripts/launch.py starts several processes on one machine.
+
+Its status is 0 where it is finished or has saved because it was told to end, 3 where the same command would only come
+to the same end again (a loss that is not finite), 130 where Ctrl-C ended it, and 1 after any other mistake.
+"""
+
+import re
+from collections.abc import Sequence
+
+from castling_jax.errors import InputError
+from castling_jax.tools.cli import Parser, ending_in_a_sentence, program
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__, fields=True)
+    parser.add_config()
+    parser.add_argument("--workdir", metavar="DIR", help="where the run is kept, gs:// too; runs/NAME if not given")
+    parser.add_argument(
+        "--evaluate",
+        metavar="RUN",
+        help="a run's folder, or one of its checkpoints/STEP, to evaluate and no more: python -m castling_jax evaluate",
+    )
+    parser.add_argument(
+        "--extend", action="store_true", help="train a finished run further, to a larger config.train.epochs"
+    )
+    parser.add_argument("--profile", metavar="FIRST:LAST", help="the steps to trace for XProf, into DIR/profile/")
+    parser.add_argument("--check", action="store_true", help="check the configuration, and do no more")
+    parser.add_argument("--help-config", action="store_true", help="print the configuration's fields, and do no more")
+    add_process_flags(parser)
+    return parser
+
+
+def add_process_flags(parser: Parser) -> None:
+    """Adds the flags of a process that may have others beside it."""
+    group = parser.add_argument_group("several processes that are not on a TPU pod")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process_id", type=int, metavar="N", help="which of them this is, from 0")
+    parser.add_argument("--verbose", action="store_true", help="show what the libraries log")
+
+
+def profiled_steps(text: str | None) -> range | None:
+    """What --profile says.
+
+    Raises:
+      InputError: it is not FIRST:LAST.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if not found or int(found[1]) > int(found[2]):
+        raise InputError(f"--profile must be FIRST:LAST, such as 100:104, not {text!r}.")
+    return range(int(found[1]), int(found[2]) + 1)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    name = program()
+    with ending_in_a_sentence(f"{name}: "):
+        options = make_parser().read(words)
+        profile = profiled_steps(options.profile)
+
+        from castling_jax.training import process
+
+        if options.help_config or options.check:
+            process.show(options)
+            return
+    process.handle_signals(name)
+    if options.evaluate is None:
+        process.train(options, name, profile)
+    else:
+        process.evaluate(options, name)
+
+
+if __name__ == "__main__":
+    main()

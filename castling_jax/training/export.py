@@ -1,0 +1,224 @@
+"""A trained model's inference form as files, what became of each parameter, and the checks of what was written."""
+
+import functools
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from castling_jax.convert.checkpoint import CHECKPOINTS
+from castling_jax.convert.inference import check_switch, to_inference
+from castling_jax.convert.inference_folder import MODEL_FILE, PAYLOADS, load_inference, save_inference
+from castling_jax.convert.plan import Fate, plan
+from castling_jax.convert.run_folder import CONFIG_FILE, preprocessing_of
+from castling_jax.convert.weights import read
+from castling_jax.data.loader import evaluation_batches
+from castling_jax.data.sources import load_dataset
+from castling_jax.data.transforms import EvalTransform
+from castling_jax.errors import InputError, printable
+from castling_jax.models.attention.kinds import KINDS
+from castling_jax.models.backbone import Backbone
+from castling_jax.models.registry import abstract_model
+from castling_jax.models.variables import Variables, apply, count_parameters, flatten
+from castling_jax.preprocessing import Preprocessing
+from castling_jax.storage import absolute, is_remote, reach_bucket, try_folder
+from castling_jax.training.config_files import run_config
+from castling_jax.training.setup import named_splits
+from castling_jax.training.summary import SUMMARY_FILE
+
+CHECK_IMAGES = 128
+# How far logits of order one may be off where the arithmetic is the same but for the order of sums.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
+
+
+def convert(
+    path: str | os.PathLike, out: epath.Path, *, format: str, ema: bool | None, bfloat16: bool, check: bool
+) -> None:
+    """Converts and tells about it on standard output; see the module's docstring.
+
+    Raises:
+      InputError: what `read` and `save_inference` raise, the source names no model, or a check fails.
+    """
+    reach_bucket(out)
+    _check_out(out)
+    source = read(path, ema=ema)
+    if source.model is None:
+        raise InputError(f"'{path}' does not say which model it is of, as a run and an inference folder do.")
+    spec = source.model.spec
+    variables = to_inference(source.variables, dtype=jnp.bfloat16 if bfloat16 else None)
+    param_dtype = "bfloat16" if bfloat16 else spec.param_dtype
+    model = abstract_model(**spec.arguments(form="inference", param_dtype=param_dtype))
+    about = f"{source.path}" if source.step is None else f"{source.path}, step {source.step:,}"
+    about += ", moving average" if source.averaged else ""
+    print(f"{spec.name}, {spec.attention}, {spec.image_size} pixels, {spec.num_classes} classes: {about}\n")
+    if source.step is not None and not (absolute(source.path).parent.parent / SUMMARY_FILE).exists():
+        threshold = f", whose mask threshold is {source.mask_threshold:g}" if source.mask_threshold is not None else ""
+        print(f"This run is not finished: what is converted is its step {source.step:,}{threshold}.\n")
+    print(table(source.variables, variables))
+    config = run_config(source.config)
+    if check:
+        _, config.dataset.eval_split = named_splits(config.dataset)
+        images = held_out_images(source.preprocessing or preprocessing_of(config, spec.image_size), config)
+        print(f"\nOn {len(images)} images of {printable(config.dataset.name)} {printable(config.dataset.eval_split)}:")
+        for line in compare_forms(source.model, source.variables, source.mask_threshold, images):
+            print(f"  {line}")
+    save_inference(out, model, variables, format=format, preprocessing=source.preprocessing, classes=source.classes)
+    if check:
+        print(f"  {compare_written(out, format, model, variables, images)}")
+        if param_dtype != spec.param_dtype:
+            print(f"  {compare_cast(source.model, source.variables, model, variables, images)}")
+    size = _bytes(out / PAYLOADS[format]) + _bytes(out / MODEL_FILE)
+    print(f"\nWrote {out}: {PAYLOADS[format]} and {MODEL_FILE}, {size / 1e6:,.2f} MB.")
+
+
+def _check_out(out: epath.Path) -> None:
+    """Refuses a folder that cannot be written to, and a run's own: a conversion would mix with the run's files."""
+    where = out if is_remote(out) else epath.Path(Path(out).resolve())
+    for run in (where, *where.parents):
+        is_run = (run / CONFIG_FILE).exists() or (run / CHECKPOINTS).exists()
+        if is_run and (where == run or where.relative_to(run).parts[0] == CHECKPOINTS):
+            raise InputError(
+                f"'{out}' belongs to a run: give a folder for the conversion alone, such as '{out}-converted'."
+            )
+    try_folder(out)
+
+
+def _bytes(path: epath.Path) -> int:
+    return sum(map(_bytes, path.iterdir())) if path.is_dir() else path.stat().length
+
+
+def table(before: Variables, after: Variables) -> str:
+    """Both forms' arrays side by side, those of equal blocks in one line, and what became of each."""
+    old, new, fates = flatten(before), flatten(after), plan(before)
+    lines: Counter[tuple[str, str, str, str]] = Counter()
+    for path in sorted(old.keys() | new.keys()):
+        pattern = re.sub(r"/blocks/\d+/", "/blocks/*/", path)
+        lines[pattern, _shape(old.get(path)), _shape(new.get(path)), _told(path, old, new, fates)] += 1
+    rows = [("", "source", "inference form", "")]
+    for (pattern, shape, new_shape, fate), times in lines.items():
+        counts = [f"{times} x {text}" if times > 1 and text else text for text in (shape, new_shape)]
+        rows.append((pattern, counts[0] or "-", counts[1] or "-", fate))
+    rows.append(("parameters", f"{count_parameters(before):,}", f"{count_parameters(after):,}", ""))
+    statistics = sum(leaf.size for path, leaf in old.items() if not path.startswith("params/"))
+    if statistics:
+        rows.append(("batch statistics", f"{statistics:,}", "0", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    text = "\n".join(
+        f"  {name:{widths[0]}}  {shape:>{widths[1]}}  {new_shape:>{widths[2]}}  {fate}".rstrip()
+        for name, shape, new_shape, fate in rows
+    )
+    actions = Counter(fate.action for fate in fates.values())
+    return text + "\n  " + ", ".join(f"{times} arrays {action}" for action, times in actions.items()) + "."
+
+
+def _shape(leaf: np.ndarray | None) -> str:
+    return "" if leaf is None else f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _told(path: str, old: dict[str, Any], new: dict[str, Any], fates: dict[str, Fate]) -> str:
+    """What became of an array, in words."""
+    if path not in old:
+        return "the batch norm's shift"
+    action, target, _ = fates[path]
+    if action == "dropped":
+        return "dropped with the softmax branch"
+    if target != path:
+        return "folded into linear" if action == "folded" else "averaged into head"
+    if action == "kept":
+        return "" if old[path].dtype == new[path].dtype else "cast"
+    return "folded with batch norm" if action == "folded" else "averaged with the second head"
+
+
+def held_out_images(preprocessing: Preprocessing, config: ConfigDict) -> jax.Array:
+    """Up to CHECK_IMAGES held-out images, [batch, size, size, 3], as the model takes them."""
+    data = config.dataset
+    dataset = load_dataset(data.name, data.eval_split, data_dir=data.data_dir)
+    transform = EvalTransform(preprocessing)
+    batches = evaluation_batches(dataset, batch_size=min(CHECK_IMAGES, len(dataset)), transform=transform)
+    return jnp.asarray(next(batches)["image"])
+
+
+def compare_forms(model: Backbone, variables: Variables, mask_threshold: float | None, images: jax.Array) -> list[str]:
+    """What switching changes on these images.
+
+    Args:
+      model: in either form.
+      variables: its.
+      mask_threshold: what training has reached, of a castling model in training form.
+      images: as `held_out_images` gives them.
+
+    Raises:
+      InputError: the two forms are not the same where they have to be.
+    """
+    spec = model.spec
+    if spec.form == "inference":
+        return ["the source is in inference form already"]
+    logits = _logits(abstract_model(**spec.arguments(form="inference")), to_inference(variables), images)
+    if KINDS[spec.attention].inference is not None:
+        assert mask_threshold is not None
+        report = check_switch(model, variables, images, mask_threshold)
+        mask_kind = spec.arguments().get("mask_kind", "threshold")
+        kept = ", ".join(f"{density:.2%}" for density in report["densities"])
+        lines = [
+            f"at the mask {mask_kind} {mask_threshold:g} the two forms' logits differ by at most "
+            f"{report['max_difference']:.1e}; softmax weights kept, by layer: {kept}",
+            f"at 1 by at most {report['max_difference_at_one']:.1e}",
+        ]
+        difference = report["max_difference_at_one"]
+    else:
+        difference = _difference(_logits(model, variables, images), logits)
+        lines = [f"the two forms' logits differ by at most {difference:.1e}"]
+    _refuse_beyond(spec.dtype, difference, logits, "the two forms' logits")
+    return lines
+
+
+def compare_written(out: epath.Path, format: str, model: Backbone, variables: Variables, images: jax.Array) -> str:
+    """Compares what was written, read back, with what was to be written.
+
+    Raises:
+      InputError: it gives other logits.
+    """
+    expected = _logits(model, variables, images)
+    if format == "stablehlo":
+        program = jax.export.deserialize(bytearray((out / PAYLOADS[format]).read_bytes()))
+        logits = np.asarray(program.call(images))
+    else:
+        logits = _logits(*load_inference(out), images)
+    difference = _difference(logits, expected)
+    _refuse_beyond(model.spec.dtype, difference, expected, f"the logits of '{out}', read back, and of the model")
+    return "what was written, read back, gives the same logits" + (f" to {difference:.1e}" if difference else "")
+
+
+def compare_cast(
+    source: Backbone, source_variables: Variables, model: Backbone, variables: Variables, images: jax.Array
+) -> str:
+    """What parameters in another dtype than the source's change on these images."""
+    uncast = abstract_model(**source.spec.arguments(form="inference"))
+    before, after = _logits(uncast, to_inference(source_variables), images), _logits(model, variables, images)
+    same = int(np.sum(before.argmax(-1) == after.argmax(-1)))
+    return (
+        f"{model.spec.param_dtype} parameters change them by at most {_difference(before, after):.1e}, and the answer "
+        f"for {len(images) - same} images"
+    )
+
+
+def _logits(model: Backbone, variables: Variables, images: jax.Array) -> np.ndarray:
+    return np.asarray(jax.jit(functools.partial(apply, model))(variables, images))
+
+
+def _difference(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.max(np.abs(one - other)))
+
+
+def _refuse_beyond(dtype: str, difference: float, logits: np.ndarray, what: str) -> None:
+    allowed = TOLERANCES[dtype] * max(1.0, float(np.max(np.abs(logits))))
+    if not difference <= allowed:  # so that NaN is refused too
+        raise InputError(f"{what} differ by {difference:.1e}, more than the {allowed:.1e} that rounding explains.")

@@ -1,0 +1,61 @@
+"""A configuration and its overrides, --config.GROUP.FIELD=VALUE, as main.py and all commands take them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from castling_jax.errors import InputError, Mistakes, check_known
+from castling_jax.training.config import FIELDS, check_config
+from castling_jax.training.config_files import load_config
+
+
+def load_overridden(name: str, words: Sequence[str]) -> ConfigDict:
+    """The configuration of this name with its fields overridden, and checked.
+
+    Args:
+      name: as `load_config` takes it.
+      words: --config.GROUP.FIELD=VALUE, or --config.GROUP.FIELD and --noconfig.GROUP.FIELD for flags.
+
+    Raises:
+      InputError: there is no such configuration, fields are unknown, or values are wrong; names all mistakes.
+    """
+    config, _ = parse_overrides(name, words)
+    check_config(config)
+    return config
+
+
+def parse_overrides(name: str, words: Sequence[str]) -> tuple[ConfigDict, dict[str, Any]]:
+    """The configuration of this name with its fields overridden, and the overridden fields' values by dotted name.
+
+    Raises:
+      InputError: as `load_overridden`, but a value may be out of range.
+    """
+    mistakes = Mistakes()
+    for word in words:
+        with mistakes:
+            check_known("config field", word.partition("=")[0].partition("config.")[2], FIELDS)
+    with mistakes:
+        config = load_config(name)
+    mistakes.report()
+    known = flags.FlagValues()  # of its own: absl's shared one would keep the first configuration
+    config_flags.DEFINE_config_dict("config", config, flag_values=known, sys_argv=list(words))
+    try:
+        known(["", *words])
+    except (flags.Error, TypeError, ValueError) as error:
+        for word in words:  # absl stops at the first
+            with mistakes:
+                _parse_one(known, word)
+        with mistakes:
+            check_config(config)
+        mistakes.report()
+        raise InputError(str(error).strip()) from error
+    return config, config_flags.get_override_values(known["config"])
+
+
+def _parse_one(known: flags.FlagValues, word: str) -> None:
+    try:
+        known(["", word])
+    except (flags.Error, TypeError, ValueError) as error:
+        raise InputError(str(error).strip()) from error

@@ -1,0 +1,176 @@
+import importlib.util
+import json
+import sys
+
+import matplotlib.pyplot as plt
+import pytest
+
+from castling_jax.compile_report import pod
+from castling_jax.compile_report.chips import CHIPS
+from castling_jax.compile_report.compile import DoesNotFitError
+from castling_jax.compile_report.figures import summarize
+from castling_jax.compile_report.pod import Compiler, describe_pod, describe_sweep, pod_report, sweep, with_step
+from castling_jax.tools import tpu_report
+from tests.compile_report.texts import COMPILED
+
+CONFIG = "configs/digits.py"
+FACTS = {
+    **{"model": "deit_micro", "image_size": 8, "mesh": {"data": 4}, "images": 512, "images_per_device": 128.0},
+    **{"macs": 1_000_000, "assumed": ["the teacher", "so many images"]},
+}
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Stands in for the compiler; what was asked for. Softmax in training does not fit."""
+    asked = []
+
+    def report(what, options, *, topology, devices):
+        asked.append((options, topology, devices))
+        if options.get("attention") == "softmax" and options["form"] == "train":
+            raise DoesNotFitError("it does not fit a device: too large.")
+        figures = summarize(COMPILED, CHIPS[topology.split(":")[0]])
+        facts = FACTS | {"form": options["form"], "attention": options.get("attention", "castling")}
+        return {"topology": topology} | figures | {"facts": facts, "est_ms": 10.0}
+
+    monkeypatch.setattr(pod, "report", report)
+    return asked
+
+
+def test_a_step_is_the_estimate_and_the_links():
+    figures = {
+        **{"topology": "v5e:2x2", "est_ms": 7.0, "links_ms": {"all-reduce": 2.0, "all-gather": 1.0}},
+        **{"facts": FACTS | {"form": "train"}, "traffic_MB": 819.0},
+    }
+    found = with_step(figures)
+    assert (found["links_total_ms"], found["step_ms"]) == (3.0, 10.0)
+    assert found["images_per_second_per_chip"] == pytest.approx(12_800)
+    flops = 6 * 1e6 * 128  # forward, and twice as much backward, of two operations each
+    assert found["mfu"] == pytest.approx(flops / (10e-3 * 197e12))
+    assert found["roofline"] == pytest.approx({"flops": flops, "compute_ms": flops / 197e9, "hbm_ms": 1.0})
+    inference = with_step(figures | {"facts": FACTS | {"form": "inference"}})
+    assert inference["roofline"]["flops"] == pytest.approx(flops / 3)
+
+
+def test_report_has_both_attentions_and_says_what_it_is(compiled, tmp_path):
+    found = pod_report(CONFIG, topology="v5e:2x2", options={"batch": 128}, devices=0, compiler=Compiler(tmp_path))
+    assert [(o["form"], o["attention"], topology, n) for o, topology, n in compiled] == [
+        (form, attention, "v5e:2x2", 0) for form in ("inference", "train") for attention in ("castling", "softmax")
+    ]
+    text = describe_pod(found, top=1)
+    for said in (
+        "the TPU compiler's estimates; nothing here was measured on a TPU",
+        "softmax: it does not fit a device: too large.",
+        "HBM, of 16,911 MB",
+        "activations",
+        "0.0 MB, 0.00 ms",
+        "roofline: compute",
+        "- the teacher",
+        "- so many images",
+        "- traffic between slices",
+    ):
+        assert said in text
+    assert text.count("%fusion") == 0  # by where they come from in the program, not by the compiler's names
+    assert "in   1  jit(f)/while/body/tanh" in text
+    assert "fits a chip" in text
+    assert ">  " not in text
+    found["programs"]["inference"]["castling"]["incomplete"] = ["fusion %fusion.9 (jit(f)/div): no estimate"]
+    estimates = [row.split() for row in describe_pod(found, top=1).splitlines() if "estimate  " in row]
+    assert estimates[0] == ["estimate", ">", "10.00", "ms", "10.00", "ms"]
+
+
+def test_what_is_compiled_is_kept(compiled, tmp_path):
+    for _ in range(2):
+        pod_report(CONFIG, topology="v5e:2x2", options={"batch": 128}, devices=0, compiler=Compiler(tmp_path))
+    assert len(compiled) == 4
+    pod_report(CONFIG, topology="v5e:2x2", options={"batch": 64}, devices=0, compiler=Compiler(tmp_path))
+    assert len(compiled) == 8
+    overridden = {"batch": 64, "fields": ["--config.model.attention=linear_angular"]}
+    found = pod_report(CONFIG, topology="v5e:2x2", options=overridden, devices=0, compiler=Compiler(tmp_path))
+    assert [options["attention"] for options, *_ in compiled[8:]] == 2 * ["linear_angular", "softmax"]
+    assert all(options["fields"] == overridden["fields"] for options, *_ in compiled[8:])
+    assert found["config"] == f"{CONFIG} --config.model.attention=linear_angular"
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_sweep_scales_chips_and_tokens(compiled, tmp_path):
+    found = sweep(CONFIG, topology="v5e:4x8", options={"batch": 128}, compiler=Compiler(tmp_path))
+    assert [(count, pod) for count, pod, _ in found["chips"]] == [(8, "v5e:2x4"), (16, "v5e:4x4"), (32, "v5e:4x8")]
+    assert all(o["batch"] == 128 for o, _, devices in compiled if devices == 0)
+    castling = found["tokens"]["inference"]["castling"]
+    assert [(count, batch) for count, batch, _ in castling] == [(196, 128), (784, 32), (3136, 8), (7056, 3), (16384, 1)]
+    assert all(figures is None for *_, figures in found["tokens"]["train"]["softmax"])
+    # Which takes 10 ms and more.
+    found["tokens"]["inference"]["castling"][3][2]["incomplete"] = ["fusion %fusion.9 (jit(f)/div): no estimate"]
+    rows = [line.split() for line in describe_sweep(found).splitlines()]
+    assert next(row for row in rows if row[:2] == ["7,056", "3"])[2:4] == [">", "3.333"]
+    assert next(row for row in rows if row[:2] == ["3,136", "8"])[2] == "1.250"
+
+
+@pytest.mark.parametrize("extra", [[], ["--sweep"]])
+def test_command_line_keeps_text_figures_and_a_picture(compiled, tmp_path, monkeypatch, capsys, extra):
+    arguments = ["tpu_report", f"--config={CONFIG}", "--topology=v5e:4x4", "--batch=128", f"--out={tmp_path}", *extra]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as exit:
+        tpu_report.main()
+    assert not exit.value.code
+    said = capsys.readouterr().out
+    stem = f"{'sweep' if extra else 'report'}-v5e-4x4"
+    assert (tmp_path / f"{stem}.txt").read_text().strip() in said
+    kept = json.loads((tmp_path / f"{stem}.json").read_text())
+    assert kept["topology"] == "v5e:4x4"
+    assert "nothing here was measured" in kept["what"]
+    assert {"the teacher", "so many images"} < set(kept["not_counted"])
+    picture = plt.imread(tmp_path / f"{stem}.png")
+    assert picture.shape[0] > 400
+    assert picture.std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give --config=NAME, or what to compile"),
+        (["layer", "--sweep"], "--sweep goes with --config=NAME."),
+        (["layer", "--config.seed=1"], "--config.seed=1 goes with --config=NAME."),
+        (["layer", f"--config={CONFIG}"], "--config is reported on by itself: leave out 'layer'."),
+        ([f"--config={CONFIG}", "--tokens=5"], "unknown option of --config 'tokens'"),
+        ([f"--config={CONFIG}", "--sweep"], "--sweep needs --batch"),
+        (["--config=configs/digit.py"], "there is no configuration file 'configs/digit.py'."),
+        ([f"--config={CONFIG}", "--topology=v9x:2x2"], "unknown chip 'v9x'"),
+        ([f"--config={CONFIG}", "--topology=v5e:4x4x4"], "a topology of v5e has 2 sides, as v5e:16x16, not"),
+        ([f"--config={CONFIG}", "--topology=v4"], "a topology of v4 has 3 sides"),
+        ([f"--config={CONFIG}", "--sweep", "--batch=8"], "--sweep goes up to one of v5e:2x4, v5e:4x4"),
+        (
+            ["--config=configs/_imagenet.py"],
+            "'configs/_imagenet.py' is no configuration: it has no function get_config.",
+        ),
+        (
+            [f"--config={CONFIG}", "--out=README.md"],
+            "'README.md/programs' cannot be made (Not a directory): choose another folder for --out.",
+        ),
+    ],
+)
+def test_mistakes_are_one_sentence(compiled, monkeypatch, tmp_path, arguments, said):
+    monkeypatch.setattr(sys, "argv", ["tpu_report", f"--out={tmp_path}", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        tpu_report.main()
+    assert said in exit.value.code
+
+
+@pytest.mark.slow
+def test_a_configuration_is_compiled_for_a_pod(tmp_path):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, the TPU compiler, is not installed")
+    options = {"config": CONFIG, "form": "train", "batch": 32, "mesh": "data:2,fsdp:2"}
+    figures = with_step(Compiler(tmp_path)("recipe", options, topology="v5e:2x2", devices=0))
+    assert figures["facts"]["images"] == 128
+    assert figures["incomplete"] == []
+    held = figures["held_MB"]
+    # The optimiser has two moments of each parameter and a counter; both are split alike.
+    assert held["optimiser"] == pytest.approx(2 * held["parameters"], rel=1e-4)
+    assert held["images and labels"] == pytest.approx(32 * (8 * 8 * 3 + 1) * 4 / 1e6)
+    assert 0 < figures["activations_MB"] <= figures["temp_MB"]
+    assert sum(held.values()) <= figures["args_MB"] <= figures["total_MB"]
+    assert {"all-reduce", "all-gather"} <= figures["links_ms"].keys()
+    assert sum(figures["parts_ms"].values()) == pytest.approx(figures["est_ms"])
+    assert {"mlp", "linear_angular", "masked_softmax"} <= figures["parts_ms"].keys()
