@@ -1,15 +1,37 @@
-"""Pictures: arrays in, matplotlib figures out. `figure.savefig(path)` writes one; a notebook shows it."""
+"""Pictures: arrays in, matplotlib figures out. `png` makes a file of one; a notebook shows it.
 
+The smallest text has SMALL points at the size that is saved. At DPI that is 12 pixels, where a digit still has strokes
+of its own.
+"""
+
+import io
 from collections.abc import Sequence
+from typing import Any
 
-import matplotlib
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
+from castling_jax.errors import InputError
+
+DPI = 110
+SMALL = 8  # points
 DENSITY_TITLES = {"threshold": "Softmax weights kept by the mask", "fade": "Softmax branch kept by the fade"}
+MOST_MARKED = 20  # points of a line that have a marker each
 MOST_NAMED = 30  # classes of a confusion matrix that have their names and counts
 MOST_LETTERS = 24  # of a name
+
+Series = tuple[np.ndarray, np.ndarray]  # steps, and the values at them
+
+
+def png(figure: Figure, metadata: dict[str, Any] | None = None) -> bytes:
+    """The figure as a PNG file, with texts inside that readers of images find by their names."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI, metadata=metadata)
+    return file.getvalue()
 
 
 def draw_training(history: dict[str, np.ndarray], *, mask_kind: str = "threshold") -> Figure:
@@ -19,40 +41,70 @@ def draw_training(history: dict[str, np.ndarray], *, mask_kind: str = "threshold
       history: as `castling_jax.training.metrics.read_history` gives it; what it lacks is left out.
       mask_kind: what empties the softmax branch: "threshold" or "fade".
     """
-    figure = Figure(figsize=(11, 7), layout="constrained")  # not pyplot's, which would keep it
-    axes = figure.subplots(2, 2, sharex=True)
-    (loss_axis, accuracy_axis), (schedule_axis, density_axis) = axes
-
-    loss_axis.plot(*_series(history, "loss"), color="tab:gray", linewidth=0.8, label="training, of one batch")
-    loss_axis.plot(*_series(history, "eval_loss"), color="tab:blue", label="held out, inference form")
-    loss_axis.set(title="Loss", ylabel="cross entropy (nats)", yscale="log")
-    loss_axis.legend()
-
-    accuracy_axis.plot(*_series(history, "accuracy_train_form", 100), color="tab:orange", label="training form")
-    accuracy_axis.plot(
-        *_series(history, "accuracy_inference_form", 100), color="tab:blue", linestyle="--", label="inference form"
+    figure = Figure(figsize=(11, 8), layout="constrained")  # not pyplot's, which would keep it
+    axes = figure.subplot_mosaic(
+        [["loss", "accuracy"], ["schedule", "density"], ["schedule", "layers"]], sharex=True, height_ratios=(2, 1, 1)
     )
-    accuracy_axis.set(title="Held-out accuracy", ylabel="%", ylim=(None, 101))
-    accuracy_axis.legend(loc="lower right")
 
-    schedule_axis.plot(*_series(history, "learning_rate"), color="tab:green")
+    loss_axis, accuracy_axis, schedule_axis = axes["loss"], axes["accuracy"], axes["schedule"]
+    _plot(loss_axis, _series(history, "loss"), color="tab:gray", linewidth=0.8, label="training, of one batch")
+    _plot(loss_axis, _series(history, "eval_loss"), color="tab:blue", label="held out, inference form")
+    loss_axis.set(title="Loss", ylabel="cross entropy (nats)", yscale="log")
+    write_plain_numbers(loss_axis.yaxis)
+
+    train_form, inference_form = (_series(history, f"accuracy_{form}_form", 100) for form in ("train", "inference"))
+    _plot(accuracy_axis, train_form, color="tab:orange", label="training form")
+    _plot(accuracy_axis, inference_form, color="tab:blue", linestyle="--", label="inference form")
+    lowest = max(0, min(accuracy_axis.get_ylim()[0], 90))  # so that 100 % alone has an axis too
+    accuracy_axis.set(title="Held-out accuracy", ylabel="%", ylim=(lowest, 100))
+    for axis in (loss_axis, accuracy_axis):
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=2, frameon=False)  # below the curves
+        _add_epochs(axis, _steps_per_epoch(history))
+
+    rates = _series(history, "learning_rate")
+    _plot(schedule_axis, rates, color="tab:green")
+    start_at_zero(schedule_axis, rates[1])
     schedule_axis.set(title=f"Learning rate and mask {mask_kind}", xlabel="step")
     schedule_axis.set_ylabel("learning rate", color="tab:green")
     threshold_axis = schedule_axis.twinx()
-    threshold_axis.plot(*_series(history, "mask_threshold"), color="tab:red")
+    _plot(threshold_axis, _series(history, "mask_threshold"), color="tab:red")
     threshold_axis.set_ylabel(f"mask {mask_kind}", color="tab:red")
-    threshold_axis.set_ylim(-0.03, 1.05)
+    threshold_axis.set_ylim(0, 1.05)
 
-    steps, densities = _series(history, "mask_density")
-    layers = densities.shape[1] if len(steps) else 0  # a run may have evaluated before it first logged
-    for layer, color in enumerate(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, layers))):
-        density_axis.plot(steps, 100 * densities[:, layer], color=color, label=f"{layer}")
-    density_axis.set(title=DENSITY_TITLES[mask_kind], xlabel="step", ylabel="%")
-    if layers:
-        density_axis.legend(title="layer", ncols=2, fontsize="small")
-
-    for axis in axes.flat:
+    _draw_density(figure, (axes["density"], axes["layers"]), _series(history, "mask_density"), mask_kind)
+    loss_axis.set_xlim(0, np.max(history["step"], initial=1))  # and so all of them, which share the steps
+    for axis in (loss_axis, accuracy_axis, schedule_axis):
         axis.grid(alpha=0.3)
+    return figure
+
+
+def draw_density(
+    steps: Int[np.ndarray, "steps"],
+    densities: Float[np.ndarray, "steps layers"],
+    *,
+    mask_kind: str = "threshold",
+    steps_per_epoch: float | None = None,
+) -> Figure:
+    """The mask density over training: the mean over layers, and below it a heat map with a row for each layer.
+
+    Args:
+      steps: rising, such as `summary.history["step"]`.
+      densities: what the mask or the fade keeps, shares from 0 to 1; rows with a NaN are left out.
+      mask_kind: what empties the softmax branch: "threshold" or "fade".
+      steps_per_epoch: for an axis of epochs above the picture; None is no such axis.
+
+    Raises:
+      InputError: densities has another shape.
+    """
+    steps, densities = np.asarray(steps), np.asarray(densities, np.float64)
+    if densities.ndim != 2 or steps.shape != densities.shape[:1]:
+        shapes = f"{list(steps.shape)} and {list(densities.shape)}"
+        raise InputError(f"steps and densities must be of shapes [steps] and [steps, layers], not {shapes}.")
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    mean_axis, layers_axis = figure.subplots(2, sharex=True)
+    series = _series({"step": steps, "density": densities}, "density")
+    _draw_density(figure, (mean_axis, layers_axis), series, mask_kind)
+    _add_epochs(mean_axis, steps_per_epoch)
     return figure
 
 
@@ -78,11 +130,75 @@ def draw_confusion(counts: Int[np.ndarray, "classes classes"], classes: Sequence
     axis.set_yticks(range(count), names, parse_math=False)
     for row, column in np.argwhere(counts):
         color = "white" if shares[row, column] > 0.5 else "black"
-        axis.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=color, fontsize="small")
+        axis.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=color, fontsize=SMALL)
     return figure
 
 
-def _series(history: dict[str, np.ndarray], name: str, scale: float = 1) -> tuple[np.ndarray, np.ndarray]:
+class _PlainLogFormatter(LogFormatter):
+    """Labels the ticks that matplotlib labels on a logarithmic axis, by 0.02 where it has 2 x 10^-2."""
+
+    def __call__(self, value: float, position: int | None = None) -> str:
+        chosen = super().__call__(value, position)
+        return f"{value:,.15f}".rstrip("0").rstrip(".") if chosen else ""
+
+
+def write_plain_numbers(axis: Axis) -> None:
+    """Has a logarithmic axis, an `xaxis` or a `yaxis`, write its numbers out."""
+    axis.set_major_formatter(_PlainLogFormatter())
+    axis.set_minor_formatter(_PlainLogFormatter())
+
+
+def start_at_zero(axis: Axes, values: np.ndarray, fallback: float = 1) -> None:
+    """Has the axis reach from 0 to just above the largest value or, where all values are 0, to `fallback`."""
+    largest = np.max(values, initial=0)
+    axis.set_ylim(0, 1.05 * largest if largest > 0 else fallback)
+
+
+def _draw_density(figure: Figure, axes: tuple[Axes, Axes], series: Series, kind: str) -> None:
+    """Draws densities [steps, layers]: their mean into the first axes, the map of layers into the second."""
+    (mean_axis, layers_axis), (steps, densities) = axes, series
+    mean_axis.set(title=DENSITY_TITLES[kind], ylabel="%, mean of layers")
+    mean_axis.grid(alpha=0.3)
+    layers_axis.set(xlabel="step", ylabel="layer")
+    for axis in (layers_axis.xaxis, layers_axis.yaxis):
+        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    percents = 100 * densities
+    start_at_zero(mean_axis, percents, 100)
+    if not percents.size:  # a run may have evaluated before it first logged
+        return
+    _plot(mean_axis, (steps, percents.mean(axis=1)), color="tab:purple")
+    # The column of a step reaches back to the step before, and a single one to the run's start.
+    first = 2 * steps[0] - steps[1] if len(steps) > 1 else min(0, steps[0] - 1)
+    rows = np.arange(percents.shape[1] + 1) - 0.5
+    image = layers_axis.pcolormesh(np.append(first, steps), rows, percents.T, vmin=0, vmax=mean_axis.get_ylim()[1])
+    layers_axis.invert_yaxis()  # the first layer on top
+    figure.colorbar(image, ax=axes, label="%, each layer", aspect=40)
+
+
+def _plot(axis: Axes, series: Series, **style: Any) -> None:
+    """Draws a line; where its points are few each has a marker, because a line of one point cannot be seen.
+
+    What lies on the border of the axes is drawn whole.
+    """
+    steps, values = series
+    marker = "o" if 0 < len(steps) <= MOST_MARKED else None
+    axis.plot(steps, values, marker=marker, markersize=4, clip_on=not len(steps), zorder=3, **style)
+
+
+def _add_epochs(axis: Axes, steps_per_epoch: float | None) -> None:
+    """Adds an axis of epochs above the axes."""
+    if steps_per_epoch is not None:
+        functions = (lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
+        axis.secondary_xaxis("top", functions=functions).set_xlabel("epoch")
+
+
+def _steps_per_epoch(history: dict[str, np.ndarray]) -> float | None:
+    """None where the history has no epochs, which runs of earlier versions did not write."""
+    steps, epochs = _series(history, "epoch")
+    return steps[-1] / epochs[-1] if len(steps) else None
+
+
+def _series(history: dict[str, np.ndarray], name: str, scale: float = 1) -> Series:
     """The steps that have this figure, and its values."""
     if name not in history:
         return np.empty(0), np.empty(0)

@@ -12,7 +12,6 @@ docs/evidence.md is written by hand, but for what stands between `<!-- report: K
 import argparse
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import re
@@ -27,6 +26,7 @@ from PIL import Image
 from scipy import stats
 
 from castling_jax.errors import InputError, check_known
+from castling_jax.plots import png
 from castling_jax.storage import write_atomically
 from castling_jax.tools.cli import ending_in_a_sentence
 from experiments.results import ORIGIN_FILE, RESULTS, unpack
@@ -177,7 +177,11 @@ class Findings:
         return hashlib.sha256(json.dumps(self.results).encode()).hexdigest() if self.results else None
 
     def draw(self) -> bytes:
-        """The picture, a PNG that carries `digest`: a dot for each seed, a bar for the mean, at the chosen rates."""
+        """The picture, a PNG that carries `digest`."""
+        return png(self.figure(), metadata={DIGEST: self.digest()})
+
+    def figure(self) -> Figure:
+        """A dot for each seed and a bar for the mean, at the chosen rates."""
         figure = Figure(figsize=(8, 4), layout="constrained")
         axes = figure.subplots()
         for place, arm in enumerate(self.chosen):
@@ -187,9 +191,7 @@ class Findings:
         axes.set_xticks(range(len(self.chosen)), list(self.chosen), rotation=20)
         axes.set(title=self.name, ylabel="test accuracy, inference form (%)")
         axes.grid(alpha=0.3)
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=110, metadata={DIGEST: self.digest()})
-        return file.getvalue()
+        return figure
 
 
 def _accuracy(found: Estimate) -> str:

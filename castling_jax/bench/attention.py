@@ -16,21 +16,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import castling_jax
 from castling_jax.bench.decode_speed import describe_reading, measure_reading
-from castling_jax.bench.rivals import INFERENCE, SOFTMAX, Layer, equimo_layers, our_layers, rival_layers, torch_layers
+from castling_jax.bench.rivals import (
+    INFERENCE,
+    MASK_THRESHOLD,
+    OURS,
+    SOFTMAX,
+    Layer,
+    equimo_layers,
+    our_layers,
+    rival_layers,
+    torch_layers,
+)
 from castling_jax.errors import InputError
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import apply, get_variables
+from castling_jax.plots import SMALL, png, write_plain_numbers
 from castling_jax.storage import make_folder
 from castling_jax.training.malloc import keep_freed_memory
-from castling_jax.training.timing import interleaved_seconds, spread
+from castling_jax.training.timing import interleaved_seconds, significant, spread
 
 JSON_FILE, PICTURE_FILE = "benchmark.json", "benchmark.png"
 TOKENS_A_CALL = 2048
@@ -117,7 +126,7 @@ def _tokens(batch: int, tokens: int, channels: int) -> np.ndarray:
 
 
 def measure_models(name: str, image_sizes: list[int], repeats: int, rivals: list[str]) -> list[Row]:
-    """Times a whole model's forward pass, castling in inference form against softmax; rows as `measure_layers`'.
+    """Times a whole model's forward pass, castling in both forms against softmax; rows as `measure_layers`'.
 
     `rivals` are other attentions, which join them.
 
@@ -128,13 +137,14 @@ def measure_models(name: str, image_sizes: list[int], repeats: int, rivals: list
     for size in (bar := tqdm(sorted(image_sizes), unit="size")):
         bar.set_description(f"{name}, {size} pixels")
         calls: dict[str, Callable[[], object]] = {}
-        for label, attention in ((SOFTMAX, "softmax"), (INFERENCE, "castling"), *zip(rivals, rivals, strict=True)):
-            model = create_model(name, attention=attention, form="inference", image_size=size)
+        for label, (attention, form) in (OURS | {rival: (rival, "inference") for rival in rivals}).items():
+            model = create_model(name, attention=attention, form=form, image_size=size)
             variables = get_variables(model)
             positions = variables["params"].get("pos_embed")
             tokens = (size // 16) ** 2 if positions is None else positions.shape[1]
             images = np.random.default_rng(0).normal(size=(batch_of(tokens), size, size, 3)).astype(np.float32)
-            calls[label] = partial(jax.jit(partial(apply, model)), variables, jnp.asarray(images))
+            run_model, threshold = jax.jit(partial(apply, model)), jnp.float32(MASK_THRESHOLD)
+            calls[label] = partial(run_model, variables, jnp.asarray(images), mask_threshold=threshold)
         calls |= _timm_model(f"{name}_patch16_224", images)
         case = {"model": name, "image_size": size, "tokens": tokens, "batch": len(images)}
         rows += [case | row for row in time_group(calls, repeats)]
@@ -185,13 +195,14 @@ def _series(rows: list[Row]) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarr
     return series
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Draws time over tokens and, beside it, the ratio to softmax, both logarithmic; a row for each pass."""
+def draw(results: dict[str, Any]) -> Figure:
+    """Time over tokens and, beside it, the ratio to softmax, both logarithmic; a row for each pass."""
     rows, exponents = results["layers"], results["slopes"]
     passes = list(dict.fromkeys(row["pass"] for row in rows))
-    figure, axes = plt.subplots(len(passes), 2, figsize=(12, 4.6 * len(passes)), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(15, 4.6 * len(passes)), layout="constrained")
+    axes = figure.subplots(len(passes), 2, squeeze=False)
     names = list(dict.fromkeys(row["name"] for row in rows))
-    palette = plt.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
     colors = {name: palette(i) for i, name in enumerate(names)}
     for kind, (time_axis, ratio_axis) in zip(passes, axes, strict=True):
         for (name, of), (tokens, times, limits) in _series(rows).items():
@@ -209,21 +220,22 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 ratio_axis.plot(counts, spread[:, 1], **style)
                 ratio_axis.fill_between(counts, spread[:, 0], spread[:, 2], color=colors[name], alpha=0.15)
         time_axis.set(title=f"Attention layer, {kind}", ylabel="milliseconds a sequence")
-        time_axis.legend(fontsize="x-small", loc="upper left")
+        handles, labels = time_axis.get_legend_handles_labels()
+        ratio_axis.legend(handles, labels, fontsize=SMALL, loc="upper left", bbox_to_anchor=(1, 1))
         ratio_axis.set(title="Time relative to softmax (median, and range over the repeats)", ylabel="ratio")
         for axis in (time_axis, ratio_axis):
             axis.set(xlabel="tokens", xscale="log", yscale="log")
             ticks = sorted({row["tokens"] for row in rows})
             axis.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
-            axis.minorticks_off()
+            axis.xaxis.minorticks_off()
+            write_plain_numbers(axis.yaxis)
             axis.grid(alpha=0.3)
     machine, settings = results["machine"], results["settings"]
     figure.suptitle(
         f"{settings['channels']} channels, {settings['heads']} heads, float32, projections included; "
         f"{machine['processor']}, {_cores(machine)}, JAX {results['versions']['jax']}"
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def describe(results: dict[str, Any]) -> str:
@@ -244,7 +256,7 @@ def describe(results: dict[str, Any]) -> str:
             title, case = of, None
         size = f"{row['tokens']:8,d} {row['batch']:6d}"
         ratio = "".join(f"{value:8.3f}" for value in row.get("ratio_to_softmax", {}).values()).rjust(45)
-        name_and_time = f"{row['name']:36s}{row['milliseconds']['median']:10.2f}"
+        name_and_time = f"{row['name']:36s}{significant(row['milliseconds']['median']):>10s}"
         lines.append(f"{size if size != case else '':15s}  {name_and_time}{ratio}".rstrip())
         case = size
     for kind, exponents in results["slopes"].items():
@@ -328,5 +340,5 @@ def run(arguments: Namespace) -> dict[str, Any]:
         results |= measure_attention(arguments)
     (arguments.out / JSON_FILE).write_text(json.dumps(results, indent=2))
     if results["layers"]:
-        draw(results, arguments.out / PICTURE_FILE)
+        (arguments.out / PICTURE_FILE).write_bytes(png(draw(results)))
     return results

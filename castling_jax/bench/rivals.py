@@ -24,6 +24,8 @@ from castling_jax.models.layers import Layers
 
 MASK_THRESHOLD = 0.02  # of training forms; what it lets through costs nothing less
 SOFTMAX, INFERENCE, TRAINING = "softmax", "castling, inference form", "castling, training form"
+# Attention and form of the layers and models that are always timed.
+OURS = {SOFTMAX: ("softmax", "inference"), INFERENCE: ("castling", "inference"), TRAINING: ("castling", "train")}
 # Where Equimo has had its layer, newest first.
 EQUIMO_MODULES = ("equimo.vision.layers.attention", "equimo.layers.attention")
 
@@ -56,8 +58,7 @@ def our_layers(channels: int, heads: int) -> tuple[list[Layer], dict[str, np.nda
       InputError: heads that do not divide the channels.
     """
     layers = []
-    kinds = {SOFTMAX: ("softmax", "inference"), INFERENCE: ("castling", "inference"), TRAINING: ("castling", "train")}
-    for name, (attention, form) in kinds.items():
+    for name, (attention, form) in OURS.items():
         module = _our_module(attention, form, channels, heads)
         if module.token_kernel is not None:  # zero in a new layer, which would hide it from a comparison
             module.token_kernel[...] = jax.random.normal(jax.random.key(1), module.token_kernel.shape) / 3

@@ -1,24 +1,23 @@
 """Pictures of compile reports."""
 
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from castling_jax.compile_report.chips import chip_of
 from castling_jax.compile_report.pod import HONEST, Figures, at_least, is_more
+from castling_jax.plots import SMALL, start_at_zero, write_plain_numbers
+from castling_jax.training.timing import significant
 
 LINKS = "links"
-FOOTNOTE_WIDTH = 240  # characters
+FOOTNOTE_WIDTH = 210  # characters
 
 
-def draw_pod(found: Figures, file: Path) -> None:
-    """Draws what is held in HBM, where time goes, what is sent, and the roofline, of all programs of a report."""
+def draw_pod(found: Figures) -> Figure:
+    """What is held in HBM, where time goes, what is sent, and the roofline, of all programs of a report."""
     chip = chip_of(found["topology"])
     programs = {
         f"{attention},\n{'training' if form == 'train' else form}": figures
@@ -26,9 +25,9 @@ def draw_pod(found: Figures, file: Path) -> None:
         for attention, figures in row.items()
         if "does_not_fit" not in figures
     }
-    figure, axes = plt.subplots(2, 2, figsize=(15, 9), layout="constrained")
+    figure = Figure(figsize=(15, 9), layout="constrained")
     figure.suptitle(f"{found['config']} on {found['topology']}\n{HONEST}")
-    (memory, times), (links, roofline) = axes
+    (memory, times), (links, roofline) = figure.subplots(2, 2)
 
     temporary = {
         name: {
@@ -37,40 +36,41 @@ def draw_pod(found: Figures, file: Path) -> None:
         }
         for name, figures in programs.items()
     }
-    _stack(memory, {name: {**figures["held_MB"], **temporary[name]} for name, figures in programs.items()}, 1e-3)
+    held = _stack(memory, {name: {**figures["held_MB"], **temporary[name]} for name, figures in programs.items()}, 1e-3)
     memory.axhline(chip.hbm_gigabytes, color="black", linestyle="--", linewidth=1)
+    start_at_zero(memory, np.append(held, chip.hbm_gigabytes))
     memory.set(title=f"HBM of a chip, of {chip.hbm_gigabytes:.1f} GB (dashed)", ylabel="GB")
 
     _stack(times, {name: {**f["parts_ms"], LINKS: f["links_total_ms"]} for name, f in programs.items()})
     for place, figures in enumerate(programs.values()):
-        step = f"{at_least(figures)}{figures['step_ms']:.1f} ms"
+        step = f"{at_least(figures)}{significant(figures['step_ms'])} ms"
         times.annotate(step, (place, figures["step_ms"]), ha="center", va="bottom")
     times.set(title="A step, by the model's parts", ylabel="ms")
 
     _stack(links, {name: {k: size / 1e6 for k, size in f["collectives"].items()} for name, f in programs.items()})
     for place, figures in enumerate(programs.values()):
         height = sum(figures["collectives"].values()) / 1e6
-        links.annotate(f"{figures['links_total_ms']:.2f} ms", (place, height), ha="center", va="bottom")
+        links.annotate(f"{significant(figures['links_total_ms'])} ms", (place, height), ha="center", va="bottom")
     links.set(title="What a chip is sent in a step, and the links' time for it", ylabel="MB")
 
     _roofline(roofline, programs, chip)
     _add_footnote(figure, found)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    return figure
 
 
-def _stack(axis: Any, columns: dict[str, dict[str, float]], scale: float = 1.0) -> None:
-    """Bars side by side, each of parts one above the other."""
+def _stack(axis: Any, columns: dict[str, dict[str, float]], scale: float = 1.0) -> np.ndarray:
+    """Bars side by side, each of parts one above the other, with room for a label above; returns their heights."""
     kinds = dict.fromkeys(kind for parts in columns.values() for kind in parts)
     bottom = np.zeros(len(columns))
-    colors = plt.colormaps["tab20"](np.linspace(0, 1, 20))
+    colors = matplotlib.colormaps["tab20"](np.linspace(0, 1, 20))
     for kind, color in zip(kinds, [*colors, *colors], strict=False):
         heights = scale * np.array([parts.get(kind, 0.0) for parts in columns.values()])
         axis.bar(list(columns), heights, bottom=bottom, label=kind, color=color, width=0.6)
         bottom += heights
-    axis.margins(y=0.12)
+    start_at_zero(axis, 1.05 * bottom)
     if kinds:
-        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        _legend(axis)
+    return bottom
 
 
 def _roofline(axis: Any, programs: dict[str, Figures], chip: Any) -> None:
@@ -86,13 +86,21 @@ def _roofline(axis: Any, programs: dict[str, Figures], chip: Any) -> None:
         xlabel="the model's operations to a byte of HBM traffic",
         ylabel="TFLOP/s of a chip",
     )
-    axis.legend(fontsize=8, loc="lower right")
+    for side in (axis.xaxis, axis.yaxis):
+        write_plain_numbers(side)
+    _legend(axis)
     axis.grid(True, which="both", alpha=0.3)
 
 
-def draw_sweep(found: Figures, file: Path) -> None:
-    """Draws a step over the chips it runs on, and over the tokens of an image."""
-    figure, (chips, tokens) = plt.subplots(1, 2, figsize=(14, 5.5), layout="constrained")
+def _legend(axis: Any) -> None:
+    """Right of the axes, where it covers nothing."""
+    axis.legend(fontsize=SMALL, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def draw_sweep(found: Figures) -> Figure:
+    """A step over the chips it runs on, and over the tokens of an image."""
+    figure = Figure(figsize=(14, 5.5), layout="constrained")
+    chips, tokens = figure.subplots(1, 2)
     figure.suptitle(f"{found['config']}, {found['topology']}\n{HONEST}")
     steps = {f"{count}": figures for count, _, figures in found["chips"]}
     _stack(chips, {n: {"compute": f["est_ms"], LINKS: f["links_total_ms"]} for n, f in steps.items()})
@@ -116,11 +124,12 @@ def draw_sweep(found: Figures, file: Path) -> None:
         xscale="log",
         yscale="log",
     )
+    for side in (tokens.xaxis, tokens.yaxis):
+        write_plain_numbers(side)
     tokens.grid(True, which="both", alpha=0.3)
-    tokens.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    tokens.legend(fontsize=SMALL, handlelength=4, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     _add_footnote(figure, found)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def _add_footnote(figure: Any, found: Figures) -> None:
@@ -128,4 +137,4 @@ def _add_footnote(figure: Any, found: Figures) -> None:
     said = [sentence for sentence in found["not_counted"] if sentence not in found["incomplete"]]
     said += [f"{listed} operations and loops that the compiler has no figures for, which the text lists"] * bool(listed)
     text = f"Not in these figures: {'; '.join(said)}."
-    figure.supxlabel("\n".join(textwrap.wrap(text, FOOTNOTE_WIDTH)), fontsize=7, x=0.01, ha="left")
+    figure.supxlabel("\n".join(textwrap.wrap(text, FOOTNOTE_WIDTH)), fontsize=SMALL, x=0.01, ha="left")

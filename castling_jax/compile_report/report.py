@@ -8,6 +8,7 @@ from castling_jax.compile_report.figures import report
 from castling_jax.compile_report.pictures import draw_pod, draw_sweep
 from castling_jax.compile_report.pod import Compiler, describe_pod, describe_sweep, pod_report, sweep
 from castling_jax.errors import InputError, check_known
+from castling_jax.plots import png
 from castling_jax.storage import make_folder
 
 LABEL_WIDTH = 150
@@ -97,6 +98,6 @@ def report_config(options: dict[str, Any], shared: dict[str, Any]) -> list[str]:
     make_folder(out)
     (out / f"{stem}.json").write_text(json.dumps(found))
     (out / f"{stem}.txt").write_text(f"{text}\n")
-    draw(found, out / f"{stem}.png")
+    (out / f"{stem}.png").write_bytes(png(draw(found)))
     print(json.dumps(found) if shared["json"] else f"{text}\n\nKept in {out}: {stem}.txt, {stem}.json and {stem}.png.")
     return found["incomplete"]

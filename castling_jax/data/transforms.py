@@ -64,6 +64,13 @@ def normalize_images(images: Num[Array | np.ndarray, "*batch height width 3"], p
     return ((rows - means) / stds).reshape(images.shape)
 
 
+def denormalize_images(
+    images: Num[Array | np.ndarray, "*batch height width 3"], preprocessing: Preprocessing
+) -> Float[np.ndarray, "*batch height width 3"]:
+    """The images that `normalize_images` was given, in [0, 1], for pictures; values beyond are clipped."""
+    return np.clip(np.asarray(images) * np.asarray(preprocessing.std) + np.asarray(preprocessing.mean), 0, 1)
+
+
 def random_resized_crop_box(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> Box:
     """A box of a random area and aspect ratio (Szegedy et al., arXiv 1409.4842), as torchvision and timm draw it.
 

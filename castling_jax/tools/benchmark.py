@@ -10,6 +10,7 @@ range over the repeats is printed too, rather than the milliseconds. The batch f
 call has about 2,048 tokens, and where one sequence is longer, that one. --attentions=window,bridge adds layers of other
 attentions (and with --models, models); tokens stand on the largest square grid, and those left over stand before it.
 It writes DIR/benchmark.json (every figure, the machine, versions) and DIR/benchmark.png (time over tokens).
+--models times a whole model too, castling in both forms: --models --model=deit_micro --image-sizes=8,64,128.
 On two CPU cores it takes some five minutes, and with --backward and --models twenty.
 
     python -m castling_jax benchmark --loader [--out=DIR]

@@ -1,24 +1,24 @@
 """A contact sheet: what a configuration does to its images, one by one and mixed."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from castling_jax.convert.run_folder import model_arguments, preprocessing_of
 from castling_jax.data.mixing import mix
 from castling_jax.data.sources import load_dataset
-from castling_jax.data.transforms import EvalTransform, train_transform
+from castling_jax.data.transforms import EvalTransform, denormalize_images, train_transform
 from castling_jax.models.registry import abstract_model
+from castling_jax.plots import SMALL, png
+from castling_jax.preprocessing import Preprocessing
+from castling_jax.storage import write_atomically
 from castling_jax.training.config import default_config, mixing_options
 from castling_jax.training.setup import named_splits
 
@@ -27,22 +27,24 @@ MIXED_ROWS = 3
 
 
 def draw_augmentations(config: ConfigDict, path: epath.Path, *, examples: int) -> epath.Path:
-    """Draws the contact sheet of a configuration.
+    """Writes the contact sheet of a configuration to a PNG file, whose folder is made, and returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, png(draw_sheet(config, examples=examples)))
+    return path
+
+
+def draw_sheet(config: ConfigDict, *, examples: int) -> Figure:
+    """The contact sheet of a configuration.
 
     Args:
       config: as `default_config` gives it.
-      path: of the picture; its folder is made.
       examples: rows of single images.
-
-    Returns:
-      The path.
 
     Raises:
       InputError: there is no such data set, or its images do not fit the configuration.
     """
     train_split, _ = named_splits(config.dataset)
     dataset = load_dataset(config.dataset.name, train_split, data_dir=config.dataset.data_dir)
-    channels = {"mean": tuple(config.dataset.mean), "std": tuple(config.dataset.std)}
     size = abstract_model(**model_arguments(config)).spec.image_size
     preprocessing = preprocessing_of(config, size)
     evaluation, training = EvalTransform(preprocessing), train_transform(config.augment, preprocessing)
@@ -54,30 +56,25 @@ def draw_augmentations(config: ConfigDict, path: epath.Path, *, examples: int) -
 
     mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
     rows = examples + (MIXED_ROWS if mixes else 0)
-    figure, axes = plt.subplots(
-        rows, COLUMNS, figsize=(1.5 * COLUMNS, 1.75 * rows + 0.9), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(1.5 * COLUMNS, 1.75 * rows + 0.9), layout="constrained")
+    axes = figure.subplots(rows, COLUMNS, squeeze=False)
     for row, (example, draws) in enumerate(zip(chosen[:examples], drawn, strict=False)):
         for axis, shown in zip(axes[row], [evaluation(example), *draws], strict=True):
-            _show(axis, shown["image"], **channels)
-        axes[row, 0].set_ylabel(f"class {example['label']}", fontsize="small")
+            _show(axis, shown["image"], preprocessing)
+        axes[row, 0].set_ylabel(f"class {example['label']}", fontsize=SMALL)
     axes[0, 0].set_title("evaluation", fontsize="medium")
     axes[0, 1].set_title("training", fontsize="medium", loc="left")
     if mixes:
         batch = [draws[0] for draws in drawn[:COLUMNS]]
         for row, (images, targets) in zip(axes[examples:], _mixed(config, batch, dataset.num_classes), strict=True):
             for axis, image, target in zip(row, np.asarray(images), np.asarray(targets), strict=True):
-                _show(axis, image, **channels)
-                axis.set_xlabel(_describe_target(target), fontsize="small")
-            row[0].set_ylabel("mixed batch", fontsize="small")
+                _show(axis, image, preprocessing)
+                axis.set_xlabel(_describe_target(target), fontsize=SMALL)
+            row[0].set_ylabel("mixed batch", fontsize=SMALL)
 
     changed = [f"{name} {value}" for name, value in config.augment.items() if value != default_config().augment[name]]
     figure.suptitle(f"{config.dataset.name} at {size} x {size}: {', '.join(changed) or 'no augmentation'}", wrap=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        figure.savefig(file, dpi=110, format="png")
-    plt.close(figure)
-    return path
+    return figure
 
 
 def _mixed(config: ConfigDict, batch: list[dict[str, Any]], num_classes: int) -> Iterator[tuple[jax.Array, jax.Array]]:
@@ -96,8 +93,8 @@ def _mixed(config: ConfigDict, batch: list[dict[str, Any]], num_classes: int) ->
         yield mixed(key)
 
 
-def _show(axis: Any, image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> None:
-    axis.imshow(np.clip(image * np.asarray(std) + np.asarray(mean), 0, 1))
+def _show(axis: Any, image: np.ndarray, preprocessing: Preprocessing) -> None:
+    axis.imshow(denormalize_images(image, preprocessing))
     axis.set(xticks=[], yticks=[])
 
 

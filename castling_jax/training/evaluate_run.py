@@ -19,7 +19,7 @@ from castling_jax.convert.weights import Weights, read
 from castling_jax.data.fingerprint import check_same_classes
 from castling_jax.data.sources import FOLDER, Dataset, load_dataset
 from castling_jax.errors import InputError, refusing
-from castling_jax.plots import draw_confusion
+from castling_jax.plots import draw_confusion, png
 from castling_jax.storage import absolute, write_atomically
 from castling_jax.training.answers import Answers
 from castling_jax.training.config import FIELDS
@@ -91,9 +91,7 @@ class Evaluation:
             counts = answers.confusion()
             rows = [[name, *row] for name, row in zip(self.classes, counts.tolist(), strict=True)]
             files["confusion.csv"] = _csv([["label \\ answer", *self.classes], *rows])
-            picture = io.BytesIO()
-            draw_confusion(counts, self.classes).savefig(picture, dpi=110, format="png")
-            files["confusion.png"] = picture.getvalue()
+            files["confusion.png"] = png(draw_confusion(counts, self.classes))
         with refusing(OSError, f"the evaluation cannot be written into '{folder}'"):
             folder.mkdir(parents=True, exist_ok=True)
             for name, data in files.items():

@@ -20,6 +20,7 @@ from castling_jax.training.sharding import shard_batch
 from castling_jax.training.state import TrainState
 from castling_jax.training.throughput import Meter, peak_flops
 
+SHOWN_IMAGES = 16  # of the first batch, in TensorBoard
 STEPS_AHEAD = 3  # so many steps are sent off to the devices before the first of them is done
 
 
@@ -29,7 +30,7 @@ class Loop:
     Args:
       setup: what the run is made of.
       checkpoints: the run's.
-      metrics: where figures are written; None on all processes but one.
+      metrics: where figures go; None on all processes but one.
       console: what tells a person.
       should_stop: whether the run is to save after this step, and to end.
       check_lock: raises an InputError when another run writes in the same folder.
@@ -86,6 +87,8 @@ class Loop:
             threshold = setup.threshold_at(step)
             with meter.waiting():
                 batch = shard_batch(next(batches), setup.mesh, batch_size=config.train.batch_size)
+            if step == 0 and config.logging.tensorboard:
+                self._show(state, batch)
             state, result = setup.train_step(state, batch, threshold)
             step += 1
             finite.add(step, result["loss"], result["gradient_norm"])
@@ -120,7 +123,7 @@ class Loop:
                 saves = saves or figures[BEST] > self._best
                 self._best = max(self._best, figures[BEST])
             if line and self._metrics is not None:
-                self._metrics.write(step, line)
+                self._metrics.write(step, {"epoch": step / setup.steps_per_epoch} | line)
 
             if saves:
                 saved_at = time.perf_counter()
@@ -133,6 +136,12 @@ class Loop:
         # A run that was killed between its last step and its end has its figures still to be computed.
         figures = figures or setup.evaluate(state.weights, setup.threshold_at(total_steps - 1))
         return state, figures, seconds
+
+    def _show(self, state: TrainState, batch: dict[str, jax.Array]) -> None:
+        """Shows the first images in TensorBoard, as the model is about to see them; all processes mix them."""
+        images = self._setup.images_seen(state, batch, SHOWN_IMAGES)
+        if self._metrics is not None and self._metrics.tensorboard is not None:
+            self._metrics.tensorboard.show(images)
 
     def _log(self, state: TrainState, result: dict[str, jax.Array], step: int) -> dict[str, Any]:
         """The figures of a step. A step that is not finite, and was skipped, has no loss and no gradient norm."""

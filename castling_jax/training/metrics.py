@@ -1,47 +1,56 @@
-"""Metrics on disk: JSON lines and TensorBoard. They are a log: what a run needs to go on stands in its checkpoints."""
+"""A run's figures: JSON lines on disk, TensorBoard, and callbacks.
+
+They are a log: what a run needs to go on stands in its checkpoints.
+"""
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from castling_jax.convert.run_folder import METRICS_FILE, read_metrics
+from castling_jax.errors import InputError
 from castling_jax.storage import is_remote, write_atomically
+from castling_jax.training.tensorboard import TensorBoard
 
-EVENTS = "tensorboard"  # a run's folder of TensorBoard's
 REMOTE_SECONDS = 60  # between two writings of a file that cannot be appended to
+
+Callback = Callable[[int, dict[str, Any]], object]
+
+
+def check_callbacks(callbacks: object) -> None:
+    """Raises an InputError unless `callbacks` is a list or a tuple of what can be called."""
+    if not isinstance(callbacks, list | tuple) or not all(map(callable, callbacks)):
+        raise InputError(f"callbacks must be a list of functions of (step, figures), not {callbacks!r}.")
 
 
 class MetricsWriter:
-    """Appends metrics to WORKDIR/metrics.jsonl, an object a line, and to WORKDIR/tensorboard/.
+    """Appends figures to WORKDIR/metrics.jsonl, an object a line, and hands them on.
 
     Args:
       workdir: the run's folder.
       first_step: the step that the run goes on from; what an interrupted run wrote beyond it is removed, and so are
         damaged lines.
-      tensorboard: whether to write TensorBoard's events too.
+      tensorboard: what shows them too, if anything.
+      callbacks: are called with the step and the figures of each line, once it is written.
     """
 
-    def __init__(self, workdir: epath.Path, *, first_step: int, tensorboard: bool):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        *,
+        first_step: int,
+        tensorboard: TensorBoard | None = None,
+        callbacks: Sequence[Callback] = (),
+    ):
         self._path = workdir / METRICS_FILE
         self._lines = [json.dumps(line) + "\n" for line in read_metrics(workdir) if line["step"] <= first_step]
         self._write_all()
         self._file = None if is_remote(workdir) else self._path.open("a")
-        self._events = (
-            SummaryWriter(str(workdir / EVENTS), purge_step=first_step + 1 if first_step else None)
-            if tensorboard
-            else None
-        )
-
-    def describe(self, texts: dict[str, str]) -> None:
-        """Shows texts in TensorBoard, each under its name."""
-        if self._events is None:
-            return
-        for name, text in texts.items():
-            self._events.add_text(name, "\n".join("    " + line for line in text.splitlines()), 0)
+        self.tensorboard, self._callbacks = tensorboard, callbacks
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Writes one line; a list is a value for each layer."""
@@ -53,21 +62,17 @@ class MetricsWriter:
             self._lines.append(line)
             if time.monotonic() - self._written > REMOTE_SECONDS:
                 self._write_all()
-        if self._events is None:
-            return
-        for name, value in values.items():
-            if isinstance(value, list):
-                for layer, item in enumerate(value):
-                    self._events.add_scalar(f"{name}/layer_{layer}", item, step)
-            else:
-                self._events.add_scalar(name, value, step)
+        if self.tensorboard is not None:
+            self.tensorboard.write(step, values)
+        for callback in self._callbacks:
+            callback(step, dict(values))
 
     def flush(self) -> None:
         """Before a checkpoint is saved: a run that goes on from it, however this one ends, has all lines up to it."""
         if self._file is None:
             self._write_all()
-        if self._events is not None:
-            self._events.flush()
+        if self.tensorboard is not None:
+            self.tensorboard.flush()
 
     def _write_all(self) -> None:
         write_atomically(self._path, "".join(self._lines).encode())
@@ -79,8 +84,8 @@ class MetricsWriter:
             self._write_all()
         else:
             self._file.close()
-        if self._events is not None:
-            self._events.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
 
 def read_history(workdir: epath.Path) -> dict[str, np.ndarray]:

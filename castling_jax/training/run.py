@@ -5,6 +5,7 @@
 
 import contextlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,13 +27,14 @@ from castling_jax.training.evaluate_run import Evaluation, summary_split, what_i
 from castling_jax.training.kernel_check import compare_kernels
 from castling_jax.training.lock import one_writer
 from castling_jax.training.loop import Loop
-from castling_jax.training.metrics import EVENTS, MetricsWriter
+from castling_jax.training.metrics import Callback, MetricsWriter, check_callbacks
 from castling_jax.training.preemption import PreemptionWatch
 from castling_jax.training.profiling import PROFILE, Profiler
 from castling_jax.training.setup import Setup, first_state, first_variables, set_up
 from castling_jax.training.sharding import to_host, with_shardings
 from castling_jax.training.state import parameter_table, parameters_sha256
 from castling_jax.training.summary import SUMMARY_FILE, TRAINING_FILE, Summary, finish, read_summary
+from castling_jax.training.tensorboard import EVENTS, TensorBoard
 
 PARAMETERS_FILE = "parameters.txt"
 DATA_FILE = "data.json"
@@ -42,7 +44,14 @@ INITIAL_SHARE = 0.01  # of averaged weights: more of the initial ones than this 
 
 
 @refusing_os_errors()
-def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = None, extend: bool = False) -> Summary:
+def run(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    profile: range | None = None,
+    extend: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> Summary:
     """Runs the training that `config` describes, or what is left of it, in `workdir`.
 
     SIGTERM and, in the main thread, Ctrl-C or a notebook's interrupt save the state after the step and raise
@@ -60,18 +69,25 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
       profile: the steps that are traced into workdir/profile.
       extend: whether a finished run goes on to a larger config.train.epochs. Its learning rate follows the schedule of
         all epochs from there on, and its mask threshold does not fall. config.json keeps the earlier ends.
+      callbacks: each is called on process 0, as callback(step, figures), with what a line of metrics.jsonl gets, once
+        the line is written: [lambda step, figures: wandb.log(figures, step)]. A run that goes on calls them for its own
+        lines, each once, and not for the lines up to its checkpoint; what a killed run had made beyond the checkpoint
+        is made, and called for, anew. A finished run calls for nothing. What a callback raises ends the run as any bug
+        does, and the same call goes on from the last checkpoint.
 
     Returns:
       The summary. Process 0 alone measures both forms and draws; on the others the summary has training's figures.
 
     Raises:
-      InputError: a field, a name or a size is wrong, workdir holds another configuration's run or one of other data, is
-        being written by another run or is not one for all processes, or a file or a checkpoint cannot be written.
+      InputError: a field, a name, a size or a callback is wrong, workdir holds another configuration's run or one of
+        other data, is being written by another run or is not one for all processes, or a file or a checkpoint cannot be
+        written.
       DeterministicError: the loss or a gradient is not finite, as `config.train.on_nonfinite` says, or too many images
         are corrupt.
       Preempted: SIGTERM or Ctrl-C came, and the state was saved.
     """
     # 1. Refuse what can be refused before anything is computed or written.
+    check_callbacks(callbacks)
     workdir = as_path(workdir, "workdir")
     reach_bucket(workdir, for_a_run=True)
     check_config(config)
@@ -113,7 +129,8 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
         state, progress = restored or (first_state(setup, variables), Progress(0.0))
         metrics = None
         if is_writer:
-            metrics = stack.enter_context(contextlib.closing(_start_metrics(setup, workdir, int(state.step))))
+            metrics = _start_metrics(setup, workdir, int(state.step), callbacks)
+            stack.enter_context(contextlib.closing(metrics))
 
         # 3. Train.
         watch = stack.enter_context(PreemptionWatch(checkpoints))
@@ -125,10 +142,12 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
             state, figures, train_seconds = loop.run(state, progress.train_seconds, profiler)
 
         # 4. Test, once.
+        group, evaluated = "eval", dict(figures)
         figures |= {"dataset": config.dataset.name, "split": summary_split(config)}
         if setup.test_set is not None:
             threshold = setup.threshold_at(setup.total_steps - 1)
             tested, answers = setup.test(state.weights, threshold)
+            group, evaluated = "test", tested
             validation = figures | {"split": config.dataset.eval_split}
             figures = figures | tested | {"validation": validation}
             if is_writer:
@@ -158,6 +177,8 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, profile: range | None = 
             classes=setup.train_set.classes,
         )
         checkpoints.wait()
+        if metrics is not None and metrics.tensorboard is not None:
+            metrics.tensorboard.finish(setup.total_steps, config.to_dict(), evaluated, group=group)
 
         # 6. Measure both forms, draw, write.
         return finish(workdir, figures)
@@ -182,13 +203,16 @@ def _record_data(setup: Setup, workdir: epath.Path, before: Any, data: Any) -> N
             print(f"The data has changed since the run began: {printable(accepted)}.", flush=True)
 
 
-def _start_metrics(setup: Setup, workdir: epath.Path, first_step: int) -> MetricsWriter:
+def _start_metrics(setup: Setup, workdir: epath.Path, first_step: int, callbacks: Sequence[Callback]) -> MetricsWriter:
     """The writer of metrics; says where the run goes on, and what has to be known before the first step."""
-    metrics = MetricsWriter(workdir, first_step=first_step, tensorboard=setup.config.logging.tensorboard)
+    tensorboard = None
+    if setup.config.logging.tensorboard:
+        tensorboard = TensorBoard(workdir, first_step=first_step, exported=setup.exported)
+    metrics = MetricsWriter(workdir, first_step=first_step, tensorboard=tensorboard, callbacks=callbacks)
     if first_step:
         print(f"Going on from step {first_step} of {setup.total_steps} in {workdir}.", flush=True)
-    else:
-        metrics.describe({name: (workdir / name).read_text() for name in (CONFIG_FILE, PARAMETERS_FILE)})
+    elif tensorboard is not None:
+        tensorboard.describe({name: (workdir / name).read_text() for name in (CONFIG_FILE, PARAMETERS_FILE)})
     decay = setup.config.train.ema_decay
     share = 0.0 if decay is None or setup.config.train.ema_warmup else decay**setup.total_steps
     if share > INITIAL_SHARE:

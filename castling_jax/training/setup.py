@@ -10,12 +10,13 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from castling_jax.convert.run_folder import exported_weights, model_arguments, preprocessing_of
 from castling_jax.data.loader import Batch, TrainTransform, training_batches
 from castling_jax.data.sources import HELD_OUT_SPLITS, ArrayDataset, Dataset, find_splits, load_dataset
-from castling_jax.data.transforms import train_transform
+from castling_jax.data.transforms import denormalize_images, train_transform
 from castling_jax.errors import InputError, Mistakes, check_at_most
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import count_macs
@@ -33,11 +34,12 @@ from castling_jax.training.sharding import (
     make_mesh,
     place,
     process_rows,
+    replicated,
     state_shardings,
     whole_over_fsdp,
 )
 from castling_jax.training.state import TrainState, create_state
-from castling_jax.training.step import Teacher, make_train_step
+from castling_jax.training.step import Teacher, make_train_step, mix_batch
 from castling_jax.training.weights import initial_variables, read_teacher
 
 LARGEST_BATCH = 128  # where config.train.batch_size does not say it
@@ -107,6 +109,27 @@ class Setup:
             workers=config.dataset.workers,
             max_corrupt_share=config.dataset.max_corrupt_share,
         )
+
+    def images_seen(self, state: TrainState, batch: dict[str, jax.Array], count: int) -> UInt8[np.ndarray, "..."]:
+        """The first `count` images of a global batch as the state's next step sees them, augmented and mixed.
+
+        All processes make the call.
+
+        Returns:
+          The images [count, height, width, 3], no longer normalised.
+        """
+        options = mixing_options(self.config) | {
+            "accumulate_steps": self.config.train.accumulate_steps,
+            "num_classes": self.model.spec.num_classes,
+        }
+
+        @functools.partial(jax.jit, out_shardings=replicated(self.mesh))
+        def first(batch: dict[str, jax.Array], key: jax.Array, step: jax.Array) -> jax.Array:
+            return mix_batch(batch, jax.random.fold_in(key, step), **options)[0][:count]
+
+        images = first(batch, state.key, state.step)
+        pixels = denormalize_images(images, self.preprocessing)
+        return np.round(255 * pixels).astype(np.uint8)
 
     def evaluate(self, weights: Mapping[str, Variables], threshold: float) -> dict[str, float]:
         """The figures of `evaluate_weights` on the held-out examples, at a mask threshold."""

@@ -44,6 +44,18 @@ class Teacher:
     temperature: float
 
 
+def mix_batch(batch: Batch, key: jax.Array, *, accumulate_steps: int, **options: Any) -> tuple[jax.Array, jax.Array]:
+    """The images and targets that a step learns from: the batch, mixed by `mix` with these options.
+
+    Args:
+      batch: the global one.
+      key: of the step: the state's, with the step folded in.
+      accumulate_steps: of the step, whose parts have the keys below it.
+      **options: of `mix`.
+    """
+    return mix(batch["image"], batch["label"], jax.random.fold_in(key, accumulate_steps), **options)
+
+
 def make_train_step(
     model: Backbone,
     optimizer: optax.GradientTransformation,
@@ -80,7 +92,13 @@ def make_train_step(
         gradients are those of the whole batch; batch norm's statistics are each part's.
       shardings: a TrainState of shardings, as the state has them; None leaves them to the compiler.
     """
-    num_classes = model.spec.num_classes
+    mixed: Callable[[Batch, jax.Array], tuple[jax.Array, jax.Array]] = functools.partial(
+        mix_batch,
+        accumulate_steps=accumulate_steps,
+        num_classes=model.spec.num_classes,
+        label_smoothing=label_smoothing,
+        **mixing,
+    )
 
     def place(tree: Any, where: Any) -> Any:
         return tree if shardings is None else jax.lax.with_sharding_constraint(tree, where)
@@ -128,14 +146,7 @@ def make_train_step(
         state: TrainState, batch: Batch, teacher_variables: Variables, threshold: ArrayLike
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        images, targets = mix(
-            batch["image"],
-            batch["label"],
-            jax.random.fold_in(key, accumulate_steps),  # beyond those of the parts
-            num_classes=num_classes,
-            label_smoothing=label_smoothing,
-            **mixing,
-        )
+        images, targets = mixed(batch, key)
         # Gathered once, here: left to itself, the compiler gathers activations too where that looks cheaper.
         params = place(state.params, shardings and whole_over_fsdp(shardings.params))
         run = gradients_of if accumulate_steps == 1 else accumulated

@@ -17,17 +17,15 @@ from castling_jax.convert.run_folder import INFERENCE, METRICS_FILE
 from castling_jax.errors import InputError, printable
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import count_macs
-from castling_jax.models.registry import abstract_model, create_model
-from castling_jax.models.variables import Variables, apply, count_parameters, get_variables
-from castling_jax.plots import draw_training
+from castling_jax.models.registry import abstract_model
+from castling_jax.models.variables import Variables, apply, count_parameters, features, get_variables
+from castling_jax.plots import draw_training, png
 from castling_jax.storage import write_atomically
 from castling_jax.training.metrics import read_history
-from castling_jax.training.timing import interleaved_seconds, medians
+from castling_jax.training.timing import interleaved_seconds, medians, significant
 
 SUMMARY_FILE = "summary.json"
 TRAINING_FILE = "training.png"
-LONGER = 8  # the speed of both forms is measured on images this many times as wide and as high,
-MOST_PIXELS = 896  # but not wider than this, unless training's are: of 1,792 pixels a training form needs 8 to 20 GB
 REPEATS = 7
 
 
@@ -99,8 +97,7 @@ def finish(workdir: epath.Path, figures: dict[str, Any]) -> Summary:
     path = workdir / SUMMARY_FILE
     write_atomically(path, json.dumps(summary, indent=2).encode())  # the run is finished, whatever becomes of the rest
     try:
-        size = max(spec.image_size, min(LONGER * spec.image_size, MOST_PIXELS))
-        summary["speed"] = measure_forms(spec.arguments(), size)
+        summary["speed"] = measure_forms(spec.arguments())
     except jax.errors.JaxRuntimeError as error:
         print(f"The speed of the two forms could not be measured: {str(error).splitlines()[0]}", file=sys.stderr)
     write_atomically(path, json.dumps(summary, indent=2).encode())
@@ -117,21 +114,32 @@ def save_picture(workdir: epath.Path, mask_kind: str = "threshold") -> epath.Pat
     if not len(history["step"]):
         raise InputError(f"'{workdir}' has no metrics to draw: {METRICS_FILE} is missing or empty.")
     path = workdir / TRAINING_FILE
-    with path.open("wb") as file:
-        draw_training(history, mask_kind=mask_kind).savefig(file, dpi=110, format="png")
+    write_atomically(path, png(draw_training(history, mask_kind=mask_kind)))
     return path
 
 
-def measure_forms(arguments: dict[str, Any], image_size: int) -> dict[str, float]:
-    """Median milliseconds an image of both forms' forward passes on images of another size, measured in turns."""
-    images = jax.random.normal(jax.random.key(0), (1, image_size, image_size, 3))
+def measure_forms(arguments: dict[str, Any]) -> dict[str, float]:
+    """Median milliseconds of both forms' forward passes on one image, measured in turns.
+
+    Longer sequences are for python -m castling_jax.tools.benchmark --models --image-sizes=SIZES.
+
+    Args:
+      arguments: of `create_model`, with the image size and the compute dtype.
+    """
+    # Made by numpy: compiling what draws a model's own first weights takes longer than all the rest. All numbers are
+    # positive, which variances have to be.
+    rng, image_size = np.random.default_rng(0), arguments["image_size"]
+    images = jnp.asarray(rng.uniform(size=(1, image_size, image_size, 3)), jnp.float32)
     calls: dict[str, Callable[[], object]] = {}
     for form in ("train", "inference"):
-        model = create_model(**arguments | {"form": form, "image_size": image_size})
-        calls[form] = functools.partial(
-            jax.jit(functools.partial(apply, model)), get_variables(model), images, mask_threshold=jnp.float32(0.02)
+        model = abstract_model(**arguments | {"form": form})
+        variables = jax.tree.map(
+            lambda leaf: jnp.asarray(rng.uniform(0, 0.02, leaf.shape), leaf.dtype), get_variables(model)
         )
-    first_stage = jax.eval_shape(model.features, images)[0]
+        calls[form] = functools.partial(
+            jax.jit(functools.partial(apply, model)), variables, images, mask_threshold=jnp.float32(0.02)
+        )
+    first_stage = jax.eval_shape(functools.partial(features, model), variables, images)[0]
     tokens = getattr(model, "prefix_tokens", 0) + first_stage.shape[1] * first_stage.shape[2]
     times = medians(interleaved_seconds(calls, repeats=REPEATS))
     return {
@@ -171,8 +179,8 @@ def describe(summary: dict[str, Any]) -> str:
         ("MACs an image", *(f"{summary[f'macs_{form}_form'] / 1e6:,.2f} M" for form in ("train", "inference"))),
     ]
     if speed is not None:
-        times = (f"{speed[f'{form}_form_ms']:.1f} ms" for form in ("train", "inference"))
-        rows.append((f"time at {speed['tokens']:,} tokens", *times))
+        times = (f"{significant(speed[f'{form}_form_ms'])} ms" for form in ("train", "inference"))
+        rows.append((f"time an image, {speed['tokens']:,} tokens", *times))
     table = "\n".join(f"  {name:28s}{left:>16s}{right:>18s}" for name, left, right in rows)
     skipped = f" ({summary['skipped_steps']:,} skipped)" if summary.get("skipped_steps") else ""
     data = ""

@@ -1,5 +1,6 @@
 """Timing functions against each other on the machine at hand."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +29,13 @@ def interleaved_seconds(functions: dict[str, Callable[[], object]], *, repeats: 
 def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
     """The median of each."""
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """The number written out, with at least so many significant digits: 0.00412, 33.7, 1,296."""
+    if not value:
+        return "0"
+    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from castling_jax.bench import attention, rivals
 from castling_jax.models.deit import DeiT, DeiTConfig
 from castling_jax.models.registry import MODELS
 from castling_jax.tools import benchmark
+from tests.pictures import check_legible
 
 TINY = ["--channels=8", "--heads=2", "--repeats=2"]
 
@@ -64,12 +65,13 @@ def test_ratios_are_to_softmax_of_the_same_run(finished):
             assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
 
 
-def test_models_are_timed_in_inference_form(finished):
+def test_models_are_timed_in_both_forms(finished):
     _, results = finished
     rows = [(row["model"], row["image_size"], row["tokens"], row["batch"], row["name"]) for row in results["models"]]
     assert rows == [
         ("deit_nano", 8, 17, 64, "softmax"),
         ("deit_nano", 8, 17, 64, "castling, inference form"),
+        ("deit_nano", 8, 17, 64, "castling, training form"),
         ("deit_nano", 8, 17, 64, "bridge"),
     ]
 
@@ -82,6 +84,17 @@ def test_files_hold_the_figures_and_a_picture(finished):
     with Image.open(out / "benchmark.png") as picture:
         assert picture.size > (1000, 800)
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_the_picture_is_legible(finished):
+    _, results = finished
+    check_legible(benchmark.draw(results))
+
+
+def test_no_time_reads_zero(finished):
+    _, results = finished
+    row = results["layers"][0] | {"milliseconds": dict.fromkeys(("min", "median", "max"), 0.00123)}
+    assert "   0.00123" in benchmark.describe(results | {"layers": [row]})
 
 
 def test_table_shows_rows_slopes_and_notes(finished):

@@ -9,9 +9,11 @@ from castling_jax.compile_report import pod
 from castling_jax.compile_report.chips import CHIPS
 from castling_jax.compile_report.compile import DoesNotFitError
 from castling_jax.compile_report.figures import summarize
+from castling_jax.compile_report.pictures import draw_pod, draw_sweep
 from castling_jax.compile_report.pod import Compiler, describe_pod, describe_sweep, pod_report, sweep, with_step
 from castling_jax.tools import tpu_report
 from tests.compile_report.texts import COMPILED
+from tests.pictures import check_legible
 
 CONFIG = "configs/digits.py"
 FACTS = {
@@ -105,6 +107,20 @@ def test_sweep_scales_chips_and_tokens(compiled, tmp_path):
     rows = [line.split() for line in describe_sweep(found).splitlines()]
     assert next(row for row in rows if row[:2] == ["7,056", "3"])[2:4] == [">", "3.333"]
     assert next(row for row in rows if row[:2] == ["3,136", "8"])[2] == "1.250"
+
+
+def test_pictures_are_legible_and_no_bar_reads_zero(compiled, tmp_path):
+    compiler = Compiler(tmp_path)
+    found = pod_report(CONFIG, topology="v5e:2x2", options={"batch": 128}, devices=0, compiler=compiler)
+    found["programs"]["inference"]["castling"] |= {"step_ms": 0.0123, "links_total_ms": 0.00456}
+    found["programs"]["inference"]["softmax"] |= {"links_total_ms": 0}
+    figure = draw_pod(found)
+    check_legible(figure)
+    assert [axes.get_ylim()[0] for axes in figure.axes[:3]] == [0, 0, 0]
+    (steps, links) = (axes for axes in figure.axes if axes.texts)
+    assert [text.get_text() for text in steps.texts] == ["0.0123 ms", "10.0 ms", "10.0 ms"]
+    assert [text.get_text() for text in links.texts] == ["0.00456 ms", "0 ms", "0.0000819 ms"]
+    check_legible(draw_sweep(sweep(CONFIG, topology="v5e:4x8", options={"batch": 128}, compiler=compiler)))
 
 
 @pytest.mark.parametrize("extra", [[], ["--sweep"]])

@@ -11,6 +11,7 @@ from experiments.report import Estimate, Findings, estimate, fill, paired_differ
 from experiments.results import pack, unpack
 from experiments.study import Arm, Study
 from tests.experiments.tiny import STUDY
+from tests.pictures import check_legible
 
 ARMS = (Arm("castling", {}, (0, 1, 2), (0.1, 0.2)), Arm("softmax", {}, (0, 1, 2), (0.1,)), Arm("new", {}, (0,), (0.1,)))
 THREE_ARMS = Study(STUDY.config, ARMS, "softmax", "test", "Digits.")
@@ -89,6 +90,7 @@ def test_a_picture_tells_its_results(tmp_path):
     with Image.open(tmp_path / "a.png") as image:
         assert len(np.unique(np.asarray(image))) > 10  # there is something in it
     assert report._digest_of(tmp_path / "none.png") is None
+    check_legible(findings.figure())
 
 
 def test_a_page_is_filled_between_its_marks_alone(refuses):

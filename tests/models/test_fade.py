@@ -115,4 +115,4 @@ def test_the_words_are_a_fades():
         "Learning rate and mask fade",
         "Softmax branch kept by the fade",
     ]
-    assert axes[4].get_ylabel() == "mask fade"
+    assert "mask fade" in {axis.get_ylabel() for axis in axes}

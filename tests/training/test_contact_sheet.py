@@ -8,10 +8,11 @@ from castling_jax.training import contact_sheet
 from castling_jax.training.config_files import load_config
 from castling_jax.training.metrics import MetricsWriter
 from castling_jax.training.summary import save_picture
+from tests.pictures import check_legible
 
 
 def test_picture_is_drawn_from_the_metrics_alone(tmp_path):
-    writer = MetricsWriter(tmp_path, first_step=0, tensorboard=False)
+    writer = MetricsWriter(tmp_path, first_step=0)
     for step in range(1, 20):
         line = {"loss": 2 / step, "learning_rate": 1e-3, "mask_threshold": step / 20, "mask_density": [0.5, 1 / step]}
         if step % 5 == 0:
@@ -24,7 +25,7 @@ def test_picture_is_drawn_from_the_metrics_alone(tmp_path):
 
 
 def test_a_run_that_has_evaluated_before_it_logged_is_drawn(tmp_path):
-    writer = MetricsWriter(tmp_path, first_step=0, tensorboard=False)
+    writer = MetricsWriter(tmp_path, first_step=0)
     evaluation = {"accuracy_train_form": 0.9, "accuracy_inference_form": 0.8, "eval_loss": 1.0, "mask_threshold": 0.1}
     writer.write(5, evaluation)
     writer.close()
@@ -71,6 +72,12 @@ def test_contact_sheet_shows_single_images_and_mixed_batches(tmp_path, monkeypat
     np.testing.assert_array_equal(after[:2, 0], rows[:, 0])  # as evaluation sees them
     assert len({image.tobytes() for image in after[0]}) > 3
     assert mixed.shape[0] > plain.shape[0]
+
+
+def test_the_contact_sheet_is_legible():
+    config = load_config("digits")
+    config.augment.mixup = 0.8
+    check_legible(plots.draw_sheet(config, examples=1))
 
 
 def test_labels_of_mixed_images_are_their_heaviest():

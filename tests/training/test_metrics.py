@@ -3,11 +3,11 @@ import json
 import pytest
 
 from castling_jax.convert.run_folder import read_metrics
-from castling_jax.training.metrics import MetricsWriter
+from castling_jax.training.metrics import MetricsWriter, check_callbacks
 
 
-def write(workdir, first_step, steps, tensorboard=False):
-    writer = MetricsWriter(workdir, first_step=first_step, tensorboard=tensorboard)
+def write(workdir, first_step, steps, callbacks=()):
+    writer = MetricsWriter(workdir, first_step=first_step, callbacks=callbacks)
     for step in steps:
         writer.write(step, {"loss": step / 2, "mask_density": [0.1, 0.2]})
     writer.close()
@@ -61,17 +61,19 @@ def test_damaged_lines_are_skipped_and_counted(tmp_path, caplog, line):
     assert not caplog.messages
 
 
-def test_tensorboard_events_are_written(tmp_path):
-    write(tmp_path, 0, [1], tensorboard=True)
-    events = list((tmp_path / "tensorboard").glob("events*"))
-    assert events
-    assert b"mask_density/layer_1" in events[0].read_bytes()
+def test_callbacks_get_what_a_line_gets(tmp_path):
+    calls = []
+
+    def change(step, figures):
+        calls.append(("first", step, dict(figures)))
+        figures.clear()
+
+    write(tmp_path, 0, [1, 2], [change, lambda step, figures: calls.append(("second", step, figures))])
+    lines = [(line.pop("step"), line) for line in read_metrics(tmp_path)]
+    assert calls == [(name, *line) for line in lines for name in ("first", "second")]
 
 
-def test_what_a_run_is_made_of_is_shown_once(tmp_path):
-    writer = MetricsWriter(tmp_path, first_step=0, tensorboard=True)
-    writer.describe({"config.json": '{"seed": 0}', "parameters.txt": "head/bias  (10,)"})
-    writer.close()
-    (events,) = (tmp_path / "tensorboard").glob("events*")
-    assert b'{"seed": 0}' in events.read_bytes()
-    assert b"head/bias  (10,)" in events.read_bytes()
+@pytest.mark.parametrize("callbacks", [None, print, [print, 3], "print", {print}])
+def test_what_cannot_be_called_is_refused(refuses, callbacks):
+    with refuses("callbacks must be a list of functions of (step, figures), not", repr(callbacks)):
+        check_callbacks(callbacks)

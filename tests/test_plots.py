@@ -1,0 +1,168 @@
+import itertools
+
+import numpy as np
+import pytest
+from matplotlib.collections import QuadMesh
+
+from castling_jax import plots
+from castling_jax.plots import DENSITY_TITLES, draw_confusion, draw_density, draw_training
+from tests.pictures import check_legible
+
+STEPS_PER_EPOCH = 55
+
+
+def history_of(lines, *, layers=4, evaluations=1, density=0.5, loss=(2.5, 0.1), rate=1e-3):
+    """A run's history: the loss falls from one value to the other, and the last lines have an evaluation."""
+    steps = np.arange(20, 20 * lines + 1, 20)
+    evaluated = np.where(np.arange(lines) >= lines - evaluations, 1.0, np.nan)
+    return {
+        "step": steps,
+        "epoch": steps / STEPS_PER_EPOCH,
+        "loss": np.geomspace(*loss, lines),
+        "eval_loss": evaluated * loss[1],
+        "accuracy_train_form": evaluated * 0.75,
+        "accuracy_inference_form": evaluated * 0.5,
+        "learning_rate": np.full(lines, rate),
+        "mask_threshold": np.linspace(0.02, 1, lines),
+        "mask_density": np.full((lines, layers), density),
+    }
+
+
+def axes_of(figure, title):
+    (axes,) = (axes for axes in figure.axes if axes.get_title() == title)
+    return axes
+
+
+def map_of(figure):
+    """The axes of the heat map, and its mesh."""
+    ((axes, mesh),) = (
+        (axes, mesh)
+        for axes in figure.axes
+        for mesh in axes.collections
+        if isinstance(mesh, QuadMesh) and axes.get_ylabel() == "layer"
+    )
+    return axes, mesh
+
+
+FIGURES = {
+    "draw_training": lambda: draw_training(history_of(30, evaluations=6)),
+    "draw_density": lambda: draw_density(np.arange(1, 9), np.full((8, 24), 0.5), steps_per_epoch=3),
+    "draw_confusion": lambda: draw_confusion(np.diag(range(1000, 1030)), [f"class {i}" for i in range(30)]),
+}
+
+
+def test_no_picture_is_forgotten_here():
+    assert FIGURES.keys() == {name for name in vars(plots) if name.startswith("draw_")}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_texts_are_large_enough_and_legends_are_off_the_curves(name):
+    check_legible(FIGURES[name]())
+
+
+def test_a_single_point_of_any_line_is_seen():
+    figure = draw_training(history_of(1))
+    lines = [line for axes in figure.axes for line in axes.lines]
+    assert len(lines) == 7
+    for line in lines:
+        assert len(line.get_xdata()) == 1
+        assert line.get_marker() == "o"
+    _, mesh = map_of(figure)
+    assert np.ptp(mesh.get_coordinates()[..., 0]) > 0
+
+
+def test_a_single_evaluation_is_seen_and_many_points_are_a_line():
+    figure = draw_training(history_of(300))
+    assert {line.get_marker() for line in axes_of(figure, "Held-out accuracy").lines} == {"o"}
+    training, held_out = axes_of(figure, "Loss").lines
+    assert (training.get_marker(), held_out.get_marker()) == ("None", "o")
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ((0.7, 0.69), {"0.69", "0.698", "0.7"}),
+        ((2.4, 0.14), {"2", "1", "0.4"}),
+        ((9.0, 0.0002), {"1", "0.01", "0.001"}),
+    ],
+)
+def test_numbers_of_a_logarithmic_axis_are_written_out(loss, expected):
+    figure = draw_training(history_of(30, loss=loss))
+    figure.draw_without_rendering()
+    labels = [label.get_text() for label in axes_of(figure, "Loss").yaxis.get_ticklabels(which="both")]
+    assert expected <= set(labels)
+    assert all(set(label) <= set("0123456789.,") for label in labels)
+
+
+@pytest.mark.parametrize(("density", "limits"), [(0, (0, 100)), (1, (0, 105)), (0.004, (0, 0.42))])
+def test_density_starts_at_zero_and_has_room_for_what_is_there(density, limits):
+    for figure in (
+        draw_training(history_of(5, density=density)),
+        draw_density(np.arange(1, 6), np.full((5, 3), density)),
+    ):
+        assert axes_of(figure, DENSITY_TITLES["threshold"]).get_ylim() == pytest.approx(limits)
+        _, mesh = map_of(figure)
+        assert mesh.get_clim() == pytest.approx(limits)
+
+
+@pytest.mark.parametrize(("accuracy", "lowest"), [(0, 0), (1, 90)])
+def test_no_axis_reaches_below_zero(accuracy, lowest):
+    history = history_of(5, rate=0, density=0) | {"accuracy_train_form": np.full(5, accuracy)}
+    history["accuracy_inference_form"] = history["accuracy_train_form"]
+    figure = draw_training(history)
+    assert axes_of(figure, "Held-out accuracy").get_ylim() == (lowest, 100)
+    assert axes_of(figure, "Learning rate and mask threshold").get_ylim() == (0, 1)
+    assert all(axes.get_ylim()[0] >= 0 for axes in figure.axes if axes.get_ylabel() != "layer")
+
+
+@pytest.mark.parametrize("layers", [1, 4, 12, 24])
+def test_density_has_the_mean_and_a_row_for_each_layer(layers):
+    steps, densities = np.array([10, 20, 40]), np.random.default_rng(0).uniform(size=(3, layers))
+    figure = draw_density(steps, densities)
+    (line,) = axes_of(figure, DENSITY_TITLES["threshold"]).lines
+    np.testing.assert_allclose(line.get_xydata(), np.stack([steps, 100 * densities.sum(1) / layers], axis=1))
+    axes, mesh = map_of(figure)
+    np.testing.assert_allclose(mesh.get_array(), 100 * densities.T)
+    np.testing.assert_array_equal(mesh.get_coordinates()[0, :, 0], [0, 10, 20, 40])
+    assert axes.get_ylim() == (layers - 0.5, -0.5)  # the first layer on top
+    check_legible(figure)
+    assert {0} <= {tick for tick in axes.get_yticks() if -0.5 <= tick <= layers - 0.5} <= set(range(layers))
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
+
+
+def test_densities_without_a_value_are_left_out():
+    densities = np.array([[0.5, 0.5], [np.nan, np.nan], [0.25, 0.75]])
+    _, mesh = map_of(draw_density([1, 2, 3], densities))
+    np.testing.assert_array_equal(mesh.get_array(), [[50, 25], [50, 75]])
+
+
+def test_a_fade_is_named():
+    assert axes_of(draw_density([1], [[0.5]], mask_kind="fade"), DENSITY_TITLES["fade"])
+
+
+@pytest.mark.parametrize(("steps", "densities"), [([1, 2], [0.5, 0.5]), ([1, 2], [[0.5]])])
+def test_densities_of_another_shape_are_refused(refuses, steps, densities):
+    with refuses("steps and densities must be of shapes [steps] and [steps, layers]", str(list(np.shape(densities)))):
+        draw_density(np.array(steps), np.array(densities))
+
+
+def epochs_of(axes):
+    """The axis of epochs above the axes, if there is one."""
+    return next((axis for axis in axes.child_axes if axis.get_xlabel() == "epoch"), None)
+
+
+def test_epochs_stand_above_the_steps():
+    figure = draw_training(history_of(11))
+    for title in ("Loss", "Held-out accuracy"):
+        epochs = epochs_of(axes_of(figure, title))
+        figure.draw_without_rendering()
+        assert epochs.get_xlim() == pytest.approx((0, 220 / STEPS_PER_EPOCH))
+    assert epochs_of(draw_density([1], [[0.5]], steps_per_epoch=7).axes[0])
+    assert not epochs_of(draw_density([1], [[0.5]]).axes[0])
+
+
+def test_what_a_history_lacks_is_left_out():
+    figure = draw_training({"step": np.array([5]), "eval_loss": np.array([1.0])})
+    assert epochs_of(axes_of(figure, "Loss")) is None
+    check_legible(figure)
