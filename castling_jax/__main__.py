@@ -20,12 +20,14 @@ COMMANDS = {
     "summary": "summary",
     "plots": "plots",
     "convert": "convert",
+    "fetch": "fetch",
     "describe": "describe",
     "report": "tpu_report",
     "benchmark": "benchmark",
     "feeding": "feeding",
     "loader_memory": "loader_memory",
     "faults": "faults",
+    "doctor": "doctor",
 }
 
 

@@ -29,7 +29,8 @@ from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, count_parameters, flatten
 from castling_jax.preprocessing import Preprocessing
-from castling_jax.storage import absolute, is_remote, reach_bucket, try_folder
+from castling_jax.storage import absolute, is_remote, reach_bucket, try_folder, write_atomically
+from castling_jax.training.card import CARD_FILE, model_card
 from castling_jax.training.config_files import run_config
 from castling_jax.training.setup import named_splits
 from castling_jax.training.summary import SUMMARY_FILE
@@ -75,8 +76,10 @@ def convert(
         print(f"  {compare_written(out, format, model, variables, images)}")
         if param_dtype != spec.param_dtype:
             print(f"  {compare_cast(source.model, source.variables, model, variables, images)}")
+    if not (out / CARD_FILE).exists():  # a person's own stays
+        write_atomically(out / CARD_FILE, model_card(source, model).encode(errors="backslashreplace"))
     size = _bytes(out / PAYLOADS[format]) + _bytes(out / MODEL_FILE)
-    print(f"\nWrote {out}: {PAYLOADS[format]} and {MODEL_FILE}, {size / 1e6:,.2f} MB.")
+    print(f"\nWrote {out}: {PAYLOADS[format]}, {MODEL_FILE} and {CARD_FILE}, {size / 1e6:,.2f} MB.")
 
 
 def _check_out(out: epath.Path) -> None:

@@ -46,20 +46,13 @@ def compare_kernels(setup: Setup) -> None:
         return
     start, worst = time.perf_counter(), 0.0
     with jax.set_mesh(mesh):
-        calls = _kernel_calls([setup.model] + ([setup.teacher.model] if setup.teacher else []), mesh)
+        calls = kernel_calls([setup.model] + ([setup.teacher.model] if setup.teacher else []), mesh)
         for call in calls:
-            dtype = call.arrays["q"].dtype.name
-            found = jax.device_get(jax.jit(functools.partial(_differences, call))(jax.random.key(0)))
-            for differences, limit in zip(found, TOLERANCES[dtype], strict=True):
-                for what, difference in differences.items():
-                    if not difference <= limit:  # which NaN is not
-                        raise InputError(
-                            f"the kernel of {call.operation} differs from XLA on this {device.device_kind} by "
-                            f"{difference:.1e} of the largest number in the {what}, where {dtype}'s rounding explains "
-                            f"{limit:.0e} (q {call.arrays['q'].shape}, k {call.arrays['k'].shape}): train without the "
-                            "kernels, with --config.model.implementation=xla."
-                        )
-                    worst = max(worst, float(difference) / limit)
+            try:
+                worst = max(worst, check_kernel(call, device.device_kind))
+            except InputError as error:
+                remedy = "train without the kernels, with --config.model.implementation=xla"
+                raise InputError(f"{str(error).rstrip('.')}: {remedy}.") from error
     if jax.process_index() == 0:
         print(
             f"Compared {len(calls)} attention kernels with XLA in {time.perf_counter() - start:.1f} s: the largest "
@@ -68,8 +61,38 @@ def compare_kernels(setup: Setup) -> None:
         )
 
 
-def _kernel_calls(models: list[Backbone], mesh: Mesh) -> list[Call]:
-    """All calls, with the softmax branch and with an empty mask, for a small batch."""
+def check_kernel(call: Call, chip: str) -> float:
+    """Compares one kernel with XLA, forward and backward, on random numbers.
+
+    Args:
+      call: from `kernel_calls`.
+      chip: the device's name, for the message.
+
+    Returns:
+      The largest difference, as a share of what rounding explains.
+
+    Raises:
+      InputError: it is above 1; names the kernel and the array.
+    """
+    dtype, worst = call.arrays["q"].dtype.name, 0.0
+    found = jax.device_get(jax.jit(functools.partial(_differences, call))(jax.random.key(0)))
+    for differences, limit in zip(found, TOLERANCES[dtype], strict=True):
+        for what, difference in differences.items():
+            if not difference <= limit:  # which NaN is not
+                raise InputError(
+                    f"the kernel of {call.operation} differs from XLA on this {chip} by {difference:.1e} of the "
+                    f"largest number in the {what}, where {dtype}'s rounding explains {limit:.0e} "
+                    f"(q {call.arrays['q'].shape}, k {call.arrays['k'].shape})."
+                )
+            worst = max(worst, float(difference) / limit)
+    return worst
+
+
+def kernel_calls(models: list[Backbone], mesh: Mesh) -> list[Call]:
+    """The calls of kernels in training models, with the softmax branch and with an empty mask, for a small batch.
+
+    The mesh has to be set.
+    """
     rows = IMAGES_A_DEVICE * math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     key = jax.eval_shape(lambda: jax.random.key(0))
     threshold = jax.ShapeDtypeStruct((), jnp.float32)

@@ -217,8 +217,8 @@ def test_a_foreign_file_names_no_model(refuses, run, model, tmp_path, suffix):
 
 
 def test_shipped_weights_are_called_by_their_bare_name(refuses, model, tmp_path, monkeypatch):
-    with refuses("'digits' is neither", "nor the name of shipped weights (none yet)"):
-        read("digits")
+    with refuses("'digts' is neither", "nor the name of shipped weights"):
+        read("digts")
     monkeypatch.setattr(shipped, "WEIGHTS", tmp_path / "weights")
     monkeypatch.chdir(tmp_path)
     for folder, seed in [("weights/digits", 1), ("digits", 2)]:
@@ -264,9 +264,9 @@ def test_the_home_folder_is_meant(run, monkeypatch):
 
 
 def test_what_is_missing_is_told_from_what_is_something_else(refuses, run, tmp_path):
-    with refuses("nor the name of shipped weights (none yet): there is nothing of this name."):
+    with refuses("nor the name of shipped weights (digits): there is nothing of this name."):
         read(tmp_path / "nowhere")
-    with refuses("nor the name of shipped weights (none yet): it is another folder."):
+    with refuses("nor the name of shipped weights (digits): it is another folder."):
         read(tmp_path)
 
 

@@ -33,7 +33,7 @@ def small_config(implementation="pallas"):
 def calls_of(name, **arguments):
     mesh = make_mesh(MESH)
     with jax.set_mesh(mesh):
-        return kernel_check._kernel_calls([abstract_model(name, implementation="pallas", **arguments)], mesh)
+        return kernel_check.kernel_calls([abstract_model(name, implementation="pallas", **arguments)], mesh)
 
 
 @pytest.mark.slow  # interpreted kernels take long to compile
@@ -86,7 +86,7 @@ def test_a_broken_kernel_stops_the_run_and_leaves_nothing(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("implementation", ["auto", "xla"])
 def test_where_no_kernel_runs_nothing_is_compared(implementation, monkeypatch, capsys):
-    monkeypatch.setattr(kernel_check, "_kernel_calls", None)
+    monkeypatch.setattr(kernel_check, "kernel_calls", None)
     kernel_check.compare_kernels(set_up(small_config(implementation)))
     assert not capsys.readouterr().out
 

@@ -1,0 +1,125 @@
+"""Published softmax weights: where they are, and getting one file, checked by its SHA-256."""
+
+import dataclasses
+import hashlib
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from castling_jax.errors import InputError, check_known, in_one_sentence
+from castling_jax.storage import as_path, try_folder
+
+_DEIT = "https://dl.fbaipublicfiles.com/deit/deit_{}.pth"
+_TIMM = "https://huggingface.co/timm/{}/resolve/main/pytorch_model.bin"
+CHUNK = 2**20
+HUBS_DIGEST = "X-Linked-ETag"  # Hugging Face's header with the SHA-256 of a large file
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A file of weights that others published.
+
+    Attributes:
+      url: of the file.
+      sha256: how its SHA-256 begins; None where the server states it in HUBS_DIGEST.
+      file: the name it gets here.
+    """
+
+    url: str
+    sha256: str | None
+    file: str
+
+
+def _deit(name: str, digest: str) -> Published:
+    """torch.hub's rule: the file's name ends in the first eight digits of its SHA-256."""
+    return Published(_DEIT.format(f"{name}-{digest}"), digest, f"deit_{name}-{digest}.pth")
+
+
+# timm's file of each model; the heads of LeViT's are two, so the model has distilled=True.
+PUBLISHED = {
+    "deit_tiny": _deit("tiny_patch16_224", "a1311bcf"),
+    "deit_small": _deit("small_patch16_224", "cd65a155"),
+    "deit_base": _deit("base_patch16_224", "b5f2ef4d"),
+    "deit_tiny_distilled": _deit("tiny_distilled_patch16_224", "b40b3cf7"),
+    "deit_small_distilled": _deit("small_distilled_patch16_224", "649709d9"),
+    "deit_base_distilled": _deit("base_distilled_patch16_224", "df68dfff"),
+    **{
+        name: Published(_TIMM.format(f"{name}.fb_dist_in1k"), None, f"{name}.fb_dist_in1k.bin")
+        for name in ("levit_128s", "levit_128", "levit_192", "levit_256", "levit_384")
+    },
+    **{
+        name: Published(_TIMM.format(f"{name}.fb_in1k"), None, f"{name}.fb_in1k.bin")
+        for name in ("mvitv2_tiny", "mvitv2_small", "mvitv2_base")
+    },
+}
+
+
+def fetch(name: str, folder: str | os.PathLike = ".") -> Path:
+    """Gets a published file of weights, for `init_from`, a teacher or `from_torch`; one that is there is checked.
+
+    Args:
+      name: one of PUBLISHED.
+      folder: where to put it.
+
+    Returns:
+      The file's path.
+
+    Raises:
+      InputError: the name is unknown, there is no way to the server, or the file is not the published one.
+    """
+    check_known("published weights", name, PUBLISHED)
+    source = PUBLISHED[name]
+    target = Path(as_path(folder)) / source.file
+    if target.is_file() and source.sha256 is not None:
+        if not _sha256(target).startswith(source.sha256):
+            raise InputError(f"'{target}' is not the published file, or only a part of it: remove it.")
+        return target
+    try_folder(target.parent)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        digest = _download(source, temporary)
+        if not _sha256(temporary).startswith(digest):
+            raise InputError(f"what {source.url} gave is not the published file: its SHA-256 does not begin {digest}.")
+        temporary.replace(target)
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        said = in_one_sentence(getattr(error, "reason", error))
+        raise InputError(f"{source.url} cannot be fetched ({said}): is there a network?") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Remembers the digest that the first server states; the one it sends us to does not."""
+
+    digest = ""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        self.digest = self.digest or headers.get(HUBS_DIGEST, "")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _download(source: Published, path: Path) -> str:
+    """Writes the file, with a progress bar; returns how its SHA-256 has to begin."""
+    redirects = _Redirects()
+    with urllib.request.build_opener(redirects).open(source.url, timeout=60) as response, path.open("wb") as file:
+        size = int(response.headers.get("Content-Length", 0)) or None
+        with tqdm(total=size, unit="B", unit_scale=True, desc=source.file, disable=None) as bar:
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+        digest = source.sha256 or redirects.digest or response.headers.get(HUBS_DIGEST, "")
+    digest = digest.strip('"')
+    if not digest:
+        raise InputError(f"{source.url} does not state its SHA-256, so what it gave cannot be checked.")
+    return digest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
