@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from castling_jax.data.transforms import normalize_images
     from castling_jax.errors import InputError
     from castling_jax.models.attention.kinds import register_attention
+    from castling_jax.models.description import describe
     from castling_jax.models.registry import create_model, list_models
     from castling_jax.models.variables import apply, features, forward_train, get_variables
     from castling_jax.predictions import predict
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from castling_jax.training.config_files import load_config
     from castling_jax.training.run import run as train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "InputError",
@@ -31,6 +32,7 @@ __all__ = [
     "check_switch",
     "convert",
     "create_model",
+    "describe",
     "features",
     "forward_train",
     "get_variables",
@@ -55,6 +57,7 @@ _PLACES = {
     "check_switch": "convert.inference",
     "convert": "",
     "create_model": "models.registry",
+    "describe": "models.description",
     "features": "models.variables",
     "forward_train": "models.variables",
     "get_variables": "models.variables",

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, takes
 from castling_jax.models.attention.kinds import FORMS
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import Cost, count_costs
 from castling_jax.models.registry import MODELS, abstract_model, attentions_of
-from castling_jax.models.variables import count_parameters, flatten, get_variables
+from castling_jax.models.variables import MODEL, count_parameters, flatten, get_variables
 
 # What the tables call a part; a registered attention's part has its own name.
 PART_NAMES = {
@@ -58,16 +58,14 @@ def measure(model: Backbone) -> Size:
 
 
 def compare(name: str, **arguments: Any) -> dict[tuple[str, tuple[str, ...]], Size]:
-    """A model with every attention that it takes: (attention, the forms of this size) -> size.
-
-    Raises:
-      InputError: as `create_model`.
-    """
+    """A model with every attention that takes it and its arguments: (attention, the forms of this size) -> size."""
     sizes: dict[tuple[str, tuple[str, ...]], Size] = {}
     for attention in attentions_of(name):
-        train, inference = (
-            measure(abstract_model(name, attention=attention, form=form, **arguments)) for form in FORMS
-        )
+        try:
+            models = [abstract_model(name, attention=attention, form=form, **arguments) for form in FORMS]
+        except InputError:  # an argument is for other attentions, such as mask_kind for castling
+            continue
+        train, inference = map(measure, models)
         if train == inference:
             sizes[attention, FORMS] = train
         else:
@@ -117,13 +115,15 @@ def _joint_path(holders: list[tuple[str, ...]]) -> str:
     return "/".join([*first[:block], span, *first[block + 1 :]])
 
 
-def describe(name: str, *, attention: str = "castling", form: str = "train", **arguments: Any) -> str:
-    """The three tables of one model, for a person.
+@takes(model=MODEL)
+def describe(model: Backbone) -> str:
+    """What a model is made of and what it costs, for a person: parameters, MACs and activations.
 
-    Raises:
-      InputError: as `create_model`.
+    One table has the model with every attention that takes its arguments, one the parts of the model, and one its
+    modules. Nothing is computed: the model is traced.
     """
-    model = abstract_model(name, attention=attention, form=form, **arguments)
+    arguments = model.spec.arguments()
+    name, attention, form = (arguments.pop(word) for word in ("name", "attention", "form"))
     sizes = compare(name, **arguments)
     comparison = [("attention", "form", *SIZE_HEADER)]
     for (kind, forms), size in sizes.items():

@@ -46,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> None:
     given = [word for word, value in options.items() if value != parser.get_default(word)]
 
     from castling_jax.models.description import describe, describe_all, parse_overrides
-    from castling_jax.models.registry import MODELS
+    from castling_jax.models.registry import MODELS, abstract_model
 
     settings = options.pop("set")
     if options["name"] is None and given:
@@ -55,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> None:
         for line in describe_all():
             print(line, flush=True)
     else:
-        print(describe(**options | parse_overrides(settings)))
+        print(describe(abstract_model(**options | parse_overrides(settings))))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a run tells the person who watches it: what it is, before its first step; then how it goes.
 
 It goes to standard error, from process 0 alone. On a terminal a bar shows the steps; elsewhere, such as in a log, there
-are plain lines.
+are plain lines. A notebook has a bar of its own kind.
 """
 
 import contextlib
@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
+from tqdm import tqdm as plain_tqdm
+from tqdm.auto import tqdm
 
 from castling_jax.data.decode import image_size
 from castling_jax.data.folder import FolderDataset
@@ -22,6 +23,8 @@ from castling_jax.errors import InputError, printable
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.variables import count_parameters, get_variables
 from castling_jax.training.setup import Setup
+
+IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)  # and it can show tqdm's own bar
 
 
 class Console:
@@ -36,7 +39,7 @@ class Console:
     def __init__(self, setup: Setup, first_step: int, *, speaks: bool):
         self._setup, self._speaks = setup, speaks
         self._shows_progress = speaks and setup.config.logging.progress
-        shows_bar = self._shows_progress and sys.stderr.isatty()
+        shows_bar = self._shows_progress and (sys.stderr.isatty() or IN_NOTEBOOK)
         self._bar = tqdm(total=setup.total_steps, initial=first_step, unit="step", disable=not shows_bar)
 
     def begin(self, workdir: epath.Path) -> None:
@@ -47,7 +50,7 @@ class Console:
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
         if self._speaks:
-            tqdm.write(text, file=sys.stderr)
+            plain_tqdm.write(text, file=sys.stderr)
 
     def advance(self) -> None:
         """One more step is sent off."""

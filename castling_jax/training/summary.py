@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import html
 import json
 import sys
 from collections.abc import Callable
@@ -68,6 +69,14 @@ class Summary:
 
     def __str__(self) -> str:
         return describe(self.figures)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the table of both forms."""
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell.strip())}</td>" for cell in row) + "</tr>"
+            for row in _rows(self.figures)
+        )
+        return f"<p>{html.escape(_headline(self.figures))}</p><table>{rows}</table>"
 
 
 def finish(workdir: epath.Path, figures: dict[str, Any]) -> Summary:
@@ -169,7 +178,17 @@ def read_summary(workdir: epath.Path) -> Summary | None:
 
 def describe(summary: dict[str, Any]) -> str:
     """The summary for a person."""
-    speed, files = summary["speed"], summary["files"]
+    table = "\n".join(f"  {name:28s}{left:>16s}{right:>18s}" for name, left, right in _rows(summary))
+    return (
+        f"{_headline(summary)}\n{table}\n"
+        f"  largest difference between the two forms' logits: {summary['max_difference']:.1e}\n"
+        + "\n".join(f"  {name:28s}{printable(path)}" for name, path in summary["files"].items())
+    )
+
+
+def _rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table of both forms: a name, the training form's figure, the inference form's."""
+    speed = summary["speed"]
     rows = [
         ("", "training form", "inference form"),
         ("held-out accuracy", *_accuracies(summary)),
@@ -181,16 +200,18 @@ def describe(summary: dict[str, Any]) -> str:
     if speed is not None:
         times = (f"{significant(speed[f'{form}_form_ms'])} ms" for form in ("train", "inference"))
         rows.append((f"time an image, {speed['tokens']:,} tokens", *times))
-    table = "\n".join(f"  {name:28s}{left:>16s}{right:>18s}" for name, left, right in rows)
+    return rows
+
+
+def _headline(summary: dict[str, Any]) -> str:
+    """What was trained, for how long, and on what it was evaluated."""
     skipped = f" ({summary['skipped_steps']:,} skipped)" if summary.get("skipped_steps") else ""
     data = ""
     if "dataset" in summary:  # which an earlier version's does not have
         data = f", on {summary['eval_images']:,} images of {summary['dataset']} {summary['split']}"
     return (
         f"{summary['model']}: {summary['steps']:,} steps{skipped} in {summary['train_seconds']:.0f} s, "
-        f"mask {_mask_kind(summary)} {summary['mask_threshold']:g} at the end{data}\n{table}\n"
-        f"  largest difference between the two forms' logits: {summary['max_difference']:.1e}\n"
-        + "\n".join(f"  {name:28s}{printable(path)}" for name, path in files.items())
+        f"mask {_mask_kind(summary)} {summary['mask_threshold']:g} at the end{data}"
     )
 
 

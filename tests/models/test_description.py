@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import castling_jax
 from castling_jax.errors import InputError
 from castling_jax.models import description
 from castling_jax.models.macs import OTHER, Cost, parts
@@ -73,7 +74,7 @@ def test_blocks_between_others_are_counted_one_by_one():
 
 
 def test_what_the_switch_drops_and_the_statistics_are_told():
-    text = description.describe("levit_128s", **small.LEVIT_SIZES)
+    text = description.describe(abstract_model("levit_128s", **small.LEVIT_SIZES))
     biases = 2 * 7 * 7 + 2 * 7 * 7 + 3 * 4 * 4
     assert f"The switch drops {biases:,} of these, under softmax_branch." in text
     assert "running statistics of batch norm" in text

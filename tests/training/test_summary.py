@@ -127,3 +127,12 @@ def test_a_run_is_finished_where_its_speed_cannot_be_measured(finished, monkeypa
     assert summary.read_summary(workdir).figures == written
     assert "time an image" not in summary.describe(written)
     assert "could not be measured: RESOURCE_EXHAUSTED" in capsys.readouterr().err
+
+
+def test_a_notebook_shows_a_table(finished):
+    _, written = finished
+    shown = summary.Summary(epath.Path("run"), written)._repr_html_()
+    assert shown.startswith("<p>deit_micro: ")
+    assert "<tr><td>held-out accuracy</td><td>" in shown
+    hostile = summary.Summary(epath.Path("run"), written | {"dataset": "<script>", "split": "x", "eval_images": 3})
+    assert "<script>" not in hostile._repr_html_()
