@@ -118,7 +118,7 @@ def run(workdir, *arguments):
         (
             "--evaluate=nowhere",
             "'nowhere' is neither a run's folder with checkpoints, one of its checkpoints/STEP, an inference folder, a "
-            "file of weights, nor the name of shipped weights (digits): there is nothing of this name.",
+            "file of weights, nor the name of shipped weights (digits, fashion_mnist): there is nothing of this name.",
         ),
         ("--config.model.num_heads=5", "5 heads do not divide the width 64."),
         (

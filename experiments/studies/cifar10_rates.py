@@ -3,12 +3,15 @@
 The model and the data are the pilot's, which showed that the setting tells attentions apart. The budget is a fifth of
 the main study's, 3 epochs, with one seed. Every figure is of the validation split; the test split is not read.
 
+`uniform`, the pilot's control with the taps, shows what weights that depend on content are worth beside `softmax_taps`.
+
 castling's mask starts at c / N for N = 65 tokens: weights of c times the uniform one and less are masked out. 0.02 is
 the authors' value, which is c = 1.3 here. `fade` has a factor from 1 to 0 in the place of the mask.
 """
 
 from ml_collections import ConfigDict
 
+import experiments.studies.cifar10_pilot  # noqa: F401  (registers uniform)
 from castling_jax.training.config import default_config
 from experiments.study import Arm, Study
 
@@ -43,6 +46,7 @@ STUDY = Study(
     config=config,
     arms=(
         *map(arm, ("softmax", "castling", "linear_angular", "softmax_taps", "relu_linear_taps")),
+        arm("uniform", (2e-3,)),
         arm("castling-half", (2e-3,), start_threshold=0.5 / TOKENS),
         arm("castling-one", (2e-3,), start_threshold=1 / TOKENS),
         arm("castling-two", (2e-3,), start_threshold=2 / TOKENS),

@@ -264,9 +264,9 @@ def test_the_home_folder_is_meant(run, monkeypatch):
 
 
 def test_what_is_missing_is_told_from_what_is_something_else(refuses, run, tmp_path):
-    with refuses("nor the name of shipped weights (digits): there is nothing of this name."):
+    with refuses("nor the name of shipped weights (digits, fashion_mnist): there is nothing of this name."):
         read(tmp_path / "nowhere")
-    with refuses("nor the name of shipped weights (digits): it is another folder."):
+    with refuses("nor the name of shipped weights (digits, fashion_mnist): it is another folder."):
         read(tmp_path)
 
 

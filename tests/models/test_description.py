@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-import castling_jax
 from castling_jax.errors import InputError
 from castling_jax.models import description
 from castling_jax.models.macs import OTHER, Cost, parts
