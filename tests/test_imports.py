@@ -1,6 +1,7 @@
 """Who may import whom: __main__ -> tools -> compile_report -> bench -> training -> {data, convert, plots} -> ..."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -74,3 +75,17 @@ def test_torch_and_tensorflow_are_never_needed_to_import_the_package():
     for path in [PACKAGE / "__init__.py", *FILES]:
         heavy = {"torch", "torchvision", "timm", "tensorflow", "tensorflow_datasets"}
         assert not heavy & {name.split(".")[0] for name in imports(path, at_import_time=True)}, path
+
+
+# Names of modules that are not those of their packages, and what is imported only where it is installed.
+PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "absl": "absl-py", "orbax": "orbax-checkpoint"}
+WHERE_INSTALLED = {"torch", "timm", "equimo", "google", "tensorflow", "libtpu", "castling_jax"}
+
+
+def test_what_is_imported_is_required():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    required = {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in lines if line[:1].isalpha()}
+    imported = {name.split(".")[0] for path in FILES for name in imports(path)}
+    third_party = imported - set(sys.stdlib_module_names) - WHERE_INSTALLED
+    missing = {name for name in third_party if PACKAGES.get(name, name).lower().replace("-", "_") not in required}
+    assert not missing

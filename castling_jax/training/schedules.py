@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -75,7 +75,7 @@ def default_warmup(epochs: float) -> float:
 def _switched_at(end: int, before: optax.Schedule, after: optax.Schedule) -> optax.Schedule:
     """One schedule for the steps before `end`, and another from it on."""
 
-    def schedule(step: chex.Numeric) -> jax.Array:
+    def schedule(step: Any) -> jax.Array:
         return jnp.where(jnp.asarray(step) < end, before(step), after(step))
 
     return schedule

@@ -88,13 +88,13 @@ def test_files_hold_the_figures_and_a_picture(finished):
 
 def test_the_picture_is_legible(finished):
     _, results = finished
-    check_legible(benchmark.draw(results))
+    check_legible(attention.draw(results))
 
 
 def test_no_time_reads_zero(finished):
     _, results = finished
     row = results["layers"][0] | {"milliseconds": dict.fromkeys(("min", "median", "max"), 0.00123)}
-    assert "   0.00123" in benchmark.describe(results | {"layers": [row]})
+    assert "   0.00123" in attention.describe(results | {"layers": [row]})
 
 
 def test_table_shows_rows_slopes_and_notes(finished):

@@ -60,7 +60,7 @@ def test_contact_sheet_shows_single_images_and_mixed_batches(tmp_path, monkeypat
     shown = []
     show = contact_sheet._show
     monkeypatch.setattr(
-        contact_sheet, "_show", lambda axis, image, **rest: shown.append(image) or show(axis, image, **rest)
+        contact_sheet, "_show", lambda axis, image, *rest: shown.append(image) or show(axis, image, *rest)
     )
     plain = sheet_of(tmp_path, {}, "--examples=2")
     assert capsys.readouterr().out.strip() == str(tmp_path / "deep" / "sheet.png")
@@ -77,7 +77,7 @@ def test_contact_sheet_shows_single_images_and_mixed_batches(tmp_path, monkeypat
 def test_the_contact_sheet_is_legible():
     config = load_config("digits")
     config.augment.mixup = 0.8
-    check_legible(plots.draw_sheet(config, examples=1))
+    check_legible(contact_sheet.draw_sheet(config, examples=1))
 
 
 def test_labels_of_mixed_images_are_their_heaviest():
