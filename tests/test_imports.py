@@ -78,8 +78,14 @@ def test_torch_and_tensorflow_are_never_needed_to_import_the_package():
 
 
 # Names of modules that are not those of their packages, and what is imported only where it is installed.
-PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "absl": "absl-py", "orbax": "orbax-checkpoint"}
-WHERE_INSTALLED = {"torch", "timm", "equimo", "google", "tensorflow", "libtpu", "castling_jax"}
+PACKAGES = {
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "absl": "absl-py",
+    "orbax": "orbax-checkpoint",
+    "ml_dtypes": "jax",
+}
+WHERE_INSTALLED = {"torch", "timm", "equimo", "equinox", "google", "tensorflow", "libtpu", "castling_jax"}
 
 
 def test_what_is_imported_is_required():
