@@ -48,8 +48,9 @@ def learning_rate_schedule(
     if warmup_epochs is None:
         warmup_epochs = default_warmup(total_steps / steps_per_epoch)
     warmup_steps = round(warmup_epochs * steps_per_epoch)
-    if warmup_steps >= total_steps:
-        raise InputError(f"config.optimizer.warmup_epochs = {warmup_epochs} leaves nothing of the {total_steps} steps.")
+    shortest = min((*earlier_ends, total_steps))
+    if warmup_steps >= shortest:
+        raise InputError(f"config.optimizer.warmup_epochs = {warmup_epochs} leaves nothing of the {shortest} steps.")
     if optimizer.learning_rate == 0:  # nothing is to be learnt, so neither at the start nor at the end
         return optax.constant_schedule(0.0)
     *earlier, schedule = (

@@ -51,6 +51,8 @@ def test_warmup_must_leave_some_steps():
     optimizer.warmup_epochs = 5.0
     with pytest.raises(InputError, match="warmup_epochs = 5.0 leaves nothing of the 50 steps"):
         learning_rate_schedule(optimizer, batch_size=8, total_steps=50, steps_per_epoch=10)
+    with pytest.raises(InputError, match="leaves nothing of the 40 steps"):
+        learning_rate_schedule(optimizer, batch_size=8, total_steps=100, steps_per_epoch=10, earlier_ends=[40])
 
 
 def test_the_rate_of_an_extended_run_follows_the_schedule_of_the_next_end():
