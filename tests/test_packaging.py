@@ -17,8 +17,21 @@ def test_a_wheel_has_every_package():
     assert sorted(names | {"castling_jax.configs"}) == described
 
 
+TEN_LINES = """
+import castling_jax
+from sklearn.datasets import load_digits
+config = castling_jax.load_config("digits")
+config.train.epochs = 1
+summary = castling_jax.train(config, "run")
+castled = castling_jax.to_inference(castling_jax.convert.read("run").variables)
+model, variables = castling_jax.load_inference("digits")
+images = [(image * 255 / 16).astype("uint8") for image in load_digits().images[:5]]
+print([answer[0][0] for answer in castling_jax.predict("digits", images)], summary.figures["steps"])
+"""
+
+
 @pytest.mark.slow
-def test_configurations_come_with_a_wheel(tmp_path):
+def test_a_wheel_alone_trains_castles_and_predicts(tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "install", "--no-deps", f"--target={tmp_path}", str(ROOT)], check=True)
     program = """
@@ -29,10 +42,12 @@ print(load_config("levit:128s,softmax").model.name)
 """
     alone = {"env": {"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu", "PATH": ""}, "cwd": tmp_path}
     commands = [["-c", program], [str(tmp_path / "bin" / "castling-jax"), "train", "--config=digits", "--check"]]
-    printed, checked = (
+    commands += [["-c", TEN_LINES]]
+    printed, checked, answers = (
         subprocess.run([sys.executable, "-P", *command], **alone, capture_output=True, text=True, check=True).stdout
         for command in commands
     )
     folder = tmp_path / "castling_jax"
     assert printed == f"{folder}/__init__.py {folder}/configs deit_small\nlevit_128s\n"
     assert checked == "The configuration is valid.\n"
+    assert answers == "['0', '1', '2', '3', '4'] 22\n"
