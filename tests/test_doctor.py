@@ -73,6 +73,7 @@ def test_kernels_are_compared_and_times_measured(monkeypatch):
     assert {line.what for line in lines if line.ok is False} == {"linear_angular"}
 
 
+@pytest.mark.slow
 def test_a_layer_is_timed():
     lines = list(doctor.timed(None, tokens=5, batch=1))
     assert len(lines) == 4

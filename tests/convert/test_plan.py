@@ -17,7 +17,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "levit_one_head")) for name in MODELS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("levit")) for name in MODELS]
 )
 def test_an_array_changes_what_the_plan_says(name):
     variables = small.random_variables(MODELS[name]())

@@ -121,7 +121,7 @@ def test_images_keep_their_dtype_and_targets_are_float32():
     assert (targets.dtype, targets.shape) == (jnp.float32, (CLASSES, CLASSES))
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_rows_that_share_a_draw_are_mixed_as_a_whole_batch_is(seed):
     options = MIX | {"probability": 1.0}
     key = jax.random.key(seed)

@@ -137,6 +137,7 @@ def test_gradients_are_finite_differences(name):
 # Performer's estimate
 
 
+@pytest.mark.slow
 def test_performer_converges_to_softmax_attention():
     q, k, v = draw(scale=0.5)
     arrays = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]

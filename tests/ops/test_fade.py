@@ -74,6 +74,7 @@ def test_its_gradients_are_finite_differences_of_the_equation(implementation):
         assert slope == pytest.approx((above - below) / 2e-5, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_that_underflow_neither_break_it_nor_pass_a_gradient():
     (q, k, v, taps, own, _), wide = draw(scale=30)
 

@@ -46,6 +46,7 @@ def test_a_zero_vector_normalises_to_zero_and_passes_no_gradient(norm):
     assert not jnp.any(tangent)
 
 
+@pytest.mark.slow
 def test_second_derivatives_are_finite_and_zero_at_zero():
     x = jnp.zeros(DIM)
     hessian = jax.hessian(lambda x: jnp.sum(jnp.sin(l2_normalize(x) + 1)))

@@ -50,6 +50,7 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path, capsys, monkeypatch)
     assert all(re.fullmatch(shape, line) for line in evaluations)
 
 
+@pytest.mark.slow
 def test_images_in_files_have_a_size_and_other_files_are_counted(tmp_path, capsys, monkeypatch):
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -65,6 +66,7 @@ def test_images_in_files_have_a_size_and_other_files_are_counted(tmp_path, capsy
     assert "steps   18 of 2 images, 9 an epoch: 2 epochs" in lines
 
 
+@pytest.mark.slow
 def test_one_form_has_one_accuracy(tmp_path, capsys, monkeypatch):
     said = told(small_config(attention="linear_angular"), tmp_path / "run", capsys, monkeypatch)
     assert re.search(r"epoch 2, step 22: loss [\d.]+, held out [\d.]+; accuracy held out [\d.]+ %\n", said)

@@ -42,6 +42,7 @@ def test_figures_are_those_of_one_whole_batch(size):
     assert figures["max_difference"] == pytest.approx(float(abs(train_logits - logits).max()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_folding_in_bfloat16_is_compared_in_float32():
     dataset = ArrayDataset(np.random.default_rng(0).random((5, 32, 32, 3), np.float32), np.zeros(5, np.int32), 10)
     model = small.small_levit(num_classes=10, dtype="bfloat16")

@@ -91,6 +91,7 @@ def test_where_no_kernel_runs_nothing_is_compared(implementation, monkeypatch, c
     assert not capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_kernels_of_each_family_are_found():
     deit = calls_of("deit_tiny", depth=3, dtype="bfloat16")
     assert [call.operation for call in deit] == ["masked_softmax_attention"] + 2 * ["linear_angular_attention"]

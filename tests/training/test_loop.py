@@ -148,6 +148,7 @@ def test_a_run_that_fades(tmp_path):
     assert load_inference(workdir / "inference")[0].spec.arguments()["mask_kind"] == "fade"
 
 
+@pytest.mark.slow
 def test_the_test_split_is_read_once_at_the_end_and_is_what_the_summary_tells_of(tmp_path, monkeypatch):
     read_splits = []
 
@@ -301,6 +302,7 @@ def test_mistakes_leave_nothing_behind(tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_or_the_steps_are_skipped_until_they_are_too_many(tmp_path):
     config = small_config(optimizer={"learning_rate": 1e30, "warmup_epochs": 0.0})
     with pytest.raises(
@@ -315,6 +317,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_the_steps_are_skipped_until_
         train(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_counted_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     def with_faults(batches):
         batch = next(batches)

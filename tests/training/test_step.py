@@ -99,7 +99,7 @@ def test_accumulation_is_the_whole_batch():
     chex.assert_trees_all_close(found.opt_state[0].mu, expected.opt_state[0].mu, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("family", ["deit", "levit"])
+@pytest.mark.parametrize("family", ["deit", pytest.param("levit", marks=pytest.mark.slow)])
 def test_moving_averages_follow_all_variables(family):
     if family == "deit":
         _, state, step = setup({"ema_decay": 0.75}, ema=True)
@@ -139,7 +139,7 @@ def test_warmed_up_averages_soon_leave_the_initial_weights_behind():
 
 
 @pytest.mark.parametrize("fault", ["image", pytest.param("gradient", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("threshold", [0.02, 1.0])
+@pytest.mark.parametrize("threshold", [pytest.param(0.02, marks=pytest.mark.slow), 1.0])
 def test_a_step_that_is_not_finite_can_be_skipped(fault, threshold):
     _, state, step = setup({"ema_decay": 0.9, "skip_nonfinite": True}, ema=True)
     _, same, plain = setup({"ema_decay": 0.9}, ema=True)
@@ -177,7 +177,7 @@ def test_batch_norms_statistics_are_skipped_too():
 
 
 @pytest.mark.parametrize("kind", ["hard", pytest.param("soft", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("distilled", [True, False])
+@pytest.mark.parametrize("distilled", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_teacher_is_learnt_from_by_the_last_head(kind, distilled):
     teacher_model = create_model("deit_micro", attention="softmax", num_classes=10, depth=1, rngs=nnx.Rngs(5))
     variables = get_variables(teacher_model)
