@@ -72,8 +72,8 @@ def run(
       callbacks: each is called on process 0, as callback(step, figures), with what a line of metrics.jsonl gets, once
         the line is written: [lambda step, figures: wandb.log(figures, step)]. A run that goes on calls them for its own
         lines, each once, and not for the lines up to its checkpoint; what a killed run had made beyond the checkpoint
-        is made, and called for, anew. A finished run calls for nothing. What a callback raises ends the run as any bug
-        does, and the same call goes on from the last checkpoint.
+        is made, and called for, anew. A finished run calls for nothing. An exception that a callback raises ends the
+        run as any bug does (an OSError becomes an InputError), and the same call goes on from the last checkpoint.
 
     Returns:
       The summary. Process 0 alone measures both forms and draws; on the others the summary has training's figures.
