@@ -93,7 +93,7 @@ def probe(train: Features, test: Features, *, neighbours: int = NEIGHBOURS) -> d
             f"features of {train.features.shape[1]} and of {test.features.shape[1]} channels are of different models."
         )
     if unknown := sorted({*test.labels} - {*train.labels}):
-        raise InputError(f"there is nothing to learn {unknown[0]!r} from: no image to learn from has this label.")
+        raise InputError(f"there is nothing to learn {str(unknown[0])!r} from: no image to learn from has this label.")
     knn = KNeighborsClassifier(neighbours, metric="cosine").fit(train.features, train.labels)
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(train.features, train.labels)
     return {
