@@ -1,13 +1,15 @@
 # make run: the main job. make test: the everyday checks. make test-slow: the slow tests alone.
 # make format: ruff applies its fixes and formats the code; what ruff cannot fix is listed.
+# make docs: the documentation site; make docs NOTEBOOKS=force executes the notebooks first, which otherwise keep their outputs.
 # make faults: kills a run of two processes twenty times, and sees whether it ends as one that was left alone.
 # Each makes the virtual environment it needs; PYTHON and VENV choose another.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+NOTEBOOKS ?= off
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test test-slow format faults clean
+.PHONY: run test test-slow format docs faults clean
 
 run: $(VENV)/requirements-installed
 	$(BIN)/python main.py
@@ -25,6 +27,10 @@ format: $(VENV)/dev-installed
 	$(BIN)/ruff check --fix --exit-zero .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/docs-installed
+	NOTEBOOKS=$(NOTEBOOKS) $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
+	@echo "Open $(CURDIR)/docs/_build/html/index.html"
+
 faults: $(VENV)/requirements-installed
 	$(BIN)/python -m castling_jax faults --kills=20
 
@@ -39,5 +45,9 @@ $(VENV)/dev-installed: $(VENV)/requirements-installed pyproject.toml
 	$(PIP) --editable .[dev]
 	touch $@
 
+$(VENV)/docs-installed: $(VENV)/requirements-installed pyproject.toml
+	$(PIP) --editable .[docs]
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info docs/_build docs/notebooks

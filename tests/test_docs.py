@@ -1,22 +1,30 @@
-"""The documents name only files, functions and commands that exist."""
+"""The documents name only files, functions, commands and error messages that exist, and all of the public API."""
 
+import ast
 import importlib
 import re
 from pathlib import Path
 
 import pytest
 
+import castling_jax
 from castling_jax.__main__ import COMMANDS
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.training.config import FIELDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "castling_jax"
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-TOP_FOLDERS = {".ci", "castling_jax", "configs", "docs", "scripts", "tests"}
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "howto").glob("*.md")),
+]
+TOP_FOLDERS = {".ci", "castling_jax", "configs", "docs", "experiments", "scripts", "tests"}
 ROOMS = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}  # as "training/" in a document
 SOURCE = re.compile(r"\.(py|sh|md)$")
 PLACEHOLDERS = re.compile(r"\b(NAME|FILE|COMMAND)\b")  # the reader puts a name there
+DIRECTIVE = re.compile(r"^```\{.*?^```", re.DOTALL | re.MULTILINE)  # Sphinx checks what it names: make docs
 CODE = re.compile(r"```.*?```|`[^`]+`", re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 URL = re.compile(r"(https?|gs)://[^\s`)]*")
@@ -42,7 +50,7 @@ def find(path):
 
 def paths_named(text):
     """(path, name of a function or class in it or "") of all paths in code, without the drawn tree."""
-    for code in CODE.findall(URL.sub(" ", TREE.sub(" ", text))):
+    for code in CODE.findall(URL.sub(" ", TREE.sub(" ", DIRECTIVE.sub(" ", text)))):
         for word in PATH.findall(code):
             path, _, name = word.partition(":")
             if is_of_the_repository(path) and not PLACEHOLDERS.search(path):
@@ -153,3 +161,69 @@ def test_every_attention_has_a_row_and_other_papers_are_in_order():
     )
     assert sorted(ours + others) == sorted(KINDS)
     assert others == sorted(others)
+
+
+def documented(text):
+    """The names that the directives of the API page document, with their modules."""
+    names, module = [], ""
+    for directive, name in re.findall(r"^\.\. (currentmodule|auto\w+):: (\S+)", text, re.MULTILINE):
+        if directive == "currentmodule":
+            module = name
+        elif directive != "automodule":
+            names.append(f"{module}.{name}")
+    return names
+
+
+def test_the_api_page_has_every_public_name_once():
+    modules = {name: getattr(castling_jax, name) for name in ("ops", "convert", "plots")}
+    public = {f"castling_jax.{name}" for name in castling_jax.__all__ if name not in modules}
+    public |= {f"castling_jax.{name}.{part}" for name in ("ops", "convert") for part in modules[name].__all__}
+    public |= {
+        f"castling_jax.plots.{name}"
+        for name, value in vars(modules["plots"]).items()
+        if name == "png" or (name.startswith("draw_") and callable(value))
+    }
+    assert sorted(documented((ROOT / "docs" / "api.md").read_text())) == sorted(public)
+
+
+def sentences_of(source):
+    """The texts of a Python file as patterns, in which anything stands where an f-string puts a value."""
+    nodes = list(ast.walk(ast.parse(source)))
+    texts = [node.values for node in nodes if isinstance(node, ast.JoinedStr)]
+    inside = {id(part) for parts in texts for part in parts}
+    texts += [[node] for node in nodes if isinstance(node, ast.Constant) and id(node) not in inside]
+    for parts in texts:
+        words = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+        if sum(len(word) for word in words if isinstance(word, str)) > 8:  # shorter ones would match many sentences
+            yield "".join(".+" if word is None else re.escape(word) for word in words)
+
+
+def says(patterns, sentence):
+    """Whether one of the patterns is the sentence, or several are, one after another."""
+    if any(pattern.fullmatch(sentence) for pattern in patterns):
+        return True
+    cuts = [found.end() for found in re.finditer(r"[:,] ", sentence)]
+    return any(
+        any(pattern.fullmatch(sentence[:cut]) for pattern in patterns) and says(patterns, sentence[cut:])
+        for cut in cuts
+    )
+
+
+def test_error_messages_are_quoted_as_the_code_says_them():
+    text = (ROOT / "docs" / "mistakes.md").read_text()
+    quoted = re.findall(r"^- `(.+)`$", text, re.MULTILINE)
+    assert len(quoted) == text.count("\n- ") >= 20
+    files = [path.read_text() for path in PACKAGE.rglob("*.py")]
+    patterns = [re.compile(pattern) for source in files for pattern in sentences_of(source)]
+    for sentence in quoted:
+        assert says(patterns, sentence), f"no file says {sentence!r}"
+
+
+def test_another_message_is_seen():
+    source = 'f"{name} must be at least {low}, not {value}.", f"the run has {fields}: ", "choose another folder."'
+    patterns = [re.compile(pattern) for pattern in sentences_of(source)]
+    assert len(patterns) == 3
+    assert says(patterns, "config.train.epochs must be at least 1, not 0.")
+    assert says(patterns, "the run has seed = 1: choose another folder.")
+    assert not says(patterns, "config.train.epochs should be at least 1, not 0.")
+    assert not says(patterns, "the run has seed = 1: choose another one.")

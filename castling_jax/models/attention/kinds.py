@@ -141,7 +141,7 @@ def make_core(
 def register_attention(
     name: str, function: Callable[..., Any], *, taps: bool = True, inference: str | None = None
 ) -> None:
-    """Adds an attention of your own: afterwards `attention=name` works wherever an attention is named.
+    """Adds an attention of your own: afterwards `attention=name` works wherever an attention is named::
 
         def cosine_attention(q, k, v):
             q, k = (x / (1e-6 + jnp.linalg.norm(x, axis=-1, keepdims=True)) for x in (q, k))
