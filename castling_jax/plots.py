@@ -5,7 +5,7 @@ of its own.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from castling_jax.errors import InputError
@@ -233,3 +234,101 @@ def _shortened(name: str) -> str:
     """A class's name as a picture can show it."""
     name = name if name.isprintable() else name.encode("unicode_escape").decode()
     return name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…"
+
+
+def draw_attention(
+    weights: Mapping[str, Float[np.ndarray, "heads queries keys"]],
+    image: UInt8[np.ndarray, "height width 3"],
+    grid: tuple[int, int],
+    *,
+    query: int,
+) -> Figure:
+    """The weights that one query gives the patches of an image: a row for each kind of weights, a column for each head.
+
+    All heads of a row share the colours of its bar. Weights of tokens before the patches, such as the class token, are
+    not drawn. A square marks the query's own patch where the queries are the same tokens as the keys. The colours end
+    at the largest weight of another patch, because linear-angular attention gives the query's own 1/2 more.
+
+    Args:
+      weights: of one image, such as {name: array[0] for name, array in castling_jax.attention_maps(...).items()}.
+      image: under the weights, in grey.
+      grid: (rows, columns) of patches, the last keys.
+      query: index of the query among all queries, such as 0 for DeiT's class token.
+
+    Raises:
+      InputError: a kind has fewer keys than the grid has patches, or no such query.
+    """
+    patches = grid[0] * grid[1]
+    heads = max(len(array) for array in weights.values())
+    figure = Figure(figsize=(1 + 2 * heads, 0.4 + 2.3 * len(weights)), layout="constrained")
+    axes = figure.subplots(len(weights), heads, squeeze=False)
+    for head, axis in enumerate(axes[0]):
+        axis.set_title(f"head {head}", fontsize=9)
+    grey = np.asarray(image, np.float64).mean(axis=2)
+    height, width = grey.shape
+    for row, (name, array) in zip(axes, weights.items(), strict=True):
+        _, queries, keys = array.shape
+        if keys < patches or not 0 <= query < queries:
+            raise InputError(
+                f"{name} has {queries} queries and {keys} keys, which have no query {query} or no grid of {patches}."
+            )
+        shown = np.asarray(array, np.float64)[:, query, keys - patches :]
+        own = query - (keys - patches) if queries == keys else -1
+        others = shown if own < 0 else np.delete(shown, own, axis=1)
+        largest = np.abs(others).max(initial=0) or 1.0
+        limits = {"cmap": "RdBu_r", "vmin": -largest} if shown.min() < 0 else {"cmap": "magma", "vmin": 0}
+        for axis, of_head in zip(row, shown, strict=False):
+            axis.imshow(grey, cmap="gray", extent=(0, width, height, 0))
+            colours = axis.imshow(
+                of_head.reshape(grid), extent=(0, width, height, 0), alpha=0.7, vmax=largest, **limits
+            )
+            if own >= 0:
+                side = (width / grid[1], height / grid[0])
+                corner = (own % grid[1] * side[0], own // grid[1] * side[1])
+                axis.add_patch(Rectangle(corner, *side, fill=False, edgecolor="lime", linewidth=1.5))
+            axis.set(xticks=[], yticks=[])
+        for axis in row[len(shown) :]:
+            axis.set_axis_off()
+        row[0].set_ylabel(name, fontsize=9)
+        extend = "max" if shown.max() > largest else "neither"
+        bar = figure.colorbar(colours, ax=row.tolist(), aspect=12, extend=extend)
+        bar.ax.tick_params(labelsize=SMALL)
+        bar.locator = MaxNLocator(4)
+    return figure
+
+
+def draw_taps(kernels: Sequence[Float[np.ndarray, "taps heads"] | Float[np.ndarray, "rows columns heads"]]) -> Figure:
+    """The learnt taps of each layer's token kernel, all in one colour scale; taps of a new model are zero, and white.
+
+    A kernel over tokens is a row of taps for each head. Kernels over the grid stand side by side, one for each head.
+
+    Args:
+      kernels: of the layers, in their order, such as params["blocks"]["0"]["attn"]["token_kernel"] of a DeiT.
+    """
+    arrays = [np.asarray(kernel, np.float64) for kernel in kernels]
+    columns = min(len(arrays), 3)
+    rows = -(-len(arrays) // columns)
+    figure = Figure(figsize=(1 + 3.2 * columns, 0.8 + 1.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    largest = max(np.abs(array).max() for array in arrays) or 1.0
+    for layer, (axis, kernel) in enumerate(zip(axes, arrays, strict=False)):
+        taps, heads = kernel.shape[-2:]
+        if kernel.ndim == 2:
+            picture, labels = kernel.T, ("tap", "head")
+            axis.set_xticks(range(taps), [str(tap - taps // 2) for tap in range(taps)])
+            axis.set_yticks(range(heads))
+        else:
+            gap = np.full((len(kernel), 1), np.nan)
+            picture = np.hstack([part for head in range(heads) for part in (kernel[:, :, head], gap)][:-1])
+            labels = ("head", "")
+            axis.set_xticks(np.arange(heads) * (taps + 1) + (taps - 1) / 2, range(heads))
+            axis.set_yticks([])
+            axis.set_facecolor("lightgrey")  # between the heads
+        colours = axis.imshow(picture, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
+        axis.set(xlabel=labels[0], ylabel=labels[1])
+        axis.set_title(f"layer {layer}", fontsize=9)
+        axis.tick_params(labelsize=SMALL)
+    for axis in axes[len(arrays) :]:
+        axis.set_axis_off()
+    figure.colorbar(colours, ax=axes.tolist(), label="weight of the value", aspect=30)
+    return figure

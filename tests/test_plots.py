@@ -5,7 +5,15 @@ import pytest
 from matplotlib.collections import QuadMesh
 
 from castling_jax import plots
-from castling_jax.plots import DENSITY_TITLES, draw_confusion, draw_density, draw_training
+from castling_jax.plots import (
+    DENSITY_TITLES,
+    draw_attention,
+    draw_confusion,
+    draw_density,
+    draw_predictions,
+    draw_taps,
+    draw_training,
+)
 from tests.pictures import check_legible
 
 STEPS_PER_EPOCH = 55
@@ -44,9 +52,22 @@ def map_of(figure):
     return axes, mesh
 
 
+PHOTOGRAPH = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+
+
+def attention_of(prefix, *, heads, rows=3, columns=4):
+    """Random weights of two kinds among prefix tokens and a grid of patches; those of one kind can be negative."""
+    tokens = prefix + rows * columns
+    random = np.random.default_rng(0).uniform(-1, 1, (heads, tokens, tokens))
+    return {"masked_softmax": np.abs(random), "linear_angular": random}
+
+
 FIGURES = {
     "draw_training": lambda: draw_training(history_of(30, evaluations=6)),
     "draw_density": lambda: draw_density(np.arange(1, 9), np.full((8, 24), 0.5), steps_per_epoch=3),
+    "draw_attention": lambda: draw_attention(attention_of(1, heads=3), PHOTOGRAPH, (3, 4), query=6),
+    "draw_taps": lambda: draw_taps([np.random.default_rng(0).normal(size=(9, 3))] * 12),
+    "draw_predictions": lambda: draw_predictions([PHOTOGRAPH] * 2, [[("a", 0.9), ("b", 0.1)]] * 2),
     "draw_confusion": lambda: draw_confusion(np.diag(range(1000, 1030)), [f"class {i}" for i in range(30)]),
 }
 
@@ -166,3 +187,53 @@ def test_what_a_history_lacks_is_left_out():
     figure = draw_training({"step": np.array([5]), "eval_loss": np.array([1.0])})
     assert epochs_of(axes_of(figure, "Loss")) is None
     check_legible(figure)
+
+
+def pictures_of(figure, kind):
+    """The arrays that the axes of a row show over the image."""
+    (first,) = (axes for axes in figure.axes if axes.get_ylabel() == kind)
+    row = first.get_subplotspec().rowspan
+    return [axes for axes in figure.axes if axes.get_subplotspec() and axes.get_subplotspec().rowspan == row]
+
+
+def test_attention_is_the_querys_row_of_weights_on_the_grid():
+    weights = attention_of(1, heads=3)
+    figure = draw_attention(weights, PHOTOGRAPH, (3, 4), query=6)
+    for kind, array in weights.items():
+        drawn = [axes for axes in pictures_of(figure, kind) if len(axes.images) == 2]
+        assert len(drawn) == 3
+        for head, axes in enumerate(drawn):
+            np.testing.assert_allclose(axes.images[1].get_array(), array[head, 6, 1:].reshape(3, 4))
+            assert axes.images[1].get_clim()[1] == np.abs(np.delete(array[:, 6], [0, 6], axis=1)).max()
+            (square,) = axes.patches  # token 6 is patch 5, in row 1 and column 1, of 10 x 10 pixels
+            assert square.get_xy() == (10, 10)
+    limits = {kind: pictures_of(figure, kind)[0].images[1].get_clim() for kind in weights}
+    assert limits["masked_softmax"][0] == 0
+    assert limits["linear_angular"][0] == -limits["linear_angular"][1]
+
+
+def test_the_class_token_has_no_square():
+    figure = draw_attention(attention_of(1, heads=1), PHOTOGRAPH, (3, 4), query=0)
+    assert not any(axes.patches for axes in figure.axes if len(axes.images) == 2)
+
+
+@pytest.mark.parametrize(("grid", "query"), [((4, 4), 0), ((3, 4), 13), ((3, 4), -1)])
+def test_attention_without_such_a_grid_or_query_is_refused(refuses, grid, query):
+    with refuses("13 queries and 13 keys", f"no query {query} or no grid of {grid[0] * grid[1]}"):
+        draw_attention(attention_of(1, heads=1), PHOTOGRAPH, grid, query=query)
+
+
+def test_taps_over_tokens_and_over_the_grid_are_drawn_head_by_head():
+    rng = np.random.default_rng(0)
+    tokens, grid = rng.normal(size=(9, 2)), rng.normal(size=(3, 3, 4))
+    figure = draw_taps([tokens, grid])
+    first, second = (axes for axes in figure.axes if axes.get_title())
+    np.testing.assert_allclose(first.images[0].get_array(), tokens.T)
+    assert [label.get_text() for label in first.get_xticklabels()] == [str(tap) for tap in range(-4, 5)]
+    np.testing.assert_allclose(second.images[0].get_array()[:, 4:7], grid[:, :, 1])
+    assert first.images[0].get_clim() == second.images[0].get_clim()
+    check_legible(figure)
+
+
+def test_taps_of_a_new_model_are_drawn():
+    check_legible(draw_taps([np.zeros((9, 3))]))

@@ -128,7 +128,7 @@ def apply(
       InputError: variables are missing or of another shape, images do not fit the model, or the threshold is missing,
         negative or NaN.
     """
-    _check_images(images)
+    check_images(images)
 
     @on_auto_axes(lambda images: (split_as(images, 0), PartitionSpec()))
     def forward(images: Any, leaves: Any, mask_threshold: Any) -> Any:
@@ -151,7 +151,7 @@ def forward_train(
 
     The key is drop-path's. `batch_stats` are the running statistics of batch norm after this batch, {} without any.
     """
-    _check_images(images)
+    check_images(images)
     leaves = leaves_of(model, variables)
     statistics = flatten(variables.get("batch_stats", {}))
     stay = unflatten({path: split_as(leaf, *range(len(leaf.shape))) for path, leaf in statistics.items()})
@@ -179,7 +179,7 @@ def features(
 
     Pure, as `apply`, with the same arguments and errors.
     """
-    _check_images(images)
+    check_images(images)
 
     @on_auto_axes(lambda images: split_as(images, 0))
     def forward(images: Any, leaves: Any, mask_threshold: Any) -> Any:
@@ -188,7 +188,8 @@ def features(
     return forward(images, leaves_of(model, variables), mask_threshold)
 
 
-def _check_images(images: jax.Array) -> None:
+def check_images(images: jax.Array) -> None:
+    """Raises an InputError unless images are a batch of at least one, with four axes."""
     shape = getattr(images, "shape", None)
     if shape is None or len(shape) != 4 or shape[0] < 1:
         what = type(images).__name__ if shape is None else f"of shape {shape}"

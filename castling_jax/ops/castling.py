@@ -61,15 +61,9 @@ def castling_attention(
       InputError: shapes do not fit or the kernels do not serve them, queries unlike keys come without query_values,
         the threshold is negative or NaN (where it is concrete), or a name is unknown.
     """
-    check_known("mask_kind", mask_kind, MASK_KINDS)
-    fades = mask_kind == "fade" and not is_known_empty(mask_threshold)
-    # Above a threshold of 0 is the whole softmax: a weight that is 0, by underflow, adds nothing to output or gradient.
-    auxiliary, density, (q, k, v) = masked_softmax_first(
-        q, k, v, mask_threshold=0.0 if fades else mask_threshold, bias=bias, implementation=implementation
+    auxiliary, density, (q, k, v) = softmax_branch(
+        q, k, v, mask_threshold=mask_threshold, mask_kind=mask_kind, bias=bias, implementation=implementation
     )
-    if fades:
-        kept = jnp.maximum(1 - jnp.asarray(mask_threshold, jnp.promote_types(v.dtype, jnp.float32)), 0)
-        auxiliary, density = (kept * auxiliary).astype(v.dtype), kept.astype(jnp.float32)
     # Of an empty mask the branch is zero: it is not worth reading.
     added = None if is_known_empty(mask_threshold) else auxiliary
     out = add_linear_angular(
@@ -84,3 +78,26 @@ def castling_attention(
         implementation=implementation,
     )
     return out, density
+
+
+def softmax_branch(
+    q: Float[Array, "batch queries heads key_dim"],
+    k: Float[Array, "batch keys heads key_dim"],
+    v: Float[Array, "batch keys heads value_dim"],
+    *,
+    mask_threshold: ArrayLike,
+    mask_kind: str,
+    bias: Bias | None,
+    implementation: str,
+) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""], tuple[Array, Array, Array]]:
+    """aux and the mask density, and q, k and v for what comes after it, as in `masked_softmax_first`."""
+    check_known("mask_kind", mask_kind, MASK_KINDS)
+    fades = mask_kind == "fade" and not is_known_empty(mask_threshold)
+    # Above a threshold of 0 is the whole softmax: a weight that is 0, by underflow, adds nothing to output or gradient.
+    auxiliary, density, (q, k, v) = masked_softmax_first(
+        q, k, v, mask_threshold=0.0 if fades else mask_threshold, bias=bias, implementation=implementation
+    )
+    if fades:
+        kept = jnp.maximum(1 - jnp.asarray(mask_threshold, jnp.promote_types(v.dtype, jnp.float32)), 0)
+        auxiliary, density = (kept * auxiliary).astype(v.dtype), kept.astype(jnp.float32)
+    return auxiliary, density, (q, k, v)

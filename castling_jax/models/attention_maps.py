@@ -1,0 +1,153 @@
+"""How much each query of a layer takes from each key: what an attention map shows.
+
+The weights of an attention that is linear in its values are its answer to one-hot values: with the unit vector e_j as
+the value of key j, the output at query i is the row of weights of i. So the maps come from the attentions' own
+functions, not from a second copy of their formulas.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float
+
+from castling_jax import ops
+from castling_jax.errors import InputError, takes
+from castling_jax.models.attention.core import Kind
+from castling_jax.models.attention.kinds import KINDS
+from castling_jax.models.backbone import Backbone
+from castling_jax.models.variables import MODEL, VARIABLES, Variables, bind, check_images
+from castling_jax.ops.angular import linear_angular_core
+from castling_jax.ops.castling import softmax_branch
+from castling_jax.ops.mesh import on_auto_axes, split_as
+from castling_jax.ops.tokens import values_of_queries
+
+Weights = dict[str, Float[Array, "batch heads queries keys"]]
+
+
+def _masked_softmax(q, k, v, *, mask_threshold, mask_kind, bias):
+    branch = softmax_branch(
+        q, k, v, mask_threshold=mask_threshold, mask_kind=mask_kind, bias=bias, implementation="xla"
+    )
+    return branch[0]
+
+
+_ANGULAR = Kind("angular", ops.angular_attention)  # not normalised, as the kind of this name is
+_LINEAR_ANGULAR = Kind("linear_angular", linear_angular_core)
+# The parts of an attention that are linear in the values; an attention that is not listed is one such part.
+_TERMS = {
+    "castling": (Kind("masked_softmax", _masked_softmax), _LINEAR_ANGULAR, _ANGULAR),
+    "linear_angular": (_LINEAR_ANGULAR, _ANGULAR),
+    "angular": (_ANGULAR,),
+    "softmax_taps": (KINDS["softmax"],),
+    "convolutional": (KINDS["softmax"],),
+}
+
+
+@takes(model=MODEL, variables=VARIABLES)
+def attention_maps(
+    model: Backbone,
+    variables: Variables,
+    images: Float[Array, "batch height width channels"],
+    *,
+    layer: int,
+    mask_threshold: ArrayLike | None = None,
+) -> Weights:
+    """The weights that an attention layer gives its values, by the name of the term; pure and jit-able.
+
+    Args:
+      model: gives the architecture; its own parameters are not used.
+      variables: as from `get_variables`.
+      images: normalised pixels, as `apply` takes them.
+      layer: index among all attention layers in the order of the model, LeViT's subsampling ones among them; a negative
+        one counts from the last.
+      mask_threshold: as in `apply`.
+
+    Returns:
+      Arrays [batch, heads, queries, keys], in float32 at least. DeiT's class and distillation tokens come first, then
+      the patches row by row. The names are
+
+      "masked_softmax": M * P of a castling layer, P = softmax(Q K^T / sqrt(key_dim) + bias) (equation 9); with
+        mask_kind="fade", (1 - mask_threshold) P.
+      "linear_angular": 1/2 I + Q^ K^^T / pi of castling and linear_angular, before the output normalisation
+        (equation 7). The paper has 1/2 V where the kernel has 1/2 for every key, so 1/2 stands only at the key on which
+        the query stands. Where MViTv2 pools queries and keys with different strides, the 1/2 V term reads values of no
+        key, and the weights are Q^ K^^T / pi.
+      "angular": the exact kernel 1 - theta / pi (equations 3 and 4) of castling, linear_angular and angular. Castling
+        and linear_angular do not compute it: it shows what their terms leave out.
+      "softmax": P of softmax, softmax_taps and convolutional. The keys of convolutional are the class token and a
+        quarter of the patches.
+
+      Each other attention has its own name; taylor's weights are those of its branch and its linear part together. An
+      attention that `register_attention` added is taken to be linear in its values. Taps are left out.
+
+    Raises:
+      InputError: what `apply` raises; the model has no such layer; or the layer's attention does not weigh all keys for
+        each query (window, bridge, separable).
+    """
+    check_images(images)
+    attentions = _attentions(model)
+    if not isinstance(layer, int | np.integer) or not -len(attentions) <= layer < len(attentions):
+        raise InputError(f"layer must be an integer from {-len(attentions)} to {len(attentions) - 1}, not {layer!r}.")
+    kind = attentions[0].core.kind  # a model has one
+
+    @on_auto_axes(lambda images: split_as(images, 0))
+    def forward(images: Any, variables: Any, mask_threshold: Any) -> Weights:
+        calls: list[Any] = []
+        bound = bind(model, variables)
+        for attention in _attentions(bound):
+            attention.core = dataclasses.replace(attention.core, kind=_Recorder(**_fields(kind), calls=calls))
+        for _, module in nnx.iter_modules(bound):
+            if hasattr(module, "remat"):
+                module.remat = False  # arrays made inside a block that is computed again do not leave it
+        bound(images, mask_threshold=mask_threshold)
+        if not calls:
+            raise InputError(f"attention={kind.name!r} has no maps, because it does not weigh all keys for each query.")
+        q, k, inputs = calls[layer]
+        return _weights(kind, q, k, inputs)
+
+    return forward(images, variables, mask_threshold)
+
+
+def _attentions(model: Backbone) -> list[Any]:
+    """The modules that have a core, in no order."""
+    return [module for _, module in nnx.iter_modules(model) if hasattr(module, "core")]
+
+
+def _fields(kind: Kind) -> dict[str, Any]:
+    return {field.name: getattr(kind, field.name) for field in dataclasses.fields(kind)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recorder(Kind):
+    """A kind that also appends what each layer calls it with to `calls`, in the order of the model."""
+
+    calls: list[tuple[Array, Array, dict[str, Any]]] = dataclasses.field(default_factory=list)
+
+    def __call__(self, q: Array, k: Array, v: Array, **inputs: Any) -> Any:
+        self.calls.append((q, k, inputs))
+        return super().__call__(q, k, v, **inputs)
+
+
+def _weights(
+    kind: Kind,
+    q: Float[Array, "batch queries heads key_dim"],
+    k: Float[Array, "batch keys heads key_dim"],
+    inputs: dict[str, Any],
+) -> Weights:
+    """The answers of the kind's terms to one-hot values."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    q, k, bias = jax.tree.map(lambda x: x.astype(wide), (q, k, inputs.get("bias")))
+    (batch, keys, heads, _), queries = k.shape, q.shape[1]
+    one_hot = jnp.broadcast_to(jnp.eye(keys, dtype=wide)[:, None], (batch, keys, heads, keys))
+    place = inputs.get("query_values")
+    if isinstance(place, jax.Array):  # values of the queries' own, which are those of no key
+        query_values = jnp.zeros((batch, queries, heads, keys), wide)
+    else:
+        query_values = values_of_queries(one_hot, place)
+    inputs = inputs | {"bias": bias, "query_values": query_values, "token_kernel": None, "implementation": "xla"}
+    outputs = {term.name: term(q, k, one_hot, **inputs)[0] for term in _TERMS.get(kind.name, (kind,))}
+    return {name: jnp.swapaxes(out, 1, 2) for name, out in outputs.items()}
