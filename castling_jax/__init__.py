@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from castling_jax.data.preprocess import preprocess
     from castling_jax.data.transforms import normalize_images
     from castling_jax.errors import InputError
+    from castling_jax.maps import attention_maps
     from castling_jax.models.attention.kinds import register_attention
-    from castling_jax.models.attention_maps import attention_maps
     from castling_jax.models.description import describe
     from castling_jax.models.registry import create_model, list_models
     from castling_jax.models.variables import apply, features, forward_train, get_variables
@@ -56,7 +56,7 @@ _PLACES = {
     "InputError": "errors",
     "Preprocessing": "preprocessing",
     "apply": "models.variables",
-    "attention_maps": "models.attention_maps",
+    "attention_maps": "maps",
     "check_switch": "convert.inference",
     "convert": "",
     "create_model": "models.registry",

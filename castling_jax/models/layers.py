@@ -1,6 +1,7 @@
 """Layers that the backbones share."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -27,10 +28,8 @@ SUBLANES = 8  # rows of a TPU's register: with fewer rows the compiler turns the
 def torch_bias_init(fan_in: int) -> jax.nn.initializers.Initializer:
     """PyTorch's default for the biases of linear layers and convolutions: uniform from -1 to 1 over sqrt(fan_in)."""
 
-    def init(key: jax.Array, shape: Sequence[Any], dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
-
-    return init
+    limit = 1 / math.sqrt(fan_in)
+    return functools.partial(jax.random.uniform, minval=-limit, maxval=limit)
 
 
 @dataclasses.dataclass(frozen=True)
