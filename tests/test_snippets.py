@@ -23,8 +23,8 @@ from tests.test_docs import DOCUMENTS, ROOT
 
 BLOCK = re.compile(r"^(?:<!-- not run: (.+) -->\n)?^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"^    (python .*)", re.MULTILINE)  # command lines in docs/performance.md
-OTHERS = re.compile(r"|text|tree|\{[\w-]+\}.*")  # what is not to be run; "" is the end of a block that was run
-SLOW_PYTHON = {"README.md", "own_loop.md", "models.md"}  # whole models are compiled
+OTHERS = re.compile(r"text|tree|\{[\w-]+\}.*")  # languages of blocks that are no programs
+SLOW_PYTHON = {"README.md", "own_loop.md", "models.md"}  # they compile whole models
 # The beginning of a command line -> why no test runs it from here.
 NOT_RUN = {
     "make": "these tests run inside `make test`, and .ci/run runs `make docs`",
@@ -133,6 +133,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(document, folder, kinds):
 
 def test_every_block_is_run_or_says_why_not():
     for document in DOCUMENTS:
+        assert not re.search(r"^ +```", document.read_text(), re.MULTILINE), f"{document.name} has an indented block"
         for language, code, reason in blocks(document):
             assert language in ("python", "bash") or OTHERS.fullmatch(language), f"{document.name}: {language}"
             if reason:
@@ -175,12 +176,12 @@ def test_configurations_that_are_trained_are_valid(document, capsys):
 
 
 def made_small(line):
-    """The arguments of a command line, for seconds on a CPU; None where it needs more, or a reason leaves it out."""
+    """The arguments of a command line, for seconds on a CPU; None where it needs more or has a reason in NOT_RUN."""
     if reason_of(line):
         return None
     found = TRAINS.fullmatch(line)
     if found is None:
-        return COMMAND.fullmatch(line)[1].split()
+        return (found := COMMAND.fullmatch(line)) and found[1].split()
     words = [word for word in found[1].split() if not word.startswith("--config.train.epochs=")]
     if not {"--config=digits", "--config=folder:64"} & set(words):
         return None  # test_configurations_that_are_trained_are_valid has read it
@@ -189,9 +190,7 @@ def made_small(line):
 
 def runnable(document):
     """Whether a page's commands are run: a run on the digits as castle.md's is enough for distillation.md."""
-    return document.name not in ("README.md", "distillation.md") and any(
-        made_small(line) for line in shell_lines(document)
-    )
+    return document.name != "distillation.md" and any(made_small(line) for line in shell_lines(document))
 
 
 @pytest.fixture(scope="module")
@@ -220,16 +219,16 @@ def trained(tmp_path_factory, run_command):
             for number in range(count):
                 pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
                 Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
-    for words in (
-        "python main.py --config=digits --workdir=runs/mine",
-        "python main.py --config=folder:64 --config.dataset.name=folder:flowers --workdir=runs/flowers",
-    ):
-        status, output = run_command(folder, made_small(words))
+    pages_lines = [line for document in DOCUMENTS for line in shell_lines(document)]
+    for name in ("runs/mine", "runs/flowers"):  # as the README and folder.md train them
+        line = next(line for line in pages_lines if f" --workdir={name}" in line and made_small(line))
+        status, output = run_command(folder, made_small(line))
         assert not status, output
     return folder
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("pages")
 @pytest.mark.parametrize("document", pages(runnable))
 def test_the_commands_of_a_page_run_one_after_another(document, trained, run_command):
     for line in shell_lines(document):
