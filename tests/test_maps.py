@@ -121,6 +121,7 @@ def test_weights_times_values_are_the_output_of_every_kind(family, kind):
         np.testing.assert_allclose(total, out, atol=10 * ATOL * np.abs(out).max())
 
 
+@pytest.mark.slow
 def test_softmax_weights_are_the_softmax_of_the_scores():
     model, variables, images = made("levit", attention="softmax")
     for index, (q, k, _, inputs, _) in enumerate(layers_of(model, variables, images, None)):
@@ -139,6 +140,7 @@ def test_a_fade_lowers_all_weights():
     np.testing.assert_allclose(half, whole / 2, atol=ATOL)
 
 
+@pytest.mark.slow
 def test_negative_layers_count_from_the_end_and_the_inference_form_has_no_branch():
     model, variables, images = made("levit")
     last = castling_jax.attention_maps(model, variables, images, layer=-1, mask_threshold=1.0)
@@ -152,6 +154,7 @@ def test_negative_layers_count_from_the_end_and_the_inference_form_has_no_branch
     np.testing.assert_allclose(switched["linear_angular"], last["linear_angular"], atol=10 * ATOL)
 
 
+@pytest.mark.slow
 def test_maps_can_be_jitted_on_any_mesh_and_where_blocks_are_computed_again():
     model, variables, images = made("deit", remat=True)
 

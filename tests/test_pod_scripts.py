@@ -261,6 +261,7 @@ def test_a_start_takes_fields_alone(flag):
     assert said.startswith(f"train.sh: there is no flag '{flag}', only --config.GROUP.FIELD=VALUE")
 
 
+@pytest.mark.slow
 def test_fields_are_checked_before_workers_are_asked():
     done = run_step("train", "--dry-run", "--config.optimizer.lr=1", PYTHON=sys.executable)
     assert (done.returncode, done.stdout) == (2, "")

@@ -9,12 +9,20 @@ castling's mask starts at c / N for N = 65 tokens: weights of c times the unifor
 the authors' value, which is c = 1.3 here. `fade` has a factor from 1 to 0 in the place of the mask.
 """
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-import experiments.studies.cifar10_pilot  # noqa: F401  (registers uniform)
+import castling_jax
 from castling_jax.training.config import default_config
 from experiments.study import Arm, Study
 
+
+def uniform(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(v.mean(axis=1, keepdims=True), v.shape)
+
+
+castling_jax.register_attention("uniform", uniform)  # with the taps
 TOKENS = 65
 RATES = (1e-3, 2e-3, 4e-3)
 

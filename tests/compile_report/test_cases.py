@@ -206,6 +206,7 @@ def get_config():
         load_case("recipe", {"config": str(config), "batch": 4}, jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_a_teacher_is_compiled_with_the_step_and_not_read():
     options = {"config": "configs/castle_pretrained.py:small", "batch": 1}
     case = load_case("recipe", options, jax.devices()[:1])

@@ -72,6 +72,7 @@ def test_blocks_between_others_are_counted_one_by_one():
     assert description._joint_path([("blocks", "10", "mlp"), ("blocks", "2", "mlp")]) == "blocks/2,10/mlp"
 
 
+@pytest.mark.slow
 def test_what_the_switch_drops_and_the_statistics_are_told():
     text = description.describe(abstract_model("levit_128s", **small.LEVIT_SIZES))
     biases = 2 * 7 * 7 + 2 * 7 * 7 + 3 * 4 * 4

@@ -24,6 +24,7 @@ BUILDERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", BUILDERS)
 def test_a_fading_model_goes_from_the_whole_softmax_to_its_inference_form(build):
     model, masked = build(mask_kind="fade"), build()

@@ -112,10 +112,11 @@ def test_a_registered_attention_is_counted_and_described():
     assert costs["cosine"] == Cost(2 * tokens * width * head_dim, width * head_dim + tokens * width)
     assert costs["token_kernel"] == Cost(9 * tokens * width, tokens * width)
     assert "other" not in costs
-    text = description.describe("deit_micro", attention="cosine")
+    text = description.describe(castling_jax.create_model("deit_micro", attention="cosine", depth=1))
     assert "cosine" in text.split("one image's forward pass")[1].split("parameters")[0]
 
 
+@pytest.mark.slow
 def test_a_registered_attention_is_trained_on_a_mesh_and_read_back(tmp_path):
     register_both()
     config = default_config()

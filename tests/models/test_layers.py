@@ -70,9 +70,10 @@ def test_patch_embed_is_one_product_a_patch():
     images = np.random.default_rng(0).normal(size=(2, 4, 6, 3))
     tokens = embed(jnp.asarray(images, jnp.float32))
     kernel = np.asarray(embed.proj.kernel[...], np.float64).reshape(12, 5)
+    bias = np.asarray(embed.proj.bias[...], np.float64)
     # Tokens in the order of the grid's rows.
     patches = [images[:, y : y + 2, x : x + 2].reshape(2, 12) for y in (0, 2) for x in (0, 2, 4)]
-    np.testing.assert_allclose(tokens, np.stack(patches, axis=1) @ kernel, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(tokens, np.stack(patches, axis=1) @ kernel + bias, rtol=0, atol=1e-6)
 
 
 def test_layer_norm_has_deits_epsilon():

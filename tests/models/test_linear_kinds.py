@@ -341,7 +341,7 @@ def test_a_training_step_moves_its_parameters_on_a_mesh(name):
 
 
 def test_describe_lists_them():
-    text = description.describe("deit_micro", attention="taylor", depth=1)
+    text = description.describe(abstract_model("deit_micro", attention="taylor", depth=1))
     table = text.split("one image's forward pass")[0]
     assert {line.split()[0] for line in table.splitlines() if line.startswith("  ")} >= set(NAMES)
     assert "Taylor's sparse branch" in text

@@ -95,7 +95,7 @@ def test_a_checked_conversion_in_each_format(deit, tmp_path, monkeypatch, capsys
     assert re.search(r"at the mask threshold 0.02 the two forms' logits differ by at most \d\.\de", text)
     assert re.search(r"kept, by layer: \d+\.\d\d%", text)
     assert "read back, gives the same logits" in text
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([MODEL_FILE, PAYLOADS[name]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([CARD_FILE, MODEL_FILE, PAYLOADS[name]])
     if name != "stablehlo":
         chex.assert_trees_all_equal(load_inference(tmp_path)[1], to_inference(variables))
 
@@ -192,7 +192,7 @@ def test_an_unfinished_run_is_said_and_only_what_was_written_is_counted(levit, t
     text = capsys.readouterr().out
     assert "This run is not finished: what is converted is its step 0, whose mask threshold is 0.02." in text
     size = sum((out / name).stat().st_size for name in (MODEL_FILE, PAYLOADS["safetensors"]))
-    assert f"Wrote {out}: variables.safetensors and model.json, {size / 1e6:,.2f} MB." in text
+    assert f"Wrote {out}: variables.safetensors, model.json and README.md, {size / 1e6:,.2f} MB." in text
     (folder / "summary.json").write_text("{}")
     try:
         run(monkeypatch, folder, out)

@@ -88,6 +88,7 @@ def test_the_first_images_are_shown_once_as_the_model_sees_them(shown_run):
     np.testing.assert_allclose(picture, rows, atol=1)  # halves, such as 127.5, are rounded up or down
 
 
+@pytest.mark.slow
 def test_callbacks_are_called_for_each_line_of_the_call_and_end_the_run_by_what_they_raise(tmp_path):
     config, workdir = small_config(), tmp_path / "run"
     config.train.epochs = 1

@@ -164,6 +164,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(fault, threshold):
     assert state.skipped_steps == 1
 
 
+@pytest.mark.slow
 def test_batch_norms_statistics_are_skipped_too():
     model = small.small_levit(num_classes=10, **ONE_STAGE)
     optimizer = optax.sgd(1e-2)

@@ -2,6 +2,7 @@ import json
 
 import jax
 import pytest
+from etils import epath
 
 from castling_jax.convert.inference_folder import save_inference
 from castling_jax.models.registry import abstract_model, create_model
