@@ -16,6 +16,7 @@ from castling_jax.convert.run_folder import write_config
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import count_parameters
 from castling_jax.tools import convert
+from castling_jax.training.card import CARD_FILE
 from castling_jax.training.checkpoints import Checkpoints, Progress
 from castling_jax.training.config import default_config
 from castling_jax.training.state import create_state
