@@ -19,7 +19,8 @@ from castling_jax.convert.weights import Weights, read
 from castling_jax.data.folder import IMAGE_SUFFIXES, image_files
 from castling_jax.data.preprocess import named_images, read_image
 from castling_jax.data.transforms import EvalTransform
-from castling_jax.errors import InputError, check_at_least
+from castling_jax.errors import InputError
+from castling_jax.fields import integer
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, features
@@ -52,7 +53,7 @@ def predict(
     Raises:
       InputError: weights or an image cannot be read, a folder holds no images, or the classes have no names.
     """
-    check_at_least("top", top, 1)
+    integer(1).check("top", top)
     weights = read(path)
     names = class_names(weights, classes)
     answers = []
@@ -69,6 +70,8 @@ def class_names(weights: Weights, classes: Sequence[str] | None = None) -> list[
     Raises:
       InputError: there are none, or not as many as outputs.
     """
+    if classes is not None and (isinstance(classes, str) or not isinstance(classes, Sequence)):
+        raise InputError(f"classes must be a list of names, not {type(classes).__name__}.")
     names = classes if classes is not None else weights.classes
     if names is None:
         raise InputError(f"'{weights.path}' does not say the names of its classes: give classes, a list of names.")
@@ -139,11 +142,19 @@ def stream(
         for image, pixels in prepared:
             yield image, pixels if isinstance(pixels, InputError) else next(found)
 
+    def start(name: str, image: Any) -> Future[Any]:
+        """Has a file prepared by another thread. An image in memory is prepared here: its owner may change it next."""
+        if isinstance(image, str | os.PathLike | bytes):
+            return pool.submit(prepare, name, image)
+        prepared: Future[Any] = Future()
+        prepared.set_result(prepare(name, image))
+        return prepared
+
     sources = each_image(images)
     waiting: collections.deque[list[tuple[Any, Future[Any]]]] = collections.deque()
     with ThreadPoolExecutor(THREADS) as pool:
-        while named := list(itertools.islice(sources, batch_size)):
-            waiting.append([(image, pool.submit(prepare, name, image)) for name, image in named])
+        while batch := [(image, start(name, image)) for name, image in itertools.islice(sources, batch_size)]:
+            waiting.append(batch)
             if len(waiting) > BATCHES_AHEAD:
                 yield from computed(waiting.popleft())
         while waiting:

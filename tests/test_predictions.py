@@ -81,6 +81,28 @@ def test_corrupt_files_are_named_and_the_others_go_on(weights, images, tmp_path,
         predict(weights, mixed)
 
 
+def test_images_in_memory_may_be_reused_by_their_owner(weights, images):
+    files = sorted(images.rglob("*.png"))
+    pixels = [np.asarray(Image.open(file).resize((12, 12))) for file in files]
+    expected_answers = predict(weights, pixels)
+
+    def reused():
+        buffer = np.empty_like(pixels[0])
+        for image in pixels:
+            buffer[...] = image
+            yield buffer
+
+    assert predict(weights, reused()) == expected_answers
+    opened = Image.open(files[0])  # not decoded yet
+    assert predict(weights, [opened] * 20) == predict(weights, [files[0]] * 20)
+
+
+def test_a_folder_that_is_named_like_an_image_is_a_folder(weights, images, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "folder.png" / "x.png")
+    assert len(predict(weights, tmp_path)) == 1
+
+
 def test_features_are_the_last_maps_mean(weights, images):
     files = sorted(images.rglob("*.png"))[:2]
     read_weights = read(weights)
@@ -100,7 +122,14 @@ def test_what_is_refused(weights, tmp_path, refuses):
         predict(weights, tmp_path / "empty")
     with refuses("there must be at least one image"):
         predict(weights, [])
-    with refuses("top must be at least 1, not 0"):
+    with refuses("top must be an integer of at least 1, not 'many'"):
+        predict(weights, [np.zeros((8, 8, 3), np.uint8)], top="many")
+    for classes in ("abcdefg", 7):
+        with refuses("classes must be a list of names"):
+            predict(weights, [np.zeros((8, 8, 3), np.uint8)], classes=classes)
+    with refuses("image 0"):
+        predict(weights, [np.zeros((8, 8, 3), "V3")])
+    with refuses("top must be an integer of at least 1, not 0"):
         predict(weights, [np.zeros((8, 8, 3), np.uint8)], top=0)
     with refuses("classes must be the names of the model's 7 outputs, not 2 names"):
         predict(weights, [np.zeros((8, 8, 3), np.uint8)], classes=["a", "b"])

@@ -3,8 +3,10 @@
 import collections
 import dataclasses
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,10 @@ from jaxtyping import Bool, Int
 from PIL import features
 
 from castling_jax.errors import InputError, check_known, refusing
-from castling_jax.storage import as_path
+from castling_jax.storage import as_path, is_remote
 
-SPLIT_NAMES = ("train", "val", "valid", "validation", "test")  # a folder that has none of them is PATH/CLASS
+# A folder that has none of them, in any case, is PATH/CLASS.
+SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
 IMAGE_SUFFIXES: tuple[str, ...] = (
     ".bmp",
     ".gif",
@@ -81,7 +84,7 @@ def folder_splits(path: epath.PathLike) -> list[str]:
     if not root.is_dir():
         raise InputError(f"there is no folder '{root}'.")
     folders = _folders(root)
-    return folders if set(folders) & set(SPLIT_NAMES) or not folders else ["train"]
+    return folders if {name.lower() for name in folders} & set(SPLIT_NAMES) or not folders else ["train"]
 
 
 def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) -> FolderDataset:
@@ -104,7 +107,8 @@ def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = Non
     root = as_path(path)
     name, percent, is_held_out = _parse_split(split)
     if classes is None and "train" not in splits:
-        raise InputError(f"'{root}' has no folder 'train', whose folders would be the classes.")
+        has = f" (it has {', '.join(map(repr, splits[:5]))})" if splits else ""
+        raise InputError(f"'{root}' has no folder 'train', whose folders would be the classes{has}.")
     if name in _folders(root):
         train, images = root / "train", root / name
     else:
@@ -130,6 +134,11 @@ def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = Non
     indices = np.arange(len(files))
     if percent is not None:
         indices = np.flatnonzero(_held_out(np.array(labels), percent) == is_held_out)
+        if not len(indices):
+            raise InputError(
+                f"the split {split!r} of '{root}' holds no images: each class of {name} has too few to hold out "
+                f"{percent} % of them, so give another config.dataset.eval_split."
+            )
     chosen = [files[index] for index in indices]
     return FolderDataset(images, chosen, np.array(labels, np.int32)[indices], tuple(known), skipped)
 
@@ -137,17 +146,25 @@ def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = Non
 def image_files(path: epath.Path, prefix: str, skipped: collections.Counter[str]) -> Iterator[str]:
     """The images in a folder and below it, relative, after `prefix`; counts the other files in `skipped`.
 
-    A name with an image's suffix is not looked at further, because each look at a bucket takes a request.
+    In a bucket, a name with an image's suffix is taken for a file, because each look takes a request.
     """
-    for entry in path.iterdir():
+    remote = is_remote(path)
+    for entry in path.iterdir() if remote else os.scandir(path):
         if entry.name.startswith("."):
             continue
-        if entry.name.lower().endswith(IMAGE_SUFFIXES):
+        is_named_image = entry.name.lower().endswith(IMAGE_SUFFIXES)
+        if is_named_image and (remote or not entry.is_dir()):
             yield prefix + entry.name
         elif entry.is_dir():
-            yield from image_files(entry, f"{prefix}{entry.name}/", skipped)
+            yield from image_files(path / entry.name, f"{prefix}{entry.name}/", skipped)
         else:
-            skipped[entry.suffix.lower() or "no suffix"] += 1
+            skipped[PurePath(entry.name).suffix.lower() or "no suffix"] += 1
+
+
+def rest_of(split: str) -> str | None:
+    """What "10% of train" leaves: "train without 10%"; None for a split that is held out of no other."""
+    name, percent, is_held_out = _parse_split(split)
+    return f"{name} without {percent}%" if is_held_out else None
 
 
 def _parse_split(split: str) -> tuple[str, int | None, bool]:
@@ -160,11 +177,11 @@ def _parse_split(split: str) -> tuple[str, int | None, bool]:
 
 
 def _held_out(labels: Int[np.ndarray, "examples"], percent: int) -> Bool[np.ndarray, "examples"]:
-    """Which examples are held out: of each class this percentage, rounded, but at least one of two and more."""
+    """Which examples are held out: of each class this percentage, rounded, but neither none nor all of two and more."""
     is_held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        count = max(round(len(members) * percent / 100), min(1, len(members) - 1))
+        count = min(max(round(len(members) * percent / 100), 1), len(members) - 1)
         order = np.random.default_rng((HOLDOUT_SEED, int(label))).permutation(len(members))
         is_held_out[members[order[:count]]] = True
     return is_held_out

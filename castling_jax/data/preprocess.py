@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Float
@@ -71,7 +72,7 @@ def read_image(image: Any) -> Any:
     if not hasattr(image, "ndim"):
         raise InputError(f"an image must be a path, bytes, Pillow's or an array, not {type(image).__name__}.")
     array = np.asarray(image)
-    if array.dtype.kind not in "fV":  # V: bfloat16
+    if not jnp.issubdtype(array.dtype, jnp.floating):  # which knows bfloat16
         return array  # `decode` refuses all but uint8
     array = array.astype(np.float32)
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,)) or not array.size:

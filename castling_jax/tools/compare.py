@@ -14,7 +14,7 @@ from pathlib import Path
 
 from etils import epath
 
-from castling_jax.errors import check_known
+from castling_jax.errors import InputError, check_known
 from castling_jax.storage import try_file, write_atomically
 from castling_jax.tools.cli import Parser, any_path, ending_in_a_sentence
 
@@ -41,6 +41,8 @@ def main(words: Sequence[str] | None = None) -> None:
     from castling_jax.training.preemption import Preempted
 
     try:
+        if any(field.startswith("--config.model.attention") for field in options.fields):
+            raise InputError("compare takes its attentions from --attentions: leave out --config.model.attention.")
         if options.epochs is not None:
             options.fields.append(f"--config.train.epochs={options.epochs}")
         config = load_overridden(options.config, options.fields)

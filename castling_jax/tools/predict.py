@@ -52,6 +52,7 @@ def main(words: Sequence[str] | None = None) -> None:
     check_at_least("--top", options.top, 1)
     for path in filter(None, (options.csv, options.sheet)):
         try_file(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
     weights = read(options.run)
     names = class_names(weights)
     files = [path for _, path in each_image(options.images)]

@@ -160,6 +160,8 @@ def check_config(config: ConfigDict) -> None:
     Raises:
       InputError: names each wrong field, and the nearest known one, or the value and what is allowed.
     """
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"a configuration must be a ConfigDict, as load_config gives it, not {type(config).__name__}.")
     given = {path.replace("/", "."): value for path, value in flatten(config.to_dict()).items()}
     mistakes = Mistakes()
     for name in given:

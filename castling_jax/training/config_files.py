@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from castling_jax.training.config import FOUND_FIELDS, RUNTIME_FIELDS, RUNTIME_G
 _PACKAGE = Path(__file__).parents[1]
 # A wheel has the configurations in the package, a checkout beside it.
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+_LOADING = threading.Lock()  # one thread at a time has the package
 _LOADED = "_castling_jax_configs"  # the package that a configuration's folder is while it is read
 
 
@@ -66,13 +68,14 @@ def load_config(name: str) -> ConfigDict:
 
 def _load_module(path: Path) -> types.ModuleType:
     """Imports a file anew, with its folder as its package, so that `from ._base import ...` works wherever it lies."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == _LOADED]:
-        del sys.modules[name]
-    package = types.ModuleType(_LOADED)
-    package.__path__ = [str(path.resolve().parent)]
-    sys.modules[_LOADED] = package
-    importlib.invalidate_caches()
-    return importlib.import_module(f"{_LOADED}.{path.stem}")
+    with _LOADING:
+        for name in [name for name in sys.modules if name.partition(".")[0] == _LOADED]:
+            del sys.modules[name]
+        package = types.ModuleType(_LOADED)
+        package.__path__ = [str(path.resolve().parent)]
+        sys.modules[_LOADED] = package
+        importlib.invalidate_caches()
+        return importlib.import_module(f"{_LOADED}.{path.stem}")
 
 
 def run_config(fields: dict[str, Any] | None) -> ConfigDict:

@@ -114,6 +114,13 @@ def end(sentence: str, *, status: int = 1) -> NoReturn:
     end_at_once(status)
 
 
+def end_quietly(status: int) -> NoReturn:
+    """Ends this process without a word; at once where there are others."""
+    if not has_others():
+        sys.exit(status)
+    end_at_once(status)
+
+
 def end_at_once(status: int) -> NoReturn:
     """Ends this process without waiting for anything, and the workers that read for it, which would outlive it."""
     for worker in multiprocessing.active_children():

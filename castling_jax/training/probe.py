@@ -39,6 +39,7 @@ def save_features(path: str | os.PathLike, images: str | os.PathLike, out: str |
     if target.suffix != ".npz":
         raise InputError(f"the file of features must end in .npz, not '{target}'.")
     try_file(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
     weights = read(path)
     files = [file for _, file in each_image(root)]
     vectors = []
@@ -92,6 +93,8 @@ def probe(train: Features, test: Features, *, neighbours: int = NEIGHBOURS) -> d
         raise InputError(
             f"features of {train.features.shape[1]} and of {test.features.shape[1]} channels are of different models."
         )
+    if len({*train.labels}) < 2:
+        raise InputError(f"two labels at least are needed to tell apart, not {str(train.labels[0])!r} alone.")
     if unknown := sorted({*test.labels} - {*train.labels}):
         raise InputError(f"there is nothing to learn {str(unknown[0])!r} from: no image to learn from has this label.")
     knn = KNeighborsClassifier(neighbours, metric="cosine").fit(train.features, train.labels)

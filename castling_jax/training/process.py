@@ -33,6 +33,7 @@ from castling_jax.training.summary import SUMMARY_FILE
 
 DEFAULT_CONFIG = "digits"
 SAME_AGAIN = 3  # the status after a DeterministicError, by which scripts/pod/resume.sh knows not to start the run again
+BROKEN_PIPE = 128 + signal.SIGPIPE  # as shells have it
 INTERRUPTED = 128 + signal.SIGINT  # as shells have it
 
 
@@ -73,8 +74,8 @@ def evaluate(options: Namespace, program: str) -> None:
         changes = {name: value for name, value in changes.items() if not name.startswith("mesh.")}
         evaluation = evaluate_checkpoint(options.evaluate, config.mesh, changes)
         if jax.process_index() == 0:
-            print(evaluation, end="", flush=True)
-            files = evaluation.write(options.workdir or run_of(options.evaluate))
+            files = evaluation.write(options.workdir or run_of(options.evaluate))  # first: a reader may leave
+            print(evaluation, end="")
             print("".join(f"  {file}\n" for file in files), end="")
 
 
@@ -157,10 +158,14 @@ def ending_in_a_status(program: str) -> Iterator[Place]:
     try:
         with refusing_os_errors():
             yield place
+            sys.stdout.flush()
     except DeterministicError as error:
         distributed.end(f"{program}: {error}", status=SAME_AGAIN)
     except InputError as error:
         cause = error.__cause__
+        if isinstance(cause, BrokenPipeError):  # a reader that left, as in main.py | head, has no use for a sentence
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's flush at the end fails too
+            distributed.end_quietly(BROKEN_PIPE)
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             distributed.end(f"{program}: {str(error).rstrip('.')}; make room: {place.outlook()}.")
         distributed.end(f"{program}: {error}")

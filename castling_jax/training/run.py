@@ -114,18 +114,17 @@ def run(
     with contextlib.ExitStack() as stack:  # however it ends, what is being written is finished
         check_lock = stack.enter_context(one_writer(workdir))
         check_shared(workdir)
-        if is_writer:
-            write_config(workdir, config.to_dict())
-            if summary is not None:  # of the run before it was extended
-                (workdir / SUMMARY_FILE).rename(workdir / f"summary_of_{summary_end}_epochs.json")
-            write_atomically(workdir / PARAMETERS_FILE, parameter_table(setup.state, setup.shardings).encode())
-
         # 2. Resume, or start.
         stack.enter_context(jax.set_mesh(setup.mesh))  # over which the attention's kernels split their work
         checkpoints = Checkpoints(folder, keep=config.checkpoint.keep, data=data)
         stack.enter_context(contextlib.closing(checkpoints))
         _record_data(setup, workdir, checkpoints.saved_data(), data)
         restored = checkpoints.restore(with_shardings(setup.state, setup.shardings))
+        if is_writer:  # now that nothing refuses to go on: what is refused leaves a run as it was
+            write_config(workdir, config.to_dict())
+            if summary is not None:  # of the run before it was extended
+                (workdir / SUMMARY_FILE).rename(workdir / f"summary_of_{summary_end}_epochs.json")
+            write_atomically(workdir / PARAMETERS_FILE, parameter_table(setup.state, setup.shardings).encode())
         state, progress = restored or (first_state(setup, variables), Progress(0.0))
         metrics = None
         if is_writer:

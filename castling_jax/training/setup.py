@@ -14,8 +14,9 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from castling_jax.convert.run_folder import exported_weights, model_arguments, preprocessing_of
+from castling_jax.data.folder import rest_of
 from castling_jax.data.loader import Batch, TrainTransform, training_batches
-from castling_jax.data.sources import HELD_OUT_SPLITS, ArrayDataset, Dataset, find_splits, load_dataset
+from castling_jax.data.sources import FOLDER, HELD_OUT_SPLITS, ArrayDataset, Dataset, find_splits, load_dataset
 from castling_jax.data.transforms import denormalize_images, train_transform
 from castling_jax.errors import InputError, Mistakes, check_at_most
 from castling_jax.models.backbone import Backbone
@@ -251,7 +252,13 @@ def named_splits(data: ConfigDict) -> tuple[str, str]:
       InputError: as `find_splits`, or the data has no held-out split, and the split to learn from is given.
     """
     if data.eval_split is not None:
-        return data.train_split or "train", data.eval_split
+        rest = rest_of(data.eval_split) if data.name.startswith(FOLDER) else None
+        if rest is not None and data.train_split not in (None, rest):
+            raise InputError(
+                f"config.dataset.train_split = {data.train_split!r} must be {rest!r} where eval_split is "
+                f"{data.eval_split!r}, so that no image is in both; leave it out."
+            )
+        return data.train_split or rest or "train", data.eval_split
     train_split, eval_split = find_splits(data.name, data_dir=data.data_dir)
     if data.train_split is not None and train_split != "train":
         raise InputError(

@@ -129,6 +129,23 @@ def test_a_share_of_each_class_is_held_out(many):
     np.testing.assert_array_equal(labels, ["abcd".index(file[0]) for file in held_out])
 
 
+def test_neither_part_of_a_class_is_empty_and_an_empty_split_is_refused(many, tmp_path, refuses):
+    held_out = files_of(many, "90% of train")
+    assert [sum(file.startswith(name) for file in held_out) for name in "abcd"] == [90, 12, 1, 0]
+    for name in ("a", "b"):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        (tmp_path / "few" / name / "0.png").touch()
+    with refuses("the split '10% of train' of", "holds no images", "config.dataset.eval_split"):
+        load_dataset(f"folder:{tmp_path / 'few'}", "10% of train")
+
+
+def test_splits_in_capitals_are_no_classes(tmp_path, refuses):
+    for name in ("Train", "Val"):
+        (tmp_path / name / "a").mkdir(parents=True)
+    with refuses("has no folder 'train'", "it has 'Train', 'Val'"):
+        load_dataset(f"folder:{tmp_path}", "train")
+
+
 @pytest.mark.parametrize(
     ("folders", "expected"),
     [

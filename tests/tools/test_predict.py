@@ -21,7 +21,7 @@ def images(tmp_path):
 
 
 def test_lines_a_table_and_a_sheet(images, tmp_path, capsys):
-    table, sheet = tmp_path / "answers.csv", tmp_path / "answers.png"
+    table, sheet = tmp_path / "new" / "answers.csv", tmp_path / "new" / "answers.png"
     command.main(["digits", str(images), "--top=2", f"--csv={table}", f"--sheet={sheet}"])
     lines = capsys.readouterr().out.splitlines()
     files = [images / "0.png", images / "1.png", images / "deep" / "2.png"]

@@ -10,7 +10,7 @@ from castling_jax.errors import InputError
 from castling_jax.training.config import FIELDS, check_config, default_config
 from castling_jax.training.config_files import join_run, load_config, run_config
 from castling_jax.training.config_help import fields_page
-from castling_jax.training.setup import set_up
+from castling_jax.training.setup import named_splits, set_up
 
 ROOT = Path(__file__).parents[2]
 
@@ -210,6 +210,24 @@ def test_batch_and_warm_up_fit_data_and_length(images, epochs, expected):
     made = set_up(config, datasets=(Unread(images, 3), Unread(10, 3))).config
     assert (made.train.batch_size, made.optimizer.warmup_epochs) == expected
     assert config.train.batch_size is None  # the caller's own is left alone
+
+
+def test_what_is_held_out_is_not_learnt_from(refuses):
+    def data(**fields):
+        config = default_config().dataset
+        config.update({"name": "folder:PATH"} | fields)
+        return config
+
+    assert named_splits(data(eval_split="20% of train")) == ("train without 20%", "20% of train")
+    assert named_splits(data(eval_split="val")) == ("train", "val")
+    for train_split in ("train", "train without 10%"):
+        with refuses(f"{train_split!r} must be 'train without 20%'", "no image is in both"):
+            named_splits(data(eval_split="20% of train", train_split=train_split))
+
+
+def test_a_configuration_is_a_config_dict(refuses):
+    with refuses("a configuration must be a ConfigDict, as load_config gives it, not str"):
+        check_config("digits")
 
 
 def test_an_extension_needs_a_finished_run_and_a_later_end(tmp_path, refuses):

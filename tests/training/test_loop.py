@@ -204,6 +204,12 @@ def test_a_finished_run_goes_on_to_a_later_end(whole_run, tmp_path, refuses, mon
         run(small_config(), workdir, extend=True)
     with refuses("there is no run in", "to extend"):
         run(small_config(), tmp_path / "nowhere", extend=True)
+    files = {file: file.read_bytes() for file in workdir.iterdir() if file.is_file() and file.name != "lock"}
+    with monkeypatch.context() as patch:  # what is refused late leaves the run as it was
+        patch.setattr("castling_jax.training.run.compare_data", refuse)
+        with refuses("the data has changed"):
+            run(longer, workdir, extend=True)
+    assert {file: file.read_bytes() for file in files} == files
     monkeypatch.setattr(summary, "measure_forms", lambda *_: None)
     with monkeypatch.context() as patch:  # killed before its first step, when the end is written
         patch.setattr(loop.Loop, "run", raise_interrupt)
@@ -221,6 +227,10 @@ def test_a_finished_run_goes_on_to_a_later_end(whole_run, tmp_path, refuses, mon
     (line,) = (line for line in lines if line["step"] == 33 and "loss" in line)
     assert line["learning_rate"] == pytest.approx(float(set_up(longer).learning_rate(32)), rel=1e-6)
     assert run(small_config(train={"epochs": 4, "batch_size": 128}), workdir).figures["steps"] == 44
+
+
+def refuse(*_, **__):
+    raise InputError("the data has changed.")
 
 
 def raise_interrupt(*_):
