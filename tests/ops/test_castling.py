@@ -190,7 +190,7 @@ def test_sweep(dtype, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(case=cases())
 def test_long_sweep(dtype, case):
     check_sweep(dtype, case)
