@@ -1,5 +1,6 @@
 """Preparing a data set to be trained on: downloaded or read from archives, and written as ArrayRecord files."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -13,8 +14,9 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from castling_jax.data.decode import image_size
 from castling_jax.data.folder import folder, folder_splits
-from castling_jax.data.sources import FOLDER, find_splits, labelled_image, load_dataset, tfds_builder
+from castling_jax.data.sources import FOLDER, Dataset, find_splits, labelled_image, load_dataset, tfds_builder
 from castling_jax.errors import InputError, in_one_sentence, printable
 from castling_jax.storage import try_folder
 
@@ -22,7 +24,8 @@ IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 DEBIAN_ARCHIVES = epath.Path("/usr/share/datasets/fashion-mnist")  # where dataset-fashion-mnist is installed
 # Debian's copies are the published files but for gzip's header, which lacks name and time: split -> (start, time).
 FASHION_MNIST = {"train": ("train", 1504176606), "test": ("t10k", 1504176627)}
-ANY_IMAGES = "folder:224"  # the configuration for images of any kind
+LARGEST_SIZE = 224  # pixels that a command is suggested for
+ANY_IMAGES = f"folder:{LARGEST_SIZE}"  # the configuration for images of any kind
 RECIPES = {
     "fashion_mnist": "fashion_mnist",
     "imagenet2012": "deit:small",
@@ -193,11 +196,18 @@ def _count_folder(path: epath.Path) -> str:
         kinds = ", ".join(f"{count:,} {printable(suffix)}" for suffix, count in skipped.most_common())
         lines.append(f"  passed over, since their names are not those of images: {kinds}")
     train_split, eval_split = find_splits(f"{FOLDER}{path}")
-    name = shlex.quote(f"{FOLDER}{path}")
+    name, size = shlex.quote(f"{FOLDER}{path}"), _usual_size(folder(path, "train"))
     return "\n".join(
         [
             *lines,
-            f"To train on {train_split} and evaluate on {eval_split}, with images of 224 x 224 pixels:",
-            f"  python main.py --config={ANY_IMAGES} --config.dataset.name={name}",
+            f"To train on {train_split} and evaluate on {eval_split}, with images of {size} x {size} pixels:",
+            f"  python main.py --config=folder:{size} --config.dataset.name={name}",
         ]
     )
+
+
+def _usual_size(dataset: Dataset) -> int:
+    """224, or the first image's shorter side where that is less."""
+    with contextlib.suppress(InputError):  # it is corrupt
+        return min(LARGEST_SIZE, *image_size(dataset[0]["image"]))
+    return LARGEST_SIZE

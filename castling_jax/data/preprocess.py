@@ -76,7 +76,10 @@ def read_image(image: Any) -> Any:
         return array  # `decode` refuses all but uint8
     array = array.astype(np.float32)
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,)) or not array.size:
-        raise InputError(f"an image must be [height, width] or [height, width, 1 or 3], not {list(array.shape)}.")
+        raise InputError(
+            f"an image must be [height, width] or [height, width, 1 or 3], not {list(array.shape)}; several grey ones "
+            "are a list."
+        )
     if not (array.min() >= 0 and array.max() <= 1):  # which NaN is not
         raise InputError(f"floats must be in [0, 1], not from {array.min():g} to {array.max():g}.")
     return np.broadcast_to(array.reshape(*array.shape[:2], -1), (*array.shape[:2], 3))

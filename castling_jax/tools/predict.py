@@ -15,6 +15,7 @@ examples:
 
 import csv
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -59,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> None:
     columns = [f"{kind}_{place}" for place in range(1, min(options.top, len(names)) + 1) for kind in ("class", "share")]
     rows: list[list[Any]] = [["image", *columns, "error"]]
     drawn: list[tuple[Any, Any]] = []
-    unread = 0
+    unread, reader_left = 0, False
     for path, found in tqdm(stream(weights, files, class_probabilities), total=len(files), unit="image", disable=None):
         if isinstance(found, InputError):
             unread += 1
@@ -69,7 +70,13 @@ def main(words: Sequence[str] | None = None) -> None:
         answer = rank(found, names, options.top)
         rows.append([path, *(word for pair in answer for word in pair), ""])
         said = ", ".join(f"{printable(name)} {100 * share:.1f} %" for name, share in answer)
-        tqdm.write(f"{printable(path)}: {said}", file=sys.stdout)
+        if not reader_left:
+            try:
+                tqdm.write(f"{printable(path)}: {said}", file=sys.stdout)
+                sys.stdout.flush()
+            except BrokenPipeError:  # as in predict ... | head: the files are still written
+                reader_left = True
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if len(drawn) < ON_A_SHEET:
             drawn.append((path, answer))
     if options.csv:
