@@ -100,6 +100,7 @@ def test_run_in_a_bucket_is_killed_and_damaged_and_ends_as_one_on_disk(server, t
         export.convert(epath.Path(workdir), epath.Path("gs://bucket/out"), **arguments)
         assert "read back, gives the same logits" in capsys.readouterr().out
     assert {name for name in server.objects if name.startswith("out/")} == {
+        "out/README.md",
         "out/model.json",
         "out/variables.safetensors",
     }
