@@ -18,7 +18,7 @@ from castling_jax.convert.torch import from_torch, to_torch
 from castling_jax.data.sources import ArrayDataset
 from castling_jax.models import description, macs
 from castling_jax.models.attention.kinds import KINDS, make_core
-from castling_jax.models.registry import attentions_of
+from castling_jax.models.registry import abstract_model, attentions_of
 from castling_jax.models.variables import bind, flatten, get_variables, unflatten
 from castling_jax.training.config import default_config
 from castling_jax.training.optimizers import decay_mask
