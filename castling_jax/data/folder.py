@@ -14,7 +14,7 @@ from etils import epath
 from jaxtyping import Bool, Int
 from PIL import features
 
-from castling_jax.errors import InputError, check_known, refusing
+from castling_jax.errors import InputError, check_known, printable, refusing
 from castling_jax.storage import as_path, is_remote
 
 # A folder that has none of them, in any case, is PATH/CLASS.
@@ -72,6 +72,11 @@ class FolderDataset:
 
     def contents(self) -> dict[str, str]:
         return {"file names": hashlib.sha256("\n".join(self.files).encode()).hexdigest()}
+
+
+def list_skipped(skipped: collections.Counter[str]) -> str:
+    """Counts of files by their suffix, the most frequent first, such as "12 .txt, 1 .dng"."""
+    return ", ".join(f"{count:,} {printable(suffix)}" for suffix, count in skipped.most_common())
 
 
 def folder_splits(path: epath.PathLike) -> list[str]:

@@ -15,7 +15,7 @@ from etils import epath
 from PIL import Image
 
 from castling_jax.data.decode import image_size
-from castling_jax.data.folder import folder, folder_splits
+from castling_jax.data.folder import folder, folder_splits, list_skipped
 from castling_jax.data.sources import FOLDER, Dataset, find_splits, labelled_image, load_dataset, tfds_builder
 from castling_jax.errors import InputError, in_one_sentence, printable
 from castling_jax.storage import try_folder
@@ -193,8 +193,7 @@ def _count_folder(path: epath.Path) -> str:
         lines.append(f"  {printable(split)}: {len(dataset):,} images, {counts.min():,} to {counts.max():,} in a class")
         skipped += dataset.skipped
     if skipped:
-        kinds = ", ".join(f"{count:,} {printable(suffix)}" for suffix, count in skipped.most_common())
-        lines.append(f"  passed over, since their names are not those of images: {kinds}")
+        lines.append(f"  passed over, since their names are not those of images: {list_skipped(skipped)}")
     train_split, eval_split = find_splits(f"{FOLDER}{path}")
     name, size = shlex.quote(f"{FOLDER}{path}"), _usual_size(folder(path, "train"))
     return "\n".join(

@@ -18,7 +18,7 @@ from tqdm import tqdm as plain_tqdm
 from tqdm.auto import tqdm
 
 from castling_jax.data.decode import image_size
-from castling_jax.data.folder import FolderDataset
+from castling_jax.data.folder import FolderDataset, list_skipped
 from castling_jax.errors import InputError, printable
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.variables import count_parameters, get_variables
@@ -91,8 +91,7 @@ def describe_images(setup: Setup) -> dict[str, str]:
     datasets = [data for data in (setup.train_set, setup.eval_set, setup.test_set) if isinstance(data, FolderDataset)]
     by_folder = {data.folder: data.skipped for data in datasets}  # two splits may be of one folder
     if skipped := sum(by_folder.values(), Counter()):
-        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in skipped.most_common())
-        lines["skipped"] = f"files that are no images, by their names: {kinds}"
+        lines["skipped"] = f"files that are no images, by their names: {list_skipped(skipped)}"
     return lines
 
 

@@ -216,7 +216,8 @@ def _changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
         for name, value in changes.items():
             group, field = name.split(".")
             config[group][field] = value
-    config.dataset.train_split, config.dataset.eval_split = named_splits(config.dataset)
+    if config.dataset.eval_split is None:  # what the run learnt from does not matter here
+        _, config.dataset.eval_split = named_splits(config.dataset)
     return config
 
 
