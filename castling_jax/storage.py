@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -169,6 +170,17 @@ def remove(path: Path | epath.Path) -> None:
         epath.Path(path).rmtree()
     else:
         path.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, or of a folder's names and files in their order."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for file_path in sorted(inner for inner in path.rglob("*") if inner.is_file()):
+        digest.update(f"{file_path.relative_to(path).as_posix()} {sha256_of(file_path)}\n".encode())
+    return digest.hexdigest()
 
 
 def write_atomically(path: epath.Path, data: bytes) -> None:

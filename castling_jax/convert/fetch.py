@@ -1,7 +1,6 @@
 """Published softmax weights: where they are, and getting one file, checked by its SHA-256."""
 
 import dataclasses
-import hashlib
 import os
 import urllib.error
 import urllib.request
@@ -11,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from castling_jax.errors import InputError, check_known, in_one_sentence
-from castling_jax.storage import as_path, try_folder
+from castling_jax.storage import as_path, sha256_of, try_folder
 
 _DEIT = "https://dl.fbaipublicfiles.com/deit/deit_{}.pth"
 _TIMM = "https://huggingface.co/timm/{}/resolve/main/pytorch_model.bin"
@@ -75,7 +74,7 @@ def fetch(name: str, folder: str | os.PathLike = ".") -> Path:
     source = PUBLISHED[name]
     target = Path(as_path(folder)) / source.file
     if target.is_file() and source.sha256 is not None:
-        if not _sha256(target).startswith(source.sha256):
+        if not sha256_of(target).startswith(source.sha256):
             raise InputError(f"'{target}' is not the published file, or only a part of it: remove it.")
         return target
     try_folder(target.parent)
@@ -83,7 +82,7 @@ def fetch(name: str, folder: str | os.PathLike = ".") -> Path:
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         digest = _download(source, temporary)
-        if not _sha256(temporary).startswith(digest):
+        if not sha256_of(temporary).startswith(digest):
             raise InputError(f"what {source.url} gave is not the published file: its SHA-256 does not begin {digest}.")
         temporary.replace(target)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
@@ -118,8 +117,3 @@ def _download(source: Published, path: Path) -> str:
     if not digest:
         raise InputError(f"{source.url} does not state its SHA-256, so what it gave cannot be checked.")
     return digest
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

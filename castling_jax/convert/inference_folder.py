@@ -6,7 +6,6 @@ outputs are called, what it was made with, and the SHA-256 of the payload.
 
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -38,6 +37,7 @@ from castling_jax.storage import (
     local_copy,
     reach_bucket,
     remove,
+    sha256_of,
     try_folder,
     write_atomically,
 )
@@ -135,7 +135,7 @@ def save_inference(
             mode = temporary.stat().st_mode
             save_safetensors(arrays, temporary)
             temporary.chmod(mode)  # safetensors' own is 0600, which nobody else may read
-        description["sha256"] = _sha256(temporary)
+        description["sha256"] = sha256_of(temporary)
         description["versions"] = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
         remove(payload)
         temporary.replace(payload)
@@ -178,7 +178,7 @@ def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
     payload = folder / name
     if not payload.exists():
         raise InputError(f"'{folder}' is not an inference folder: it has no {name}.")
-    if _sha256(payload) != description.sha256:
+    if sha256_of(payload) != description.sha256:
         raise InputError(f"'{payload}' is damaged: its SHA-256 is not the one in {MODEL_FILE}.")
     if name == PROGRAM_FILE:
         raise InputError(
@@ -287,14 +287,3 @@ def _load_orbax(path: Path) -> Variables:
 
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path.absolute())
-
-
-def _sha256(path: Path) -> str:
-    """Of a file's bytes; of a folder's names and files, in their order."""
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    digest = hashlib.sha256()
-    for file_path in sorted(inner for inner in path.rglob("*") if inner.is_file()):
-        digest.update(f"{file_path.relative_to(path).as_posix()} {_sha256(file_path)}\n".encode())
-    return digest.hexdigest()

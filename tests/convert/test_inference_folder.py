@@ -150,7 +150,7 @@ def test_a_conversion_that_fails_leaves_nothing_or_what_was_there(
     def fails(path):
         raise OSError("no space left")
 
-    monkeypatch.setattr(inference_folder, "_sha256", fails)
+    monkeypatch.setattr(inference_folder, "sha256_of", fails)
     before = bits(variables)
     for out in (tmp_path / "new", folder):
         with refuses(f"'{out}' could not be written (no space left)"):
