@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from castling_jax import convert, ops, plots
     from castling_jax.convert.inference import check_switch, to_inference
     from castling_jax.convert.inference_folder import load_inference
+    from castling_jax.data.pixels import normalize_images
     from castling_jax.data.preprocess import preprocess
-    from castling_jax.data.transforms import normalize_images
     from castling_jax.errors import InputError
     from castling_jax.maps import attention_maps
     from castling_jax.models.attention.kinds import register_attention
@@ -67,7 +67,7 @@ _PLACES = {
     "list_models": "models.registry",
     "load_config": "training.config_files",
     "load_inference": "convert.inference_folder",
-    "normalize_images": "data.transforms",
+    "normalize_images": "data.pixels",
     "ops": "",
     "plots": "",
     "predict": "predictions",

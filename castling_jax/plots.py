@@ -35,30 +35,45 @@ def png(figure: Figure, metadata: dict[str, Any] | None = None) -> bytes:
     return file.getvalue()
 
 
-def draw_training(history: dict[str, np.ndarray], *, mask_kind: str = "threshold") -> Figure:
-    """A run's loss, accuracy of both forms, learning rate with mask threshold, and mask density of each layer.
+def draw_training(
+    history: dict[str, np.ndarray],
+    *,
+    mask_kind: str = "threshold",
+    measure: str = "accuracy",
+    title: str = "Held-out accuracy",
+    is_share: bool = True,
+    loss: str = "cross entropy (nats)",
+) -> Figure:
+    """A run's loss, measure of both forms, learning rate with mask threshold, and mask density of each layer.
 
     Args:
       history: as `castling_jax.training.metrics.read_history` gives it; what it lacks is left out.
       mask_kind: what empties the softmax branch: "threshold" or "fade".
+      measure: the name of the task's measure: history has MEASURE_train_form and MEASURE_inference_form.
+      title: what the measure is.
+      is_share: whether the measure is a share, shown in percent up to 100.
+      loss: what the loss is, with its unit.
     """
     figure = Figure(figsize=(11, 8), layout="constrained")  # not pyplot's, which would keep it
     axes = figure.subplot_mosaic(
-        [["loss", "accuracy"], ["schedule", "density"], ["schedule", "layers"]], sharex=True, height_ratios=(2, 1, 1)
+        [["loss", "measure"], ["schedule", "density"], ["schedule", "layers"]], sharex=True, height_ratios=(2, 1, 1)
     )
 
-    loss_axis, accuracy_axis, schedule_axis = axes["loss"], axes["accuracy"], axes["schedule"]
+    loss_axis, measure_axis, schedule_axis = axes["loss"], axes["measure"], axes["schedule"]
     _plot(loss_axis, _series(history, "loss"), color="tab:gray", linewidth=0.8, label="training, of one batch")
     _plot(loss_axis, _series(history, "eval_loss"), color="tab:blue", label="held out, inference form")
-    loss_axis.set(title="Loss", ylabel="cross entropy (nats)", yscale="log")
+    loss_axis.set(title="Loss", ylabel=loss, yscale="log")
     write_plain_numbers(loss_axis.yaxis)
 
-    train_form, inference_form = (_series(history, f"accuracy_{form}_form", 100) for form in ("train", "inference"))
-    _plot(accuracy_axis, train_form, color="tab:orange", label="training form")
-    _plot(accuracy_axis, inference_form, color="tab:blue", linestyle="--", label="inference form")
-    lowest = max(0, min(accuracy_axis.get_ylim()[0], 90))  # so that 100 % alone has an axis too
-    accuracy_axis.set(title="Held-out accuracy", ylabel="%", ylim=(lowest, 100))
-    for axis in (loss_axis, accuracy_axis):
+    scale = 100 if is_share else 1
+    train_form, inference_form = (_series(history, f"{measure}_{form}_form", scale) for form in ("train", "inference"))
+    _plot(measure_axis, train_form, color="tab:orange", label="training form")
+    _plot(measure_axis, inference_form, color="tab:blue", linestyle="--", label="inference form")
+    measure_axis.set(title=title, ylabel="%" if is_share else measure)
+    if is_share:
+        lowest = max(0, min(measure_axis.get_ylim()[0], 90))  # so that 100 % alone has an axis too
+        measure_axis.set(ylim=(lowest, 100))
+    for axis in (loss_axis, measure_axis):
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=2, frameon=False)  # below the curves
         _add_epochs(axis, _steps_per_epoch(history))
 
@@ -74,7 +89,7 @@ def draw_training(history: dict[str, np.ndarray], *, mask_kind: str = "threshold
 
     _draw_density(figure, (axes["density"], axes["layers"]), _series(history, "mask_density"), mask_kind)
     loss_axis.set_xlim(0, np.max(history["step"], initial=1))  # and so all of them, which share the steps
-    for axis in (loss_axis, accuracy_axis, schedule_axis):
+    for axis in (loss_axis, measure_axis, schedule_axis):
         axis.grid(alpha=0.3)
     return figure
 

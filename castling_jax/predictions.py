@@ -129,7 +129,7 @@ def stream(
 
     def prepare(name: str, image: Any) -> np.ndarray | InputError:
         try:
-            return transform({"image": read_image(image), "label": 0})["image"]
+            return transform({"image": read_image(image)})["image"]
         except InputError as error:
             return InputError(f"{name}: {error}")
 

@@ -38,11 +38,11 @@ from castling_jax.models.attention.kinds import FORMS
 from castling_jax.models.registry import MODELS, abstract_model, attentions_of
 from castling_jax.models.variables import apply, get_variables
 from castling_jax.storage import make_folder
+from castling_jax.tasks.task import Teacher
 from castling_jax.tools.cli import ending_in_a_sentence, local_path
 from castling_jax.training.config import default_config
 from castling_jax.training.setup import set_up
 from castling_jax.training.sharding import batch_shapes
-from castling_jax.training.step import Teacher
 from configs import deit, digits, levit
 
 IMAGES = 2
@@ -100,7 +100,7 @@ def training_step(make_config: Callable[[], ConfigDict], *, empty_mask: bool) ->
         options = config.distillation
         teacher = Teacher(model, get_variables(model), options.kind, options.alpha, options.temperature)
     setup = set_up(config, jax.devices()[:1], (data, data), teacher)
-    batch = batch_shapes(config.train.batch_size, setup.model.spec.image_size)
+    batch = batch_shapes(setup.task.example_shapes(setup.model.spec.image_size), config.train.batch_size)
     taught = {} if teacher is None else teacher.variables
     if empty_mask:  # a number that is known while tracing makes the step without the branch
         return lower(

@@ -95,7 +95,8 @@ def test_every_configuration_is_set_up(name, argument):
 @pytest.mark.parametrize(("name", "argument"), [one for one in ALL if one[1] in arguments_of(one[0])[: len(TRAINED)]])
 def test_the_step_of_each_kind_is_lowered(name, argument):
     _, made = set_up_without_teacher(name, argument)
-    batch = batch_shapes(made.config.train.batch_size, made.model.spec.image_size, made.mesh)
+    example = made.task.example_shapes(made.model.spec.image_size)
+    batch = batch_shapes(example, made.config.train.batch_size, made.mesh)
     threshold = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(made.mesh))
     with jax.set_mesh(made.mesh):
         lowered = jax.jit(made.train_step).lower(with_shardings(made.state, made.shardings), batch, threshold)

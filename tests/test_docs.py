@@ -3,6 +3,8 @@
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,6 +137,13 @@ def test_the_drawn_house_has_only_rooms_that_exist():
     assert len(drawn) > 100
     for path in drawn:
         assert list(ROOT.glob(path.rstrip("/"))), path
+
+
+def test_the_drawn_house_is_what_the_imports_say():
+    done = subprocess.run(
+        [sys.executable, "scripts/draw_house.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_path_that_does_not_exist_is_seen():

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from castling_jax.data.decode import Box, image_size, read_crop
-from castling_jax.data.transforms import random_resized_crop_box
+from castling_jax.data.geometry import random_resized_crop_box
 from castling_jax.training.timing import interleaved_seconds, spread
 
 SIDE = 224

@@ -11,8 +11,8 @@ from PIL import Image
 
 from castling_jax.data.loader import training_batches
 from castling_jax.data.sources import load_dataset
-from castling_jax.data.transforms import train_transform
 from castling_jax.preprocessing import Preprocessing
+from castling_jax.tasks.classification.transforms import train_transform
 from castling_jax.training.config import default_config
 
 IMAGES, SIZE, BATCH_SIZE = 2000, 64, 32

@@ -27,6 +27,8 @@ from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, get_variables
 from castling_jax.storage import as_path
+from castling_jax.tasks.registry import task_of
+from castling_jax.tasks.task import Teacher
 from castling_jax.training.config import default_config
 from castling_jax.training.optimizers import make_optimizer
 from castling_jax.training.overrides import load_overridden
@@ -44,7 +46,7 @@ from castling_jax.training.sharding import (
     with_shardings,
 )
 from castling_jax.training.state import create_state
-from castling_jax.training.step import Teacher, make_train_step
+from castling_jax.training.step import make_train_step
 from castling_jax.training.weights import teacher_model
 
 CHANNELS, HEADS, TAPS = 768, 12, 9  # of DeiT-B
@@ -220,8 +222,10 @@ def model(
         check_batch("--batch", batch, placed)
         shardings = state_shardings(state, placed)
         state, threshold = with_shardings((state, threshold), (shardings, replicated(placed)))
-    step = make_train_step(built, optimizer, label_smoothing=config.loss.label_smoothing, shardings=shardings)
-    return Case(step, (state, batch_shapes(batch, size, placed), threshold), {"donate_argnums": 0}, placed)
+    task = task_of(built).from_config(config, built)
+    step = make_train_step(built, optimizer, task, shardings=shardings)
+    shapes = batch_shapes(task.example_shapes(size), batch, placed)
+    return Case(step, (state, shapes, threshold), {"donate_argnums": 0}, placed)
 
 
 def recipe(
@@ -272,7 +276,7 @@ def recipe(
         check_batch("config.evaluation.batch_size", evaluated, placed)
     except InputError as error:
         assumed = [*assumed, f"main.py would refuse to evaluate: {error}"]
-    shapes = batch_shapes(images, spec.image_size, placed)
+    shapes = batch_shapes(made.task.example_shapes(spec.image_size), images, placed)
     facts = {
         **{"model": spec.name, "attention": spec.attention, "image_size": spec.image_size, "form": form},
         **{"mesh": dict(placed.shape), "images": images, "images_per_device": images / len(devices)},

@@ -1,1 +1,1 @@
-"""Images and labels, from their source to batches."""
+"""Examples, from their source to batches."""

@@ -61,8 +61,8 @@ def training_batches(
       dataset: examples.
       batch_size: of all processes together.
       seed: of the order and of the augmentations.
-      transform: (example, random generator) -> {"image": [height, width, 3], "label": int}, all images of one size. It
-        raises an InputError where the image is corrupt.
+      transform: (example, random generator) -> arrays by name, such as {"image", "label"}, of the same shapes for all
+        examples. It raises an InputError where the image is corrupt.
       repeats: how often an example comes in a row.
       first_step: the number of the first batch that is given.
       rows: which rows of every batch are given; None is all.
@@ -71,8 +71,8 @@ def training_batches(
       max_corrupt_share: of the images read.
 
     Returns:
-      An iterator of {"image": [rows, height, width, 3], "label": [rows] int32}. It raises an InputError when more than
-      max_corrupt_share of the images that this process has read are corrupt.
+      An iterator of the transformed examples' arrays, stacked along a first axis [rows, ...]; integers are int32. It
+      raises an InputError when more than max_corrupt_share of the images that this process has read are corrupt.
 
     Raises:
       InputError: the batch is larger than the dataset.
@@ -84,7 +84,7 @@ def training_batches(
     parts = _Parts(read, batch_size, rows)
     first, last = first_step * len(parts.rows), sys.maxsize // batch_size
     batches = _batches(parts, range(first, last), workers=workers, max_corrupt_share=max_corrupt_share)
-    return ({"image": batch["image"], "label": batch["label"]} for batch in batches)
+    return ({name: array for name, array in batch.items() if name != "weight"} for batch in batches)
 
 
 def evaluation_batches(
@@ -103,13 +103,13 @@ def evaluation_batches(
     Args:
       dataset: examples.
       batch_size: of all processes together.
-      transform: example -> {"image": [height, width, 3], "label": int}, all images of one size.
+      transform: example -> arrays by name, of the same shapes for all examples.
       rows: which rows of every batch are given; None is all.
       workers: as in training.
       max_corrupt_share: as in training.
 
     Returns:
-      An iterator of {"image", "label", "weight"}, each of these rows.
+      An iterator of the transformed examples' arrays, stacked as in training, and "weight" [rows].
     """
     parts = _Parts(functools.partial(_evaluation_image, dataset, transform), batch_size, rows)
     count = -(-len(dataset) // batch_size) * len(parts.rows)
@@ -118,7 +118,7 @@ def evaluation_batches(
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """An image that was read, its label, the weight that it has in an evaluation, and what was corrupt before it."""
+    """An example that was read, the weight that it has in an evaluation, and what was corrupt before it."""
 
     example: Example
     weight: float
@@ -176,12 +176,18 @@ class _Parts:
     def __call__(self, number: int) -> dict[str, Any]:
         step, part = divmod(number, len(self.rows))
         read = [self._read(step * self._batch_size + int(row)) for row in self.rows[part]]
+        arrays = {name: _stacked([one.example[name] for one in read]) for name in read[0].example}
         return {
-            "image": np.stack([image.example["image"] for image in read]),
-            "label": np.array([image.example["label"] for image in read], np.int32),
-            "weight": np.array([image.weight for image in read], np.float32),
-            "corrupt": [item for image in read for item in image.corrupt.items()],
+            **arrays,
+            "weight": np.array([one.weight for one in read], np.float32),
+            "corrupt": [item for one in read for item in one.corrupt.items()],
         }
+
+
+def _stacked(values: list[Any]) -> np.ndarray:
+    """Python's integers become int32: JAX has no int64 here."""
+    stacked = np.stack(values)
+    return stacked.astype(np.int32) if stacked.dtype == np.int64 else stacked
 
 
 def _batches(parts: _Parts, numbers: range, *, workers: int, max_corrupt_share: float) -> Iterator[Batch]:
@@ -216,8 +222,9 @@ def _whole(stream: grain.IterDataset, count: int, max_corrupt_share: float) -> I
                     return
                 except RuntimeError as error:
                     raise _lost_worker(error) or error from error
-            batch = {name: np.concatenate([part[name] for part in parts]) for name in ("image", "label", "weight")}
-            corrupt.add(len(batch["label"]), [item for part in parts for item in part["corrupt"]])
+            unreadable = [item for part in parts for item in part.pop("corrupt")]
+            batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            corrupt.add(len(batch["weight"]), unreadable)
             yield batch
     finally:
         iterator.close()

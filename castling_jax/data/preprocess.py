@@ -41,7 +41,7 @@ def preprocess(images: Any, preprocessing: Preprocessing) -> Float[np.ndarray, "
     prepared = []
     for name, image in named_images(images):
         with about(name):
-            prepared.append(transform({"image": read_image(image), "label": 0})["image"])
+            prepared.append(transform({"image": read_image(image)})["image"])
     if not prepared:
         raise InputError("preprocess needs at least one image, and there is none.")
     return np.stack(prepared)

@@ -70,9 +70,11 @@ class Backbone(nnx.Module):
       layers: makes the layers.
 
     Attributes:
+      task: the task that the model is for, by its name in tasks/registry.py.
       takes_modules: whether an attention kind may bring a module of its own in the place of multi-head attention.
     """
 
+    task: ClassVar[str] = "classification"
     takes_modules: ClassVar[bool] = False
     spec: ModelSpec
     in_chans: int

@@ -27,7 +27,7 @@ def make_parser() -> Parser:
 def main(words: Sequence[str] | None = None) -> None:
     options = make_parser().read(words)
 
-    from castling_jax.training.probe import save_features
+    from castling_jax.probe import save_features
 
     found = save_features(options.run, options.images, options.out)
     images, channels = found.features.shape

@@ -26,7 +26,7 @@ def make_parser() -> Parser:
 def main(words: Sequence[str] | None = None) -> None:
     options = make_parser().read(words)
 
-    from castling_jax.training.probe import probe, read_features
+    from castling_jax.probe import probe, read_features
 
     found = probe(read_features(options.train), read_features(options.test), neighbours=options.neighbours)
     print(

@@ -10,6 +10,7 @@ from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import count_macs
 from castling_jax.models.variables import count_parameters, flatten, get_variables
 from castling_jax.storage import absolute
+from castling_jax.tasks.registry import measures_of
 from castling_jax.training.config import default_config
 from castling_jax.training.summary import SUMMARY_FILE
 
@@ -67,10 +68,11 @@ def _summary(weights: Weights) -> dict[str, Any]:
 
 def _trained(figures: Mapping[str, Any]) -> dict[str, str]:
     """What a summary says, in words."""
-    both = " / ".join(f"{100 * figures[f'accuracy_{form}_form']:.2f} %" for form in ("train", "inference"))
+    measure = measures_of(figures)[0]
+    both = " / ".join(measure.texts(figures))
     return {
         "data": f"{printable(figures.get('dataset', '?'))}",
-        "accuracy, training form / inference form": f"{both} of {figures['eval_images']:,} images of the split "
+        f"{measure.name}, training form / inference form": f"{both} of {figures['eval_images']:,} images of the split "
         f"{printable(figures.get('split', '?'))}",
         "training": f"{figures['steps']:,} steps; mask threshold {figures['mask_threshold']:g} at the end",
         "largest difference of the two forms' logits": f"{figures['max_difference']:.1e}",

@@ -20,8 +20,9 @@ from castling_jax.errors import InputError, in_one_sentence, reason
 from castling_jax.storage import write_atomically
 from castling_jax.training.state import TrainState
 
-BEST = "accuracy_inference_form"  # the figure by which a checkpoint is the best: what the switch will leave
-NOT_EVALUATED = {BEST: -1.0}
+SCORE = "score"  # the figure that is largest in the best checkpoint: `Measure.score` of the evaluation
+ACCURACY = "accuracy_inference_form"  # the same in a checkpoint of an earlier version
+NOT_EVALUATED = {SCORE: -1e30}  # JSON has no infinity
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -66,10 +67,10 @@ class Checkpoints:
         if count and self._whole is None:
             raise InputError(f"none of the {count} checkpoints in '{folder}' is whole: remove it to start anew.")
         # What is without figures was being deleted when a run was killed.
-        best = BestN(get_metric_fn=_figure, n=1, keep_checkpoints_without_metrics=False)
+        best = BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
-            best_fn=_figure,
+            best_fn=_score,
             cleanup_tmp_directories=True,
             # Called by process 0 when all files are there, and before they become the checkpoint.
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
@@ -99,9 +100,9 @@ class Checkpoints:
             )
 
     def best(self) -> float:
-        """The best figure among the checkpoints that are here; below 0 where none was evaluated."""
+        """The best score among the checkpoints that are here; that of NOT_EVALUATED where none was evaluated."""
         step = self._manager.best_step()
-        return _figure(NOT_EVALUATED if step is None else self._manager.metrics(step))
+        return _score(NOT_EVALUATED if step is None else self._manager.metrics(step))
 
     def reached_preemption(self, step: int) -> bool:
         """Whether all processes are to save at this step and end, because one of them was told to by SIGTERM."""
@@ -231,8 +232,8 @@ def _move_aside(folder: epath.Path, damaged: dict[int, str]) -> None:
         _LOGGER.warning("%s It was moved to '%s'.", sentence, aside)
 
 
-def _figure(metrics: Any) -> float:
-    return metrics[BEST]
+def _score(metrics: Any) -> float:
+    return metrics[SCORE] if SCORE in metrics else metrics[ACCURACY]
 
 
 def next_start(folder: epath.Path) -> str:
@@ -248,4 +249,4 @@ def check_figures(folder: epath.Path) -> None:
     with reading(folder) as checkpointer:
         verify_manifest(folder, "metrics/")
         items = checkpointer.restore(folder, args=ocp.args.Composite(metrics=ocp.args.JsonRestore()))
-        _figure(items["metrics"])
+        _score(items["metrics"])

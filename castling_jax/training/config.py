@@ -1,7 +1,6 @@
 """Every field a configuration has, one line each; configs/*.py change what they need."""
 
 import itertools
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -12,7 +11,7 @@ from castling_jax.models.variables import flatten, unflatten
 from castling_jax.ops.castling import MASK_KINDS
 from castling_jax.ops.checks import IMPLEMENTATIONS
 from castling_jax.preprocessing import VALUES as PIXELS
-from castling_jax.training.losses import DISTILLATIONS
+from castling_jax.tasks.classification.losses import DISTILLATIONS
 from castling_jax.training.schedules import MASK_SCHEDULES, SCALED_RATES
 
 # Groups and fields that concern how a run runs, not what comes of it: they may differ when a run goes on.
@@ -194,15 +193,3 @@ def check_config(config: ConfigDict) -> None:
             if jitter := config.augment.color_jitter:
                 raise InputError(f"config.augment.color_jitter must be 0 where randaugment is set, not {jitter}.")
     mistakes.report()
-
-
-def mixing_options(config: ConfigDict) -> dict[str, Any]:
-    """How batches are mixed: what `mix` takes of them."""
-    augment = config.augment
-    return {
-        "mixup": augment.mixup,
-        "cutmix": augment.cutmix,
-        "switch": augment.mix_switch,
-        "probability": augment.mix_probability,
-        "mix_rows": augment.mix_rows,
-    }

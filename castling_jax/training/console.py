@@ -69,11 +69,13 @@ class Console:
         if not self._shows_progress:
             return
         epoch = f"epoch {step / self._setup.steps_per_epoch:g}, step {step:,}"
-        accuracy = f"{100 * figures['accuracy_inference_form']:.2f} %"
+        measure = self._setup.task.measures[0]
+        in_training, said = measure.texts(figures)
         if KINDS[self._setup.model.spec.attention].inference is not None:
-            accuracy = f"{100 * figures['accuracy_train_form']:.2f} % in training form, {accuracy} in inference form"
-            accuracy += f"; mask {self._setup.config.mask.kind} {threshold:.3g}, density {np.mean(density):.3g}"
-        self.say(f"{epoch}: loss {loss:.4f}, held out {figures['eval_loss']:.4f}; accuracy held out {accuracy}")
+            said = f"{in_training} in training form, {said} in inference form"
+            said += f"; mask {self._setup.config.mask.kind} {threshold:.3g}, density {np.mean(density):.3g}"
+        held_out = f", held out {figures['eval_loss']:.4f}" if "eval_loss" in figures else ""
+        self.say(f"{epoch}: loss {loss:.4f}{held_out}; {measure.name} held out {said}")
 
     def close(self) -> None:
         """Leaves the bar as it is."""

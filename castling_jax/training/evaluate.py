@@ -1,24 +1,24 @@
-"""Exact evaluation of both forms in one pass."""
+"""Exact evaluation of both forms in one pass: every example once, on any number of devices and processes."""
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from castling_jax.convert.inference import to_inference
 from castling_jax.convert.run_folder import preprocessing_of
-from castling_jax.data.loader import evaluation_batches
+from castling_jax.data.loader import EvalTransform, evaluation_batches
 from castling_jax.data.sources import Dataset
-from castling_jax.data.transforms import EvalTransform
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, get_variables
-from castling_jax.training.answers import TOP, Answers
+from castling_jax.tasks.registry import task_of
+from castling_jax.tasks.task import Answers, Batch, Task
 from castling_jax.training.sharding import (
     process_rows,
     replicated,
@@ -33,6 +33,7 @@ Evaluator = Callable[[Variables, float], Answers]
 def make_evaluator(
     model: Backbone,
     dataset: Dataset,
+    task: Task,
     *,
     transform: EvalTransform,
     batch_size: int,
@@ -40,45 +41,33 @@ def make_evaluator(
     workers: int = 0,
     max_corrupt_share: float = 0.0,
 ) -> Evaluator:
-    """Builds (variables, threshold) -> answers to the whole dataset, every example once; all processes have them all.
+    """Builds (variables, threshold) -> answers to the whole dataset; all processes have them all.
 
     Corrupt images are left out, and more of them than max_corrupt_share are an InputError. The dataset, its transform
     and the workers are as `evaluation_batches` takes them.
 
-    Where batch norm is folded, the difference between the two forms' logits is that of both computed in float32: folded
-    kernels are rounded anew, which in bfloat16 would be all that the difference shows.
+    Where batch norm is folded, the difference between the two forms is that of both computed in float32: folded kernels
+    are rounded anew, and in bfloat16 the difference would show nothing else.
     """
-    forms = model, _with(model, form="inference")
-    exact_forms = forms
+    forms = exact_forms = {"train_form": model, "inference_form": _with(model, form="inference")}
     if "batch_stats" in get_variables(model):
-        exact_forms = _with(model, dtype="float32"), _with(model, form="inference", dtype="float32")
+        exact_forms = {name: _with(form, dtype="float32") for name, form in forms.items()}
 
-    def both_logits(
-        forms: tuple[Backbone, Backbone], variables: Variables, images: jax.Array, threshold: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        train_form, inference_form = forms
-        return (
-            apply(train_form, variables, images, mask_threshold=threshold),
-            apply(inference_form, to_inference(variables), images),
-        )
+    def outputs_of(
+        forms: Mapping[str, Backbone], variables: Variables, images: jax.Array, threshold: jax.Array
+    ) -> dict[str, Any]:
+        return {
+            "train_form": apply(forms["train_form"], variables, images, mask_threshold=threshold),
+            "inference_form": apply(forms["inference_form"], to_inference(variables), images),
+        }
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
-    def answer_batch(variables: Variables, batch: dict[str, jax.Array], threshold: jax.Array) -> dict[str, jax.Array]:
-        train_logits, logits = compared = both_logits(forms, variables, batch["image"], threshold)
+    def answer_batch(variables: Variables, batch: Batch, threshold: jax.Array) -> Batch:
+        outputs = exact = outputs_of(forms, variables, batch["image"], threshold)
         if exact_forms is not forms:
             with jax.default_matmul_precision("highest"):
-                compared = both_logits(exact_forms, variables, batch["image"], threshold)
-        labels = batch["label"]
-        return {
-            "weight": batch["weight"],
-            "label": labels,
-            "train_form": train_logits.argmax(-1),
-            "inference_form": logits.argmax(-1),
-            "top_train_form": _is_among_the_first(labels, train_logits),
-            "top_inference_form": _is_among_the_first(labels, logits),
-            "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
-            "difference": jnp.max(jnp.abs(compared[0] - compared[1]), axis=-1),
-        }
+                exact = outputs_of(exact_forms, variables, batch["image"], threshold)
+        return {"weight": batch["weight"]} | task.answer(outputs, exact, batch)
 
     def evaluate(variables: Variables, threshold: float) -> Answers:
         # Gathered once, not for every batch.
@@ -94,18 +83,12 @@ def make_evaluator(
                 max_corrupt_share=max_corrupt_share,
             )
         ]
-        found = jax.tree.map(lambda *arrays: np.concatenate(arrays), *jax.device_get(parts))
-        (image,) = np.nonzero(found.pop("weight"))  # neither the last batch's padding nor what is corrupt
-        answers = {name: array[image] for name, array in found.items()}
-        return Answers(model.spec.num_classes, image, **answers, corrupt=len(dataset) - len(image))
+        columns = jax.tree.map(lambda *arrays: np.concatenate(arrays), *jax.device_get(parts))
+        (image,) = np.nonzero(columns.pop("weight"))  # neither the last batch's padding nor what is corrupt
+        answers = {name: array[image] for name, array in columns.items()}
+        return task.collect({"image": image, **answers}, corrupt=len(dataset) - len(image))
 
     return evaluate
-
-
-def _is_among_the_first(labels: jax.Array, logits: jax.Array) -> jax.Array:
-    """Whether each label is among the TOP largest logits, or all where there are no more."""
-    _, first = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))
-    return (first == labels[:, None]).any(-1)
 
 
 def evaluate_weights(
@@ -118,13 +101,13 @@ def evaluate_weights(
     Args:
       evaluate: as `make_evaluator` builds it.
       weights: as `TrainState.weights` has them.
-      threshold: of the mask.
-      exported: which of them the run exports.
+      threshold: the mask's.
+      exported: which of the weights the run exports.
     """
     answers = {kind: evaluate(variables, threshold) for kind, variables in weights.items()}
-    found = {kind: answer.figures() for kind, answer in answers.items()}
-    both = {f"{kind}_{name}": value for kind, figures in found.items() for name, value in figures.items()}
-    return found[exported] | (both if len(found) > 1 else {}), answers[exported]
+    figures = {kind: answer.figures() for kind, answer in answers.items()}
+    both = {f"{kind}_{name}": value for kind, values in figures.items() for name, value in values.items()}
+    return figures[exported] | (both if len(figures) > 1 else {}), answers[exported]
 
 
 def _with(model: Backbone, **changes: str) -> Backbone:
@@ -132,11 +115,13 @@ def _with(model: Backbone, **changes: str) -> Backbone:
 
 
 def configured_evaluator(config: ConfigDict, model: Backbone, dataset: Dataset, mesh: Mesh) -> Evaluator:
-    """`make_evaluator` with all that a configuration says of it."""
+    """`make_evaluator` with all that a configuration says about it."""
+    task = task_of(model).from_config(config, model)
     return make_evaluator(
         model,
         dataset,
-        transform=EvalTransform(preprocessing_of(config, model.spec.image_size)),
+        task,
+        transform=task.eval_transform(preprocessing_of(config, model.spec.image_size)),
         batch_size=config.evaluation.batch_size,
         mesh=mesh,
         workers=config.dataset.workers,

@@ -1,8 +1,6 @@
 """A trained run's figures on any labelled data: `main.py --evaluate`, and the test split at a run's end."""
 
-import csv
 import dataclasses
-import io
 import json
 import os
 import re
@@ -19,21 +17,19 @@ from castling_jax.convert.weights import Weights, read
 from castling_jax.data.fingerprint import check_same_classes
 from castling_jax.data.sources import FOLDER, Dataset, load_dataset
 from castling_jax.errors import InputError, refusing
-from castling_jax.plots import draw_confusion, png
 from castling_jax.storage import absolute, write_atomically
-from castling_jax.training.answers import Answers
+from castling_jax.tasks.registry import measures_of, task_of
+from castling_jax.tasks.task import Answers
 from castling_jax.training.config import FIELDS
 from castling_jax.training.config_files import run_config
 from castling_jax.training.evaluate import configured_evaluator, evaluate_weights
 from castling_jax.training.setup import named_splits
 from castling_jax.training.sharding import check_batch, make_mesh, place, state_shardings, whole_over_fsdp
-from castling_jax.training.summary import describe_accuracies, describe_each_weights
+from castling_jax.training.summary import describe_each_weights, describe_measures
 
 EVALUATIONS = "evaluation"  # a run's folder of them
-ANSWERS_FILE = "answers.csv"
 GROUPS = ("dataset", "evaluation")
 WITHOUT_EFFECT = ("dataset.train_split", "dataset.accept_changes", "evaluation.every_epochs")
-MOST_CLASSES = 2000  # that a matrix of them is written for
 CLASSES_SHOWN = 20
 
 
@@ -42,7 +38,7 @@ class Evaluation:
     """What a model's answers to a split are.
 
     Attributes:
-      figures: those of `evaluate_weights`; dataset, split, step, mask_kind, mask_threshold and exported.
+      figures: those of `evaluate_weights`, and those of `what_is_evaluated`.
       answers: of the exported weights, to each image.
       classes: their names.
     """
@@ -53,12 +49,8 @@ class Evaluation:
 
     @property
     def by_class(self) -> dict[str, dict[str, Any]]:
-        """{class: {"images": count, "accuracy": share of the inference form, None without images}}."""
-        counts, shares = self.answers.images_by_class(), self.answers.accuracy_by_class()
-        return {
-            name: {"images": int(count), "accuracy": float(share) if count else None}
-            for name, count, share in zip(self.classes, counts, shares, strict=True)
-        }
+        """As the task's `Answers.by_class` gives it."""
+        return self.answers.by_class(self.classes)
 
     def folder(self, run: epath.PathLike) -> epath.Path:
         """Where `write` puts this evaluation: RUN/evaluation/DATASET-SPLIT-STEP."""
@@ -70,10 +62,8 @@ class Evaluation:
     def write(self, run: epath.PathLike) -> list[epath.Path]:
         """Writes this evaluation into `folder(run)`; an earlier one of the same name there is replaced.
 
-        figures.json holds the figures, and those of each class. answers.csv has a line for each image: its number in
-        the split from 0, its label, and the two forms' answers, as numbers in the order of the classes. confusion.csv
-        and confusion.png are the inference form's confusion matrix, a row for each class; there is none of more than
-        MOST_CLASSES.
+        figures.json holds the figures, and those of each class. The other files are the task's: see its
+        `Answers.files`.
 
         Returns:
           The paths of the files.
@@ -81,17 +71,9 @@ class Evaluation:
         Raises:
           InputError: they cannot be written.
         """
-        answers, folder = self.answers, self.folder(run)
-        columns = ("image", "label", "train_form", "inference_form")
-        files = {
-            "figures.json": json.dumps(self.figures | {"classes": self.by_class}, indent=2).encode(),
-            ANSWERS_FILE: _csv([columns, *zip(*(getattr(answers, name) for name in columns), strict=True)]),
-        }
-        if len(self.classes) <= MOST_CLASSES:
-            counts = answers.confusion()
-            rows = [[name, *row] for name, row in zip(self.classes, counts.tolist(), strict=True)]
-            files["confusion.csv"] = _csv([["label \\ answer", *self.classes], *rows])
-            files["confusion.png"] = png(draw_confusion(counts, self.classes))
+        folder = self.folder(run)
+        figures = json.dumps(self.figures | {"classes": self.by_class}, indent=2).encode()
+        files = {"figures.json": figures, **self.answers.files(self.classes)}
         with refusing(OSError, f"the evaluation cannot be written into '{folder}'"):
             folder.mkdir(parents=True, exist_ok=True)
             for name, data in files.items():
@@ -101,14 +83,15 @@ class Evaluation:
     def __str__(self) -> str:
         figures = self.figures
         left_out = f" ({figures['eval_corrupt']:,} corrupt ones left out)" if figures["eval_corrupt"] else ""
-        train_form, inference_form = describe_accuracies(figures)
+        train_form, inference_form = describe_measures(figures)
+        loss = f", loss {figures['eval_loss']:.4f} nats" if "eval_loss" in figures else ""
         both = "".join(f"{name}: {', '.join(shares)}\n" for name, *shares in describe_each_weights(figures))
         return (
             f"step {figures['step']:,}, mask {figures['mask_kind']} {figures['mask_threshold']:g}\n"
             f"  {figures['dataset']}, split {figures['split']}: {figures['eval_images']:,} images of "
             f"{len(self.classes):,} classes{left_out}\n"
             f"  training form   {train_form}\n"
-            f"  inference form  {inference_form}, loss {figures['eval_loss']:.4f} nats\n"
+            f"  inference form  {inference_form}{loss}\n"
             f"{both}"
             f"  largest difference between the two forms' logits: {figures['max_difference']:.1e}\n"
             f"{self._describe_classes()}"
@@ -116,16 +99,17 @@ class Evaluation:
 
     def _describe_classes(self) -> str:
         """A line for each class or, where there are many, for the worst."""
-        rows = [(name, row["images"], row["accuracy"]) for name, row in self.by_class.items() if row["images"]]
-        title = "  accuracy of each class, inference form:"
+        measure = measures_of(self.figures)[0]
+        rows = [(name, row["images"], row[measure.name]) for name, row in self.by_class.items() if row["images"]]
+        title = f"  {measure.name} of each class, inference form:"
         if len(rows) > CLASSES_SHOWN:
-            title = f"  the {CLASSES_SHOWN} classes of the lowest accuracy, inference form:"
+            title = f"  the {CLASSES_SHOWN} classes of the lowest {measure.name}, inference form:"
             rows = sorted(rows, key=lambda row: row[2])[:CLASSES_SHOWN]
         names = [_printable(name) for name, *_ in rows]
         width = max(map(len, names))
         lines = [
-            f"    {name:{width}s}  {100 * accuracy:6.2f} % of {images:,}"
-            for name, (_, images, accuracy) in zip(names, rows, strict=True)
+            f"    {name:{width}s}  {measure.text(figure):>8s} of {images:,}"
+            for name, (_, images, figure) in zip(names, rows, strict=True)
         ]
         return "\n".join([title, *lines, ""])
 
@@ -165,7 +149,8 @@ def evaluate_checkpoint(
         weights = {"averaged" if one.averaged else "raw": place(one.variables, shardings) for one in checkpoints}
         figures, answers = evaluate_weights(evaluate, weights, threshold, exported=exported)
     assert checkpoint.step is not None  # a checkpoint has one
-    return Evaluation(what_is_evaluated(config, checkpoint.step, threshold) | figures, answers, list(dataset.classes))
+    about = what_is_evaluated(config, task_of(model).name, checkpoint.step, threshold)
+    return Evaluation(about | figures, answers, list(dataset.classes))
 
 
 def check_changes(changes: Mapping[str, Any]) -> None:
@@ -186,9 +171,10 @@ def check_changes(changes: Mapping[str, Any]) -> None:
         FIELDS[name].check(f"config.{name}", value)
 
 
-def what_is_evaluated(config: ConfigDict, step: int, threshold: float) -> dict[str, Any]:
+def what_is_evaluated(config: ConfigDict, task: str, step: int, threshold: float) -> dict[str, Any]:
     """The figures of an evaluation that say what was evaluated, and on what."""
     return {
+        "task": task,
         "dataset": config.dataset.name,
         "split": summary_split(config),
         "step": step,
@@ -234,12 +220,6 @@ def _load(config: ConfigDict, checkpoint: Weights) -> Dataset:
             f"the data has {dataset.num_classes:,} classes, and the run's model {model.spec.num_classes:,}: {remedy}."
         )
     return dataset
-
-
-def _csv(rows: Any) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode(errors="backslashreplace")  # a folder's name may be no UTF-8
 
 
 def _printable(name: str) -> str:

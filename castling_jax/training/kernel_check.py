@@ -18,7 +18,7 @@ from castling_jax.ops.angular import add_linear_angular
 from castling_jax.ops.kernel_calls import Call, recorded_calls
 from castling_jax.ops.masked_softmax import masked_softmax_first
 from castling_jax.training.setup import Setup
-from castling_jax.training.sharding import BATCH_AXES, batch_shapes
+from castling_jax.training.sharding import BATCH_AXES
 
 # The largest difference that rounding explains, as a share of an array's largest number: of outputs, of gradients.
 # float32: sums over thousands of tokens in two orders, of products that a TPU makes of three bfloat16 parts each.
@@ -46,7 +46,7 @@ def compare_kernels(setup: Setup) -> None:
         return
     start, worst = time.perf_counter(), 0.0
     with jax.set_mesh(mesh):
-        calls = kernel_calls([setup.model] + ([setup.teacher.model] if setup.teacher else []), mesh)
+        calls = kernel_calls([setup.model, *setup.task.other_models], mesh)
         for call in calls:
             try:
                 worst = max(worst, check_kernel(call, device.device_kind))
@@ -98,7 +98,8 @@ def kernel_calls(models: list[Backbone], mesh: Mesh) -> list[Call]:
     threshold = jax.ShapeDtypeStruct((), jnp.float32)
     with recorded_calls() as calls:
         for model in models:
-            variables, images = get_variables(model), batch_shapes(rows, model.spec.image_size)["image"]
+            variables, size = get_variables(model), model.spec.image_size
+            images = jax.ShapeDtypeStruct((rows, size, size, model.in_chans), jnp.float32)
             run = functools.partial(forward_train, model)
             jax.eval_shape(
                 lambda v, x, t, key, run=run: run(v, x, mask_threshold=t, key=key), variables, images, threshold, key

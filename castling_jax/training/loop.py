@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from castling_jax.training.checkpoints import BEST, Checkpoints, Progress
+from castling_jax.training.checkpoints import SCORE, Checkpoints, Progress
 from castling_jax.training.console import Console
 from castling_jax.training.finite import FiniteCheck
 from castling_jax.training.metrics import MetricsWriter
@@ -49,6 +49,7 @@ class Loop:
         self._setup, self._config = setup, setup.config
         self._checkpoints, self._metrics, self._console = checkpoints, metrics, console
         self._should_stop, self._check_lock = should_stop, check_lock
+        self._measure = setup.task.measures[0]
         self._best = checkpoints.best()
 
     def run(
@@ -118,17 +119,19 @@ class Loop:
             if evaluates:
                 with meter.paused():
                     figures = setup.evaluate(state.weights, threshold)
-                line |= {"accuracy": figures["accuracy_train_form"], "mask_threshold": threshold, **figures}
+                name, score = self._measure.name, self._measure.score(figures)
+                line |= {name: figures[f"{name}_train_form"], "mask_threshold": threshold, **figures}
                 self._console.evaluated(step, float(result["loss"]), result["mask_density"], figures, threshold)
-                saves = saves or figures[BEST] > self._best
-                self._best = max(self._best, figures[BEST])
+                saves = saves or score > self._best
+                self._best = max(self._best, score)
             if line and self._metrics is not None:
                 self._metrics.write(step, {"epoch": step / setup.steps_per_epoch} | line)
 
             if saves:
                 saved_at = time.perf_counter()
                 seconds = seconds_before + saved_at - start
-                self._save(state, Progress(seconds, figures if evaluates else None, threshold))
+                judged = {**figures, SCORE: self._measure.score(figures)} if evaluates else None
+                self._save(state, Progress(seconds, judged, threshold))
             if stops and not is_last:
                 raise Preempted(step)
         jax.block_until_ready(state)
@@ -138,7 +141,7 @@ class Loop:
         return state, figures, seconds
 
     def _show(self, state: TrainState, batch: dict[str, jax.Array]) -> None:
-        """Shows the first images in TensorBoard, as the model is about to see them; all processes mix them."""
+        """Shows the first images in TensorBoard, as the model is about to see them; all processes prepare them."""
         images = self._setup.images_seen(state, batch, SHOWN_IMAGES)
         if self._metrics is not None and self._metrics.tensorboard is not None:
             self._metrics.tensorboard.show(images)
@@ -153,9 +156,9 @@ class Loop:
         }
         if self._config.train.on_nonfinite == "skip":
             line["skipped_steps"] = skipped
-        loss, norm, density = jax.device_get((result["loss"], result["gradient_norm"], result["mask_density"]))
-        if np.isfinite(loss) and np.isfinite(norm):
-            line |= {"loss": float(loss), "gradient_norm": float(norm), "mask_density": density.tolist()}
+        values = {name: value.tolist() for name, value in jax.device_get(result).items()}
+        if np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"]):
+            line |= {name: values[name] for name in ("loss", "gradient_norm", "mask_density")} | values
         return line
 
     def _save(self, state: TrainState, progress: Progress) -> None:

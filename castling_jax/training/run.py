@@ -150,13 +150,14 @@ def run(
             validation = figures | {"split": config.dataset.eval_split}
             figures = figures | tested | {"validation": validation}
             if is_writer:
-                tested_on = what_is_evaluated(config, setup.total_steps, threshold)
+                tested_on = what_is_evaluated(config, setup.task.name, setup.total_steps, threshold)
                 Evaluation(figures | tested_on, answers, list(setup.test_set.classes)).write(workdir)
 
         # 5. Switch: the inference form is what the run was for.
         variables, params = to_host((state.weights[setup.exported], state.params), setup.mesh)
         figures |= {
             "model": setup.model.spec.name,
+            "task": setup.task.name,
             "exported": setup.exported,
             "mask_kind": setup.config.mask.kind,
             "mask_threshold": setup.threshold_at(setup.total_steps - 1),

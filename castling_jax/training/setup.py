@@ -16,16 +16,17 @@ from ml_collections import ConfigDict
 from castling_jax.convert.run_folder import exported_weights, model_arguments, preprocessing_of
 from castling_jax.data.folder import rest_of
 from castling_jax.data.loader import Batch, TrainTransform, training_batches
+from castling_jax.data.pixels import denormalize_images
 from castling_jax.data.sources import FOLDER, HELD_OUT_SPLITS, ArrayDataset, Dataset, find_splits, load_dataset
-from castling_jax.data.transforms import denormalize_images, train_transform
 from castling_jax.errors import InputError, Mistakes, check_at_most
 from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model, create_model
 from castling_jax.models.variables import Variables, get_variables
 from castling_jax.preprocessing import Preprocessing
-from castling_jax.training.answers import Answers
-from castling_jax.training.config import check_config, mixing_options
+from castling_jax.tasks.registry import task_of
+from castling_jax.tasks.task import Answers, Task, Teacher
+from castling_jax.training.config import check_config
 from castling_jax.training.evaluate import Evaluator, configured_evaluator, evaluate_weights
 from castling_jax.training.optimizers import make_optimizer
 from castling_jax.training.schedules import default_warmup, learning_rate_schedule, mask_threshold_schedule
@@ -40,7 +41,7 @@ from castling_jax.training.sharding import (
     whole_over_fsdp,
 )
 from castling_jax.training.state import TrainState, create_state
-from castling_jax.training.step import Teacher, make_train_step, mix_batch
+from castling_jax.training.step import make_train_step, prepare_batch
 from castling_jax.training.weights import initial_variables, read_teacher
 
 LARGEST_BATCH = 128  # where config.train.batch_size does not say it
@@ -65,7 +66,7 @@ class Setup:
       optimizer: what makes updates of gradients.
       state: the shapes of the state.
       shardings: where the state lies, a TrainState of shardings.
-      teacher: what is learnt from besides the labels, if anything.
+      task: what is learnt.
       train_step: as `make_train_step` makes it.
     """
 
@@ -83,7 +84,7 @@ class Setup:
     optimizer: optax.GradientTransformation
     state: TrainState
     shardings: TrainState
-    teacher: Teacher | None
+    task: Task
     train_step: Callable[..., Any]
 
     @property
@@ -112,21 +113,19 @@ class Setup:
         )
 
     def images_seen(self, state: TrainState, batch: dict[str, jax.Array], count: int) -> UInt8[np.ndarray, "..."]:
-        """The first `count` images of a global batch as the state's next step sees them, augmented and mixed.
+        """The first `count` images of a global batch as the state's next step sees them: augmented and, say, mixed.
 
         All processes make the call.
 
         Returns:
           The images [count, height, width, 3], no longer normalised.
         """
-        options = mixing_options(self.config) | {
-            "accumulate_steps": self.config.train.accumulate_steps,
-            "num_classes": self.model.spec.num_classes,
-        }
+        parts = self.config.train.accumulate_steps
 
         @functools.partial(jax.jit, out_shardings=replicated(self.mesh))
         def first(batch: dict[str, jax.Array], key: jax.Array, step: jax.Array) -> jax.Array:
-            return mix_batch(batch, jax.random.fold_in(key, step), **options)[0][:count]
+            key = jax.random.fold_in(key, step)
+            return prepare_batch(self.task, batch, key, accumulate_steps=parts)["image"][:count]
 
         images = first(batch, state.key, state.step)
         pixels = denormalize_images(images, self.preprocessing)
@@ -192,7 +191,8 @@ def set_up(
             )
         with mistakes:
             model = abstract_model(num_classes=train_set.num_classes, **model_arguments(config))
-            transform = train_transform(config.augment, preprocessing_of(config, model.spec.image_size))
+            preprocessing = preprocessing_of(config, model.spec.image_size)
+            transform = task_of(model).train_transform(config.augment, preprocessing)
             if isinstance(train_set, ArrayDataset):  # of floats, which not every augmentation takes
                 transform(train_set[0], np.random.default_rng(config.seed))
     with mistakes:
@@ -205,7 +205,7 @@ def set_up(
     with mistakes:
         check_heads(model, mesh)
     with mistakes:
-        teacher = teacher or _teacher(config, model, mesh)
+        task = task_of(model).from_config(config, model, teacher or _teacher(config, model, mesh))
     mistakes.report()
     optimizer = make_optimizer(config.optimizer, learning_rate)
     keeps_ema = config.train.ema_decay is not None
@@ -216,9 +216,7 @@ def set_up(
     train_step = make_train_step(
         model,
         optimizer,
-        label_smoothing=config.loss.label_smoothing,
-        mixing=mixing_options(config),
-        teacher=teacher,
+        task,
         ema_decay=config.train.ema_decay,
         ema_warmup=config.train.ema_warmup,
         skip_nonfinite=config.train.on_nonfinite == "skip",
@@ -240,7 +238,7 @@ def set_up(
         optimizer=optimizer,
         state=state,
         shardings=shardings,
-        teacher=teacher,
+        task=task,
         train_step=train_step,
     )
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
@@ -142,12 +141,13 @@ def check_batch(name: str, batch_size: int, mesh: Mesh, *, parts: int = 1) -> No
         )
 
 
-def batch_shapes(batch_size: int, image_size: int, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Of a batch as the training step takes it: what that is compiled for."""
+def batch_shapes(
+    example: Mapping[str, jax.ShapeDtypeStruct], batch_size: int, mesh: Mesh | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch of such examples, split over the mesh: what a training step is compiled for."""
     rows = None if mesh is None else batch_sharding(mesh)
     return {
-        "image": jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32, sharding=rows),
-        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
+        name: jax.ShapeDtypeStruct((batch_size, *one.shape), one.dtype, sharding=rows) for name, one in example.items()
     }
 
 

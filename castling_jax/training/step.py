@@ -1,9 +1,13 @@
-"""The training step."""
+"""The training step: one for all tasks.
+
+Start reading at `step`, inside make_train_step. What a batch holds, and what the loss is, is the task's business
+(castling_jax/tasks/task.py).
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,58 +15,34 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import ArrayLike
 
-from castling_jax.data.mixing import mix
 from castling_jax.models.backbone import Backbone
-from castling_jax.models.variables import Variables, apply, forward_train
+from castling_jax.models.variables import forward_train
 from castling_jax.ops.checks import is_known_empty
-from castling_jax.training.losses import cross_entropy, distillation_loss
+from castling_jax.tasks.task import Batch, Task
 from castling_jax.training.sharding import replicated, whole_over_fsdp
 from castling_jax.training.state import TrainState
 
-Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-NO_MIXING = MappingProxyType({"mixup": 0.0, "cutmix": 0.0, "switch": 0.5, "probability": 1.0})
 TrainStep = Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """Another model that is learnt from.
-
-    Attributes:
-      model: in inference form.
-      variables: its.
-      kind: of the loss, as `distillation_loss` takes it.
-      alpha: the loss's share.
-      temperature: as `distillation_loss` takes it.
-    """
-
-    model: Backbone
-    variables: Variables
-    kind: str
-    alpha: float
-    temperature: float
-
-
-def mix_batch(batch: Batch, key: jax.Array, *, accumulate_steps: int, **options: Any) -> tuple[jax.Array, jax.Array]:
-    """The images and targets that a step learns from: the batch, mixed by `mix` with these options.
+def prepare_batch(task: Task, batch: Batch, key: jax.Array, *, accumulate_steps: int) -> Batch:
+    """The batch that a step learns from, as `task.prepare` makes it.
 
     Args:
+      task: what is learnt.
       batch: the global one.
-      key: of the step: the state's, with the step folded in.
-      accumulate_steps: of the step, whose parts have the keys below it.
-      **options: of `mix`.
+      key: the step's: the state's, with the step's number folded in.
+      accumulate_steps: the step's. Its parts have the keys below this number.
     """
-    return mix(batch["image"], batch["label"], jax.random.fold_in(key, accumulate_steps), **options)
+    return task.prepare(batch, jax.random.fold_in(key, accumulate_steps))
 
 
 def make_train_step(
     model: Backbone,
     optimizer: optax.GradientTransformation,
+    task: Task,
     *,
-    label_smoothing: float,
-    mixing: Mapping[str, Any] = NO_MIXING,
-    teacher: Teacher | None = None,
     ema_decay: float | None = None,
     ema_warmup: bool = False,
     skip_nonfinite: bool = False,
@@ -71,7 +51,11 @@ def make_train_step(
 ) -> TrainStep:
     """Builds (state, batch, threshold) -> (state, metrics); the state is donated.
 
-    The metrics are loss, gradient_norm (before any clip) and mask_density [layers].
+    The metrics are loss, gradient_norm (before any clip), mask_density [layers] and, of a loss with several terms,
+    NAME_loss of each.
+
+    The loss is a sum over the global batch divided by a sum over the global batch: over all devices and all parts, so
+    that neither a mesh nor accumulation changes what is minimised.
 
     The threshold is traced below 1, so that a schedule does not recompile the step; from 1 on the mask is empty and
     the step is another program, compiled without the softmax branch. A threshold that is traced already is below 1.
@@ -79,11 +63,8 @@ def make_train_step(
     Args:
       model: in training form.
       optimizer: its state is in the TrainState.
-      label_smoothing: share of each label that is spread over all classes.
-      mixing: of `mix`: mixup, cutmix, switch and probability.
-      teacher: learnt from besides the labels: by the second head where there are two, which then learns from it alone
-        (Touvron et al., DeiT, section 4), else by the one.
-      ema_decay: of the moving averages; None where the state keeps none.
+      task: what is learnt.
+      ema_decay: decay of the moving averages; None where the state keeps none.
       ema_warmup: the decay of step k, counted from 0, is at most (1 + k) / (10 + k), so that the averages soon leave
         the initial weights behind (TensorFlow's ExponentialMovingAverage, num_updates).
       skip_nonfinite: a step whose loss or gradient norm is not finite changes nothing of the state but the step's
@@ -92,67 +73,60 @@ def make_train_step(
         gradients are those of the whole batch; batch norm's statistics are each part's.
       shardings: a TrainState of shardings, as the state has them; None leaves them to the compiler.
     """
-    mixed: Callable[[Batch, jax.Array], tuple[jax.Array, jax.Array]] = functools.partial(
-        mix_batch,
-        accumulate_steps=accumulate_steps,
-        num_classes=model.spec.num_classes,
-        label_smoothing=label_smoothing,
-        **mixing,
-    )
 
     def place(tree: Any, where: Any) -> Any:
         return tree if shardings is None else jax.lax.with_sharding_constraint(tree, where)
 
-    def loss_of_heads(logits: jax.Array, batch: Batch, teacher_variables: Variables) -> jax.Array:
-        if teacher is None:
-            return jnp.mean(cross_entropy(logits.mean(axis=0), batch["target"]))
-        taught = apply(teacher.model, teacher_variables, batch["image"])
-        own = cross_entropy(logits[0], batch["target"])
-        others = distillation_loss(logits[-1], taught, kind=teacher.kind, temperature=teacher.temperature)
-        return jnp.mean((1 - teacher.alpha) * own + teacher.alpha * others)
-
     def gradients_of(
-        params: Any, batch_stats: Any, batch: Batch, threshold: ArrayLike, key: jax.Array, teacher_variables: Variables
+        params: Any, batch_stats: Any, batch: Batch, threshold: ArrayLike, key: jax.Array, held: Any
     ) -> Any:
-        def loss_of(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-            logits, densities, new_stats = forward_train(
+        def total_of(params: Any) -> tuple[jax.Array, Any]:
+            outputs, densities, new_stats = forward_train(
                 model, {"params": params, "batch_stats": batch_stats}, batch["image"], mask_threshold=threshold, key=key
             )
-            return loss_of_heads(logits, batch, teacher_variables), (densities, new_stats)
+            # Means over the rows, not sums: the parts of a batch then differ from the whole by a constant alone.
+            terms, weights = task.loss(outputs, batch, held)
+            totals, weight = jax.tree.map(jnp.mean, (dict(terms), weights))
+            return functools.reduce(operator.add, totals.values()), (totals, weight, densities, new_stats)
 
-        (loss, (densities, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        (_, (totals, weight, densities, batch_stats)), gradients = jax.value_and_grad(total_of, has_aux=True)(params)
         gradients = place(gradients, shardings and shardings.params)
-        return (gradients, {"loss": loss, "mask_density": densities}), batch_stats
+        return (gradients, totals, weight, densities), batch_stats
 
     def accumulated(
-        params: Any, batch_stats: Any, batch: Batch, threshold: ArrayLike, key: jax.Array, teacher_variables: Variables
+        params: Any, batch_stats: Any, batch: Batch, threshold: ArrayLike, key: jax.Array, held: Any
     ) -> Any:
         def part_of(batch_stats: Any, index: jax.Array, examples: Batch) -> Any:
             part_key = jax.random.fold_in(key, index)
-            return gradients_of(params, batch_stats, examples, threshold, part_key, teacher_variables)
+            return gradients_of(params, batch_stats, examples, threshold, part_key, held)
 
         def add_part(carry: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-            total, batch_stats = carry
+            sums, batch_stats = carry
             terms, batch_stats = part_of(batch_stats, *part)
-            return (jax.tree.map(jnp.add, total, terms), batch_stats), None
+            return (jax.tree.map(jnp.add, sums, terms), batch_stats), None
 
         parts = jnp.arange(accumulate_steps), jax.tree.map(lambda rows: _interleaved(rows, accumulate_steps), batch)
         shapes, _ = jax.eval_shape(part_of, batch_stats, *jax.tree.map(lambda part: part[0], parts))
         zero = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-        (total, batch_stats), _ = jax.lax.scan(add_part, (zero, batch_stats), parts)
-        return jax.tree.map(lambda leaf: leaf / accumulate_steps, total), batch_stats
+        (sums, batch_stats), _ = jax.lax.scan(add_part, (zero, batch_stats), parts)
+        return jax.tree.map(lambda leaf: leaf / accumulate_steps, sums), batch_stats
 
-    def step(
-        state: TrainState, batch: Batch, teacher_variables: Variables, threshold: ArrayLike
-    ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, held: Any, threshold: ArrayLike) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        images, targets = mixed(batch, key)
+        batch = prepare_batch(task, batch, key, accumulate_steps=accumulate_steps)
         # Gathered once, here: left to itself, the compiler gathers activations too where that looks cheaper.
         params = place(state.params, shardings and whole_over_fsdp(shardings.params))
         run = gradients_of if accumulate_steps == 1 else accumulated
-        (gradients, metrics), batch_stats = run(
-            params, state.batch_stats, {"image": images, "target": targets}, threshold, key, teacher_variables
+        (gradients, totals, weight, densities), batch_stats = run(
+            params, state.batch_stats, batch, threshold, key, held
         )
+        if weight is not None:
+            # Weights that sum to less than 1 count as 1: a batch without anything to find divides by no zero.
+            divisor = jnp.maximum(weight, 1 / len(batch["image"]))
+            gradients, totals = jax.tree.map(lambda leaf: leaf / divisor, (gradients, totals))
+        metrics = {"loss": functools.reduce(operator.add, totals.values()), "mask_density": densities}
+        if len(totals) > 1:
+            metrics |= {f"{name}_loss": total for name, total in totals.items()}
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         new = dataclasses.replace(
             state,
@@ -178,15 +152,14 @@ def make_train_step(
     with_branch = jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
     # A number known while tracing, not an argument: the operations see that the mask is empty.
     without_branch = jax.jit(functools.partial(step, threshold=1.0), donate_argnums=0, out_shardings=out_shardings)
-    held = {} if teacher is None else teacher.variables
 
-    # The teacher's variables are an argument of the program, for they would be a constant of it otherwise.
+    # What the task holds is an argument of the program: a teacher's variables would be constants of it otherwise.
     def train_step(
-        state: TrainState, batch: Batch, threshold: float, teacher_variables: Variables = held
+        state: TrainState, batch: Batch, threshold: float, held: Any = task.held
     ) -> tuple[TrainState, Metrics]:
         if is_known_empty(threshold):
-            return without_branch(state, batch, teacher_variables)
-        return with_branch(state, batch, teacher_variables, jnp.float32(threshold))
+            return without_branch(state, batch, held)
+        return with_branch(state, batch, held, jnp.float32(threshold))
 
     return train_step
 

@@ -5,7 +5,8 @@ import functools
 import html
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, count_parameters, features, get_variables
 from castling_jax.plots import draw_training, png
 from castling_jax.storage import write_atomically
+from castling_jax.tasks.registry import measures_of, task_in
 from castling_jax.training.metrics import read_history
 from castling_jax.training.timing import interleaved_seconds, medians, significant
 
@@ -36,7 +38,7 @@ class Summary:
 
     Attributes:
       workdir: its folder.
-      figures: what summary.json holds: accuracies, steps, seconds, parameters, MACs, ...
+      figures: what summary.json holds: the task's measures, steps, seconds, parameters, MACs, ...
     """
 
     workdir: epath.Path
@@ -62,9 +64,10 @@ class Summary:
         return load_inference(self.workdir / INFERENCE)
 
     def __repr__(self) -> str:
-        accuracy = f"{100 * self.figures['accuracy_inference_form']:.2f} %"
+        measure = measures_of(self.figures)[0]
+        reached = measure.text(self.figures[measure.best])
         return (
-            f"Summary({self.figures['model']}, {accuracy} held out, {self.figures['steps']:,} steps, '{self.workdir}')"
+            f"Summary({self.figures['model']}, {reached} held out, {self.figures['steps']:,} steps, '{self.workdir}')"
         )
 
     def __str__(self) -> str:
@@ -99,7 +102,7 @@ def finish(workdir: epath.Path, figures: dict[str, Any]) -> Summary:
         "files": {
             "checkpoints": str(workdir / "checkpoints"),
             "inference": str(workdir / INFERENCE),
-            "picture": str(save_picture(workdir, _mask_kind(figures))),
+            "picture": str(save_picture(workdir, figures)),
             "metrics": str(workdir / METRICS_FILE),
         },
     }
@@ -113,8 +116,8 @@ def finish(workdir: epath.Path, figures: dict[str, Any]) -> Summary:
     return Summary(workdir, summary)
 
 
-def save_picture(workdir: epath.Path, mask_kind: str = "threshold") -> epath.Path:
-    """Draws WORKDIR/training.png from the metrics; `mask_kind` as `draw_training` takes it.
+def save_picture(workdir: epath.Path, figures: Mapping[str, Any] = MappingProxyType({})) -> epath.Path:
+    """Draws WORKDIR/training.png from the metrics; `figures`, the run's, say which task and which mask it has.
 
     Raises:
       InputError: there are no metrics in workdir.
@@ -123,7 +126,17 @@ def save_picture(workdir: epath.Path, mask_kind: str = "threshold") -> epath.Pat
     if not len(history["step"]):
         raise InputError(f"'{workdir}' has no metrics to draw: {METRICS_FILE} is missing or empty.")
     path = workdir / TRAINING_FILE
-    write_atomically(path, png(draw_training(history, mask_kind=mask_kind)))
+    task = task_in(figures)
+    measure, mask_kind = task.measures[0], _mask_kind(figures)
+    figure = draw_training(
+        history,
+        mask_kind=mask_kind,
+        measure=measure.name,
+        title=measure.title[0].upper() + measure.title[1:],
+        is_share=measure.is_share,
+        loss=task.loss_title,
+    )
+    write_atomically(path, png(figure))
     return path
 
 
@@ -191,8 +204,7 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     speed = summary["speed"]
     rows = [
         ("", "training form", "inference form"),
-        ("held-out accuracy", *_accuracies(summary)),
-        *([("  top 5", *_accuracies(summary, "top5_"))] if "top5_accuracy_train_form" in summary else []),
+        *((measure.title, *measure.texts(summary)) for measure in measures_of(summary)),
         *describe_each_weights(summary),
         ("parameters", *(f"{summary[f'parameters_{form}_form']:,}" for form in ("train", "inference"))),
         ("MACs an image", *(f"{summary[f'macs_{form}_form'] / 1e6:,.2f} M" for form in ("train", "inference"))),
@@ -215,29 +227,25 @@ def _headline(summary: dict[str, Any]) -> str:
     )
 
 
-def _mask_kind(figures: dict[str, Any]) -> str:
+def _mask_kind(figures: Mapping[str, Any]) -> str:
     """An earlier version's figures, which do not say it, are of a threshold."""
     return figures.get("mask_kind", "threshold")
 
 
-def _accuracies(figures: dict[str, Any], kind: str = "") -> list[str]:
-    """Of the training form and of the inference form."""
-    return [f"{100 * figures[f'{kind}accuracy_{form}_form']:.2f} %" for form in ("train", "inference")]
+def describe_measures(figures: Mapping[str, Any]) -> list[str]:
+    """All measures of the training form, and all of the inference form, such as "98.06 % top-1, 100.00 % top-5"."""
+    texts = [[f"{text} {measure.short}" for text in measure.texts(figures)] for measure in measures_of(figures)]
+    return [", ".join(form) for form in zip(*texts, strict=True)]
 
 
-def describe_accuracies(figures: dict[str, Any]) -> list[str]:
-    """Top-1 and, where there is one, top-5 accuracy of the training form and of the inference form."""
-    top5 = _accuracies(figures, "top5_") if "top5_accuracy_train_form" in figures else None
-    return [
-        f"{accuracy} top-1" + ("" if top5 is None else f", {top5[form]} top-5")
-        for form, accuracy in enumerate(_accuracies(figures))
-    ]
-
-
-def describe_each_weights(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+def describe_each_weights(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Rows of the raw and the averaged weights, which say which are exported; none where there are only raw ones."""
+    measure = measures_of(figures)[0]
     return [
-        (f"  {kind} weights" + (", exported" if kind == figures["exported"] else ""), *_accuracies(figures, f"{kind}_"))
+        (
+            f"  {kind} weights" + (", exported" if kind == figures["exported"] else ""),
+            *measure.texts(figures, f"{kind}_"),
+        )
         for kind in ("raw", "averaged")
-        if f"{kind}_accuracy_train_form" in figures
+        if measure.is_in(figures, f"{kind}_")
     ]

@@ -74,12 +74,13 @@ class TensorBoard:
     def _tagged(self, figures: Mapping[str, Any], group: str = "eval") -> dict[str, Any]:
         """The figures by their names in TensorBoard, such as train/loss, and eval/loss for eval_loss.
 
-        Doubles are left out: `accuracy`, and the exported weights' figures under their prefix.
+        Doubles are left out: a measure without a form, as `accuracy`, and the exported weights' figures under their
+        prefix.
         """
         return {
             f"{GROUPS.get(name, group)}/{name.replace('eval_', '')}": value
             for name, value in figures.items()
-            if name != "accuracy" and not name.startswith(f"{self._exported}_")
+            if f"{name}_train_form" not in figures and not name.startswith(f"{self._exported}_")
         }
 
     def flush(self) -> None:

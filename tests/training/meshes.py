@@ -56,6 +56,7 @@ def steps(family: str, mesh_name: str, *, accumulate_steps: int = 1, threshold: 
 
     from castling_jax.models.registry import create_model
     from castling_jax.models.variables import flatten, get_variables
+    from castling_jax.tasks.classification.task import Classification
     from castling_jax.training import sharding
     from castling_jax.training.state import create_state
     from castling_jax.training.step import make_train_step
@@ -72,9 +73,8 @@ def steps(family: str, mesh_name: str, *, accumulate_steps: int = 1, threshold: 
     size = model.spec.image_size
     rng = np.random.default_rng(0)
     batch = {"image": rng.standard_normal((BATCH, size, size, 3), np.float32), "label": np.arange(BATCH) % 10}
-    step = make_train_step(
-        model, optimizer, label_smoothing=0.1, accumulate_steps=accumulate_steps, shardings=shardings
-    )
+    task = Classification(num_classes=10, label_smoothing=0.1)
+    step = make_train_step(model, optimizer, task, accumulate_steps=accumulate_steps, shardings=shardings)
     with jax.set_mesh(mesh):
         state, metrics = step(state, sharding.shard_batch(batch, mesh, batch_size=BATCH), threshold)
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
@@ -124,6 +124,7 @@ def collectives(mesh_name: str, family: str = "deit") -> dict:
     from castling_jax.compile_report import dump
     from castling_jax.models.registry import abstract_model
     from castling_jax.models.variables import get_variables
+    from castling_jax.tasks.classification.task import Classification
     from castling_jax.training import sharding
     from castling_jax.training.state import create_state
     from castling_jax.training.step import make_train_step
@@ -135,9 +136,9 @@ def collectives(mesh_name: str, family: str = "deit") -> dict:
     state = jax.eval_shape(lambda variables: create_state(variables, optimizer, 0), get_variables(model))
     shardings = sharding.state_shardings(state, mesh)
 
-    batch = sharding.batch_shapes(BATCH, model.spec.image_size, mesh)
+    batch = sharding.batch_shapes(Classification.example_shapes(model.spec.image_size), BATCH, mesh)
     threshold = jax.ShapeDtypeStruct((), jnp.float32)
-    step = make_train_step(model, optimizer, label_smoothing=0.1, shardings=shardings)
+    step = make_train_step(model, optimizer, Classification(num_classes=10, label_smoothing=0.1), shardings=shardings)
     with jax.set_mesh(mesh):
         lowered = jax.jit(step, donate_argnums=0).lower(sharding.with_shardings(state, shardings), batch, threshold)
     sent: dict[str, list[int]] = {}

@@ -3,6 +3,7 @@ import pytest
 from PIL import Image
 
 from castling_jax.errors import InputError
+from castling_jax.tasks.classification.task import Classification
 from castling_jax.tools import plots
 from castling_jax.training import contact_sheet
 from castling_jax.training.config_files import load_config
@@ -68,7 +69,7 @@ def test_contact_sheet_shows_single_images_and_mixed_batches(tmp_path, monkeypat
     np.testing.assert_array_equal(rows, np.broadcast_to(rows[:, :1], rows.shape))  # nothing is done to them
     shown.clear()
     mixed = sheet_of(tmp_path, {"shift_pixels": 1, "mixup": 0.8, "cutmix": 1.0}, "--examples=2")
-    after = np.reshape(shown, (2 + contact_sheet.MIXED_ROWS, contact_sheet.COLUMNS, 8, 8, 3))
+    after = np.reshape(shown, (2 + contact_sheet.BATCHES, contact_sheet.COLUMNS, 8, 8, 3))
     np.testing.assert_array_equal(after[:2, 0], rows[:, 0])  # as evaluation sees them
     assert len({image.tobytes() for image in after[0]}) > 3
     assert mixed.shape[0] > plain.shape[0]
@@ -81,8 +82,9 @@ def test_the_contact_sheet_is_legible():
 
 
 def test_labels_of_mixed_images_are_their_heaviest():
-    assert contact_sheet._describe_target(np.array([0.01, 0.61, 0.01, 0.37])) == "1: 0.61, 3: 0.37"
-    assert contact_sheet._describe_target(np.array([0.91, 0.03, 0.03, 0.03])) == "0: 0.91"
+    task = Classification(num_classes=4)
+    assert task.caption({"target": np.array([0.01, 0.61, 0.01, 0.37])}) == "1: 0.61, 3: 0.37"
+    assert task.caption({"target": np.array([0.91, 0.03, 0.03, 0.03])}) == "0: 0.91"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from castling_jax import apply, preprocess
 from castling_jax.convert import read
 from castling_jax.convert.run_folder import write_config
 from castling_jax.models.registry import abstract_model
-from castling_jax.training.answers import Answers
+from castling_jax.tasks.classification.answers import ClassAnswers
 from castling_jax.training.checkpoints import Checkpoints, Progress
 from castling_jax.training.config import default_config
 from castling_jax.training.evaluate_run import Evaluation, evaluate_checkpoint, run_of
@@ -200,7 +200,7 @@ def answers_of(num_classes, labels, answers):
     labels, answers = np.array(labels), np.array(answers)
     numbers = np.arange(len(labels))
     is_right = labels == answers
-    return Answers(
+    return ClassAnswers(
         num_classes, numbers, labels, answers, answers, is_right, is_right, is_right * 1.0, is_right * 0.5, 0
     )
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from castling_jax.convert.run_folder import read_metrics
-from castling_jax.training import step, summary
+from castling_jax.tasks.classification import task
+from castling_jax.training import summary
 from castling_jax.training.run import run
 from tests.training.test_loop import small_config
 from tests.training.test_tensorboard import hparams_of, images_of, scalars_of
@@ -30,7 +31,7 @@ def shown_run(tmp_path_factory):
         jax.debug.callback(lambda *batch: seen.append(batch), images, mixed[0])
         return mixed
 
-    mix = step.mix
+    mix = task.mix
     config = small_config()
     config.dataset.update({"train_split": "minival", "eval_split": "minival", "test_split": "test", "mean": (0.3,) * 3})
     config.train.update({"epochs": 1, "ema_decay": 0.5})
@@ -38,7 +39,7 @@ def shown_run(tmp_path_factory):
     config.logging.update({"every_steps": 1, "tensorboard": True})
     workdir = tmp_path_factory.mktemp("shown") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "mix", noted)
+        patch.setattr(task, "mix", noted)
         run(config, workdir)
         jax.effects_barrier()
     return config, workdir, seen

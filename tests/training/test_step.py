@@ -13,24 +13,29 @@ from flax import nnx
 
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import apply, bind, flatten, get_variables
+from castling_jax.tasks.classification.losses import cross_entropy
+from castling_jax.tasks.classification.task import Classification
+from castling_jax.tasks.task import Teacher
 from castling_jax.training.config import default_config
-from castling_jax.training.losses import cross_entropy
 from castling_jax.training.optimizers import make_optimizer
 from castling_jax.training.state import create_state, parameters_sha256
-from castling_jax.training.step import Teacher, make_train_step
+from castling_jax.training.step import make_train_step
 from tests.models import small
 
 BATCH = {
     "image": jax.random.normal(jax.random.key(1), (6, 8, 8, 3)),
     "label": jnp.array([0, 1, 2, 3, 4, 5]),
 }
+TASK = Classification(num_classes=10, label_smoothing=0.1)
 
 
 def setup(options=MappingProxyType({}), ema=False, **arguments):
     model = create_model("deit_micro", num_classes=10, **{"depth": 1, "embed_dim": 32} | arguments)
     optimizer = make_optimizer(default_config().optimizer, optax.constant_schedule(1e-3))
     state = create_state(jax.tree.map(jnp.copy, get_variables(model)), optimizer, seed=0, ema=ema)
-    return model, state, make_train_step(model, optimizer, label_smoothing=0.1, **options)
+    options = dict(options)
+    task = dataclasses.replace(TASK, teacher=options.pop("teacher", None))
+    return model, state, make_train_step(model, optimizer, task, **options)
 
 
 def smoothed(labels):
@@ -61,7 +66,7 @@ def test_step_without_branch_is_the_step_at_an_empty_mask():
     _, state, step = setup()
     linear_model = create_model("deit_micro", num_classes=10, depth=1, embed_dim=32, attention="linear_angular")
     optimizer = make_optimizer(default_config().optimizer, optax.constant_schedule(1e-3))
-    expected, _ = make_train_step(linear_model, optimizer, label_smoothing=0.1)(jax.tree.map(jnp.copy, state), BATCH, 0)
+    expected, _ = make_train_step(linear_model, optimizer, TASK)(jax.tree.map(jnp.copy, state), BATCH, 0)
     castled, metrics = step(state, BATCH, 1.0)
     chex.assert_trees_all_close(castled.params, expected.params, rtol=1e-6)
     np.testing.assert_array_equal(metrics["mask_density"], [0])
@@ -108,7 +113,7 @@ def test_moving_averages_follow_all_variables(family):
         model = small.small_levit(num_classes=10, **ONE_STAGE)
         optimizer = optax.sgd(1e-2)
         state = create_state(jax.tree.map(jnp.copy, small.random_variables(model)), optimizer, seed=0, ema=True)
-        step = make_train_step(model, optimizer, label_smoothing=0.1, ema_decay=0.75)
+        step = make_train_step(model, optimizer, TASK, ema_decay=0.75)
         batch = {"image": small.random_images(3, 112, 112), "label": jnp.array([3, 1, 4])}
     expected = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.ema)
     for _ in range(3):
@@ -170,7 +175,7 @@ def test_batch_norms_statistics_are_skipped_too():
     optimizer = optax.sgd(1e-2)
     state = create_state(jax.tree.map(jnp.copy, small.random_variables(model)), optimizer, seed=0)
     before = jax.tree.map(np.asarray, state.variables)
-    step = make_train_step(model, optimizer, label_smoothing=0.1, skip_nonfinite=True)
+    step = make_train_step(model, optimizer, TASK, skip_nonfinite=True)
     images = small.random_images(3, 112, 112).at[0, 0, 0, 0].set(jnp.nan)
     state, _ = step(state, {"image": images, "label": jnp.array([3, 1, 4])}, 1.0)
     chex.assert_trees_all_equal(state.variables, before)
@@ -207,7 +212,7 @@ def test_a_model_with_batch_norm_learns_its_statistics_too(arguments):
     optimizer = optax.sgd(1e-2)
     state = create_state(jax.tree.map(jnp.copy, variables), optimizer, seed=0)
     batch = {"image": small.random_images(3, 112, 112), "label": jnp.array([3, 1, 4])}
-    state, metrics = make_train_step(model, optimizer, label_smoothing=0.1)(state, batch, 0.035)
+    state, metrics = make_train_step(model, optimizer, TASK)(state, batch, 0.035)
     # With momentum 0.9 the statistics are known by hand: those of the first convolution's output.
     kernel = np.asarray(variables["params"]["stem"]["conv1"]["linear"]["kernel"], np.float64)
     padded = np.pad(np.asarray(batch["image"], np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -223,3 +228,43 @@ def test_a_model_with_batch_norm_learns_its_statistics_too(arguments):
     for path, leaf in flatten(state.variables).items():
         assert path.endswith(shifts) or np.any(leaf != flatten(variables)[path]), path
     assert int(state.step) == 1
+
+
+class WeighedTask(Classification):
+    """A loss of two terms over a sum of weights that depends on the model's outputs, as a detector's does."""
+
+    def loss(self, outputs, batch, held):
+        logits = outputs.mean(axis=0)
+        distances = ((logits - batch["target"]) ** 2).sum(-1)
+        weights = jax.lax.stop_gradient(self.scale * (1 + jnp.abs(logits[:, 0])))
+        return {"near": distances, "small": 0.1 * (logits**2).sum(-1)}, weights
+
+    scale = 3.0
+
+
+class NearlyNothing(WeighedTask):
+    scale = 1e-3  # the weights of a batch of six sum to less than 1
+
+
+@pytest.mark.parametrize("kind", [WeighedTask, pytest.param(NearlyNothing, marks=pytest.mark.slow)])
+def test_a_loss_is_divided_once_by_the_weights_of_the_whole_batch(kind):
+    task = kind(num_classes=10)
+    model = create_model("deit_micro", num_classes=10, depth=1, embed_dim=32, attention="linear_angular")
+    variables = get_variables(model)
+
+    def expected_loss(params):
+        logits = apply(model, {"params": params}, BATCH["image"])
+        weights = kind.scale * (1 + np.abs(np.asarray(apply(model, variables, BATCH["image"])[:, 0])))
+        distances = jnp.sum((logits - jax.nn.one_hot(BATCH["label"], 10)) ** 2)
+        return (distances + 0.1 * jnp.sum(logits**2)) / max(weights.sum(), 1)
+
+    loss, gradients = jax.value_and_grad(expected_loss)(variables["params"])
+    for parts in (1, 3):
+        optimizer = optax.sgd(1.0)  # what the parameters lose is the gradient
+        state = create_state(jax.tree.map(jnp.copy, variables), optimizer, seed=0)
+        state, metrics = make_train_step(model, optimizer, task, accumulate_steps=parts)(state, BATCH, 1.0)
+        # Sums of six and of three times two float32 numbers.
+        assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+        assert float(metrics["near_loss"] + metrics["small_loss"]) == pytest.approx(float(loss), rel=1e-5)
+        found = jax.tree.map(jnp.subtract, variables["params"], state.params)
+        chex.assert_trees_all_close(found, gradients, rtol=1e-3, atol=1e-5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from castling_jax.data.mixing import mix, partners, soft_labels
+from castling_jax.tasks.classification.mixing import mix, partners, soft_labels
 
 CLASSES = 6
 LABELS = jnp.arange(CLASSES)  # each image of a class of its own: the targets show the weights
@@ -146,7 +146,7 @@ ON_A_MESH = """
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from castling_jax.data.mixing import mix
+from castling_jax.tasks.classification.mixing import mix
 
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

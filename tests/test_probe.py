@@ -7,9 +7,9 @@ from PIL import Image
 import castling_jax
 from castling_jax.convert.weights import read
 from castling_jax.data.sources import digits
+from castling_jax.probe import Features, probe, read_features, save_features
 from castling_jax.tools import features as features_command
 from castling_jax.tools import probe as probe_command
-from castling_jax.training.probe import Features, probe, read_features, save_features
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from castling_jax.training.losses import cross_entropy, distillation_loss
+from castling_jax.tasks.classification.losses import cross_entropy, distillation_loss
 
 
 def draw(seed):

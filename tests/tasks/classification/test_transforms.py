@@ -7,17 +7,11 @@ import pytest
 import scipy.ndimage
 from PIL import Image
 
-from castling_jax.data.transforms import (
-    EvalTransform,
-    center_crop_box,
-    color_jitter,
-    normalize_images,
-    random_erasing,
-    random_resized_crop_box,
-    random_shift,
-    train_transform,
-)
+from castling_jax.data.geometry import center_crop_box, random_resized_crop_box
+from castling_jax.data.pixels import color_jitter, normalize_images, random_erasing, random_shift
+from castling_jax.data.transforms import EvalTransform
 from castling_jax.preprocessing import Preprocessing
+from castling_jax.tasks.classification.transforms import train_transform
 from castling_jax.training.config import default_config
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}

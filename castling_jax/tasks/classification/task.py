@@ -1,0 +1,142 @@
+"""Classification as a task: labels that are mixed and smoothed, a teacher's answers, and the share of right answers."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float
+from ml_collections import ConfigDict
+
+from castling_jax.data.transforms import EvalTransform
+from castling_jax.models.backbone import Backbone
+from castling_jax.models.variables import Variables, apply
+from castling_jax.preprocessing import Preprocessing
+from castling_jax.tasks.classification.answers import TOP, ClassAnswers
+from castling_jax.tasks.classification.losses import cross_entropy, distillation_loss
+from castling_jax.tasks.classification.mixing import mix
+from castling_jax.tasks.classification.transforms import train_transform
+from castling_jax.tasks.task import Batch, Example, Loss, Measure, Task, Teacher
+
+NO_MIXING = MappingProxyType({"mixup": 0.0, "cutmix": 0.0, "switch": 0.5, "probability": 1.0})
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Task):
+    """Batches are {"image", "label" [batch] int32}; outputs are each head's logits [heads, batch, classes] in training.
+
+    A teacher is learnt from beside the labels. With two heads the second one learns from the teacher alone, and the
+    first one from the labels alone (Touvron et al., DeiT, section 4); a single head learns from both.
+
+    Attributes:
+      num_classes: the number of labels.
+      label_smoothing: the share of each label that is spread over all classes.
+      mixing: the options of `mix`: mixup, cutmix, switch, probability and mix_rows.
+      teacher: None: the labels alone count.
+    """
+
+    name = "classification"
+    measures = (
+        Measure("accuracy", "held-out accuracy", "top-1"),
+        Measure(f"top{TOP}_accuracy", f"  top {TOP}", f"top-{TOP}"),
+    )
+    loss_title = "cross entropy (nats)"
+
+    num_classes: int
+    label_smoothing: float = 0.0
+    mixing: Mapping[str, Any] = dataclasses.field(default_factory=lambda: NO_MIXING)
+    teacher: Teacher | None = None
+
+    @property
+    def held(self) -> Variables:
+        return {} if self.teacher is None else self.teacher.variables
+
+    @property
+    def other_models(self) -> tuple[Backbone, ...]:
+        return () if self.teacher is None else (self.teacher.model,)
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, model: Backbone, teacher: Teacher | None = None) -> "Classification":
+        return cls(model.spec.num_classes, config.loss.label_smoothing, mixing_options(config.augment), teacher)
+
+    @staticmethod
+    def train_transform(
+        augment: ConfigDict, preprocessing: Preprocessing
+    ) -> Callable[[Example, np.random.Generator], Example]:
+        return train_transform(augment, preprocessing)
+
+    @staticmethod
+    def eval_transform(preprocessing: Preprocessing) -> Callable[[Example], Example]:
+        return EvalTransform(preprocessing)
+
+    @staticmethod
+    def example_shapes(image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {
+            "image": jax.ShapeDtypeStruct((image_size, image_size, 3), jnp.float32),
+            "label": jax.ShapeDtypeStruct((), jnp.int32),
+        }
+
+    def prepare(self, batch: Batch, key: jax.Array) -> Batch:
+        options = {"num_classes": self.num_classes, "label_smoothing": self.label_smoothing, **self.mixing}
+        images, targets = mix(batch["image"], batch["label"], key, **options)
+        return {"image": images, "target": targets}
+
+    @property
+    def changes_batches(self) -> bool:
+        return bool(self.mixing["mixup"] or self.mixing["cutmix"])
+
+    def caption(self, example: Example) -> str:
+        if "label" in example:
+            return f"class {example['label']}"
+        target = example["target"]
+        # The two heaviest classes: what label smoothing gives to all classes is not news of any.
+        heaviest = [label for label in np.argsort(-target)[:2] if target[label] > target.min()]
+        return ", ".join(f"{label}: {target[label]:.2f}" for label in heaviest)
+
+    def loss(self, outputs: Float[Array, "heads batch classes"], batch: Batch, held: Variables) -> Loss:
+        if self.teacher is None:
+            return {"cross_entropy": cross_entropy(outputs.mean(axis=0), batch["target"])}, None
+        taught = apply(self.teacher.model, held, batch["image"])
+        from_labels = cross_entropy(outputs[0], batch["target"])
+        kind, alpha, temperature = self.teacher.kind, self.teacher.alpha, self.teacher.temperature
+        from_teacher = distillation_loss(outputs[-1], taught, kind=kind, temperature=temperature)
+        return {"distillation": (1 - alpha) * from_labels + alpha * from_teacher}, None
+
+    def answer(
+        self,
+        outputs: Mapping[str, Float[Array, "batch classes"]],
+        exact: Mapping[str, Float[Array, "batch classes"]],
+        batch: Batch,
+    ) -> dict[str, jax.Array]:
+        labels = batch["label"]
+        answers = {"label": labels}
+        for form, logits in outputs.items():
+            answers |= {form: logits.argmax(-1), f"top_{form}": _is_among_the_first(labels, logits)}
+        return answers | {
+            "loss": optax.softmax_cross_entropy_with_integer_labels(outputs["inference_form"], labels),
+            "difference": jnp.max(jnp.abs(exact["train_form"] - exact["inference_form"]), axis=-1),
+        }
+
+    def collect(self, answers: dict[str, np.ndarray], corrupt: int) -> ClassAnswers:
+        return ClassAnswers(self.num_classes, **answers, corrupt=corrupt)
+
+
+def mixing_options(augment: ConfigDict) -> dict[str, Any]:
+    """How batches are mixed: what `mix` takes from the group `augment` of a configuration."""
+    return {
+        "mixup": augment.mixup,
+        "cutmix": augment.cutmix,
+        "switch": augment.mix_switch,
+        "probability": augment.mix_probability,
+        "mix_rows": augment.mix_rows,
+    }
+
+
+def _is_among_the_first(labels: Float[Array, "batch"], logits: Float[Array, "batch classes"]) -> Bool[Array, "batch"]:
+    """Whether each label is among the TOP largest logits, or all where there are no more."""
+    _, first = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))
+    return (first == labels[:, None]).any(-1)

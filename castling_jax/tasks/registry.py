@@ -1,0 +1,25 @@
+"""The tasks by name, and the task that a model is for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from castling_jax.models.backbone import Backbone
+from castling_jax.tasks.classification.task import Classification
+from castling_jax.tasks.task import Measure, Task
+
+TASKS: dict[str, type[Task]] = {"classification": Classification}
+
+
+def task_of(model: Backbone) -> type[Task]:
+    """The task that a model is for."""
+    return TASKS[model.task]
+
+
+def task_in(figures: Mapping[str, Any]) -> type[Task]:
+    """The task of a run with these figures; an earlier version's name none, and are of classification."""
+    return TASKS[figures.get("task", "classification")]
+
+
+def measures_of(figures: Mapping[str, Any]) -> tuple[Measure, ...]:
+    """The measures that a run's figures have, the main one first."""
+    return tuple(measure for measure in task_in(figures).measures if measure.is_in(figures))
