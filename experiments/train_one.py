@@ -19,8 +19,9 @@ from jaxtyping import Bool
 from castling_jax.convert.run_folder import read_config
 from castling_jax.errors import InputError, check_known
 from castling_jax.storage import write_atomically
+from castling_jax.tasks.classification.answers import ANSWERS_FILE
 from castling_jax.tools.cli import ending_in_a_sentence, local_path
-from castling_jax.training.evaluate_run import ANSWERS_FILE, EVALUATIONS
+from castling_jax.training.evaluate_run import EVALUATIONS
 from castling_jax.training.malloc import keep_freed_memory
 from castling_jax.training.preemption import Preempted
 from castling_jax.training.run import run
