@@ -128,7 +128,10 @@ def test_usage_is_what_was_typed(tmp_path, start, usage):
     assert run(*start, "--help").stdout.startswith(usage)
 
 
-@pytest.mark.parametrize("arguments", [["main.py", "--help-config"], ["main.py", "--help"], ["-m", "castling_jax"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [pytest.param(["main.py", "--help-config"], marks=pytest.mark.slow), ["main.py", "--help"], ["-m", "castling_jax"]],
+)
 def test_a_reader_that_left_is_no_mistake(arguments):
     command = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     command.stdout.close()

@@ -241,6 +241,7 @@ def test_what_would_only_end_the_same_way_again_has_a_status_of_its_own(monkeypa
     assert capsys.readouterr().err == "main.py: no.\n"
 
 
+@pytest.mark.slow
 def test_on_a_cpu_freed_memory_is_kept(tmp_path):
     program = """
 import sys

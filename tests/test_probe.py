@@ -25,6 +25,7 @@ def folders(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_features_and_probe_as_commands(folders, tmp_path, capsys):
     for split in ("train", "test"):
         features_command.main(["digits", str(folders / split), f"--out={tmp_path}/{split}.npz"])

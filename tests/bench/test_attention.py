@@ -35,6 +35,7 @@ def finished(tmp_path_factory):
     return out, results
 
 
+@pytest.mark.slow
 def test_every_case_is_timed_and_what_is_too_long_is_said(finished):
     _, results = finished
     names = {}
@@ -53,6 +54,7 @@ def test_every_case_is_timed_and_what_is_too_long_is_said(finished):
     assert note.endswith("(--max-score-gib).")
 
 
+@pytest.mark.slow
 def test_ratios_are_to_softmax_of_the_same_run(finished):
     _, results = finished
     for row in results["layers"] + results["models"]:
@@ -65,6 +67,7 @@ def test_ratios_are_to_softmax_of_the_same_run(finished):
             assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
 
 
+@pytest.mark.slow
 def test_models_are_timed_in_both_forms(finished):
     _, results = finished
     rows = [(row["model"], row["image_size"], row["tokens"], row["batch"], row["name"]) for row in results["models"]]
@@ -76,6 +79,7 @@ def test_models_are_timed_in_both_forms(finished):
     ]
 
 
+@pytest.mark.slow
 def test_files_hold_the_figures_and_a_picture(finished):
     out, results = finished
     assert json.loads((out / "benchmark.json").read_text()) == results
@@ -86,17 +90,20 @@ def test_files_hold_the_figures_and_a_picture(finished):
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 
+@pytest.mark.slow
 def test_the_picture_is_legible(finished):
     _, results = finished
     check_legible(attention.draw(results))
 
 
+@pytest.mark.slow
 def test_no_time_reads_zero(finished):
     _, results = finished
     row = results["layers"][0] | {"milliseconds": dict.fromkeys(("min", "median", "max"), 0.00123)}
     assert "   0.00123" in attention.describe(results | {"layers": [row]})
 
 
+@pytest.mark.slow
 def test_table_shows_rows_slopes_and_notes(finished):
     _, results = finished
     text = attention.describe(results)

@@ -71,7 +71,9 @@ def test_an_export_says_what_evaluation_does_and_gives_its_logits(tmp_path, mode
         np.testing.assert_array_equal(logits, expected)
 
 
-@pytest.mark.parametrize("format", PAYLOADS)
+@pytest.mark.parametrize(
+    "format", [form if form == "stablehlo" else pytest.param(form, marks=pytest.mark.slow) for form in PAYLOADS]
+)
 def test_the_converter_hands_on_what_a_run_says(tmp_path, monkeypatch, format):
     run = write_run(tmp_path / "run", LEVIT)
     config = json.loads((run / "config.json").read_text())

@@ -142,7 +142,9 @@ def draw_bias(shape, bias):
     ] or None
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], (1, 9, 20, 2, 32, 64), pytest.param(SHAPES[5], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "shape", [SHAPES[0], *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((1, 9, 20, 2, 32, 64), SHAPES[5]))]
+)
 def test_agrees_with_the_plain_operations(kind, shape):
     compare(kind, shape, 0.1)
 
@@ -301,7 +303,7 @@ def test_jit_and_vmap():
         np.testing.assert_allclose(one, other, atol=1e-4 * float(jnp.max(jnp.abs(other))))
 
 
-@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("factored", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_keys_that_a_bias_takes_out(factored):
     """-inf for some keys, a first block of them and more, as padding is masked."""
     q, k, v, *_ = draw((2, 17, 40, 2, 16, 32))
@@ -371,13 +373,13 @@ def test_a_gpu_is_refused(refuses, monkeypatch):
     ("sizes", "shape", "prefix_tokens"),
     [
         ((3, 3), (2, 16, 49, 2, 32, 64), 0),  # queries on some of the keys' tokens
-        ((3, 3), (2, 49, 49, 2, 32, 64), 0),
-        ((9,), (2, 16, 49, 2, 32, 64), 1),
+        pytest.param((3, 3), (2, 49, 49, 2, 32, 64), 0, marks=pytest.mark.slow),
+        pytest.param((9,), (2, 16, 49, 2, 32, 64), 1, marks=pytest.mark.slow),
         pytest.param((3, 3), (1, 16, 60, 3, 16, 64), 0, marks=pytest.mark.slow),  # on others
         pytest.param((1, 5), (2, 15, 15, 2, 16, 16), 0, marks=pytest.mark.slow),
         ((7, 5), (2, 4, 4, 2, 16, 16), 0),  # farther than the grid goes
-        ((5, 3), (1, 27, 27, 2, 64, 64), 2),
-        ((19,), (1, 70, 70, 2, 64, 64), 0),
+        pytest.param((5, 3), (1, 27, 27, 2, 64, 64), 2, marks=pytest.mark.slow),
+        pytest.param((19,), (1, 70, 70, 2, 64, 64), 0, marks=pytest.mark.slow),
     ],
 )
 def test_token_kernels(sizes, shape, prefix_tokens):

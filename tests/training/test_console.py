@@ -29,6 +29,7 @@ def told(config, workdir, capsys, monkeypatch):
     return captured.err
 
 
+@pytest.mark.slow
 def test_without_a_terminal_there_are_plain_lines(tmp_path, capsys, monkeypatch):
     said = told(small_config(), tmp_path / "run", capsys, monkeypatch)
     assert "\r" not in said

@@ -107,7 +107,8 @@ def test_the_kernels_of_each_family_are_found():
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"), [("levit_128s", {"depth": (1, 1, 1)}), ("mvitv2_tiny", {"depths": (1, 1)})]
+    ("name", "arguments"),
+    [pytest.param("levit_128s", {"depth": (1, 1, 1)}, marks=pytest.mark.slow), ("mvitv2_tiny", {"depths": (1, 1)})],
 )
 def test_no_weight_comes_near_the_threshold(name, arguments):
     """The softmax, in float64: half of the weights or more are kept, and none is within e^0.5 of the threshold."""

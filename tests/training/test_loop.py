@@ -194,6 +194,7 @@ def test_a_run_that_was_killed_at_its_end_only_evaluates_again(whole_run, tmp_pa
     assert (workdir / "training.png").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_to_a_later_end(whole_run, tmp_path, refuses, monkeypatch):
     workdir = shutil.copytree(whole_run[0], tmp_path / "run")
     longer = small_config()

@@ -101,7 +101,9 @@ def test_axes_must_divide_heads_and_channels(refuses):
 
 
 @pytest.mark.parametrize("attention", ["castling", "softmax"])
-@pytest.mark.parametrize(("name", "tensor"), [("deit_base", 4), ("levit_256", 2), ("mvitv2_base", 1)])
+@pytest.mark.parametrize(
+    ("name", "tensor"), [("deit_base", 4), ("levit_256", 2), pytest.param("mvitv2_base", 1, marks=pytest.mark.slow)]
+)
 def test_rules_split_all_that_is_large(name, tensor, attention):
     mesh = abstract_mesh(fsdp=8, tensor=tensor)
     specs = specs_of(name, mesh, attention=attention)
@@ -113,7 +115,9 @@ def test_rules_split_all_that_is_large(name, tensor, attention):
     assert max(whole.values()) < 2e5
 
 
-@pytest.mark.parametrize("name", ["deit_micro", "levit_128s", "mvitv2_tiny"])
+@pytest.mark.parametrize(
+    "name", ["deit_micro", *(pytest.param(name, marks=pytest.mark.slow) for name in ("levit_128s", "mvitv2_tiny"))]
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_parameter_has_a_rule(name, form):
     for attention in attentions_of(name):

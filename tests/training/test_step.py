@@ -205,7 +205,8 @@ def test_a_teacher_is_learnt_from_by_the_last_head(kind, distilled):
 ONE_STAGE = {"embed_dim": (8,), "depth": (1,), "num_heads": (2,)}
 
 
-@pytest.mark.parametrize("arguments", [ONE_STAGE, pytest.param({}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [ONE_STAGE, {}])
 def test_a_model_with_batch_norm_learns_its_statistics_too(arguments):
     model = small.small_levit(distilled=True, num_classes=10, **arguments)
     variables = small.random_variables(model)
