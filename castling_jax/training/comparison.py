@@ -6,9 +6,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from castling_jax.models.attention.kinds import KINDS
+from castling_jax.tables import markdown
 from castling_jax.training.run import run
 
 TABLE_FILE = "compare.md"
+HEADER = "attention", "held-out accuracy", "loss (nats)", "parameters", "MACs an image", "in training", "steps", "time"
 
 
 def compare(config: ConfigDict, attentions: list[str], workdir: epath.Path) -> dict[str, dict[str, Any]]:
@@ -27,10 +29,16 @@ def compare(config: ConfigDict, attentions: list[str], workdir: epath.Path) -> d
 def table(summaries: dict[str, dict[str, Any]]) -> str:
     """Accuracy beside cost, in Markdown; of the form that is run in the end."""
     rows = [
-        f"| {attention} | {100 * found['accuracy_inference_form']:.2f} % | {found['eval_loss']:.4f} | "
-        f"{found['parameters_inference_form']:,} | {found['macs_inference_form'] / 1e6:,.2f} M | "
-        f"{found['macs_train_form'] / 1e6:,.2f} M | {found['steps']:,} | {found['train_seconds']:.0f} s |"
-        for attention, found in summaries.items()
+        (
+            attention,
+            f"{100 * figures['accuracy_inference_form']:.2f} %",
+            f"{figures['eval_loss']:.4f}",
+            f"{figures['parameters_inference_form']:,}",
+            f"{figures['macs_inference_form'] / 1e6:,.2f} M",
+            f"{figures['macs_train_form'] / 1e6:,.2f} M",
+            f"{figures['steps']:,}",
+            f"{figures['train_seconds']:.0f} s",
+        )
+        for attention, figures in summaries.items()
     ]
-    head = "| attention | held-out accuracy | loss (nats) | parameters | MACs an image | in training | steps | time |"
-    return "\n".join([head, "|---|---|---|---|---|---|---|---|", *rows, ""])
+    return "\n".join([*markdown(HEADER, rows), ""])

@@ -21,6 +21,7 @@ from castling_jax.data.sources import FOLDER, Dataset, load_dataset
 from castling_jax.errors import InputError, refusing
 from castling_jax.plots import draw_confusion, png
 from castling_jax.storage import absolute, write_atomically
+from castling_jax.tables import aligned
 from castling_jax.training.answers import Answers
 from castling_jax.training.config import FIELDS
 from castling_jax.training.config_files import run_config
@@ -121,12 +122,8 @@ class Evaluation:
         if len(rows) > CLASSES_SHOWN:
             title = f"  the {CLASSES_SHOWN} classes of the lowest accuracy, inference form:"
             rows = sorted(rows, key=lambda row: row[2])[:CLASSES_SHOWN]
-        names = [_printable(name) for name, *_ in rows]
-        width = max(map(len, names))
-        lines = [
-            f"    {name:{width}s}  {100 * accuracy:6.2f} % of {images:,}"
-            for name, (_, images, accuracy) in zip(names, rows, strict=True)
-        ]
+        cells = [(_printable(name), f"{100 * accuracy:6.2f} % of {images:,}") for name, images, accuracy in rows]
+        lines = aligned(cells, "l", indent="    ")
         return "\n".join([title, *lines, ""])
 
 
