@@ -131,6 +131,8 @@ def _share(groups: list[np.ndarray], axis: int, ways: np.ndarray, sides: np.ndar
         others = np.delete(group, axis, axis=1)
         for line in {tuple(place) for place in others.tolist()}:
             places = group[(others == line).all(axis=1), axis]
+            if len(places) == 1:  # chips on a diagonal: what they send goes along both sides of their rectangle
+                places = group[:, axis]
             links = crossing.setdefault(line, np.zeros(sides[axis], int))
             links[slice(None) if way == 2 else slice(places.min(), places.max())] += 1
     return max((int(links.max()) for links in crossing.values()), default=1)
