@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from castling_jax.errors import InputError, check_known
+from castling_jax.tables import aligned
 from castling_jax.tools.cli import ending_in_a_sentence, program
 
 # Command -> its module in castling_jax.tools, in the order of a day's work.
@@ -35,8 +36,7 @@ def list_commands() -> str:
     """A line for each command: its name and the first line of its docstring, which is read without importing it."""
     tools = Path(__file__).parent / "tools"
     docs = {name: ast.get_docstring(ast.parse((tools / f"{file}.py").read_bytes())) for name, file in COMMANDS.items()}
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {(doc or '').splitlines()[0]}" for name, doc in docs.items()]
+    lines = aligned([(name, (doc or "").splitlines()[0]) for name, doc in docs.items()], "l")
     return "\n".join([f"usage: {program()} COMMAND [...]", "", *lines, "", "COMMAND --help says what a command takes."])
 
 

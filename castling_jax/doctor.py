@@ -1,4 +1,4 @@
-"""Whether everything here works: versions, devices, data, a round trip of ten steps; and a TPU's kernels beside XLA."""
+"""Checks whether everything works: versions, devices, data, a round trip of ten steps; a TPU's kernels against XLA."""
 
 import functools
 import importlib.metadata
@@ -32,7 +32,7 @@ from castling_jax.training.sharding import make_mesh
 from castling_jax.training.timing import interleaved_seconds, medians, significant
 
 PACKAGE = "castling_jax"
-# What is missing in some places, and what it is for.
+# Packages that not everybody needs, and their use.
 OPTIONAL = {
     "libtpu": "to train on a TPU, and for the compile report: pip install 'jax[tpu]'",
     "gcsfs": "for workdirs in a bucket: pip install gcsfs",
@@ -40,7 +40,7 @@ OPTIONAL = {
 }
 STEPS = 10
 GIBIBYTE = 2**30
-# The kernels of each family: of plain, of subsampling and of pooling attention.
+# One model of each family: plain, subsampling and pooling attention have different kernels.
 MODELS = ("deit_base", "levit_256", "mvitv2_tiny")
 MESH = {"replica": 1, "data": -1, "fsdp": 1, "tensor": 1}
 KINDS = {
@@ -59,60 +59,61 @@ class Line(NamedTuple):
     """One line of the report.
 
     Attributes:
-      ok: whether it is as it should be; None where that depends on what one wants to do.
-      what: what was looked at.
-      said: what was found, and what to do.
+      ok: whether the subject is as it should be; None where that depends on what the reader wants to do.
+      subject: what was looked at.
+      finding: what was found, and what to do.
     """
 
     ok: bool | None
-    what: str
-    said: str
+    subject: str
+    finding: str
 
     def __str__(self) -> str:
         mark = {True: "ok", False: "NO", None: "--"}[self.ok]
-        return f"{mark}  {self.what:20s} {self.said}"
+        return f"{mark}  {self.subject:20s} {self.finding}"
 
 
 def examine() -> Iterator[Line]:
-    """What is here, line by line, and a round trip: train, castle, convert, predict."""
+    """The machine's state, line by line, and a round trip: train, castle, convert, predict."""
     yield from versions()
     yield from devices()
     yield from data()
     for name, use in OPTIONAL.items():
-        found = importlib.util.find_spec(name) is not None
-        yield Line(True if found else None, name, "installed" if found else f"not installed; needed {use}")
+        installed = importlib.util.find_spec(name) is not None
+        yield Line(True if installed else None, name, "installed" if installed else f"not installed; needed {use}")
     yield from round_trip()
 
 
 def versions() -> Iterator[Line]:
-    """Python and the packages that this one needs, beside the versions that it was tried with."""
+    """The versions of Python and of the required packages, compared with the tested ranges."""
     yield Line(True, "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Line(True, PACKAGE, castling_jax.__version__)
     try:
-        needed = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or []]
-    except importlib.metadata.PackageNotFoundError:  # a checkout
+        requirements = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or []]
+    except importlib.metadata.PackageNotFoundError:  # a checkout that pip did not install
         lines = (Path(castling_jax.__file__).parents[1] / "requirements.txt").read_text().splitlines()
-        needed = [Requirement(line.split("#")[0]) for line in lines if line.split("#")[0].strip()]
-    for requirement in needed:
+        requirements = [Requirement(line.split("#")[0]) for line in lines if line.split("#")[0].strip()]
+    for requirement in requirements:
+        # Requirements of the extras, such as [tpu], hold for those who install the extra.
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            found = importlib.metadata.version(requirement.name)
+            version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             yield Line(False, requirement.name, f"not installed: pip install '{requirement}'")
             continue
-        fits = requirement.specifier.contains(found, prereleases=True)
-        yield Line(fits, requirement.name, found if fits else f"{found}: pip install '{requirement}'")
+        fits = requirement.specifier.contains(version, prereleases=True)
+        yield Line(fits, requirement.name, version if fits else f"{version}: pip install '{requirement}'")
 
 
 def devices() -> Iterator[Line]:
-    """JAX's devices, and the memory there is."""
-    found = jax.devices()
-    yield Line(True, "devices", f"{len(found)} x {found[0].device_kind}, platform {found[0].platform}")
-    limit = (found[0].memory_stats() or {}).get("bytes_limit")
+    """JAX's devices, and the machine's memory and disk."""
+    visible = jax.devices()
+    yield Line(True, "devices", f"{len(visible)} x {visible[0].device_kind}, platform {visible[0].platform}")
+    limit = (visible[0].memory_stats() or {}).get("bytes_limit")
     if limit:
         yield Line(True, "device memory", f"{limit / GIBIBYTE:.1f} GiB each")
-    if found[0].platform == "cpu" and importlib.util.find_spec("libtpu") is not None:
+    if visible[0].platform == "cpu" and importlib.util.find_spec("libtpu") is not None:
         yield Line(None, "TPU", "libtpu is installed, and JAX uses the CPU: there is no TPU, or JAX_PLATFORMS says so")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIBIBYTE
     free = shutil.disk_usage(Path.cwd()).free / GIBIBYTE
@@ -121,11 +122,11 @@ def devices() -> Iterator[Line]:
 
 
 def data() -> Iterator[Line]:
-    """Where data is looked for, and where runs are written."""
+    """The folder that data is read from, and the folder that runs are written to."""
     folder = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
     prepared = sorted({path.parts[-3] for path in folder.glob("*/*/dataset_info.json")}) if folder.is_dir() else []
-    said = f"prepared: {', '.join(prepared)}" if prepared else "nothing is prepared; digits needs nothing"
-    yield Line(True if prepared else None, "data", f"'{folder}', {said}")
+    contents = f"prepared: {', '.join(prepared)}" if prepared else "nothing is prepared; digits needs nothing"
+    yield Line(True if prepared else None, "data", f"'{folder}', {contents}")
     try:
         try_folder("runs")
         yield Line(True, "runs", f"'{Path('runs').absolute()}' can be written to")
@@ -134,11 +135,11 @@ def data() -> Iterator[Line]:
 
 
 def round_trip() -> Iterator[Line]:
-    """Ten steps on the digits, the switch, and predictions of what was exported."""
+    """Ten steps on the digits, the switch, and predictions with the exported weights."""
     start = time.perf_counter()
 
-    def done(what: str, said: str) -> Line:
-        return Line(True, what, f"{said}, {time.perf_counter() - start:.1f} s")
+    def done(stage: str, finding: str) -> Line:
+        return Line(True, stage, f"{finding}, {time.perf_counter() - start:.1f} s")
 
     stage = "train"
     with tempfile.TemporaryDirectory() as folder:
@@ -162,19 +163,20 @@ def round_trip() -> Iterator[Line]:
             answers = predict(summary.workdir / "inference", list(test.images), top=1)
             right = sum(int(answer[0][0]) == label for answer, label in zip(answers, test.labels, strict=True))
             expected = round(len(test) * summary.figures["accuracy_inference_form"])
-            if abs(right - expected) > 1:  # rounding may decide between two classes
+            # The two run in batches of different sizes: rounding may decide between two classes once.
+            if abs(right - expected) > 1:
                 raise InputError(f"predictions are right for {right} images, the evaluation's for {expected}.")
             yield done(stage, f"{len(answers)} images, the evaluation's accuracy")
-        except Exception as error:  # whatever goes wrong is what a doctor is asked for
+        except Exception as error:  # a bug too: the doctor reports it and goes on
             yield Line(False, stage, f"{type(error).__name__}: {in_one_sentence(error)}")
 
 
 def examine_tpu(names: Sequence[str] = MODELS, *, implementation: str = "auto") -> Iterator[Line]:
-    """Each kernel on random numbers beside XLA, forward and backward; then times beside the compiler's estimates.
+    """Compares each kernel with XLA on random numbers, forward and backward, and times with the compiler's estimates.
 
     Args:
       names: the models whose kernels are compared.
-      implementation: as `create_model` takes it; "pallas" has a CPU interpret the kernels.
+      implementation: as `create_model` takes it; "pallas" makes a CPU interpret the kernels.
 
     Raises:
       InputError: there is no TPU.
@@ -194,40 +196,40 @@ def examine_tpu(names: Sequence[str] = MODELS, *, implementation: str = "auto") 
 
 def _compared(call: Any, name: str, dtype: str, kind: str) -> Line:
     operation = call.operation.removesuffix("_attention")
-    what = f"q {list(call.arrays['q'].shape)}, k {list(call.arrays['k'].shape)} of {name}, {dtype}"
+    shapes = f"q {list(call.arrays['q'].shape)}, k {list(call.arrays['k'].shape)} of {name}, {dtype}"
     try:
         share = check_kernel(call, kind)
     except InputError as error:
         return Line(False, operation, str(error))
-    except Exception as error:  # a kernel that does not compile or run is what one wants to hear of
-        return Line(False, operation, f"{what}: {type(error).__name__}: {in_one_sentence(error)[:300]}")
-    return Line(True, operation, f"{what}: as XLA, {share:.0%} of what rounding explains")
+    except Exception as error:  # a kernel that does not compile or run: the others are still compared
+        return Line(False, operation, f"{shapes}: {type(error).__name__}: {in_one_sentence(error)[:300]}")
+    return Line(True, operation, f"{shapes}: as XLA, {share:.0%} of what rounding explains")
 
 
 def timed(chip: str | None, **options: int) -> Iterator[Line]:
-    """DeiT-B's attention layer, measured here and estimated by the compiler.
+    """The time of DeiT-B's attention layer, measured here and estimated by the compiler.
 
     Args:
       chip: one of CHIPS; None leaves the estimates out.
-      **options: of the layer, as `castling_jax.compile_report.cases.layer` takes them.
+      **options: options of the layer, as `castling_jax.compile_report.cases.layer` takes them.
     """
     for attention, form in TIMED:
-        chosen = {"attention": attention, "form": form} | options
-        case = load_case("layer", chosen, [])
+        layer = {"attention": attention, "form": form} | options
+        case = load_case("layer", layer, [])
         arguments = _random(case.arguments)
         call = functools.partial(jax.jit(case.function), *arguments)
         measured = 1e3 * medians(interleaved_seconds({"layer": call}, repeats=REPEATS))["layer"]
-        said = f"DeiT-B's attention layer, {attention}, {form}: measured {significant(measured)} ms"
+        finding = f"DeiT-B's attention layer, {attention}, {form}: measured {significant(measured)} ms"
         try:
             if chip is not None:
                 topology = f"{chip}:{CHIPS[chip].pods[0]}"
-                estimate = report("layer", chosen, topology=topology, devices=1)["est_ms"]
-                said += f", the compiler's estimate for a {chip} {significant(estimate)} ms"
+                estimate = report("layer", layer, topology=topology, devices=1).est_ms
+                finding += f", the compiler's estimate for a {chip} {significant(estimate)} ms"
             else:
-                said += ", no estimate for this chip"
-        except InputError as error:
-            said += f", no estimate ({in_one_sentence(error)})"
-        yield Line(None, "time", said)
+                finding += ", no estimate for this chip"
+        except InputError as error:  # the measured time is worth printing without libtpu too
+            finding += f", no estimate ({in_one_sentence(error)})"
+        yield Line(None, "time", finding)
 
 
 def _random(shapes: Any) -> Any:

@@ -28,6 +28,7 @@ from scipy import stats
 from castling_jax.errors import InputError, check_known
 from castling_jax.plots import png
 from castling_jax.storage import write_atomically
+from castling_jax.tables import Row, markdown
 from castling_jax.tools.cli import ending_in_a_sentence
 from experiments.results import ORIGIN_FILE, RESULTS, unpack
 from experiments.study import ROOT, STUDIES, Study, load_study, study_hash, study_names, trials_of
@@ -36,6 +37,7 @@ PAGE = ROOT / "docs" / "evidence.md"
 MARKED = re.compile(r"(<!-- report: (\S+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 DIGEST = "Description"  # the text in a picture's file that says which results it shows
 CONFIDENCE = 0.95
+ACCURACY_HEADER = "arm", "learning rate", "test accuracy, %", "seeds", "parameters", "MACs", "steps", "seconds a run"
 
 Result = dict[str, Any]
 
@@ -135,19 +137,19 @@ class Findings:
             f"{first['images']:,} images of `{first['data']['test_split']}`, with the standard deviation over seeds; "
             "parameters and MACs (an image) are of the inference form too; seconds are of training.",
             "",
-            "| arm | learning rate | test accuracy, % | seeds | parameters | MACs | steps | seconds a run |",
-            "|---|---|---|---|---|---|---|---|",
-            *self._accuracy_rows(),
+            *markdown(ACCURACY_HEADER, self._accuracy_rows(), "l"),
             "",
-            f"| arm | difference from {self.study.control}, points [95 % interval] | seeds |",
-            "|---|---|---|",
-            *self._difference_rows(),
+            *markdown(
+                ("arm", f"difference from {self.study.control}, points [95 % interval]", "seeds"),
+                self._difference_rows(),
+                "l",
+            ),
             "",
             f"![Test accuracy of each seed and arm]({self.picture.name})",
         ]
         return "\n".join(lines)
 
-    def _accuracy_rows(self) -> Iterable[str]:
+    def _accuracy_rows(self) -> Iterable[Row]:
         for arm in self.study.arms:
             for rate in arm.learning_rates:
                 if not (found := self.of(arm.name, rate)):
@@ -157,15 +159,20 @@ class Findings:
                 shown_rate = f"{rate:g} (chosen on validation)" if is_chosen else f"{rate:g}"
                 seconds = estimate(result["seconds"] for result in found).mean
                 yield (
-                    f"| {arm.name} | {shown_rate} | {_accuracy(accuracy)} | "
-                    f"{accuracy.n} | {found[0]['parameters']:,} | {found[0]['macs'] / 1e6:,.2f} M | "
-                    f"{found[0]['steps']:,} | {seconds:,.0f} |"
+                    arm.name,
+                    shown_rate,
+                    _accuracy(accuracy),
+                    str(accuracy.n),
+                    f"{found[0]['parameters']:,}",
+                    f"{found[0]['macs'] / 1e6:,.2f} M",
+                    f"{found[0]['steps']:,}",
+                    f"{seconds:,.0f}",
                 )
 
-    def _difference_rows(self) -> Iterable[str]:
+    def _difference_rows(self) -> Iterable[Row]:
         for arm in self.chosen:
             if arm != self.study.control and (difference := self.difference(arm)):
-                yield f"| {arm} | {_difference(difference)} | {difference.n} |"
+                yield arm, _difference(difference), str(difference.n)
 
     @property
     def picture(self) -> Path:

@@ -2,9 +2,9 @@
 
     python scripts/launch.py --simulate=2 [--devices=2] [main.py's flags ...]
 
-Process 0 prints as main.py does. If a process ends with an error, or is killed, the others are ended. SIGTERM and the
-first Ctrl-C are passed on to all, and then the run saves and ends; a second Ctrl-C ends all at once. The same command
-goes on from the last checkpoint, and so does one with another number of processes.
+Process 0 prints as main.py does. If a process ends with an error or is killed, the launcher ends the others. It passes
+SIGTERM and the first Ctrl-C on to all, and then the run saves and ends; a second Ctrl-C ends all at once. The same
+command goes on from the last checkpoint, with the same number of processes or another one.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from pathlib import Path
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 10  # for the others to end by themselves, saying why, when one has
-SAME_AGAIN = 3  # main.py's status where the same command would only come to the same end again
+GRACE_SECONDS = 10  # when one process has ended, the others get this time to end by themselves and say why
+SAME_AGAIN = 3  # main.py's status where the same command would only fail in the same way
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """The launcher's own flags, and main.py's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--simulate", type=int, required=True, metavar="N", help="how many processes")
-    parser.add_argument("--devices", type=int, default=1, help="devices that each process sees (default: %(default)s)")
+    parser.add_argument("--simulate", type=int, required=True, metavar="N", help="number of processes")
+    parser.add_argument("--devices", type=int, default=1, help="devices of each process (default: %(default)s)")
     options, flags = parser.parse_known_args()
     for name in ("simulate", "devices"):
         if getattr(options, name) < 1:
@@ -35,7 +35,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 
 def start(options: argparse.Namespace, flags: list[str]) -> list[subprocess.Popen]:
-    """Starts the processes."""
+    """Starts the processes, which find each other at a free port."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -54,15 +54,15 @@ def start(options: argparse.Namespace, flags: list[str]) -> list[subprocess.Pope
 
 
 def describe(status: int) -> str:
-    """What became of a process."""
+    """How a process ended, in words."""
     return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
 
 def watch(processes: list[subprocess.Popen]) -> int:
-    """Waits for all; ends the others when one fails. Returns the status of the launcher."""
+    """Waits for all processes, and ends the others when one fails; returns the launcher's status."""
     while True:
         statuses = [process.poll() for process in processes]
-        # One that was killed first: the others may have ended because of it, since they were last looked at.
+        # A killed process comes first: the others may have failed because of it since the last look.
         failed = min(
             (index for index, status in enumerate(statuses) if status),
             key=lambda index: statuses[index] > 0,
@@ -73,22 +73,23 @@ def watch(processes: list[subprocess.Popen]) -> int:
         time.sleep(POLL_SECONDS)
     if failed is None:
         return 0
-    said = f"process {failed} of {len(processes)} {describe(statuses[failed])}"
+    ending = f"process {failed} of {len(processes)} {describe(statuses[failed])}"
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         time.sleep(POLL_SECONDS)
     end(processes)
-    if any(process.returncode == SAME_AGAIN for process in processes):  # which has said why
+    if any(process.returncode == SAME_AGAIN for process in processes):  # the process has said why
         return SAME_AGAIN
     print(
-        f"launch.py: {said}, so the run was ended; the same command goes on from the last checkpoint, if there is one.",
+        f"launch.py: {ending}, so the run was ended; "
+        "the same command goes on from the last checkpoint, if there is one.",
         file=sys.stderr,
     )
     return 1
 
 
 def end(processes: list[subprocess.Popen]) -> None:
-    """Kills what still runs."""
+    """Kills the processes that still run."""
     for process in processes:
         if process.poll() is None:
             process.kill()
@@ -97,7 +98,8 @@ def end(processes: list[subprocess.Popen]) -> None:
 
 def main() -> None:
     options, flags = parse_arguments()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # in the processes too, until main.py has a sentence for it
+    # The processes inherit this: Ctrl-C must not reach them before main.py can end in a sentence.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     processes = start(options, flags)
 
     def pass_on(*_: object) -> None:

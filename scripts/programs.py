@@ -4,13 +4,14 @@
     git checkout OTHER; python scripts/programs.py | diff before.txt -
     python scripts/programs.py --only='deit_tiny/*' --out=texts      # the programs' texts, to diff two of one name
 
-Two commits that print the same hash for a program compute the same thing, operation by operation. The programs are the
-forward pass of every model with the paper's attentions, and of the first model of each family with every other one too,
-in both forms, MODEL/ATTENTION/FORM; and the training step of six configurations, step/NAME, each also with the empty
-mask that ends a run, step/NAME/empty_mask. A program is JAX's
-StableHLO for a CPU before the compiler sees it. Names of functions and of results, and source locations, are left out;
-a long constant stands in the text as its own hash. Nothing is compiled, and no array is allocated: all of it takes two
-to three minutes. The hashes depend on JAX's version, so they are not committed.
+Two commits that print the same hash for a program compute the same thing, operation by operation. There are two kinds
+of programs. MODEL/ATTENTION/FORM is a forward pass: every model with the paper's attentions, and the first model of
+each family with all others too, in both forms. step/NAME is the training step of one of six configurations, and
+step/NAME/empty_mask the same step with the empty mask that ends a run.
+
+A program is JAX's StableHLO for a CPU before the compiler sees it. Names of functions and of results, and source
+locations, are left out; a long constant stands in the text as its own hash. Nothing is compiled, and no array is
+allocated: the whole list takes two to three minutes. The hashes depend on JAX's version, so they are not committed.
 """
 
 import argparse
@@ -54,10 +55,10 @@ LONG_CONSTANT = re.compile(r'"0x[0-9A-Fa-f]{65,}"')
 
 
 def normalize(text: str) -> str:
-    """A module's text without the names that its author chose: equal programs have equal texts.
+    """A module's text without the names that its author chose, so that equal programs have equal texts.
 
-    Functions and meshes are numbered in the order of their definitions; the targets of custom calls keep their names,
-    which say what is computed.
+    Functions and meshes are numbered in the order of their definitions. The targets of custom calls keep their names,
+    which say what the calls compute.
     """
     text = LONG_CONSTANT.sub(lambda found: f'"sha256:{hashlib.sha256(found[0].encode()).hexdigest()}"', text)
     text = RESULT_NAME.sub("", text).replace(" {}", "")
@@ -66,7 +67,7 @@ def normalize(text: str) -> str:
 
 
 def hash_of(text: str) -> str:
-    """What is printed for a program: 64 bits, enough to tell a hundred apart."""
+    """The hash that is printed for a program: 64 bits, enough to tell a hundred programs apart."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -102,7 +103,7 @@ def training_step(make_config: Callable[[], ConfigDict], *, empty_mask: bool) ->
     setup = set_up(config, jax.devices()[:1], (data, data), teacher)
     batch = batch_shapes(setup.task.example_shapes(setup.model.spec.image_size), config.train.batch_size)
     taught = {} if teacher is None else teacher.variables
-    if empty_mask:  # a number that is known while tracing makes the step without the branch
+    if empty_mask:  # a threshold that is known while tracing leaves the branch out of the step
         return lower(
             lambda state, batch, taught: setup.train_step(state, batch, 1.0, taught), setup.state, batch, taught
         )
@@ -178,13 +179,13 @@ def main() -> None:
         "--out", type=local_path, metavar="FOLDER", help="also write each program's text to this folder"
     )
     options = parser.parse_args()
-    chosen = [program for program in programs() if fnmatch.fnmatchcase(program.name, options.only)]
-    if not chosen:
+    matching = [program for program in programs() if fnmatch.fnmatchcase(program.name, options.only)]
+    if not matching:
         parser.error(f"no program is called {options.only!r}: names are MODEL/ATTENTION/FORM and step/NAME")
     if options.out:
         make_folder(options.out)
-    for number, program in enumerate(chosen, start=1):
-        print(f"{number} of {len(chosen)}: {program.name}", file=sys.stderr)
+    for number, program in enumerate(matching, start=1):
+        print(f"{number} of {len(matching)}: {program.name}", file=sys.stderr)
         text = program.text()
         if options.out:
             (options.out / program.file_name).write_text(text)

@@ -24,23 +24,23 @@ def test_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
     nothing, runs = doctor.data()
     assert (nothing.ok, runs.ok) == (None, True)
-    assert "nothing is prepared" in nothing.said
+    assert "nothing is prepared" in nothing.finding
     (tmp_path / "data" / "mnist" / "3.0.1").mkdir(parents=True)
     (tmp_path / "data" / "mnist" / "3.0.1" / "dataset_info.json").touch()
     (tmp_path / "runs").touch()
     prepared, runs = doctor.data()
-    assert prepared.said.endswith("prepared: mnist")
+    assert prepared.finding.endswith("prepared: mnist")
     assert not runs.ok
-    assert "is a file" in runs.said
-    assert {line.what for line in doctor.devices()} >= {"devices", "memory", "disk"}
+    assert "is a file" in runs.finding
+    assert {line.subject for line in doctor.devices()} >= {"devices", "memory", "disk"}
 
 
 @pytest.mark.slow
 def test_the_round_trip_of_ten_steps(capsys):
     lines = list(doctor.round_trip())
-    assert [line.what for line in lines] == ["train", "castle", "convert", "predict"]
+    assert [line.subject for line in lines] == ["train", "castle", "convert", "predict"]
     assert all(line.ok for line in lines)
-    assert lines[0].said.startswith("10 steps")
+    assert lines[0].finding.startswith("10 steps")
 
 
 def test_what_breaks_is_a_line_and_a_status(monkeypatch, capsys):
@@ -66,11 +66,11 @@ def test_kernels_are_compared_and_times_measured(monkeypatch):
     monkeypatch.setattr(doctor, "timed", lambda chip: [])
     lines = list(doctor.examine_tpu(["deit_micro"], implementation="pallas"))
     assert all(line.ok for line in lines)
-    assert {line.what for line in lines} == {"linear_angular", "masked_softmax"}
+    assert {line.subject for line in lines} == {"linear_angular", "masked_softmax"}
     sound = linear_angular.linear_angular
     monkeypatch.setattr(linear_angular, "linear_angular", lambda *args, **options: 2 * sound(*args, **options))
     lines = list(doctor.examine_tpu(["deit_micro"], implementation="pallas"))
-    assert {line.what for line in lines if line.ok is False} == {"linear_angular"}
+    assert {line.subject for line in lines if line.ok is False} == {"linear_angular"}
 
 
 @pytest.mark.slow
@@ -79,5 +79,5 @@ def test_a_layer_is_timed():
     assert len(lines) == 4
     for line in lines:
         assert line.ok is None
-        assert "measured " in line.said
-        assert line.said.endswith("ms, no estimate for this chip")
+        assert "measured " in line.finding
+        assert line.finding.endswith("ms, no estimate for this chip")

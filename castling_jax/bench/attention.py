@@ -1,4 +1,4 @@
-"""Speed of the attention against softmax, of whole models and of reading images, on the machine at hand."""
+"""Times attention layers, whole models and the reading of images, on the machine at hand."""
 
 import importlib.metadata
 import importlib.util
@@ -8,7 +8,7 @@ import math
 import os
 import platform
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,15 @@ from castling_jax.models.registry import create_model
 from castling_jax.models.variables import apply, get_variables
 from castling_jax.plots import SMALL, png, write_plain_numbers
 from castling_jax.storage import make_folder
+from castling_jax.tables import Row as TableRow
+from castling_jax.tables import aligned
 from castling_jax.training.malloc import keep_freed_memory
 from castling_jax.training.timing import interleaved_seconds, significant, spread
 
 JSON_FILE, PICTURE_FILE = "benchmark.json", "benchmark.png"
 TOKENS_A_CALL = 2048
-SLOPE_POINTS = 3  # a row's slope is over so many of its longest sequences
-AGREEMENT = 1e-4  # mean difference between a peer's output and ours, over the mean output
+SLOPE_POINTS = 3  # how many of the longest sequences a slope is fitted to
+AGREEMENT = 1e-4  # largest mean difference between a peer's output and ours, as a share of the mean output
 PASSES = {False: "forward", True: "forward and backward"}
 
 Row = dict[str, Any]
@@ -59,13 +61,14 @@ def time_group(calls: dict[str, Callable[[], object]], repeats: int) -> list[Row
     """Times calls in turns.
 
     Returns:
-      A row for each: its name, milliseconds {min, median, max}, and, where softmax is among them, ratio_to_softmax
-      {min, median, max}, of each repeat's time to softmax's in the same repeat.
+      A row for each call: name, milliseconds {min, median, max}, and, where softmax is one of the calls,
+      ratio_to_softmax {min, median, max} of each repeat's time to softmax's in the same repeat.
     """
     seconds = interleaved_seconds(calls, repeats=repeats)
     rows = []
     for name, values in seconds.items():
         row: Row = {"name": name, "milliseconds": spread([1e3 * value for value in values])}
+        # Ratios within a repeat: other work on the machine slowed both calls.
         if SOFTMAX in seconds:
             row["ratio_to_softmax"] = spread([a / b for a, b in zip(values, seconds[SOFTMAX], strict=True)])
         rows.append(row)
@@ -73,7 +76,7 @@ def time_group(calls: dict[str, Callable[[], object]], repeats: int) -> list[Row
 
 
 def peers_that_agree(ours: list[Layer], peers: list[Layer], channels: int, tokens: int) -> tuple[list[Layer], list]:
-    """The peers whose output is that of our layer of the same kind, and a sentence on each of the others."""
+    """The peers whose output equals that of our layer of the same kind, and a sentence on each of the others."""
     x = _tokens(2, tokens, channels)
     expected = {layer.name: np.asarray(layer.prepare(x, False)()) for layer in ours}
     agreeing, notes = [], []
@@ -100,7 +103,7 @@ def measure_layers(
     """Times the layers over the token counts.
 
     Returns:
-      Rows as `time_group`'s with pass, tokens and batch; and notes on what was left out.
+      `time_group`'s rows with pass, tokens and batch added, and a sentence for each case that leaves layers out.
     """
     rows, notes = [], []
     cases = list(itertools.product([False, True] if backward else [False], sorted(token_counts)))
@@ -108,15 +111,16 @@ def measure_layers(
         batch = batch_of(tokens)
         bar.set_description(f"{PASSES[with_backward]}, {batch} x {tokens} tokens")
         gib = 4 * batch * heads * tokens**2 / 2**30
-        chosen = [layer for layer in layers if gib <= max_score_gib or not layer.quadratic]
-        if len(chosen) < len(layers) and not with_backward:
+        # Quadratic layers would fill the memory and swap: one call has a few copies of its scores.
+        timed = [layer for layer in layers if gib <= max_score_gib or not layer.quadratic]
+        if len(timed) < len(layers) and not with_backward:
             notes.append(
-                f"{tokens:,} tokens without what is quadratic: {gib:.1f} GiB of scores are over the limit of "
+                f"{tokens:,} tokens without quadratic layers: {gib:.1f} GiB of scores are over the limit of "
                 f"{max_score_gib:g} GiB (--max-score-gib)."
             )
         x = _tokens(batch, tokens, channels)
         case = {"pass": PASSES[with_backward], "tokens": tokens, "batch": batch}
-        calls = {layer.name: layer.prepare(x, with_backward) for layer in chosen}
+        calls = {layer.name: layer.prepare(x, with_backward) for layer in timed}
         rows += [case | row for row in time_group(calls, repeats)]
     return rows, notes
 
@@ -126,12 +130,19 @@ def _tokens(batch: int, tokens: int, channels: int) -> np.ndarray:
 
 
 def measure_models(name: str, image_sizes: list[int], repeats: int, rivals: list[str]) -> list[Row]:
-    """Times a whole model's forward pass, castling in both forms against softmax; rows as `measure_layers`'.
+    """Times a whole model's forward pass, castling in both forms against softmax.
 
-    `rivals` are other attentions, which join them.
+    Args:
+      name: the model's name.
+      image_sizes: pixels a side.
+      repeats: timed calls of each model.
+      rivals: other attentions to time too.
+
+    Returns:
+      `time_group`'s rows with model, image_size, tokens and batch added.
 
     Raises:
-      InputError: an unknown model, an attention that it does not take, or a size that is no multiple of its patch.
+      InputError: the model is unknown, does not take an attention, or does not take an image size.
     """
     rows = []
     for size in (bar := tqdm(sorted(image_sizes), unit="size")):
@@ -171,16 +182,16 @@ def _timm_model(name: str, images: np.ndarray) -> dict[str, Callable[[], object]
 
 
 def slopes(rows: list[Row]) -> dict[str, dict[str, float]]:
-    """The exponent of the tokens in the time a sequence takes, by pass and name: 1 is linear, 2 quadratic.
+    """pass -> name -> the exponent of the tokens in the time that a sequence takes: 1 is linear, 2 quadratic.
 
-    Fitted to the SLOPE_POINTS longest sequences of each; projections, which are linear, are in it.
+    The exponent is fitted to the SLOPE_POINTS longest sequences. The projections, which are linear, are in the time.
     """
-    found: dict[str, dict[str, float]] = {}
+    exponents: dict[str, dict[str, float]] = {}
     for (name, kind), (tokens, times, _) in _series(rows).items():
         if len(tokens) > 1:
             logs = np.log(tokens[-SLOPE_POINTS:]), np.log(times[-SLOPE_POINTS:])
-            found.setdefault(kind, {})[name] = float(np.polyfit(*logs, 1)[0])
-    return found
+            exponents.setdefault(kind, {})[name] = float(np.polyfit(*logs, 1)[0])
+    return exponents
 
 
 def _series(rows: list[Row]) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -239,7 +250,7 @@ def draw(results: dict[str, Any]) -> Figure:
 
 
 def describe(results: dict[str, Any]) -> str:
-    """The figures as a table for a person."""
+    """The figures as tables for a person."""
     machine = results["machine"]
     lines = [
         f"{machine['processor']}, {_cores(machine)}, {machine['device']}; load before {machine['load']:.1f}",
@@ -248,21 +259,24 @@ def describe(results: dict[str, Any]) -> str:
     layers = [(f"attention layer, {row['pass']}", row) for row in results["layers"]]
     models = [(f"{row['model']} at {row['image_size']} pixels, forward", row) for row in results["models"]]
     lines += describe_reading(results["reading"])
-    header = f"{'tokens':>8s} {'batch':>6s}  {'':36s}{'median ms':>10s}   ratio to softmax: min  median     max"
-    title = None
-    for of, row in layers + models:
-        if of != title:
-            lines += ["", of, header]
-            title, case = of, None
-        size = f"{row['tokens']:8,d} {row['batch']:6d}"
-        ratio = "".join(f"{value:8.3f}" for value in row.get("ratio_to_softmax", {}).values()).rjust(45)
-        name_and_time = f"{row['name']:36s}{significant(row['milliseconds']['median']):>10s}"
-        lines.append(f"{size if size != case else '':15s}  {name_and_time}{ratio}".rstrip())
-        case = size
+    for title, group in itertools.groupby(layers + models, key=lambda pair: pair[0]):
+        lines += ["", title, *aligned(_rows(row for _, row in group), "rrlr")]
     for kind, exponents in results["slopes"].items():
         lines += ["", f"slope in tokens, {kind}, over the {SLOPE_POINTS} longest"]
-        lines += [f"  {name:36s}{slope:6.2f}" for name, slope in exponents.items()]
+        lines += aligned((name, f"{slope:.2f}") for name, slope in exponents.items())
     return "\n".join([*lines, *([""] if results["notes"] else []), *results["notes"]])
+
+
+def _rows(measured: Iterable[Row]) -> Iterator[TableRow]:
+    """The table of one pass or model, with the sizes where they change and the ratios where there are any."""
+    yield "tokens", "batch", "", "median ms", "ratio to softmax: min", "median", "max"
+    last = None
+    for row in measured:
+        sizes = f"{row['tokens']:,}", str(row["batch"])
+        ratios = [f"{value:.3f}" for value in row.get("ratio_to_softmax", {}).values()] or [""] * 3
+        shown = sizes if sizes != last else ("", "")
+        yield *shown, row["name"], significant(row["milliseconds"]["median"]), *ratios
+        last = sizes
 
 
 def _cores(machine: dict[str, Any]) -> str:
@@ -270,7 +284,7 @@ def _cores(machine: dict[str, Any]) -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """The processor, its cores and its load: the figures depend on them."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     affinity = getattr(os, "sched_getaffinity", None)
@@ -284,18 +298,18 @@ def describe_machine() -> dict[str, Any]:
 
 
 def find_versions() -> dict[str, str]:
-    """The versions of Python, this package, JAX, and the peers that are there."""
-    found = {"python": platform.python_version(), "castling_jax": castling_jax.__version__}
+    """The versions of Python, this package, JAX, and the peers that are installed."""
+    versions = {"python": platform.python_version(), "castling_jax": castling_jax.__version__}
     for name in ("jax", "jaxlib", "flax", "pillow", "torch", "timm", "equimo", "tensorflow-cpu"):
         try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a peer that is not here takes no part
             continue
-    return found
+    return versions
 
 
 def measure_attention(arguments: Namespace) -> dict[str, Any]:
-    """Layers and, where they are asked for, models: their rows, slopes and notes."""
+    """Times layers and, with --models, models: their rows, slopes and notes."""
     layers, weights = our_layers(arguments.channels, arguments.heads)
     rivals = rival_layers(arguments.attentions, arguments.channels, arguments.heads)
     notes: list[str] = []
@@ -321,15 +335,21 @@ def measure_attention(arguments: Namespace) -> dict[str, Any]:
 def run(arguments: Namespace) -> dict[str, Any]:
     """Measures what the command line asks for, and writes the files.
 
+    Args:
+      arguments: the options of `castling_jax.tools.benchmark`.
+
+    Returns:
+      machine, versions, settings, layers, models, reading, slopes and notes, as benchmark.json has them.
+
     Raises:
-      InputError: heads that do not divide the channels, an unknown model, a size it does not take, a C library that
-        cannot keep memory, or a folder that cannot be made.
+      InputError: the heads do not divide the channels, the model is unknown or does not take a size, the C library
+        cannot keep memory, or the folder cannot be made.
     """
     if arguments.keep_memory and not keep_freed_memory():
         raise InputError("--keep-memory needs glibc, the C library of most Linux systems, which this is not.")
     make_folder(arguments.out)
     results: dict[str, Any] = {
-        "machine": describe_machine(),  # before the load is our own
+        "machine": describe_machine(),  # first: later the load is this benchmark's own
         "versions": find_versions(),
         "settings": {name: value for name, value in vars(arguments).items() if name != "out"},
     }

@@ -1,13 +1,15 @@
-"""How fast training's images are read: JPEGs -> random resized crops of 224 x 224.
+"""Times how training reads images on one core: JPEGs -> random resized crops of 224 x 224.
 
-On one core, beside Pillow decoding the whole image, and tf.data's fused decode_and_crop_jpeg where TensorFlow is
-installed.
+Pillow, which decodes the whole image, is timed beside it, and where TensorFlow is installed tf.data's fused
+decode_and_crop_jpeg.
 """
 
 import functools
 import importlib.util
 import io
+import itertools
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -15,19 +17,20 @@ from PIL import Image
 
 from castling_jax.data.decode import Box, image_size, read_crop
 from castling_jax.data.geometry import random_resized_crop_box
+from castling_jax.tables import aligned
 from castling_jax.training.timing import interleaved_seconds, spread
 
 SIDE = 224
-SIZES = ((375, 500), (1500, 2000))  # ImageNet's usual one, and a camera's
-QUALITY = 90  # some 100 kB a file of the first size, as ImageNet's
+SIZES = ((375, 500), (1500, 2000))  # ImageNet's usual size, and a camera's
+QUALITY = 90  # gives files of about 100 kB at the first size, as ImageNet's
 SCALE = (0.08, 1.0)
 WHOLE = "Pillow, whole images"
 Crop = tuple[bytes, Box]
-Reader = Callable[[list[Crop]], Callable[[], object]]  # prepares a call that reads them all
+Reader = Callable[[list[Crop]], Callable[[], object]]  # crops -> a call that reads all of them
 
 
 def synthetic_crops(count: int, height: int, width: int) -> list[Crop]:
-    """JPEGs of noise that is as strong at every scale, as photographs are, and a box of each."""
+    """JPEGs of noise that is equally strong at every scale, as photographs are, each with a box to crop."""
     rng = np.random.default_rng(0)
     crops = []
     for _ in range(count):
@@ -76,7 +79,7 @@ def _tensorflow(crops: list[Crop], *, antialias: bool) -> Callable[[], object]:
 
 
 def find_readers() -> tuple[dict[str, Reader], list[str]]:
-    """The readers that are there, by name, and a sentence on each of the others."""
+    """The readers that are installed, by name, and a sentence on each of the others."""
     readers: dict[str, Reader] = {WHOLE: _one_by_one(_whole), "castling_jax": _one_by_one(_ours)}
     if not importlib.util.find_spec("tensorflow"):
         return readers, ["TensorFlow is not installed: tf.data's decode_and_crop_jpeg is left out."]
@@ -89,13 +92,13 @@ def measure_reading(repeats: int, *, count: int = 48) -> tuple[list[dict[str, An
     """Times the readers in turns.
 
     Args:
-      repeats: of each.
-      count: images that are read each time, at least 4; of the larger size a quarter.
+      repeats: timed calls of each reader.
+      count: images in a call, at least 4; a call has a quarter of them at the larger size.
 
     Returns:
       A row for each size and reader: height, width, kilobytes (of a file), name, images_per_second {min, median, max}
-      and ratio_to_pillow {min, median, max}, of each repeat's speed to that of whole images in the same repeat. And
-      notes on what was left out.
+      and ratio_to_pillow {min, median, max}, the ratio of each repeat's speed to WHOLE's in the same repeat; and a
+      sentence for each reader that is left out.
     """
     readers, notes = find_readers()
     rows = []
@@ -112,13 +115,18 @@ def measure_reading(repeats: int, *, count: int = 48) -> tuple[list[dict[str, An
 
 
 def describe_reading(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines of a table."""
+    """The lines of a table for each size of image; `rows` are `measure_reading`'s."""
     lines: list[str] = []
-    title = None
-    for row in rows:
-        if title != (title := f"JPEGs of {row['width']} x {row['height']}, {row['kilobytes']:.0f} kB each"):
-            lines += ["", f"{title}, to random crops of {SIDE} x {SIDE} on one core"]
-            lines += [f"{'':36s}{'images/s':>9s}   ratio to Pillow: min  median     max"]
-        ratios = "".join(f"{value:8.3f}" for value in row["ratio_to_pillow"].values()).rjust(41)
-        lines.append(f"{row['name']:36s}{row['images_per_second']['median']:9.0f}{ratios}")
+    header = ("", "images/s", "ratio to Pillow: min", "median", "max")
+    for (width, height, size), group in itertools.groupby(rows, itemgetter("width", "height", "kilobytes")):
+        title = f"JPEGs of {width} x {height}, {size:.0f} kB each, to random crops of {SIDE} x {SIDE} on one core"
+        cells = [
+            (
+                row["name"],
+                f"{row['images_per_second']['median']:,.0f}",
+                *(f"{ratio:.3f}" for ratio in row["ratio_to_pillow"].values()),
+            )
+            for row in group
+        ]
+        lines += ["", title, *aligned([header, *cells])]
     return lines

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from castling_jax.convert.checkpoint import CHECKPOINTS
 from castling_jax.convert.run_folder import read_metrics
 from castling_jax.errors import InputError
+from castling_jax.tables import markdown
 from castling_jax.training.summary import SUMMARY_FILE
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "scripts" / "launch.py"
@@ -32,20 +33,20 @@ SMALL = (
     "--config.logging.progress=False",
     "--config.logging.tensorboard=False",
 )
-LONGER = (*SMALL, "--config.train.epochs=24")  # so that there is something to kill
-LATEST_SECONDS = 40  # after a start, that it is killed
+LONGER = (*SMALL, "--config.train.epochs=24")  # long enough to be killed several times
+LATEST_SECONDS = 40  # a kill comes at most so many seconds after a start
 POLL_SECONDS = 0.005
-TIMEOUT_SECONDS = 600  # of one start
+TIMEOUT_SECONDS = 600  # for one start of the run
 
 
 class Pod:
-    """A run in several processes, each in a session of its own, so that all can be killed at once.
+    """A run in several processes, in a session of their own so that all can be killed at once.
 
     Args:
-      workdir: the run's.
-      processes: how many.
-      devices: of each.
-      flags: main.py's.
+      workdir: the run's folder.
+      processes: how many processes.
+      devices: devices of each process.
+      flags: flags of main.py.
     """
 
     def __init__(self, workdir: Path, *, processes: int, devices: int = 1, flags: tuple[str, ...] = SMALL):
@@ -65,11 +66,11 @@ class Pod:
             )
 
     def wait(self) -> int:
-        """The launcher's status, once all have ended."""
+        """Waits until all processes have ended; returns the launcher's status."""
         try:
             return self._launcher.wait(TIMEOUT_SECONDS)
         finally:
-            self.kill()  # does nothing unless it hangs
+            self.kill()  # does nothing unless the run hangs
 
     def wait_until(self, condition: Callable[[], bool]) -> bool:
         """Whether the condition came true before the run ended."""
@@ -81,19 +82,20 @@ class Pod:
         return False
 
     def steps(self) -> int:
-        """How far the run has got, as its metrics tell."""
+        """The last step in the run's metrics; 0 before there are any."""
         lines = read_metrics(self.workdir)
         return lines[-1]["step"] if lines else 0
 
     def is_saving(self) -> bool:
-        """Whether a checkpoint is being written, not what an earlier kill left."""
+        """Whether a checkpoint is being written."""
         unfinished = (self.workdir / CHECKPOINTS).glob("*tmp*")
-        with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+        # An earlier kill leaves an unfinished one behind, which is older than this start.
+        with contextlib.suppress(FileNotFoundError):  # the checkpoint was finished meanwhile
             return any(path.stat().st_mtime > self._started for path in unfinished)
         return True
 
     def kill_one(self, index: int, number: int = signal.SIGKILL) -> bool:
-        """Sends one process a signal; whether it was there."""
+        """Sends a signal to one process; returns whether the process was there."""
         children = Path(f"/proc/{self._launcher.pid}/task/{self._launcher.pid}/children").read_text().split()
         for child in map(int, children):
             with contextlib.suppress(OSError):
@@ -103,42 +105,41 @@ class Pod:
         return False
 
     def kill(self) -> None:
-        """SIGKILL of all, the launcher too."""
+        """Sends SIGKILL to all processes, the launcher too."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._launcher.pid, signal.SIGKILL)
 
     def terminate(self) -> None:
-        """SIGTERM, as a cluster sends it."""
+        """Sends SIGTERM to the launcher, as a cluster does."""
         self._launcher.send_signal(signal.SIGTERM)
 
-    def said(self) -> str:
-        """All that was printed in this run's folder so far."""
+    def output(self) -> str:
+        """The output of all starts in this run's folder so far."""
         return self._log.read_text(errors="replace")
 
     def sha256(self) -> str:
-        """Of the parameters at the end.
+        """The SHA-256 of the parameters at the run's end.
 
         Raises:
-          InputError: the run has not ended well.
+          InputError: the run did not reach its end.
         """
         summary = self.workdir / SUMMARY_FILE
         if not summary.exists():
-            raise InputError(
-                f"the run in '{self.workdir}' did not reach its end, and said: {' '.join(self.said().split())[-500:]}"
-            )
+            last_words = " ".join(self.output().split())[-500:]
+            raise InputError(f"the run in '{self.workdir}' did not reach its end, and said: {last_words}")
         return json.loads(summary.read_text())["parameters_sha256"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """What was done to a run.
+    """One kill of a run.
 
     Attributes:
-      kind: the way.
-      moment: seconds from its start.
-      step: the last that its metrics tell of.
-      seconds: from the kill until all had ended.
-      status: the launcher's.
+      kind: which processes got which signal.
+      moment: seconds from the run's start to the kill.
+      step: the last step in the run's metrics.
+      seconds: seconds from the kill until all processes had ended.
+      status: the launcher's status.
     """
 
     kind: str
@@ -149,12 +150,12 @@ class Kill:
 
 
 def kill_somehow(pod: Pod, draw: random.Random, processes: int) -> Kill | None:
-    """Lets the run get somewhere and kills it in one of four ways; None if it ended before.
+    """Waits for a random moment and kills the run in one of four ways; None if the run ended before.
 
     Args:
-      pod: a run just started.
-      draw: of the moment and of the way.
-      processes: of the pod.
+      pod: a run that has just started.
+      draw: draws the moment and the way.
+      processes: how many processes the pod has.
     """
     kind = draw.choice(("one", "all", "all, while saving", "SIGTERM"))
     # From the very start, when the processes are still finding each other, to well into the training.
@@ -177,16 +178,18 @@ def kill_somehow(pod: Pod, draw: random.Random, processes: int) -> Kill | None:
 
 
 def sweep(folder: Path, *, kills: int, processes: int, seed: int) -> tuple[list[Kill], str, set[str]]:
-    """The kills, the parameters' SHA-256 of a run left alone, and those of the runs that were killed, to their ends.
+    """Kills runs so many times in all.
 
-    A run that gets to its end between two kills is begun anew.
+    Returns:
+      The kills; the SHA-256 of the parameters of a run that was left alone; and those of the runs that were killed and
+      went on to their ends.
     """
     alone = Pod(folder / "alone", processes=processes, flags=LONGER)
     print("A run that is left alone ...", flush=True)
     alone.wait()
     expected, draw = alone.sha256(), random.Random(seed)
     done: list[Kill] = []
-    found: set[str] = set()
+    hashes: set[str] = set()
     with tqdm(total=kills, unit="kill") as bar:
         while len(done) < kills:
             pod = Pod(folder / "killed", processes=processes, flags=LONGER)
@@ -195,30 +198,30 @@ def sweep(folder: Path, *, kills: int, processes: int, seed: int) -> tuple[list[
                 done.append(kill)
                 bar.update()
             pod.wait()
+            # A run that got to its end between two kills is begun anew.
             if (folder / "killed" / SUMMARY_FILE).exists():
-                found.add(pod.sha256())
+                hashes.add(pod.sha256())
                 shutil.rmtree(folder / "killed")
     last = Pod(folder / "killed", processes=processes, flags=LONGER)
     last.wait()
-    return done, expected, found | {last.sha256()}
+    return done, expected, hashes | {last.sha256()}
 
 
-def describe(kills: list[Kill], processes: int, expected: str, found: set[str]) -> str:
-    """A page in Markdown."""
+def describe(kills: list[Kill], processes: int, expected: str, hashes: set[str]) -> str:
+    """A page in Markdown: the verdict, and a table of the kills. `expected` and `hashes` are `sweep`'s."""
+    header = ("", "killed", "seconds after its start", "at step", "seconds until all had ended", "launcher's status")
     rows = [
-        f"| {n} | {kill.kind} | {kill.moment:.1f} | {kill.step} | {kill.seconds:.1f} | {kill.status} |"
+        (f"{n}", kill.kind, f"{kill.moment:.1f}", f"{kill.step}", f"{kill.seconds:.1f}", f"{kill.status}")
         for n, kill in enumerate(kills, 1)
     ]
-    same = "the same, bit for bit," if found == {expected} else "NOT the same"
+    same = "the same, bit for bit," if hashes == {expected} else "NOT the same"
     return "\n".join(
         [
             f"{len(kills)} kills of a run of {processes} processes on one machine, which went on by the same command",
             f"each time. Its parameters at the end are **{same}** as those of a run left alone: SHA-256",
-            f"`{'`, `'.join(sorted(found))}` and `{expected}`.",
+            f"`{'`, `'.join(sorted(hashes))}` and `{expected}`.",
             "",
-            "| | killed | seconds after its start | at step | seconds until all had ended | launcher's status |",
-            "|---|---|---|---|---|---|",
-            *rows,
+            *markdown(header, rows, "llr"),
             "",
         ]
     )

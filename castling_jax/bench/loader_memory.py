@@ -16,7 +16,7 @@ from castling_jax.tasks.classification.transforms import train_transform
 from castling_jax.training.config import default_config
 
 IMAGES, SIZE, BATCH_SIZE = 2000, 64, 32
-LOOKS = 6  # in a run, besides the first
+LOOKS = 6  # how often the memory is printed, besides the first time
 
 
 def write_images(folder: Path) -> None:
@@ -28,14 +28,14 @@ def write_images(folder: Path) -> None:
 
 
 def resident_megabytes() -> float:
-    """Of this process and its children, as Linux has it."""
+    """Resident memory of this process and its children, in 10^6 bytes, as Linux counts it."""
     processes = [Path("/proc/self"), *(Path("/proc") / str(child.pid) for child in multiprocessing.active_children())]
     pages = sum(int((process / "statm").read_text().split()[1]) for process in processes)
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def watch_memory(batches: int, workers: int) -> None:
-    """Writes small JPEGs to a temporary folder, reads so many batches as training does, and prints the memory."""
+    """Writes small JPEGs to a temporary folder, reads `batches` batches as training does, and prints the memory."""
     augment = default_config().augment
     augment.update({"crop_scale": (0.08, 1.0), "flip": 0.5, "erasing": 0.25})
     with tempfile.TemporaryDirectory() as folder:
@@ -47,6 +47,7 @@ def watch_memory(batches: int, workers: int) -> None:
             transform=train_transform(augment, Preprocessing(SIZE)),
             workers=workers,
         )
+        # At the first look all buffers are filled; from then on the memory must stay flat.
         looks = {200, *np.linspace(0, batches, LOOKS + 1, dtype=int)[1:].tolist()}
         start = time.perf_counter()
         for number in range(1, batches + 1):

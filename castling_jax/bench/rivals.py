@@ -1,6 +1,6 @@
-"""The attention layers that are timed against each other: ours, and those of the libraries that are installed.
+"""The attention layers that are timed against each other: ours, and those of other libraries that are installed.
 
-All of them have the same weights: fused qkv with a bias, the projection with a bias, and nine taps a head.
+All of them have the same weights: fused qkv with a bias, a projection with a bias, and nine taps a head.
 """
 
 import functools
@@ -22,11 +22,11 @@ from castling_jax.models.attention.heads import MultiHeadAttention
 from castling_jax.models.attention.kinds import make_core
 from castling_jax.models.layers import Layers
 
-MASK_THRESHOLD = 0.02  # of training forms; what it lets through costs nothing less
+MASK_THRESHOLD = 0.02  # for training forms; their cost on a CPU does not depend on it
 SOFTMAX, INFERENCE, TRAINING = "softmax", "castling, inference form", "castling, training form"
-# Attention and form of the layers and models that are always timed.
+# Name -> attention and form of the layers and models that are always timed.
 OURS = {SOFTMAX: ("softmax", "inference"), INFERENCE: ("castling", "inference"), TRAINING: ("castling", "train")}
-# Where Equimo has had its layer, newest first.
+# The modules that have held Equimo's layer, the newest first.
 EQUIMO_MODULES = ("equimo.vision.layers.attention", "equimo.layers.attention")
 
 
@@ -35,11 +35,11 @@ class Layer:
     """An attention layer with its projections.
 
     Attributes:
-      name: for the table.
+      name: its name in the table.
       same_as: the name of our layer that computes the same.
-      quadratic: in tokens.
-      prepare: (x [batch, tokens, channels], backward) -> a call without arguments that runs it once: forward, or the
-        gradients with respect to the weights and x.
+      quadratic: whether its time is quadratic in the tokens.
+      prepare: (x [batch, tokens, channels], backward) -> a call without arguments that runs the layer once: forward, or
+        the gradients with respect to the weights and x.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Layer:
 
 
 def our_layers(channels: int, heads: int) -> tuple[list[Layer], dict[str, np.ndarray]]:
-    """Our attention layers, and the weights they share.
+    """Our attention layers, and the weights that they share.
 
     Returns:
       The layers; and qkv [channels, 3 channels], qkv_bias, proj [channels, channels], proj_bias, taps [9, heads].
 
     Raises:
-      InputError: heads that do not divide the channels.
+      InputError: the heads do not divide the channels.
     """
     layers = []
     for name, (attention, form) in OURS.items():
@@ -72,10 +72,10 @@ def our_layers(channels: int, heads: int) -> tuple[list[Layer], dict[str, np.nda
 
 
 def rival_layers(attentions: Sequence[str], channels: int, heads: int) -> list[Layer]:
-    """Layers of other attentions of ours in inference form, each with the parameters that it has.
+    """Layers of our other attentions in inference form, with parameters of their own.
 
     Raises:
-      InputError: an attention is unknown, or heads do not divide the channels.
+      InputError: an attention is unknown, or the heads do not divide the channels.
     """
     return [_our_layer(name, _our_module(name, "inference", channels, heads)) for name in attentions]
 
@@ -85,7 +85,7 @@ def _our_module(attention: str, form: str, channels: int, heads: int) -> Any:
 
 
 def make_module(core: Core, channels: int, heads: int, dtype: str) -> Any:
-    """An attention with its projections: the module that the kind brings, or multi-head attention."""
+    """An attention with its projections: the module that its kind brings, or multi-head attention."""
     layers = Layers(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
     return (core.kind.module or MultiHeadAttention)(channels, heads, core, layers, qkv_bias=True)
 
@@ -97,13 +97,13 @@ def _our_layer(name: str, module: Any) -> Layer:
 
 
 def place_of(tokens: int) -> dict[str, Any]:
-    """Where a layer's tokens stand: the largest square grid, and the rest before it: 197 are 14 x 14 after one."""
+    """Where a layer's tokens stand: on the largest square grid, the rest before it; 197 tokens are 1 and 14 x 14."""
     side = math.isqrt(tokens)
     return {"grid": (side, side), "prefix_tokens": tokens - side * side}
 
 
 def run_module(graphdef: Any, parameters: Any, x: jax.Array, threshold: ArrayLike = MASK_THRESHOLD) -> jax.Array:
-    """The output of a `make_module`, with tokens where `place_of` puts them."""
+    """The output of a module from `make_module`, with the tokens where `place_of` puts them."""
     threshold = jnp.asarray(threshold, jnp.float32)
     return nnx.merge(graphdef, parameters)(x, mask_threshold=threshold, **place_of(x.shape[1]))[0]
 
@@ -161,13 +161,13 @@ def torch_layers(weights: dict[str, np.ndarray]) -> list[Layer]:
 
 
 def equimo_layers(weights: dict[str, np.ndarray]) -> list[Layer]:
-    """Equimo's linear-angular attention, also with its masked branch, or nothing where it is not installed."""
-    found = [name for name in EQUIMO_MODULES if _exists(name)]
-    if not found:
+    """Equimo's linear-angular attention, without and with its masked branch, or nothing where it is not installed."""
+    modules = [name for name in EQUIMO_MODULES if _exists(name)]
+    if not modules:
         return []
     import equinox
 
-    attention = importlib.import_module(found[0]).LinearAngularAttention
+    attention = importlib.import_module(modules[0]).LinearAngularAttention
     channels, heads = len(weights["proj"]), weights["taps"].shape[1]
     layers = []
     for name, masked in ((INFERENCE, False), (TRAINING, True)):
@@ -196,5 +196,5 @@ def equimo_layers(weights: dict[str, np.ndarray]) -> list[Layer]:
 def _exists(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a parent
+    except ModuleNotFoundError:  # a package above the module is missing
         return False

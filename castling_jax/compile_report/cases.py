@@ -1,5 +1,6 @@
-"""What tpu_report compiles: a user's function, an attention layer of DeiT-B, a whole model, what a config runs."""
+"""The cases of the compile report: a user's function, an attention layer of DeiT-B, a model, a configuration's step."""
 
+import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -49,24 +50,52 @@ from castling_jax.training.state import create_state
 from castling_jax.training.step import make_train_step
 from castling_jax.training.weights import teacher_model
 
-CHANNELS, HEADS, TAPS = 768, 12, 9  # of DeiT-B
-# Classes, training and held-out images of data sets, which a step depends on by its last layer and its schedule alone.
+CHANNELS, HEADS, TAPS = 768, 12, 9  # DeiT-B's
+# Classes, training and held-out images of data sets. A step needs no more of them: its last layer and its schedule
+# depend on these numbers alone.
 PUBLISHED_SIZES = {"imagenet2012": (1000, 1_281_167, 50_000), "fashion_mnist": (10, 60_000, 10_000)}
 
 
-class Case(NamedTuple):
-    """What is compiled.
-
-    Whatever varies from call to call is an argument, the cotangent and the threshold too: of constants, the compiler
-    drops what they make needless.
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a configuration compiles.
 
     Attributes:
-      function: of the arguments.
-      arguments: trees of the shapes it is compiled for.
-      jit_options: what jax.jit is told besides.
-      mesh: that it is traced on.
-      held: what of the arguments is the parameters, the optimiser's and so on: kinds -> trees.
-      facts: what a report tells of it.
+      model: the model's name.
+      attention: its attention.
+      image_size: pixels a side.
+      form: "train" for the training step, "inference" for the forward pass of the inference form.
+      mesh: axis -> devices along it.
+      images: images in one call, on all devices together.
+      images_per_device: the same on each device.
+      assumed: a sentence for each thing that was taken for granted.
+      macs: multiply-accumulates of one image's forward pass.
+    """
+
+    model: str
+    attention: str
+    image_size: int
+    form: str
+    mesh: dict[str, int]
+    images: int
+    images_per_device: float
+    assumed: list[str]
+    macs: int
+
+
+class Case(NamedTuple):
+    """A function to compile, and the shapes to compile it for.
+
+    Whatever varies from call to call is an argument, the cotangent and the threshold too. The compiler would fold
+    constants, and drop the work that they make needless.
+
+    Attributes:
+      function: the function, which takes `arguments`.
+      arguments: trees of shapes.
+      jit_options: keyword arguments of jax.jit.
+      mesh: the mesh that the function is traced on.
+      held: kind -> the part of the arguments that is of this kind, such as "parameters".
+      facts: what a report says about a configuration's program; None for other cases.
     """
 
     function: Callable[..., Any]
@@ -74,30 +103,29 @@ class Case(NamedTuple):
     jit_options: Mapping[str, Any] = MappingProxyType({})
     mesh: Mesh | None = None
     held: Mapping[str, Any] = MappingProxyType({})
-    facts: Mapping[str, Any] = MappingProxyType({})
+    facts: Facts | None = None
 
 
 def load_case(what: str, options: dict[str, Any], devices: list[Any]) -> Case:
     """A case by its name or from a file.
 
     Args:
-      what: "layer", "model" or "FILE.py:NAME".
-      options: keyword arguments of `layer` or `model`.
-      devices: that it is compiled for; NAME in FILE.py gets them if it has an argument of that name.
+      what: "layer", "model", "recipe" or "FILE.py:NAME".
+      options: keyword arguments of the case's function in this module.
+      devices: the devices to compile for. NAME in FILE.py gets them if it has an argument `devices`.
 
     Raises:
-      InputError: there is no such case, option or file, or NAME does not return what it should.
+      InputError: an option, the file or NAME does not exist, or NAME does not return (function, arguments).
     """
     if what in CASES:
         words = list(inspect.signature(CASES[what]).parameters)
-        given = {"devices": devices} if "devices" in words else {}
+        placed = {"devices": devices} if "devices" in words else {}
         for word in options:
-            check_known(f"option of {what}", word, [known for known in words if known not in given])
-        return CASES[what](**options, **given)
-    if ":" not in what:
-        check_known("case", what, [*CASES, "FILE.py:NAME"])
+            check_known(f"option of {what}", word, [known for known in words if known not in placed])
+        return CASES[what](**options, **placed)
     if options:
-        raise InputError(f"--{next(iter(options))} is an option of {' and '.join(CASES)}, not of a function in a file.")
+        cases = " and ".join(OF_THE_COMMAND)
+        raise InputError(f"--{next(iter(options))} is an option of {cases}, not of a function in a file.")
     return _from_file(what, devices)
 
 
@@ -106,6 +134,7 @@ def _from_file(what: str, devices: list[Any]) -> Case:
     path = str(as_path(path))
     if not Path(path).is_file():
         raise InputError(f"there is no file '{path}'.")
+    # The file may import its neighbours, and what lies in the folder that the command was started in.
     sys.path[:0] = [str(Path.cwd()), str(Path(path).resolve().parent)]
     spec = importlib.util.spec_from_file_location("case", path)
     if spec is None or spec.loader is None:
@@ -114,10 +143,10 @@ def _from_file(what: str, devices: list[Any]) -> Case:
     spec.loader.exec_module(module)
     check_known(f"function of '{path}'", name, [word for word, value in vars(module).items() if callable(value)])
     make = getattr(module, name)
-    made = make(devices=devices) if "devices" in inspect.signature(make).parameters else make()
-    if not isinstance(made, tuple) or len(made) not in (2, 3) or not callable(made[0]):
+    parts = make(devices=devices) if "devices" in inspect.signature(make).parameters else make()
+    if not isinstance(parts, tuple) or len(parts) not in (2, 3) or not callable(parts[0]):
         raise InputError(f"{what} must return (function, arguments) or (function, arguments, jit options).")
-    return Case(*made)
+    return Case(*parts)
 
 
 def _bfloat16(*shape: int) -> jax.ShapeDtypeStruct:
@@ -140,8 +169,8 @@ def layer(
 ) -> Case:
     """The attention layer of DeiT-B in bfloat16: its three input projections, the attention, the output projection.
 
-    With form="train" it is forward and backward, to all weights and to the layer's input. An attention with a module or
-    parameters of its own is that module, its tokens on the largest square grid, and the rest before it.
+    form="train" adds the backward pass, to all weights and to the layer's input. An attention that brings a module or
+    parameters of its own is compiled as that module, with its tokens on the largest square grid and the rest before it.
     """
     core = make_core(attention, form, token_conv="1d", implementation=implementation)
     _check_positive(tokens=tokens, batch=batch)
@@ -190,12 +219,12 @@ def model(
     mesh: str | None = None,
     devices: Sequence[Any] = (),
 ) -> Case:
-    """A whole model that computes in bfloat16, its parameters float32.
+    """A whole model that computes in bfloat16 and holds its parameters in float32.
 
-    With form="inference" it is the forward pass. With form="train" it is the training step of the training form:
-    forward, backward and AdamW's update, the state donated; the threshold is under 1. With `remat` the backward pass
-    computes again what is inside a block. With a `mesh` such as "data:64,fsdp:4" the step is the one that pods run:
-    `devices` along its axes, the state where `state_shardings` has it, and `batch` the images of all devices together.
+    form="inference" compiles the forward pass. form="train" compiles the training step of the training form at a
+    threshold below 1: forward, backward and AdamW's update, with the state donated. `remat` has the backward pass
+    compute each block again. A `mesh` such as "data:64,fsdp:4" makes the step the one that pods run: `devices` stand
+    along the mesh's axes, `state_shardings` places the state, and `batch` counts the images of all devices together.
     """
     _check_positive(image_size=image_size, batch=batch)
     if mesh is not None and form != "train":
@@ -243,81 +272,93 @@ def recipe(
     """What a run of a configuration compiles: its training step, or the forward pass of its inference form.
 
     Args:
-      config: as `load_config` takes it.
-      fields: --config.GROUP.FIELD=VALUE, which override it.
+      config: the configuration, as `load_config` takes it.
+      fields: words --config.GROUP.FIELD=VALUE that override its fields.
       form: "train" or "inference".
-      attention: in place of the configuration's.
-      image_size: likewise, in pixels.
-      batch: images of each device, in place of the configuration's batch of all devices.
-      remat: in place of the configuration's: whether the backward pass computes blocks again.
-      mesh: as `read_mesh` takes it, in place of the configuration's.
-      devices: along the mesh's axes.
+      attention: replaces the configuration's attention.
+      image_size: pixels a side; replaces the configuration's.
+      batch: images on each device; replaces the configuration's batch, which counts those of all devices.
+      remat: whether the backward pass computes blocks again; replaces the configuration's choice.
+      mesh: replaces the configuration's mesh; written as `read_mesh` takes it.
+      devices: the devices along the mesh's axes.
     """
     check_known("form", form, FORMS)
     if attention is not None:
         check_known("attention", attention, KINDS)
     _check_positive(image_size=image_size, batch=batch)
     settings = load_overridden(config, fields)
-    chosen = {"attention": attention, "image_size": image_size, "remat": remat}
-    settings.model.update({word: value for word, value in chosen.items() if value is not None})
+    replaced = {"attention": attention, "image_size": image_size, "remat": remat}
+    settings.model.update({word: value for word, value in replaced.items() if value is not None})
     if attention is not None and not KINDS[attention].takes("mask_kind"):
-        settings.mask.kind = "threshold"  # a fade is castling's
+        settings.mask.kind = "threshold"  # only castling fades its mask
     if mesh is not None:
         settings.mesh.update(read_mesh(mesh))
     if batch is not None:
         settings.train.batch_size = batch * len(devices)
+    # The evaluation is not compiled: its batch may not fit the mesh, which is told below and refuses nothing.
     evaluated = settings.evaluation.batch_size
-    settings.evaluation.batch_size = settings.train.batch_size or evaluated  # which is not compiled
+    settings.evaluation.batch_size = settings.train.batch_size or evaluated
     datasets, assumed = _datasets(settings)
     teacher, taught_by = _teacher(settings, datasets[0].num_classes)
-    made = set_up(settings, devices, datasets, teacher)
-    spec, images, placed = made.model.spec, made.config.train.batch_size, made.mesh
+    setup = set_up(settings, devices, datasets, teacher)
+    spec, images, placed = setup.model.spec, setup.config.train.batch_size, setup.mesh
     try:
         check_batch("config.evaluation.batch_size", evaluated, placed)
     except InputError as error:
         assumed = [*assumed, f"main.py would refuse to evaluate: {error}"]
-    shapes = batch_shapes(made.task.example_shapes(spec.image_size), images, placed)
-    facts = {
-        **{"model": spec.name, "attention": spec.attention, "image_size": spec.image_size, "form": form},
-        **{"mesh": dict(placed.shape), "images": images, "images_per_device": images / len(devices)},
-        **{"assumed": assumed + taught_by * (form == "train")},
-    }
+    shapes = batch_shapes(setup.task.example_shapes(spec.image_size), images, placed)
+    model = setup.model if form == "train" else abstract_model(**spec.arguments(form="inference"))
+    facts = Facts(
+        model=spec.name,
+        attention=spec.attention,
+        image_size=spec.image_size,
+        form=form,
+        mesh=dict(placed.shape),
+        images=images,
+        images_per_device=images / len(devices),
+        assumed=assumed + taught_by * (form == "train"),
+        macs=count_macs(model),
+    )
 
     def whole(variables: Variables) -> Variables:
+        # Weights that no step changes are gathered over fsdp once, when a run starts.
         return with_shardings(variables, whole_over_fsdp(state_shardings(variables, placed)))
 
     if form == "train":
-        state = with_shardings(made.state, made.shardings)
+        state = with_shardings(setup.state, setup.shardings)
         threshold = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(placed))
         taught = {} if teacher is None else whole(teacher.variables)
         held = {
-            **{"parameters": state.params, "optimiser": state.opt_state, "moving averages": state.ema},
-            **{"batch statistics": state.batch_stats, "teacher": taught, "images and labels": shapes},
+            "parameters": state.params,
+            "optimiser": state.opt_state,
+            "moving averages": state.ema,
+            "batch statistics": state.batch_stats,
+            "teacher": taught,
+            "images and labels": shapes,
         }
         arguments = state, shapes, threshold, taught
-        facts |= {"macs": count_macs(made.model)}
-        return Case(made.train_step, arguments, {"donate_argnums": 0}, placed, held, facts)
-    model = abstract_model(**spec.arguments(form="inference"))
+        return Case(setup.train_step, arguments, {"donate_argnums": 0}, placed, held, facts)
     variables = whole(get_variables(model))
     held = {"parameters": variables, "images": shapes["image"]}
-    facts |= {"macs": count_macs(model)}
     return Case(functools.partial(apply, model), (variables, shapes["image"]), {}, placed, held, facts)
 
 
 def _teacher(config: ConfigDict, classes: int) -> tuple[Teacher | None, list[str]]:
-    """A configuration's teacher, of shapes alone, and a sentence that says what was taken for it."""
+    """A configuration's teacher as shapes, and a sentence on what was assumed about it."""
     options = config.distillation
     if options.kind is None:
         return None, []
     student = abstract_model(num_classes=classes, **model_arguments(config))
     source = teacher_model(options.name or student.spec.name, student)
     model = abstract_model(**source.spec.arguments(form="inference"))
-    said = f"the teacher is {model.spec.name} in softmax attention, no weights were read; MFU is without its operations"
-    return Teacher(model, get_variables(model), options.kind, options.alpha, options.temperature), [said]
+    assumed = (
+        f"the teacher is {model.spec.name} in softmax attention, no weights were read; MFU leaves out its operations"
+    )
+    return Teacher(model, get_variables(model), options.kind, options.alpha, options.temperature), [assumed]
 
 
 def _datasets(config: ConfigDict) -> tuple[tuple[Dataset, Dataset], list[str]]:
-    """A configuration's data sets; stand-ins where they are not here, and a sentence that says so."""
+    """A configuration's data sets, or stand-ins of their published sizes and a sentence that says so."""
     data = config.dataset
     try:
         train_set, eval_set = (load_dataset(data.name, split, data_dir=data.data_dir) for split in named_splits(data))
@@ -326,15 +367,15 @@ def _datasets(config: ConfigDict) -> tuple[tuple[Dataset, Dataset], list[str]]:
         if data.name not in PUBLISHED_SIZES:
             raise
     classes, train, held_out = PUBLISHED_SIZES[data.name]
-    said = f"{data.name} is not here: its published {train:,} images and {classes:,} classes are taken"
-    return (Unread(train, classes), Unread(held_out, classes)), [said]
+    assumed = f"{data.name} is not here: its published {train:,} images and {classes:,} classes are taken"
+    return (Unread(train, classes), Unread(held_out, classes)), [assumed]
 
 
 def read_mesh(text: str) -> dict[str, int]:
-    """Sizes of all axes of a mesh, of a text such as "data:64,fsdp:-1"; those it leaves out are 1.
+    """The size of each axis of a mesh, from a text such as "data:64,fsdp:-1"; axes that it leaves out have size 1.
 
     Raises:
-      InputError: there is no such axis, or it is not written so.
+      InputError: an axis is unknown or named twice, or its size is not an integer.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -347,3 +388,4 @@ def read_mesh(text: str) -> dict[str, int]:
 
 
 CASES: dict[str, Callable[..., Case]] = {"layer": layer, "model": model, "recipe": recipe}
+OF_THE_COMMAND = ("layer", "model")  # the command compiles a recipe by --config

@@ -1,16 +1,18 @@
 """The chips of a pod, and the links between them.
 
-All figures but the clocks and the memory are Google's, of a chip with both of its cores where it has two, which JAX
-shows as one device: docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, as they stood in November 2026. The links'
-are the published bandwidth of all ports in both directions, divided by the ports and the directions: 400 GB/s and 4
-ports on v5e, 1,200 and 6 on v5p, 800 and 4 on v6e; of v4, 50 GB/s a link and 6 links, from table 4 of Jouppi et al.,
-arXiv 2304.01433. The memory is what the compiler (libtpu 0.0.42) has for a program, as it says where one is too large.
-The clocks are those at which the matrix units reach Google's peak: 8 units of 128 x 128 on v4 and v5p, 4 on v5e, 4 of
-256 x 256 on v6e. Google says 2 of v6e, and a large product is estimated at 70 % of its peak there, at 88 to 93 % on the
-others: a v6e's milliseconds are the least certain.
+All figures but the clocks and the memory come from Google: docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, as they
+stood in November 2026. They are for a whole chip, which JAX shows as one device even where it has two cores.
 
-A side of a v5e or v6e is closed to a ring where all 16 chips of the pod's side are in it; the sides of a v4 or v5p
-where all three are made of whole cubes of 4 x 4 x 4 chips.
+- Links: the published bandwidth of all ports in both directions, divided by the ports and the directions: 400 GB/s and
+  4 ports on v5e, 1,200 and 6 on v5p, 800 and 4 on v6e. For v4, 50 GB/s a link and 6 links, from table 4 of Jouppi et
+  al., arXiv 2304.01433.
+- Memory: what the compiler (libtpu 0.0.42) leaves for a program, as its message says when a program is too large.
+- Clocks: the ones at which the matrix units reach Google's peak: 8 units of 128 x 128 on v4 and v5p, 4 on v5e, 4 of
+  256 x 256 on v6e. Google writes 2 for v6e. The compiler estimates a large product at 70 % of v6e's peak, and at 88 to
+  93 % of the others', so a v6e's milliseconds are the least certain.
+
+A side of a v5e or v6e closes to a ring where it has all 16 chips of the pod's side. The sides of a v4 or v5p close
+where all three consist of whole cubes of 4 x 4 x 4 chips.
 """
 
 import dataclasses
@@ -21,17 +23,17 @@ from castling_jax.errors import InputError, check_known
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A chip.
+    """A kind of chip.
 
     Attributes:
-      gigahertz: its clock, by which the compiler's cycles are time.
-      hbm_gibibytes: its memory, 2^30 bytes.
-      hbm_gigabytes_per_second: the memory's bandwidth.
-      teraflops: operations in bfloat16 at most, a second.
-      link_gigabytes_per_second: of one link to a neighbour, one way.
-      axes: of its torus.
-      ring: sides of a multiple of so many chips are rings; of a torus of three axes, where all of them are.
-      pods: topologies of growing size, as many as Google rents out as one slice up to 256 or 512 chips.
+      gigahertz: the clock, which turns the compiler's cycles into time.
+      hbm_gibibytes: the memory, in 2^30 bytes.
+      hbm_gigabytes_per_second: the memory's bandwidth, in 10^9 bytes.
+      teraflops: the peak in bfloat16, in 10^12 operations a second.
+      link_gigabytes_per_second: the bandwidth of one link to a neighbour, one way, in 10^9 bytes.
+      axes: the number of axes of its torus.
+      ring: a side is a ring where its number of chips is a multiple of this; with three axes, only where all sides are.
+      pods: the sides of the slices that Google rents out, of growing size up to 256 or 512 chips.
     """
 
     gigahertz: float
@@ -45,7 +47,7 @@ class Chip:
 
     @property
     def hbm_gigabytes(self) -> float:
-        """Its memory, 10^9 bytes."""
+        """The memory, in 10^9 bytes."""
         return self.hbm_gibibytes * 2**30 / 1e9
 
 
@@ -60,10 +62,10 @@ CHIPS = {
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip that a topology such as "v5e:2x2" is made of.
+    """The kind of chip in a topology such as "v5e:2x2".
 
     Raises:
-      InputError: it is unknown, or has other sides.
+      InputError: the chip is unknown, or the topology has another number of sides.
     """
     name, _, sides = topology.partition(":")
     check_known("chip", name, CHIPS)

@@ -1,7 +1,7 @@
-"""What the TPU compiler writes of a program: the scheduled HLO, and the final schedules of kernels (its LLO dumps).
+"""Reads the TPU compiler's text: the scheduled HLO of a program, and the final schedules of kernels (its LLO dumps).
 
-In a schedule a bundle is what the chip issues in one cycle. Loops are shown in their bundles' depth: the grid of a
-Pallas kernel is the outermost one.
+A bundle of a schedule is what the chip issues in one cycle. A bundle's depth is the number of loops around it; the
+outermost loop is the grid of the Pallas kernel.
 """
 
 import dataclasses
@@ -9,14 +9,14 @@ import math
 import re
 
 SHAPE = re.compile(r"\b(pred|[subf]\w*?\d+)\[([\d,]*)\]")
-SCHEDULE_DUMP = "final_bundles"  # how the dumps of a kernel are called
+SCHEDULE_DUMP = "final_bundles"  # part of the name of a kernel's dump
 UTILIZATION_DUMP = "final_hlo-static-per-bundle-utilization"
-GRANULE_BYTES = 32  # what copies to and from HBM are counted in
+GRANULE_BYTES = 32  # the unit that a dump counts copies to and from HBM in
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BRANCHES = ("true_computation", "false_computation", "branch_computations")
 
 
-NO_CYCLES = 2**63 - 1
+NO_CYCLES = 2**63 - 1  # the compiler writes this number where it gives up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Instruction:
     """An instruction of the scheduled HLO.
 
     Attributes:
-      name: as it stands there, such as "%fusion.1".
-      kind: the opcode, such as "fusion"; "" where there is none to be seen.
-      label: the operation in the program that it comes from, such as "jit(f)/dot_general", or "".
-      text: all of it, in one line.
+      name: its name in the HLO, such as "%fusion.1".
+      kind: the opcode, such as "fusion"; "" where the text shows none.
+      label: the operation in the traced program that it comes from, such as "jit(f)/dot_general", or "".
+      text: the whole instruction, in one line.
     """
 
     name: str
@@ -37,29 +37,29 @@ class Instruction:
 
     @property
     def result(self) -> str:
-        """The part that says the result's shape, or the shapes of a tuple."""
+        """The part of the text with the result's shape, or the shapes of a tuple."""
         return self.text.split(" = ")[1].split(f" {self.kind}(")[0]
 
     @property
     def operands(self) -> list[str]:
-        """Names of the operands, and of whatever else is named behind them."""
+        """The names of the operands, and all names after them."""
         return re.findall(r"%[\w.\-]+", self.text.split(f" {self.kind}(", 1)[-1])
 
     @property
     def kernel_operands(self) -> str:
-        """The part that says the shapes a Pallas kernel takes."""
+        """The part of the text with the shapes that a Pallas kernel takes."""
         return self.text.split("operand_layout_constraints=")[-1].split("}}")[0]
 
     @property
     def cycles(self) -> int | None:
-        """The compiler's estimate; None where it has none, and where it gives up, with the largest number there is."""
-        found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
-        return int(found[1]) if found and int(found[1]) < NO_CYCLES else None
+        """The compiler's estimate; None where it has none."""
+        match = re.search(r'"estimated_cycles":"(\d+)"', self.text)
+        return int(match[1]) if match and int(match[1]) < NO_CYCLES else None
 
     def called(self, *attributes: str) -> list[str]:
-        """Names of the computations that are called as one of these, such as "body", in the order they stand in."""
-        found = re.findall(rf"(?:{'|'.join(attributes)})=(\{{[^}}]*\}}|%?[\w.\-]+)", self.text)
-        return [name for group in found for name in re.findall(r"[\w.\-]+", group)]
+        """The names of the computations under these attributes, such as "body", in the order of the text."""
+        groups = re.findall(rf"(?:{'|'.join(attributes)})=(\{{[^}}]*\}}|%?[\w.\-]+)", self.text)
+        return [name for group in groups for name in re.findall(r"[\w.\-]+", group)]
 
 
 Computation = list[Instruction]
@@ -67,7 +67,7 @@ Computation = list[Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The scheduled HLO: computations by name, and the name of the one that is run."""
+    """The scheduled HLO: computations by name, and the name of the computation that runs first."""
 
     computations: dict[str, Computation]
     entry: str
@@ -100,7 +100,7 @@ def _read_instruction(text: str) -> Instruction:
 
 
 def shape_bytes(text: str) -> int:
-    """Bytes of all arrays whose shapes stand in a text, such as "(f32[8,128], s32[])"."""
+    """Bytes of all arrays whose shapes are in a text, such as "(f32[8,128], s32[])"."""
     return sum(
         _element_bytes(kind) * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in SHAPE.findall(text)
     )
@@ -113,13 +113,13 @@ def _element_bytes(kind: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """What devices exchange.
+    """An exchange between devices.
 
     Attributes:
       kind: one of COLLECTIVES.
-      arrays: that a device gets, pairs (dtype, dims).
-      label: the operation in the program that it comes from.
-      text: the instruction, which says between which devices.
+      arrays: the arrays that a device gets, as pairs (dtype, dims).
+      label: the operation in the traced program that it comes from.
+      text: the instruction, which names the devices.
     """
 
     kind: str
@@ -133,26 +133,27 @@ class Collective:
 
 
 def collective(program: Program, instruction: Instruction) -> Collective | None:
-    """The collective that an instruction is, or starts; None of any other, and of what waits for one.
+    """The collective that an instruction is or starts; None for an instruction that only waits, and for all others.
 
     The compiler runs collectives beside the compute in two ways: as a pair of -start and -done, and inside the fusions
-    they run beside, where one collective stands in its first fusion, in its last one and in all between.
+    that run at the same time. One collective is then written in its first fusion, in its last one and in all between.
     """
     kind = instruction.kind.removesuffix("-start")
     arrays = SHAPE.findall(instruction.result)
     if kind in COLLECTIVES:
         if instruction.kind in ("all-gather-start", "collective-permute-start"):
-            # (what goes in, what comes out, numbers that it is known by)
+            # The tuple has the inputs, the outputs and numbers that identify the exchange.
             arrays = [array for array in arrays if array[1]]
             arrays = arrays[len(arrays) // 2 :]
         return Collective(kind, arrays, instruction.label, instruction.text)
-    found = collective_inside(program, instruction)
-    if found is None:
+    inner = collective_inside(program, instruction)
+    if inner is None:
         return None
+    # A reduce-scatter is written as an all-reduce of the whole arrays, from which the fusion takes each device's part.
     if "calls=%all-reduce-scatter" in instruction.text:
-        return Collective("reduce-scatter", arrays, found.label, found.text)
+        return Collective("reduce-scatter", arrays, inner.label, inner.text)
     starts = instruction.kind == "async-start" or instruction.name.startswith("%async-collective-start")
-    return Collective(found.kind, SHAPE.findall(found.result), found.label, found.text) if starts else None
+    return Collective(inner.kind, SHAPE.findall(inner.result), inner.label, inner.text) if starts else None
 
 
 def collective_inside(program: Program, instruction: Instruction) -> Instruction | None:
@@ -162,7 +163,7 @@ def collective_inside(program: Program, instruction: Instruction) -> Instruction
 
 
 def collectives(program: Program) -> list[Collective]:
-    """All collectives of a program, those of a loop once."""
+    """All collectives of a program; a collective inside a loop counts once."""
     parts = {
         name
         for computation in program.computations.values()
@@ -175,14 +176,14 @@ def collectives(program: Program) -> list[Collective]:
 
 
 def trip_count(program: Program, loop: Instruction, around: Computation) -> int | None:
-    """How often a loop runs that counts upwards by one between constants; None where it is another.
+    """How often a loop runs that counts upwards by one between constants; None for other loops.
 
-    A loop that can end earlier for another reason is taken to run to the end of its count.
+    A loop that may end earlier for another reason counts to its end.
 
     Args:
-      program: where the loop's condition and body are.
+      program: the program, which has the loop's condition and body.
       loop: an instruction of the kind "while".
-      around: the computation it stands in.
+      around: the computation that the loop is in.
     """
     condition, body = (
         {i.name: i for i in program.computations[loop.called(part)[0]]} for part in ("condition", "body")
@@ -197,7 +198,7 @@ def trip_count(program: Program, loop: Instruction, around: Computation) -> int 
     start = outside.get(loop.operands[0])
     if place is None or start is None or start.kind != "tuple":
         return None
-    # The loop's state is one tuple, outside, in the condition and in the body; the counter is one of its elements.
+    # The loop's state is one tuple outside, in the condition and in the body, and the counter has one place in it.
     step = body[root.operands[int(place[1])]]
     first = _constant(start.operands[int(place[1])], outside)
     stop = _constant(test.operands[1], condition)
@@ -207,7 +208,7 @@ def trip_count(program: Program, loop: Instruction, around: Computation) -> int 
 
 
 def _constant(name: str, instructions: dict[str, Instruction]) -> int | None:
-    """The integer that an instruction gives; None where it is not a constant, or passed on from one."""
+    """The integer that an instruction gives, directly or as a copy of a constant; None for other instructions."""
     instruction = instructions.get(name)
     if instruction is None:
         return None
@@ -223,9 +224,9 @@ class Schedule:
     """The final schedule of a kernel.
 
     Attributes:
-      times: how often each bundle is issued, both sides of a predicated region taken.
-      copied_bytes: what its copies move to and from HBM.
-      unknown_loops: how many loops, counted once, have a trip count that is not a constant.
+      times: how often each bundle is issued; both sides of a predicated region count.
+      copied_bytes: bytes that its copies move to and from HBM.
+      unknown_loops: the number of loops whose trip count is not a constant; they count once.
     """
 
     times: list[int]
@@ -239,9 +240,9 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class _Bundle:
-    depth: int  # how many loops it is in
+    depth: int  # the number of loops around it
     opens_loop: bool
-    trips: list[int]  # trip counts that a loop's exit is tested against
+    trips: list[int]  # the trip counts in the exit tests of loops
     copied_bytes: int
 
 
@@ -266,7 +267,7 @@ def _read_bundles(text: str) -> list[_Bundle]:
         head = re.match(r"\s*(?:0x[0-9a-f]+|0)\s+(L[HBE]|P[BF]|CT)?\s*:\s*(>*)\s*\{", line)
         if not head:
             continue
-        # An empty bundle does not show its depth: it is as deep as the one before.
+        # An empty bundle does not show its depth, which is that of the bundle before.
         depth = len(head[2]) or (bundles[-1].depth if "{}" in line and bundles else 0)
         trips = re.findall(r"totalorder (?:\([^)]*\), )?%\w+, (\d+) /\* loop exit test", line)
         copies = re.findall(r"(?<!for )%\d+ = dma\.(?:hbm_to_\w+|\w+_to_hbm) [^;]*?/\*size_in_granules=\*/(\d+)", line)
@@ -276,23 +277,23 @@ def _read_bundles(text: str) -> list[_Bundle]:
 
 
 def _loop_bundles(bundles: list[_Bundle], start: int, opening: list[int]) -> range:
-    """A loop's bundles: up to the last one as deep as its first, before a loop no deeper opens."""
+    """The bundles of a loop: up to the last one that is as deep as the first, before a loop of no more depth opens."""
     depth = bundles[start].depth
     limit = next((i for i in opening if i > start and bundles[i].depth <= depth), len(bundles))
     return range(start, 1 + max(i for i in range(start, limit) if bundles[i].depth >= depth))
 
 
 def read_utilization(text: str, times: list[int]) -> dict[str, float]:
-    """Reads a kernel's UTILIZATION_DUMP, a line for each bundle.
+    """Reads a kernel's UTILIZATION_DUMP, which has a line for each bundle.
 
     Args:
       text: the dump.
       times: how often each bundle is issued.
 
     Returns:
-      The share of its issue slots that each unit uses, by the unit's name there: MXU, XLU (permutes and reductions
-      across lanes), VALU, VPOP, EUP (exponentials, reciprocals), VLOAD and VSTORE (VLOAD:FILL and VSTORE:SPILL of
-      them for registers that did not suffice), SALU. {} where the dump is not of that schedule.
+      unit -> share of its issue slots that are used, from 0 to 1. The units are MXU, XLU (permutes and reductions
+      across lanes), VALU, VPOP, EUP (exponentials, reciprocals), VLOAD and VSTORE (VLOAD:FILL and VSTORE:SPILL are the
+      part of them for lack of registers) and SALU. {} where the dump belongs to another schedule.
     """
     head, _, table = text.partition("== UTILIZATION:")
     names, capacities = head.strip().splitlines()[-2:]

@@ -1,9 +1,9 @@
 """The TPU compiler's own estimate of a program, added up.
 
-The compiler says how many cycles each operation of the scheduled program takes; a Pallas kernel takes the bundles of
-its final schedule or its traffic with HBM, whichever is longer. A loop counts times its trip count, of a conditional
-the dearest branch counts, and what cannot be known from the program is listed as incomplete. What only moves data and
-has no estimate takes its traffic with HBM.
+The compiler gives the cycles of each operation in the scheduled program. A Pallas kernel takes the bundles of its final
+schedule or its traffic with HBM, whichever is longer. A loop counts times its trip count, and a conditional by its
+longest branch. An operation that only moves data and has no estimate takes its traffic with HBM. What the program's
+text does not tell is listed as incomplete.
 """
 
 import collections
@@ -25,7 +25,7 @@ from castling_jax.compile_report.dump import (
 )
 from castling_jax.compile_report.kernels import KernelSchedule, kernel_key
 
-# Operations that take no time where the compiler gives them no cycles: they move nothing, or run beside the others.
+# Operations that take no time where the compiler gives no cycles: they move nothing, or run beside the others.
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "domain", "opt-barrier"),
     *("partition-id", "replica-id", "after-all", "while", "conditional", "call"),
@@ -34,10 +34,10 @@ FREE = {
     *("all-reduce-start", "all-reduce-done", "all-gather-start", "all-gather-done"),
     *("collective-permute-start", "collective-permute-done"),
 }
-# Operations that only move data, at HBM's bandwidth where the compiler gives them no cycles.
+# Operations that only move data: they run at HBM's bandwidth where the compiler gives no cycles.
 MOVES = {"copy", "concatenate", "slice", "pad", "reverse", "transpose", "broadcast"}
 NO_ESTIMATE = "no estimate"
-REGISTER_BYTES = 8 * 128 * 4  # whatever works on no more takes some cycles, as loops do that draw a few numbers
+REGISTER_BYTES = 8 * 128 * 4  # work on one register takes a few cycles, which count for nothing
 FREE_CUSTOM_CALLS = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer)"')
 
 
@@ -47,9 +47,9 @@ class Kernel:
 
     Attributes:
       cycles: bundles of its schedule, loops times their trips.
-      compute_ms: the same in milliseconds.
-      traffic_ms: what it moves to and from HBM, at the chip's bandwidth.
-      utilization: share of its issue slots that each unit uses, as `read_utilization` has it.
+      compute_ms: milliseconds of these cycles.
+      traffic_ms: milliseconds of its traffic with HBM, at the chip's bandwidth.
+      utilization: unit -> share of its issue slots that are used, from `read_utilization`.
     """
 
     cycles: int
@@ -63,7 +63,7 @@ class Kernel:
 
     @property
     def bound(self) -> str:
-        """What it is bound by: HBM, or the unit that has most of its slots used; "?" where these are not known."""
+        """What limits it: "HBM", or the unit with the largest share of used slots; "?" where the shares are unknown."""
         if self.traffic_ms > self.compute_ms:
             return "HBM"
         return max(self.utilization, key=lambda unit: self.utilization[unit], default="?")
@@ -71,7 +71,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An operation, and the milliseconds of all its runs."""
+    """An operation and the milliseconds of all its runs; `label` is its place in the traced program."""
 
     milliseconds: float
     name: str
@@ -81,7 +81,13 @@ class Row:
 
 @dataclasses.dataclass
 class Cost:
-    """Of a computation: its operations, collectives with how often they are run, bytes of asynchronous copies."""
+    """The cost of a computation.
+
+    Attributes:
+      rows: its operations.
+      sent: its collectives, each with the number of its runs.
+      prefetched_bytes: bytes of asynchronous copies.
+    """
 
     rows: list[Row] = dataclasses.field(default_factory=list)
     sent: list[tuple[int, Collective]] = dataclasses.field(default_factory=list)
@@ -94,7 +100,7 @@ class Cost:
 
     @property
     def collectives(self) -> dict[str, int]:
-        """Bytes of each kind's results."""
+        """kind -> bytes of the results."""
         total: collections.Counter[str] = collections.Counter()
         for times, sent in self.sent:
             total[sent.kind] += times * sent.bytes
@@ -106,12 +112,12 @@ class Cost:
 
 
 class Estimator:
-    """Adds up a compiled program; afterwards `incomplete` has what could not be counted.
+    """Adds up a compiled program; `incomplete` then has a sentence for each thing that could not be counted.
 
     Args:
       program: the scheduled HLO.
-      kernels: its Pallas kernels, by their `kernel_key`.
-      chip: what it runs on.
+      kernels: its Pallas kernels by their `kernel_key`.
+      chip: the chip that it runs on.
     """
 
     def __init__(self, program: Program, kernels: dict[str, KernelSchedule], chip: Chip):
@@ -121,12 +127,13 @@ class Estimator:
         self.incomplete: set[str] = set()
 
     def computation(self, name: str, times: int) -> Cost:
-        """What a computation that is run so many times costs."""
+        """The cost of a computation that runs `times` times."""
         cost = Cost()
         around = self.program.computations.get(name, [])
         for instruction in around:
             if instruction.kind == "while":
                 trips = trip_count(self.program, instruction, around)
+                # A loop over a few numbers, as random bits need, takes no time worth a warning.
                 if trips is None and not self._is_small(instruction):
                     name, label = _unnumbered(instruction.name), instruction.label
                     self.incomplete.add(f"loop {name} ({label}): trip count is not a constant, counted once")
@@ -148,7 +155,7 @@ class Estimator:
         kind, name, text = instruction.kind, instruction.name, instruction.text
         if sent := collective(self.program, instruction):
             cost.sent.append((times, sent))
-        # The time of collectives is not counted, nor then that of a fusion which does nothing else.
+        # The links' time is counted elsewhere: a fusion that only waits for a collective takes none here.
         waits = collective_inside(self.program, instruction) is not None
         if kind == "copy-start" and (copied := SHAPE.search(instruction.result)):
             cost.prefetched_bytes += times * shape_bytes(copied[0])
@@ -175,7 +182,8 @@ class Estimator:
     def _kernel(self, instruction: Instruction) -> Kernel:
         name, result, operands = instruction.name, instruction.result, instruction.kernel_operands
         shapes = SHAPE.findall(f"{result} {operands}")
-        keys = [kernel_key(known, shapes) for known in (name, None)]  # the HLO finds a name for every kernel
+        # The HLO makes up a name for a kernel that has none in the traced program.
+        keys = [kernel_key(known, shapes) for known in (name, None)]
         schedule = next((self.kernels[key] for key in keys if key in self.kernels), None)
         if schedule is None:
             self.incomplete.add(f"kernel {_unnumbered(name)}: no schedule dumped, HBM traffic only")
@@ -195,5 +203,5 @@ class Estimator:
 
 
 def _unnumbered(name: str) -> str:
-    """An operation's name without the number that tells it from others: all layers' are one sentence."""
+    """An operation's name without its number, so that a sentence about it is the same for all layers."""
     return name.split(".")[0]

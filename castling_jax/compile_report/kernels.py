@@ -1,7 +1,6 @@
-"""What the Pallas kernels of a traced program cost: their schedules, and what their pipelines move.
+"""The cost of a traced program's Pallas kernels: their schedules, and the traffic of their pipelines.
 
-The schedule is taken from the compiler's dumps of each kernel compiled on its own: to write the dumps of a whole
-program takes longer than to compile it.
+Each kernel is compiled by itself for its dumps: writing the dumps of a whole program takes longer than compiling it.
 """
 
 import dataclasses
@@ -22,14 +21,14 @@ UNNAMED = "unnamed_kernel"
 
 @dataclasses.dataclass(frozen=True)
 class KernelSchedule:
-    """A Pallas kernel, as it is compiled.
+    """A compiled Pallas kernel.
 
     Attributes:
       cycles: bundles of its schedule, loops times their trips.
-      copied_bytes: what its copies move to and from HBM, by the schedule.
-      pipeline_bytes: what its pipeline moves, by its block specifications; None where they do not tell.
-      unknown_loops: how many loops, counted once, have a trip count that is not a constant.
-      utilization: share of its issue slots that each unit uses, as `read_utilization` has it.
+      copied_bytes: bytes that its copies move to and from HBM, by the schedule.
+      pipeline_bytes: bytes that its pipeline moves, from `pipeline_bytes`.
+      unknown_loops: the number of loops whose trip count is not a constant; they count once.
+      utilization: unit -> share of its issue slots that are used, from `read_utilization`.
     """
 
     cycles: int
@@ -40,39 +39,40 @@ class KernelSchedule:
 
 
 def kernel_key(name: str | None, shapes: Iterable[tuple[str, str]]) -> str:
-    """What a kernel in the traced program and the same one in the HLO have in common: its name, and its arrays.
+    """What a kernel has in common in the traced program and in the HLO: its name, and its arrays.
 
     Args:
-      name: as either has it, None of a kernel that has none; the HLO tells kernels of one name apart by numbers.
-      shapes: of what it takes and gives, pairs such as ("f32", "8,128").
+      name: its name in either; None for a kernel without one.
+      shapes: the shapes of its arguments and results, pairs such as ("f32", "8,128").
     """
+    # The HLO numbers kernels of the same name.
     plain = UNNAMED if name is None else re.sub(r"\W+", "_", name.lstrip("%").split(".")[0])
     return " ".join([plain, *sorted(f"{kind}[{dims}]" for kind, dims in shapes)])
 
 
 def find_kernels(jaxpr: Any) -> dict[str, Any]:
-    """The calls of Pallas kernels in a jaxpr and in all that it calls, each once, by its `kernel_key`."""
+    """The Pallas kernels in a jaxpr and in the jaxprs that it calls, each once, by `kernel_key`."""
     return {_key(call): call for call in _calls(jaxpr) if not call.params["interpret"]}
 
 
 def compile_kernels(kernels: dict[str, Any], device: Any, dump: Path) -> dict[str, KernelSchedule]:
-    """Compiles kernels, each on its own.
+    """Compiles each kernel by itself.
 
     Args:
-      kernels: from `find_kernels`.
-      device: that they are compiled for.
-      dump: where the compiler leaves its dumps, as its environment says.
+      kernels: kernels from `find_kernels`.
+      device: the device to compile for.
+      dump: the folder of the compiler's dumps, which its environment names.
 
     Returns:
-      What there is to know of each; one of which no schedule was dumped is left out.
+      The kernels' schedules by the same keys, without kernels whose schedule was not dumped.
     """
     schedules = {}
     for key, call in kernels.items():
         before = set(dump.glob("*.txt"))
         _compile(call, device, key.split()[0])
         pattern = re.compile(rf"\d+-{key.split()[0]}(\.\d+)*-\d+-({SCHEDULE_DUMP}|{UTILIZATION_DUMP})\.txt")
-        found = ((pattern.fullmatch(path.name), path) for path in sorted(set(dump.glob("*.txt")) - before))
-        texts = {match[2]: path.read_text() for match, path in found if match}
+        matches = ((pattern.fullmatch(path.name), path) for path in sorted(set(dump.glob("*.txt")) - before))
+        texts = {match[2]: path.read_text() for match, path in matches if match}
         if SCHEDULE_DUMP in texts:
             schedule = read_schedule(texts[SCHEDULE_DUMP])
             schedules[key] = KernelSchedule(
@@ -86,7 +86,7 @@ def compile_kernels(kernels: dict[str, Any], device: Any, dump: Path) -> dict[st
 
 
 def _compile(call: Any, device: Any, name: str) -> None:
-    # On a mesh, what comes out says where it lies; there is none where the kernel is on its own.
+    # A kernel of a sharded program has outputs on a mesh; by itself it has no mesh.
     outputs = tuple(jax.core.ShapedArray(out.shape, out.dtype) for out in call.params["out_avals"])
     sharding = SingleDeviceSharding(device)
     arrays = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype, sharding=sharding) for x in call.invars]
@@ -94,12 +94,12 @@ def _compile(call: Any, device: Any, name: str) -> None:
     def kernel(*arrays: jax.Array) -> Any:
         return call.primitive.bind(*arrays, **call.params | {"out_avals": outputs})
 
-    kernel.__name__ = name  # by which it is dumped
+    kernel.__name__ = name  # names the dumps
     jax.jit(kernel).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
 
 
 def _calls(jaxpr: Any) -> Iterator[Any]:
-    """The calls of Pallas kernels in a jaxpr and in all that it calls."""
+    """The calls of Pallas kernels in a jaxpr and in the jaxprs that it calls."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             yield equation
@@ -125,8 +125,8 @@ def _hlo_name(dtype: Any) -> str:
 def pipeline_bytes(call: Any) -> int | None:
     """Bytes that the pipeline of a Pallas kernel moves, by its block specifications.
 
-    Every block counts that is fetched or written back as the grid moves on; where which block it is depends on data,
-    one each step. None where a kernel copies by itself, or its grid is not constant.
+    Each block counts that is fetched or written back as the grid moves on. Where data decides which block it is, each
+    step counts one. None where the kernel copies by itself, or its grid is not constant.
     """
     mapping = call.params["grid_mapping"]
     if not all(isinstance(steps, int | np.integer) for steps in mapping.grid):
@@ -135,7 +135,7 @@ def pipeline_bytes(call: Any) -> int | None:
     for block in mapping.block_mappings:
         array = block.block_aval if hasattr(block, "block_aval") else block.transformed_block_aval
         space = str(array).split("{")[0]
-        if "any" in space or "hbm" in space:
+        if "any" in space or "hbm" in space:  # the kernel copies this array by itself
             return None
         if "smem" not in space:
             sizes = [getattr(size, "block_size", 1) or 1 for size in block.block_shape]
@@ -145,15 +145,15 @@ def pipeline_bytes(call: Any) -> int | None:
 
 
 def _fetches(index_map: Any, grid: list[int]) -> int:
-    """How many times the block changes, with the first, as the grid is walked with its last axis fastest."""
+    """How often a block is fetched: the first time, and at each change as the grid's last axis runs fastest."""
     if not grid:
         return 1
-    prefetched = index_map.jaxpr.invars[len(grid) :]  # scalars in fast memory that index maps may read
+    prefetched = index_map.jaxpr.invars[len(grid) :]  # scalars in fast memory, which index maps may read
     used = {v for equation in index_map.jaxpr.eqns for v in equation.invars if not hasattr(v, "val")}
     if used & set(prefetched):
         return int(np.prod(grid))
     steps = [axis.reshape(-1) for axis in np.indices(grid, dtype=np.int32)]
-    with jax.default_device(jax.devices("cpu")[0]):  # the index maps are evaluated, on the machine at hand
+    with jax.default_device(jax.devices("cpu")[0]):  # index maps are evaluated on this machine, with no TPU
         blocks = jax.vmap(
             lambda *step: jax.core.eval_jaxpr(index_map.jaxpr, index_map.consts, *step, *(0,) * len(prefetched))
         )(*steps)

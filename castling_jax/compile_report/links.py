@@ -1,18 +1,18 @@
-"""How long the links of a pod need for what its chips send each other.
+"""The time that a pod's links need for collectives.
 
-A chip takes in what a collective brings it over the links along the axes of the torus that the collective's group
-spans: two of each axis that is a ring on which the group's chips are as far apart from each other all the way round,
-one of any other, where the chip at the end has no more. All links of a group work at once, as the compiler's own rings
-do; a link that several groups of the collective send over is shared by them. So, of arrays that are `whole` bytes
-together on the n chips of a group,
+A collective's group spans some axes of the torus, and a chip receives over the links along these axes. An axis gives it
+two links where the axis is a ring and the group's chips have equal distances all the way round; any other axis gives it
+one, because the chip at the end has no more. All links of a group work at the same time, as in the compiler's rings,
+and groups of the same collective share the links that they have in common. For arrays of `whole` bytes, summed over the
+n chips of a group, each chip receives
 
   all-gather, reduce-scatter  whole * (n - 1) / n over those links (Chan et al., Collective communication, 2007)
   all-reduce                  twice that
   all-to-all                  the same share, times the mean number of links on the way
-  collective-permute          what is sent, times the links on the longest way, over one link
+  collective-permute          the bytes that it is sent, times the links on the longest way, over one link
 
-These are times of the links alone: latencies, of about a microsecond a link, and what other collectives send at the
-same time are not counted.
+These are times of the links alone, without latencies (about a microsecond a link) and without other collectives at the
+same time.
 """
 
 import math
@@ -29,11 +29,11 @@ IOTA = r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?"
 
 
 def read_groups(text: str, count: int) -> list[list[int]] | None:
-    """The groups of a collective: positions of devices in the program's mesh. None where they are not known.
+    """The groups of a collective, as positions of devices in the program's mesh; None where the text is not understood.
 
     Args:
       text: the HLO instruction.
-      count: of all devices.
+      count: the number of all devices.
     """
     pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", text)
     listed = pairs or re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", text)
@@ -51,8 +51,8 @@ def read_groups(text: str, count: int) -> list[list[int]] | None:
 
 def _mesh_groups(mesh: str, ids: str | None, over: str) -> list[list[int]] | None:
     axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
-    chosen = re.findall(r"'(\w+)'", over)
-    if over.replace(" ", "") != ",".join(f"'{name}'" for name in chosen):  # a part of an axis
+    spanned = re.findall(r"'(\w+)'", over)
+    if over.replace(" ", "") != ",".join(f"'{name}'" for name in spanned):  # a part of an axis
         return None
     devices = np.arange(math.prod(axes.values()))
     if ids is not None:
@@ -61,9 +61,9 @@ def _mesh_groups(mesh: str, ids: str | None, over: str) -> list[list[int]] | Non
             return None
         devices = _iota(_numbers(iota[2] or iota[1]), _numbers(iota[3])).reshape(-1)
     names = list(axes)
-    last = [names.index(name) for name in chosen]
+    last = [names.index(name) for name in spanned]
     first = [place for place in range(len(names)) if place not in last]
-    size = math.prod(axes[name] for name in chosen)
+    size = math.prod(axes[name] for name in spanned)
     return devices.reshape(tuple(axes.values())).transpose(first + last).reshape(-1, size).tolist()
 
 
@@ -77,12 +77,12 @@ def _iota(dims: list[int], order: list[int]) -> np.ndarray:
 
 
 def link_ms(sent: Collective, devices: Sequence[Coordinates], chip: Chip) -> float | None:
-    """Milliseconds that the links need for a collective; the module's docstring says how. None: its group is unknown.
+    """Milliseconds that the links need for a collective, as the module's docstring says; None for unknown groups.
 
     Args:
       sent: the collective.
-      devices: where in the torus each device of the program's mesh is.
-      chip: what the pod is made of.
+      devices: the coordinates in the torus of each device of the program's mesh.
+      chip: the pod's kind of chip.
     """
     groups = read_groups(sent.text, len(devices))
     if groups is None:
@@ -106,37 +106,40 @@ def link_ms(sent: Collective, devices: Sequence[Coordinates], chip: Chip) -> flo
 
 
 def _hops(start: np.ndarray, end: np.ndarray, sides: np.ndarray, rings: np.ndarray) -> np.ndarray:
-    """Links on the shortest way, along each axis."""
+    """The number of links on the shortest way, along each axis."""
     straight = np.abs(start - end)
     return np.where(rings, np.minimum(straight, sides - straight), straight)
 
 
 def _ways(group: np.ndarray, sides: np.ndarray, rings: np.ndarray) -> list[int]:
-    """Along each axis, over how many links a chip of a group takes in: 0 where the group does not span it."""
-    found = []
+    """The number of links along each axis over which a chip of a group receives: 0 where the group does not span it."""
+    ways = []
     for axis, side, ring in zip(group.T, sides, rings, strict=True):
         places = np.unique(axis)
+        # Equal distances, with the one from the last place round to the first: the chips form a ring of their own.
         closed = ring and len(set(np.diff(places, append=places[0] + side))) == 1
-        found.append(0 if len(places) == 1 else 2 if closed else 1)
-    return found
+        ways.append(0 if len(places) == 1 else 2 if closed else 1)
+    return ways
 
 
 def _share(groups: list[np.ndarray], axis: int, ways: np.ndarray, sides: np.ndarray) -> int:
-    """How many groups at most send over one link along an axis; 1 where none does."""
-    crossing: dict[tuple[int, ...], np.ndarray] = {}  # of each line along the axis, the groups that cross its links
+    """The largest number of groups that send over one link along an axis; 1 where no group does."""
+    crossing: dict[tuple[int, ...], np.ndarray] = {}  # line along the axis -> number of groups on each of its links
     for group, way in zip(groups, ways, strict=True):
         if not way:
             continue
         others = np.delete(group, axis, axis=1)
         for line in {tuple(place) for place in others.tolist()}:
             places = group[(others == line).all(axis=1), axis]
+            if len(places) == 1:  # chips on a diagonal: what they send goes along both sides of their rectangle
+                places = group[:, axis]
             links = crossing.setdefault(line, np.zeros(sides[axis], int))
             links[slice(None) if way == 2 else slice(places.min(), places.max())] += 1
     return max((int(links.max()) for links in crossing.values()), default=1)
 
 
 def _group_ms(sent: Collective, group: np.ndarray, rate: float, sides: np.ndarray, rings: np.ndarray) -> float:
-    """Milliseconds of one group, a chip of which takes in `rate` bytes a millisecond."""
+    """Milliseconds of one group, each of whose chips receives `rate` bytes a millisecond."""
     count = len(group)
     if count == 1:
         return 0.0

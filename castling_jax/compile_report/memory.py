@@ -1,25 +1,26 @@
-"""What a program's temporary memory is made of, by when it is made and last used.
+"""The activations in a program's temporary memory.
 
-The scheduled program says in which order its operations run: an array takes up HBM from the operation that makes it to
-the last one that uses it. What the forward pass has made and the backward pass still needs are its activations.
+The scheduled program gives the order of its operations: an array takes HBM from the operation that makes it to the last
+operation that uses it. The activations are the arrays of the forward pass that the backward pass still needs.
 """
 
 import collections
 
 from castling_jax.compile_report.dump import SHAPE, Instruction, Program, shape_bytes
 
-# These make no array, but another name for (parts of) those that they take.
+# Operations that make no array, only another name for their operands or parts of them.
 ALIASES = ("bitcast", "tuple", "get-tuple-element", "optimization-barrier", "copy-done", "opt-barrier", "reshape")
-ELSEWHERE = ("parameter", "constant")  # HBM that is counted with the arguments, or none
+ELSEWHERE = ("parameter", "constant")  # their HBM is counted with the arguments, or they have none
 
 
 def activation_bytes(program: Program) -> int:
-    """Bytes of the forward pass's arrays that are there at once, at most; 0 of a program that does not differentiate.
+    """The most bytes of the forward pass's arrays at one time; 0 for a program that does not differentiate.
 
-    An estimate: of arrays that are changed in place each version counts while it is used.
+    This is an estimate: where an array is changed in place, each version counts while it is used.
     """
     order = program.computations[program.entry]
-    sources: dict[str, tuple[str, ...]] = {}  # an instruction -> the instructions that made what it names
+    # An alias has no array, so its users keep the arrays behind it alive.
+    sources: dict[str, tuple[str, ...]] = {}  # an instruction -> the instructions that made its arrays
     sizes: dict[str, int] = {}
     last: dict[str, int] = {}
     made = {instruction.name for instruction in order}
@@ -44,12 +45,12 @@ def activation_bytes(program: Program) -> int:
 
 
 def is_forward(label: str) -> bool:
-    """Whether an operation is of the forward pass of something that is differentiated."""
+    """Whether an operation belongs to the forward pass of a function that is differentiated."""
     return "jvp(" in label and "transpose(" not in label
 
 
 def hbm_bytes(instruction: Instruction) -> int:
-    """Bytes of an instruction's result that are in HBM: S(1) and others say that an array is in faster memory."""
+    """Bytes of an instruction's result in HBM; a layout with S(1) or another S( means faster memory."""
     total = 0
     result = instruction.result
     for shape in SHAPE.finditer(result):

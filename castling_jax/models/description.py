@@ -3,7 +3,7 @@
 import ast
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from castling_jax.errors import InputError, takes
@@ -12,6 +12,7 @@ from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import Cost, count_costs
 from castling_jax.models.registry import MODELS, abstract_model, attentions_of
 from castling_jax.models.variables import MODEL, count_parameters, flatten, get_variables
+from castling_jax.tables import aligned
 
 # What the tables call a part; a registered attention's part has its own name.
 PART_NAMES = {
@@ -145,11 +146,11 @@ def describe(model: Backbone) -> str:
     text = [
         f"{name}, {spec.image_size} x {spec.image_size} pixels, {spec.num_classes:,} classes"
         + "".join(f", {word}={value!r}" for word, value in spec.overrides),
-        _table(comparison, left=2),
+        "\n".join(aligned(comparison, "llr")),
         f"{attention}, form {form}: one image's forward pass",
-        _table(parts, left=1),
+        "\n".join(aligned(parts, "lr")),
         f"{attention}, form {form}: parameters",
-        _table(parameters, left=2),
+        "\n".join(aligned(parameters, "llr")),
     ]
     branch = sum(leaf.size for path, leaf in flatten(variables).items() if "softmax_branch" in path.split("/"))
     if branch:
@@ -162,12 +163,12 @@ def describe(model: Backbone) -> str:
 def describe_all() -> Iterator[str]:
     """A line for each model as softmax model and in castling's two forms, below a header."""
     widths = (14, 22, 14, 14, 14)
-    yield _line(("model", "attention", *SIZE_HEADER), widths, left=2)
+    yield from aligned([("model", "attention", *SIZE_HEADER)], "llr", widths=widths)
     for name in MODELS:
         for attention, form in [("softmax", "train"), ("castling", "train"), ("castling", "inference")]:
             size = measure(abstract_model(name, attention=attention, form=form))
             kind = f"castling, {form}" if attention == "castling" else attention
-            yield _line((name, kind, *_size_cells(size)), widths, left=2)
+            yield from aligned([(name, kind, *_size_cells(size))], "llr", widths=widths)
 
 
 def _size_cells(size: Size) -> tuple[str, str, str]:
@@ -176,18 +177,6 @@ def _size_cells(size: Size) -> tuple[str, str, str]:
 
 def _millions(number: int) -> str:
     return f"{number / 1e6:,.2f} M"
-
-
-def _table(rows: Sequence[tuple[str, ...]], *, left: int) -> str:
-    """Aligned columns, the first `left` of them to the left."""
-    widths = tuple(max(map(len, column)) for column in zip(*rows, strict=True))
-    return "\n".join(_line(row, widths, left=left) for row in rows)
-
-
-def _line(row: tuple[str, ...], widths: tuple[int, ...], *, left: int) -> str:
-    cells = zip(row, widths, strict=True)
-    aligned = [f"{cell:{'<' if i < left else '>'}{width}}" for i, (cell, width) in enumerate(cells)]
-    return "  " + "  ".join(aligned).rstrip()
 
 
 def parse_overrides(settings: list[str]) -> dict[str, Any]:

@@ -1,17 +1,19 @@
-"""What all commands share: their parser, --config with its fields, and how a command ends that cannot go on."""
+"""What all commands share: the parser, --config and its fields, and the sentence that ends a command with a mistake."""
 
 import argparse
 import contextlib
+import functools
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from etils import epath
 
-from castling_jax.errors import InputError, refusing_os_errors
+from castling_jax.errors import InputError, check_at_least, refusing_os_errors
 from castling_jax.storage import as_path
 from castling_jax.suggestions import suggest
 
@@ -28,22 +30,34 @@ def program() -> str:
     return Path(sys.argv[0]).name
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the description's lines, and ends an option's help with its default, if it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # Flags that are off, empty texts and lists, and None need no words.
+        default = action.default
+        is_shown = isinstance(default, int | float | str | Path) and default not in ("", argparse.SUPPRESS)
+        return super()._get_help_string(action) if is_shown and default is not False else action.help
+
+
 class Parser(argparse.ArgumentParser):
-    """A command's parser, whose help begins with the module's docstring.
+    """A command's parser, whose help begins with the module's docstring and gives each option's default.
 
     Nothing that a parser needs may import JAX: then --help answers at once.
 
     Args:
       doc: the docstring.
-      fields: whether the command takes --config.GROUP.FIELD=VALUE. These words are then in `options.fields`, for
+      fields: whether the command takes --config.GROUP.FIELD=VALUE. `options.fields` then has these words, for
         `castling_jax.training.overrides`.
     """
 
     def __init__(self, doc: str | None, *, fields: bool = False):
-        about = argparse.RawDescriptionHelpFormatter
         epilog = f"{OVERRIDES} (python main.py --help-config lists the fields)" if fields else None
-        super().__init__(prog=program(), description=doc, epilog=epilog, formatter_class=about, allow_abbrev=False)
+        super().__init__(
+            prog=program(), description=doc, epilog=epilog, formatter_class=_HelpFormatter, allow_abbrev=False
+        )
         self.takes_fields = fields
+        self._counts: list[argparse.Action] = []
 
     def add_config(self, **options: Any) -> None:
         """Adds --config, which is None where it is not given and has no `default`."""
@@ -51,24 +65,31 @@ class Parser(argparse.ArgumentParser):
             "--config", metavar="NAME", help="NAME or FILE.py, and :VARIANT: digits, deit:small", **options
         )
 
+    def add_count(self, flag: str, default: int, help: str) -> None:
+        """Adds a flag that takes an integer of at least 1; `read` refuses others."""
+        self._counts.append(self.add_argument(flag, type=int, default=default, help=help))
+
     def error(self, message: str) -> NoReturn:
-        """What argparse calls for a mistake; raises an InputError."""
+        """Raises an InputError; argparse calls this for a mistake."""
         raise InputError(f"{message}; --help lists what this command takes.")
 
-    def read(self, words: Sequence[str] | None = None) -> argparse.Namespace:
+    def read(self, words: Sequence[str] | None = None) -> Namespace:
         """The options of a command line, by default this process's.
 
         Raises:
-          InputError: a flag is unknown; names the nearest known one.
+          InputError: a flag is unknown, in which case the message names the nearest known one, or has a wrong value.
         """
-        given = list(sys.argv[1:] if words is None else words)
-        fields, others = _split(given) if self.takes_fields else ([], given)
+        words = list(sys.argv[1:] if words is None else words)
+        # argparse would take the fields for unknown flags: there are a hundred, and --help-config lists them.
+        fields, others = _split(words) if self.takes_fields else ([], words)
         options, unknown = self.parse_known_args(others)
         for word in unknown:
             flag = word.partition("=")[0]
             if not flag.startswith("-"):
                 self.error(f"unexpected argument {word!r}")
             raise InputError(f"unknown flag {flag}{self._hint(flag.lstrip('-'))}")
+        for count in self._counts:
+            check_at_least(count.option_strings[0], getattr(options, count.dest), 1)
         if self.takes_fields:
             options.fields = fields
         return options
@@ -92,7 +113,7 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
         field = FIELD.match(word)
         if field:
             fields.append(word)
-        elif lacks_value and not word.startswith("--"):
+        elif lacks_value and not word.startswith("--"):  # as in --config.seed 7
             fields[-1] += f"={word}"
         else:
             others.append(word)
@@ -101,7 +122,7 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def any_path(text: str) -> epath.Path:
-    """argparse's type of a path, in a bucket too; ~ is the home folder."""
+    """An argparse type: a path on this machine or in a bucket; ~ is the home folder."""
     try:
         return as_path(text)
     except InputError as error:
@@ -109,7 +130,7 @@ def any_path(text: str) -> epath.Path:
 
 
 def local_path(text: str) -> Path:
-    """argparse's type of a path on this machine; ~ is the home folder."""
+    """An argparse type: a path on this machine; ~ is the home folder."""
     return Path(any_path(text))
 
 
@@ -130,6 +151,24 @@ def ending_in_a_sentence(prefix: str = "") -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's flush at the end fails too
             sys.exit(0)
         sys.exit(f"{prefix}{error}")
+
+
+def command(make_parser: Callable[[], Parser]) -> Callable[[Callable[[Namespace], None]], Callable[..., None]]:
+    """Decorates a command's function of its options: main(words) reads the words, and a mistake ends in a sentence.
+
+    Args:
+      make_parser: makes the command's parser.
+    """
+
+    def decorate(run: Callable[[Namespace], None]) -> Callable[..., None]:
+        @functools.wraps(run)
+        @ending_in_a_sentence()
+        def main(words: Sequence[str] | None = None) -> None:
+            run(make_parser().read(words))
+
+        return main
+
+    return decorate
 
 
 if __name__ == "__main__":

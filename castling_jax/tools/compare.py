@@ -1,37 +1,35 @@
-"""Trains several attentions side by side, and says what each has reached and what it costs.
+"""Trains several attentions side by side, and prints the accuracy and the cost of each.
 
     python -m castling_jax compare --config=fashion_mnist [--attentions=castling,softmax]
         [--epochs=N] [--workdir=runs/compare-fashion_mnist]
 
-trains the configuration once for each attention, all else being equal, prints held-out accuracy beside parameters and
-multiply-accumulates (MACs) of what is run in the end, and writes the table to WORKDIR/compare.md. Each run is one of
-main.py's in a folder of its own, WORKDIR/ATTENTION: started again, the command goes on where it was.
+trains the configuration once for each attention, all else being equal. It prints the held-out accuracy beside the
+parameters and multiply-accumulates (MACs) of the inference form, and writes the table to WORKDIR/compare.md. Each run
+is one of main.py's, in the folder WORKDIR/ATTENTION: the same command goes on after an interruption.
 """
 
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
 
 from etils import epath
 
 from castling_jax.errors import InputError, check_known
 from castling_jax.storage import try_file, write_atomically
-from castling_jax.tools.cli import Parser, any_path, ending_in_a_sentence
+from castling_jax.tools.cli import Parser, any_path, command
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, fields=True)
     parser.add_config(required=True)
-    parser.add_argument("--attentions", default="castling,softmax", help="by commas (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, help="instead of the configuration's")
-    parser.add_argument("--workdir", type=any_path, help="by default runs/compare- and the configuration's name")
+    parser.add_argument("--attentions", default="castling,softmax", help="the attentions, with commas")
+    parser.add_argument("--epochs", type=int, help="epochs of each run; the configuration's if not given")
+    parser.add_argument("--workdir", type=any_path, help="the folder of the runs; runs/compare-NAME if not given")
     return parser
 
 
-@ending_in_a_sentence()
-def main(words: Sequence[str] | None = None) -> None:
-    options = make_parser().read(words)
-
+@command(make_parser)
+def main(options: Namespace) -> None:
     import jax
 
     from castling_jax.models.attention.kinds import KINDS
@@ -50,7 +48,7 @@ def main(words: Sequence[str] | None = None) -> None:
         for attention in attentions:
             check_known("attention", attention, KINDS)
         workdir = options.workdir or epath.Path("runs") / f"compare-{Path(options.config.partition(':')[0]).stem}"
-        try_file(workdir / TABLE_FILE)
+        try_file(workdir / TABLE_FILE)  # before hours are spent
         if jax.default_backend() == "cpu":
             keep_freed_memory()
         page = table(compare(config, attentions, workdir))

@@ -2,17 +2,17 @@
 
     python -m castling_jax convert SOURCE OUT [--format=safetensors] [--no-ema] [--bfloat16] [--check]
 
-drops the softmax branch, folds batch norm into the layers beside it, and says of every parameter what became of it.
-SOURCE is a run's folder (its newest checkpoint is read, or its inference folder where there is no other), the folder of
-one checkpoint, RUN/checkpoints/STEP, or an inference folder. OUT is a folder that describes itself, in model.json: the
-model's name and arguments, how an image becomes its input, the names of its classes, versions and a checksum. What
-fails leaves no OUT behind that could be taken for whole.
+drops the softmax branch, folds batch norm into the layers beside it, and prints what became of every parameter.
+SOURCE is a run's folder (the newest checkpoint is read, or the inference folder where there are no checkpoints), the
+folder of one checkpoint, RUN/checkpoints/STEP, or an inference folder. OUT is a folder that describes itself in
+model.json: the model's name and arguments, how an image becomes its input, the names of its classes, versions and a
+checksum. A conversion that fails leaves no OUT behind that could pass for a whole one.
 
 formats:
   safetensors   OUT/variables.safetensors; castling_jax.load_inference(OUT) gives (model, variables)
   orbax         OUT/variables.orbax, a checkpoint; load_inference reads it too
   stablehlo     OUT/program.stablehlo, the forward pass with the weights inside, for CPUs, TPUs and GPUs and any number
-                of images. A program needs only jax and flatbuffers to run it:
+                of images. It needs only jax and flatbuffers to run:
 
                   program = jax.export.deserialize(open("OUT/program.stablehlo", "rb").read())
                   logits = program.call(images)  # [batch, size, size, 3] in float32, as castling_jax.preprocess makes
@@ -25,45 +25,42 @@ examples:
 """
 
 import argparse
-from collections.abc import Sequence
+from argparse import Namespace
 
-from castling_jax.tools.cli import Parser, any_path, ending_in_a_sentence
+from castling_jax.tools.cli import Parser, any_path, command
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("source", help="a run's folder, a checkpoint's, or an inference folder")
     parser.add_argument("out", type=any_path, help="the folder to write; an earlier conversion there is replaced")
-    parser.add_argument("--format", default="safetensors", help="safetensors if not given")
+    parser.add_argument("--format", default="safetensors", help="safetensors, orbax or stablehlo")
     parser.add_argument(
         "--ema",
         action=argparse.BooleanOptionalAction,
-        help="take the moving average of the parameters, or the raw ones; if not given, those that the run exports, by "
-        "its config.train.export",
+        help="export the moving average of the parameters, or the raw parameters; if not given, the ones that the "
+        "run's config.train.export names",
     )
     parser.add_argument(
         "--bfloat16",
         action="store_true",
-        help="hold the parameters in bfloat16, half the size; it still computes in what the model was made for",
+        help="hold the parameters in bfloat16, half the size; the model still computes in its own dtype",
     )
     parser.add_argument(
         "--check",
         action="store_true",
-        help="compare the two forms, and what was written with both, on held-out images: of the run's dataset, or the "
-        "digits",
+        help="compare the two forms and the written files on held-out images of the run's dataset, or on the digits",
     )
     return parser
 
 
-@ending_in_a_sentence()
-def main(words: Sequence[str] | None = None) -> None:
-    options = make_parser().read(words)
-
+@command(make_parser)
+def main(options: Namespace) -> None:
     from absl import logging
 
     from castling_jax.training.export import convert
 
-    logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
+    logging.set_verbosity(logging.ERROR)  # Orbax logs every file
     convert(
         options.source,
         options.out,

@@ -2,9 +2,9 @@
 
     python -m castling_jax evaluate RUN [--workdir=DIR] [--config.dataset.name=NAME --config.dataset.eval_split=SPLIT]
 
-RUN is a run's folder or RUN/checkpoints/STEP. The split is the one that the run's summary tells of, or the one that
---config.dataset.name, .eval_split and other fields of dataset and evaluation name. The command prints what it finds and
-writes RUN/evaluation/, or DIR/evaluation/ where --workdir is given. It is main.py --evaluate=RUN.
+RUN is a run's folder or RUN/checkpoints/STEP. The split is the one in the run's summary, or the one that
+--config.dataset.name, .eval_split and other fields of dataset and evaluation name. The command prints its figures and
+writes RUN/evaluation/, or DIR/evaluation/ where --workdir is given. It is the same as main.py --evaluate=RUN.
 """
 
 import argparse
@@ -18,7 +18,7 @@ def make_parser() -> Parser:
     parser = Parser(__doc__, fields=True)
     parser.add_argument("evaluate", metavar="RUN", help="a run's folder, or one of its checkpoints/STEP")
     parser.add_argument("--workdir", metavar="DIR", help="where evaluation/ is written; RUN if not given")
-    parser.add_argument("--config", help=argparse.SUPPRESS)  # refused in a sentence
+    parser.add_argument("--config", help=argparse.SUPPRESS)  # so that a sentence refuses it, and says why
     add_process_flags(parser)
     return parser
 

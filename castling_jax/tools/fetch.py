@@ -1,31 +1,29 @@
-"""Gets published softmax weights, and checks them by their SHA-256.
+"""Downloads published softmax weights, and checks their SHA-256.
 
     python -m castling_jax fetch NAME [--out=DIR]
 
 NAME is a model: deit_tiny, levit_256, mvitv2_base, or a distilled DeiT such as deit_base_distilled. The file is timm's
-or the authors' own. It prints the command that starts a castling model from it. There are no castling weights to fetch:
-none has been trained on ImageNet.
+or the authors' own. The command prints how to start a castling model from it. There are no castling weights to fetch:
+no castling model has been trained on ImageNet yet.
 
 example:
   python -m castling_jax fetch deit_small --out=weights
 """
 
-from collections.abc import Sequence
+from argparse import Namespace
 
-from castling_jax.tools.cli import Parser, ending_in_a_sentence, local_path
+from castling_jax.tools.cli import Parser, command, local_path
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("name", metavar="NAME", help="of the model")
-    parser.add_argument("--out", metavar="DIR", type=local_path, default=".", help="where to put the file")
+    parser.add_argument("name", metavar="NAME", help="the model's name")
+    parser.add_argument("--out", metavar="DIR", type=local_path, default=".", help="the folder for the file")
     return parser
 
 
-@ending_in_a_sentence()
-def main(words: Sequence[str] | None = None) -> None:
-    options = make_parser().read(words)
-
+@command(make_parser)
+def main(options: Namespace) -> None:
     from castling_jax.convert.fetch import fetch
 
     path = fetch(options.name, options.out)

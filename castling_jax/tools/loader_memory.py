@@ -3,25 +3,23 @@
     python -m castling_jax loader_memory [--batches=3000] [--workers=0]
 
 writes small JPEGs to a temporary folder, reads them for many epochs as training does, and prints the resident memory of
-this process and its workers on the way.
+this process and its workers from time to time.
 """
 
-from collections.abc import Sequence
+from argparse import Namespace
 
-from castling_jax.tools.cli import Parser, ending_in_a_sentence
+from castling_jax.tools.cli import Parser, command
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("--batches", type=int, default=3000, help="how many (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read (default: %(default)s)")
+    parser.add_count("--batches", 3000, "number of batches")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read; 0 reads in this one")
     return parser
 
 
-@ending_in_a_sentence()
-def main(words: Sequence[str] | None = None) -> None:
-    options = make_parser().read(words)
-
+@command(make_parser)
+def main(options: Namespace) -> None:
     from castling_jax.bench.loader_memory import watch_memory
 
     watch_memory(options.batches, options.workers)

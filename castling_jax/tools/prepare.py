@@ -1,19 +1,19 @@
-"""Prepares a data set to be trained on; once.
+"""Prepares a data set for training, once.
 
     python -m castling_jax prepare NAME [--data_dir=DIR] [--manual_dir=DIR] [--archives=DIR]
 
-NAME is one of tensorflow-datasets', NAME[/CONFIG][:VERSION]; https://www.tensorflow.org/datasets/catalog lists them.
-It is downloaded, and written to DIR/NAME/VERSION as ArrayRecord files, which training reads at random access without
-TensorFlow. Preparing most data sets does need TensorFlow, once, on any machine: pip install tensorflow-cpu. What is
-interrupted starts anew, and leaves nothing behind that could be taken for whole.
+NAME is a data set of tensorflow-datasets, NAME[/CONFIG][:VERSION]; https://www.tensorflow.org/datasets/catalog lists
+them. The command downloads it and writes it to DIR/NAME/VERSION as ArrayRecord files, which training reads at random
+access without TensorFlow. Preparing most data sets does need TensorFlow, once, on any machine: pip install
+tensorflow-cpu. An interrupted preparation starts anew, and leaves nothing behind that could pass for a whole one.
 
   imagenet2012       cannot be downloaded without an account. Get ILSVRC2012_img_train.tar (138 GB) and
                      ILSVRC2012_img_val.tar (6 GB) from https://image-net.org/download-images into one folder and name
-                     it by --manual_dir. Takes some hours, and another 145 GB in DIR.
+                     it with --manual_dir. Takes a few hours, and another 145 GB in DIR.
   fashion_mnist      needs neither TensorFlow nor a network where Debian's package dataset-fashion-mnist is installed
                      (apt-get install dataset-fashion-mnist), or --archives names a folder with its four .gz files, or
                      with the published ones. Takes half a minute, and 40 MB.
-  folder:PATH        images in PATH/SPLIT/CLASS/ or PATH/CLASS/ need no preparing: checks and counts them.
+  folder:PATH        images in PATH/SPLIT/CLASS/ or PATH/CLASS/ need no preparing: the command checks and counts them.
 
 examples:
   python -m castling_jax prepare fashion_mnist
@@ -23,36 +23,36 @@ examples:
 """
 
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
 
-from castling_jax.tools.cli import Parser, any_path, ending_in_a_sentence
+from castling_jax.tools.cli import Parser, any_path, command
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("name", metavar="NAME", help="of the data set")
+    parser.add_argument("name", metavar="NAME", help="the data set's name")
     parser.add_argument(
-        "--data_dir", metavar="DIR", type=any_path, help="where data sets are; ~/tensorflow_datasets if not given"
+        "--data_dir", metavar="DIR", type=any_path, help="the folder of data sets; ~/tensorflow_datasets if not given"
     )
     parser.add_argument(
         "--manual_dir",
         metavar="DIR",
         type=any_path,
-        help="where archives are that were fetched by hand; DIR/downloads/manual if not",
+        help="the folder of archives that you downloaded; DIR/downloads/manual if not given",
     )
-    parser.add_argument("--archives", metavar="DIR", type=any_path, help="fashion_mnist's; Debian's if they are there")
+    parser.add_argument(
+        "--archives", metavar="DIR", type=any_path, help="the folder of fashion_mnist's files; Debian's if not given"
+    )
     return parser
 
 
-@ending_in_a_sentence()
-def main(words: Sequence[str] | None = None) -> None:
-    options = make_parser().read(words)
-
+@command(make_parser)
+def main(options: Namespace) -> None:
     from absl import logging
 
     from castling_jax.data.prepare import prepare
 
-    logging.set_verbosity(logging.ERROR)  # tensorflow-datasets tells of what it looks for
+    logging.set_verbosity(logging.ERROR)  # tensorflow-datasets logs every place that it looks in
     try:
         print(
             prepare(options.name, data_dir=options.data_dir, manual_dir=options.manual_dir, archives=options.archives)

@@ -1,13 +1,13 @@
-"""Prints what came of a run, as training did at its end.
+"""Prints the summary of a finished run, as training did at its end.
 
 python -m castling_jax summary RUN
 """
 
-from collections.abc import Sequence
+from argparse import Namespace
 
 from castling_jax.errors import InputError
 from castling_jax.storage import reach_bucket
-from castling_jax.tools.cli import Parser, any_path, ending_in_a_sentence
+from castling_jax.tools.cli import Parser, any_path, command
 
 
 def make_parser() -> Parser:
@@ -16,16 +16,15 @@ def make_parser() -> Parser:
     return parser
 
 
-@ending_in_a_sentence()
-def main(words: Sequence[str] | None = None) -> None:
-    workdir = make_parser().read(words).run
-    reach_bucket(workdir)
+@command(make_parser)
+def main(options: Namespace) -> None:
+    reach_bucket(options.run)
 
     from castling_jax.training.summary import SUMMARY_FILE, read_summary
 
-    summary = read_summary(workdir)
+    summary = read_summary(options.run)
     if summary is None:
-        raise InputError(f"'{workdir}' is not a finished run: it has no {SUMMARY_FILE}.")
+        raise InputError(f"'{options.run}' is not a finished run: it has no {SUMMARY_FILE}.")
     print(summary)
 
 

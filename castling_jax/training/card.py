@@ -10,6 +10,7 @@ from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import count_macs
 from castling_jax.models.variables import count_parameters, flatten, get_variables
 from castling_jax.storage import absolute
+from castling_jax.tables import markdown
 from castling_jax.tasks.registry import measures_of
 from castling_jax.training.config import default_config
 from castling_jax.training.summary import SUMMARY_FILE
@@ -35,19 +36,20 @@ def model_card(weights: Weights, model: Backbone) -> str:
         f"made with castling_jax. `castling_jax.load_inference(FOLDER)` gives (model, variables), "
         "`castling_jax.predict(FOLDER, images)` the classes of images.",
         "",
-        "| | |",
-        "|---|---|",
-        f"| parameters | {count_parameters(get_variables(model)):,} |",
-        f"| MACs an image | {count_macs(model) / 1e6:,.2f} M |",
-        f"| parameters' dtype | {spec.param_dtype} |",
     ]
+    rows = {
+        "parameters": f"{count_parameters(get_variables(model)):,}",
+        "MACs an image": f"{count_macs(model) / 1e6:,.2f} M",
+        "parameters' dtype": str(spec.param_dtype),
+    }
     if pixels is not None:
-        lines.append(f"| input | (pixel / 255 - {list(pixels.mean)}) / {list(pixels.std)}, RGB |")
+        rows["input"] = f"(pixel / 255 - {list(pixels.mean)}) / {list(pixels.std)}, RGB"
     if figures:
-        lines += [f"| {what} | {said} |" for what, said in _trained(figures).items()]
+        rows |= _trained(figures)
     if classes is not None and len(classes) <= 100:
-        lines.append(f"| classes | {printable(', '.join(classes))} |")
-    lines += ["| license of the data | TODO |", "| what it is for, and what not | TODO |"]
+        rows["classes"] = printable(", ".join(classes))
+    rows |= {"license of the data": "TODO", "what it is for, and what not": "TODO"}
+    lines += markdown(("", ""), rows.items(), "l")
     if weights.config is not None:
         changed = _changed_fields(weights.config)
         lines += ["", "Fields of the configuration that differ from the defaults:", "", "```"]

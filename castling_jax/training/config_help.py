@@ -1,7 +1,10 @@
 """The fields of the configuration for a person: `main.py --help-config`, and docs/configuration.md."""
 
+import itertools
+
 from ml_collections import ConfigDict
 
+from castling_jax.tables import markdown
 from castling_jax.training.config import FIELDS, default_config
 
 
@@ -23,12 +26,9 @@ def fields_page() -> str:
         "of the configuration NAME. A field is overridden by `--config.GROUP.FIELD=VALUE`, and in Python by",
         "`config.GROUP.FIELD = VALUE`. Where the default is None, None is allowed too.",
     ]
-    group = ""
-    for name, field in FIELDS.items():
-        if name.rpartition(".")[0] != group or len(lines) == 5:
-            group = name.rpartition(".")[0]
-            lines += ["", f"## {group or 'The run'}", "", "| field | default | takes | meaning |", "|---|---|---|---|"]
-        lines.append(f"| `{name}` | {_value(config, name)} | {field.values.text} | {field.meaning} |")
+    for group, fields in itertools.groupby(FIELDS.items(), key=lambda item: item[0].rpartition(".")[0]):
+        rows = [(f"`{name}`", str(_value(config, name)), field.values.text, field.meaning) for name, field in fields]
+        lines += ["", f"## {group or 'The run'}", "", *markdown(("field", "default", "takes", "meaning"), rows, "l")]
     return "\n".join([*lines, ""])
 
 

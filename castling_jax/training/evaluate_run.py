@@ -18,6 +18,7 @@ from castling_jax.data.fingerprint import check_same_classes
 from castling_jax.data.sources import FOLDER, Dataset, load_dataset
 from castling_jax.errors import InputError, refusing
 from castling_jax.storage import absolute, write_atomically
+from castling_jax.tables import aligned
 from castling_jax.tasks.registry import measures_of, task_of
 from castling_jax.tasks.task import Answers
 from castling_jax.training.config import FIELDS
@@ -105,12 +106,8 @@ class Evaluation:
         if len(rows) > CLASSES_SHOWN:
             title = f"  the {CLASSES_SHOWN} classes of the lowest {measure.name}, inference form:"
             rows = sorted(rows, key=lambda row: row[2])[:CLASSES_SHOWN]
-        names = [_printable(name) for name, *_ in rows]
-        width = max(map(len, names))
-        lines = [
-            f"    {name:{width}s}  {measure.text(figure):>8s} of {images:,}"
-            for name, (_, images, figure) in zip(names, rows, strict=True)
-        ]
+        cells = [(_printable(name), f"{measure.text(figure):>8s} of {images:,}") for name, images, figure in rows]
+        lines = aligned(cells, "l", indent="    ")
         return "\n".join([title, *lines, ""])
 
 

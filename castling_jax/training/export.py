@@ -30,6 +30,7 @@ from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, count_parameters, flatten
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.storage import absolute, is_remote, reach_bucket, try_folder, write_atomically
+from castling_jax.tables import aligned
 from castling_jax.training.card import CARD_FILE, model_card
 from castling_jax.training.config_files import run_config
 from castling_jax.training.setup import named_splits
@@ -113,11 +114,7 @@ def table(before: Variables, after: Variables) -> str:
     statistics = sum(leaf.size for path, leaf in old.items() if not path.startswith("params/"))
     if statistics:
         rows.append(("batch statistics", f"{statistics:,}", "0", ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    text = "\n".join(
-        f"  {name:{widths[0]}}  {shape:>{widths[1]}}  {new_shape:>{widths[2]}}  {fate}".rstrip()
-        for name, shape, new_shape, fate in rows
-    )
+    text = "\n".join(aligned(rows, "lrrl"))
     actions = Counter(fate.action for fate in fates.values())
     return text + "\n  " + ", ".join(f"{times} arrays {action}" for action, times in actions.items()) + "."
 

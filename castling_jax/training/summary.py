@@ -23,6 +23,7 @@ from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, count_parameters, features, get_variables
 from castling_jax.plots import draw_training, png
 from castling_jax.storage import write_atomically
+from castling_jax.tables import aligned
 from castling_jax.tasks.registry import measures_of, task_in
 from castling_jax.training.metrics import read_history
 from castling_jax.training.timing import interleaved_seconds, medians, significant
@@ -191,11 +192,14 @@ def read_summary(workdir: epath.Path) -> Summary | None:
 
 def describe(summary: dict[str, Any]) -> str:
     """The summary for a person."""
-    table = "\n".join(f"  {name:28s}{left:>16s}{right:>18s}" for name, left, right in _rows(summary))
-    return (
-        f"{_headline(summary)}\n{table}\n"
-        f"  largest difference between the two forms' logits: {summary['max_difference']:.1e}\n"
-        + "\n".join(f"  {name:28s}{printable(path)}" for name, path in summary["files"].items())
+    files = [(name, printable(path)) for name, path in summary["files"].items()]
+    return "\n".join(
+        [
+            _headline(summary),
+            *aligned(_rows(summary), widths=(28, 14, 16)),
+            f"  largest difference between the two forms' logits: {summary['max_difference']:.1e}",
+            *aligned(files, "l", widths=(26,)),
+        ]
     )
 
 

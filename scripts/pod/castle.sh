@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Castles a pretrained softmax model: copies timm's weights to BUCKET, and trains from them: castle.sh [--dry-run] [flags]
-# MODEL, of timm's on Hugging Face, is by default DeiT-B's; CONFIG goes with it (configs/castle_pretrained.py:base).
+# Castles a pretrained softmax model: copies timm's weights to BUCKET and trains from them: castle.sh [--dry-run] [flags]
+# MODEL is one of timm's models on Hugging Face (DeiT-B); CONFIG must fit it (configs/castle_pretrained.py:base).
 export CONFIG=${CONFIG:-configs/castle_pretrained.py:base} RUN=${RUN:-castled-deit-base}
 source "$(dirname "$0")/common.sh"
 bucket

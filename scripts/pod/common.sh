@@ -1,14 +1,14 @@
-# What the steps share. Settings come from the environment; `run` prints a command and, unless --dry-run is given, runs it.
+# Shared by the steps. Settings come from the environment; `run` prints a command and, unless --dry-run is given, runs it.
 #
-#   NAME     of the pod (castling)
-#   ZONE     (us-west4-a)
+#   NAME     the pod's name (castling)
+#   ZONE     its zone (us-west4-a)
 #   TYPE     its accelerator type: v5litepod-256, v5p-128, v6e-64 ... (v5litepod-256)
 #   RUNTIME  its software version; by default the one for TYPE
-#   SLICES   how many pods of that type train together (1)
-#   SPOT     1: it may be taken away at any time, and costs less; 0: on demand (1)
-#   BUCKET   gs://... in the same region: data, runs, exports
-#   CONFIG   of main.py (configs/deit.py:base)
-#   RUN      the run's name: it is kept in BUCKET/runs/RUN (deit-base)
+#   SLICES   the number of pods of that type that train together (1)
+#   SPOT     1: Google may take the pod away at any time, and it costs less; 0: on demand (1)
+#   BUCKET   gs://... in the same region, for data, runs and exports
+#   CONFIG   the configuration, as main.py takes it (configs/deit.py:base)
+#   RUN      the run's name; its folder is BUCKET/runs/RUN (deit-base)
 set -euo pipefail
 SCRIPT=$(realpath "$0")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -23,17 +23,17 @@ case "$TYPE" in
     *) echo "TYPE must start with v4-, v5litepod-, v5p- or v6e-, not '$TYPE'." >&2 && exit 2 ;;
 esac
 [[ "$SLICES" =~ ^[1-9][0-9]*$ ]] || { echo "SLICES must be a number from 1 on, not '$SLICES'." >&2 && exit 2; }
-# They stand in commands that a worker's shell reads.
+# plain VARIABLE PATTERN WORDS: refuses other characters, because a worker's shell reads these settings.
 plain() {
     [[ "${!1:-}" =~ ^$2$ ]] || { echo "$(basename "$0"): $1 must be $3, not '${!1}'." >&2 && exit 2; }
 }
 plain NAME '[a-z][a-z0-9-]*' "lower-case letters, digits and -"
 plain RUN '[A-Za-z0-9._-]+' "letters, digits, '.', '_' and '-'"
 CODE=castling_jax       # the clone, in every worker's home
-TRAINING="^[^ ]*python main.py .*--workdir=${BUCKET:-}/runs/$RUN( |$)"  # by which pgrep finds the run
+TRAINING="^[^ ]*python main.py .*--workdir=${BUCKET:-}/runs/$RUN( |$)"  # pgrep finds the run by this
 MOUNT=/mnt/castling     # where every worker sees BUCKET: ArrayRecord files are read from a disk
 
-# --dry-run and --help count wherever they stand. The environment hands the first on to steps that are made of others.
+# --dry-run and --help may stand anywhere. The environment passes DRY_RUN on to the steps that a step starts.
 export DRY_RUN=${DRY_RUN:-0}
 for word in "$@"; do
     shift
@@ -49,12 +49,12 @@ for word in "$@"; do
     esac
 done
 
-# no_flags "$@": refuses what is left, in a step that hands on no flags; a mistyped --dry-run must not delete a pod.
+# no_flags "$@": refuses other words in a step that takes no flags: a mistyped --dry-run must not delete a pod.
 no_flags() {
     [ $# = 0 ] || { echo "$(basename "$0"): there is no flag '$1', only --dry-run and --help." >&2 && exit 2; }
 }
 
-# run COMMAND...: prints it as it can be typed, and runs it.
+# run COMMAND...: prints the command as one can type it, and runs it.
 run() {
     local word line=
     for word in "$@"; do
@@ -65,13 +65,13 @@ run() {
     [ "$DRY_RUN" = 1 ] || "$@"
 }
 
-# need VARIABLE WHAT: refuses to go on without a setting.
+# need VARIABLE WORDS: refuses to go on without this setting.
 need() {
     [ -n "${!1:-}" ] || { echo "$(basename "$0"): set $1, $2." >&2 && exit 2; }
 }
 
 bucket() {
-    need BUCKET "the bucket that everything is kept in, such as gs://my-bucket"
+    need BUCKET "the bucket for everything, such as gs://my-bucket"
     [[ "$BUCKET" == gs://* ]] || { echo "$(basename "$0"): BUCKET must start with gs://, not '$BUCKET'." >&2 && exit 2; }
     plain BUCKET 'gs://[a-z0-9._-]+(/[A-Za-z0-9._-]+)*' "gs://NAME or gs://NAME/FOLDER, of letters, digits, '.', '_' and '-'"
 }
@@ -81,12 +81,12 @@ nodes() {
     if [ "$SLICES" = 1 ]; then echo "$NAME"; else seq -f "$NAME-%g" 0 $((SLICES - 1)); fi
 }
 
-# on_workers NODE all|0 COMMAND: runs it there.
+# on_workers NODE all|0 COMMAND: runs the command on all workers of a node, or on worker 0.
 on_workers() {
     run gcloud compute tpus tpu-vm ssh "$1" --zone="$ZONE" --worker="$2" --command="$3"
 }
 
-# everywhere COMMAND: runs it on every worker of every slice.
+# everywhere COMMAND: runs the command on every worker of every slice.
 everywhere() {
     local node
     for node in $(nodes); do

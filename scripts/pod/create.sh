@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Asks for the pod, or for SLICES of them, and waits until it is there: create.sh [--dry-run]
+# Requests the pod, or SLICES pods, and waits until it is ready: create.sh [--dry-run]
 source "$(dirname "$0")/common.sh"
 no_flags "$@"
 

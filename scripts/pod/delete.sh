@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Gives the pod back: it costs until then. What is in BUCKET stays: delete.sh [--dry-run]
+# Gives the pod back; until then it costs. BUCKET keeps its files: delete.sh [--dry-run]
 source "$(dirname "$0")/common.sh"
 no_flags "$@"
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Prepares ImageNet on this machine, and copies it to BUCKET: ARCHIVES=FOLDER prepare.sh [--dry-run]
-# ARCHIVES has ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar; 300 GB must be free in DATA (~/tensorflow_datasets).
+# ARCHIVES has ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar. DATA (~/tensorflow_datasets) needs 300 GB.
 source "$(dirname "$0")/common.sh"
 no_flags "$@"
 bucket

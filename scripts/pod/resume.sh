@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# Looks once a minute until the run is finished, and has it go on: resume.sh [--dry-run] [train.sh's flags ...]
-# A pod that was taken away is deleted, asked for again and installed; a run that ended on a pod that is there is started
-# again, RESTARTS times at most (3), unless it would only come to the same end again. A question that gets no answer is
-# asked again.
+# Looks once a minute until the run is finished, and makes it go on: resume.sh [--dry-run] [train.sh's flags ...]
+# It deletes, requests and installs a pod that was taken away. It restarts a run that ended on a living pod, at most
+# RESTARTS times (3), unless the run would only fail in the same way. When a look fails, the next one asks again.
 source "$(dirname "$0")/common.sh"
 bucket
 RESTARTS=${RESTARTS:-3}
-SAME_AGAIN=3 # main.py's status where the same command would only come to the same end again
+SAME_AGAIN=3 # main.py's status where the same command would only fail in the same way
 
 start() {
     scripts/pod/install.sh && scripts/pod/train.sh "$@"
@@ -20,12 +19,12 @@ again() {
     scripts/pod/delete.sh && ask "$@"
 }
 
-# try FUNCTION [flags ...]: what fails is seen at the next look.
+# try FUNCTION [flags ...]: a failure ends nothing; the next look sees it.
 try() {
     "$@" || echo "That failed; once more in a minute." >&2
 }
 
-# What worker 0 says: running, ended STATUS, or, where it cannot be reached, something else.
+# The answer of worker 0: running, ended STATUS, or something else where it cannot be reached.
 answer() {
     gcloud compute tpus tpu-vm ssh "$(nodes | head -n 1)" --zone="$ZONE" --worker=0 \
         --command="pgrep -f '$TRAINING' > /dev/null && echo running || echo ended \$(cat ~/train.status)" 2> /dev/null || true

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stops the run, which saves first, and leaves the pod as it is; train.sh goes on with it: stop.sh [--dry-run]
+# Stops the run, which saves first, and keeps the pod; train.sh continues the run: stop.sh [--dry-run]
 source "$(dirname "$0")/common.sh"
 no_flags "$@"
 bucket

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts the run on all workers, or goes on with it; where it runs already, it is let be:
+# Starts the run on all workers, or continues it; a run that is going already goes on undisturbed:
 # train.sh [--dry-run] [--config.GROUP.FIELD=VALUE ...]
 source "$(dirname "$0")/common.sh"
 bucket
@@ -14,15 +14,15 @@ flags=(
     --config="$CONFIG" --workdir="$BUCKET/runs/$RUN"
     --config.dataset.data_dir="$MOUNT/tensorflow_datasets" --config.mesh.replica="$SLICES" "$@"
 )
-# What is wrong is said here, before every worker says it.
+# A wrong configuration is refused here, once, and not by every worker.
 PYTHON=${PYTHON:-.venv/bin/python}
 if [ -x "$PYTHON" ]; then
     JAX_PLATFORMS=cpu "$PYTHON" main.py "${flags[@]}" --check >&2 || exit 2
 else
     echo "train.sh: the configuration is not checked here, for there is no $PYTHON (PYTHON names another)." >&2
 fi
-# Braces with an output of their own: a list in the background would keep ssh's open, and ssh would not return.
-# main.py's status is for resume.sh.
+# The braces redirect their output: in the background they would keep ssh's open, and ssh would not return.
+# resume.sh reads main.py's status.
 everywhere "pgrep -f '$TRAINING' > /dev/null && echo it runs already || { rm -f ~/train.status; cd $CODE && \
 { { trap '' HUP; nohup .venv/bin/python main.py $(printf '%q ' "${flags[@]}"); echo \$? > ~/train.status; } \
 >> ~/train.log 2>&1 < /dev/null & } }"

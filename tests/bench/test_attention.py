@@ -31,7 +31,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "deit_nano", (DeiT, nano))
         arguments += ["--models", "--model=deit_nano", "--image-sizes=8"]
-        results = attention.run(benchmark.parse_arguments(arguments))
+        results = attention.run(benchmark.make_parser().read(arguments))
     return out, results
 
 
@@ -50,7 +50,7 @@ def test_every_case_is_timed_and_what_is_too_long_is_said(finished):
         for tokens, batch in ((9, 128), (40, 32))
     }
     (note,) = results["notes"]
-    assert note.startswith("40 tokens without what is quadratic: ")
+    assert note.startswith("40 tokens without quadratic layers: ")
     assert note.endswith("(--max-score-gib).")
 
 
@@ -100,7 +100,7 @@ def test_the_picture_is_legible(finished):
 def test_no_time_reads_zero(finished):
     _, results = finished
     row = results["layers"][0] | {"milliseconds": dict.fromkeys(("min", "median", "max"), 0.00123)}
-    assert "   0.00123" in attention.describe(results | {"layers": [row]})
+    assert "  0.00123  " in attention.describe(results | {"layers": [row]})
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_peers_compute_the_same_as_our_layers(library):
 )
 def test_bad_input_is_refused_in_a_sentence(refuses, tmp_path, arguments, fragments):
     with refuses(*fragments):
-        attention.run(benchmark.parse_arguments([*arguments, f"--out={tmp_path}"]))
+        attention.run(benchmark.make_parser().read([*arguments, f"--out={tmp_path}"]))
 
 
 def test_reading_is_measured_instead(tmp_path, monkeypatch, capsys):
@@ -196,4 +196,4 @@ def test_tokens_stand_on_the_largest_square():
 
 def test_an_unknown_attention_is_refused(refuses):
     with refuses("unknown attention 'windows'", "'window'"):
-        attention.measure_attention(benchmark.parse_arguments([*TINY, "--attentions=windows"]))
+        attention.measure_attention(benchmark.make_parser().read([*TINY, "--attentions=windows"]))

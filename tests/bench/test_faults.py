@@ -20,9 +20,9 @@ def test_a_run_that_has_ended_cannot_be_killed():
     assert all(kill_somehow(Ended(), random.Random(seed), processes=2) is None for seed in range(8))
 
 
-@pytest.mark.parametrize(("found", "said"), [({"a"}, "the same, bit for bit,"), ({"a", "b"}, "NOT the same")])
-def test_the_page_says_what_came_of_it(found, said):
-    page = describe([Kill("one", 12.34, 7, 0.56, 1)], 2, "a", found)
+@pytest.mark.parametrize(("hashes", "said"), [({"a"}, "the same, bit for bit,"), ({"a", "b"}, "NOT the same")])
+def test_the_page_says_what_came_of_it(hashes, said):
+    page = describe([Kill("one", 12.34, 7, 0.56, 1)], 2, "a", hashes)
     assert said in page
     assert "| 1 | one | 12.3 | 7 | 0.6 | 1 |" in page
 

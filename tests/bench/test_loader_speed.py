@@ -13,7 +13,7 @@ def test_rates_of_reading_steps_and_both_are_printed(monkeypatch, capsys):
     printed = capsys.readouterr().out
     for name in ("reading", "steps", "both"):
         least, median, greatest = (
-            float(n.replace(",", "")) for n in re.search(rf"{name} +(.*) / +(.*) / +(.*)", printed).groups()
+            float(n.replace(",", "")) for n in re.search(rf"{name} +(\S+) +(\S+) +(\S+)", printed).groups()
         )
         assert 0 < least <= median <= greatest
     assert "times as fast as the steps" in printed

@@ -72,6 +72,20 @@ def test_only_the_axes_that_a_group_spans_count():
     assert link_ms(alone, torus(4, 4), V5E) == 0
 
 
+@pytest.mark.parametrize(
+    ("groups", "links"),
+    [
+        # A diagonal of a square has two ways of two links; halves of a message take both, so a chip receives over two.
+        ("{{0,3}}", 2),
+        # Both diagonals: each directed link of the square carries a half of two messages.
+        ("{{0,3},{1,2}}", 1),
+    ],
+)
+def test_chips_on_a_diagonal_send_over_the_links_between(groups, links):
+    diagonal = sent("all-reduce", f"replica_groups={groups}")
+    assert link_ms(diagonal, torus(2, 2), V5E) == pytest.approx(2 * 1 / 2 / (50 * links))
+
+
 def counted_by_link(groups, side, ring):
     """What the fullest link brings of an all-gather of a megabyte: every shard is walked to all chips of its group.
 

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -6,20 +7,29 @@ import matplotlib.pyplot as plt
 import pytest
 
 from castling_jax.compile_report import pod
-from castling_jax.compile_report.chips import CHIPS
+from castling_jax.compile_report.cases import Facts
 from castling_jax.compile_report.compile import DoesNotFitError
-from castling_jax.compile_report.figures import summarize
+from castling_jax.compile_report.figures import RecipeReport, summarize
 from castling_jax.compile_report.pictures import draw_pod, draw_sweep
-from castling_jax.compile_report.pod import Compiler, describe_pod, describe_sweep, pod_report, sweep, with_step
+from castling_jax.compile_report.pod import Compiler, pod_report, sweep
+from castling_jax.compile_report.text import describe_pod, describe_sweep
 from castling_jax.tools import tpu_report
 from tests.compile_report.texts import COMPILED
 from tests.pictures import check_legible
 
 CONFIG = "configs/digits.py"
-FACTS = {
-    **{"model": "deit_micro", "image_size": 8, "mesh": {"data": 4}, "images": 512, "images_per_device": 128.0},
-    **{"macs": 1_000_000, "assumed": ["the teacher", "so many images"]},
-}
+FACTS = Facts(
+    model="deit_micro",
+    attention="castling",
+    image_size=8,
+    form="train",
+    mesh={"data": 4},
+    images=512,
+    images_per_device=128.0,
+    assumed=["the teacher", "so many images"],
+    macs=1_000_000,
+)
+UNESTIMATED = ["fusion %fusion.9 (jit(f)/div): no estimate"]
 
 
 @pytest.fixture
@@ -27,31 +37,16 @@ def compiled(monkeypatch):
     """Stands in for the compiler; what was asked for. Softmax in training does not fit."""
     asked = []
 
-    def report(what, options, *, topology, devices):
+    def report_recipe(options, *, topology, devices):
         asked.append((options, topology, devices))
-        if options.get("attention") == "softmax" and options["form"] == "train":
+        if options["attention"] == "softmax" and options["form"] == "train":
             raise DoesNotFitError("it does not fit a device: too large.")
-        figures = summarize(COMPILED, CHIPS[topology.split(":")[0]])
-        facts = FACTS | {"form": options["form"], "attention": options.get("attention", "castling")}
-        return {"topology": topology} | figures | {"facts": facts, "est_ms": 10.0}
+        report = dataclasses.replace(summarize(COMPILED, topology), est_ms=10.0)
+        facts = dataclasses.replace(FACTS, form=options["form"], attention=options["attention"])
+        return RecipeReport(**vars(report), facts=facts)
 
-    monkeypatch.setattr(pod, "report", report)
+    monkeypatch.setattr(pod, "report_recipe", report_recipe)
     return asked
-
-
-def test_a_step_is_the_estimate_and_the_links():
-    figures = {
-        **{"topology": "v5e:2x2", "est_ms": 7.0, "links_ms": {"all-reduce": 2.0, "all-gather": 1.0}},
-        **{"facts": FACTS | {"form": "train"}, "traffic_MB": 819.0},
-    }
-    found = with_step(figures)
-    assert (found["links_total_ms"], found["step_ms"]) == (3.0, 10.0)
-    assert found["images_per_second_per_chip"] == pytest.approx(12_800)
-    flops = 6 * 1e6 * 128  # forward, and twice as much backward, of two operations each
-    assert found["mfu"] == pytest.approx(flops / (10e-3 * 197e12))
-    assert found["roofline"] == pytest.approx({"flops": flops, "compute_ms": flops / 197e9, "hbm_ms": 1.0})
-    inference = with_step(figures | {"facts": FACTS | {"form": "inference"}})
-    assert inference["roofline"]["flops"] == pytest.approx(flops / 3)
 
 
 def test_report_has_both_attentions_and_says_what_it_is(compiled, tmp_path):
@@ -65,7 +60,8 @@ def test_report_has_both_attentions_and_says_what_it_is(compiled, tmp_path):
         "softmax: it does not fit a device: too large.",
         "HBM, of 16,911 MB",
         "activations",
-        "0.0 MB, 0.00 ms",
+        "0.00410 MB, 0.0000819 ms",
+        "0.00704 ms",  # no part reads 0.00
         "roofline: compute",
         "- the teacher",
         "- so many images",
@@ -73,12 +69,13 @@ def test_report_has_both_attentions_and_says_what_it_is(compiled, tmp_path):
     ):
         assert said in text
     assert text.count("%fusion") == 0  # by where they come from in the program, not by the compiler's names
-    assert "in   1  jit(f)/while/body/tanh" in text
+    assert "in 1  jit(f)/while/body/tanh" in text
     assert "fits a chip" in text
     assert ">  " not in text
-    found["programs"]["inference"]["castling"]["incomplete"] = ["fusion %fusion.9 (jit(f)/div): no estimate"]
+    row = found.programs["inference"]
+    row["castling"] = dataclasses.replace(row["castling"], incomplete=UNESTIMATED)
     estimates = [row.split() for row in describe_pod(found, top=1).splitlines() if "estimate  " in row]
-    assert estimates[0] == ["estimate", ">", "10.00", "ms", "10.00", "ms"]
+    assert estimates[0] == ["estimate", ">", "10.0", "ms", "10.0", "ms"]
 
 
 def test_what_is_compiled_is_kept(compiled, tmp_path):
@@ -91,29 +88,35 @@ def test_what_is_compiled_is_kept(compiled, tmp_path):
     found = pod_report(CONFIG, topology="v5e:2x2", options=overridden, devices=0, compiler=Compiler(tmp_path))
     assert [options["attention"] for options, *_ in compiled[8:]] == 2 * ["linear_angular", "softmax"]
     assert all(options["fields"] == overridden["fields"] for options, *_ in compiled[8:])
-    assert found["config"] == f"{CONFIG} --config.model.attention=linear_angular"
+    assert found.config == f"{CONFIG} --config.model.attention=linear_angular"
     assert not list(tmp_path.rglob("*.part"))
 
 
 def test_sweep_scales_chips_and_tokens(compiled, tmp_path):
     found = sweep(CONFIG, topology="v5e:4x8", options={"batch": 128}, compiler=Compiler(tmp_path))
-    assert [(count, pod) for count, pod, _ in found["chips"]] == [(8, "v5e:2x4"), (16, "v5e:4x4"), (32, "v5e:4x8")]
+    assert [step[:2] for step in found.chips] == [(8, "v5e:2x4"), (16, "v5e:4x4"), (32, "v5e:4x8")]
     assert all(o["batch"] == 128 for o, _, devices in compiled if devices == 0)
-    castling = found["tokens"]["inference"]["castling"]
-    assert [(count, batch) for count, batch, _ in castling] == [(196, 128), (784, 32), (3136, 8), (7056, 3), (16384, 1)]
-    assert all(figures is None for *_, figures in found["tokens"]["train"]["softmax"])
-    # Which takes 10 ms and more.
-    found["tokens"]["inference"]["castling"][3][2]["incomplete"] = ["fusion %fusion.9 (jit(f)/div): no estimate"]
+    castling = found.tokens["inference"]["castling"]
+    assert [step[:2] for step in castling] == [(196, 128), (784, 32), (3136, 8), (7056, 3), (16384, 1)]
+    assert all(step.report is None for step in found.tokens["train"]["softmax"])
+    # A step of 10 ms and more for three images.
+    castling[3] = castling[3]._replace(report=dataclasses.replace(castling[3].report, incomplete=UNESTIMATED))
     rows = [line.split() for line in describe_sweep(found).splitlines()]
-    assert next(row for row in rows if row[:2] == ["7,056", "3"])[2:4] == [">", "3.333"]
-    assert next(row for row in rows if row[:2] == ["3,136", "8"])[2] == "1.250"
+    assert next(row for row in rows if row[:2] == ["7,056", "3"])[2:4] == [">", "3.33"]
+    assert next(row for row in rows if row[:2] == ["3,136", "8"])[2] == "1.25"
+    assert ["v5e:4x8", "32", "10.0", "ms"] in [row[:4] for row in rows]
+    kept = json.loads(json.dumps(found.to_json()))
+    assert kept["chips"][2][:2] == [32, "v5e:4x8"]
+    assert kept["chips"][2][2]["step_ms"] == found.chips[2].report.step_ms
+    assert kept["tokens"]["train"]["softmax"][0] == [196, 128, None]
 
 
 def test_pictures_are_legible_and_no_bar_reads_zero(compiled, tmp_path):
     compiler = Compiler(tmp_path)
     found = pod_report(CONFIG, topology="v5e:2x2", options={"batch": 128}, devices=0, compiler=compiler)
-    found["programs"]["inference"]["castling"] |= {"step_ms": 0.0123, "links_total_ms": 0.00456}
-    found["programs"]["inference"]["softmax"] |= {"links_total_ms": 0}
+    row = found.programs["inference"]
+    row["castling"] = dataclasses.replace(row["castling"], est_ms=0.00774, links_ms={"all-reduce": 0.00456})
+    row["softmax"] = dataclasses.replace(row["softmax"], links_ms={})
     figure = draw_pod(found)
     check_legible(figure)
     assert [axes.get_ylim()[0] for axes in figure.axes[:3]] == [0, 0, 0]
@@ -178,15 +181,15 @@ def test_a_configuration_is_compiled_for_a_pod(tmp_path):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, the TPU compiler, is not installed")
     options = {"config": CONFIG, "form": "train", "batch": 32, "mesh": "data:2,fsdp:2"}
-    figures = with_step(Compiler(tmp_path)("recipe", options, topology="v5e:2x2", devices=0))
-    assert figures["facts"]["images"] == 128
-    assert figures["incomplete"] == []
-    held = figures["held_MB"]
+    report = Compiler(tmp_path)(options, topology="v5e:2x2", devices=0)
+    assert report.facts.images == 128
+    assert report.incomplete == []
+    held = report.held_MB
     # The optimiser has two moments of each parameter and a counter; both are split alike.
     assert held["optimiser"] == pytest.approx(2 * held["parameters"], rel=1e-4)
     assert held["images and labels"] == pytest.approx(32 * (8 * 8 * 3 + 1) * 4 / 1e6)
-    assert 0 < figures["activations_MB"] <= figures["temp_MB"]
-    assert sum(held.values()) <= figures["args_MB"] <= figures["total_MB"]
-    assert {"all-reduce", "all-gather"} <= figures["links_ms"].keys()
-    assert sum(figures["parts_ms"].values()) == pytest.approx(figures["est_ms"])
-    assert {"mlp", "linear_angular", "masked_softmax"} <= figures["parts_ms"].keys()
+    assert 0 < report.activations_MB <= report.temp_MB
+    assert sum(held.values()) <= report.args_MB <= report.total_MB
+    assert {"all-reduce", "all-gather"} <= report.links_ms.keys()
+    assert sum(report.parts_ms.values()) == pytest.approx(report.est_ms)
+    assert {"mlp", "linear_angular", "masked_softmax"} <= report.parts_ms.keys()

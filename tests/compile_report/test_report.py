@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -5,8 +6,8 @@ import sys
 import pytest
 
 from castling_jax.compile_report import report as report_module
-from castling_jax.compile_report.chips import CHIPS
 from castling_jax.compile_report.figures import summarize
+from castling_jax.compile_report.text import describe
 from castling_jax.errors import InputError
 from castling_jax.tools import tpu_report
 from tests.compile_report.texts import COMPILED
@@ -50,11 +51,11 @@ def run(monkeypatch, capsys):
 
 
 def test_description_has_the_figures():
-    figures = {"topology": "v5e:2x2"} | summarize(COMPILED, CHIPS["v5e"])
-    text = report_module.describe(figures | {"incomplete": ["sort %sort.1 (): no estimate"]}, top=2)
-    assert "estimate     0.007 ms" in text
-    assert "temporary 2.0 MB, arguments 0.0 MB, output 0.0 MB" in text
-    assert "all-reduce 0.0 MB" in text
+    report = summarize(COMPILED, "v5e:2x2")
+    text = describe(dataclasses.replace(report, incomplete=["sort %sort.1 (): no estimate"]), top=2)
+    assert "estimate     0.007041 ms" in text
+    assert "temporary 2.00 MB, arguments 0.00800 MB, output 0.00410 MB" in text
+    assert "all-reduce 0.00410 MB" in text
     assert "incomplete: sort %sort.1 (): no estimate" in text
     assert "%fusion.3" in text
     assert "%all-reduce.1" not in text
@@ -67,19 +68,24 @@ def test_command_line(monkeypatch, run):
 
     def report(what, options, **rest):
         asked.append((what, options, rest))
-        if what == "wrong":
-            raise InputError("unknown case 'wrong'.")
-        return {"incomplete": ["something"]}
+        if what == "wrong.py:name":
+            raise InputError("there is no file 'wrong.py'.")
+        return dataclasses.replace(summarize(COMPILED, rest["topology"]), incomplete=["something"])
 
     monkeypatch.setattr(report_module, "report", report)
     arguments = ["layer", "--form=train", "--tokens=5", "--topology=v6e:2x2", "--devices=0", "--json"]
-    assert run(*arguments) == (0, '{"incomplete": ["something"]}\n')
+    status, out = run(*arguments)
+    assert status == 0
+    assert json.loads(out)["incomplete"] == ["something"]
     assert asked == [("layer", {"form": "train", "tokens": 5}, {"topology": "v6e:2x2", "devices": 0})]
     assert run(*arguments, "--strict")[0] == 1
     run("model", "--mesh=data:-1", "--json")
     run("model", "--json")
     assert [(options, rest["devices"]) for _, options, rest in asked[2:]] == [({"mesh": "data:-1"}, 0), ({}, 1)]
-    assert run("wrong")[0] == "unknown case 'wrong'."
+    assert run("wrong.py:name")[0] == "there is no file 'wrong.py'."
+    assert run("lair")[0] == "unknown case 'lair': did you mean 'layer'? (known: layer, model, FILE.py:NAME)"
+    assert run("recipe")[0].startswith("unknown case 'recipe'")  # --config compiles it
+    assert len(asked) == 5
 
 
 @pytest.mark.slow

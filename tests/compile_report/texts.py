@@ -117,7 +117,17 @@ COMPILED = Compiled(
     memory={"arguments": 8_000, "outputs": 4_096, "aliased": 4_000, "temporary": 2_000_000, "code": 1_000},
     traffic_bytes=5e6,
     held={"parameters": 7_000, "moving averages": 0},
-    facts={"form": "train", "images_per_device": 2, "macs": 3},
+    facts={
+        "model": "deit_micro",
+        "attention": "castling",
+        "image_size": 8,
+        "form": "train",
+        "mesh": {"data": 2},
+        "images": 4,
+        "images_per_device": 2.0,
+        "assumed": [],
+        "macs": 3,
+    },
     devices=[[0, 0, 0], [0, 1, 0]],
     kernels={
         "scale f32[8,128] f32[8,128]": KernelSchedule(

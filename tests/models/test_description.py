@@ -103,7 +103,7 @@ def test_mistakes_are_sentences(monkeypatch, capsys):
         run(monkeypatch, capsys, "deit_tin")
     with pytest.raises(SystemExit, match=r"unknown form 'test'"):
         run(monkeypatch, capsys, "deit_micro", "--form", "test")
-    with pytest.raises(SystemExit, match=r"--image_size is of one model: give its name, one of deit_tiny, "):
+    with pytest.raises(SystemExit, match=r"--image_size needs one model: give its name, one of deit_tiny, "):
         run(monkeypatch, capsys, "--image_size", "896")
 
 

@@ -23,7 +23,7 @@ TOTAL = 6 * 22  # steps of SMALL
 def alone(tmp_path_factory):
     """The folder of a run of two processes that is left alone, and its summary."""
     pod = Pod(tmp_path_factory.mktemp("pod") / "alone", processes=2)
-    assert pod.wait() == 0, pod.said()
+    assert pod.wait() == 0, pod.output()
     return pod.workdir, json.loads((pod.workdir / "summary.json").read_text())
 
 
@@ -41,7 +41,7 @@ def test_a_run_killed_in_every_way_ends_with_the_same_parameters(alone, tmp_path
     assert pod.wait_until(lambda: pod.steps() >= 15)
     pod.kill_one(1)
     assert pod.wait() == 1
-    assert "process 1 of 2 was killed by SIGKILL, so the run was ended" in pod.said()
+    assert "process 1 of 2 was killed by SIGKILL, so the run was ended" in pod.output()
     assert checkpoint_steps(run / CHECKPOINTS)[-1] >= 10
 
     pod = Pod(run, processes=2)
@@ -54,14 +54,14 @@ def test_a_run_killed_in_every_way_ends_with_the_same_parameters(alone, tmp_path
     assert pod.wait_until(lambda: pod.steps() >= 55)
     pod.terminate()
     assert pod.wait() == 0
-    (said,) = [line for line in pod.said().splitlines() if line.startswith("Preempted")]
+    (said,) = [line for line in pod.output().splitlines() if line.startswith("Preempted")]
     step = checkpoint_steps(run / CHECKPOINTS)[-1]
     assert said == f"Preempted; the state of step {step} is saved, and the same command goes on from there."
     assert 55 <= step < TOTAL
 
     pod = Pod(run, processes=2)
-    assert pod.wait() == 0, pod.said()
-    assert f"Going on from step {step} of {TOTAL}" in pod.said()
+    assert pod.wait() == 0, pod.output()
+    assert f"Going on from step {step} of {TOTAL}" in pod.output()
     assert pod.sha256() == alone[1]["parameters_sha256"]
 
 
@@ -71,17 +71,17 @@ def test_one_process_that_is_interrupted_has_all_save_at_one_step_and_process_0s
     pod = Pod(run, processes=2, flags=(*SMALL, *by_the_clock))
     assert pod.wait_until(lambda: bool(checkpoint_steps(run / CHECKPOINTS)))
     pod.kill_one(1, signal.SIGINT)
-    assert pod.wait() == 0, pod.said()
+    assert pod.wait() == 0, pod.output()
     step = checkpoint_steps(run / CHECKPOINTS)[-1]
-    assert f"Preempted; the state of step {step} is saved, and the same command goes on from there." in pod.said()
+    assert f"Preempted; the state of step {step} is saved, and the same command goes on from there." in pod.output()
 
 
 def test_a_loss_that_is_not_finite_is_said_by_all_and_has_a_status_of_its_own(tmp_path):
     flags = (*SMALL, "--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_epochs=0")
     pod = Pod(tmp_path / "run", processes=2, flags=flags)
     assert pod.wait() == 3
-    assert "[process 0] main.py: the loss is nan at step 2: there is no checkpoint yet" in pod.said()
-    assert "goes on from" not in pod.said()
+    assert "[process 0] main.py: the loss is nan at step 2: there is no checkpoint yet" in pod.output()
+    assert "goes on from" not in pod.output()
 
 
 def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
@@ -89,12 +89,12 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     pod = Pod(run, processes=4)
     assert pod.wait_until(lambda: pod.steps() >= 12)
     pod.terminate()
-    assert pod.wait() == 0, pod.said()
+    assert pod.wait() == 0, pod.output()
     step = checkpoint_steps(run / CHECKPOINTS)[-1]
 
     # Two processes of two devices each, which split the matrices as well.
     pod = Pod(run, processes=2, devices=2, flags=(*SMALL, "--config.mesh.fsdp=2"))
-    assert pod.wait() == 0, pod.said()
+    assert pod.wait() == 0, pod.output()
     expected, found = ([line["loss"] for line in read_metrics(folder)] for folder in (alone[0], run))
     # Other orders of float32 sums, 6e-8 each, that training enlarges from step to step: by the tenth step behind the
     # restart, at most to a thousandth.
