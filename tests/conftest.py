@@ -26,7 +26,7 @@ from jaxtyping import install_import_hook
 
 # The shape annotations of the operations are checked at run time, in every test.
 with install_import_hook("castling_jax.ops", "beartype.beartype"):
-    import castling_jax
+    import castling_jax.ops  # by name: the package imports its modules only when they are used
 
 GOLDEN = Path(__file__).parent / "golden"
 
