@@ -1,4 +1,4 @@
-"""Who may import whom: __main__ -> tools -> compile_report -> bench -> training -> {data, convert, plots} -> ..."""
+"""Who may import whom: __main__ -> tools -> compile_report -> bench -> training -> tasks -> {data, convert} -> ..."""
 
 import ast
 import re
@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "castling_jax"
 RANKS = {"suggestions": -1, "errors": 0, "storage": 1, "fields": 1, "preprocessing": 2, "ops": 2, "models": 3}
 RANKS |= {"data": 4, "convert": 4, "plots": 4, "maps": 4}
-RANKS |= {"predictions": 5, "training": 6, "bench": 7, "compile_report": 8, "doctor": 9, "tools": 10, "__main__": 11}
+RANKS |= {"tasks": 5, "predictions": 6, "training": 7, "bench": 8, "compile_report": 9, "doctor": 10}
+RANKS |= {"tools": 11, "__main__": 12}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in RANKS)
 OPS_MAY_IMPORT = {"jax", "jaxtyping", "numpy", "castling_jax", *sys.stdlib_module_names}
 

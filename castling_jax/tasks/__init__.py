@@ -1,0 +1,1 @@
+"""What a model learns: for each task its losses, targets and measures."""
