@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from castling_jax.errors import InputError
+from castling_jax.ops.checks import check_shapes
 
 STRIDES = (8, 16, 32, 64)  # of PicoDet's levels, in pixels
 
@@ -60,13 +61,11 @@ def decode_boxes(
     Raises:
       InputError: the last axis of `reg_logits` is not four times a number of bins, or another shape does not fit.
     """
-    count, channels = reg_logits.shape[-2:]
-    if channels % 4 or points.shape != (count, 2) or strides.shape != (count,):
-        raise InputError(
-            f"reg_logits must be [..., points, 4 * bins], points [points, 2] and strides [points], not "
-            f"{reg_logits.shape}, {points.shape} and {strides.shape}."
-        )
+    *axes, count, channels = reg_logits.shape
+    bins = channels // 4
+    check_shapes(reg_logits=(reg_logits, (*axes, count, 4 * bins)))
+    check_shapes(points=(points, (count, 2)), strides=(strides, (count,)))
     wide = jnp.asarray(reg_logits, jnp.promote_types(reg_logits.dtype, jnp.float32))
-    shares = jax.nn.softmax(wide.reshape(*wide.shape[:-1], 4, channels // 4))
-    distances = (shares * jnp.arange(channels // 4)).sum(-1) * jnp.asarray(strides)[:, None]
+    shares = jax.nn.softmax(wide.reshape(*axes, count, 4, bins))
+    distances = (shares * jnp.arange(bins)).sum(-1) * jnp.asarray(strides)[:, None]
     return jnp.concatenate([points - distances[..., :2], points + distances[..., 2:]], axis=-1)

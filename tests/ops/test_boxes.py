@@ -43,12 +43,12 @@ def test_every_pair_as_written_down(name):
 
 
 def test_what_the_ratios_are_by_hand():
-    a = jnp.asarray([[0.0, 0, 4, 4], [3, 3, 3, 9]])
-    b = jnp.asarray([[0.0, 0, 4, 4], [0, 0, 4, 2], [8, 0, 12, 4], [3, 3, 3, 9]])
-    np.testing.assert_array_equal(ops.box_iou(a, b), np.float32([[1, 0.5, 0, 0], [0, 0, 0, 0]]))
-    np.testing.assert_allclose(ops.generalized_box_iou(a[:1], b), [[1, 0.5, -1 / 3, -20 / 36]], atol=1e-7)
-    points = jnp.asarray([[1.0, 1, 1, 1], [2, 2, 2, 2], [1, 5, 1, 5]])
-    np.testing.assert_array_equal(ops.generalized_box_iou(points[:1], points), [[0, -1, 0]])
+    a = np.float32([[0, 0, 4, 4], [3, 3, 3, 9]])
+    b = np.float32([[0, 0, 4, 4], [0, 0, 4, 2], [8, 0, 12, 4], [3, 3, 3, 9]])
+    np.testing.assert_array_equal(PAIRWISE["box_iou"](a, b), np.float32([[1, 0.5, 0, 0], [0, 0, 0, 0]]))
+    np.testing.assert_allclose(PAIRWISE["generalized_box_iou"](a, b)[0], [1, 0.5, -1 / 3, -20 / 36], atol=1e-7)
+    points = np.float32([[1, 1, 1, 1], [2, 2, 2, 2], [1, 5, 1, 5]])
+    np.testing.assert_array_equal(PAIRWISE["generalized_box_iou"](points, points)[0], [0, -1, 0])
 
 
 @pytest.mark.parametrize("name", PAIRWISE)

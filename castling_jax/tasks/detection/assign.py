@@ -74,11 +74,8 @@ def assign_atss(
       InputError: shapes do not fit, or there is no row for boxes.
     """
     _check_truth(boxes, classes, valid)
-    check_shapes(
-        points=(points, (sum(counts), 2)),
-        strides=(strides, (sum(counts),)),
-        pred_boxes=(pred_boxes, (sum(counts), 4)),
-    )
+    count = sum(counts)
+    check_shapes(points=(points, (count, 2)), strides=(strides, (count,)), pred_boxes=(pred_boxes, (count, 4)))
     sides, real = _sides_of_rows(boxes), _column(valid).astype(bool)
     x, y = jnp.asarray(points).T
     center_x, center_y = _centers(sides)
@@ -88,7 +85,7 @@ def assign_atss(
 
     half = ATSS_ANCHOR / 2 * jnp.asarray(strides)
     overlap = iou(sides, (x - half, y - half, x + half, y + half))
-    candidates = sum(min(ATSS_CANDIDATES, count) for count in counts)
+    candidates = sum(min(ATSS_CANDIDATES, number) for number in counts)
     mean = jnp.where(near, overlap, 0).sum(1, keepdims=True) / candidates
     variance = jnp.where(near, (overlap - mean) ** 2, 0).sum(1, keepdims=True) / (candidates - 1)
     inside = _depth(sides, x, y) > INSIDE

@@ -19,6 +19,9 @@ SCORE_RANGE = (1e-12, 1 - 2**-24)  # whose logarithms, of the score and of 1 - s
 GIOU_WEIGHT, DFL_WEIGHT = 2.5, 0.5
 LEGACY_GIOU_WEIGHT, LEGACY_DFL_WEIGHT = 2.0, 0.25
 
+Values: TypeAlias = Float[Array | np.ndarray, "*axes"]
+Bins: TypeAlias = Float[Array | np.ndarray, "*axes bins"]
+Boxes: TypeAlias = Float[Array | np.ndarray, "*axes 4"]
 Points: TypeAlias = Float[Array | np.ndarray, "points 2"]
 Strides: TypeAlias = Float[Array | np.ndarray, " points"]
 Assigned: TypeAlias = tuple[
@@ -30,7 +33,7 @@ Outputs: TypeAlias = Mapping[str, Float[Array | np.ndarray, "..."]]
 Scalar: TypeAlias = Float[Array, ""]
 
 
-def varifocal_loss(scores: Float[Array, "*axes"], targets: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+def varifocal_loss(scores: Values, targets: Values) -> Float[Array, "*axes"]:
     """Binary cross entropy, weighted by the target, or by 0.75 * score^2 where it is 0 (VarifocalNet, equation 2).
 
     Args:
@@ -45,15 +48,13 @@ def varifocal_loss(scores: Float[Array, "*axes"], targets: Float[Array, "*axes"]
     return _varifocal_weights(score, targets) * entropy
 
 
-def varifocal_loss_of_logits(logits: Float[Array, "*axes"], targets: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+def varifocal_loss_of_logits(logits: Values, targets: Values) -> Float[Array, "*axes"]:
     """`varifocal_loss` of the sigmoid of `logits`, which needs no clipping."""
     logits, targets = _wide(logits), _wide(targets)
     return _varifocal_weights(jax.nn.sigmoid(logits), targets) * optax.sigmoid_binary_cross_entropy(logits, targets)
 
 
-def distribution_focal_loss(
-    logits: Float[Array, "*axes bins"], targets: Float[Array, "*axes"]
-) -> Float[Array, "*axes"]:
+def distribution_focal_loss(logits: Bins, targets: Values) -> Float[Array, "*axes"]:
     """Cross entropy with the two bins beside the target (Li et al., Generalized Focal Loss, equation 6).
 
     Args:
@@ -69,7 +70,7 @@ def distribution_focal_loss(
     return optax.softmax_cross_entropy(_wide(logits), shares)
 
 
-def giou_loss(boxes: Float[Array, "*axes 4"], targets: Float[Array, "*axes 4"]) -> Float[Array, "*axes"]:
+def giou_loss(boxes: Boxes, targets: Boxes) -> Float[Array, "*axes"]:
     """1 - GIoU, box by box, from 0 to 2 (Rezatofighi et al., GIoU, algorithm 1); finite, with its gradient, for all."""
     return 1 - generalized_iou(corners(boxes), corners(targets))
 
@@ -180,7 +181,7 @@ def _varifocal_weights(scores: Float[Array, "*axes"], targets: Float[Array, "*ax
     return jnp.where(targets > 0, targets, VARIFOCAL_ALPHA * scores**2)
 
 
-def _wide(x: Float[Array | np.ndarray, "*axes"]) -> Float[Array, "*axes"]:
+def _wide(x: Values) -> Float[Array, "*axes"]:
     return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -194,12 +195,7 @@ def _checked(
     predictions, reg_logits = (_wide(outputs[name]) for name in names)
     labels, boxes, scores = assigned
     axes, count = predictions.shape[:-1], predictions.shape[-2]
-    check_shapes(
-        labels=(labels, axes),
-        boxes=(boxes, (*axes, 4)),
-        scores=(scores, predictions.shape),
-        points=(points, (count, 2)),
-        strides=(strides, (count,)),
-        reg_logits=(reg_logits, (*axes, 4 * (reg_logits.shape[-1] // 4))),
-    )
+    check_shapes(reg_logits=(reg_logits, (*axes, reg_logits.shape[-1])))
+    check_shapes(labels=(labels, axes), boxes=(boxes, (*axes, 4)), scores=(scores, predictions.shape))
+    check_shapes(points=(points, (count, 2)), strides=(strides, (count,)))
     return predictions, reg_logits, jnp.asarray(labels), _wide(boxes), _wide(scores)

@@ -255,7 +255,7 @@ def test_padding_changes_nothing(name):
         np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["tal", *(pytest.param(name, marks=pytest.mark.slow) for name in ("atss", "simota"))])
 def test_half_precision_is_widened_first_and_no_gradient_passes(name):
     scores, predicted, truth = draw(8)
     half = [jnp.asarray(part, jnp.bfloat16) for part in (scores, predicted)]

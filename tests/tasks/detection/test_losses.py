@@ -168,40 +168,40 @@ def test_the_gradient_is_the_slope_of_the_written_loss():
 
 
 def test_both_varifocal_losses_are_one():
-    logits = jnp.linspace(-12, 9, 40)  # beyond, 1 - score has too few digits
-    for target in (0.0, 0.3, 1.0):
-        targets = jnp.full(40, target)
-        by_scores, by_logits = (
-            varifocal_loss(jax.nn.sigmoid(logits), targets),
-            varifocal_loss_of_logits(logits, targets),
-        )
-        # 1 - score is known to 6e-8 of 1e-4.
-        np.testing.assert_allclose(by_scores, by_logits, rtol=1e-3, atol=1e-9)
-    certain = varifocal_loss(jnp.asarray([0.0, 1.0, 1.0, 1 + 1e-6]), jnp.asarray([0.5, 0.0, 1.0, 0.5]))
+    # From -12 to 9; beyond, 1 - score has too few digits, and here it is known to 6e-8 of 1e-4.
+    logits, targets = np.meshgrid(np.linspace(-12, 9, 40, dtype=np.float32), np.float32([0, 0.3, 1]))
+    scores = (1 / (1 + np.exp(-logits.astype(float)))).astype(np.float32)
+    by_scores, by_logits = jax.jit(varifocal_loss)(scores, targets), jax.jit(varifocal_loss_of_logits)(logits, targets)
+    np.testing.assert_allclose(by_scores, by_logits, rtol=1e-3, atol=1e-9)
+    certain = jax.jit(varifocal_loss)(np.float32([0, 1, 1, 1 + 1e-6]), np.float32([0.5, 0, 1, 0.5]))
     assert np.isfinite(certain).all()
-    steep = jax.grad(lambda x: varifocal_loss_of_logits(x, jnp.zeros(1)).sum())(jnp.asarray([60.0]))
+    steep = jax.jit(jax.grad(lambda x: varifocal_loss_of_logits(x, jnp.zeros(1)).sum()))(np.float32([60]))
     np.testing.assert_allclose(steep, 0.75)  # a wrong certainty is still unlearned
 
 
 def test_the_distribution_focal_loss_by_hand():
-    logits = jnp.log(jnp.arange(1.0, 9))  # shares of 1/36, 2/36, ...
-    targets = jnp.asarray([2.0, 2.25, -3, 100])
+    logits = np.log(np.arange(1, 9, dtype=np.float32))  # shares of 1/36, 2/36, ...
+    targets = np.float32([2, 2.25, -3, 100])
     share = np.log(np.arange(1, 9) / 36)
     expected = [share[2], 0.75 * share[2] + 0.25 * share[3], share[0], 0.1 * share[6] + 0.9 * share[7]]
-    actual = distribution_focal_loss(jnp.tile(logits, (4, 1)), targets)
+    actual = jax.jit(distribution_focal_loss)(np.tile(logits, (4, 1)), targets)
     np.testing.assert_allclose(actual, -np.array(expected), rtol=1e-6)
 
 
 def test_half_precision_is_widened_first():
     rng = np.random.default_rng(2)
-    half = [jnp.asarray(rng.uniform(0, 1, shape), jnp.bfloat16) for shape in ((6, 4), (6, 4), (6, 8))]
+    half = [jnp.asarray(rng.uniform(0, 1, shape), jnp.bfloat16) for shape in ((6, 4), (6, 4), (6, 8), (6,))]
     wide = [part.astype(jnp.float32) for part in half]
-    for loss, which in ((varifocal_loss, (0, 1)), (varifocal_loss_of_logits, (0, 1)), (giou_loss, (0, 1))):
-        out = loss(*(half[i] for i in which))
+    pairs = {
+        varifocal_loss: (0, 1),
+        varifocal_loss_of_logits: (0, 1),
+        giou_loss: (0, 1),
+        distribution_focal_loss: (2, 3),
+    }
+    for loss, (a, b) in pairs.items():
+        out = jax.jit(loss)(half[a], half[b])
         assert out.dtype == jnp.float32
-        np.testing.assert_array_equal(out, loss(*(wide[i] for i in which)))
-    out = distribution_focal_loss(half[2], wide[0][:, 0])
-    np.testing.assert_array_equal(out, distribution_focal_loss(wide[2], wide[0][:, 0]))
+        np.testing.assert_array_equal(out, jax.jit(loss)(wide[a], wide[b]))
 
 
 def test_outputs_that_do_not_fit(refuses):
@@ -209,8 +209,11 @@ def test_outputs_that_do_not_fit(refuses):
     assigned = (jnp.zeros((2, 747), jnp.int32), jnp.ones((2, 747, 4)), jnp.ones((2, 747, 5)))
     with refuses("outputs must have scores and reg_logits, not only scores, boxes."):
         detection_losses({"scores": scores, "boxes": reg_logits}, assigned, POINTS, STRIDES)
-    with refuses("reg_logits must have the shape (2, 747, 28), not (2, 747, 30)."):
-        detection_losses({"scores": scores, "reg_logits": reg_logits[..., :30]}, assigned, POINTS, STRIDES)
+    with refuses("boxes must have the shape (2, 747, 4), not (2, 746, 4)."):
+        short = (assigned[0], assigned[1][:, 1:], assigned[2])
+        detection_losses({"scores": scores, "reg_logits": reg_logits}, short, POINTS, STRIDES)
+    with refuses("reg_logits must have the shape (2, 747, 32), not (2, 746, 32)."):
+        detection_losses({"scores": scores, "reg_logits": reg_logits[:, 1:]}, assigned, POINTS, STRIDES)
     with refuses("scores must have the shape (2, 747, 4), not (2, 747, 5)."):
         detection_losses({"scores": scores[..., :4], "reg_logits": reg_logits}, assigned, POINTS, STRIDES)
     with refuses("points must have the shape (747, 2), not (746, 2)."):
