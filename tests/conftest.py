@@ -24,9 +24,11 @@ import pytest
 from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
-# The shape annotations of the operations are checked at run time, in every test.
-with install_import_hook("castling_jax.ops", "beartype.beartype"):
-    import castling_jax
+# The shape annotations of the operations and of detection are checked at run time, in every test. They are imported by
+# name, because the package imports its modules only when they are used.
+with install_import_hook(["castling_jax.ops", "castling_jax.tasks.detection"], "beartype.beartype"):
+    import castling_jax.ops
+    import castling_jax.tasks.detection
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -96,3 +96,10 @@ def is_known_empty(mask_threshold: ArrayLike) -> bool:
     """
     known = concrete_threshold(mask_threshold)
     return known is not None and known >= 1
+
+
+def check_shapes(**expected: tuple[Any, tuple[int, ...]]) -> None:
+    """Raises an InputError unless each array, by its name, has the shape that stands beside it."""
+    for name, (array, shape) in expected.items():
+        if np.shape(array) != shape:
+            raise InputError(f"{name} must have the shape {shape}, not {np.shape(array)}.")

@@ -1,0 +1,122 @@
+"""Non-maximum suppression with static shapes: of boxes that overlap, the one with the best score stays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from castling_jax.errors import InputError, check_at_least
+from castling_jax.ops.boxes import iou
+from castling_jax.ops.checks import check_array
+from castling_jax.ops.mesh import on_auto_axes, split_as
+
+
+@on_auto_axes(lambda boxes: split_as(boxes, *range(boxes.ndim - 2)))
+def non_maximum_suppression(
+    boxes: Float[Array | np.ndarray, "*batch points 4"],
+    scores: Float[Array | np.ndarray, "*batch points classes"],
+    *,
+    score_threshold: ArrayLike,
+    iou_threshold: ArrayLike,
+    max_detections: int,
+    candidates: int = 1000,
+) -> dict[str, Array]:
+    """Greedy suppression class by class, as torchvision's and PaddleDetection's, for one image or a batch.
+
+    A pair of a point and a class counts if its score is above `score_threshold`. From the best score down, a pair is
+    suppressed if its box has an IoU above `iou_threshold` with a pair of its class that was kept. Both comparisons are
+    strict; of equal scores the lower point comes first, then the lower class. Only the `candidates` best pairs of an
+    image, over all of its classes, take part: this is exact where no more pairs are above the threshold.
+
+    Shapes are static, nothing runs on the host, and the batch may be symbolic (jax.export).
+
+    Args:
+      boxes: (x0, y0, x1, y1), one for each point and common to its classes; coordinates may be negative.
+      scores: the higher the better; NaN is never above a threshold.
+      score_threshold: scores at or under this scalar do not count.
+      iou_threshold: overlaps at or under it do not suppress.
+      max_detections: rows of the result.
+      candidates: most pairs that take part in an image.
+
+    Returns:
+      `boxes` [..., max_detections, 4] and `scores` [..., max_detections] in the dtypes that came in, `classes`
+      [..., max_detections] in int32, best first, and `count` [...] in int32: how many rows are detections. The other
+      rows have boxes and scores of 0 and the class -1.
+
+    Raises:
+      InputError: shapes do not fit, arrays are not of a floating type, or a number of rows is less than 1.
+    """
+    check_array("scores", scores)
+    check_array("boxes", boxes)
+    if scores.ndim < 2 or boxes.shape != (*scores.shape[:-1], 4):
+        raise InputError(
+            f"boxes must be [..., points, 4] and scores [..., points, classes], not {boxes.shape} and {scores.shape}."
+        )
+    check_at_least("max_detections", max_detections, 1)
+    check_at_least("candidates", candidates, 1)
+
+    wide = jnp.asarray(scores, jnp.promote_types(scores.dtype, jnp.float32))
+    point, label, score = _best_pairs(jnp.where(wide > score_threshold, wide, -jnp.inf), candidates)
+    box = jnp.take_along_axis(jnp.moveaxis(boxes, -1, -2), point[..., None, :], axis=-1)  # coordinates first
+    kept = _keep_greedily(_suppresses(box, label, iou_threshold), score > -jnp.inf)
+
+    missing = max(max_detections - score.shape[-1], 0)
+    widths = [(0, 0)] * (score.ndim - 1) + [(0, missing)]
+    ranked = jnp.pad(jnp.where(kept, score, -jnp.inf), widths, constant_values=-jnp.inf)
+    best, place = jax.lax.top_k(ranked, max_detections)
+    found = best > -jnp.inf
+    box = jnp.take_along_axis(box, place[..., None, :], axis=-1)
+    return {
+        "boxes": jnp.moveaxis(jnp.where(found[..., None, :], box, 0), -2, -1),
+        "scores": jnp.where(found, best, 0).astype(scores.dtype),
+        "classes": jnp.where(found, jnp.take_along_axis(label, place, axis=-1), -1),
+        "count": found.sum(-1, dtype=jnp.int32),
+    }
+
+
+def _best_pairs(scores: Float[Array, "*batch points classes"], most: int) -> tuple[Array, Array, Array]:
+    """Point, class and score of the best pairs, each [*batch, pairs], best first; equal scores in the pairs' order.
+
+    In two stages, which sort 3,598 + 80,000 scores and not 287,840 for PicoDet at 416 pixels and 80 classes: a TPU
+    sorts whole rows, and its compiler takes long over long ones. The result is that of one stage: the best pairs belong
+    to points with the best scores, since each of the first `most` points has a pair that comes before all pairs of the
+    points after them.
+    """
+    points, classes = scores.shape[-2:]
+    chosen = jax.lax.top_k(scores.max(-1), min(most, points))[1]
+    chosen = jnp.sort(chosen)  # so that among equal scores the lower point comes first
+    rows = jnp.take_along_axis(scores, chosen[..., None], axis=-2)
+    pairs = rows.shape[-2] * classes
+    score, pair = jax.lax.top_k(rows.reshape(*rows.shape[:-2], pairs), min(most, pairs))
+    return jnp.take_along_axis(chosen, pair // classes, axis=-1), pair % classes, score
+
+
+def _suppresses(
+    box: Float[Array, "*batch 4 pairs"], label: Int[Array, "*batch pairs"], iou_threshold: ArrayLike
+) -> Bool[Array, "*batch pairs pairs"]:
+    """Whether the pair of a row, if it is kept, suppresses the pair of a column, which comes after it."""
+    wide = box.astype(jnp.promote_types(box.dtype, jnp.float32))
+    sides = [wide[..., i, :] for i in range(4)]
+    overlap = iou(tuple(side[..., :, None] for side in sides), tuple(side[..., None, :] for side in sides))
+    order = jnp.arange(label.shape[-1])
+    same = label[..., :, None] == label[..., None, :]
+    return (overlap > iou_threshold) & same & (order[:, None] < order)
+
+
+def _keep_greedily(
+    suppresses: Bool[Array, "*batch pairs pairs"], counts: Bool[Array, "*batch pairs"]
+) -> Bool[Array, "*batch pairs"]:
+    """The pairs that greedy suppression keeps.
+
+    They are the only set in which each pair is missing exactly if one of the set suppresses it. Each round applies this
+    rule to all pairs at once. After n rounds the n best pairs are right for good, so the loop ends; it ends as soon as
+    no pair changes, which takes as many rounds as the longest chain of pairs that suppress one another, not a round for
+    each pair.
+    """
+
+    def apply_rule(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        kept, _ = state
+        new = counts & ~jnp.any(suppresses & kept[..., :, None], axis=-2)
+        return new, jnp.any(new != kept)
+
+    return jax.lax.while_loop(lambda state: state[1], apply_rule, (counts, jnp.bool_(True)))[0]
