@@ -47,7 +47,7 @@ def masked_softmax_attention(
         concrete), or a name is unknown.
     """
     return masked_softmax_first(
-        q, k, v, mask_threshold=mask_threshold, bias=bias, implementation=implementation, hand_on=False
+        q, k, v, mask_threshold=mask_threshold, bias=bias, implementation=implementation, return_qkv=False
     )[:2]
 
 
@@ -59,12 +59,12 @@ def masked_softmax_first(
     mask_threshold: ArrayLike,
     bias: Bias | None,
     implementation: str,
-    hand_on: bool = True,
+    return_qkv: bool = True,
 ) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""], tuple[Array, Array, Array]]:
     """`masked_softmax_attention`, and q, k and v for what comes after it.
 
     What takes these in the place of those given saves passes over their gradients: a kernel adds its own to what comes
-    back by them. With `hand_on` false they are those given.
+    back by them. With `return_qkv` false they are those given.
     """
     check_implementation(implementation)
     check_qkv(q, k, v)
@@ -77,7 +77,7 @@ def masked_softmax_first(
     from castling_jax.ops.tpu import attention as kernels  # Pallas takes a while to import
 
     otherwise = _plain if implementation == "auto" else None
-    return kernels.masked_softmax_attention(q, k, v, mask_threshold, bias, hand_on=hand_on, otherwise=otherwise)
+    return kernels.masked_softmax_attention(q, k, v, mask_threshold, bias, return_qkv=return_qkv, otherwise=otherwise)
 
 
 @jax.named_scope("masked_softmax")

@@ -114,7 +114,7 @@ def masked_softmax_attention(
     mask_threshold: ArrayLike,
     bias: Bias | None,
     *,
-    hand_on: bool,
+    return_qkv: bool,
     otherwise: Callable[..., Any] | None,
 ) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""], tuple[Array, Array, Array]]:
     """The masked softmax branch, fused, its mask density, and q, k and v.
@@ -127,7 +127,7 @@ def masked_softmax_attention(
       v: values.
       mask_threshold: a scalar.
       bias: dense, or two factors.
-      hand_on: that q, k and v are gone on with as returned, not as given: the kernel then adds their gradients.
+      return_qkv: that q, k and v are gone on with as returned, not as given: the kernel then adds their gradients.
       otherwise: as in `linear_angular_attention`.
 
     Raises:
@@ -141,13 +141,15 @@ def masked_softmax_attention(
         if otherwise is None:
             raise
         return otherwise(q, k, v, threshold, bias)
-    record("masked_softmax_attention", {"q": q, "k": k, "v": v, "bias": bias}, hand_on=hand_on)
+    record("masked_softmax_attention", {"q": q, "k": k, "v": v, "bias": bias}, return_qkv=return_qkv)
     # A float: the batch of a pod has more weights than an int32 counts.
     size = float(math.prod(q.shape[:3]) * k.shape[1])
     names = () if split is None else axes_of_kind(split[0], AxisType.Auto)
 
     def run(q, k, v, threshold, bias, *, interpret):
-        out, kept, on = _masked_softmax(q, k, v, threshold.reshape(1, 1), bias, hand_on=hand_on, interpret=interpret)
+        out, kept, on = _masked_softmax(
+            q, k, v, threshold.reshape(1, 1), bias, return_qkv=return_qkv, interpret=interpret
+        )
         kept = kept.sum()
         density = (jax.lax.psum(kept, names) if names else kept) / size
         return out.reshape(*q.shape[:3], v.shape[3]), density, on
@@ -162,7 +164,7 @@ def masked_softmax_attention(
     return _on_platform(run, q, k, v, threshold, bias, otherwise=otherwise)
 
 
-def _masked_softmax(q, k, v, threshold, bias, *, hand_on: bool, interpret: bool):
+def _masked_softmax(q, k, v, threshold, bias, *, return_qkv: bool, interpret: bool):
     """The output, flat; weights kept, of some parts; and q, k and v to go on with."""
     scale, heads = 1 / math.sqrt(q.shape[3]), q.shape[2]
     dense = factors = sides = None
@@ -173,9 +175,9 @@ def _masked_softmax(q, k, v, threshold, bias, *, hand_on: bool, interpret: bool)
         dense = jnp.swapaxes(bias, 2, 3)
     if masked_softmax.needed_bytes(q, k, v, dense, factors) <= fast_memory_bytes():
         out, kept, *on = masked_softmax.masked_softmax(
-            *_flat(q, k, v), threshold, dense, factors, heads, scale, interpret, hand_on, sides
+            *_flat(q, k, v), threshold, dense, factors, heads, scale, interpret, return_qkv, sides
         )
-        on = [x.reshape(like.shape) for x, like in zip(on, (q, k, v), strict=True)] if hand_on else [q, k, v]
+        on = [x.reshape(like.shape) for x, like in zip(on, (q, k, v), strict=True)] if return_qkv else [q, k, v]
         return out, kept, tuple(on)
     given = q, k, v
     if factors is not None:
