@@ -27,9 +27,9 @@ def angular_kernel(
 ) -> Float[Array, "batch heads queries keys"]:
     """The exact kernel Sim(q, k) = 1 - theta(q, k) / pi, in [0, 1] (equations 3 and 4); quadratic in tokens.
 
-    theta is the angle between q and k in radians. The kernel has a kink where they are parallel or
-    opposite; its gradient is taken as zero there, so that it is finite everywhere. A zero vector is at right angles to
-    all others, Sim = 1/2, and passes no gradient.
+    theta is the angle between q and k in radians. The kernel has a kink where q and k are parallel or opposite. Its
+    gradient is defined as zero there, so that it is finite everywhere. A zero vector counts as orthogonal to all
+    vectors, Sim = 1/2, and passes no gradient.
 
     Raises:
       InputError: the shapes do not fit.
@@ -43,6 +43,7 @@ def angular_kernel(
 
 def arcsine_coefficients(order: int | np.integer) -> np.ndarray:
     """Coefficients of c, c^3, ..., c^(2 order + 1) in arcsin(c): (2i)! / (2^2i (i!)^2 (2i + 1))."""
+    # (2i)! / (2^2i (i!)^2) as a running product, because the factorials themselves overflow for a long series.
     binomials = np.cumprod([1.0] + [(2 * i - 1) / (2 * i) for i in range(1, order + 1)])
     return binomials / (2 * np.arange(order + 1) + 1)
 
@@ -51,9 +52,9 @@ def arcsine_coefficients(order: int | np.integer) -> np.ndarray:
 def angular_kernel_series(
     q: Float[Array, "batch queries heads key_dim"], k: Float[Array, "batch keys heads key_dim"], order: int | np.integer
 ) -> Float[Array, "batch heads queries keys"]:
-    """Sim(q, k) = 1/2 + arcsin(cos theta) / pi, its series cut after `order` terms of the sum (equation 5).
+    """Sim(q, k) = 1/2 + arcsin(cos theta) / pi as a series with `order` terms of its sum (equation 5).
 
-    With order = 0 only the two linear-angular terms are left, 1/2 + cos(theta) / pi.
+    With order = 0 only the two linear-angular terms remain, 1/2 + cos(theta) / pi.
 
     Raises:
       InputError: the shapes do not fit, or `order` is not an integer of at least 0.
@@ -73,10 +74,10 @@ def angular_attention(
     k: Float[Array, "batch keys heads key_dim"],
     v: Float[Array, "batch keys heads value_dim"],
 ) -> Float[Array, "batch queries heads value_dim"]:
-    """Sim(Q, K) V with the exact kernel, neither normalised nor convolved; quadratic in tokens.
+    """Sim(Q, K) V with the exact kernel, without normalisation or taps; quadratic in tokens.
 
-    Beyond the series' remainder it differs from linear-angular attention in one more term: 1/2 sum_j v_j
-    stands here where the paper's linear form has 1/2 V (equation 7).
+    It differs from linear-angular attention by the remainder of the series and by the constant term, which is
+    1/2 sum_j v_j here and 1/2 V in the paper's linear form (equation 7).
 
     Raises:
       InputError: the shapes do not fit.
@@ -93,14 +94,14 @@ def linear_angular_core(
     v: Float[Array, "batch keys heads value_dim"],
     query_values: Float[Array, "batch queries heads value_dim"],
 ) -> Float[Array, "batch queries heads value_dim"]:
-    """1/2 V + (1/pi) Q^ (K^^T V), before the output normalisation, in float32 at least (equation 7).
+    """1/2 V + (1/pi) Q^ (K^^T V), before the output normalisation, in float32 or wider (equation 7).
 
-    The paper writes 1/2 V where the kernel's constant term would give 1/2 sum_j v_j; so do its authors.
+    The constant term of the kernel would give 1/2 sum_j v_j. The paper and its authors' code have 1/2 V instead.
     """
-    # All in float32: products of bfloat16 with a float32 sum are not to be had on every platform, and where they
-    # are faster, as on a TPU, default precision makes them of these.
+    # All in float32, because not every platform multiplies bfloat16 with a float32 sum. A TPU, where that is faster,
+    # turns float32 products into bfloat16 ones at default precision.
     wide = jnp.promote_types(v.dtype, jnp.float32)
-    # Heads go beside the batch at once, which moves whole rows: left to the products, a CPU transposes every matrix.
+    # Swapping tokens and heads once moves whole rows. Left to the products, a CPU would transpose every matrix.
     q, k, v, query_values = (_swap_tokens_and_heads(x).astype(wide) for x in (q, k, v, query_values))
     key_values = jnp.einsum("bhkd,bhke->bhde", l2_normalize(k), v)
     core = 0.5 * query_values + jnp.einsum("bhqd,bhde->bhqe", l2_normalize(q), key_values) / jnp.pi
@@ -119,8 +120,8 @@ def normalize_and_convolve(
     grid: tuple[int, int] | None,
     prefix_tokens: int,
 ) -> Float[Array, "batch queries heads value_dim"]:
-    """l2normalise(core) + DWConv(V): how every form of the attention ends. In query_values' dtype."""
-    # Normalised where `core` was made, heads beside the batch, so that on a CPU this too is one pass with its product.
+    """l2normalise(core) + DWConv(V), the end of every form of the attention, in query_values' dtype."""
+    # Swapped as in `linear_angular_core`, so that a CPU normalises in the same pass as the product before.
     out = _swap_tokens_and_heads(l2_normalize(_swap_tokens_and_heads(core))).astype(query_values.dtype)
     if token_kernel is None:
         return out
@@ -144,24 +145,24 @@ def linear_angular_attention(
     Linear in tokens (equations 7 and 8, with the output normalisation of the authors' block).
 
     Args:
-      q: queries; they are normalised here, for norms from 1e-9 to 1e19. A zero vector normalises to zero and passes no
-        gradient of its own; so does the sum of the two terms where it is zero.
-      k: keys; likewise.
-      v: values; never normalised.
-      token_kernel: of the values, as `depthwise_convolution` takes it.
-      query_values: the values at the queries' positions, where queries and keys are different tokens; or, where the
-        queries stand on some of the keys' tokens, which: integers [queries], in NumPy.
-      grid: (height, width) of the queries, for a token kernel over the grid.
-      prefix_tokens: leading queries that the token kernel leaves out.
+      q: queries with norms from 1e-9 to 1e19, which are normalised here. A zero vector normalises to zero and passes no
+        gradient of its own. The same holds where the sum of both terms is zero.
+      k: keys, normalised likewise.
+      v: values, never normalised.
+      token_kernel: the taps that convolve the values, as `depthwise_convolution` takes them.
+      query_values: the values at the queries' positions, where queries and keys are different tokens. Where the queries
+        stand on some of the keys' tokens, the indices of these tokens instead: integers [queries], in NumPy.
+      grid: (height, width) of the queries, for taps over the grid.
+      prefix_tokens: leading queries that the taps leave out.
       implementation: "xla"; "pallas", fused TPU kernels (interpreted, and slow, on a CPU); or "auto", the kernels where
-        it is lowered for a TPU and they serve these arguments, "xla" elsewhere.
+        the program is lowered for a TPU and they take these arguments, "xla" elsewhere.
 
     Returns:
       The attention's output, in v's dtype.
 
     Raises:
-      InputError: shapes do not fit or the kernels do not serve them, queries unlike keys come without query_values,
-        or a name is unknown.
+      InputError: shapes do not fit, the kernels do not take the arguments, queries and keys differ in number and
+        query_values is missing, or a name is unknown.
     """
     return add_linear_angular(
         None,
@@ -188,37 +189,36 @@ def add_linear_angular(
     prefix_tokens: int,
     implementation: str,
 ) -> Float[Array, "batch queries heads value_dim"]:
-    """l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V); otherwise as `linear_angular_attention`."""
+    """l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V); all else as in `linear_angular_attention`."""
     check_implementation(implementation)
     check_qkv(q, k, v)
     check_query_values(q, v, query_values)
     if token_kernel is not None:
         check_token_kernel(token_kernel, q.shape[1], q.shape[2], grid, prefix_tokens)
 
-    # Tokens are known now, and no argument of a program.
+    # Token indices are static (NumPy): keep them out of the traced arguments.
     tokens = tokens_of(query_values)
-    given = None if query_values is None or tokens is not None else jnp.asarray(query_values, v.dtype)
+    value_array = None if query_values is None or tokens is not None else jnp.asarray(query_values, v.dtype)
 
-    def plain(q, k, v, token_kernel, given, auxiliary):
-        query_values = values_of_queries(v, tokens if given is None else given)
+    def plain(q, k, v, token_kernel, value_array, auxiliary):
+        query_values = values_of_queries(v, tokens if value_array is None else value_array)
         core = linear_angular_core(q, k, v, query_values)
         core = core if auxiliary is None else core + auxiliary.astype(core.dtype)
         return normalize_and_convolve(core, query_values, token_kernel, grid=grid, prefix_tokens=prefix_tokens)
 
     if implementation == "xla":
-        return plain(q, k, v, token_kernel, given, auxiliary)
-    from castling_jax.ops.tpu import attention as kernels  # Pallas takes a while to import
+        return plain(q, k, v, token_kernel, value_array, auxiliary)
+    from castling_jax.ops.tpu import attention as kernels  # here, because importing Pallas takes a while
 
-    otherwise = plain if implementation == "auto" else None
     return kernels.linear_angular_attention(
         q,
         k,
         v,
         token_kernel,
-        given,
+        value_array,
         auxiliary,
         query_tokens=tokens,
         grid=grid,
         prefix_tokens=prefix_tokens,
-        otherwise=otherwise,
+        fallback=plain if implementation == "auto" else None,
     )

@@ -1,4 +1,4 @@
-"""A bias of the attention's scores: one array, or two factors whose outer sum it is."""
+"""The bias that is added to attention scores: one array, or two factors whose outer sum is the bias."""
 
 import jax
 from jaxtyping import Array, Float
@@ -13,7 +13,7 @@ Bias = (
 
 
 def check_bias(q: jax.Array, k: jax.Array, bias: Bias) -> None:
-    """Raises an InputError unless the bias, or its factors, are floating and their shapes fit queries and keys."""
+    """Raises an InputError unless the bias, or both its factors, are floating arrays that fit the queries and keys."""
     for part in bias if isinstance(bias, tuple | list) else (bias,):
         check_array("bias", part)
     (batch, queries, heads, _), keys = q.shape, k.shape[1]
@@ -29,7 +29,9 @@ def check_bias(q: jax.Array, k: jax.Array, bias: Bias) -> None:
             )
         rows, columns = bias
         if rows.shape[3] * columns.shape[3] != keys:
-            raise InputError(f"{rows.shape[3]} key rows times {columns.shape[3]} columns are not {keys} keys.")
+            raise InputError(
+                f"a bias for {rows.shape[3]} key rows times {columns.shape[3]} columns does not fit {keys} keys."
+            )
     elif bias.ndim != 4 or bias.shape[0] not in (1, batch) or bias.shape[1:] != (heads, queries, keys):
         raise InputError(
             f"bias must be of shape [1 or {batch}, {heads} heads, {queries} queries, {keys} keys], not {bias.shape}."

@@ -1,4 +1,4 @@
-"""Castling attention in its training form: both attentions at once (Castling-ViT, equation 9)."""
+"""Castling attention in its training form, the sum of both attentions (Castling-ViT, equation 9)."""
 
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -32,39 +32,39 @@ def castling_attention(
 ) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""]]:
     """l2normalise(aux + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V), the training form of the authors' block.
 
-    aux is `masked_softmax_attention`, whose queries and keys are not normalised. With mask_kind="fade" it is
-    (1 - mask_threshold) softmax(Q K^T / sqrt(key_dim) + bias) V instead, which the paper does not have: a factor in the
-    place of the mask, to compare the mask with. In the linear-angular part and for the output, a zero vector normalises
-    to zero and passes no gradient of its own. The inference form, without aux, is `linear_angular_attention`; from
-    mask_threshold = 1 on the two are equal.
+    aux is the output of `masked_softmax_attention`, where queries and keys are not normalised. With mask_kind="fade",
+    aux is (1 - mask_threshold) softmax(Q K^T / sqrt(key_dim) + bias) V instead: a factor in place of the mask, for
+    comparison with the mask. The paper has no fade. Where the linear-angular part and the output are normalised, a zero
+    vector normalises to zero and passes no gradient of its own. The inference form, without aux, is
+    `linear_angular_attention`. From mask_threshold = 1 on, both forms are equal.
 
     Args:
       q: queries.
       k: keys.
       v: values.
-      token_kernel: of the values, as `depthwise_convolution` takes it.
-      mask_threshold: scalar of at least 0; softmax weights at or under it are masked out, or all weights fade by it.
+      token_kernel: the taps that convolve the values, as `depthwise_convolution` takes them.
+      mask_threshold: scalar of at least 0. Softmax weights at or below it are masked out, or all weights fade by it.
       mask_kind: "threshold" or "fade".
-      bias: of the softmax branch alone; see `masked_softmax_attention`.
-      query_values: the values at the queries' positions, where queries and keys are different tokens; or, where the
-        queries stand on some of the keys' tokens, which: integers [queries], in NumPy.
-      grid: (height, width) of the queries, for a token kernel over the grid.
-      prefix_tokens: leading queries that the token kernel leaves out.
+      bias: added to the scores of the softmax branch only; see `masked_softmax_attention`.
+      query_values: the values at the queries' positions, where queries and keys are different tokens. Where the queries
+        stand on some of the keys' tokens, the indices of these tokens instead: integers [queries], in NumPy.
+      grid: (height, width) of the queries, for taps over the grid.
+      prefix_tokens: leading queries that the taps leave out.
       implementation: "xla"; "pallas", fused TPU kernels (interpreted, and slow, on a CPU); or "auto", the kernels where
-        it is lowered for a TPU and they serve these arguments, "xla" elsewhere.
+        the program is lowered for a TPU and they take these arguments, "xla" elsewhere.
 
     Returns:
-      The attention's output in v's dtype, and the mask density in float32: the share of softmax weights kept, which is
-      1 - mask_threshold for a fade.
+      The attention's output in v's dtype, and the mask density in float32: the share of softmax weights that is kept,
+      or 1 - mask_threshold with a fade.
 
     Raises:
-      InputError: shapes do not fit or the kernels do not serve them, queries unlike keys come without query_values,
-        the threshold is negative or NaN (where it is concrete), or a name is unknown.
+      InputError: shapes do not fit, the kernels do not take the arguments, queries and keys differ in number and
+        query_values is missing, the threshold is negative or NaN (where it is concrete), or a name is unknown.
     """
     auxiliary, density, (q, k, v) = softmax_branch(
         q, k, v, mask_threshold=mask_threshold, mask_kind=mask_kind, bias=bias, implementation=implementation
     )
-    # Of an empty mask the branch is zero: it is not worth reading.
+    # With an empty mask the branch is all zeros: leaving it out saves the program an addition.
     added = None if is_known_empty(mask_threshold) else auxiliary
     out = add_linear_angular(
         added,
@@ -90,10 +90,11 @@ def softmax_branch(
     bias: Bias | None,
     implementation: str,
 ) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""], tuple[Array, Array, Array]]:
-    """aux and the mask density, and q, k and v for what comes after it, as in `masked_softmax_first`."""
+    """aux, the mask density, and the q, k and v to go on with, as in `masked_softmax_first`."""
     check_known("mask_kind", mask_kind, MASK_KINDS)
     fades = mask_kind == "fade" and not is_known_empty(mask_threshold)
-    # Above a threshold of 0 is the whole softmax: a weight that is 0, by underflow, adds nothing to output or gradient.
+    # A threshold of 0 keeps the whole softmax: only weights that underflow to 0 are masked out, and they add nothing to
+    # the output or to a gradient.
     auxiliary, density, (q, k, v) = masked_softmax_first(
         q, k, v, mask_threshold=0.0 if fades else mask_threshold, bias=bias, implementation=implementation
     )

@@ -1,4 +1,4 @@
-"""What every attention operation requires of its arguments."""
+"""Checks of the arguments that all attention operations share."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ def check_implementation(implementation: str) -> None:
 
 
 def check_array(name: str, array: Any, axes: tuple[str, ...] = ()) -> None:
-    """Raises an InputError unless it is an array of a floating type and, where these are given, with these axes."""
+    """Raises an InputError unless `array` has a floating type and, where `axes` are given, as many axes."""
     if not hasattr(array, "dtype"):
         raise InputError(f"{name} must be an array, not {type(array).__name__}.")
     if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
@@ -29,20 +29,20 @@ def check_array(name: str, array: Any, axes: tuple[str, ...] = ()) -> None:
 
 
 def check_qkv(q: jax.Array, k: jax.Array, *values: jax.Array) -> None:
-    """Raises an InputError unless the shapes of queries and keys, and of values where they are given, fit together."""
+    """Raises an InputError unless q, k and the values, if any, are floating arrays whose shapes fit together."""
     for name, array in zip("qkv", (q, k, *values), strict=False):
         check_array(name, array, ("batch", "tokens", "heads", "dim"))
         if (array.shape[0], array.shape[2]) != (q.shape[0], q.shape[2]):
             raise InputError(f"{name} must have q's batch and heads: {array.shape} does not fit {q.shape}.")
     if q.shape[3] != k.shape[3]:
-        raise InputError(f"q and k must have one key_dim, not {q.shape[3]} and {k.shape[3]}.")
+        raise InputError(f"q and k must have the same key_dim, not {q.shape[3]} and {k.shape[3]}.")
     for v in values:
         if v.shape[1] != k.shape[1]:
-            raise InputError(f"k and v must have one number of tokens, not {k.shape[1]} and {v.shape[1]}.")
+            raise InputError(f"k and v must have the same number of tokens, not {k.shape[1]} and {v.shape[1]}.")
 
 
 def check_query_values(q: jax.Array, v: jax.Array, query_values: QueryValues) -> None:
-    """Raises an InputError unless there are values at the queries' own positions: these, or v's, at the same tokens."""
+    """Raises an InputError unless every query has a value: its own, a named token's, or v's at its position."""
     if query_values is None:
         if q.shape[1] != v.shape[1]:
             raise InputError(
@@ -54,8 +54,8 @@ def check_query_values(q: jax.Array, v: jax.Array, query_values: QueryValues) ->
     if tokens is not None:
         if tokens.shape != q.shape[1:2]:
             raise InputError(
-                f"query_values must be values, or name a key for each of the {q.shape[1]} queries, not be integers of "
-                f"shape {tokens.shape}."
+                f"query_values must be values, or integers that name one key for each of the {q.shape[1]} queries, not "
+                f"integers of shape {tokens.shape}."
             )
         if not np.all((tokens >= 0) & (tokens < v.shape[1])):
             raise InputError(
@@ -64,16 +64,16 @@ def check_query_values(q: jax.Array, v: jax.Array, query_values: QueryValues) ->
         return
     expected = (*q.shape[:3], v.shape[3])
     if not hasattr(query_values, "dtype") or jax.numpy.issubdtype(query_values.dtype, jax.numpy.integer):
-        raise InputError("query_values that name keys must be a NumPy array, which is known when it is traced.")
+        raise InputError("query_values that name keys must be a NumPy array, because they are needed while tracing.")
     if query_values.shape != expected:
         raise InputError(f"query_values must have the shape {expected}, not {query_values.shape}.")
 
 
 def concrete_threshold(mask_threshold: ArrayLike) -> float | None:
-    """The threshold's number where it is known now; None while it is traced.
+    """The threshold as a number where it is concrete; None where it is traced.
 
     Raises:
-      InputError: it is not a scalar, or a number known now that is negative or NaN.
+      InputError: the threshold is not a scalar, or it is concrete and negative or NaN.
     """
     if np.ndim(mask_threshold) != 0:
         raise InputError(f"mask_threshold must be a scalar, not of shape {np.shape(mask_threshold)}.")
@@ -89,10 +89,10 @@ def concrete_threshold(mask_threshold: ArrayLike) -> float | None:
 
 
 def is_known_empty(mask_threshold: ArrayLike) -> bool:
-    """Whether the mask is known now to be empty, so that the softmax branch need not be computed at all.
+    """Whether the threshold is concrete and at least 1. The mask is then empty, and the branch need not be computed.
 
     Raises:
-      InputError: as `concrete_threshold`.
+      InputError: as for `concrete_threshold`.
     """
     known = concrete_threshold(mask_threshold)
     return known is not None and known >= 1

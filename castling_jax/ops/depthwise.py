@@ -22,21 +22,21 @@ def depthwise_convolution(
     grid: tuple[int, int] | None = None,
     prefix_tokens: int = 0,
 ) -> Float[Array, "batch tokens heads value_dim"]:
-    """Convolves the values with one set of taps a head, shared by that head's channels, zero padded at the ends.
+    """Convolves the values with taps that all channels of a head share, with zeros beyond the ends.
 
-    As in deep learning's convolutions the kernel is not flipped, and its middle tap stands on the token itself.
+    The kernel is not flipped, as is usual in deep learning, and its middle tap stands on the token itself.
 
     Args:
       v: values.
-      kernel: [taps, heads] over the token axis, or [rows, columns, heads] over the patch grid; odd sizes only.
-      grid: (height, width) of the patch grid in tokens, for a [rows, columns, heads] kernel and only there.
-      prefix_tokens: leading tokens (class, distillation) that are left out: they neither give nor get anything.
+      kernel: [taps, heads] over the token axis, or [rows, columns, heads] over the patch grid, of odd sizes.
+      grid: (height, width) of the patch grid in tokens, with a [rows, columns, heads] kernel and with no other.
+      prefix_tokens: leading tokens (class, distillation) that are left out: no tap reads or writes them.
 
     Returns:
-      The convolved values, in v's dtype; zero at the prefix tokens.
+      The convolved values in v's dtype, zero at the prefix tokens.
 
     Raises:
-      InputError: a kernel of even length or of the wrong heads, or a grid that is missing or does not fit.
+      InputError: the kernel has an even size or another number of heads, or the grid is missing or does not fit.
     """
     check_array("v", v, ("batch", "tokens", "heads", "value_dim"))
     check_token_kernel(kernel, v.shape[1], v.shape[2], grid, prefix_tokens)
@@ -50,7 +50,7 @@ def depthwise_convolution(
 def check_token_kernel(
     kernel: jax.Array, all_tokens: int, heads: int, grid: tuple[int, int] | None, prefix_tokens: int
 ) -> None:
-    """Raises an InputError unless `depthwise_convolution` takes these arguments with so many tokens and heads."""
+    """Raises an InputError unless `depthwise_convolution` takes the arguments, with `all_tokens` tokens and `heads`."""
     check_array("token_kernel", kernel)
     if kernel.ndim not in (2, 3) or any(size % 2 == 0 for size in kernel.shape[:-1]):
         raise InputError(
@@ -58,14 +58,14 @@ def check_token_kernel(
         )
     *taps, kernel_heads = kernel.shape
     if kernel_heads != heads:
-        raise InputError(f"a token kernel for {kernel_heads} heads does not fit values of {heads} heads.")
+        raise InputError(f"a token kernel for {kernel_heads} heads does not fit values with {heads} heads.")
     if not all(isinstance(size, int | np.integer) for size in (*jax.tree.leaves(grid), prefix_tokens)):
         raise InputError(f"grid and prefix_tokens must be integers, not {grid!r} and {prefix_tokens!r}.")
     if not 0 <= prefix_tokens <= all_tokens:
-        raise InputError(f"prefix_tokens must be between 0 and the {all_tokens} tokens there are, not {prefix_tokens}.")
+        raise InputError(f"prefix_tokens must be between 0 and {all_tokens} tokens, not {prefix_tokens}.")
     if (grid is not None) != (len(taps) == 2):
         raise InputError(
-            f"grid=(height, width) goes with a [rows, columns, heads] kernel and only there, "
+            f"grid=(height, width) goes with a [rows, columns, heads] kernel and with no other, "
             f"not grid={grid} with a kernel of shape {kernel.shape}."
         )
     tokens = all_tokens - prefix_tokens
@@ -73,11 +73,11 @@ def check_token_kernel(
         raise InputError(f"a grid of {grid} does not hold the {tokens} tokens after {prefix_tokens} prefix tokens.")
 
 
-# Compiled on its own so that it keeps its name in a jaxpr, where models/macs.py counts its multiply-adds.
+# jit keeps this function's name in the jaxpr, where models/macs.py counts its multiply-adds.
 @jax.jit
 def _depthwise_taps(patches: jax.Array, kernel: jax.Array) -> jax.Array:
-    # By the TPU compiler's estimate a seventh of the shifted multiply-adds' time, with gradients; elsewhere a grouped
-    # convolution of one channel a group is slow.
+    # With gradients, a TPU's convolution takes a seventh of the time of shifted multiply-adds, by the compiler's
+    # estimate. Elsewhere a convolution with one channel per group is slow.
     return jax.lax.platform_dependent(patches, kernel, tpu=_convolution, default=_shifted_taps)
 
 
@@ -86,25 +86,25 @@ def _convolution(patches: jax.Array, kernel: jax.Array) -> jax.Array:
     *taps, _ = kernel.shape
     channels = patches.reshape(*patches.shape[:-2], heads * dim)
     repeated = jnp.repeat(kernel.astype(patches.dtype), dim, axis=-1).reshape(*taps, 1, heads * dim)
-    # HIGHEST is of float32, which would be rounded to bfloat16.
+    # HIGHEST matters for float32 values, which the default precision would round to bfloat16.
     out = convolve_channels(channels, repeated, (1,) * len(taps), precision=jax.lax.Precision.HIGHEST)
     return out.reshape(patches.shape)
 
 
 def _shifted_taps(patches: jax.Array, kernel: jax.Array) -> jax.Array:
-    # Shifted multiply-adds fuse into one loop; they also differentiate into the same kind of loop.
+    # Shifted multiply-adds fuse into one loop, and so do their gradients.
     batch, *sizes, heads, dim = patches.shape
     *taps, _ = kernel.shape
     wide = jnp.promote_types(patches.dtype, jnp.float32)
-    # Heads and their channels as one axis: whole vectors, and on a CPU the loop is not cut into a copy for every tap.
+    # With heads and channels as one axis a CPU works on whole vectors, and does not copy the array for every tap.
     channels = patches.reshape(batch, *sizes, heads * dim)
     padded = jnp.pad(channels, [(0, 0), *((size // 2, size // 2) for size in taps), (0, 0)]).astype(wide)
     kernel = kernel.astype(wide)[..., None]
     total = jnp.zeros(channels.shape, wide)
     for offset in product(*map(range, taps)):
         window = tuple(slice(start, start + size) for start, size in zip(offset, sizes, strict=True))
-        # Each tap is spread over the whole array, so that its gradient is one sum down to the heads: devices then
-        # exchange a number for each head, not for each channel.
+        # Each tap is broadcast to the whole array, so that its gradient is one sum down to the heads. Devices then
+        # exchange one number per head instead of one per channel.
         tap = jnp.broadcast_to(kernel[offset], patches.shape).reshape(channels.shape)
         total += padded[(slice(None), *window)] * tap
     return total.reshape(patches.shape).astype(patches.dtype)
@@ -117,11 +117,12 @@ def convolve_channels(
     *,
     precision: jax.lax.Precision | None = None,
 ) -> Float[Array, "batch *strided channels"]:
-    """A convolution of each channel with its own taps, of odd sizes and zero padded by half of them, as XLA has it.
+    """XLA's convolution of each channel with its own taps, of odd sizes, with zero padding by half the taps.
 
-    XLA's partitioner (JAX 0.10 to 0.12) multiplies the kernel's gradient, a convolution too, by the number of devices
-    along each axis of a mesh over which `x` is not split, where another axis splits the batch. That may be any axis
-    named `tensor` or `model`: on a mesh that has one, the gradient is a sum of products, which is slower on a TPU.
+    XLA's partitioner (JAX 0.10 to 0.12) has a fault: where one axis of a mesh splits the batch and `x` is not split
+    over another, it multiplies the kernel's gradient by the number of devices along the other axis. Axes named
+    `tensor` or `model` may be such axes. On a mesh that has one, the gradient is computed as a sum of products instead
+    of a convolution, which is correct, but slower on a TPU.
     """
     sizes = mesh_in_use((x, kernel)).shape
     split = any(sizes.get(name, 1) > 1 for name in HEAD_AXES)

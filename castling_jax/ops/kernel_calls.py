@@ -1,4 +1,4 @@
-"""Calls of the TPU kernels, recorded while a program is traced, so that each of them can be made again by itself."""
+"""Records the calls of TPU kernels while a program is traced, so that each call can be repeated on its own."""
 
 import contextlib
 import contextvars
@@ -13,12 +13,12 @@ _recorded: contextvars.ContextVar[list["Call"] | None] = contextvars.ContextVar(
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A call that a kernel serves.
+    """A call of one of the kernels' operations.
 
     Attributes:
       operation: "linear_angular_attention" or "masked_softmax_attention".
-      arrays: the operation's arrays by their arguments' names, as shapes; without those that are None.
-      options: its other arguments.
+      arrays: shapes of the operation's arrays, by the arguments' names. Arguments of None are left out.
+      options: the operation's other arguments.
     """
 
     operation: str
@@ -28,7 +28,7 @@ class Call:
 
 @contextlib.contextmanager
 def recorded_calls() -> Iterator[list[Call]]:
-    """A list that gets every call of a kernel that is traced inside the context, each kind of call once."""
+    """Yields a list that gets every kernel call that is traced inside the context, equal calls once."""
     calls: list[Call] = []
     token = _recorded.set(calls)
     try:
@@ -38,7 +38,7 @@ def recorded_calls() -> Iterator[list[Call]]:
 
 
 def record(operation: str, arrays: dict[str, Any], **options: Any) -> None:
-    """Notes a call, where a record is kept."""
+    """Adds a call to the list of `recorded_calls`; does nothing outside of its context."""
     calls = _recorded.get()
     if calls is None:
         return

@@ -1,4 +1,4 @@
-"""The auxiliary branch: softmax attention whose small weights are masked out (Castling-ViT, section 4.2)."""
+"""The masked softmax branch: softmax attention whose small weights are masked out (Castling-ViT, section 4.2)."""
 
 import math
 
@@ -31,23 +31,23 @@ def masked_softmax_attention(
       q: queries.
       k: keys.
       v: values.
-      mask_threshold: a scalar of at least 0; weights at or under it are masked out. From 1 on the mask is
-        empty by definition, and where that is known before tracing the branch is not computed at all.
-      bias: added to the scaled scores; dense [1 or batch, heads, queries, keys], or a pair of factors
-        [batch, heads, queries, key_rows] and [batch, heads, queries, key_columns] whose outer sum it is. The kernels
+      mask_threshold: a scalar of at least 0. Weights at or below it are masked out. From 1 on the mask is empty by
+        definition. If the threshold is concrete, the branch is then not computed at all.
+      bias: added to the scaled scores. Dense, [1 or batch, heads, queries, keys], or a pair of factors whose outer sum
+        is the bias, [1 or batch, heads, queries, key_rows] and [1 or batch, heads, queries, key_columns]. The kernels
         round factors to q's dtype.
       implementation: "xla"; "pallas", fused TPU kernels (interpreted, and slow, on a CPU); or "auto", the kernels where
-        it is lowered for a TPU and they serve these arguments, "xla" elsewhere.
+        the program is lowered for a TPU and they take these arguments, "xla" elsewhere.
 
     Returns:
-      The branch's output in v's dtype, and the mask density: the share of the weights kept, a float32 scalar.
+      The branch's output in v's dtype, and the mask density: the share of weights that is kept, a float32 scalar.
 
     Raises:
-      InputError: shapes do not fit or the kernels do not serve them, the threshold is negative or NaN (where it is
-        concrete), or a name is unknown.
+      InputError: shapes do not fit, the kernels do not take the arguments, the threshold is negative or NaN (where it
+        is concrete), or a name is unknown.
     """
     return masked_softmax_first(
-        q, k, v, mask_threshold=mask_threshold, bias=bias, implementation=implementation, hand_on=False
+        q, k, v, mask_threshold=mask_threshold, bias=bias, implementation=implementation, return_qkv=False
     )[:2]
 
 
@@ -59,12 +59,13 @@ def masked_softmax_first(
     mask_threshold: ArrayLike,
     bias: Bias | None,
     implementation: str,
-    hand_on: bool = True,
+    return_qkv: bool = True,
 ) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""], tuple[Array, Array, Array]]:
-    """`masked_softmax_attention`, and q, k and v for what comes after it.
+    """`masked_softmax_attention`, and the q, k and v that the attention after it should use.
 
-    What takes these in the place of those given saves passes over their gradients: a kernel adds its own to what comes
-    back by them. With `hand_on` false they are those given.
+    With `return_qkv` the kernels return q, k and v as outputs. If the next attention uses these, its gradients of q, k
+    and v arrive in the branch's backward kernel, which adds its own to them. That saves a pass over memory for each.
+    Without `return_qkv`, and without kernels, q, k and v are returned as they came.
     """
     check_implementation(implementation)
     check_qkv(q, k, v)
@@ -74,19 +75,19 @@ def masked_softmax_first(
         return jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype), jnp.zeros((), jnp.float32), (q, k, v)
     if implementation == "xla":
         return _plain(q, k, v, mask_threshold, bias)
-    from castling_jax.ops.tpu import attention as kernels  # Pallas takes a while to import
+    from castling_jax.ops.tpu import attention as kernels  # here, because importing Pallas takes a while
 
-    otherwise = _plain if implementation == "auto" else None
-    return kernels.masked_softmax_attention(q, k, v, mask_threshold, bias, hand_on=hand_on, otherwise=otherwise)
+    fallback = _plain if implementation == "auto" else None
+    return kernels.masked_softmax_attention(q, k, v, mask_threshold, bias, return_qkv=return_qkv, fallback=fallback)
 
 
 @jax.named_scope("masked_softmax")
 def _plain(
     q: jax.Array, k: jax.Array, v: jax.Array, mask_threshold: ArrayLike, bias: Bias | None
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    given = q, k, v
+    qkv = q, k, v
     wide = jnp.promote_types(v.dtype, jnp.float32)
-    # Heads go beside the batch at once, and the queries are scaled rather than the scores: both spare a CPU passes.
+    # Swapping tokens and heads once, and scaling queries rather than scores, both save a CPU passes over memory.
     q, k, v_wide = (jnp.swapaxes(x, 1, 2).astype(wide) for x in (q, k, v))
     precision = precision_of(v.dtype)
     scores = jnp.einsum("bhqd,bhkd->bhqk", q / math.sqrt(q.shape[3]), k, precision=precision)
@@ -94,17 +95,17 @@ def _plain(
         scores = scores + dense_bias(bias).astype(wide)
     weights, kept = masked_weights(scores, mask_threshold)
     out = jnp.einsum("bhqk,bhkd->bhqd", jnp.where(kept, weights, 0), v_wide, precision=precision)
-    # A float: the batch of a pod has more weights than an int32 counts.
+    # Counted in float32, because the batch of a pod has more weights than an int32 counts.
     density = jnp.sum(kept, dtype=jnp.float32) / float(max(kept.size, 1))
-    return jnp.swapaxes(out, 1, 2).astype(v.dtype), density, given
+    return jnp.swapaxes(out, 1, 2).astype(v.dtype), density, qkv
 
 
 def masked_weights(
     scores: Float[Array, "batch heads queries keys"], mask_threshold: ArrayLike
 ) -> tuple[Float[Array, "batch heads queries keys"], Bool[Array, "batch heads queries keys"]]:
-    """P = softmax(scores), and the mask M = 1[P > threshold], which is empty from 1 on."""
+    """P = softmax(scores), and the mask M = 1[P > threshold], which is empty from a threshold of 1 on."""
     weights = jax.nn.softmax(scores, axis=-1)
     threshold = jnp.asarray(mask_threshold, weights.dtype)
-    # Rounding can lift a weight above 1, so an empty mask has to be said rather than computed. Written so that NaN is
-    # kept, and seen.
+    # An empty mask needs its own condition, because rounding can lift a weight above 1. The comparison is negated, so
+    # that NaN passes the mask, reaches the output and is noticed.
     return weights, ~(weights <= threshold) & (threshold < 1)

@@ -1,8 +1,8 @@
-"""Meshes with Explicit axes, which `jax.make_mesh` makes by default.
+"""Arrays on meshes with Explicit axes, which `jax.make_mesh` makes by default.
 
-Along an Explicit axis every operation has to say how its result is split; along an Auto axis the compiler decides.
-Everything here is written for Auto axes. `on_auto_axes` lets a function take arrays on Explicit axes: inside, these
-axes are Auto, and the results are split as the function's first argument is.
+Along an Explicit axis every operation must say how its result is split. Along an Auto axis the compiler decides. This
+package is written for Auto axes. `on_auto_axes` lets a function take arrays on Explicit axes: inside the function the
+axes are Auto, and its results are split like its first argument.
 """
 
 import functools
@@ -15,26 +15,29 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from castling_jax.errors import InputError
 
-HEAD_AXES = ("tensor", "model")  # mesh axes of these names split the heads; all others split the batch
+HEAD_AXES = ("tensor", "model")  # mesh axes with these names split the heads; all other axes split the batch
 
 
 def split_as(x: Any, *dimensions: int | None) -> PartitionSpec:
-    """A result whose dimensions are split as these dimensions of `x` are; None, and the rest, are not split."""
+    """The specification of a result whose dimensions are split like these dimensions of `x`.
+
+    A dimension of None is not split, nor are dimensions beyond these.
+    """
     spec = tuple(jax.typeof(x).sharding.spec) if isinstance(x, jax.Array) else ()
     return PartitionSpec(*(spec[i] if i is not None and i < len(spec) else None for i in dimensions))
 
 
 def on_auto_axes(out_specs: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates a function so that it runs with the Explicit axes of the mesh in use turned into Auto ones.
+    """Decorates a function so that it runs with the mesh's Explicit axes turned into Auto axes.
 
-    The mesh is the one of `jax.set_mesh`, or else the one that the arguments' arrays lie on. Where it has no Explicit
-    axes, or there is none, the function is called as it is.
+    The mesh is that of `jax.set_mesh`, or else the mesh of the arguments' arrays. Without a mesh, or without Explicit
+    axes, the function is called as it is.
 
     Args:
       out_specs: first argument -> the PartitionSpecs of the results over the Explicit axes, a prefix of their tree.
 
     Raises:
-      InputError: arrays lie on a mesh with Explicit axes that is not the one in use.
+      InputError: arrays lie on a mesh with Explicit axes that is not the mesh in use.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,7 +55,7 @@ def on_auto_axes(out_specs: Callable[[Any], Any]) -> Callable[[Callable[..., Any
                 return function(*args, **kwargs)
 
             def inside(*arrays: jax.Array) -> Any:
-                # Everything else goes around the conversion: a threshold or tokens known now must stay known.
+                # Only these arrays are converted: a concrete threshold or NumPy tokens would become traced.
                 converted = iter(arrays)
                 new = [
                     next(converted) if explicit else leaf for leaf, explicit in zip(leaves, is_explicit, strict=True)
@@ -70,10 +73,10 @@ def on_auto_axes(out_specs: Callable[[Any], Any]) -> Callable[[Callable[..., Any
 
 
 def mesh_in_use(arrays: Iterable[jax.Array]) -> Mesh | AbstractMesh:
-    """The mesh of `jax.set_mesh` or of a shard_map, or else the first one that an array lies on; it may be empty."""
+    """The mesh of `jax.set_mesh` or of a shard_map, or else the first mesh of an array; it may be empty."""
     in_use = jax.sharding.get_abstract_mesh()
     for array in arrays if in_use.empty else ():
-        # Outside of jit only an array itself knows the devices, not its type.
+        # Outside of jit the type of an array does not know the devices, only the array itself does.
         sharding = getattr(array, "sharding", None)
         if isinstance(array, jax.core.Tracer):
             sharding = jax.typeof(array).sharding
@@ -83,7 +86,7 @@ def mesh_in_use(arrays: Iterable[jax.Array]) -> Mesh | AbstractMesh:
 
 
 def axes_of_kind(mesh: Mesh | AbstractMesh, wanted: AxisType) -> tuple[str, ...]:
-    """The names of the mesh's axes of this kind."""
+    """The names of the mesh's axes of one kind."""
     return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types or (), strict=True) if kind == wanted)
 
 
@@ -97,7 +100,7 @@ def _check_one_mesh(mesh: Mesh | AbstractMesh, arrays: list[jax.Array]) -> None:
         if other != mesh.abstract_mesh:
             raise InputError(
                 f"an array of shape {array.shape} lies on a mesh of {_axes_in_words(other)}, not on the mesh in use, "
-                f"of {_axes_in_words(mesh)}: place all arrays on one mesh, that of jax.set_mesh where it is set."
+                f"of {_axes_in_words(mesh)}: place all arrays on one mesh, that of jax.set_mesh if one is set."
             )
 
 

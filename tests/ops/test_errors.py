@@ -71,8 +71,8 @@ def test_errors_of_other_packages_become_one_sentence(refuses, tmp_path):
         ((5, 3, 4), (2, 5, 3, 4), (2, 5, 3, 4), ["q must be [batch, tokens, heads, dim]", "(5, 3, 4)"]),
         ((2, 5, 3, 4), (1, 5, 3, 4), (2, 5, 3, 4), ["k must have q's batch and heads", "(1, 5, 3, 4)"]),
         ((2, 5, 3, 4), (2, 5, 3, 4), (2, 5, 1, 4), ["v must have q's batch and heads", "(2, 5, 1, 4)"]),
-        ((2, 5, 3, 4), (2, 5, 3, 8), (2, 5, 3, 4), ["one key_dim", "4 and 8"]),
-        ((2, 5, 3, 4), (2, 5, 3, 4), (2, 6, 3, 4), ["one number of tokens", "5 and 6"]),
+        ((2, 5, 3, 4), (2, 5, 3, 8), (2, 5, 3, 4), ["same key_dim", "4 and 8"]),
+        ((2, 5, 3, 4), (2, 5, 3, 4), (2, 6, 3, 4), ["same number of tokens", "5 and 6"]),
     ],
     ids=["axes", "batch", "heads", "key_dim", "tokens"],
 )
@@ -89,7 +89,7 @@ def test_integers_are_refused(refuses, name):
 
 @pytest.mark.parametrize("kernel", [ops.angular_kernel, lambda q, k: ops.angular_kernel_series(q, k, 2)])
 def test_kernels_refuse_shapes_that_do_not_fit(refuses, kernel):
-    with refuses("one key_dim", "4 and 3"):
+    with refuses("same key_dim", "4 and 3"):
         kernel(Q, Q[..., :3])
 
 
@@ -129,7 +129,7 @@ def test_queries_unlike_keys_need_query_values(refuses, name):
 @pytest.mark.parametrize(
     ("tokens", "said"),
     [
-        ([0, 1], "name a key for each of the 5 queries, not be integers of shape (2,)"),
+        ([0, 1], "one key for each of the 5 queries, not integers of shape (2,)"),
         ([0, 1, 2, 3, 5], "keys from 0 to 4, not from 0 to 5"),
         ([-1, 0, 1, 2, 3], "keys from 0 to 4, not from -1 to 3"),
     ],

@@ -342,7 +342,7 @@ def test_a_shard_map_that_checks_what_varies_has_the_plain_operations(refuses):
 
     expected, _ = ops.castling_attention(q, k, v, taps, mask_threshold=0.1)
     np.testing.assert_allclose(over_mesh("auto"), expected, rtol=0, atol=1e-5)
-    with refuses("the kernels serve a jax.shard_map with check_vma=False alone"):
+    with refuses("the kernels run in a jax.shard_map only with check_vma=False"):
         over_mesh("pallas")
 
 
@@ -355,7 +355,7 @@ def test_auto_on_a_cpu_is_the_plain_operation():
 
 def test_dtypes_that_differ_are_not_served(refuses):
     q, k, v, *_ = draw(SHAPES[0])
-    with refuses("one for all, not bfloat16, float32", 'use implementation="xla"'):
+    with refuses("one dtype, float32 or bfloat16, not in bfloat16 and float32", 'use implementation="xla"'):
         ops.linear_angular_attention(q, k, v.astype(jnp.bfloat16), implementation="pallas")
     assert ops.linear_angular_attention(q, k, v.astype(jnp.bfloat16), implementation="auto").dtype == jnp.bfloat16
 
@@ -426,7 +426,10 @@ def mesh_of(data, tensor):
 
 @pytest.mark.parametrize(
     ("mesh", "message"),
-    [((4, 1), "splits the batch in 4 (its axes data)"), ((1, 4), "splits the heads in 4 (its axes tensor)")],
+    [
+        ((4, 1), "splits the batch into 4 parts (its axes data)"),
+        ((1, 4), "splits the heads into 4 parts (its axes tensor)"),
+    ],
 )
 def test_a_mesh_that_does_not_divide(refuses, mesh, message):
     arrays = [jax.ShapeDtypeStruct((2, 8, 2, 64), jnp.float32)] * 3
@@ -435,7 +438,7 @@ def test_a_mesh_that_does_not_divide(refuses, mesh, message):
         return lambda *x: ops.linear_angular_attention(*x, implementation=implementation)
 
     with jax.sharding.use_abstract_mesh(mesh_of(*mesh)):
-        with refuses(message, "does not divide 2"):
+        with refuses(message, "2 is not a multiple of 4"):
             jax.eval_shape(attention("pallas"), *arrays)
         assert jax.eval_shape(attention("auto"), *arrays).shape == (2, 8, 2, 64)
 

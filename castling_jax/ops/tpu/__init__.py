@@ -1,1 +1,1 @@
-"""Private: Pallas kernels for TPUs behind `implementation="pallas"`; on a CPU they are interpreted."""
+"""Private: the Pallas kernels for TPUs behind `implementation="pallas"`. On a CPU they are interpreted."""

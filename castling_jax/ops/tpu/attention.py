@@ -1,4 +1,4 @@
-"""The kernels as the public operations call them: what they serve, where they run, and over which mesh."""
+"""The way from the public operations to the kernels: which arguments they take, on which platform and mesh they run."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ from castling_jax.ops.tpu import linear_angular, linear_angular_blocks, masked_s
 from castling_jax.ops.tpu.factors import append_factors, join_factors
 from castling_jax.ops.tpu.layout import fast_memory_bytes
 
-INSTEAD = 'use implementation="xla", which serves all'
+INSTEAD = 'use implementation="xla", which has no such limits'
 
 
 def linear_angular_attention(
@@ -35,7 +35,7 @@ def linear_angular_attention(
     query_tokens: Int[np.ndarray, "queries"] | None,
     grid: tuple[int, int] | None,
     prefix_tokens: int,
-    otherwise: Callable[..., Any] | None,
+    fallback: Callable[..., Any] | None,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V), fused.
 
@@ -43,68 +43,66 @@ def linear_angular_attention(
       q: queries.
       k: keys.
       v: values.
-      token_kernel: of the values.
+      token_kernel: the taps.
       query_values: the values at the queries' positions; None where `v` has them.
-      auxiliary: what is added before the normalisation.
-      query_tokens: those of the keys' tokens that the queries stand on; None where it is all of them.
-      grid: (height, width) of the queries, for a token kernel over the grid.
-      prefix_tokens: leading queries that the token kernel leaves out.
-      otherwise: what to run, with these arguments, where there is no TPU or the kernels do not serve them; None
-        refuses instead, and interprets the kernel on a CPU.
+      auxiliary: added before the normalisation.
+      query_tokens: the key tokens on which the queries stand; None where it is all of them.
+      grid: (height, width) of the queries, for taps over the grid.
+      prefix_tokens: leading queries that the taps leave out.
+      fallback: runs instead, with these arrays, where there is no TPU or the kernels do not take them. None raises an
+        error instead, and interprets the kernels on a CPU.
 
     Raises:
-      InputError: with no `otherwise`: dtypes differ, the mesh does not divide batch or heads, or the platform is a GPU.
+      InputError: without `fallback`: dtypes differ, the mesh does not divide batch or heads, or the platform is a GPU.
     """
     arguments = q, k, v, token_kernel, query_values, auxiliary
     try:
         split = _split_over_mesh(q, k, v)
         _check_arrays(q, k, v)
     except InputError:
-        if otherwise is None:
+        if fallback is None:
             raise
-        return otherwise(*arguments)
+        return fallback(*arguments)
 
     record(
         "linear_angular_attention",
-        {
-            "q": q,
-            "k": k,
-            "v": v,
-            "token_kernel": token_kernel,
-            "query_values": query_values,
-            "auxiliary": auxiliary,
-        },
+        {"q": q, "k": k, "v": v, "token_kernel": token_kernel, "query_values": query_values, "auxiliary": auxiliary},
         query_tokens=None if query_tokens is None else tuple(query_tokens.tolist()),
         grid=grid,
         prefix_tokens=prefix_tokens,
     )
 
     def run(q, k, v, token_kernel, query_values, auxiliary, *, interpret):
-        own_values = values_of_queries(v, query_tokens if query_values is None else query_values)
-        selected = query_tokens if k.shape[1] <= MAX_MULTIPLIED else None
-        if query_tokens is not None and selected is None:
-            query_values = own_values
-        inside = None if prefix_tokens else token_kernel
-        needed = linear_angular.needed_bytes(q, k, v, inside, query_tokens=selected, grid=grid)
+        values = values_of_queries(v, query_tokens if query_values is None else query_values)
+        # The kernel selects tokens by a product, which is dearer than reading them from HBM once there are many keys.
+        kernel_tokens = query_tokens if k.shape[1] <= MAX_MULTIPLIED else None
+        if query_tokens is not None and kernel_tokens is None:
+            query_values = values
+        # The kernels convolve all tokens alike: with prefix tokens, the taps are left to XLA.
+        kernel_taps = None if prefix_tokens else token_kernel
+        needed = linear_angular.needed_bytes(q, k, v, kernel_taps, query_tokens=kernel_tokens, grid=grid)
         whole = needed <= fast_memory_bytes()
-        # Blocks see no more than eight tokens of their neighbours, which is not enough for a grid.
-        if not whole and inside is not None and (grid or len(inside) > linear_angular_blocks.MAX_TAPS):
-            inside = None
+        # A block of tokens sees eight tokens of each neighbour, which is not enough for taps over a grid.
+        if not whole and kernel_taps is not None and (grid or len(kernel_taps) > linear_angular_blocks.MAX_TAPS):
+            kernel_taps = None
         if whole:
             out = linear_angular.linear_angular(
-                q, k, v, query_values, inside, auxiliary, query_tokens=selected, grid=grid, interpret=interpret
+                *(q, k, v, query_values, kernel_taps, auxiliary),
+                query_tokens=kernel_tokens,
+                grid=grid,
+                interpret=interpret,
             )
         else:
-            out = linear_angular_blocks.linear_angular(q, k, v, own_values, inside, auxiliary, interpret=interpret)
-        if token_kernel is None or inside is not None:
+            out = linear_angular_blocks.linear_angular(q, k, v, values, kernel_taps, auxiliary, interpret=interpret)
+        if token_kernel is None or kernel_taps is not None:
             return out
-        return out + depthwise_convolution(own_values, token_kernel, grid=grid, prefix_tokens=prefix_tokens)
+        return out + depthwise_convolution(values, token_kernel, grid=grid, prefix_tokens=prefix_tokens)
 
     if split is not None:
         mesh, tokens = split
         taps = PartitionSpec(None, tokens[2]) if grid is None else PartitionSpec(None, None, tokens[2])
         run = _over_mesh(run, mesh, (tokens, tokens, tokens, taps, tokens, tokens), tokens)
-    return _on_platform(run, *arguments, otherwise=otherwise)
+    return _on_platform(run, *arguments, fallback=fallback)
 
 
 def masked_softmax_attention(
@@ -114,12 +112,12 @@ def masked_softmax_attention(
     mask_threshold: ArrayLike,
     bias: Bias | None,
     *,
-    hand_on: bool,
-    otherwise: Callable[..., Any] | None,
+    return_qkv: bool,
+    fallback: Callable[..., Any] | None,
 ) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""], tuple[Array, Array, Array]]:
-    """The masked softmax branch, fused, its mask density, and q, k and v.
+    """The masked softmax branch, fused; its mask density; and q, k and v.
 
-    A bias in two factors is never expanded: it is their product with ones where a key lies in that row or column.
+    A factored bias is never expanded: the kernels multiply its factors with ones at each key's row and column.
 
     Args:
       q: queries.
@@ -127,30 +125,33 @@ def masked_softmax_attention(
       v: values.
       mask_threshold: a scalar.
       bias: dense, or two factors.
-      hand_on: that q, k and v are gone on with as returned, not as given: the kernel then adds their gradients.
-      otherwise: as in `linear_angular_attention`.
+      return_qkv: whether the caller goes on with the returned q, k and v in place of the arguments. The backward kernel
+        then adds its gradients to theirs, which saves a pass over memory for each.
+      fallback: as in `linear_angular_attention`.
 
     Raises:
-      InputError: with no `otherwise`: dtypes differ, the mesh does not divide batch or heads, or the platform is a GPU.
+      InputError: without `fallback`: dtypes differ, the mesh does not divide batch or heads, or the platform is a GPU.
     """
     threshold = jnp.asarray(mask_threshold, jnp.float32)
     try:
         split = _split_over_mesh(q, k, v)
         _check_arrays(q, k, v)
     except InputError:
-        if otherwise is None:
+        if fallback is None:
             raise
-        return otherwise(q, k, v, threshold, bias)
-    record("masked_softmax_attention", {"q": q, "k": k, "v": v, "bias": bias}, hand_on=hand_on)
-    # A float: the batch of a pod has more weights than an int32 counts.
+        return fallback(q, k, v, threshold, bias)
+    record("masked_softmax_attention", {"q": q, "k": k, "v": v, "bias": bias}, return_qkv=return_qkv)
+    # A float, because the batch of a pod has more weights than an int32 counts.
     size = float(math.prod(q.shape[:3]) * k.shape[1])
     names = () if split is None else axes_of_kind(split[0], AxisType.Auto)
 
     def run(q, k, v, threshold, bias, *, interpret):
-        out, kept, on = _masked_softmax(q, k, v, threshold.reshape(1, 1), bias, hand_on=hand_on, interpret=interpret)
+        out, kept, qkv = _masked_softmax(
+            q, k, v, threshold.reshape(1, 1), bias, return_qkv=return_qkv, interpret=interpret
+        )
         kept = kept.sum()
         density = (jax.lax.psum(kept, names) if names else kept) / size
-        return out.reshape(*q.shape[:3], v.shape[3]), density, on
+        return out.reshape(*q.shape[:3], v.shape[3]), density, qkv
 
     if split is not None:
         mesh, tokens = split
@@ -159,11 +160,11 @@ def masked_softmax_attention(
         )
         out_specs = tokens, PartitionSpec(), (tokens, tokens, tokens)
         run = _over_mesh(run, mesh, (tokens, tokens, tokens, PartitionSpec(), biases), out_specs)
-    return _on_platform(run, q, k, v, threshold, bias, otherwise=otherwise)
+    return _on_platform(run, q, k, v, threshold, bias, fallback=fallback)
 
 
-def _masked_softmax(q, k, v, threshold, bias, *, hand_on: bool, interpret: bool):
-    """The output, flat; weights kept, of some parts; and q, k and v to go on with."""
+def _masked_softmax(q, k, v, threshold, bias, *, return_qkv: bool, interpret: bool):
+    """The output, with heads and channels as one axis; how many weights each part kept; and q, k and v."""
     scale, heads = 1 / math.sqrt(q.shape[3]), q.shape[2]
     dense = factors = sides = None
     if isinstance(bias, tuple | list):
@@ -172,16 +173,17 @@ def _masked_softmax(q, k, v, threshold, bias, *, hand_on: bool, interpret: bool)
     elif bias is not None:
         dense = jnp.swapaxes(bias, 2, 3)
     if masked_softmax.needed_bytes(q, k, v, dense, factors) <= fast_memory_bytes():
-        out, kept, *on = masked_softmax.masked_softmax(
-            *_flat(q, k, v), threshold, dense, factors, heads, scale, interpret, hand_on, sides
+        out, kept, *returned = masked_softmax.masked_softmax(
+            *_flat(q, k, v), threshold, dense, factors, heads, scale, interpret, return_qkv, sides
         )
-        on = [x.reshape(like.shape) for x, like in zip(on, (q, k, v), strict=True)] if hand_on else [q, k, v]
-        return out, kept, tuple(on)
-    given = q, k, v
+        if return_qkv:
+            q, k, v = (x.reshape(like.shape) for x, like in zip(returned, (q, k, v), strict=True))
+        return out, kept, (q, k, v)
+    qkv = q, k, v
     if factors is not None:
         q, k = append_factors(q, k, bias, scale)
         scale = 1.0
-    return *masked_softmax_blocks.masked_softmax(*_flat(q, k, v), threshold, dense, heads, scale, interpret), given
+    return *masked_softmax_blocks.masked_softmax(*_flat(q, k, v), threshold, dense, heads, scale, interpret), qkv
 
 
 def _flat(*arrays: jax.Array) -> list[jax.Array]:
@@ -190,18 +192,19 @@ def _flat(*arrays: jax.Array) -> list[jax.Array]:
 
 def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
     if any(jax.typeof(x).manual_axis_type.varying for x in (q, k, v)):
-        raise InputError(f"the kernels serve a jax.shard_map with check_vma=False alone: give it that, or {INSTEAD}.")
+        raise InputError(f"the kernels run in a jax.shard_map only with check_vma=False: pass that, or {INSTEAD}.")
     dtypes = {x.dtype.name for x in (q, k, v)}
     if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
         raise InputError(
-            f"the kernels serve float32 or bfloat16, one for all, not {', '.join(sorted(dtypes))}: {INSTEAD}."
+            f"the kernels take q, k and v in one dtype, float32 or bfloat16, not in {' and '.join(sorted(dtypes))}: "
+            f"{INSTEAD}."
         )
 
 
 def _split_over_mesh(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Mesh | AbstractMesh, PartitionSpec] | None:
-    """The mesh in use, and how [batch, tokens, heads, dim] is split over it; None where nothing is to be split.
+    """The mesh in use, and how [batch, tokens, heads, dim] is split over it; None where the mesh has no axis to split.
 
-    Axes that are Manual, inside a shard_map, have split the arrays already and are left out.
+    Manual axes, those of a shard_map around the call, have split the arrays already and are left out.
     """
     mesh = mesh_in_use((q, k, v))
     free = axes_of_kind(mesh, AxisType.Auto)
@@ -210,22 +213,23 @@ def _split_over_mesh(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Mesh | A
     if not _can_split_over(mesh, free):
         raise InputError(
             f"jax.vmap maps a dimension that the mesh splits, and the kernels need its axes {', '.join(free)} for the "
-            f"batch and heads: map a dimension that is not split, or {INSTEAD}."
+            f"batch and heads: map a dimension that the mesh does not split, or {INSTEAD}."
         )
     head_axes = tuple(name for name in free if name in HEAD_AXES)
     batch_axes = tuple(name for name in free if name not in HEAD_AXES)
-    for what, size, axes in (("batch", q.shape[0], batch_axes), ("heads", q.shape[2], head_axes)):
+    for dimension, size, axes in (("batch", q.shape[0], batch_axes), ("heads", q.shape[2], head_axes)):
         parts = math.prod(mesh.shape[name] for name in axes)
         if size % parts:
             raise InputError(
-                f"the mesh splits the {what} in {parts} (its axes {', '.join(axes)}), which does not divide {size}: "
-                f"choose another mesh or {what}, or {INSTEAD}."
+                f"the mesh splits the {dimension} into {parts} parts (its axes {', '.join(axes)}), and {size} is not a "
+                f"multiple of {parts}: choose another mesh or {dimension}, or {INSTEAD}."
             )
     return mesh, PartitionSpec(batch_axes, None, head_axes)
 
 
 def _can_split_over(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> bool:
-    """False under a vmap of a dimension that was split over one of the axes: only shard_map tells, by refusing them."""
+    """False under a vmap of a dimension that is split over one of the axes."""
+    # JAX has no function that tells, but shard_map refuses such axes.
     size, spec = math.prod(mesh.shape[name] for name in axes), PartitionSpec(axes)
     try:
         jax.eval_shape(
@@ -238,28 +242,28 @@ def _can_split_over(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> bool:
 
 
 def _over_mesh(run: Callable[..., Any], mesh: Mesh | AbstractMesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`run` on each device's part of the batch and of the heads: the compiler cannot split a kernel by itself."""
+    """`run` on each device's part of the batch and of the heads, because the compiler cannot split a kernel."""
 
     def sharded(*arguments, interpret):
-        # A specification for what is None would not fit the arguments' tree.
+        # An argument of None has no leaf in the arguments' tree, so its specification must be None too.
         specs = tuple(None if x is None else spec for x, spec in zip(arguments, in_specs, strict=True))
         part = functools.partial(run, interpret=interpret)
-        # Pallas does not say over which axes its outputs vary, which the check would need.
+        # Without the check, because Pallas does not say over which axes its outputs vary.
         part = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
-        # Compiled also where the caller is not: by itself shard_map would take the mesh with its axes' former types.
+        # jit, because without it shard_map would take the mesh with the types its axes had before `on_auto_axes`.
         return jax.jit(part)(*arguments)
 
     return sharded
 
 
-def _on_platform(kernel: Callable[..., Any], *arguments: Any, otherwise: Callable[..., Any] | None) -> Any:
-    """Runs the kernel for the platform that is lowered for: Mosaic on a TPU; elsewhere `otherwise`, or interpreted."""
+def _on_platform(kernel: Callable[..., Any], *arguments: Any, fallback: Callable[..., Any] | None) -> Any:
+    """Runs the kernel compiled where the program is lowered for a TPU; elsewhere runs `fallback`, or interprets it."""
 
     def on_tpu(*arguments):
         return kernel(*arguments, interpret=False)
 
-    if otherwise is not None:
-        return jax.lax.platform_dependent(*arguments, tpu=on_tpu, default=otherwise)
+    if fallback is not None:
+        return jax.lax.platform_dependent(*arguments, tpu=on_tpu, default=fallback)
     if jax.default_backend() == "gpu":
         raise InputError(f'implementation="pallas" is for TPUs, and this is a GPU: {INSTEAD}.')
     return jax.lax.platform_dependent(*arguments, tpu=on_tpu, cpu=lambda *arguments: kernel(*arguments, interpret=True))

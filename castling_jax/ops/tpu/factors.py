@@ -1,21 +1,26 @@
-"""A bias in two factors in the softmax kernels: a product with ones where a key lies in that row or column."""
-
-from typing import Any
+"""A factored bias in the softmax kernels: the product of its factors with ones at each key's row and column."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from castling_jax.ops.tpu.call import ABSENT, Operand, Refs, whole
 from castling_jax.ops.tpu.layout import LANES, Heads
 
 MINUS_INFINITY = -1e30
 
 
 def join_factors(rows: jax.Array, columns: jax.Array, batch: int, dtype: jnp.dtype) -> jax.Array:
-    """Two factors of a bias, [1 or batch, heads, queries, rows] and [..., columns], as [batch, queries, heads * width].
+    """Both factors of a bias in one array, [batch, queries, heads * width].
 
-    Each head's lanes are a power of two, so that none has a part of two registers.
+    The width of a head is a power of two, so that no head's lanes lie across the border of two registers.
+
+    Args:
+      rows: [1 or batch, heads, queries, rows].
+      columns: [1 or batch, heads, queries, columns].
+      batch: size of the batch.
+      dtype: dtype of the result.
     """
     factors = jnp.concatenate([_by_query(factor, batch, dtype) for factor in (rows, columns)], axis=3)
     size = factors.shape[3]
@@ -24,9 +29,9 @@ def join_factors(rows: jax.Array, columns: jax.Array, batch: int, dtype: jnp.dty
 
 
 def _by_query(factor: jax.Array, batch: int, dtype: jnp.dtype) -> jax.Array:
-    """[1 or batch, heads, queries, size] as [batch, queries, heads, size], finite.
+    """A factor [1 or batch, heads, queries, size] as [batch, queries, heads, size], finite.
 
-    -inf, which times a mark of zero would be NaN, is a number that no weight survives.
+    -inf times a zero of the marks would be NaN. It becomes a large negative number, after which no weight is left.
     """
     finite = jnp.maximum(factor, MINUS_INFINITY)
     return jnp.moveaxis(jnp.broadcast_to(finite, (batch, *factor.shape[1:])).astype(dtype), 1, 2)
@@ -37,55 +42,64 @@ def _head_width(size: int) -> int:
 
 
 def factor_bytes(factors: jax.Array, heads: int, *, group: int, block: int, keys: int) -> int:
-    """What the backward kernel needs of the fast memory for them: for a group of heads their blocks and the marks."""
+    """The fast memory that the backward kernel needs for a group's blocks of factors and for the marks, in bytes."""
     width = factors.shape[2] // heads
     marks = keys * max(LANES, width) * min(group, max(1, LANES // width))
     return factors.dtype.itemsize * (4 * block * group * width + 2 * marks)
 
 
 def factor_inputs(
-    layout: Heads, block: int, factors: jax.Array, sides: tuple[int, int]
-) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
-    """The factors by steps along the heads and the marks, and their blocks, for a grid of (step, batch, block)."""
+    layout: Heads, block: int, factors: jax.Array | None, sides: tuple[int, int] | None
+) -> dict[str, Operand]:
+    """The kernels' inputs `factors`, divided into steps along the heads, and `marks`, for a grid (step, batch, block).
+
+    Args:
+      layout: the heads.
+      block: queries in a block.
+      factors: from `join_factors`; None where the bias has no factors, and then the inputs are absent.
+      sides: (rows, columns) of the keys' grid.
+    """
+    if factors is None or sides is None:
+        return {"factors": ABSENT, "marks": ABSENT}
     batch, queries, width = factors.shape
     by_step = jnp.moveaxis(factors.reshape(batch, queries, layout.steps, -1), 2, 0)
-    marks = _marks(sides, layout.step_heads, factors.dtype)
-    return [by_step, marks], [
-        pl.BlockSpec((1, 1, block, width // layout.steps), lambda h, b, i: (h, b, i, 0)),
-        pl.BlockSpec(marks.shape, lambda h, b, i: (0, 0, 0)),
-    ]
+    blocks = pl.BlockSpec((1, 1, block, width // layout.steps), lambda h, b, i: (h, b, i, 0))
+    return {"factors": (by_step, blocks), "marks": whole(_marks(sides, layout.step_heads, factors.dtype))}
 
 
 def _marks(sides: tuple[int, int], heads: int, dtype: jnp.dtype) -> jax.Array:
-    """Ones where a key lies in a factor's row or column, [heads, keys, lanes]: the product with factors is the bias.
+    """Ones at each key's row and column, [heads, keys, lanes]: their product with the factors is the bias.
 
-    For as many heads as share a register's lanes, each in lanes of its own.
+    There is one matrix for each of the heads that share a register's lanes, with ones in that head's lanes.
     """
     rows, columns = sides
     width = _head_width(rows + columns)
-    place = np.arange(rows * columns)
-    marks = np.zeros((len(place), width))
-    marks[place, place // columns] = marks[place, rows + place % columns] = 1
+    key = np.arange(rows * columns)
+    marks = np.zeros((len(key), width))
+    marks[key, key // columns] = marks[key, rows + key % columns] = 1
     together = min(heads, max(1, LANES // width))
-    return jnp.asarray(np.einsum("hg,kw->hkgw", np.eye(together), marks).reshape(together, len(place), -1), dtype)
+    return jnp.asarray(np.einsum("hg,kw->hkgw", np.eye(together), marks).reshape(together, len(key), -1), dtype)
 
 
-def factor_lanes(head: int, factors_ref: Any, marks_ref: Any) -> tuple[slice, jax.Array]:
-    """The lanes of a step's factors in which a head's are, and the marks that are the head's in them."""
-    together, _, width = marks_ref.shape
+def factor_lanes(head: int, refs: Refs) -> tuple[slice, jax.Array]:
+    """The lanes of a step's factors that hold a head's, and the marks of the head in these lanes."""
+    together, _, width = refs.marks.shape
     start = head // together * width
-    lanes = slice(start, min(start + width, factors_ref.shape[3]))
-    return lanes, marks_ref[head % together, :, : lanes.stop - lanes.start]
+    lanes = slice(start, min(start + width, refs.factors.shape[3]))
+    return lanes, refs.marks[head % together, :, : lanes.stop - lanes.start]
 
 
 def append_factors(
     q: jax.Array, k: jax.Array, factors: tuple[jax.Array, jax.Array], scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Scaled queries and the factors beside them, keys and the ones beside them, for the kernels in blocks."""
+    """Scaled queries with the factors as more channels, and keys with the marks as more channels.
+
+    The kernels in blocks take the bias this way: the product of the longer queries and keys is the biased scores.
+    """
     rows, columns = (_by_query(factor, q.shape[0], q.dtype) for factor in factors)
-    place = jnp.arange(k.shape[1])
-    in_row = jax.nn.one_hot(place // columns.shape[3], rows.shape[3], dtype=k.dtype)
-    in_column = jax.nn.one_hot(place % columns.shape[3], columns.shape[3], dtype=k.dtype)
+    key = jnp.arange(k.shape[1])
+    in_row = jax.nn.one_hot(key // columns.shape[3], rows.shape[3], dtype=k.dtype)
+    in_column = jax.nn.one_hot(key % columns.shape[3], columns.shape[3], dtype=k.dtype)
     marks = jnp.concatenate([in_row, in_column], axis=1)[None, :, None]
     marks = jnp.broadcast_to(marks, (*k.shape[:3], marks.shape[3]))
     scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)

@@ -1,8 +1,8 @@
-"""How heads lie in a TPU's registers of 128 lanes.
+"""How heads lie in a TPU's registers, which have 128 lanes.
 
-Arrays stay [batch, tokens, heads * dim]: heads are never transposed, which on a TPU costs more than the attention. As
-many heads as fill whole registers form a group and are multiplied together; what one head would say to another is
-masked out of the products, for a matrix unit of 128 x 128 takes no longer over it.
+Arrays stay [batch, tokens, heads * dim]: transposing heads costs a TPU more than the attention itself. As many heads as
+fill whole registers form a group, and a group is multiplied in one product. The products between different heads of a
+group are masked out. They cost nothing, because a matrix unit of 128 x 128 takes as long for a smaller matrix.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-# What the blocks of one grid step may take of the fast memory, next to the kernel's own values. Every generation since
-# v4 has 16 MB of it at least.
+# The size of all blocks of one grid step may be this much: each has two buffers, and the kernel's own values need room
+# beside them. Every generation since v4 has at least 16 MB of fast memory.
 BLOCK_BYTES = 4 * 2**20
 
-# What is taken for the fast memory where no TPU is at hand: that of v5p and TPU7x; v5e and v6e have twice as much.
+# The fast memory that is assumed where no TPU is at hand: that of v5p and TPU7x. v5e and v6e have twice as much.
 USUAL_FAST_MEMORY = 64 * 2**20
 
 NN = (((1,), (0,)), ((), ()))  # a @ b
@@ -30,21 +30,21 @@ TN = (((0,), (0,)), ((), ()))  # a.T @ b
 
 
 def traced_once(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates a function of arrays and `static` arguments that is traced once for all of a model's blocks.
+    """Decorates a function of arrays and `static` arguments: it is traced once for all blocks of a model.
 
-    To trace the kernels takes longer than all the rest of a model. Nothing of it is seen in the program.
+    Tracing the kernels takes longer than tracing the rest of a model. The program is the same as without the decorator.
     """
     return functools.partial(jax.jit, static_argnames=static, inline=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """The heads of an attention, and how many of them are worked on together.
+    """The heads of an attention, and how many of them a kernel works on together.
 
     Attributes:
-      heads: all of them.
-      key_dim: of each.
-      value_dim: of each.
+      heads: the number of heads.
+      key_dim: channels of each head's queries and keys.
+      value_dim: channels of each head's values.
       group: heads in a group.
       step: groups in one grid step.
     """
@@ -76,30 +76,34 @@ class Heads:
         return slice(group * width, (group + 1) * width)
 
     def windows(self, *dims: int) -> list[tuple[range, list[slice]]]:
-        """A step's blocks of so many lanes a head, cut wherever a register and a head end in all of them.
+        """Cuts a step's blocks into windows, wherever a register and a head end together in all blocks.
 
-        What is one head's is multiplied within its window: the lanes of other heads only take a matrix unit's time.
+        Products are computed window by window: with more lanes of other heads a matrix unit would only take longer.
+
+        Args:
+          *dims: lanes of a head in each of the blocks.
 
         Returns:
-          Of each window its heads and its lanes in the blocks.
+          For each window its heads, and its lanes in each of the blocks.
         """
         size = math.lcm(*(math.lcm(dim, LANES) // dim for dim in dims))
         heads = range(self.step_heads)
         windows = [heads[first : first + size] for first in range(0, self.step_heads, size)]
-        return [(some, [slice(some.start * dim, some.stop * dim) for dim in dims]) for some in windows]
+        return [(window, [slice(window.start * dim, window.stop * dim) for dim in dims]) for window in windows]
 
 
 def arrange(heads: int, key_dim: int, value_dim: int, *, bytes_per_head: int) -> Heads:
-    """The smallest groups that fill whole registers, and as many of them a step as fit the fast memory.
+    """Chooses the smallest groups that fill whole registers, and as many groups a grid step as fit the fast memory.
 
     Args:
-      heads: all of them.
-      key_dim: of each.
-      value_dim: of each.
-      bytes_per_head: what one head takes of all the blocks of a step.
+      heads: the number of heads.
+      key_dim: channels of each head's queries and keys.
+      value_dim: channels of each head's values.
+      bytes_per_head: size of one head's part of all blocks of a step.
     """
     divisors = [size for size in range(1, heads + 1) if heads % size == 0]
     fills = [size for size in divisors if size * key_dim % LANES == 0 and size * value_dim % LANES == 0]
+    # A block must end where a register or the array ends. So where no group fills registers, all heads are one group.
     group = min(fills, default=heads)
     groups = heads // group
     steps = [
@@ -109,27 +113,33 @@ def arrange(heads: int, key_dim: int, value_dim: int, *, bytes_per_head: int) ->
 
 
 def same_head(heads: int, rows: int, columns: int, dtype: jnp.dtype) -> jax.Array:
-    """1 where a row of `rows` lanes a head and a column of `columns` lanes a head are of one of the heads, 0 elsewhere.
+    """Ones where a row and a column belong to the same head, zeros elsewhere.
 
-    The product with it sums over each head's lanes, and leaves the sum in all of them.
+    With rows = columns, the product with it sums over each head's lanes and leaves the sum in all of them.
+
+    Args:
+      heads: the number of heads.
+      rows: rows of each head.
+      columns: columns of each head.
+      dtype: dtype of the result.
     """
     return jnp.asarray(np.kron(np.eye(heads), np.ones((rows, columns))), dtype)
 
 
 def lanes_of_head(head: int, dim: int, shape: tuple[int, ...]) -> jax.Array:
-    """Whether a lane belongs to one head of its group; of a shape [tokens, lanes]."""
+    """Whether a lane belongs to one head of its group, for an array [tokens, lanes]."""
     lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     return (lane >= head * dim) & (lane < (head + 1) * dim)
 
 
 def rows_of_head(head: int, dim: int, shape: tuple[int, ...]) -> jax.Array:
-    """Whether a row belongs to one head of its group; of a shape [lanes, tokens], as a product's transpose lies."""
+    """Whether a row belongs to one head of its group, for an array [lanes, tokens], the transpose of a product."""
     row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     return (row >= head * dim) & (row < (head + 1) * dim)
 
 
 def product(dtype: jnp.dtype):
-    """dot_general with a float32 sum: of bfloat16 numbers if that is the arrays' dtype, exact float32 otherwise."""
+    """dot_general with a float32 sum: of bfloat16 numbers where that is the arrays' dtype, else of exact float32."""
     if dtype == jnp.bfloat16:
         return lambda a, b, dims: jax.lax.dot_general(
             a.astype(dtype), b.astype(dtype), dims, preferred_element_type=jnp.float32
@@ -140,20 +150,29 @@ def product(dtype: jnp.dtype):
 
 
 def fast_memory_bytes() -> int:
-    """The fast memory of the TPU at hand, or of the mesh in use; of a usual one where neither is known.
+    """The fast memory of the TPU at hand or of the mesh in use, or a usual size where neither is known.
 
-    It decides only whether a kernel works on whole sequences or on blocks of them.
+    The size decides only whether a kernel works on whole sequences or on blocks of tokens.
     """
     try:
         return pltpu.get_tpu_info().vmem_capacity_bytes
-    except ValueError:  # no TPU, or one that JAX does not know yet
+    except ValueError:  # there is no TPU, or JAX does not know this one yet
         return USUAL_FAST_MEMORY
 
 
 def compiler_params(
     *dimensions: Literal["parallel", "arbitrary"], block_bytes: int, staying_bytes: int = 0
 ) -> pltpu.CompilerParams:
-    """Grid semantics, and room in the fast memory: two buffers a block, the kernel's own float32 values, what stays."""
+    """The compiler's options: the grid's semantics, and a limit on the fast memory.
+
+    Args:
+      *dimensions: of each axis of the grid, whether its steps are independent ("parallel") or run in order, because
+        they add to one sum ("arbitrary").
+      block_bytes: size of all blocks of a step.
+      staying_bytes: size of what stays in the fast memory from step to step.
+    """
+    # Eight times the blocks are two buffers of each and the kernel's own values in float32. 16 MB more, which every
+    # generation has, are for what does not grow with the blocks.
     needed = math.ceil((8 * block_bytes + staying_bytes) / 2**20) + 16
     room = min(needed * 2**20, fast_memory_bytes())
     return pltpu.CompilerParams(dimension_semantics=dimensions, vmem_limit_bytes=room)

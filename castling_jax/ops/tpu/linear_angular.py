@@ -1,6 +1,6 @@
-"""Linear-angular attention in one kernel, forward and backward: norms, products, output norm and token convolution.
+"""Linear-angular attention in one kernel, forward and backward: norms, products, output norm and token kernel.
 
-Everything of one image and some heads is in fast memory at once, so that q, k, v and the output cross HBM once.
+A grid step has all tokens of one image and some heads in fast memory, so that q, k, v and the output cross HBM once.
 """
 
 import functools
@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 
 from castling_jax.ops.norms import inverse_norms, inverse_norms_or_zero
 from castling_jax.ops.tokens import selection
+from castling_jax.ops.tpu.call import ABSENT, Operand, Refs, call, whole
 from castling_jax.ops.tpu.layout import (
     LANES,
     NN,
@@ -25,36 +26,36 @@ from castling_jax.ops.tpu.layout import (
     same_head,
     traced_once,
 )
-from castling_jax.ops.tpu.taps import Taps, arrange_taps, spread_taps
+from castling_jax.ops.tpu.taps import TapPositions, spread_taps, tap_positions
 
 
 def block_bytes(queries: int, keys: int, key_dim: int, value_dim: int, itemsize: int) -> int:
-    """What one head takes of the forward kernel's blocks: q, k, v, own values, the auxiliary output and the output."""
+    """Size of one head's part of the forward kernel's blocks: q, k, v, query values, auxiliary output and output."""
     return itemsize * ((queries + keys) * key_dim + (3 * queries + keys) * value_dim)
 
 
 def needed_bytes(q, k, v, taps, *, query_tokens, grid) -> int:
-    """What the backward kernel needs of the fast memory at the least, for one group of heads.
+    """The least fast memory that the backward kernel needs, for one group of heads, in bytes.
 
-    Nine blocks in two buffers each, some 12 arrays like them in float32, and what stays beside them.
+    It has nine blocks with two buffers each, some 12 float32 arrays of the size of a block, and what stays beside them.
     """
     heads = arrange_heads(q, k, v, blocks=9)
     tokens = max(q.shape[1], k.shape[1])
     blocks = heads.group * tokens * max(heads.key_dim, heads.value_dim) * (2 * 9 * q.dtype.itemsize + 12 * 4)
-    return blocks + _staying_bytes(heads, q, k, arrange_taps(taps, grid), query_tokens)
+    return blocks + _staying_bytes(heads, q, k, tap_positions(taps, grid), query_tokens)
 
 
-def _staying_bytes(layout: Heads, q, k, places: Taps, chosen) -> int:
-    """What stays in the fast memory: the padded copies of two arrays and, in two buffers, the selection of values."""
-    copies = 2 * places.scratch_bytes(q.shape[1], _window(layout) * layout.value_dim)
-    return copies + (0 if chosen is None else 2 * q.shape[1] * k.shape[1] * k.dtype.itemsize)
+def _staying_bytes(layout: Heads, q, k, positions: TapPositions, query_tokens) -> int:
+    """Size of what stays in fast memory: padded copies of two arrays, and two buffers of the selection of tokens."""
+    copies = 2 * positions.scratch_bytes(q.shape[1], _window_heads(layout) * layout.value_dim)
+    return copies + (0 if query_tokens is None else 2 * q.shape[1] * k.shape[1] * k.dtype.itemsize)
 
 
 def linear_angular(
     q,
     k,
     v,
-    own,
+    query_values,
     taps,
     auxiliary,
     *,
@@ -62,107 +63,81 @@ def linear_angular(
     grid: tuple[int, int] | None,
     interpret: bool,
 ):
-    """l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V), differentiable; shapes as the public operation's.
+    """l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V), differentiable; shapes as in the public operation.
 
     Args:
       q: [batch, queries, heads, key_dim].
       k: [batch, keys, heads, key_dim].
       v: [batch, keys, heads, value_dim].
-      own: the values at the queries' positions, V outside of the products; None where `v` has them.
-      taps: [taps, heads], [rows, columns, heads] with a grid, or None.
-      auxiliary: what is added before the normalisation, like the output; or None.
-      query_tokens: those of the keys' tokens that the queries stand on; None where it is all of them.
+      query_values: V in 1/2 V and in DWConv(V), [batch, queries, heads, value_dim]. None where `v` has these values.
+      taps: the token kernel, [taps, heads], or [rows, columns, heads] with a grid, or None.
+      auxiliary: added before the normalisation, shaped like the output; or None.
+      query_tokens: the key tokens on which the queries stand; None where it is all of them.
       grid: (height, width) of the queries, for taps in rows and columns.
       interpret: run as plain JAX, on any platform.
     """
     heads, value_dim = v.shape[2:]
-    flat = [None if x is None else x.reshape(*x.shape[:2], -1) for x in (q, k, v, own, auxiliary)]
-    places = arrange_taps(taps, grid)
-    chosen = None if query_tokens is None else tuple(query_tokens.tolist())
-    out = _attention(*flat[:4], spread_taps(taps, heads, value_dim), flat[4], heads, places, chosen, interpret)
-    return out.reshape(*q.shape[:3], value_dim)
+    q, k, v, query_values, auxiliary = (
+        None if x is None else x.reshape(*x.shape[:2], -1) for x in (q, k, v, query_values, auxiliary)
+    )
+    positions = tap_positions(taps, grid)
+    tokens = None if query_tokens is None else tuple(query_tokens.tolist())  # hashable, as static arguments must be
+    taps = spread_taps(taps, heads, value_dim)
+    out = _attention(q, k, v, query_values, taps, auxiliary, heads, positions, tokens, interpret)
+    return out.reshape(*q.shape[:2], heads, value_dim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
-def _attention(q, k, v, own, taps, auxiliary, heads, places, chosen, interpret):
-    return _forward(q, k, v, own, taps, auxiliary, heads, places, chosen, interpret)[0]
+def _attention(q, k, v, query_values, taps, auxiliary, heads, positions, query_tokens, interpret):
+    return _forward(q, k, v, query_values, taps, auxiliary, heads, positions, query_tokens, interpret)[0]
 
 
-@traced_once("heads", "places", "chosen", "interpret")
-def _forward(q, k, v, own, taps, auxiliary, heads, places, chosen, interpret):
+@traced_once("heads", "positions", "query_tokens", "interpret")
+def _forward(q, k, v, query_values, taps, auxiliary, heads, positions, query_tokens, interpret):
     layout = _arrange(q, k, v, heads, blocks=5)
-    query_block, key_block, value_block, out_block, taps_block, *constants = _blocks(layout, q, k, taps)
-    inputs = [q, k, v, taps, *head_sums(layout, _window(layout), q.dtype)]
-    specs = [query_block, key_block, value_block, taps_block, *constants]
-    more, more_specs = _selection_inputs(chosen, k)
-    inputs, specs = [*inputs, *more], [*specs, *more_specs]
-    for optional in (own, auxiliary):
-        if optional is not None:
-            inputs, specs = [*inputs, optional], [*specs, out_block]
-    out = pl.pallas_call(
-        functools.partial(
-            _forward_kernel,
-            layout=layout,
-            places=places,
-            has_selection=chosen is not None,
-            has_own=own is not None,
-            has_auxiliary=auxiliary is not None,
-        ),
+    out = jax.ShapeDtypeStruct((*q.shape[:2], v.shape[2]), v.dtype)
+    outputs = call(
+        functools.partial(_forward_kernel, layout=layout, positions=positions),
+        inputs=_inputs(layout, q, k, v, query_values, taps, auxiliary, None, query_tokens),
+        outputs={"out": (out, _token_blocks(q, layout, layout.value_dim))},
+        scratch={"padded": positions.scratch(q.shape[1], _window_heads(layout) * layout.value_dim)},
         grid=(q.shape[0], layout.steps),
-        in_specs=specs,
-        out_specs=out_block,
-        out_shape=jax.ShapeDtypeStruct((*q.shape[:2], v.shape[2]), v.dtype),
-        scratch_shapes=[places.scratch(q.shape[1], _window(layout) * layout.value_dim)],
-        compiler_params=_parameters(layout, q, k, places, chosen),
+        compiler_params=_parameters(layout, q, k, positions, query_tokens),
         interpret=interpret,
         name="linear_angular_forward",
-    )(*inputs)
-    return out, (q, k, v, own, taps, auxiliary)
+    )
+    return outputs["out"], (q, k, v, query_values, taps, auxiliary)
 
 
-@traced_once("heads", "places", "chosen", "interpret")
-def _backward(heads, places, chosen, interpret, residuals, cotangent):
-    q, k, v, own, taps, auxiliary = residuals
+@traced_once("heads", "positions", "query_tokens", "interpret")
+def _backward(heads, positions, query_tokens, interpret, residuals, cotangent):
+    q, k, v, query_values, taps, auxiliary = residuals
     layout = _arrange(q, k, v, heads, blocks=9)
-    query_block, key_block, value_block, out_block, taps_block, *constants = _blocks(layout, q, k, taps)
-    inputs = [q, k, v, taps, *head_sums(layout, _window(layout), q.dtype), cotangent]
-    specs = [query_block, key_block, value_block, taps_block, *constants, out_block]
-    more, more_specs = _selection_inputs(chosen, k)
-    inputs, specs = [*inputs, *more], [*specs, *more_specs]
-    outputs = [(query_block, q), (key_block, k), (value_block, v)]
-    for optional in (own, auxiliary):
-        if optional is not None:
-            inputs, specs, outputs = [*inputs, optional], [*specs, out_block], [*outputs, (out_block, cotangent)]
-    width = layout.step_heads * layout.value_dim
-    taps_gradient = jax.ShapeDtypeStruct((q.shape[0], *taps.shape), jnp.float32)
-    outputs.append((pl.BlockSpec((1, taps.shape[0], width), lambda b, h: (b, 0, h)), taps_gradient))
-    dq, dk, dv, *d_optional, d_taps = pl.pallas_call(
-        functools.partial(
-            _backward_kernel,
-            layout=layout,
-            places=places,
-            has_selection=chosen is not None,
-            has_own=own is not None,
-            has_auxiliary=auxiliary is not None,
-        ),
+    inputs = _inputs(layout, q, k, v, query_values, taps, auxiliary, cotangent, query_tokens)
+    # Images are worked on in parallel, so that each has its own sum for the taps.
+    d_taps = jax.ShapeDtypeStruct((q.shape[0], *taps.shape), jnp.float32)
+    d_taps_blocks = pl.BlockSpec((1, taps.shape[0], layout.step_heads * layout.value_dim), lambda b, h: (b, 0, h))
+    padded = positions.scratch(q.shape[1], _window_heads(layout) * layout.value_dim)
+    gradients = call(
+        functools.partial(_backward_kernel, layout=layout, positions=positions),
+        inputs=inputs,
+        outputs={f"d_{name}": inputs[name] for name in ("q", "k", "v", "query_values", "auxiliary")}
+        | {"d_taps": (d_taps, d_taps_blocks)},
+        scratch={"padded": padded, "padded_cotangent": padded},
         grid=(q.shape[0], layout.steps),
-        in_specs=specs,
-        out_specs=[spec for spec, _ in outputs],
-        out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for _, like in outputs],
-        scratch_shapes=[places.scratch(q.shape[1], _window(layout) * layout.value_dim)] * 2,
-        compiler_params=_parameters(layout, q, k, places, chosen),
+        compiler_params=_parameters(layout, q, k, positions, query_tokens),
         interpret=interpret,
         name="linear_angular_backward",
-    )(*inputs)
-    d_own, d_auxiliary = (d_optional.pop(0) if x is not None else None for x in (own, auxiliary))
-    return dq, dk, dv, d_own, d_taps.sum(0), d_auxiliary
+    )
+    gradients["d_taps"] = gradients["d_taps"].sum(0)
+    return tuple(gradients[f"d_{name}"] for name in ("q", "k", "v", "query_values", "taps", "auxiliary"))
 
 
 _attention.defvjp(_forward, _backward)
 
 
 def arrange_heads(q, k, v, blocks: int) -> Heads:
-    """How the heads of q, k and v, [batch, tokens, heads, dim], are worked on by a kernel with so many blocks."""
+    """How a kernel with so many blocks works on the heads of q, k and v, [batch, tokens, heads, dim]."""
     size = block_bytes(q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype.itemsize) * blocks // 5
     return arrange(q.shape[2], q.shape[3], v.shape[3], bytes_per_head=size)
 
@@ -172,141 +147,137 @@ def _arrange(q, k, v, heads, blocks):
     return arrange_heads(q, k, v, blocks)
 
 
-def _parameters(layout, q, k, places, chosen):
+def _parameters(layout, q, k, positions, query_tokens):
     size = block_bytes(q.shape[1], k.shape[1], layout.key_dim, layout.value_dim, q.dtype.itemsize)
-    staying = _staying_bytes(layout, q, k, places, chosen)
+    staying = _staying_bytes(layout, q, k, positions, query_tokens)
     return compiler_params("parallel", "parallel", block_bytes=layout.step_heads * size, staying_bytes=staying)
 
 
-def _selection_inputs(chosen, k):
-    """The matrix that selects the queries' values, if they are selected, and its block."""
-    if chosen is None:
-        return [], []
-    return [selection(np.array(chosen), k.shape[1], k.dtype)], [
-        pl.BlockSpec((len(chosen), k.shape[1]), lambda b, h: (0, 0))
-    ]
+def _token_blocks(x, layout: Heads, dim: int) -> pl.BlockSpec:
+    """All tokens of an image and the heads of a step, for a grid of (image, step along the heads)."""
+    return pl.BlockSpec((1, x.shape[1], layout.step_heads * dim), lambda b, h: (b, 0, h))
 
 
-def _window(layout: Heads) -> int:
-    """Heads that are worked on together."""
+def _inputs(layout, q, k, v, query_values, taps, auxiliary, cotangent, query_tokens) -> dict[str, Operand]:
+    """The inputs of both kernels; the forward kernel has no cotangent."""
+    out_blocks = _token_blocks(q, layout, layout.value_dim)
+    return {
+        "q": (q, _token_blocks(q, layout, layout.key_dim)),
+        "k": (k, _token_blocks(k, layout, layout.key_dim)),
+        "v": (v, _token_blocks(k, layout, layout.value_dim)),
+        "taps": (taps, pl.BlockSpec((taps.shape[0], layout.step_heads * layout.value_dim), lambda b, h: (0, h))),
+        **{name: whole(x) for name, x in head_sums(layout, _window_heads(layout), q.dtype).items()},
+        "cotangent": (cotangent, out_blocks),
+        "selection": ABSENT if query_tokens is None else whole(selection(np.array(query_tokens), k.shape[1], k.dtype)),
+        "query_values": (query_values, out_blocks),
+        "auxiliary": (auxiliary, out_blocks),
+    }
+
+
+def _window_heads(layout: Heads) -> int:
+    """The number of heads in a window of the keys and values."""
     return len(layout.windows(layout.key_dim, layout.value_dim)[0][0])
 
 
-def _blocks(layout: Heads, q, k, taps):
-    """Blocks of queries, keys, values, of the output, of the taps, and of the three constants."""
-    key_width, value_width = layout.step_heads * layout.key_dim, layout.step_heads * layout.value_dim
+def head_sums(layout: Heads, heads: int, dtype: jnp.dtype) -> dict[str, jax.Array]:
+    """Three matrices of zeros and ones, from `same_head`, that say which lanes belong to the same head.
 
-    def of_tokens(x, width):
-        return pl.BlockSpec((1, x.shape[1], width), lambda b, h: (b, 0, h))
-
-    return (
-        *(of_tokens(q, key_width), of_tokens(k, key_width), of_tokens(k, value_width), of_tokens(q, value_width)),
-        pl.BlockSpec((taps.shape[0], value_width), lambda b, h: (0, h)),
-        *(pl.BlockSpec(x.shape, lambda b, h: (0, 0)) for x in head_sums(layout, _window(layout), q.dtype)),
-    )
-
-
-def head_sums(layout: Heads, heads: int, dtype: jnp.dtype):
-    """Zeros and ones that say which lanes are of one head, three `same_head`.
-
-    Of keys with keys and of values with values for the norms, as few heads as fill whole registers; of keys with values
-    for the products of so many heads.
+    `key_sums` and `value_sums` sum over heads for the norms: each is for as few heads as fill whole registers, at most
+    `heads`. `cross` has keys in rows and values in columns, for the product of `heads` heads.
     """
     key_dim, value_dim = layout.key_dim, layout.value_dim
     keys, values = (min(heads, math.lcm(dim, LANES) // dim) for dim in (key_dim, value_dim))
-    sizes = ((keys, key_dim, key_dim), (values, value_dim, value_dim), (heads, key_dim, value_dim))
-    return [same_head(*size, dtype) for size in sizes]
+    return {
+        "key_sums": same_head(keys, key_dim, key_dim, dtype),
+        "value_sums": same_head(values, value_dim, value_dim, dtype),
+        "cross": same_head(heads, key_dim, value_dim, dtype),
+    }
 
 
 def _cross_of(keys: slice, values: slice, cross_ref):
-    """Which lanes of a window's keys and values are of one head, over pi: the last window may have fewer heads."""
+    """`cross` for a window's keys and values, over pi. The last window may have fewer heads than the others."""
     return cross_ref[: keys.stop - keys.start, : values.stop - values.start].astype(jnp.float32) / math.pi
 
 
 def _sum_heads(dot, x, sums):
-    """The sum over each head's lanes, in all of them; `sums` is `same_head` of some heads, and taken for as many."""
+    """The sum over each head's lanes, in all of these lanes; `sums` is `same_head` for the heads of one product."""
     parts = [x[:, start : start + len(sums)] for start in range(0, x.shape[1], len(sums))]
     return jnp.concatenate([dot(part, sums[: part.shape[1], : part.shape[1]], NN) for part in parts], axis=1)
 
 
 def head_inverse_norms(dot, x, sums):
-    """`inverse_norms` of each head, in all of its lanes; `sums` is the first or second of `head_sums`."""
+    """`inverse_norms` of each head, in all of its lanes; `sums` is `key_sums` or `value_sums` from `head_sums`."""
     return inverse_norms(_sum_heads(dot, x * x, sums))
 
 
 def head_inverse_norms_or_zero(dot, x, sums):
-    """Likewise `inverse_norms_or_zero`, for the gradients, where the forward kernels need not pay for it."""
+    """`inverse_norms_or_zero` of each head, likewise. Only gradients need the zeros, and forward kernels save them."""
     return inverse_norms_or_zero(_sum_heads(dot, x * x, sums))
 
 
 def through_norm(dot, d_normal, normal, inverse, sums):
-    """The gradient of x from that of x / |x|."""
+    """The gradient of x from the gradient of its normal x / |x|."""
     return inverse * (d_normal - normal * _sum_heads(dot, d_normal * normal, sums))
 
 
-def _own(dot, v, optional_refs, values: slice, has_selection: bool, has_own: bool):
-    """The values at the queries' positions, of a window: of their own, some of v, or v."""
-    if has_own:
-        return optional_refs[0][0, :, values].astype(jnp.float32)
-    return dot(optional_refs[0][...], v, NN) if has_selection else v.astype(jnp.float32)
+def _query_values(dot, v, refs: Refs, values: slice):
+    """A window's values at the queries' positions: the given ones, those of selected tokens, or v."""
+    if refs.query_values is not None:
+        return refs.query_values[0, :, values].astype(jnp.float32)
+    return v.astype(jnp.float32) if refs.selection is None else dot(refs.selection[...], v, NN)
 
 
-def _forward_kernel(*refs, layout, places: Taps, has_selection, has_own, has_auxiliary):
-    q_ref, k_ref, v_ref, taps_ref, keys_ref, values_ref, cross_ref, *optional_refs, out_ref, padded_ref = refs
-    dot = product(q_ref.dtype)
+def _forward_kernel(refs: Refs, *, layout: Heads, positions: TapPositions):
+    dot = product(refs.q.dtype)
     for _, [keys, values] in layout.windows(layout.key_dim, layout.value_dim):
-        key_sums, value_sums, cross = keys_ref[...], values_ref[...], _cross_of(keys, values, cross_ref)
-        q, k, v = q_ref[0, :, keys], k_ref[0, :, keys], v_ref[0, :, values]
+        key_sums, value_sums, cross = refs.key_sums[...], refs.value_sums[...], _cross_of(keys, values, refs.cross)
+        q, k, v = refs.q[0, :, keys], refs.k[0, :, keys], refs.v[0, :, values]
         wide_q, wide_k = q.astype(jnp.float32), k.astype(jnp.float32)
-        own = _own(dot, v, optional_refs, values, has_selection, has_own)
+        query_values = _query_values(dot, v, refs, values)
         normal_k = wide_k * head_inverse_norms(dot, wide_k, key_sums)
         key_values = dot(normal_k, v, TN) * cross
         normal_q = wide_q * head_inverse_norms(dot, wide_q, key_sums)
-        core = 0.5 * own + dot(normal_q, key_values, NN)
-        if has_auxiliary:
-            core += optional_refs[-1][0, :, values].astype(jnp.float32)
+        core = 0.5 * query_values + dot(normal_q, key_values, NN)
+        if refs.auxiliary is not None:
+            core += refs.auxiliary[0, :, values].astype(jnp.float32)
         out = core * head_inverse_norms(dot, core, value_sums)
-        for tap, window in enumerate(places.windows(padded_ref, own)):
-            out += window * taps_ref[tap : tap + 1, values]
-        out_ref[0, :, values] = out.astype(out_ref.dtype)
+        for tap, window in enumerate(positions.windows(refs.padded, query_values)):
+            out += window * refs.taps[tap : tap + 1, values]
+        refs.out[0, :, values] = out.astype(refs.out.dtype)
 
 
-def _backward_kernel(*refs, layout, places: Taps, has_selection, has_own, has_auxiliary):
-    q_ref, k_ref, v_ref, taps_ref, keys_ref, values_ref, cross_ref, cotangent_ref, *rest = refs
-    count = has_selection + has_own + has_auxiliary
-    optional_refs, (dq_ref, dk_ref, dv_ref, *d_optional_refs) = rest[:count], rest[count:-3]
-    d_taps_ref, padded_ref, padded_cotangent_ref = rest[-3:]
-    dot = product(q_ref.dtype)
+def _backward_kernel(refs: Refs, *, layout: Heads, positions: TapPositions):
+    dot = product(refs.q.dtype)
     for _, [keys, values] in layout.windows(layout.key_dim, layout.value_dim):
-        key_sums, value_sums, cross = keys_ref[...], values_ref[...], _cross_of(keys, values, cross_ref)
-        wide_q, wide_k = q_ref[0, :, keys].astype(jnp.float32), k_ref[0, :, keys].astype(jnp.float32)
-        wide_v, cotangent = v_ref[0, :, values].astype(jnp.float32), cotangent_ref[0, :, values].astype(jnp.float32)
-        own = _own(dot, wide_v, optional_refs, values, has_selection, has_own)
-        # The forward pass again: only its inputs were kept.
+        key_sums, value_sums, cross = refs.key_sums[...], refs.value_sums[...], _cross_of(keys, values, refs.cross)
+        wide_q, wide_k = refs.q[0, :, keys].astype(jnp.float32), refs.k[0, :, keys].astype(jnp.float32)
+        wide_v, cotangent = (x[0, :, values].astype(jnp.float32) for x in (refs.v, refs.cotangent))
+        query_values = _query_values(dot, wide_v, refs, values)
+        # The forward pass again: a training step keeps only its inputs, which the model has anyway.
         inverse_k, inverse_q = (head_inverse_norms_or_zero(dot, x, key_sums) for x in (wide_k, wide_q))
         normal_k, normal_q = wide_k * inverse_k, wide_q * inverse_q
         key_values = dot(normal_k, wide_v, TN) * cross
-        core = 0.5 * own + dot(normal_q, key_values, NN)
-        if has_auxiliary:
-            core += optional_refs[-1][0, :, values].astype(jnp.float32)
+        core = 0.5 * query_values + dot(normal_q, key_values, NN)
+        if refs.auxiliary is not None:
+            core += refs.auxiliary[0, :, values].astype(jnp.float32)
         inverse_core = head_inverse_norms_or_zero(dot, core, value_sums)
         d_core = through_norm(dot, cotangent, core * inverse_core, inverse_core, value_sums)
-        if has_auxiliary:
-            d_optional_refs[-1][0, :, values] = d_core.astype(dv_ref.dtype)
+        if refs.auxiliary is not None:
+            refs.d_auxiliary[0, :, values] = d_core.astype(refs.d_auxiliary.dtype)
         d_key_values = dot(normal_q, d_core, TN) * cross
         dv = dot(normal_k, d_key_values, NN)
         dq = through_norm(dot, dot(d_core, key_values, NT), normal_q, inverse_q, key_sums)
         dk = through_norm(dot, dot(wide_v, d_key_values, NT), normal_k, inverse_k, key_sums)
-        d_own = 0.5 * d_core
-        # The convolution's transpose has the taps in the other order.
-        for tap, window in enumerate(places.windows(padded_cotangent_ref, cotangent)):
-            d_own += window * taps_ref[places.count - 1 - tap : places.count - tap, values]
-        for tap, window in enumerate(places.windows(padded_ref, own)):
-            d_taps_ref[0, tap : tap + 1, values] = jnp.sum(window * cotangent, axis=0, keepdims=True)
-        dq_ref[0, :, keys] = dq.astype(dq_ref.dtype)
-        dk_ref[0, :, keys] = dk.astype(dk_ref.dtype)
-        if has_own:
-            d_optional_refs[0][0, :, values] = d_own.astype(dv_ref.dtype)
+        d_query_values = 0.5 * d_core
+        # The transpose of a convolution is the convolution with the taps in reverse order.
+        for tap, window in enumerate(positions.windows(refs.padded_cotangent, cotangent)):
+            d_query_values += window * refs.taps[positions.count - 1 - tap : positions.count - tap, values]
+        for tap, window in enumerate(positions.windows(refs.padded, query_values)):
+            refs.d_taps[0, tap : tap + 1, values] = jnp.sum(window * cotangent, axis=0, keepdims=True)
+        refs.d_q[0, :, keys] = dq.astype(refs.d_q.dtype)
+        refs.d_k[0, :, keys] = dk.astype(refs.d_k.dtype)
+        if refs.query_values is not None:
+            refs.d_query_values[0, :, values] = d_query_values.astype(refs.d_query_values.dtype)
         else:
-            dv += dot(optional_refs[0][...], d_own, TN) if has_selection else d_own
-        dv_ref[0, :, values] = dv.astype(dv_ref.dtype)
+            dv += d_query_values if refs.selection is None else dot(refs.selection[...], d_query_values, TN)
+        refs.d_v[0, :, values] = dv.astype(refs.d_v.dtype)
