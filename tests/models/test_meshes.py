@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.models.meshes import FEW, MESHES, run_case, run_on_devices
+from tests.models.meshes import meshes_of, run_case, run_on_devices
 
 # Shares of each array's largest number. Devices sum in another order: float32's rounding, 6e-8, through some tens of
 # operations; in LeViT also through batch norms over 4 images, whose deviations are small beside what is subtracted.
@@ -17,7 +17,7 @@ BFLOAT16 = 2e-2  # 2^-9 of each of some tens of roundings, where sums in another
 @pytest.mark.parametrize("case", ["forward", "around"])
 def test_a_model_on_a_mesh_is_the_model(case, family):
     for what, found in run_case(case, family).items():
-        assert found.keys() == (MESHES.keys() if case == "around" or what == "castling" else set(FEW))
+        assert found.keys() == set(meshes_of(family, "around" if case == "around" else what))
         for mesh, difference in found.items():
             limit = 0 if what == "layout" else BFLOAT16 if what == "bfloat16" else ROUNDING[family]
             assert difference <= limit, (what, mesh, difference)
