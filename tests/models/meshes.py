@@ -24,7 +24,7 @@ ALIKE = ("explicit", "explicit, not set", "auto")  # one program, as far as the 
 
 
 def meshes_of(family: str, what: str) -> tuple[str, ...]:
-    """The meshes of a case. One decorator turns all axes into Auto ones, whatever the model; DeiT runs on all meshes."""
+    """The meshes of a case. One decorator makes all axes Auto, whatever the model; DeiT runs on all of them."""
     return tuple(MESHES) if family == "deit" and what in ("castling", "around") else FEW
 
 
