@@ -212,11 +212,11 @@ def describe(kills: list[Kill], processes: int, expected: str, found: set[str]) 
     same = "the same, bit for bit," if found == {expected} else "NOT the same"
     return "\n".join(
         [
-            f"{len(kills)} kills of a run of {processes} processes on one machine, which went on by the same command",
-            f"each time. Its parameters at the end are **{same}** as those of a run left alone: SHA-256",
+            f"The run of {processes} processes on one machine was killed {len(kills)} times, and the same command",
+            f"resumed it each time. Its parameters at the end are **{same}** as those of an uninterrupted run: SHA-256",
             f"`{'`, `'.join(sorted(found))}` and `{expected}`.",
             "",
-            "| | killed | seconds after its start | at step | seconds until all had ended | launcher's status |",
+            "| | killed | seconds after the start | at step | seconds until all had ended | launcher's status |",
             "|---|---|---|---|---|---|",
             *rows,
             "",
