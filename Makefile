@@ -1,8 +1,8 @@
 # make run: the main job. make test: the everyday checks. make test-slow: the slow tests alone.
-# make format: ruff applies its fixes and formats the code; what ruff cannot fix is listed.
-# make docs: the documentation site; make docs NOTEBOOKS=force executes the notebooks first, which otherwise keep their outputs.
-# make faults: kills a run of two processes twenty times, and sees whether it ends as one that was left alone.
-# Each makes the virtual environment it needs; PYTHON and VENV choose another.
+# make format: ruff applies its fixes, formats the code, and lists the faults that it cannot fix.
+# make docs: builds the documentation site; make docs NOTEBOOKS=force executes notebooks 01 to 05 first, to show their outputs.
+# make faults: kills a run of two processes twenty times, and compares its parameters with those of an uninterrupted run.
+# Each target makes the virtual environment that it needs; PYTHON and VENV choose another.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -34,10 +34,10 @@ docs: $(VENV)/docs-installed
 faults: $(VENV)/requirements-installed
 	$(BIN)/python -m castling_jax faults --kills=20
 
-# Markers rather than the folder itself: an installation that was interrupted is done again.
+# The targets are marker files, not the folder itself, so that an interrupted installation is repeated.
 $(VENV)/requirements-installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	@echo "Installing requirements.txt into $(VENV), about 1 GB; this takes some minutes the first time."
+	@echo "Installing requirements.txt into $(VENV), about 1 GB; this takes a few minutes the first time."
 	$(PIP) -r requirements.txt
 	touch $@
 

@@ -217,8 +217,8 @@ def describe(kills: list[Kill], processes: int, expected: str, hashes: set[str])
     same = "the same, bit for bit," if hashes == {expected} else "NOT the same"
     return "\n".join(
         [
-            f"{len(kills)} kills of a run of {processes} processes on one machine, which went on by the same command",
-            f"each time. Its parameters at the end are **{same}** as those of a run left alone: SHA-256",
+            f"The run of {processes} processes on one machine was killed {len(kills)} times, and the same command",
+            f"resumed it each time. Its parameters at the end are **{same}** as those of an uninterrupted run: SHA-256",
             f"`{'`, `'.join(sorted(hashes))}` and `{expected}`.",
             "",
             *markdown(header, rows, "llr"),

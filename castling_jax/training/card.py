@@ -33,8 +33,8 @@ def model_card(weights: Weights, model: Backbone) -> str:
         f"# {spec.name}, {spec.attention} attention",
         "",
         f"Inference form for images of {spec.image_size} x {spec.image_size} pixels and {spec.num_classes:,} classes, "
-        f"made with castling_jax. `castling_jax.load_inference(FOLDER)` gives (model, variables), "
-        "`castling_jax.predict(FOLDER, images)` the classes of images.",
+        f"made with castling_jax. `castling_jax.load_inference(FOLDER)` returns (model, variables), "
+        "and `castling_jax.predict(FOLDER, images)` returns the most probable classes of images.",
         "",
     ]
     rows = {
@@ -48,7 +48,7 @@ def model_card(weights: Weights, model: Backbone) -> str:
         rows |= _trained(figures)
     if classes is not None and len(classes) <= 100:
         rows["classes"] = printable(", ".join(classes))
-    rows |= {"license of the data": "TODO", "what it is for, and what not": "TODO"}
+    rows |= {"license of the data": "TODO", "intended use and limits": "TODO"}
     lines += markdown(("", ""), rows.items(), "l")
     if weights.config is not None:
         changed = _changed_fields(weights.config)
