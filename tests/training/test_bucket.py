@@ -123,7 +123,7 @@ def test_bucket_without_gcsfs_is_one_sentence(refuses, monkeypatch):
         raise ImportError("Please install gcsfs to access Google Storage")
 
     monkeypatch.setattr(type(epath.Path("gs://bucket")), "exists", exists)
-    with refuses("'gs://bucket/run' is in a bucket, which takes gcsfs: pip install gcsfs"):
+    with refuses("'gs://bucket/run' is in a bucket, which needs gcsfs: pip install gcsfs"):
         load_inference("gs://bucket/run")
     storage.reach_bucket("runs/digits")
 
