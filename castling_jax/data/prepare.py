@@ -177,7 +177,7 @@ def _count(builder: Any, name: str, data_dir: epath.PathLike | None) -> str:
         [
             f"{builder.data_path}: {dataset.num_classes} classes, {builder.info.dataset_size / 1e6:,.0f} MB",
             *(f"  {split}: {info.num_examples:,} images" for split, info in splits.items()),
-            *(f"{name} was left by an interrupted preparation, and can be removed." for name in leftovers),
+            *(f"{leftover} was left by an interrupted preparation, and can be removed." for leftover in leftovers),
             "To train on it:",
             f"  python main.py --config={RECIPES.get(builder.name, ANY_IMAGES)} --config.dataset.name={name}{option}",
         ]
