@@ -1,4 +1,4 @@
-"""A model card: what weights are, what they learnt from, and how well they do, filled in from a run."""
+"""A model card, filled in from a run: the model, the data it learnt from, and how good it is."""
 
 import json
 from collections.abc import Mapping
@@ -20,11 +20,12 @@ CARD_FILE = "README.md"
 def model_card(weights: Weights, model: Backbone) -> str:
     """The card of an exported model, in Markdown.
 
-    What the run does not say is marked TODO, for a person to write: the license of the data, and what the model is for.
+    The license of the data and the model's intended use are marked TODO, for a person to write.
 
     Args:
-      weights: the source, as `castling_jax.convert.read` gives it. A finished run's summary is looked for beside it.
-      model: what was exported.
+      weights: the source of the export, from `castling_jax.convert.read`. If it belongs to a finished run, the card
+        shows the figures in the run's summary.
+      model: the exported model.
     """
     spec, pixels, classes = model.spec, weights.preprocessing, weights.classes
     figures = _summary(weights)
@@ -32,7 +33,7 @@ def model_card(weights: Weights, model: Backbone) -> str:
         f"# {spec.name}, {spec.attention} attention",
         "",
         f"Inference form for images of {spec.image_size} x {spec.image_size} pixels and {spec.num_classes:,} classes, "
-        f"made with castling_jax. `castling_jax.load_inference(FOLDER)` gives (model, variables), "
+        f"made with castling_jax. `castling_jax.load_inference(FOLDER)` returns (model, variables), "
         "`castling_jax.predict(FOLDER, images)` the classes of images.",
         "",
         "| | |",
@@ -44,10 +45,10 @@ def model_card(weights: Weights, model: Backbone) -> str:
     if pixels is not None:
         lines.append(f"| input | (pixel / 255 - {list(pixels.mean)}) / {list(pixels.std)}, RGB |")
     if figures:
-        lines += [f"| {what} | {said} |" for what, said in _trained(figures).items()]
+        lines += [f"| {name} | {text} |" for name, text in _trained(figures).items()]
     if classes is not None and len(classes) <= 100:
         lines.append(f"| classes | {printable(', '.join(classes))} |")
-    lines += ["| license of the data | TODO |", "| what it is for, and what not | TODO |"]
+    lines += ["| license of the data | TODO |", "| intended use, and its limits | TODO |"]
     if weights.config is not None:
         changed = _changed_fields(weights.config)
         lines += ["", "Fields of the configuration that differ from the defaults:", "", "```"]
@@ -56,8 +57,9 @@ def model_card(weights: Weights, model: Backbone) -> str:
 
 
 def _summary(weights: Weights) -> dict[str, Any]:
-    """The figures of the finished run that the weights come from; {} where it is unfinished or a later one."""
+    """The figures of the run that the weights come from; {} unless the run finished at the weights' step."""
     path = absolute(weights.path)
+    # A checkpoint is in RUN/checkpoints/STEP, an inference folder in RUN/inference.
     folder = path.parent.parent if weights.step is not None else path.parent
     try:
         figures = json.loads((folder / SUMMARY_FILE).read_text())
@@ -67,7 +69,7 @@ def _summary(weights: Weights) -> dict[str, Any]:
 
 
 def _trained(figures: Mapping[str, Any]) -> dict[str, str]:
-    """What a summary says, in words."""
+    """The rows of a card's table that come from a summary: name -> text."""
     measure = measures_of(figures)[0]
     both = " / ".join(measure.texts(figures))
     return {
@@ -75,17 +77,18 @@ def _trained(figures: Mapping[str, Any]) -> dict[str, str]:
         f"{measure.name}, training form / inference form": f"{both} of {figures['eval_images']:,} images of the split "
         f"{printable(figures.get('split', '?'))}",
         "training": f"{figures['steps']:,} steps; mask threshold {figures['mask_threshold']:g} at the end",
-        "largest difference of the two forms' logits": f"{figures['max_difference']:.1e}",
+        "largest difference between the two forms' logits": f"{figures['max_difference']:.1e}",
         "SHA-256 of the trained parameters": f"{figures['parameters_sha256']}",
     }
 
 
 def _changed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a run's configuration that are not the defaults, without where things lie on a machine."""
+    """The fields of a run's configuration that differ from the defaults, without those that concern the machine."""
+    # Through JSON, as the run's own fields went: tuples become lists, which compare equal.
     defaults = flatten(json.loads(json.dumps(default_config().to_dict())))
-    given = flatten({name: value for name, value in config.items() if name not in ("logging", "checkpoint", "mesh")})
+    fields = flatten({name: value for name, value in config.items() if name not in ("logging", "checkpoint", "mesh")})
     return {
         path.replace("/", "."): value
-        for path, value in sorted(given.items())
+        for path, value in sorted(fields.items())
         if path not in defaults or defaults[path] != value
     }

@@ -1,4 +1,4 @@
-"""The fields of the configuration for a person: `main.py --help-config`, and docs/configuration.md."""
+"""Prints the fields of the configuration for `main.py --help-config`, and as docs/configuration.md."""
 
 from ml_collections import ConfigDict
 
@@ -14,14 +14,14 @@ def describe_fields(config: ConfigDict) -> str:
 
 
 def fields_page() -> str:
-    """docs/configuration.md."""
+    """The text of docs/configuration.md."""
     config = default_config()
     lines = [
         "# Configuration",
         "",
         "Every field, with its default. `python main.py --config=NAME --help-config` prints this list with the values",
         "of the configuration NAME. A field is overridden by `--config.GROUP.FIELD=VALUE`, and in Python by",
-        "`config.GROUP.FIELD = VALUE`. Where the default is None, None is allowed too.",
+        "`config.GROUP.FIELD = VALUE`. If the default is None, None is allowed too.",
     ]
     group = ""
     for name, field in FIELDS.items():
