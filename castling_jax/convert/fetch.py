@@ -83,7 +83,7 @@ def fetch(name: str, folder: str | os.PathLike = ".") -> Path:
     try:
         digest = _download(source, temporary)
         if not sha256_of(temporary).startswith(digest):
-            raise InputError(f"{source.url} sent what is not the published file: its SHA-256 does not begin {digest}.")
+            raise InputError(f"{source.url} is not the published file: its SHA-256 does not begin with {digest}.")
         temporary.replace(target)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         detail = in_one_sentence(getattr(error, "reason", error))

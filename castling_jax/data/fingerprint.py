@@ -71,7 +71,8 @@ def check_same_classes(
 
 
 def _class_changes(before: list[str], now: list[str]) -> str:
-    missing, new = ([name for name in these if name not in others] for these, others in ((before, now), (now, before)))
+    missing = [name for name in before if name not in now]
+    new = [name for name in now if name not in before]
     changes = [f"{len(now):,} instead of {len(before):,}"] if len(now) != len(before) else []
     changes += [f"{_listed(names)} {word}" for names, word in ((missing, "missing"), (new, "new")) if names]
     return ", ".join(changes) or "their order has changed"

@@ -117,7 +117,7 @@ def random_resized_crop_box(size: tuple[int, int], scale: tuple[float, float], r
     height, width = size
     for _ in range(TRIES):
         area = rng.uniform(*scale) * height * width
-        ratio = math.exp(rng.uniform(*np.log(CROP_RATIOS)))
+        ratio = math.exp(rng.uniform(*np.log(CROP_RATIOS)))  # uniform in the logarithm: 3/4 is as likely as 4/3
         across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < across <= width and 0 < down <= height:
             return int(rng.integers(height - down + 1)), int(rng.integers(width - across + 1)), down, across

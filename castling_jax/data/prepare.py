@@ -140,7 +140,7 @@ def _read_archive(path: epath.Path, time: int, checksums: dict[str, str]) -> byt
     if not path.is_file():
         raise InputError(f"there is no archive '{path}'; apt-get install dataset-fashion-mnist brings it.")
     data = path.read_bytes()
-    # The published file's header. A copy of Debian's with it in place of its own 10 bytes must have the published hash.
+    # The published file's header. Debian's copy, with this header instead of its 10 bytes, has the published hash.
     header = b"\x1f\x8b\x08\x08" + struct.pack("<I", time) + b"\x00\x03" + path.stem.encode() + b"\x00"
     if checksums[path.name] not in (hashlib.sha256(copy).hexdigest() for copy in (data, header + data[10:])):
         raise InputError(f"'{path}' is not the published archive: its SHA-256 is not {checksums[path.name]}.")

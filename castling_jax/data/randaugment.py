@@ -112,6 +112,7 @@ class RandAugment:
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """Applies the drawn operations to an RGB image."""
         for index in rng.integers(len(_NAMES), size=self.layers):
+            # Skipped operations still count as drawn, as in timm: on average layers * probability are applied.
             if rng.random() < self.probability:
                 magnitude = float(np.clip(rng.normal(self.magnitude, self.magnitude_std), 0, MAX_MAGNITUDE))
                 image = apply_operation(_NAMES[index], image, magnitude, rng.random() < 0.5, self.fill)

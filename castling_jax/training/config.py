@@ -78,7 +78,7 @@ FIELDS = {
     "model.qkv_pool": Field(None, one_of("3x3"), "Depthwise convolutions of DeiT's queries, keys and values, or none."),
     "model.init_std": Field(None, number("(0, inf)"), "Standard deviation of the initial weights."),
     "dataset.name": Field("digits", TEXT, "digits, folder:PATH, or a name in tensorflow-datasets."),
-    "dataset.train_split": Field(None, TEXT, "The split to learn from. None: train, without what is held out of it."),
+    "dataset.train_split": Field(None, TEXT, "The split to learn from. None: train, without its held-out part."),
     "dataset.eval_split": Field(None, TEXT, "The held-out split. None: val, validation, test, or a tenth of train."),
     "dataset.test_split": Field(None, TEXT, "The split for the summary, tested once at the end. None: eval_split."),
     "dataset.data_dir": Field(None, TEXT, "Where tensorflow-datasets keeps its data; None is its own default."),

@@ -32,7 +32,7 @@ class PreemptionWatch:
 
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints
-        self._told = False
+        self._must_end = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -52,7 +52,7 @@ class PreemptionWatch:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _hear(self, *_: object) -> None:
-        self._told = True
+        self._must_end = True
 
     def _interrupt(self, *_: object) -> None:
         # First, so that a second Ctrl-C takes effect even while this handler runs.
@@ -61,10 +61,10 @@ class PreemptionWatch:
         if self._speaks:
             os.write(2, INTERRUPTED)  # not print, which the signal may have interrupted and which is not reentrant
         if self._alone:
-            self._told = True
+            self._must_end = True
         else:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self, step: int) -> bool:
         """Whether the run must save after this step and end."""
-        return self._told or self._checkpoints.reached_preemption(step)
+        return self._must_end or self._checkpoints.reached_preemption(step)

@@ -104,7 +104,7 @@ def start(options: Namespace) -> None:
         logging.set_verbosity(logging.FATAL)
         stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
         sys.unraisablehook = ignore_closed_loops
-        stdlib_logging.getLogger("castling_jax").setLevel(stdlib_logging.WARNING)  # our own warnings are to be read
+        stdlib_logging.getLogger("castling_jax").setLevel(stdlib_logging.WARNING)  # users should see our own warnings
     distributed.initialize(options.coordinator, options.num_processes, options.process_id)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
