@@ -113,9 +113,9 @@ def read(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
         raise InputError(f"'{path}' is no run with a checkpoint of step {step}{_listed(steps)}.")
     if steps:
         return _read_checkpoint(where, where / CHECKPOINTS / str(steps[-1] if step is None else step), ema)
-    # From the most specific to the most general: a run's folder has checkpoints, and often an inference folder as well.
     if STEP.fullmatch(absolute(where).name) and (where / "state").is_dir():
         return _read_checkpoint(absolute(where).parent.parent, where, ema)
+    # After the checkpoints: a finished run has both, and the training form can be switched but not the other way round.
     if inference := next((folder for folder in (where, where / INFERENCE) if (folder / MODEL_FILE).is_file()), None):
         if ema:
             raise InputError(f"'{inference}' holds no moving average, which only checkpoints do.")

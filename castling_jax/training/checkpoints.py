@@ -131,7 +131,7 @@ class Checkpoints:
             except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
                 restored, why = None, in_one_sentence(reason(error))
             if multihost_utils.process_allgather(np.bool_(restored is not None)).all():
-                # Damaged ones are moved only once an older one is restored: a run that ends here leaves all in place.
+                # Moved only now that an older one is restored: without one, all stay for the user to look at.
                 if failed:
                     if jax.process_index() == 0:
                         _move_aside(self.folder, failed)

@@ -175,7 +175,7 @@ def set_up(
         raise InputError(
             "JAX_ENABLE_X64 must be off: a run computes in float32 or bfloat16, and draws other weights with it."
         )
-    # Blocks that do not depend on each other report their mistakes together. A nested block needs the data.
+    # Blocks that do not depend on each other report their mistakes together; a nested block needs the outer one.
     mistakes = Mistakes()
     with mistakes:
         train_set, eval_set, test_set = (*datasets, None) if datasets else _load_splits(config.dataset)

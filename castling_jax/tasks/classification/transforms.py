@@ -47,7 +47,7 @@ class TrainTransform:
             for name in EIGHT_BITS:
                 if getattr(self, name):
                     raise InputError(f"config.augment.{name} needs images of 8 bits, but these have float pixels.")
-        # An augmentation that is off draws no numbers, so that turning it on leaves the draws before it as they were.
+        # An augmentation that is off draws no numbers: the draws of a configuration depend only on those that it uses.
         view = self._draw_view(image, rng)
         # Without a random crop the image has to be exactly the one that evaluation sees, so JPEGs are decoded in full.
         seen = view.image(image, self.preprocessing, reduced=self.crop_scale is not None)
