@@ -51,7 +51,7 @@ __all__ = [
     "train",
 ]
 
-# Name -> "module" that it is in under its own name, "module:name" elsewhere, or "" where it is a module itself.
+# Public name -> the module that defines it; "module:name" where the module uses another name; "" for a module itself.
 _PLACES = {
     "InputError": "errors",
     "Preprocessing": "preprocessing",
@@ -78,7 +78,7 @@ _PLACES = {
 }
 
 
-if not TYPE_CHECKING:  # or type checkers would take every name for known
+if not TYPE_CHECKING:  # a type checker that saw this function would accept every attribute
 
     def __getattr__(name):
         if name not in _PLACES:
@@ -87,6 +87,7 @@ if not TYPE_CHECKING:  # or type checkers would take every name for known
         if not module:
             return importlib.import_module(f"castling_jax.{name}")
         value = getattr(importlib.import_module(f"castling_jax.{module}"), attribute or name)
+        # Python calls __getattr__ only for names that the module lacks, so the next look-up costs nothing.
         globals()[name] = value
         return value
 

@@ -33,8 +33,9 @@ COMMANDS = {
 
 
 def list_commands() -> str:
-    """A line for each command: its name and the first line of its docstring, which is read without importing it."""
+    """A line for each command: its name and the first line of its module's docstring."""
     tools = Path(__file__).parent / "tools"
+    # Parsed, not imported: eighteen imports, JAX among them, would make --help take seconds.
     docs = {name: ast.get_docstring(ast.parse((tools / f"{file}.py").read_bytes())) for name, file in COMMANDS.items()}
     lines = aligned([(name, (doc or "").splitlines()[0]) for name, doc in docs.items()], "l")
     return "\n".join([f"usage: {program()} COMMAND [...]", "", *lines, "", "COMMAND --help says what a command takes."])
@@ -49,6 +50,7 @@ def main() -> None:
     if name.startswith("-"):
         raise InputError(f"give a command before {name}: one of {', '.join(COMMANDS)}.")
     check_known("command", name, COMMANDS)
+    # The command's own parser reads sys.argv, and shows its first entry as the program's name.
     sys.argv = [f"{program()} {name}", *words]
     importlib.import_module(f"castling_jax.tools.{COMMANDS[name]}").main()
 

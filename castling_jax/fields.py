@@ -15,10 +15,10 @@ class Values:
     """The values that a field takes.
 
     Attributes:
-      type: what the command line reads them as.
-      text: the values in words, as "must be {text}" says them.
-      allows: whether it is one of them; it need not think of None, which a field with a default of None takes too.
-      names: the values where they are names.
+      type: the type that the command line converts a value to.
+      text: the values in words, to complete "must be ...".
+      allows: tells whether a value is allowed. It never sees None: a field whose default is None takes None as well.
+      names: all values, if they are names.
     """
 
     type: type
@@ -27,7 +27,7 @@ class Values:
     names: tuple[str, ...] = ()
 
     def check(self, name: str, value: Any) -> None:
-        """Raises an InputError unless the value called `name` is one of them."""
+        """Raises an InputError unless `value` is allowed; `name` is what the message calls it."""
         if self.names:
             check_known(name, value, self.names)
         elif not self.allows(value):
@@ -44,7 +44,7 @@ class Field:
 
     @property
     def placeholder(self) -> Any:
-        """What a ConfigDict holds by default: a None that knows its type, so that the command line can replace it."""
+        """The default as a ConfigDict stores it: None becomes a typed placeholder, which the command line can set."""
         return config_dict.placeholder(self.values.type) if self.default is None else self.default
 
     def check(self, name: str, value: Any) -> None:
@@ -66,7 +66,7 @@ def number(interval: str) -> Values:
     def allows(value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False
-        above = low <= value if interval[0] == "[" else low < value  # which NaN is not
+        above = low <= value if interval[0] == "[" else low < value  # False for NaN, whose comparisons all are
         return above and (value <= high if interval[-1] == "]" else value < high)
 
     shown = interval[1:-1].split(",")[0]
@@ -75,7 +75,7 @@ def number(interval: str) -> Values:
 
 
 def numbers(count: int, text: str, allows: Callable[[Any], bool]) -> Values:
-    """So many numbers, of which `text` and `allows` say more."""
+    """Sequences of `count` finite numbers that `allows` accepts; `text` describes them."""
 
     def all_allowed(values: Any) -> bool:
         return (

@@ -1,8 +1,8 @@
-"""How much each query of a layer takes from each key: what an attention map shows.
+"""Attention maps: how much each query of a layer takes from each key.
 
-The weights of an attention that is linear in its values are its answer to one-hot values: with the unit vector e_j as
-the value of key j, the output at query i is the row of weights of i. So the maps come from the attentions' own
-functions, not from a second copy of their formulas.
+If an attention is linear in its values, one-hot values reveal its weights: with the unit vector e_j as the value of key
+j, the output at query i is query i's row of weights. So the maps come from the attentions' own functions, not from a
+second copy of their formulas.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ def _masked_softmax(q, k, v, *, mask_threshold, mask_kind, bias):
     return branch[0]
 
 
-_ANGULAR = Kind("angular", ops.angular_attention)  # not normalised, as the kind of this name is
+_ANGULAR = Kind("angular", ops.angular_attention)  # without the normalisation that KINDS["angular"] adds
 _LINEAR_ANGULAR = Kind("linear_angular", linear_angular_core)
-# The parts of an attention that are linear in the values; an attention that is not listed is one such part.
+# Attention -> the terms that it sums, each linear in the values. An attention that is not listed has one term: itself.
 _TERMS = {
     "castling": (Kind("masked_softmax", _masked_softmax), _LINEAR_ANGULAR, _ANGULAR),
     "linear_angular": (_LINEAR_ANGULAR, _ANGULAR),
@@ -59,11 +59,11 @@ def attention_maps(
     """The weights that an attention layer gives its values, by the name of the term; pure and jit-able.
 
     Args:
-      model: gives the architecture; its own parameters are not used.
-      variables: as from `get_variables`.
+      model: the architecture; its own parameters are not used.
+      variables: the variables to use, as `get_variables` returns them.
       images: normalised pixels, as `apply` takes them.
-      layer: index among all attention layers in the order of the model, LeViT's subsampling ones among them; a negative
-        one counts from the last.
+      layer: index among all attention layers in the order of the model, LeViT's subsampling layers included; a negative
+        index counts from the last layer.
       mask_threshold: as in `apply`.
 
     Returns:
@@ -73,16 +73,17 @@ def attention_maps(
       "masked_softmax": M * P of a castling layer, P = softmax(Q K^T / sqrt(key_dim) + bias) (equation 9); with
         mask_kind="fade", (1 - mask_threshold) P.
       "linear_angular": 1/2 I + Q^ K^^T / pi of castling and linear_angular, before the output normalisation
-        (equation 7). The paper has 1/2 V where the kernel has 1/2 for every key, so 1/2 stands only at the key on which
-        the query stands. Where MViTv2 pools queries and keys with different strides, the 1/2 V term reads values of no
-        key, and the weights are Q^ K^^T / pi.
+        (equation 7). The kernel has 1/2 for every key, but the paper writes 1/2 V, so each query has its 1/2 only at
+        the key in its own position. Where MViTv2 pools queries and keys with different strides, the 1/2 V term reads
+        values that belong to no key, and the weights are Q^ K^^T / pi.
       "angular": the exact kernel 1 - theta / pi (equations 3 and 4) of castling, linear_angular and angular. Castling
         and linear_angular do not compute it: it shows what their terms leave out.
       "softmax": P of softmax, softmax_taps and convolutional. The keys of convolutional are the class token and a
         quarter of the patches.
 
-      Each other attention has its own name; taylor's weights are those of its branch and its linear part together. An
-      attention that `register_attention` added is taken to be linear in its values. Taps are left out.
+      Every other attention has one entry under its own name; taylor's weights are the sum over its branch and its
+      linear part. An attention that `register_attention` added is assumed to be linear in its values. Taps are left
+      out.
 
     Raises:
       InputError: what `apply` raises; the model has no such layer; or the layer's attention does not weigh all keys for
@@ -92,7 +93,7 @@ def attention_maps(
     attentions = _attentions(model)
     if not isinstance(layer, int | np.integer) or not -len(attentions) <= layer < len(attentions):
         raise InputError(f"layer must be an integer from {-len(attentions)} to {len(attentions) - 1}, not {layer!r}.")
-    kind = attentions[0].core.kind  # a model has one
+    kind = attentions[0].core.kind  # all layers of a model share it
 
     @on_auto_axes(lambda images: split_as(images, 0))
     def forward(images: Any, variables: Any, mask_threshold: Any) -> Weights:
@@ -102,8 +103,9 @@ def attention_maps(
             attention.core = dataclasses.replace(attention.core, kind=_Recorder(**_fields(kind), calls=calls))
         for _, module in nnx.iter_modules(bound):
             if hasattr(module, "remat"):
-                module.remat = False  # arrays made inside a block that is computed again do not leave it
+                module.remat = False  # nnx.remat traces a block by itself, and its tracers must not leak into `calls`
         bound(images, mask_threshold=mask_threshold)
+        # window, bridge and separable call `kind.function` themselves, past the recorder.
         if not calls:
             raise InputError(f"attention={kind.name!r} has no maps, because it does not weigh all keys for each query.")
         q, k, inputs = calls[layer]
@@ -113,7 +115,7 @@ def attention_maps(
 
 
 def _attentions(model: Backbone) -> list[Any]:
-    """The modules that have a core, in no order."""
+    """The modules that have a core, in no particular order."""
     return [module for _, module in nnx.iter_modules(model) if hasattr(module, "core")]
 
 
@@ -123,7 +125,7 @@ def _fields(kind: Kind) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Recorder(Kind):
-    """A kind that also appends what each layer calls it with to `calls`, in the order of the model."""
+    """A kind that also appends the inputs of each call to `calls`; layers are called in the order of the model."""
 
     calls: list[tuple[Array, Array, dict[str, Any]]] = dataclasses.field(default_factory=list)
 
@@ -138,16 +140,18 @@ def _weights(
     k: Float[Array, "batch keys heads key_dim"],
     inputs: dict[str, Any],
 ) -> Weights:
-    """The answers of the kind's terms to one-hot values."""
+    """The outputs of the kind's terms for one-hot values."""
+    # A bfloat16 map would have 8 bits; float64 stays as it is.
     wide = jnp.promote_types(q.dtype, jnp.float32)
     q, k, bias = jax.tree.map(lambda x: x.astype(wide), (q, k, inputs.get("bias")))
     (batch, keys, heads, _), queries = k.shape, q.shape[1]
     one_hot = jnp.broadcast_to(jnp.eye(keys, dtype=wide)[:, None], (batch, keys, heads, keys))
     place = inputs.get("query_values")
-    if isinstance(place, jax.Array):  # values of the queries' own, which are those of no key
+    if isinstance(place, jax.Array):  # the queries have values of their own, which belong to no key
         query_values = jnp.zeros((batch, queries, heads, keys), wide)
     else:
         query_values = values_of_queries(one_hot, place)
+    # Without taps: they mix the values of neighbouring tokens, and are no weight between a query and a key.
     inputs = inputs | {"bias": bias, "query_values": query_values, "token_kernel": None, "implementation": "xla"}
     outputs = {term.name: term(q, k, one_hot, **inputs)[0] for term in _TERMS.get(kind.name, (kind,))}
     return {name: jnp.swapaxes(out, 1, 2) for name, out in outputs.items()}

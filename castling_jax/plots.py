@@ -1,7 +1,6 @@
-"""Pictures: arrays in, matplotlib figures out. `png` makes a file of one; a notebook shows it.
+"""Pictures: arrays in, matplotlib figures out. `png` turns a figure into a file; a notebook shows it as it is.
 
-The smallest text has SMALL points at the size that is saved. At DPI that is 12 pixels, where a digit still has strokes
-of its own.
+The smallest text is SMALL points high. At DPI that is 12 pixels, enough to keep a digit's strokes apart.
 """
 
 import io
@@ -21,15 +20,15 @@ from castling_jax.errors import InputError
 DPI = 110
 SMALL = 8  # points
 DENSITY_TITLES = {"threshold": "Softmax weights kept by the mask", "fade": "Softmax branch kept by the fade"}
-MOST_MARKED = 20  # points of a line that have a marker each
-MOST_NAMED = 30  # classes of a confusion matrix that have their names and counts
-MOST_LETTERS = 24  # of a name
+MOST_MARKED = 20  # a line with at most so many points has a marker at each
+MOST_NAMED = 30  # a confusion matrix with at most so many classes shows names and counts
+MOST_LETTERS = 24  # longer names are cut off
 
 Series = tuple[np.ndarray, np.ndarray]  # steps, and the values at them
 
 
 def png(figure: Figure, metadata: dict[str, Any] | None = None) -> bytes:
-    """The figure as a PNG file, with texts inside that readers of images find by their names."""
+    """The figure as the bytes of a PNG file; `metadata` is stored in it as named texts."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI, metadata=metadata)
     return file.getvalue()
@@ -44,17 +43,19 @@ def draw_training(
     is_share: bool = True,
     loss: str = "cross entropy (nats)",
 ) -> Figure:
-    """A run's loss, measure of both forms, learning rate with mask threshold, and mask density of each layer.
+    """Draws a run's loss, its measure in both forms, the learning rate with the mask, and each layer's mask density.
 
     Args:
-      history: as `castling_jax.training.metrics.read_history` gives it; what it lacks is left out.
+      history: a run's logged figures from `castling_jax.training.metrics.read_history`; curves that it lacks are left
+        out.
       mask_kind: what empties the softmax branch: "threshold" or "fade".
-      measure: the name of the task's measure: history has MEASURE_train_form and MEASURE_inference_form.
-      title: what the measure is.
+      measure: name of the task's measure; `history` has it as MEASURE_train_form and MEASURE_inference_form.
+      title: title of the measure's axes.
       is_share: whether the measure is a share, shown in percent up to 100.
-      loss: what the loss is, with its unit.
+      loss: name of the loss, with its unit.
     """
-    figure = Figure(figsize=(11, 8), layout="constrained")  # not pyplot's, which would keep it
+    # Not pyplot's figure: pyplot keeps figures in memory until they are closed.
+    figure = Figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplot_mosaic(
         [["loss", "measure"], ["schedule", "density"], ["schedule", "layers"]], sharex=True, height_ratios=(2, 1, 1)
     )
@@ -88,7 +89,7 @@ def draw_training(
     threshold_axis.set_ylim(0, 1.05)
 
     _draw_density(figure, (axes["density"], axes["layers"]), _series(history, "mask_density"), mask_kind)
-    loss_axis.set_xlim(0, np.max(history["step"], initial=1))  # and so all of them, which share the steps
+    loss_axis.set_xlim(0, np.max(history["step"], initial=1))  # for all axes: they share x
     for axis in (loss_axis, measure_axis, schedule_axis):
         axis.grid(alpha=0.3)
     return figure
@@ -104,13 +105,13 @@ def draw_density(
     """The mask density over training: the mean over layers, and below it a heat map with a row for each layer.
 
     Args:
-      steps: rising, such as `summary.history["step"]`.
-      densities: what the mask or the fade keeps, shares from 0 to 1; rows with a NaN are left out.
+      steps: rising step numbers, such as `summary.history["step"]`.
+      densities: share that the mask or the fade keeps, from 0 to 1; rows with a NaN are left out.
       mask_kind: what empties the softmax branch: "threshold" or "fade".
-      steps_per_epoch: for an axis of epochs above the picture; None is no such axis.
+      steps_per_epoch: scale of an axis of epochs above the picture; None draws no such axis.
 
     Raises:
-      InputError: densities has another shape.
+      InputError: the shapes are not [steps] and [steps, layers].
     """
     steps, densities = np.asarray(steps), np.asarray(densities, np.float64)
     if densities.ndim != 2 or steps.shape != densities.shape[:1]:
@@ -128,11 +129,11 @@ def draw_confusion(counts: Int[np.ndarray, "classes classes"], classes: Sequence
     """A confusion matrix: the share of each class's images that got each answer, with counts where there is room.
 
     Args:
-      counts: of images; row is the label, column the answer.
-      classes: their names.
+      counts: number of images by label (row) and answer (column).
+      classes: names of the classes.
     """
     count = len(classes)
-    side = min(3 + 0.45 * count, 16)
+    side = min(3 + 0.45 * count, 16)  # inches
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axis = figure.subplots()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -151,27 +152,28 @@ def draw_confusion(counts: Int[np.ndarray, "classes classes"], classes: Sequence
 
 
 class _PlainLogFormatter(LogFormatter):
-    """Labels the ticks that matplotlib labels on a logarithmic axis, by 0.02 where it has 2 x 10^-2."""
+    """Writes 0.02 where matplotlib's formatter writes 2 x 10^-2 on a logarithmic axis."""
 
     def __call__(self, value: float, position: int | None = None) -> str:
-        chosen = super().__call__(value, position)
-        return f"{value:,.15f}".rstrip("0").rstrip(".") if chosen else ""
+        # An empty label means that matplotlib leaves this tick out, to keep the labels apart.
+        label = super().__call__(value, position)
+        return f"{value:,.15f}".rstrip("0").rstrip(".") if label else ""
 
 
 def write_plain_numbers(axis: Axis) -> None:
-    """Has a logarithmic axis, an `xaxis` or a `yaxis`, write its numbers out."""
+    """Makes a logarithmic axis (a figure's `xaxis` or `yaxis`) write numbers without powers of ten."""
     axis.set_major_formatter(_PlainLogFormatter())
     axis.set_minor_formatter(_PlainLogFormatter())
 
 
 def start_at_zero(axis: Axes, values: np.ndarray, fallback: float = 1) -> None:
-    """Has the axis reach from 0 to just above the largest value or, where all values are 0, to `fallback`."""
+    """Makes the y-axis reach from 0 to just above the largest value, or to `fallback` if all values are 0."""
     largest = np.max(values, initial=0)
     axis.set_ylim(0, 1.05 * largest if largest > 0 else fallback)
 
 
 def _draw_density(figure: Figure, axes: tuple[Axes, Axes], series: Series, kind: str) -> None:
-    """Draws densities [steps, layers]: their mean into the first axes, the map of layers into the second."""
+    """Draws densities [steps, layers]: their mean in the first axes, the heat map of the layers in the second."""
     (mean_axis, layers_axis), (steps, densities) = axes, series
     mean_axis.set(title=DENSITY_TITLES[kind], ylabel="%, mean of layers")
     mean_axis.grid(alpha=0.3)
@@ -180,10 +182,11 @@ def _draw_density(figure: Figure, axes: tuple[Axes, Axes], series: Series, kind:
         axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     percents = 100 * densities
     start_at_zero(mean_axis, percents, 100)
-    if not percents.size:  # a run may have evaluated before it first logged
+    if not percents.size:  # a run may be evaluated before it logs its first densities
         return
     _plot(mean_axis, (steps, percents.mean(axis=1)), color="tab:purple")
-    # The column of a step reaches back to the step before, and a single one to the run's start.
+    # Each step's column reaches back to the step before it. The first step has none before it: repeat the next gap, or
+    # start at step 0 if there is one column alone.
     first = 2 * steps[0] - steps[1] if len(steps) > 1 else min(0, steps[0] - 1)
     rows = np.arange(percents.shape[1] + 1) - 0.5
     image = layers_axis.pcolormesh(np.append(first, steps), rows, percents.T, vmin=0, vmax=mean_axis.get_ylim()[1])
@@ -192,35 +195,34 @@ def _draw_density(figure: Figure, axes: tuple[Axes, Axes], series: Series, kind:
 
 
 def _plot(axis: Axes, series: Series, **style: Any) -> None:
-    """Draws a line; where its points are few each has a marker, because a line of one point cannot be seen.
-
-    What lies on the border of the axes is drawn whole.
-    """
+    """Draws a line; if it has few points each gets a marker, because a line through one point is invisible."""
     steps, values = series
     marker = "o" if 0 < len(steps) <= MOST_MARKED else None
+    # Without clipping, a curve at 0 or 100 % is drawn with its full width on the border of the axes.
     axis.plot(steps, values, marker=marker, markersize=4, clip_on=not len(steps), zorder=3, **style)
 
 
 def _add_epochs(axis: Axes, steps_per_epoch: float | None) -> None:
-    """Adds an axis of epochs above the axes."""
+    """Adds an axis of epochs above the axes, unless the steps of an epoch are unknown."""
     if steps_per_epoch is not None:
         functions = (lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
         axis.secondary_xaxis("top", functions=functions).set_xlabel("epoch")
 
 
 def _steps_per_epoch(history: dict[str, np.ndarray]) -> float | None:
-    """None where the history has no epochs, which runs of earlier versions did not write."""
+    """Steps in an epoch; None if the history has no epochs, because an earlier version wrote it."""
     steps, epochs = _series(history, "epoch")
     return steps[-1] / epochs[-1] if len(steps) else None
 
 
 def _series(history: dict[str, np.ndarray], name: str, scale: float = 1) -> Series:
-    """The steps that have this figure, and its values."""
+    """The steps at which this figure was logged, and its values there times `scale`."""
     if name not in history:
         return np.empty(0), np.empty(0)
     values = history[name]
-    there = ~np.isnan(values.reshape(len(values), -1)).any(axis=1)
-    return history["step"][there], scale * values[there]
+    # All figures share one list of steps, and NaN fills the steps at which a figure was not logged.
+    is_logged = ~np.isnan(values.reshape(len(values), -1)).any(axis=1)
+    return history["step"][is_logged], scale * values[is_logged]
 
 
 def draw_predictions(
@@ -229,7 +231,7 @@ def draw_predictions(
     """A sheet of images, each with its most probable classes, at most three.
 
     Args:
-      images: of any sizes.
+      images: the images; their sizes may differ.
       answers: for each image, (class, probability) pairs, the most probable first.
     """
     columns = min(len(images), 6)
@@ -246,7 +248,7 @@ def draw_predictions(
 
 
 def _shortened(name: str) -> str:
-    """A class's name as a picture can show it."""
+    """A class's name as a picture can show it: printable and not too long."""
     name = name if name.isprintable() else name.encode("unicode_escape").decode()
     return name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…"
 
@@ -260,14 +262,15 @@ def draw_attention(
 ) -> Figure:
     """The weights that one query gives the patches of an image: a row for each kind of weights, a column for each head.
 
-    All heads of a row share the colours of its bar. Weights of tokens before the patches, such as the class token, are
-    not drawn. A square marks the query's own patch where the queries are the same tokens as the keys. The colours end
-    at the largest weight of another patch, because linear-angular attention gives the query's own 1/2 more.
+    All heads in a row share one colour scale. Weights for tokens before the patches, such as the class token, are not
+    drawn. If the queries are the same tokens as the keys, a square marks the query's own patch, and the colour scale
+    ends at the largest weight of any other patch, because linear-angular attention adds 1/2 at the query's own patch.
 
     Args:
-      weights: of one image, such as {name: array[0] for name, array in castling_jax.attention_maps(...).items()}.
-      image: under the weights, in grey.
-      grid: (rows, columns) of patches, the last keys.
+      weights: one image's weights, such as
+        {name: array[0] for name, array in castling_jax.attention_maps(...).items()}.
+      image: drawn in grey under the weights.
+      grid: (rows, columns) of the patches; they are the last rows * columns keys.
       query: index of the query among all queries, such as 0 for DeiT's class token.
 
     Raises:
@@ -287,25 +290,26 @@ def draw_attention(
             raise InputError(
                 f"{name} has {queries} queries and {keys} keys, which have no query {query} or no grid of {patches}."
             )
-        shown = np.asarray(array, np.float64)[:, query, keys - patches :]
-        own = query - (keys - patches) if queries == keys else -1
-        others = shown if own < 0 else np.delete(shown, own, axis=1)
-        largest = np.abs(others).max(initial=0) or 1.0
-        limits = {"cmap": "RdBu_r", "vmin": -largest} if shown.min() < 0 else {"cmap": "magma", "vmin": 0}
-        for axis, of_head in zip(row, shown, strict=False):
+        patch_weights = np.asarray(array, np.float64)[:, query, keys - patches :]
+        own_patch = query - (keys - patches) if queries == keys else -1
+        other_weights = patch_weights if own_patch < 0 else np.delete(patch_weights, own_patch, axis=1)
+        largest = np.abs(other_weights).max(initial=0) or 1.0
+        # Linear-angular weights can be negative: then white is 0, and red and blue are the signs.
+        limits = {"cmap": "RdBu_r", "vmin": -largest} if patch_weights.min() < 0 else {"cmap": "magma", "vmin": 0}
+        for axis, head_weights in zip(row, patch_weights, strict=False):
             axis.imshow(grey, cmap="gray", extent=(0, width, height, 0))
             colours = axis.imshow(
-                of_head.reshape(grid), extent=(0, width, height, 0), alpha=0.7, vmax=largest, **limits
+                head_weights.reshape(grid), extent=(0, width, height, 0), alpha=0.7, vmax=largest, **limits
             )
-            if own >= 0:
+            if own_patch >= 0:
                 side = (width / grid[1], height / grid[0])
-                corner = (own % grid[1] * side[0], own // grid[1] * side[1])
+                corner = (own_patch % grid[1] * side[0], own_patch // grid[1] * side[1])
                 axis.add_patch(Rectangle(corner, *side, fill=False, edgecolor="lime", linewidth=1.5))
             axis.set(xticks=[], yticks=[])
-        for axis in row[len(shown) :]:
+        for axis in row[len(patch_weights) :]:
             axis.set_axis_off()
         row[0].set_ylabel(name, fontsize=9)
-        extend = "max" if shown.max() > largest else "neither"
+        extend = "max" if patch_weights.max() > largest else "neither"
         bar = figure.colorbar(colours, ax=row.tolist(), aspect=12, extend=extend)
         bar.ax.tick_params(labelsize=SMALL)
         bar.locator = MaxNLocator(4)
@@ -313,12 +317,13 @@ def draw_attention(
 
 
 def draw_taps(kernels: Sequence[Float[np.ndarray, "taps heads"] | Float[np.ndarray, "rows columns heads"]]) -> Figure:
-    """The learnt taps of each layer's token kernel, all in one colour scale; taps of a new model are zero, and white.
+    """The learnt taps of each layer's token kernel, all in one colour scale; zero taps, as in a new model, are white.
 
-    A kernel over tokens is a row of taps for each head. Kernels over the grid stand side by side, one for each head.
+    A kernel over tokens is drawn as a row of taps for each head. Kernels over the grid stand side by side, one for each
+    head.
 
     Args:
-      kernels: of the layers, in their order, such as params["blocks"]["0"]["attn"]["token_kernel"] of a DeiT.
+      kernels: each layer's token kernel, such as a DeiT's params["blocks"]["0"]["attn"]["token_kernel"].
     """
     arrays = [np.asarray(kernel, np.float64) for kernel in kernels]
     columns = min(len(arrays), 3)
@@ -333,12 +338,13 @@ def draw_taps(kernels: Sequence[Float[np.ndarray, "taps heads"] | Float[np.ndarr
             axis.set_xticks(range(taps), [str(tap - taps // 2) for tap in range(taps)])
             axis.set_yticks(range(heads))
         else:
+            # imshow leaves a column of NaN transparent, which shows the grey background between two heads.
             gap = np.full((len(kernel), 1), np.nan)
             picture = np.hstack([part for head in range(heads) for part in (kernel[:, :, head], gap)][:-1])
             labels = ("head", "")
             axis.set_xticks(np.arange(heads) * (taps + 1) + (taps - 1) / 2, range(heads))
             axis.set_yticks([])
-            axis.set_facecolor("lightgrey")  # between the heads
+            axis.set_facecolor("lightgrey")
         colours = axis.imshow(picture, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
         axis.set(xlabel=labels[0], ylabel=labels[1])
         axis.set_title(f"layer {layer}", fontsize=9)

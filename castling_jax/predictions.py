@@ -1,4 +1,4 @@
-"""What a trained model says of images: names with probabilities, or features. Images of any number are streamed."""
+"""A trained model's predictions for images: class probabilities, or features. Images are streamed in any number."""
 
 import collections
 import functools
@@ -27,7 +27,7 @@ from castling_jax.models.variables import Variables, apply, features
 from castling_jax.storage import as_path
 
 BATCH = 32
-BATCHES_AHEAD = 2  # are being read while one is computed
+BATCHES_AHEAD = 2  # batches that are read while another one is computed
 THREADS = 8
 Answer = list[tuple[str, float]]
 Forward = Callable[[Backbone, Variables, jax.Array], jax.Array]
@@ -38,14 +38,15 @@ def predict(
 ) -> list[Answer]:
     """The most probable classes of images, by the inference form of a trained model.
 
-    The numbers are those of the run's evaluation: images are prepared in the same way.
+    Images are prepared as in the run's evaluation, so the probabilities are the same.
 
     Args:
-      path: as `castling_jax.convert.read` takes it: a run, a checkpoint, an inference folder, or shipped weights' name.
-      images: one or a list; a file, a folder, whose images in folders below count too, in sorted order, or whatever
-        else `castling_jax.preprocess` takes: arrays, Pillow's images, bytes.
-      top: how many classes, or all where there are fewer.
-      classes: the classes' names. None: those that are kept beside the weights.
+      path: the weights, as `castling_jax.convert.read` takes them: a run, a checkpoint, an inference folder, or the
+        name of shipped weights.
+      images: one image or a list. An image is a file, a folder (its images and those in folders below, sorted), or
+        anything else that `castling_jax.preprocess` takes: an array, a Pillow image, bytes.
+      top: number of classes to return for each image; all classes if there are fewer.
+      classes: names of the classes. None takes the names that are kept beside the weights.
 
     Returns:
       For each image [(class, probability), ...], the most probable first.
@@ -65,10 +66,10 @@ def predict(
 
 
 def class_names(weights: Weights, classes: Sequence[str] | None = None) -> list[str]:
-    """The names of the model's outputs: `classes`, or those beside the weights.
+    """The names of the model's outputs: `classes` if given, else the names that are kept beside the weights.
 
     Raises:
-      InputError: there are none, or not as many as outputs.
+      InputError: there are no names, or not as many as the model has outputs.
     """
     if classes is not None and (isinstance(classes, str) or not isinstance(classes, Sequence)):
         raise InputError(f"classes must be a list of names, not {type(classes).__name__}.")
@@ -82,7 +83,8 @@ def class_names(weights: Weights, classes: Sequence[str] | None = None) -> list[
 
 
 def rank(probabilities: Float[np.ndarray, "classes"], names: Sequence[str], top: int) -> Answer:
-    """The `top` most probable classes, the first of equals first."""
+    """The `top` most probable classes; equal probabilities keep the order of the classes."""
+    # A stable sort of the negated values: reversing a sort would reverse the ties as well.
     order = np.argsort(-probabilities, kind="stable")[:top]
     return [(names[index], float(probabilities[index])) for index in order]
 
@@ -90,39 +92,40 @@ def rank(probabilities: Float[np.ndarray, "classes"], names: Sequence[str], top:
 def class_probabilities(
     model: Backbone, variables: Variables, images: Float[jax.Array, "batch height width channels"]
 ) -> Float[jax.Array, "batch classes"]:
-    """The softmax of the logits."""
+    """The model's probabilities: the softmax of its logits."""
     return jax.nn.softmax(apply(model, variables, images))
 
 
 def mean_features(
     model: Backbone, variables: Variables, images: Float[jax.Array, "batch height width channels"]
 ) -> Float[jax.Array, "batch channels"]:
-    """The mean of the last stage's tokens, in float32; a DeiT's class token is not among them."""
+    """The mean of the last stage's patch tokens, in float32, without a DeiT's class token."""
     return features(model, variables, images)[-1].astype(jnp.float32).mean((1, 2))
 
 
 def stream(
     weights: Weights, images: Any, forward: Forward, *, batch_size: int = BATCH
 ) -> Iterator[tuple[Any, np.ndarray | InputError]]:
-    """What `forward` gives for each image, in order; images are read as they are needed.
+    """Computes `forward` for each image, in order; images are read as they are needed.
 
     Args:
-      weights: with a model and its preprocessing.
-      images: as `predict` takes them.
+      weights: weights that come with their model and its preprocessing.
+      images: the images, as `predict` takes them.
       forward: (model in inference form, its variables, images [batch, size, size, 3]) -> an array [batch, ...].
-      batch_size: images that are computed together; the last batch is filled up, so that one program serves all.
+      batch_size: number of images that are computed together.
 
     Yields:
-      (the image as it was given, or its path where a folder was; its array, or an InputError that names it and says why
-      it cannot be read).
+      (image, array): the image as the caller gave it, or its path if the caller gave a folder; and its row of
+      `forward`'s array, or an InputError that names the image and says why it cannot be read.
 
     Raises:
-      InputError: there are no images, or the weights do not say what their model or its images are.
+      InputError: there are no images, or the weights do not state their model or its preprocessing.
     """
     if weights.model is None or weights.preprocessing is None:
-        what = "which model it is of" if weights.model is None else "how an image becomes its model's input"
-        raise InputError(f"'{weights.path}' does not say {what}, as runs and inference folders do.")
+        lack = "which model it belongs to" if weights.model is None else "how an image becomes its model's input"
+        raise InputError(f"'{weights.path}' does not say {lack}, as runs and inference folders do.")
     model = abstract_model(**weights.model.spec.arguments(form="inference"))
+    # On the device once, instead of with every batch.
     variables = jax.device_put(to_inference(weights.variables))
     transform = EvalTransform(weights.preprocessing)
     compute = jax.jit(functools.partial(forward, model))
@@ -135,15 +138,17 @@ def stream(
 
     def computed(batch: list[tuple[Any, Future[Any]]]) -> Iterator[tuple[Any, np.ndarray | InputError]]:
         prepared = [(image, future.result()) for image, future in batch]
+        # An image that cannot be read takes no place in the batch: its neighbours are computed all the same.
         good = [pixels for _, pixels in prepared if not isinstance(pixels, InputError)]
         if good:
+            # Padded to one size: another size of batch would compile another program.
             padded = np.concatenate([np.stack(good), np.zeros((batch_size - len(good), *good[0].shape), np.float32)])
-            found = iter(np.asarray(compute(variables, padded)))
+            rows = iter(np.asarray(compute(variables, padded)))
         for image, pixels in prepared:
-            yield image, pixels if isinstance(pixels, InputError) else next(found)
+            yield image, pixels if isinstance(pixels, InputError) else next(rows)
 
     def start(name: str, image: Any) -> Future[Any]:
-        """Has a file prepared by another thread. An image in memory is prepared here: its owner may change it next."""
+        """Prepares a file in another thread, but an image in memory here, because its owner may change it next."""
         if isinstance(image, str | os.PathLike | bytes):
             return pool.submit(prepare, name, image)
         prepared: Future[Any] = Future()
@@ -153,6 +158,7 @@ def stream(
     sources = each_image(images)
     waiting: collections.deque[list[tuple[Any, Future[Any]]]] = collections.deque()
     with ThreadPoolExecutor(THREADS) as pool:
+        # Batches wait in order while the threads read them, and the oldest is computed once BATCHES_AHEAD others wait.
         while batch := [(image, start(name, image)) for name, image in itertools.islice(sources, batch_size)]:
             waiting.append(batch)
             if len(waiting) > BATCHES_AHEAD:
@@ -162,10 +168,10 @@ def stream(
 
 
 def each_image(images: Any) -> Iterator[tuple[str, Any]]:
-    """(name for a person, image) of each image, those in folders among them; at least one.
+    """Yields (name for messages, image) for each image, with a folder's images one by one.
 
     Raises:
-      InputError: there is none, or a folder holds none.
+      InputError: there is no image at all, or a folder holds no images.
     """
     count = 0
     for name, image in named_images(images):
@@ -177,15 +183,15 @@ def each_image(images: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _files_of(path: str | os.PathLike) -> Iterator[tuple[str, epath.Path]]:
-    """A file as it is; of a folder, the images in it and in the folders below."""
+    """Yields the path itself if it is a file, else the images in the folder and in folders below it."""
     root = as_path(path, "an image")
     if not root.is_dir():
         yield f"'{root}'", root
         return
     skipped: collections.Counter[str] = collections.Counter()
-    found = sorted(image_files(root, "", skipped))
-    if not found:
+    files = sorted(image_files(root, "", skipped))
+    if not files:
         others = f", only {sum(skipped.values()):,} other files" if skipped else ""
         raise InputError(f"'{root}' holds no images{others} ({', '.join(IMAGE_SUFFIXES)}).")
-    for file in found:
+    for file in files:
         yield f"'{root / file}'", root / file

@@ -1,4 +1,4 @@
-"""How an image becomes a model's input: a value that is kept beside the weights. `castling_jax.preprocess` does it."""
+"""How an image becomes a model's input: a value kept beside the weights, which `castling_jax.preprocess` takes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,20 +22,21 @@ VALUES = {
 class Preprocessing:
     """What evaluation does to an image.
 
-    The short side is resized to image_size / crop_ratio, and the middle image_size x image_size is cut out. Then each
-    channel, in [0, 1], becomes (value - mean) / std. An image that is image_size x image_size is only normalised.
+    The short side is resized to image_size / crop_ratio, and the central image_size x image_size pixels are cut out.
+    Then each channel, in [0, 1], becomes (value - mean) / std. An image that already has image_size x image_size
+    pixels is only normalised.
 
     Attributes:
       image_size: height and width of the result in pixels.
-      channels: of the result, in their order: "RGB" always. Grey images are repeated, transparency is dropped.
-      mean: of each channel.
-      std: of each channel.
+      channels: the result's channels, always "RGB". A grey image is repeated in all three; transparency is dropped.
+      mean: each channel's mean, subtracted.
+      std: each channel's standard deviation, a divisor.
       crop_ratio: share of the short side that is kept.
       interpolation: "bicubic" or "bilinear".
       exif: whether an image is turned as its EXIF orientation says.
 
     Raises:
-      InputError: a value is none of these.
+      InputError: a value is out of range.
     """
 
     image_size: int
@@ -49,6 +50,7 @@ class Preprocessing:
     def __post_init__(self) -> None:
         for name, values in VALUES.items():
             values.check(name, getattr(self, name))
+        # JSON brings lists, and a frozen value with a list in it could not be hashed.
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
 

@@ -1,4 +1,4 @@
-"""How good a model's features are: a classifier of the nearest neighbours, and a linear one, on features in a file."""
+"""How good a model's features are: k-nearest-neighbour and linear classifiers on features in a file."""
 
 import os
 from pathlib import Path
@@ -17,28 +17,28 @@ NEIGHBOURS = 20
 
 
 class Features(NamedTuple):
-    """What a file of features holds, in the order of the images."""
+    """The content of a file of features, in the order of the images."""
 
     features: Float[np.ndarray, "images channels"]
-    labels: Shaped[np.ndarray, "images"]  # the name of the folder that an image is in, below the one that was given
-    files: Shaped[np.ndarray, "images"]
+    labels: Shaped[np.ndarray, "images"]  # the first folder of the image's path; "" for an image outside of folders
+    files: Shaped[np.ndarray, "images"]  # paths, relative to the folder of images
 
 
 def save_features(path: str | os.PathLike, images: str | os.PathLike, out: str | os.PathLike) -> Features:
-    """Writes the features of a folder's images, `castling_jax.predictions.mean_features`, as an .npz file.
+    """Computes `castling_jax.predictions.mean_features` for a folder's images, and writes them as an .npz file.
 
     Args:
-      path: of the weights, as `castling_jax.convert.read` takes it.
-      images: a folder. The folders in it are the labels.
-      out: the file.
+      path: the weights, as `castling_jax.convert.read` takes them.
+      images: a folder of images; the names of the folders in it are the labels.
+      out: the file to write, NAME.npz.
 
     Raises:
-      InputError: an image cannot be read, there is none, or the file cannot be written.
+      InputError: an image cannot be read, there is no image, or the file cannot be written.
     """
     root, target = as_path(images, "a folder of images"), Path(as_path(out, "--out"))
     if target.suffix != ".npz":
         raise InputError(f"the file of features must end in .npz, not '{target}'.")
-    try_file(target)
+    try_file(target)  # now: computing the features may take hours
     target.parent.mkdir(parents=True, exist_ok=True)
     weights = read(path)
     files = [file for _, file in each_image(root)]
@@ -49,39 +49,41 @@ def save_features(path: str | os.PathLike, images: str | os.PathLike, out: str |
         vectors.append(vector)
     names = [str(file.relative_to(root)) if file != root else file.name for file in files]
     labels = [name.split("/")[0] if "/" in name else "" for name in names]
-    found = Features(np.stack(vectors), np.array(labels), np.array(names))
-    temporary = target.with_name(f".{os.getpid()}.{target.name}")  # savez adds .npz to any other name
+    features = Features(np.stack(vectors), np.array(labels), np.array(names))
+    # The suffix .npz comes last, because savez adds it to any other name.
+    temporary = target.with_name(f".{os.getpid()}.{target.name}")
     try:
-        np.savez_compressed(temporary, **found._asdict())
+        np.savez_compressed(temporary, **features._asdict())
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-    return found
+    return features
 
 
 def read_features(path: str | os.PathLike) -> Features:
-    """What `save_features` wrote.
+    """Reads a file that `save_features` wrote.
 
     Raises:
-      InputError: there is no such file, or it holds something else.
+      InputError: there is no such file, it holds something else, or an image has no label.
     """
     with refusing((OSError, ValueError, KeyError), f"'{path}' is no file of features"), np.load(as_path(path)) as file:
-        found = Features(*(file[name] for name in Features._fields))
-    if not all(found.labels):
+        features = Features(*(file[name] for name in Features._fields))
+    if not all(features.labels):
         raise InputError(f"'{path}' has images without a label: they have to be in a folder for each class.")
-    return found
+    return features
 
 
 def probe(train: Features, test: Features, *, neighbours: int = NEIGHBOURS) -> dict[str, Any]:
     """The accuracy on `test` of two classifiers that learn from `train`, in scikit-learn's implementation.
 
-    Nothing is chosen by `test`: k-NN votes among the nearest by cosine similarity, and the linear classifier is a
-    logistic regression of standardised features with scikit-learn's own penalty, C = 1.
+    Nothing is tuned on `test`: k-NN takes a vote of the nearest images by cosine similarity, and the linear classifier
+    is a logistic regression on standardised features with scikit-learn's default penalty, C = 1.
 
     Raises:
-      InputError: the features have other sizes, `test` has a label that `train` does not have, or there are fewer
-        images than neighbours.
+      InputError: the two have different numbers of channels, `test` has a label that `train` lacks, `train` has fewer
+        than two labels, or fewer images than neighbours.
     """
+    # scikit-learn takes a second to import, and `save_features` does not need it.
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
@@ -90,13 +92,12 @@ def probe(train: Features, test: Features, *, neighbours: int = NEIGHBOURS) -> d
     check_at_least("neighbours", neighbours, 1)
     check_at_most("neighbours", neighbours, len(train.labels), "the images to learn from")
     if train.features.shape[1] != test.features.shape[1]:
-        raise InputError(
-            f"features of {train.features.shape[1]} and of {test.features.shape[1]} channels are of different models."
-        )
+        channels = f"{train.features.shape[1]} and of {test.features.shape[1]} channels"
+        raise InputError(f"features of {channels} come from different models.")
     if len({*train.labels}) < 2:
-        raise InputError(f"two labels at least are needed to tell apart, not {str(train.labels[0])!r} alone.")
+        raise InputError(f"a probe needs at least two labels to tell apart, not {str(train.labels[0])!r} alone.")
     if unknown := sorted({*test.labels} - {*train.labels}):
-        raise InputError(f"there is nothing to learn {str(unknown[0])!r} from: no image to learn from has this label.")
+        raise InputError(f"no training image has the label {str(unknown[0])!r}, which images of the test have.")
     knn = KNeighborsClassifier(neighbours, metric="cosine").fit(train.features, train.labels)
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(train.features, train.labels)
     return {

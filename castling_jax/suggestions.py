@@ -1,11 +1,11 @@
-"""Which known name somebody meant who wrote another one, as other libraries call it or mistyped."""
+"""Suggests the known name for one that is mistyped, or that another library uses."""
 
 import difflib
 import re
 from collections.abc import Iterable
 
-# What timm, Keras, torch, torchvision, Transformers and Optax call it -> what it is called here; the first of ours that
-# is among the known names is meant. Model names are read by `_as_ours`.
+# A name in timm, Keras, torch, torchvision, Transformers or Optax -> our names for it; `suggest` takes the first one
+# that is known. The names of models are translated by `_as_ours`.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     theirs: tuple(ours.split())
     for ours, all_theirs in {
@@ -67,7 +67,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     }.items()
     for theirs in all_theirs.split()
 }
-THEIR_MODEL_NAMES = {  # patterns -> what stands here in their place, one after another
+THEIR_MODEL_NAMES = {  # pattern -> replacement, applied in this order
     r"^(facebook|google|microsoft|timm)_": "",
     r"\..*|_(distilled|conv)(?=_|$)|_patch\d+.*|_in\d+k.*": "",
     r"^(vit|deit3)_": "deit_",
@@ -77,14 +77,14 @@ THEIR_MODEL_NAMES = {  # patterns -> what stands here in their place, one after 
     r"_s$": "_small",
     r"_b$": "_base",
 }
-CUTOFF = 0.5  # of difflib's likeness
+CUTOFF = 0.5  # names that difflib finds less similar are not suggested
 
 
 def suggest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` most likely stands for, or None.
 
-    In dotted names such as `optimizer.lr`, the last word counts first: it is looked for in the group that was given,
-    then in the group whose name is nearest.
+    In a dotted name such as `optimizer.lr`, the last word counts most: among the known names that end in it, or in our
+    word for it, the nearest one is suggested; without such a name, the group that `name` mentions is searched.
     """
     choices = list(known)
     plain = re.sub(r"[^a-z0-9.]+", "_", name.lower()).strip("_")
@@ -98,8 +98,10 @@ def suggest(name: str, known: Iterable[str]) -> str | None:
         words.setdefault(choice.rpartition(".")[2], []).append(choice)
     for meant in (word, *SYNONYMS.get(word, ())):
         if meant in words:
+            # Cutoff 0: the word fits, so a far-off group must not hide it.
             return _nearest(f"{group}.{meant}", words[meant], 0)
     if group:
+        # The whole name is compared only among names whose last word is similar: groups are long and alike.
         return _nearest(
             plain, [choice for choice in group_of(name, choices) if _nearest(word, [choice.rpartition(".")[2]])]
         )
@@ -107,7 +109,7 @@ def suggest(name: str, known: Iterable[str]) -> str | None:
 
 
 def group_of(name: str, known: Iterable[str]) -> list[str]:
-    """The known names in the group of a dotted name, or in the group that is nearest to it; else all known names."""
+    """The known names in a dotted name's group, or in the most similar group; all known names if it has no group."""
     choices = list(known)
     group = name.rpartition(".")[0]
     nearest = _nearest(group, sorted({choice.rpartition(".")[0] for choice in choices} - {""})) if group else None
@@ -115,7 +117,7 @@ def group_of(name: str, known: Iterable[str]) -> list[str]:
 
 
 def _as_ours(model: str) -> str:
-    """A model's name without what timm, torchvision and Transformers write around it: deit_base for theirs of it."""
+    """A model's name in timm, torchvision or Transformers -> ours: facebook_deit_base_patch16_224 -> deit_base."""
     for theirs, ours in THEIR_MODEL_NAMES.items():
         model = re.sub(theirs, ours, model)
     return model

@@ -1,4 +1,4 @@
-"""What the recipes on ImageNet share: the data, and the augmentations of DeiT. A base, not a configuration.
+"""The base of all recipes on ImageNet: the data, and DeiT's augmentations. It is not a configuration itself.
 
 python -m castling_jax prepare imagenet2012 --help says how to get the data.
 """
@@ -11,16 +11,16 @@ from castling_jax.training.config import default_config
 
 
 def imagenet_config(family: str, argument: str, variants: dict[str, str], default: str) -> ConfigDict:
-    """A configuration of one model of a family, as `--config=configs/FILE.py:VARIANT,ATTENTION` names it.
+    """The configuration of one model of a family, which `--config=configs/FILE.py:VARIANT,ATTENTION` names.
 
     Args:
-      family: for the error.
-      argument: "VARIANT", "VARIANT,ATTENTION" or "".
-      variants: names -> models of the registry.
-      default: the variant of an empty argument. The attention is castling unless it is named.
+      family: name of the family, for messages.
+      argument: "VARIANT", "VARIANT,ATTENTION" or ""; without an attention, castling.
+      variants: names of the variants -> names of models in the registry.
+      default: the variant for an empty argument.
 
     Raises:
-      InputError: an unknown variant or attention.
+      InputError: the variant or the attention is unknown.
     """
     words = argument.split(",") if argument else [default]
     if len(words) > 2:
@@ -49,6 +49,7 @@ def imagenet_config(family: str, argument: str, variants: dict[str, str], defaul
         mix_switch=0.5,
     )
     config.loss.label_smoothing = 0.1
+    # DeiT's regularisation ends here; epochs, batch and rates are each recipe's own.
     config.evaluation.batch_size = 1024
     config.checkpoint.every_steps = 1000
     config.logging.every_steps = 50

@@ -1,9 +1,9 @@
-"""Castles a pretrained softmax DeiT: it starts from its weights and learns from a frozen copy of it besides.
+"""Castles a pretrained softmax DeiT: the run starts from its weights, and also learns from a frozen copy of it.
 
 python main.py --config=configs/castle_pretrained.py:base --config.init_from=PATH --config.distillation.teacher=PATH
 
-PATH is timm's softmax weights of the same model (.safetensors, .pth), or the folder of a run. The schedule is ours: 100
-epochs, a tenth of DeiT's rate, and the mask emptied over the middle of them. It has not been trained to its end here.
+PATH is timm's softmax weights for the same model (.safetensors, .pth), or a run's folder. The schedule is ours: 100
+epochs, a tenth of DeiT's rate, and a mask that empties during the middle epochs. We have not trained it to the end.
 """
 
 from ml_collections import ConfigDict

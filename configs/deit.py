@@ -1,11 +1,11 @@
-"""DeiT on ImageNet, by its recipe (Touvron et al., 2021): 300 epochs of batches of 1,024.
+"""DeiT on ImageNet with its recipe (Touvron et al., 2021): 300 epochs, 1,024 images a batch.
 
 python main.py --config=configs/deit.py:small            castling; or tiny, base
 python main.py --config=configs/deit.py:small,softmax    or linear_angular, angular
 
-Published for softmax: 72.2 / 79.8 / 81.8 % (tiny / small / base). Castling's own recipe is not published, and nothing
-of this file has been trained to its end here: no accuracy is promised. It takes 375,300 steps; docs/performance.md has
-the compiler's estimates of a step.
+Published for softmax: 72.2 / 79.8 / 81.8 % (tiny / small / base). Castling's own recipe is not published, and we have
+not trained this file's models to the end, so it promises no accuracy. A run takes 375,300 steps; docs/performance.md
+has the compiler's estimates for one step.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,7 @@ VARIANTS = {"tiny": "deit_tiny", "small": "deit_small", "base": "deit_base"}
 def get_config(argument: str = "") -> ConfigDict:
     config = imagenet_config("DeiT", argument, VARIANTS, default="small")
     config.model.drop_path_rate = 0.1
-    config.augment.update(repeats=3, mix_rows=256)  # one draw of mixing for each of the recipe's GPUs
+    config.augment.update(repeats=3, mix_rows=256)  # the recipe draws its mixing once on each GPU, for 256 images
     config.train.update(epochs=300, batch_size=1024, export="raw")
     config.optimizer.update(
         learning_rate=5e-4,

@@ -1,9 +1,9 @@
-"""A DeiT of 224 pixels goes on at 384 (Touvron et al., 2021, section 6): 30 epochs of batches of 512.
+"""Fine-tunes a DeiT from 224 to 384 pixels (Touvron et al., 2021, section 6): 30 epochs, 512 images a batch.
 
 python main.py --config=configs/deit_384.py:base --config.init_from=PATH
 
 PATH is a run's folder or timm's weights (.safetensors, .pth); the position embedding is resized. A castled model stays
-castled: the mask is empty from the first step on, unless --config.mask.start_threshold says otherwise.
+castled: the mask is empty from the first step on, unless you set --config.mask.start_threshold.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,10 @@
-"""MViTv2 on ImageNet, by its recipe (Li et al., 2022): 300 epochs of batches of 2,048.
+"""MViTv2 on ImageNet with its recipe (Li et al., 2022): 300 epochs, 2,048 images a batch.
 
 python main.py --config=configs/mvitv2.py:tiny            castling; or small, base
 python main.py --config=configs/mvitv2.py:tiny,softmax    or linear_angular, angular
 
-Published for softmax: 82.3 / 83.6 / 84.4 % (tiny / small / base); for castling, base: 85.0 % by a recipe that is not
-published. Nothing of this file has been trained to its end here. It takes 187,500 steps.
+Published for softmax: 82.3 / 83.6 / 84.4 % (tiny / small / base); for castling, base: 85.0 % with an unpublished
+recipe. We have not trained this file's models to the end. A run takes 187,500 steps.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ VARIANTS = {"tiny": "mvitv2_tiny", "small": "mvitv2_small", "base": "mvitv2_base
 
 def get_config(argument: str = "") -> ConfigDict:
     config = imagenet_config("MViTv2", argument, VARIANTS, default="tiny")
-    # One draw of mixing for each of the recipe's GPUs.
+    # The recipe draws its mixing once on each GPU, for 32 images.
     config.augment.update(randaugment="rand-m9-n6-mstd0.5-inc1", mix_rows=32)
     config.train.update(epochs=300, batch_size=2048)
     config.optimizer.update(

@@ -1,1 +1,1 @@
-"""Studies: several runs of the library, compared. README.md says how to start, resume and report one."""
+"""Studies that compare several runs of the library. README.md says how to start, resume and report one."""

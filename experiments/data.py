@@ -1,7 +1,7 @@
 """Unpacks CIFAR-10 as JPEG files into data_local/cifar10: python -m experiments.data ARCHIVE.tar.gz.
 
-The archive holds train/CLASS/*.jpg and test/CLASS/*.jpg. Every tenth image of each class of train, in the order of the
-names and from the first on, becomes val: train keeps 45,000 images, val gets 5,000.
+The archive holds train/CLASS/*.jpg and test/CLASS/*.jpg. In each class of train, every tenth image by name, from the
+first on, moves to val: train keeps 45,000 images, and val gets 5,000.
 """
 
 import argparse
@@ -19,7 +19,7 @@ VALIDATION_EVERY = 10
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpacks an archive of train/CLASS and test/CLASS into a new folder, and makes val/CLASS.
+    """Unpacks an archive with train/CLASS and test/CLASS into a new folder, and makes val/CLASS from train/CLASS.
 
     Raises:
       InputError: the folder exists, or the archive cannot be read or holds something else.
@@ -27,6 +27,7 @@ def unpack(archive: Path, folder: Path) -> None:
     if folder.exists():
         raise InputError(f"'{folder}' exists already: remove it to unpack it anew.")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, on the same disk, so that a rename moves the files.
     with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked:
         try:
             with tarfile.open(archive) as file:
@@ -39,11 +40,11 @@ def unpack(archive: Path, folder: Path) -> None:
             if not Path(unpacked, split).is_dir():
                 raise InputError(f"'{archive}' has no folder {split}/.")
             shutil.move(Path(unpacked, split), whole)
-        for of_class in sorted((whole / "train").iterdir()):
-            (whole / "val" / of_class.name).mkdir(parents=True)
-            for image in sorted(of_class.iterdir())[::VALIDATION_EVERY]:
-                image.rename(whole / "val" / of_class.name / image.name)
-        whole.rename(folder)  # last, so that a folder of this name is whole
+        for class_folder in sorted((whole / "train").iterdir()):
+            (whole / "val" / class_folder.name).mkdir(parents=True)
+            for image in sorted(class_folder.iterdir())[::VALIDATION_EVERY]:
+                image.rename(whole / "val" / class_folder.name / image.name)
+        whole.rename(folder)  # last, so that a folder with this name is always complete
 
 
 @ending_in_a_sentence()

@@ -1,12 +1,12 @@
-"""Writes what studies found into docs/evidence.md: python -m experiments.report [--check].
+"""Writes the results of studies into docs/evidence.md: python -m experiments.report [--check].
 
-docs/evidence.md is written by hand, but for what stands between `<!-- report: KEY -->` and `<!-- end -->`:
+docs/evidence.md is written by hand, except for the parts between `<!-- report: KEY -->` and `<!-- end -->`. KEY is
 
-  STUDY                  its tables and its picture, docs/evidence_STUDY.png
-  STUDY/ARM/accuracy     one figure, for a sentence: the mean over seeds, with its standard deviation
-  STUDY/ARM/difference   likewise: the mean difference from the study's control, with its 95 % interval
+  STUDY                  the study's tables and its picture, docs/evidence_STUDY.png
+  STUDY/ARM/accuracy     one figure for a sentence: the mean over seeds, with its standard deviation
+  STUDY/ARM/difference   one figure for a sentence: the mean difference from the control, with its 95 % interval
 
---check writes nothing, and fails where the page or a picture is not what the results give.
+--check writes nothing, and fails if the page or a picture does not agree with the results.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from experiments.study import ROOT, STUDIES, Study, load_study, study_hash, stud
 
 PAGE = ROOT / "docs" / "evidence.md"
 MARKED = re.compile(r"(<!-- report: (\S+) -->)(.*?)(<!-- end -->)", re.DOTALL)
-DIGEST = "Description"  # the text in a picture's file that says which results it shows
+DIGEST = "Description"  # the text in a PNG file that identifies the results that it shows
 CONFIDENCE = 0.95
 ACCURACY_HEADER = "arm", "learning rate", "test accuracy, %", "seeds", "parameters", "MACs", "steps", "seconds a run"
 
@@ -47,9 +47,9 @@ class Estimate:
     """A mean over seeds.
 
     Attributes:
-      mean: of the values.
-      sd: their standard deviation, with n - 1 in the denominator; NaN for one value.
-      n: how many there are.
+      mean: mean of the values.
+      sd: standard deviation of the values, with n - 1 in the denominator; NaN for one value.
+      n: number of values.
     """
 
     mean: float
@@ -64,7 +64,7 @@ class Estimate:
 
 
 def estimate(values: Iterable[float]) -> Estimate:
-    """The estimate from one value of each seed."""
+    """The estimate from one value for each seed."""
     array = np.array(list(values))
     return Estimate(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else math.nan, len(array))
 
@@ -75,18 +75,19 @@ def accuracies(results: Iterable[Result]) -> dict[int, float]:
 
 
 def paired_difference(arm: dict[int, float], control: dict[int, float]) -> Estimate | None:
-    """The mean difference of two arms over the seeds that both have; None where they share no seed."""
+    """The mean difference of two arms over the seeds that both have; None if they share no seed."""
+    # Paired by seed: both arms then saw the examples in the same order, which removes its share of the spread.
     differences = [arm[seed] - control[seed] for seed in sorted(arm.keys() & control.keys())]
     return estimate(differences) if differences else None
 
 
 class Findings:
-    """A study with the results that there are.
+    """A study with the results so far.
 
     Args:
-      name: of the study.
-      study: what its file declares.
-      results: of its finished runs.
+      name: name of the study.
+      study: the STUDY that its file declares.
+      results: results of its finished runs.
     """
 
     def __init__(self, name: str, study: Study, results: list[Result]):
@@ -98,7 +99,7 @@ class Findings:
         return [one for one in self.results if (one["variant"], one["learning_rate"]) == (arm, learning_rate)]
 
     def _best_rate(self, arm: str) -> float | None:
-        """The learning rate of the best mean validation accuracy, so that the test split chooses nothing."""
+        """The learning rate with the best mean validation accuracy; the test split must not choose anything."""
         rates = {result["learning_rate"] for result in self.results if result["variant"] == arm}
         validation = {
             rate: estimate(result["accuracy_validation"] for result in self.of(arm, rate)).mean
@@ -115,12 +116,12 @@ class Findings:
         return paired_difference(self.accuracy(arm), self.accuracy(self.study.control))
 
     def texts(self) -> dict[str, str]:
-        """What the page may show: key -> text."""
+        """Key -> text, for all keys that the page may use."""
         texts = {self.name: self._section()}
         for arm in self.chosen:
-            found, difference = self.accuracy(arm), self.difference(arm)
+            by_seed, difference = self.accuracy(arm), self.difference(arm)
             none_yet = "(no result yet)"
-            texts[f"{self.name}/{arm}/accuracy"] = _accuracy(estimate(found.values())) if found else none_yet
+            texts[f"{self.name}/{arm}/accuracy"] = _accuracy(estimate(by_seed.values())) if by_seed else none_yet
             texts[f"{self.name}/{arm}/difference"] = _difference(difference) if difference else none_yet
         return texts
 
@@ -152,20 +153,20 @@ class Findings:
     def _accuracy_rows(self) -> Iterable[Row]:
         for arm in self.study.arms:
             for rate in arm.learning_rates:
-                if not (found := self.of(arm.name, rate)):
+                if not (results := self.of(arm.name, rate)):
                     continue
-                accuracy = estimate(accuracies(found).values())
+                accuracy = estimate(accuracies(results).values())
                 is_chosen = len(arm.learning_rates) > 1 and rate == self.chosen[arm.name]
                 shown_rate = f"{rate:g} (chosen on validation)" if is_chosen else f"{rate:g}"
-                seconds = estimate(result["seconds"] for result in found).mean
+                seconds = estimate(result["seconds"] for result in results).mean
                 yield (
                     arm.name,
                     shown_rate,
                     _accuracy(accuracy),
                     str(accuracy.n),
-                    f"{found[0]['parameters']:,}",
-                    f"{found[0]['macs'] / 1e6:,.2f} M",
-                    f"{found[0]['steps']:,}",
+                    f"{results[0]['parameters']:,}",
+                    f"{results[0]['macs'] / 1e6:,.2f} M",
+                    f"{results[0]['steps']:,}",
                     f"{seconds:,.0f}",
                 )
 
@@ -176,11 +177,11 @@ class Findings:
 
     @property
     def picture(self) -> Path:
-        """The file of the picture."""
+        """Path of the picture."""
         return PAGE.parent / f"evidence_{self.name}.png"
 
     def digest(self) -> str | None:
-        """SHA-256 of the results; None where there are none."""
+        """SHA-256 of the results; None without results."""
         return hashlib.sha256(json.dumps(self.results).encode()).hexdigest() if self.results else None
 
     def draw(self) -> bytes:
@@ -201,20 +202,20 @@ class Findings:
         return figure
 
 
-def _accuracy(found: Estimate) -> str:
-    return f"{found.mean:.2f} " + (f"± {found.sd:.2f}" if found.n > 1 else "(screening: one seed)")
+def _accuracy(accuracy: Estimate) -> str:
+    return f"{accuracy.mean:.2f} " + (f"± {accuracy.sd:.2f}" if accuracy.n > 1 else "(screening: one seed)")
 
 
-def _difference(found: Estimate) -> str:
-    low, high = found.interval
-    return f"{found.mean:+.2f} " + (f"[{low:+.2f}, {high:+.2f}]" if found.n > 1 else "(screening: one seed)")
+def _difference(difference: Estimate) -> str:
+    low, high = difference.interval
+    return f"{difference.mean:+.2f} " + (f"[{low:+.2f}, {high:+.2f}]" if difference.n > 1 else "(screening: one seed)")
 
 
 def read_findings(name: str) -> Findings:
-    """A study and its results, in the order of its runs.
+    """Reads a study and its results, in the order of its runs.
 
     Raises:
-      InputError: a result is not of this study, of its code or in itself consistent.
+      InputError: a result belongs to another study or other code, or contradicts itself.
     """
     study, folder = load_study(name), RESULTS / name
     paths = {trial.result: trial for trial in trials_of(name, study)}
@@ -230,6 +231,7 @@ def read_findings(name: str) -> Findings:
     for path, trial in paths.items():
         if path.exists():
             result = json.loads(path.read_text())
+            # The accuracy is computed anew from the answers to all images, so a figure edited by hand is found.
             correct = unpack(result["correct"], result["images"])
             expected = {
                 **{"study": name, "variant": trial.arm.name, "seed": trial.seed, "learning_rate": trial.learning_rate},
@@ -243,10 +245,10 @@ def read_findings(name: str) -> Findings:
 
 
 def fill(page: str, texts: dict[str, str], names: Iterable[str]) -> str:
-    """The page with the texts of its keys.
+    """Puts the texts of its keys into the page.
 
     Raises:
-      InputError: a key is unknown, or a study is missing.
+      InputError: a key is unknown, or a study has no place in the page.
     """
     keys = [key for _, key, _, _ in MARKED.findall(page)]
     for key in keys:
@@ -255,15 +257,15 @@ def fill(page: str, texts: dict[str, str], names: Iterable[str]) -> str:
         if name not in keys:
             raise InputError(f"'{PAGE.name}' has no place for {name}: add <!-- report: {name} --> <!-- end --> to it.")
 
-    def replace(found: re.Match[str]) -> str:
-        start, key, _, end = found.groups()
+    def replace(match: re.Match[str]) -> str:
+        start, key, _, end = match.groups()
         return f"{start}{texts[key]}{end}" if "/" in key else f"{start}\n\n{texts[key]}\n\n{end}"
 
     return MARKED.sub(replace, page)
 
 
 def report(*, check: bool) -> list[Path]:
-    """Writes the page and the pictures that differ from the results; with `check`, only returns which differ.
+    """Writes the page and the pictures that differ from the results, and returns their paths; `check` only returns.
 
     Raises:
       InputError: a result or the page is wrong.
@@ -272,7 +274,7 @@ def report(*, check: bool) -> list[Path]:
     texts = {key: text for findings in studies for key, text in findings.texts().items()}
     page = fill(PAGE.read_text(), texts, [findings.name for findings in studies])
     stale = [PAGE] if page != PAGE.read_text() else []
-    # Pictures are compared by what they show: their bytes depend on Matplotlib's version.
+    # Pictures are compared by the results that they show, because their bytes depend on Matplotlib's version.
     changed = [findings for findings in studies if _digest_of(findings.picture) != findings.digest()]
     if not check:
         write_atomically(PAGE, page.encode())
@@ -294,12 +296,12 @@ def _digest_of(picture: Path) -> str | None:
 @ending_in_a_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where what is there is not current")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page or a picture is outdated")
     check = parser.parse_args().check
     stale = [str(path.relative_to(ROOT)) for path in report(check=check)]
     if check and stale:
-        sys.exit(f"not what the results give: {', '.join(stale)}; run python -m experiments.report.")
-    print(f"written: {', '.join(stale)}." if stale else "All is what the results give.")
+        sys.exit(f"outdated: {', '.join(stale)}; run python -m experiments.report.")
+    print(f"written: {', '.join(stale)}." if stale else "The page and the pictures agree with the results.")
 
 
 if __name__ == "__main__":

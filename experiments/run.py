@@ -1,10 +1,10 @@
-"""Runs what is left of a study: python -m experiments.run STUDY [--jobs=2] [--only=PATTERN].
+"""Runs a study, or the rest of it: python -m experiments.run STUDY [--jobs=2] [--only=PATTERN].
 
-Each job is a process on a core of its own, with one thread, at the lowest priority. A finished run has its result in
-experiments/results and is left alone; a run that was killed goes on from its last checkpoint.
+Each job is a process on its own core, with one thread and the lowest priority. A run that has its result in
+experiments/results is finished and left alone; a run that was killed resumes from its last checkpoint.
 
-All runs of a study are trained from one commit, the HEAD at which the study is first started, in a git worktree of that
-commit: the checkout may change meanwhile. To run a study anew, remove its folder in experiments/results.
+All runs of a study use the code of one commit, the HEAD at the study's first start, in a git worktree of that commit,
+so the checkout may change meanwhile. To run a study anew, remove its folder in experiments/results.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from experiments.results import ORIGIN_FILE, RESULTS
 from experiments.study import ROOT, STUDIES, Trial, code_hash, load_study, study_hash, trials_of
 
 RUNS = ROOT / "runs" / "experiments"  # ignored by git
-DATA = "data_local"  # ignored by git, and so missing in a worktree
+DATA = "data_local"  # ignored by git, so a new worktree lacks it
 POLL_SECONDS = 0.5
 
 
 def run(name: str, *, jobs: int, only: str = "*") -> int:
-    """Runs what is left of a study; returns how many runs failed.
+    """Runs the unfinished runs of a study; returns the number of runs that failed.
 
     Raises:
       InputError: the study is unknown, has no such runs, is being run already, or has changed since its first result.
@@ -56,8 +56,8 @@ def run(name: str, *, jobs: int, only: str = "*") -> int:
 def _one_runner(name: str) -> Iterator[int]:
     """Holds a study's lock, and yields its file descriptor.
 
-    Every process of a run inherits the descriptor, and with it the lock: where the runner alone was killed, the next
-    runner has to wait for what is still training.
+    Every run's process inherits the descriptor, and with it the lock: if only the runner was killed, the next runner
+    must wait for the runs that are still training.
     """
     (RUNS / name).mkdir(parents=True, exist_ok=True)
     with (RUNS / name / "lock").open("a") as file:
@@ -72,7 +72,7 @@ def origin_of(name: str) -> dict[str, str]:
     """The commit that a study's results come from, with the hashes of code and study; recorded at the first start.
 
     Raises:
-      InputError: at the first start: there are changes that are not committed. Later: the study's file has changed.
+      InputError: at the first start, there are uncommitted changes; later, the study's file has changed.
     """
     path = RESULTS / name / ORIGIN_FILE
     if path.exists():
@@ -85,7 +85,7 @@ def origin_of(name: str) -> dict[str, str]:
         return origin
     changes = _git("status", "--porcelain", "castling_jax", "experiments", f":!{RESULTS.relative_to(ROOT)}")
     if changes:
-        raise InputError(f"commit the code that {name} is to be run with first ({' '.join(changes.split())}).")
+        raise InputError(f"commit the code before {name} is first run with it ({' '.join(changes.split())}).")
     origin = {"commit": _git("rev-parse", "HEAD"), "code": code_hash(name), "study": study_hash(name)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(origin, indent=1).encode() + b"\n")
@@ -96,18 +96,18 @@ def worktree_of(name: str, origin: dict[str, str]) -> Path:
     """A checkout of the commit that a study's results come from, in the folder of its runs.
 
     Raises:
-      InputError: the commit is not in this repository, or is not the recorded code.
+      InputError: the commit is not in this repository, or its code is not the recorded code.
     """
     folder = RUNS / name / "code"
     if folder.exists() and code_hash(name, folder) == origin["code"]:
         return folder
-    if folder.exists():  # its making was killed, or it belongs to results that were removed
+    if folder.exists():  # an interrupted checkout, or one for results that were removed
         shutil.rmtree(folder)
     _git("worktree", "prune")
     _git("worktree", "add", "--detach", str(folder), origin["commit"])
     (folder / DATA).symlink_to(ROOT / DATA)
     if code_hash(name, folder) != origin["code"]:
-        raise InputError(f"commit {origin['commit']} is not the code that '{RESULTS / name / ORIGIN_FILE}' tells of.")
+        raise InputError(f"commit {origin['commit']} is not the code recorded in '{RESULTS / name / ORIGIN_FILE}'.")
     return folder
 
 
@@ -119,7 +119,8 @@ def _git(*arguments: str) -> str:
 
 
 def _run_all(waiting: collections.deque[Trial], code: Path, jobs: int, lock: int) -> int:
-    """Runs all trials, `jobs` at a time; returns how many failed."""
+    """Runs all trials, `jobs` at a time; returns the number that failed."""
+    # With more jobs than cores, several jobs share one.
     cores = list(itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), jobs))
     running: list[tuple[Trial, int, subprocess.Popen[bytes]]] = []
     failed = 0
@@ -134,7 +135,7 @@ def _run_all(waiting: collections.deque[Trial], code: Path, jobs: int, lock: int
                 running.remove((trial, core, process))
                 cores.append(core)
                 failed += not _has_finished(trial)
-    finally:  # SIGTERM has a run save its state and end
+    finally:  # SIGTERM makes a run save its state and end
         for _, _, process in running:
             process.terminate()
         for _, _, process in running:
@@ -148,6 +149,7 @@ def _start(trial: Trial, code: Path, core: int, lock: int) -> subprocess.Popen[b
     folder.mkdir(parents=True, exist_ok=True)
     command = ["nice", "-n19", "taskset", "--cpu-list", str(core), sys.executable, "-m", "experiments.train_one"]
     command += [trial.study, trial.name, f"--workdir={folder}", f"--result={trial.result}"]
+    # One thread each: threads of several runs on the same cores would slow each other down.
     environment = {"JAX_PLATFORMS": "cpu"} | os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
     with _log_file(trial).open("a") as log:
@@ -157,7 +159,7 @@ def _start(trial: Trial, code: Path, core: int, lock: int) -> subprocess.Popen[b
 
 
 def _has_finished(trial: Trial) -> bool:
-    """Whether a run whose process has ended left its result; tells a person."""
+    """Whether a run whose process has ended has left its result; prints the accuracy or the failure."""
     if not trial.result.exists():
         print(f"{trial.name}: failed; see '{_log_file(trial)}'.", flush=True)
         return False
@@ -182,7 +184,7 @@ def main() -> None:
     try:
         failed = run(options.study, jobs=options.jobs, only=options.only)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on.")
+        sys.exit("interrupted; the same command resumes the study.")
     sys.exit(f"{failed} runs failed." if failed else 0)
 
 

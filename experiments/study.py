@@ -1,4 +1,4 @@
-"""A study: arms x learning rates x seeds, each a run of one configuration with a few fields changed."""
+"""A study: arms x learning rates x seeds. Each run has the study's configuration with a few fields changed."""
 
 import dataclasses
 import hashlib
@@ -19,13 +19,14 @@ STUDIES = Path("experiments", "studies")  # relative to a checkout
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One of the things that a study compares.
+    """One of the alternatives that a study compares.
 
     Attributes:
-      name: as tables show it.
-      changes: dotted fields of the configuration -> their values.
-      seeds: one run each. A seed draws the same order of examples in every arm, so arms are compared seed by seed.
-      learning_rates: one run of each seed for each rate; the report takes the rate of the best validation accuracy.
+      name: name of the arm in tables.
+      changes: dotted fields of the configuration -> their values in this arm.
+      seeds: seeds of the runs. A seed gives the same order of examples in every arm, so arms are compared seed by seed.
+      learning_rates: rates of the runs, each with every seed; the report uses the one with the best validation
+        accuracy.
     """
 
     name: str
@@ -36,15 +37,15 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What a file in experiments/studies declares as STUDY.
+    """The declaration of a study: a file in experiments/studies defines one as STUDY.
 
     Attributes:
-      config: makes the configuration that all runs share: data, model and budget. Its eval_split is for validation.
-      arms: what is compared.
-      control: the arm that the others are compared with.
-      test_split: the split that each finished run is tested on, once. None: the held-out split, for a study that
-        settles what another one compares.
-      about_data: a sentence on the data that every page with the study's figures shows.
+      config: builds the configuration that all runs share: data, model and budget. Its eval_split is for validation.
+      arms: the alternatives to compare.
+      control: name of the arm that the others are compared with.
+      test_split: the split that each finished run is tested on, once. None tests on the held-out split, for a study
+        that only prepares another one, such as a choice of learning rates.
+      about_data: a sentence about the data for every page that shows the study's figures.
     """
 
     config: Callable[[], ConfigDict]
@@ -76,7 +77,7 @@ class Trial:
 
     @property
     def result(self) -> Path:
-        """The file that holds the result of the finished run."""
+        """Path of the finished run's result."""
         return RESULTS / self.study / f"{self.name}.json"
 
     def config(self, study: Study) -> ConfigDict:
@@ -96,7 +97,7 @@ class Trial:
 
 
 def study_names() -> list[str]:
-    """The studies in experiments/studies."""
+    """Names of the studies in experiments/studies."""
     return sorted(path.stem for path in (ROOT / STUDIES).glob("*.py"))
 
 
@@ -111,7 +112,7 @@ def load_study(name: str) -> Study:
 
 
 def trials_of(name: str, study: Study) -> list[Trial]:
-    """All runs of a study. First seeds come first, so that an unfinished study has something of every arm."""
+    """All runs of a study. First seeds come first, so that an unfinished study has results for every arm."""
     trials = [Trial(name, arm, rate, seed) for arm in study.arms for rate in arm.learning_rates for seed in arm.seeds]
     return sorted(trials, key=lambda trial: trial.arm.seeds.index(trial.seed))
 
@@ -122,7 +123,7 @@ def study_hash(name: str, root: Path = ROOT) -> str:
 
 
 def code_hash(name: str, root: Path = ROOT) -> str:
-    """SHA-256 of what a study's results come from: all files of castling_jax/, with their names, and the study's."""
+    """SHA-256 of the code behind a study's results: names and contents of all files in castling_jax/, and the study."""
     package = sorted((root / "castling_jax").rglob("*"))
     return _sha256([*package, root / STUDIES / f"{name}.py"], root)
 
@@ -132,5 +133,6 @@ def _sha256(paths: list[Path], root: Path) -> str:
     for path in paths:
         if path.is_file() and path.parent.name != "__pycache__":
             content = path.read_bytes()
+            # With the length, so that text cannot move between two files unnoticed.
             digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()

@@ -1,6 +1,6 @@
 """Trains and tests one run of a study: python -m experiments.train_one STUDY RUN --workdir=DIR --result=FILE.
 
-`experiments.run` starts it in a process of its own. A run that was killed goes on; FILE is written at its end.
+`experiments.run` starts it in a separate process. A run that was killed resumes; FILE is written at its end.
 """
 
 import argparse
@@ -33,16 +33,17 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def train_one(trial: Trial, workdir: Path) -> dict[str, Any]:
-    """Trains a run, or what is left of it, and tests it.
+    """Trains or resumes a run, and tests it.
 
     Returns:
-      The run's result, as README.md describes it.
+      The run's result; README.md describes its fields.
 
     Raises:
       InputError: the library refuses the configuration, or an image of the test split is corrupt.
     """
     study = load_study(trial.study)
     config = trial.config(study)
+    # The run's own test at its end writes the answers to all images, which the result needs.
     config.dataset.test_split = study.test_split or config.dataset.eval_split
     summary = run(config, workdir)
     correct = _correct_answers(summary)
@@ -81,7 +82,7 @@ def _correct_answers(summary: Summary) -> Bool[np.ndarray, "images"]:
 
 
 def _processor() -> str:
-    """The processor's name; Linux alone tells it."""
+    """The processor's name, which only Linux states in full."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

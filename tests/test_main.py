@@ -132,7 +132,7 @@ def run(workdir, *arguments):
         ("--config.seed=-1", "config.seed must be an integer from 0 to 4294967295, not -1."),
         (
             "--config.augment.randaugment=rand-m9-mstd0.5-inc1",
-            "config.augment.randaugment is for images of 8 bits, and these are of floats.",
+            "config.augment.randaugment needs images of 8 bits, but these have float pixels.",
         ),
     ],
 )

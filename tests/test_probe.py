@@ -72,11 +72,11 @@ def test_what_is_refused(folders, tmp_path, refuses):
     one = Features(np.zeros((2, 4)), np.array(["a", "b"]), np.array(["", ""]))
     with refuses("neighbours must be at most", "2", "not 20"):
         probe(one, one)
-    with refuses("two labels at least are needed to tell apart, not 'a' alone"):
+    with refuses("a probe needs at least two labels to tell apart, not 'a' alone"):
         probe(Features(one.features, np.array(["a", "a"]), one.files), one, neighbours=1)
-    with refuses("channels are of different models"):
+    with refuses("channels come from different models"):
         probe(one, Features(np.zeros((2, 5)), one.labels, one.files), neighbours=1)
-    with refuses("there is nothing to learn 'c' from"):
+    with refuses("no training image has the label 'c'"):
         probe(one, Features(np.zeros((1, 4)), np.array(["c"]), np.array([""])), neighbours=1)
     (tmp_path / "bad" / "a").mkdir(parents=True)
     (tmp_path / "bad" / "a" / "x.png").write_bytes(b"no image")

@@ -55,7 +55,7 @@ def test_places_that_cannot_be_written_to_are_refused_and_none_is_left_half_made
         with refuses("cannot be written to (File name too long)"):
             check(tmp_path / ("a" * 300))
         check(tmp_path / "new" / "deep")
-    with refuses(f"'{tmp_path}' is a folder, and a file is to be written there"):
+    with refuses(f"'{tmp_path}' is a folder, but a file has to be written there"):
         try_file(tmp_path)
     assert everything_in(tmp_path) == before
 

@@ -1,8 +1,8 @@
-"""Folding batch norm, whose statistics are constants at inference, into the linear or convolution layer beside it.
+"""Folds batch norm, whose statistics are constants at inference, into the linear or convolution layer beside it.
 
-A node of the tree that is to be folded has two children, `linear` and `bn`. Which of the two comes first can be read
-off the tree: a layer that batch norm follows has no bias, since batch norm brings one; a layer that has a bias comes
-after (LeViT's classifier heads).
+A node of the tree to fold has two children, `linear` and `bn`. The tree shows which of the two comes first: a layer
+before batch norm has no bias, because batch norm brings one; a layer with a bias comes after batch norm (LeViT's
+classifier heads).
 """
 
 from collections.abc import Callable
@@ -16,19 +16,19 @@ from castling_jax.ops.mesh import on_auto_axes, split_as
 
 
 def fold_batch_norms(params: dict[str, Any], batch_stats: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """The parameter tree with every {linear, bn} node turned into {linear: {kernel, bias}}.
+    """Turns every {linear, bn} node of the parameter tree into {linear: {kernel, bias}}.
 
     Args:
       params: nested dicts; kernels are [..., in, out].
-      batch_stats: the same nesting, {mean, var} under each `bn`.
-      path: where this node stands, for messages.
+      batch_stats: nested dicts like params, with {mean, var} under each `bn`.
+      path: path of this node in the whole tree, for messages.
 
     Returns:
-      A new tree; the leaves that were not folded are the same objects.
+      A new tree; leaves that were not folded are the same objects as before.
 
     Raises:
-      InputError: a batch norm lacks its scale, bias, mean, var or the layer it belongs to, has others or of another
-        shape, or a convolution follows it.
+      InputError: a batch norm lacks its scale, bias, mean, var or its layer; has other arrays or other shapes; or a
+        convolution follows it.
     """
     for name, statistics in batch_stats.items():
         if name not in params:
@@ -45,13 +45,14 @@ def fold_batch_norms(params: dict[str, Any], batch_stats: dict[str, Any], path: 
     layer = params.get("linear", {})
     if "kernel" not in layer:
         raise InputError(f"the batch norm cannot be folded: 'params/{path}linear/kernel' is missing.")
+    # The norm has the layer's input channels if it comes before the layer, else its output channels.
     channels = layer["kernel"].shape[-2 if "bias" in layer else -1 :][:1]
     norm = _complete(params["bn"], ("scale", "bias"), channels, f"params/{path}bn")
     statistics = _complete(batch_stats.get("bn", {}), ("mean", "var"), channels, f"batch_stats/{path}bn")
     if "bias" in layer and len(layer["kernel"].shape) != 2:
         raise InputError(
-            f"the batch norm 'params/{path}bn' cannot be folded into the convolution after it, of kernel "
-            f"{layer['kernel'].shape}: at the border it sees zeros, not the norm's shift."
+            f"the batch norm 'params/{path}bn' cannot be folded into the convolution after it, with a kernel of shape "
+            f"{layer['kernel'].shape}: its padding is zeros, not the norm's shift."
         )
     folded = _fold_before if "bias" in layer else _fold_after
     rest = {name: child for name, child in params.items() if name not in ("bn", "linear")}
@@ -88,9 +89,9 @@ def _fold_before(layer, scale, bias, mean, var):
             lambda kernel, scale, var: kernel * (scale * (var + EPSILON) ** -0.5)[:, None], layer["kernel"], scale, var
         ),
         "bias": _in_its_dtype(
-            # Multiplied and summed rather than @: of float32 a TPU's product would be rounded to bfloat16.
-            lambda own, kernel, scale, bias, mean, var: (
-                own + ((bias - mean * scale * (var + EPSILON) ** -0.5)[:, None] * kernel).sum(0)
+            # A product and a sum instead of @, because a TPU rounds the factors of a float32 matmul to bfloat16.
+            lambda layer_bias, kernel, scale, bias, mean, var: (
+                layer_bias + ((bias - mean * scale * (var + EPSILON) ** -0.5)[:, None] * kernel).sum(0)
             ),
             layer["bias"],
             layer["kernel"],
@@ -103,16 +104,17 @@ def _fold_before(layer, scale, bias, mean, var):
 
 
 def _in_its_dtype(function: Callable[..., Any], like: Any, *others: Any) -> Any:
-    """`compute`, and rounded to `like`'s dtype: of bfloat16 parameters the statistics are still float32."""
+    """`compute`, rounded to `like`'s dtype: next to bfloat16 parameters the statistics are still float32."""
     return compute(lambda like, *others: function(like, *others).astype(like.dtype), like, *others)
 
 
 def compute(function: Callable[..., Any], like: Any, *others: Any) -> Any:
-    """function(like, *others) for numpy arrays, jax arrays, tracers or ShapeDtypeStructs, laid out as `like` is."""
+    """function(like, *others) for numpy arrays, jax arrays, tracers or ShapeDtypeStructs, sharded as `like` is."""
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in (like, *others)):
         shape = jax.eval_shape(function, like, *others)
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=getattr(like, "sharding", None))
     out = on_auto_axes(lambda like: split_as(like, *range(like.ndim)))(function)(like, *others)
+    # Only a committed array says where the result belongs; an uncommitted one may move freely, and so may the result.
     if isinstance(like, jax.Array) and not isinstance(out, jax.core.Tracer) and like.committed:
         out = jax.device_put(out, like.sharding)
     return out

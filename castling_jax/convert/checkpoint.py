@@ -1,7 +1,8 @@
-"""One checkpoint of a run, read in this process alone; nothing in its folder is touched.
+"""Reads one checkpoint of a run, in this process alone and without changing its folder.
 
-RUN/checkpoints/STEP is Orbax's: `state`, the arrays; `about`, a JSON of what was saved beside them, with their
-checksums; `metrics`, a JSON of figures; and SHA256SUMS, the manifest of all but the arrays' bytes.
+RUN/checkpoints/STEP is an Orbax checkpoint: `state`, the arrays; `about`, a JSON object with the other things that a
+run saves, and the arrays' checksums; `metrics`, a JSON object of figures; and SHA256SUMS, the manifest of all files but
+the arrays' bytes.
 """
 
 import contextlib
@@ -18,61 +19,64 @@ from castling_jax.convert.manifest import MANIFEST_FILE, verify_manifest
 from castling_jax.errors import InputError, in_one_sentence, reason
 from castling_jax.storage import is_remote
 
-CHECKPOINTS = "checkpoints"  # a run's folder of them
-COMMIT_SUCCESS_FILE = "commit_success.txt"  # Orbax's, in a bucket
+CHECKPOINTS = "checkpoints"  # the folder of checkpoints in a run's folder
+COMMIT_SUCCESS_FILE = "commit_success.txt"  # Orbax marks a complete checkpoint in a bucket by this file
 STEP = re.compile("0|[1-9][0-9]{0,8}")  # a checkpoint's name, as a run writes it
-FORMAT = 2  # of what is saved beside the state. 1 had neither manifest, nor mask threshold, nor the data's fingerprint
+FORMAT = 2  # of `about`. Format 1 had no manifest, no mask threshold, and no fingerprint of the data
 
 
 def checkpoint_steps(folder: epath.Path) -> list[int]:
-    """The steps of which a folder of checkpoints holds one, sorted; what is still being written does not count."""
+    """The sorted steps of the checkpoints in a folder; a checkpoint that is still being written does not count."""
+    # On a disk, Orbax renames a checkpoint to its step once it is complete.
     steps = [path for path in folder.iterdir() if STEP.fullmatch(path.name)] if folder.is_dir() else []
-    if is_remote(folder):  # where a folder cannot be renamed once it is whole, Orbax marks it
+    if is_remote(folder):  # in a bucket, which cannot rename folders, it writes a mark instead
         steps = [path for path in steps if (path / COMMIT_SUCCESS_FILE).exists()]
     return sorted(int(path.name) for path in steps)
 
 
 def check_names(folder: epath.Path) -> None:
-    """Refuses what a run cannot keep its checkpoints in, or beside.
+    """Refuses a folder in which a run cannot keep checkpoints.
 
     Raises:
-      InputError: it is a file, or a name in it is a number that no run writes: with leading zeros, other digits than 0
-        to 9, or too many, which Orbax takes for a step all the same.
+      InputError: the folder is a file, or a name in it is a number that no run writes but that Orbax takes for a step:
+        with leading zeros, with digits other than 0 to 9, or with too many digits.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"'{folder}' is a file, and the checkpoints' folder is to be there.")
+        raise InputError(f"'{folder}' is a file, but the folder of the checkpoints has to be there.")
     for name in sorted(path.name for path in folder.iterdir()) if folder.exists() else ():
         if name.isdigit() and not STEP.fullmatch(name):
             raise InputError(f"'{folder / name}' is not named as a checkpoint is, by its step: move it elsewhere.")
 
 
 def read_checkpoint(folder: epath.Path, names: Collection[str] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads a checkpoint in this process alone, and holds it against its checksums.
+    """Reads a checkpoint in this process alone, and verifies its checksums.
 
     Args:
-      folder: of one checkpoint.
-      names: of the parts of the state that are wanted, such as "params"; None is all, and those that are not there are
-        left out.
+      folder: the folder of one checkpoint.
+      names: the parts of the state to read, such as "params"; None reads all. Parts that are missing are left out.
 
     Returns:
-      (state, about): nested dicts of numpy arrays, of what was asked for; and what was saved beside the state.
+      (state, about): the parts as nested dicts of numpy arrays, and the JSON object that was saved beside the state.
 
     Raises:
-      InputError: it is damaged; says how.
+      InputError: the checkpoint is damaged; the message says how.
     """
-    import orbax.checkpoint as ocp  # takes a while to import, and whoever only converts arrays does without
+    import orbax.checkpoint as ocp  # here, because it takes seconds to import and converting arrays does not need it
 
     with reading(folder) as checkpointer:
+        # First, because Orbax reads the files that the manifest covers without checking them.
         has_manifest = verify_manifest(folder)
         shapes: dict[str, Any] = checkpointer.metadata(folder).item_metadata["state"].tree
         wanted = {name: part for name, part in shapes.items() if names is None or name in names}
         if not wanted:
             return {}, {}
+        # As NumPy arrays on this host: the run's own mesh and devices need not exist here.
         wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), wanted)
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         state_args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
         items = checkpointer.restore(folder, args=ocp.args.Composite(state=state_args, about=ocp.args.JsonRestore()))
         verify_checksums(items["state"], items["about"]["checksums"])
+        # A checkpoint of format 1 never had a manifest; that of a later format was removed.
         if not has_manifest and items["about"].get("format", 1) >= FORMAT:
             raise ValueError(f"its {MANIFEST_FILE} is missing")
         return items["state"], items["about"]
@@ -80,14 +84,15 @@ def read_checkpoint(folder: epath.Path, names: Collection[str] | None = None) ->
 
 @contextlib.contextmanager
 def reading(folder: epath.Path) -> Iterator[Any]:
-    """Orbax's Checkpointer for this process alone; all that is raised meanwhile is an InputError: what is damaged."""
+    """An Orbax Checkpointer for this process alone; any exception inside becomes an InputError about the damage."""
     import orbax.checkpoint as ocp
 
+    # By default Orbax waits for all processes of the run, which do not make this call together.
     alone = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()}, primary_host=jax.process_index())
     handler = ocp.CompositeCheckpointHandler(
         state=ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
         about=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
-        metrics=ocp.JsonCheckpointHandler(filename="metrics", multiprocessing_options=alone),  # as the manager's own
+        metrics=ocp.JsonCheckpointHandler(filename="metrics", multiprocessing_options=alone),  # the manager's file name
         composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
     )
     try:

@@ -1,4 +1,4 @@
-"""Checksums of arrays, computed where their shards lie: before they are written and after they are read."""
+"""Checksums of arrays, computed on the devices that hold the shards, before writing and after reading."""
 
 from typing import Any
 
@@ -7,18 +7,18 @@ import jax.numpy as jnp
 
 
 def verify_checksums(tree: Any, expected: dict[str, int]) -> None:
-    """Raises a ValueError unless a tree, or a part of what was saved, has the checksums of that."""
+    """Raises a ValueError unless a tree, which may be a part of the saved one, has the `expected` checksums."""
     for path, checksum in checksums(tree).items():
         if expected.get(path) != checksum:
             raise ValueError(f"the checksum of {path} is not the one it was saved with")
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """A 32-bit checksum of each leaf of a pytree, by its path.
+    """The path and a 32-bit checksum of each leaf of a pytree.
 
-    It is a sum, modulo 2^32, of the elements' bits, each times an odd number that depends on its place: any one
-    flipped bit changes it, exchanged elements do but for a chance of 2^-32, and it is computed where the shards are,
-    without gathering them.
+    The checksum is the sum, modulo 2^32, of each element's bits times an odd number that depends on its place. A single
+    flipped bit always changes it, and swapped elements change it with probability 1 - 2^-32. It is a sum so that
+    each device can add up its own shards.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     sums = jax.device_get(_checksums([leaf for _, leaf in leaves]))
@@ -28,7 +28,7 @@ def checksums(tree: Any) -> dict[str, int]:
 
 @jax.jit
 def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [_checksum(leaf) for leaf in leaves]
+    return [_checksum(leaf) for leaf in leaves]  # one program for all leaves: one launch and one transfer
 
 
 def _checksum(leaf: jax.Array) -> jax.Array:
@@ -41,5 +41,6 @@ def _checksum(leaf: jax.Array) -> jax.Array:
     place = jnp.zeros(bits.shape, jnp.uint32)
     for axis, size in enumerate(bits.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    place = (place ^ (place >> 16)) * jnp.uint32(0x9E3779B1)  # spreads neighbouring places
+    # 2^32 over the golden ratio: the factors of neighbouring places differ in many bits.
+    place = (place ^ (place >> 16)) * jnp.uint32(0x9E3779B1)
     return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)

@@ -1,4 +1,4 @@
-"""Published softmax weights: where they are, and getting one file, checked by its SHA-256."""
+"""Published softmax weights: their addresses, and the download of one file, checked by its SHA-256."""
 
 import dataclasses
 import os
@@ -14,18 +14,18 @@ from castling_jax.storage import as_path, sha256_of, try_folder
 
 _DEIT = "https://dl.fbaipublicfiles.com/deit/deit_{}.pth"
 _TIMM = "https://huggingface.co/timm/{}/resolve/main/pytorch_model.bin"
-CHUNK = 2**20
+CHUNK = 2**20  # bytes
 HUBS_DIGEST = "X-Linked-ETag"  # Hugging Face's header with the SHA-256 of a large file
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A file of weights that others published.
+    """A file of weights that its authors published.
 
     Attributes:
-      url: of the file.
-      sha256: how its SHA-256 begins; None where the server states it in HUBS_DIGEST.
-      file: the name it gets here.
+      url: the file's address.
+      sha256: the first digits of the file's SHA-256; None if the server states it in HUBS_DIGEST.
+      file: the name that the file gets here.
     """
 
     url: str
@@ -34,11 +34,11 @@ class Published:
 
 
 def _deit(name: str, digest: str) -> Published:
-    """torch.hub's rule: the file's name ends in the first eight digits of its SHA-256."""
+    """A file of DeiT's; by torch.hub's rule its name ends in the first eight digits of its SHA-256."""
     return Published(_DEIT.format(f"{name}-{digest}"), digest, f"deit_{name}-{digest}.pth")
 
 
-# timm's file of each model; the heads of LeViT's are two, so the model has distilled=True.
+# Model -> its file. LeViT's files have two heads, so the model needs distilled=True.
 PUBLISHED = {
     "deit_tiny": _deit("tiny_patch16_224", "a1311bcf"),
     "deit_small": _deit("small_patch16_224", "cd65a155"),
@@ -58,17 +58,17 @@ PUBLISHED = {
 
 
 def fetch(name: str, folder: str | os.PathLike = ".") -> Path:
-    """Gets a published file of weights, for `init_from`, a teacher or `from_torch`; one that is there is checked.
+    """Downloads a published file of weights for `init_from`, a teacher or `from_torch`, unless it is here already.
 
     Args:
       name: one of PUBLISHED.
-      folder: where to put it.
+      folder: the folder to put the file into.
 
     Returns:
-      The file's path.
+      The file's path; its SHA-256 is checked in either case.
 
     Raises:
-      InputError: the name is unknown, there is no way to the server, or the file is not the published one.
+      InputError: the name is unknown, the server cannot be reached, or the file is not the published one.
     """
     check_known("published weights", name, PUBLISHED)
     source = PUBLISHED[name]
@@ -83,18 +83,18 @@ def fetch(name: str, folder: str | os.PathLike = ".") -> Path:
     try:
         digest = _download(source, temporary)
         if not sha256_of(temporary).startswith(digest):
-            raise InputError(f"what {source.url} gave is not the published file: its SHA-256 does not begin {digest}.")
+            raise InputError(f"{source.url} is not the published file: its SHA-256 does not begin with {digest}.")
         temporary.replace(target)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        said = in_one_sentence(getattr(error, "reason", error))
-        raise InputError(f"{source.url} cannot be fetched ({said}): is there a network?") from error
+        detail = in_one_sentence(getattr(error, "reason", error))
+        raise InputError(f"{source.url} cannot be fetched ({detail}): is there a network?") from error
     finally:
         temporary.unlink(missing_ok=True)
     return target
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Remembers the digest that the first server states; the one it sends us to does not."""
+    """Remembers the digest that the first server states; the server that it redirects to does not state it."""
 
     digest = ""
 
@@ -104,7 +104,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _download(source: Published, path: Path) -> str:
-    """Writes the file, with a progress bar; returns how its SHA-256 has to begin."""
+    """Downloads the file to `path`, with a progress bar; returns the first digits that its SHA-256 must have."""
     redirects = _Redirects()
     with urllib.request.build_opener(redirects).open(source.url, timeout=60) as response, path.open("wb") as file:
         size = int(response.headers.get("Content-Length", 0)) or None
@@ -115,5 +115,5 @@ def _download(source: Published, path: Path) -> str:
         digest = source.sha256 or redirects.digest or response.headers.get(HUBS_DIGEST, "")
     digest = digest.strip('"')
     if not digest:
-        raise InputError(f"{source.url} does not state its SHA-256, so what it gave cannot be checked.")
+        raise InputError(f"{source.url} does not state its SHA-256, so the file cannot be checked.")
     return digest

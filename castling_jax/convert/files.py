@@ -1,4 +1,4 @@
-"""Files of weights that others wrote: a file in, names and arrays out. What the names mean is names.py's matter."""
+"""Reads files of weights from other projects: a file in, names and arrays out. names.py interprets the names."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from castling_jax.storage import as_path, is_remote, local_copy
 
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".th", ".ckpt", ".tar")  # the last six are PyTorch's
 
-_DTYPES = {  # of safetensors, whose own readers know no float8
+_DTYPES = {  # safetensors' names of dtypes -> dtypes; its own readers do not support float8
     **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
     **{
         f"{kind}{bits}": np.dtype(f"{name}{bits}")
@@ -33,22 +33,22 @@ _DTYPES = {  # of safetensors, whose own readers know no float8
 def read_state_dict(path: str | os.PathLike, *, ema: bool | None = None) -> dict[str, np.ndarray]:
     """The weights in a safetensors file, NumPy's .npz or a PyTorch file (.pth, .pt, .bin, ...), for `from_torch`.
 
-    No code in a PyTorch file is run: it is read with weights_only=True, and blanks take the place of objects that are
-    no tensors, such as a script's options. It needs torch.
+    A PyTorch file needs torch. No code in it is run: it is read with weights_only=True, and blanks replace objects that
+    are no tensors, such as a script's options.
 
     Args:
-      path: on this machine or in a bucket (gs://).
-      ema: of a training's checkpoint that holds both, whether the moving average is wanted. None is the raw weights,
-        said in a warning of this package's logger.
+      path: a file on this machine or in a bucket (gs://).
+      ema: for a checkpoint with both, whether to read the moving average instead of the raw weights. None reads the raw
+        weights, and a warning of this package's logger says so.
 
     Returns:
-      timm 1.0's names to arrays, floating-point ones in float32, whatever they were stored in: without a prefix before
-      all names, from under "model", "state_dict" and the like, and translated from Hugging Face's names of ViT and
-      DeiT, and big_vision's of ViT.
+      timm 1.0's names -> arrays; floating-point arrays are float32 whatever the file has. Wrappers such as "model" and
+      "state_dict" and a prefix before all names are removed, and Hugging Face's names for ViT and DeiT and big_vision's
+      for ViT are translated.
 
     Raises:
-      InputError: there is no such file, it is of another kind or damaged, it holds no weights or several, or torch is
-        needed and not installed.
+      InputError: there is no such file; it is of another kind or damaged; it holds no weights, or several sets of
+        weights; or torch is needed but not installed.
     """
     where = as_path(path)
     if is_remote(where):
@@ -63,7 +63,7 @@ def read_state_dict(path: str | os.PathLike, *, ema: bool | None = None) -> dict
     with refusing(OSError, f"'{file}' cannot be read"):
         content = {".safetensors": read_safetensors, ".npz": _read_npz}.get(suffix, _read_torch)(file)
     if not isinstance(content, Mapping):
-        raise InputError(f"'{file}' holds a {type(content).__qualname__}, and no dict of names to arrays.")
+        raise InputError(f"'{file}' holds a {type(content).__qualname__}, not a dict of names to arrays.")
     arrays = timm_state_dict(content, f"'{file}'", ema=ema)
     if not arrays:
         raise InputError(f"'{file}' holds no weights: it is empty.")
@@ -74,7 +74,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """A safetensors file's arrays, each in the dtype that it is stored in.
 
     Raises:
-      InputError: the file is damaged, of another kind, or has a dtype that holds no numbers of this package's.
+      InputError: the file is damaged, of another kind, or has an array of an unsupported dtype.
     """
     with refusing(SafetensorError, f"'{path}' cannot be read: it is damaged or no safetensors file"):
         entries = deserialize(path.read_bytes())
@@ -84,7 +84,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
             raise InputError(
                 f"'{path}' holds {name!r} of dtype {entry['dtype']}, which is not one of {', '.join(_DTYPES)}."
             )
-        # A copy, which may be changed: the bytes may not.
+        # A copy, because an array over bytes is read-only.
         arrays[name] = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"]).copy()
     return arrays
 
@@ -96,7 +96,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 class _Blank:
-    """What stands for an object of a class that is not PyTorch's: it takes what it is made of, and does nothing."""
+    """Stands in for an object whose class is not PyTorch's: accepts any arguments and state, and ignores them."""
 
     def __new__(cls, *_: Any, **__: Any) -> "_Blank":
         return object.__new__(cls)
@@ -117,16 +117,18 @@ def _read_torch(path: Path) -> Any:
             "weights as .safetensors."
         ) from None
     blanks: dict[str, type] = {}
+    # torch names one forbidden class at a time. Allow a blank in its place and load again, until none is left.
     while True:
         try:
             with torch.serialization.safe_globals(list(blanks.values())):
                 return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # pickle, zipfile and torch raise many kinds
-            found = re.search(r"GLOBAL `?([\w.]+)", str(error))
-            if found and found[1] not in blanks:
-                module, _, name = found[1].rpartition(".")
-                blanks[found[1]] = type(name, (_Blank,), {"__module__": module, "__qualname__": name})
+            forbidden = re.search(r"GLOBAL `?([\w.]+)", str(error))
+            if forbidden and forbidden[1] not in blanks:
+                module, _, name = forbidden[1].rpartition(".")
+                blanks[forbidden[1]] = type(name, (_Blank,), {"__module__": module, "__qualname__": name})
                 continue
-            blocking = found[1] if found else ", ".join(blanks)
-            what = f"holds {blocking}" if blocking else "is damaged, or holds other things than weights"
-            raise InputError(f"'{path}' {what}: store its state dict alone.") from error
+            # The same name again, or none: a blank cannot help.
+            blocking = forbidden[1] if forbidden else ", ".join(blanks)
+            problem = f"holds {blocking}" if blocking else "is damaged, or holds other things than weights"
+            raise InputError(f"'{path}' {problem}: store its state dict alone.") from error

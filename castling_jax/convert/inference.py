@@ -1,6 +1,6 @@
 """The switch: from the trained parameter tree to the inference tree, which has no softmax branch.
 
-King and rook castle: what the masked softmax branch owns is dropped, batch norm is folded, and what is left is
+King and rook castle: the masked softmax branch's parameters are dropped, batch norm is folded, and the result is
 exactly the tree of `create_model(..., form="inference")`.
 """
 
@@ -20,27 +20,27 @@ from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import COLLECTIONS, MODEL, VARIABLES, Variables, apply
 from castling_jax.ops.checks import concrete_threshold
 
-SOFTMAX_BRANCH = "softmax_branch"  # the key under which castling models keep what only the branch uses
+SOFTMAX_BRANCH = "softmax_branch"  # the key under which castling models keep parameters that only the branch uses
 
 
 def to_inference(variables: Variables, *, dtype: DTypeLike | None = None) -> Variables:
-    """The variables of the inference form. Needs no model: all it does can be read off the tree.
+    """Turns variables into those of the inference form. The tree alone shows what to do, so no model is needed.
 
-    Drops every `softmax_branch`; folds batch norm into the layer beside it; averages two heads into one where there
-    is no distillation token that feeds the second (LeViT). Linear-angular trees pass through, softmax trees are
-    folded. In a DeiT the branch owns no parameter, and the result holds the same arrays.
+    Drops every `softmax_branch`; folds batch norm into the layer beside it; and averages two heads into one if no
+    distillation token feeds the second (LeViT). Linear-angular trees pass through; softmax trees are folded. In a DeiT
+    the branch has no parameters, so the result holds the same arrays.
 
     Args:
       variables: {"params": ..., "batch_stats": ...} of numpy arrays, jax arrays (whose shardings are kept), tracers or
-        ShapeDtypeStructs. `params` may be an exponential moving average. Never changed.
-      dtype: a floating type that floating-point leaves are cast to; None leaves them as they are.
+        ShapeDtypeStructs; not modified. `params` may be an exponential moving average.
+      dtype: floating type to which floating-point leaves are cast; None leaves them as they are.
 
     Returns:
       {"params": ...}: new dicts.
 
     Raises:
-      InputError: there is no `params`, a collection is unknown or holds what is no array, a batch norm is incomplete,
-        two heads that are to be averaged differ in shape, or `dtype` is no floating type.
+      InputError: `params` is missing, a collection is unknown or holds other things than arrays, a batch norm is
+        incomplete, two heads to average differ in shape, or `dtype` is no floating type.
     """
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise InputError('the variables lack "params": give {"params": {...}} as get_variables returns it.')
@@ -49,12 +49,14 @@ def to_inference(variables: Variables, *, dtype: DTypeLike | None = None) -> Var
     if dtype is not None and not _is_floating(dtype):
         raise InputError(f"dtype must be a floating type such as bfloat16, not {dtype!r}.")
     params, batch_stats = (_without_branch(variables.get(name, {}), name) for name in ("params", "batch_stats"))
+    # Before the heads are averaged: each head has a batch norm of its own.
     params = fold_batch_norms(params, batch_stats)
     if "head_dist" in params and "dist_token" not in params:
         second = params.pop("head_dist")
         if _shapes(params.get("head")) != _shapes(second):
             raise InputError("'params/head' and 'params/head_dist' must have the same arrays, to be averaged.")
         params["head"] = jax.tree.map(lambda a, b: compute(lambda a, b: (a + b) / 2, a, b), params["head"], second)
+    # Last, so that folding and averaging compute in the parameters' own precision.
     if dtype is not None:
         params = jax.tree.map(lambda leaf: _cast(leaf, jnp.dtype(dtype)), params)
     return {"params": params}
@@ -105,12 +107,13 @@ def check_switch(
     Returns:
       {"max_difference": the largest absolute difference between the two forms' logits at that threshold,
        "densities": [layers], the share of softmax weights still kept there,
-       "max_difference_at_one": the same difference at threshold 1, where the mask is empty: float32's rounding. A
-       LeViT that computes in bfloat16 shows that type's, some hundredths, for its kernels are rounded anew as batch
-       norm is folded into them}.
+       "max_difference_at_one": the same difference at threshold 1, where the mask is empty: only float32's rounding.
+       A LeViT that computes in bfloat16 shows bfloat16's rounding, a few hundredths, because folding batch norm into
+       its kernels rounds them anew}.
 
     Raises:
-      InputError: the model has no second form to compare; the threshold is negative or NaN; and what `apply` raises.
+      InputError: the model has no second form to compare, the threshold is negative or NaN, or `apply` refuses its
+        arguments.
     """
     spec = model.spec
     if spec.form != "train" or KINDS[spec.attention].inference is None:
@@ -131,7 +134,7 @@ def check_switch(
             densities = kept if densities is None else densities
         return differences, densities
 
-    # Threshold 1 is traced too: the training form is really run, not known to be without its branch.
+    # Both thresholds are traced, so the branch really runs at 1; a Python 1.0 would let the model leave it out.
     differences, densities = compare(variables, images, (jnp.float32(mask_threshold), jnp.float32(1)))
     return {
         "max_difference": float(differences[0]),

@@ -1,7 +1,7 @@
-"""The inference folder: the switched variables, or a program with them inside, and the model they belong to, on disk.
+"""The inference folder: a model's inference form on disk, as variables or as a program with the variables inside.
 
-A folder holds one of PAYLOADS, and `model.json`, which says what model it is, how an image becomes its input, what its
-outputs are called, what it was made with, and the SHA-256 of the payload.
+A folder holds one of PAYLOADS, and `model.json`: the model's arguments, how an image becomes its input, the names of
+its outputs, the versions of the packages that wrote it, and the SHA-256 of the payload.
 """
 
 import dataclasses
@@ -46,20 +46,20 @@ VARIABLES_FILE = "variables.safetensors"
 PROGRAM_FILE = "program.stablehlo"
 MODEL_FILE = "model.json"
 PAYLOADS = {"safetensors": VARIABLES_FILE, "orbax": "variables.orbax", "stablehlo": PROGRAM_FILE}
-PLATFORMS = ("cpu", "tpu", "cuda")  # what a program is exported for
+PLATFORMS = ("cpu", "tpu", "cuda")  # an exported program runs on all of them
 FORMAT = 2  # format 1 had neither preprocessing nor classes
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a model.json says.
+    """The content of a model.json.
 
     Attributes:
       model: the arguments of `create_model`.
       file: the payload's name, one of PAYLOADS' values.
-      sha256: the payload's.
-      preprocessing: how an image becomes the model's input; None where it is not stated.
-      classes: the names of the model's outputs, in their order; None where they are not stated.
+      sha256: the payload's SHA-256.
+      preprocessing: how an image becomes the model's input; None if the file does not state it.
+      classes: the names of the model's outputs, in their order; None if the file does not state them.
     """
 
     model: dict[str, Any]
@@ -81,15 +81,15 @@ def save_inference(
 ) -> None:
     """Writes an inference folder, which `load_inference` reads unless it is a StableHLO program.
 
-    An earlier one there is replaced. What fails or is killed half-way leaves nothing that would be taken for whole.
+    An earlier inference folder is replaced. If writing fails or is killed, nothing remains that looks complete.
 
     Args:
-      path: the folder; made if need be.
-      model: in training or inference form.
-      variables: this model's; switched here if the model is in training form.
+      path: the folder, created if need be.
+      model: the model, in training or inference form.
+      variables: the model's variables; they are switched here if the model is in training form.
       format: one of PAYLOADS: "safetensors", one file; "orbax", a checkpoint; "stablehlo", `export_program`.
-      preprocessing: how an image becomes the model's input; None leaves it unsaid.
-      classes: the names of the model's outputs, in their order; None leaves them unsaid.
+      preprocessing: how an image becomes the model's input; None does not state it.
+      classes: the names of the model's outputs, in their order; None does not state them.
 
     Raises:
       InputError: the variables are not the model's, the preprocessing or the classes do not fit the model, the format
@@ -103,7 +103,8 @@ def save_inference(
         reach_bucket(path)
         with tempfile.TemporaryDirectory() as here:
             save_inference(here, model, variables, format=format, preprocessing=preprocessing, classes=classes)
-            for name in PAYLOADS.values():  # an earlier one's files would stay among the new ones
+            # The files of an earlier payload would stay among the new ones.
+            for name in PAYLOADS.values():
                 remove(epath.Path(path) / name)
             copy_folder(epath.Path(here), epath.Path(path), last=MODEL_FILE)
         return
@@ -122,6 +123,7 @@ def save_inference(
     if format == "stablehlo":
         program = export_program(model, unflatten(arrays))
         description |= {"images": ["batch", *_image_shape(model)], "platforms": PLATFORMS}
+    # Under another name until it is complete: the earlier payload stays in place until then.
     payload = folder / PAYLOADS[format]
     temporary = folder / f".{payload.name}.{os.getpid()}"
     try:
@@ -134,12 +136,12 @@ def save_inference(
             temporary.touch()
             mode = temporary.stat().st_mode
             save_safetensors(arrays, temporary)
-            temporary.chmod(mode)  # safetensors' own is 0600, which nobody else may read
+            temporary.chmod(mode)  # safetensors sets 0600, so nobody else could read the file
         description["sha256"] = sha256_of(temporary)
         description["versions"] = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
         remove(payload)
         temporary.replace(payload)
-        # The model's file last: a folder without it, or with another checksum, is refused rather than half read.
+        # model.json comes last: a folder without it, or with another checksum in it, is refused instead of half read.
         write_atomically(folder / MODEL_FILE, json.dumps(description, indent=2).encode())
         for other in set(PAYLOADS.values()) - {payload.name}:
             remove(folder / other)
@@ -162,11 +164,12 @@ def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
         folder).
 
     Returns:
-      (model, variables): the model is in inference form and holds shapes only, so that nothing is drawn or kept twice;
-      give both to `apply`.
+      (model, variables), for `apply`: the model is in inference form and holds shapes only, so no parameters are drawn
+      or kept twice.
 
     Raises:
-      InputError: a file is missing, was not written by this package, or is damaged; or it is a StableHLO program.
+      InputError: a file is missing, was not written by this package, or is damaged; or the folder holds a StableHLO
+        program.
     """
     path = locate(path)
     if is_remote(path):
@@ -182,8 +185,8 @@ def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
         raise InputError(f"'{payload}' is damaged: its SHA-256 is not the one in {MODEL_FILE}.")
     if name == PROGRAM_FILE:
         raise InputError(
-            f"'{folder}' holds a program and no variables: jax.export.deserialize of the bytes of {name} gives it, "
-            "and its call(images) the logits."
+            f"'{folder}' holds a program and no variables: jax.export.deserialize(bytes of {name}) loads it, and its "
+            "call(images) computes the logits."
         )
     with refusing((OSError, TypeError, ValueError), f"'{payload}' cannot be read"):
         variables = unflatten(read_safetensors(payload)) if name == VARIABLES_FILE else _load_orbax(payload)
@@ -196,10 +199,10 @@ def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
 
 
 def read_description(path: str | os.PathLike) -> Description:
-    """Reads an inference folder's model.json alone, of a StableHLO program too.
+    """Reads an inference folder's model.json alone, for a StableHLO program too.
 
     Args:
-      path: as `load_inference` takes it.
+      path: the folder, as `load_inference` takes it.
 
     Raises:
       InputError: the file is missing, damaged, or of a later format.
@@ -228,7 +231,7 @@ def read_description(path: str | os.PathLike) -> Description:
 
 
 def _where_it_is(folder: epath.Path) -> str:
-    """Where the inference folder of a run is, for the end of a sentence; "" of another folder."""
+    """Where a run's inference folder is, for the end of a sentence; "" if `folder` is not a run's."""
     if (folder / INFERENCE / MODEL_FILE).is_file():
         return f"; that of this run is '{folder / INFERENCE}'"
     if (folder / CONFIG_FILE).is_file():
@@ -237,7 +240,7 @@ def _where_it_is(folder: epath.Path) -> str:
 
 
 def _check_meaning(arguments: dict[str, Any], preprocessing: Preprocessing | None, classes: Any) -> None:
-    """Raises an InputError unless preprocessing and classes, where stated, fit a model of these arguments."""
+    """Raises an InputError unless preprocessing and classes, if stated, fit a model with these arguments."""
     size, channels, count = arguments.get("image_size"), arguments.get("in_chans", 3), arguments.get("num_classes")
     if preprocessing is not None and (preprocessing.image_size, len(preprocessing.channels)) != (size, channels):
         raise InputError(
@@ -256,15 +259,15 @@ def _check_meaning(arguments: dict[str, Any], preprocessing: Preprocessing | Non
 def export_program(model: Backbone, variables: Variables) -> bytes:
     """The inference form's forward pass as serialised StableHLO, with the weights inside.
 
-    One program for PLATFORMS and for any number of images. `jax.export.deserialize(data).call(images)`, images
-    [batch, size, size, channels] in float32, gives float32 logits; it needs jax and flatbuffers and no more, and a jax
-    that is not older than the one it was written with.
+    One program serves all PLATFORMS and any number of images. `jax.export.deserialize(data).call(images)` turns images
+    [batch, size, size, channels] in float32 into float32 logits. It needs only jax and flatbuffers, and a jax not older
+    than the one that exported the program.
     """
-    # A program for several platforms cannot hold a kernel of one of them.
+    # A program for several platforms cannot contain a kernel for one of them.
     plain = abstract_model(**model.spec.arguments(form="inference", implementation="xla"))
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *_image_shape(model)), jnp.float32)
-    # Compiled by itself, with the variables among its arguments, so that they stay in their dtype in the program.
+    # An inner jit takes the variables as arguments. As constants they would be cast while tracing, and stored widened.
     forward = jax.jit(functools.partial(apply, plain))
     program = jax.export.export(jax.jit(lambda images: forward(variables, images)), platforms=PLATFORMS)
     return bytes(program(images).serialize())

@@ -1,8 +1,8 @@
-"""What others call their weights: state dicts as people have them in, timm 1.0's names and NumPy's arrays out.
+"""Other projects' names of weights: their state dicts in, timm 1.0's names and NumPy arrays out.
 
-A training's checkpoint keeps the weights under a key, beside an optimiser and options; a wrapper such as
-torch.compile or DistributedDataParallel puts one prefix before all names; Hugging Face's ViT and DeiT have names of
-their own, and big_vision's ViT has Flax's. Nothing here knows a model: whether weights fit one is torch.py's matter.
+A training checkpoint keeps the weights under a key, beside an optimiser and options; a wrapper such as torch.compile or
+DistributedDataParallel puts a prefix before all names; Hugging Face's ViT and DeiT have names of their own, and
+big_vision's ViT has Flax's. Nothing here depends on a model: torch.py checks whether weights fit one.
 """
 
 import logging
@@ -17,15 +17,15 @@ import numpy as np
 
 from castling_jax.errors import InputError, printable, refusing
 
-# What timm's names, and Hugging Face's below a ViT's or a DeiT's own prefix, start with.
+# First parts of timm's names, and of Hugging Face's names without the prefix `vit.` or `deit.`.
 _TIMM = "blocks cls_token dist_token head head_dist norm patch_embed pos_embed stages stem"
 _ROOTS = frozenset(_TIMM.split()) | {"embeddings", "encoder", "layernorm", "classifier", "cls_classifier"}
-# Buffers that say nothing: PyTorch counts batches where no momentum is given, and models that were averaged; older
-# LeViTs keep what can be computed.
+# Buffers that carry no weights: PyTorch counts the batches of batch norm and the models in an average, and older
+# LeViTs store indices that can be computed.
 _IGNORED = ("num_batches_tracked", "n_averaged", "attention_bias_idxs")
-_WRAPPERS = ("model", "state_dict", "model_state_dict", "module")  # of several state dicts one under these is the model
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "module")  # of several state dicts, the model's has such a key
 _AVERAGE = re.compile(r"(^|[._])ema([._]|$)")
-_LISTED = 6  # names that a refusal gives
+_LISTED = 6  # names that an error message lists
 
 _HUGGING_FACE = (
     (r"embeddings\.cls_token$", "cls_token"),
@@ -42,7 +42,7 @@ _HUGGING_FACE = (
     (r"(cls_)?classifier\.", "head."),
     (r"distillation_classifier\.", "head_dist."),
 )
-# The original release numbers the modules of a block through; big_vision numbers each kind.
+# The original ViT release numbers all modules of a block together; big_vision numbers each kind separately.
 _BIG_VISION = (
     (r"embedding/", "patch_embed.proj."),
     (r"cls$", "cls_token"),
@@ -56,24 +56,25 @@ _BIG_VISION = (
     (r"Transformer/encoder_norm/", "norm."),
     (r"head/", "head."),
 )
-_PATCHES = "embedding/kernel"  # by which big_vision's are known
-_STACKED = "Transformer/encoderblock/"  # all blocks in one array each, where big_vision scanned over them
+_PATCHES = "embedding/kernel"  # a name by which big_vision's weights are recognised
+_STACKED = "Transformer/encoderblock/"  # a model that scans over its blocks stacks each array of all blocks
 
 
 def timm_state_dict(state_dict: object, what: str, *, ema: bool | None = None) -> dict[str, np.ndarray]:
-    """The weights under timm 1.0's names, whatever they are wrapped in.
+    """The weights under timm 1.0's names, without their wrappers.
 
     Args:
-      state_dict: names to arrays of NumPy, JAX or PyTorch, Parameters too; or a dict that has one such dict, or one and
-        its moving average, among other things.
-      what: what holds the weights, for messages.
-      ema: whether the moving average is wanted. None is the raw weights where there are both, said in a warning.
+      state_dict: names -> NumPy, JAX or PyTorch arrays (also Parameters); or a dict that contains one such dict, or
+        one and its moving average, among other things.
+      what: name of the source of the weights, for messages.
+      ema: whether to return the moving average. None returns the raw weights; if there are both, a warning says so.
 
     Returns:
-      Names to new arrays, or NumPy's own where nothing was to be changed; floating-point ones in float32.
+      Names -> NumPy arrays, with floating-point arrays in float32. A NumPy array that needs no change is not copied.
 
     Raises:
-      InputError: it is no dict, it holds no weights or several, there is no average, or an array is not of numbers.
+      InputError: it is no dict, it holds no weights or several sets of weights, there is no moving average, or an array
+        does not hold numbers.
     """
     arrays = {
         name: _as_array(name, value, what)
@@ -90,7 +91,7 @@ def timm_state_dict(state_dict: object, what: str, *, ema: bool | None = None) -
 
 
 def listed(names: list[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """The first names of a list, and the number of the others, as a text."""
     return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
@@ -98,55 +99,57 @@ def listed(names: list[str]) -> str:
 
 
 def _unwrapped(source: object, what: str, ema: bool | None) -> Mapping[str, Any]:
-    """The dict of arrays in a dict of other things."""
+    """Finds the dict of arrays that is meant, in `source` or in the dicts inside it."""
     if not isinstance(source, Mapping):
         raise InputError(f"{what} must be a dict of names to arrays, not {_class(source)}.")
     if any(_is_array(value) for value in source.values()) or not source:
         for name, value in source.items():
             if not isinstance(name, str) or not _is_array(value):
                 raise InputError(f"{what} holds {_class(value)} under {name!r}, among arrays that have names.")
-        found = {"": source}
+        state_dicts = {"": source}
     else:
-        found = _state_dicts(source)
-    averages = [key for key in found if _AVERAGE.search(key)]
-    raw = [key for key in found if key not in averages]
+        state_dicts = _state_dicts(source)
+    averages = [key for key in state_dicts if _AVERAGE.search(key)]
+    raw = [key for key in state_dicts if key not in averages]
     if len(raw) > 1 and "" not in raw:
         raw = [key for key in raw if key in _WRAPPERS] or raw
-    chosen = averages if ema or (ema is None and not raw) else raw
+    # A file with nothing but an average needs no decision from the caller.
+    wanted = averages if ema or (ema is None and not raw) else raw
     keys = f"its keys are {listed([str(key) for key in source])}"
-    if not found:
+    if not state_dicts:
         classes = sorted({_class(value) for value in source.values() if not isinstance(value, _PLAIN)})
         others = f", and it holds {listed(classes)}" if classes else ""
         raise InputError(f"{what} holds no weights: {keys}{others}.")
-    if not chosen:
+    if not wanted:
         missing = "moving average" if ema else "weights but a moving average"
-        raise InputError(f"{what} holds no {missing}" + ("." if "" in found else f": {keys}."))
-    if len(chosen) > 1:
-        raise InputError(f"{what} holds {len(chosen)} state dicts, {listed(chosen)}: give one of them alone; {keys}.")
+        raise InputError(f"{what} holds no {missing}" + ("." if "" in state_dicts else f": {keys}."))
+    if len(wanted) > 1:
+        raise InputError(f"{what} holds {len(wanted)} state dicts, {listed(wanted)}: give one of them alone; {keys}.")
     if ema is None and raw and averages:
         logging.getLogger(__name__).warning(
             "%s holds weights under '%s' and their moving average under '%s': the former are read; ema=True reads the "
             "average.",
             *map(printable, (what, raw[0], averages[0])),
         )
-    return found[chosen[0]]
+    return state_dicts[wanted[0]]
 
 
 _PLAIN = (Mapping, list, tuple, str, bytes, int, float, type(None))
 
 
 def _state_dicts(source: Mapping[Any, Any]) -> dict[str, Mapping[str, Any]]:
-    """Those in a dict, by their key, or by their path where they lie deeper; an optimiser's arrays are none."""
+    """key -> state dict for the dicts in a dict, or path -> state dict for deeper ones; optimisers are left out."""
     inner = {str(key): value for key, value in source.items() if isinstance(value, Mapping)}
     inner = {key: value for key, value in inner.items() if "optim" not in key.lower()}
-    found = {key: value for key, value in inner.items() if any(map(_is_array, value.values()))}
-    whole = {
+    with_arrays = {key: value for key, value in inner.items() if any(map(_is_array, value.values()))}
+    # A wrapper may hold a count of steps, an array, beside its state dict: only dicts of nothing but arrays are taken.
+    pure = {
         key: value
-        for key, value in found.items()
+        for key, value in with_arrays.items()
         if all(isinstance(name, str) and _is_array(array) for name, array in value.items())
     }
-    if whole:
-        return whole
+    if pure:
+        return pure
     return {
         f"{key}.{below}": state_dict
         for key, value in inner.items()
@@ -172,7 +175,7 @@ def _as_array(name: str, value: Any, what: str) -> np.ndarray:
     if value.dtype.kind == "V" and value.dtype.names is None and value.dtype.itemsize == 2:
         value = value.view(ml_dtypes.bfloat16)  # NumPy's files forget the type
     if jnp.issubdtype(value.dtype, np.floating):
-        with np.errstate(over="ignore"):  # whoever takes infinity for a weight says so
+        with np.errstate(over="ignore"):  # float64 may overflow; from_torch refuses infinite weights with a sentence
             return value.astype(np.float32, copy=False)
     if value.dtype.kind not in "iub":
         raise InputError(f"{what} holds {name!r} of dtype {value.dtype}, which is not one of numbers.")
@@ -183,7 +186,8 @@ def _as_array(name: str, value: Any, what: str) -> np.ndarray:
 
 
 def _without_prefix(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without what stands before all names, such as module., if timm's or Hugging Face's names are behind it."""
+    """Removes a prefix of all names, such as `module.`, if timm's or Hugging Face's names follow it."""
+    # Wrappers nest (`module._orig_mod.`), so parts are removed one by one until a known name appears.
     stripped = arrays
     while not any(name.split(".")[0] in _ROOTS for name in stripped):
         if len({name.partition(".")[0] for name in stripped}) != 1 or not all("." in name for name in stripped):
@@ -201,15 +205,15 @@ def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 def _from_hugging_face(arrays: dict[str, np.ndarray], what: str) -> dict[str, np.ndarray]:
     arrays = {re.sub(r"^(vit|deit)\.", "", name): value for name, value in arrays.items()}
-    if poolers := [name for name in arrays if name.startswith("pooler.")]:  # which no classifier reads
+    if poolers := [name for name in arrays if name.startswith("pooler.")]:  # no classifier uses the pooler
         logging.getLogger(__name__).warning("%s holds a pooler, which is left out.", printable(what))
         arrays = {name: value for name, value in arrays.items() if name not in poolers}
     return _with_fused_qkv({_renamed(name, _HUGGING_FACE): value for name, value in arrays.items()})
 
 
 def _from_big_vision(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Flax's layouts, [in, out] and [height, width, in, out], with the heads an axis of their own."""
-    # Names without the prefix are an optimiser's.
+    """Translates names and layouts: Flax has [in, out] and [height, width, in, out], and heads as a separate axis."""
+    # Names without the prefix belong to an optimiser.
     arrays = {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
     for name in [name for name in arrays if name.startswith(_STACKED)]:
         for block, value in enumerate(arrays.pop(name)):
@@ -220,13 +224,14 @@ def _from_big_vision(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np
         renamed[new] = _torch_layout(new, value) if new != name else value
     tokens = renamed["pos_embed"].shape[1] if "pos_embed" in renamed and renamed["pos_embed"].ndim == 3 else 0
     if "cls_token" in renamed and tokens and math.isqrt(tokens) ** 2 == tokens:
-        # big_vision adds positions before the class token comes, which so has none.
+        # A square number of positions leaves none for the class token: big_vision adds positions before it prepends the
+        # token. timm adds them after, so the token gets a position of zero.
         renamed["pos_embed"] = np.pad(renamed["pos_embed"], ((0, 0), (1, 0), (0, 0)))
     return _with_fused_qkv(renamed)
 
 
 def _torch_layout(name: str, value: np.ndarray) -> np.ndarray:
-    """An array of big_vision's, whose new name this is, as PyTorch has it; one of unlikely shape as it is."""
+    """An array of big_vision's in PyTorch's layout for its new name; an array of unexpected shape stays as it is."""
     if name.endswith((".query.bias", ".key.bias", ".value.bias")):
         return value.reshape(-1)
     if name.endswith((".query.weight", ".key.weight", ".value.weight")) and value.ndim == 3:
@@ -239,7 +244,7 @@ def _torch_layout(name: str, value: np.ndarray) -> np.ndarray:
 
 
 def _with_fused_qkv(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Queries', keys' and values' rows as one projection, where all three are there."""
+    """Joins the projections of queries, keys and values into one `qkv`, if all three exist."""
     arrays = dict(arrays)
     for name in [name for name in arrays if ".attn.query." in name]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]

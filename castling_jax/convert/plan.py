@@ -1,4 +1,4 @@
-"""What the switch does to each array, told without doing it."""
+"""Plans the switch: what it would do to each array, without computing anything."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -9,13 +9,13 @@ from castling_jax.models.variables import Variables, flatten
 
 
 class Fate(NamedTuple):
-    """What becomes of one array.
+    """What the switch does to one array.
 
     Attributes:
-      action: "kept"; "folded" into or with a batch norm's neighbour; "averaged" with the other head; or "dropped" with
-        the softmax branch.
-      target: path of the array in the inference tree that holds the result; None where it is dropped.
-      shape: the target's; None where it is dropped.
+      action: "kept"; "folded", as a batch norm or as the layer beside it; "averaged" with the other head; or "dropped"
+        with the softmax branch.
+      target: path in the inference tree of the array with the result; None for a dropped array.
+      shape: shape of the target; None for a dropped array.
     """
 
     action: Literal["kept", "folded", "averaged", "dropped"]
@@ -24,17 +24,18 @@ class Fate(NamedTuple):
 
 
 def plan(variables: Variables) -> dict[str, Fate]:
-    """What `to_inference` would do to each array: its path, such as "params/head/kernel", -> its `Fate`.
+    """What `to_inference` would do to each array: path, such as "params/head/kernel", -> `Fate`.
 
-    A batch norm's scale and var are folded into the kernel beside it, its bias and mean into the bias (where scale and
-    var take part as well). A head's kernel that is folded and then averaged is "averaged".
+    A batch norm's scale and var are listed under the kernel that they are folded into, its bias and mean under the bias
+    (which scale and var change as well). A head's kernel that is folded and then averaged is "averaged".
 
     Args:
-      variables: as `to_inference` takes them; only shapes are looked at, and nothing is computed.
+      variables: variables as `to_inference` takes them; only their shapes are used.
 
     Raises:
       InputError: what `to_inference` raises.
     """
+    # From to_inference itself, so that the plan cannot disagree with it about the paths and shapes of the result.
     shapes = jax.eval_shape(to_inference, jax.tree.map(_shape_only, variables))
     targets = {path: leaf.shape for path, leaf in flatten(shapes).items()}
     paths = flatten(variables)
@@ -43,7 +44,7 @@ def plan(variables: Variables) -> dict[str, Fate]:
 
 
 def _shape_only(leaf: Any) -> Any:
-    """What `to_inference` refuses stays as it is."""
+    """The leaf's shape and dtype; a leaf that is no array stays as it is, for `to_inference` to refuse."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf
 
 
@@ -51,6 +52,7 @@ def _fate(path: str, paths: dict[str, object], targets: dict[str, tuple[int, ...
     if SOFTMAX_BRANCH in path.split("/"):
         return Fate("dropped", None, None)
     node, _, layer = path.rpartition("/")[0].rpartition("/")
+    # batch_stats has no counterpart in the inference tree: mean and var go to the layer at the same place in params.
     in_params = node.replace("batch_stats", "params", 1)
     target = path
     if layer == "bn":

@@ -1,4 +1,4 @@
-"""The files in a run's folder that say what its checkpoints are: config.json and the log, metrics.jsonl."""
+"""The files in a run's folder that describe its checkpoints: config.json and the log, metrics.jsonl."""
 
 import json
 import logging
@@ -13,29 +13,29 @@ from castling_jax.storage import write_atomically
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
-INFERENCE = "inference"  # a run's inference folder
-START_THRESHOLDS = {"threshold": 0.02, "fade": 0.0}  # by mask.kind; 0.02 is that of the authors' block
-FORMAT = 1  # of config.json. A file that does not state one is of format 1 too
+INFERENCE = "inference"  # the inference folder in a run's folder
+START_THRESHOLDS = {"threshold": 0.02, "fade": 0.0}  # by mask.kind; the paper authors' block has 0.02
+FORMAT = 1  # the format of config.json; a file that states none has format 1 too
 _LOGGER = logging.getLogger(__name__)
 
 
 def write_config(run: epath.Path, config: Mapping[str, Any]) -> None:
-    """Writes RUN/config.json: the format, and the configuration's fields as nested objects."""
+    """Writes RUN/config.json: its format, and the configuration's fields as nested objects."""
     write_atomically(run / CONFIG_FILE, json.dumps({"format": FORMAT, **config}, indent=2).encode())
 
 
 def read_config(run: epath.Path) -> dict[str, Any]:
-    """The fields of RUN/config.json, nested; an earlier version's may lack some, and may have others.
+    """The fields of RUN/config.json, nested. A file from an earlier version may lack fields, and may have others.
 
     Raises:
-      InputError: it is missing, damaged, of another format, or does not say what the run's model is.
+      InputError: the file is missing, is damaged, has another format, or does not describe the run's model.
     """
     path = run / CONFIG_FILE
     damage = (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError)
     with refusing(damage, f"'{path}' is missing or damaged"):
         config = json.loads(path.read_text())
         written_as = config.pop("format", FORMAT)
-        if written_as == FORMAT:  # all that a reader of the run goes by is there, and of the right type
+        if written_as == FORMAT:  # call what the readers of a run will call, so that they meet no damage later
             model_arguments(config), exported_weights(config), start_threshold(config["mask"])
             config["dataset"].keys()
     if written_as != FORMAT:
@@ -46,30 +46,30 @@ def read_config(run: epath.Path) -> dict[str, Any]:
 
 
 def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `create_model` that a configuration, or a run's config.json, gives."""
+    """The arguments of `create_model` in a configuration or a run's config.json."""
     arguments = {name: value for name, value in config["model"].items() if value is not None}
     if arguments.get("token_conv") == "none":
         arguments["token_conv"] = None
-    if mask_kind(config) != "threshold":
+    if mask_kind(config) != "threshold":  # only castling models take mask_kind, and "threshold" is their default
         arguments["mask_kind"] = mask_kind(config)
     return arguments
 
 
 def mask_kind(config: Mapping[str, Any]) -> str:
-    """How a run empties the softmax branch; a run of an earlier version always by a threshold."""
+    """How a run empties the softmax branch; runs of earlier versions always use a threshold."""
     return config["mask"].get("kind", "threshold")
 
 
 def start_threshold(mask: Mapping[str, Any]) -> float:
-    """The mask's threshold at the start: of the configuration's group `mask`, where None is its kind's own."""
+    """A run's first mask threshold, from its configuration's group `mask`; each mask kind has its default."""
     start = mask["start_threshold"]
     return START_THRESHOLDS[mask.get("kind", "threshold")] if start is None else float(start)
 
 
 def preprocessing_of(config: Mapping[str, Any], image_size: int) -> Preprocessing:
-    """What a run does to the images that it is evaluated on, by its configuration or its config.json.
+    """The preprocessing of a run's evaluation, from its configuration or its config.json.
 
-    An earlier version's config.json may lack fields, which then have `Preprocessing`'s defaults.
+    Fields that an earlier version's config.json lacks get `Preprocessing`'s defaults.
     """
     data = config["dataset"]
     names = ("mean", "std", "crop_ratio", "exif")
@@ -77,17 +77,17 @@ def preprocessing_of(config: Mapping[str, Any], image_size: int) -> Preprocessin
 
 
 def exported_weights(config: Mapping[str, Any]) -> str:
-    """The weights that a run exports and chooses the best checkpoint by: "raw" or "averaged"."""
+    """The weights that a run exports, and that choose its best checkpoint: "raw" or "averaged"."""
     train = config["train"]
-    if train.get("export") is not None:  # which an earlier version's does not have
+    if train.get("export") is not None:  # earlier versions have no such field
         return train["export"]
     return "raw" if train.get("ema_decay") is None else "averaged"
 
 
 def read_metrics(run: epath.Path) -> list[dict[str, Any]]:
-    """The lines of RUN/metrics.jsonl that are whole; none where there is no such file.
+    """The undamaged lines of RUN/metrics.jsonl; none if there is no such file.
 
-    Damaged ones are counted in a warning, but for a last one that is cut short: the run was killed while writing it.
+    A warning counts the damaged lines, without a last line that is cut short: the run was killed while it wrote it.
     """
     path = run / METRICS_FILE
     texts = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -99,12 +99,12 @@ def read_metrics(run: epath.Path) -> list[dict[str, Any]]:
 
 
 def _read_line(text: bytes) -> dict[str, Any] | None:
-    """What a line says: a step, and figures or lists of them; None where it is damaged."""
+    """A line's step, and figures or lists of figures; None for a damaged line."""
     try:
         line = json.loads(text.decode())
     except (ValueError, RecursionError):
         return None
-    if not isinstance(line, dict) or type(line.get("step")) is not int:
+    if not isinstance(line, dict) or type(line.get("step")) is not int:  # not isinstance: True is an int
         return None
     values = [item for value in line.values() for item in (value if isinstance(value, list) else [value])]
     return line if all(type(value) in (int, float) for value in values) else None

@@ -11,16 +11,16 @@ WEIGHTS = Path(__file__).parents[1] / "weights"  # an inference folder for each 
 
 
 def shipped_names() -> list[str]:
-    """The names, sorted."""
+    """The sorted names of the shipped weights."""
     return sorted(path.name for path in WEIGHTS.glob("[!_]*/"))
 
 
 def locate(path: str | os.PathLike) -> epath.Path:
-    """Where `path` leads: to the folder of shipped weights if it is a text and their bare name, else where it says.
+    """The folder of shipped weights if `path` is a text and their bare name, else the path itself.
 
-    A folder of one's own that has such a name is called ./NAME, or given as a pathlib.Path.
+    For a folder of your own with such a name, write ./NAME or give a pathlib.Path.
 
     Raises:
-      InputError: it is no path at all.
+      InputError: `path` is no path.
     """
     return epath.Path(WEIGHTS / path) if isinstance(path, str) and path in shipped_names() else as_path(path)

@@ -1,8 +1,8 @@
-"""Between our variables and PyTorch state dicts under timm 1.0's parameter names.
+"""Converts between our variables and PyTorch state dicts under timm 1.0's parameter names.
 
-Our modules carry timm's names, so a path becomes a name by joining it with dots; only a leaf's own name and layout
-differ, and a castling model's `softmax_branch` is no level in timm. The token kernel, which timm does not have, is
-named as in the paper authors' block.
+Our modules have timm's names, so a path joined with dots is timm's name; only the leaves differ in name and layout, and
+timm has no level for a castling model's `softmax_branch`. timm has no token kernel either; its name is the one in the
+paper authors' block.
 """
 
 import logging
@@ -31,11 +31,11 @@ _LEAF_NAMES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-# What a bias of the scores is made of; only some kinds of attention take one.
+# Parameters of a bias of the scores, which only some kinds of attention take.
 _SOFTMAX_ONLY = ("attention_biases", "rel_pos_h", "rel_pos_w")
-# What scales a layer's output in DeiT III, CaiT and BEiT, by timm's, their own and Hugging Face's names.
-_TAPS = ("/token_kernel",)  # parameters that timm does not have
-_POOLS = tuple(f"/pool_{part}/kernel" for part in "qkv")  # likewise, in a DeiT
+_TAPS = ("/token_kernel",)  # timm has no such parameter
+_POOLS = tuple(f"/pool_{part}/kernel" for part in "qkv")  # timm has these in MViTv2, but not in a DeiT
+# Factors of a layer's output in DeiT III, CaiT and BEiT, under timm's, the authors' and Hugging Face's names.
 _LAYER_SCALE = re.compile(r"(^|\.)(ls[12]?\.gamma|gamma_[12]|lambda_[12]|layer_scale[12]?\.\w+)$")
 
 
@@ -45,25 +45,28 @@ def from_torch(
 ) -> Variables:
     """Variables for `model` from a state dict under timm 1.0's names, or others that `read_state_dict` translates.
 
-    A position embedding, attention biases or relative positions of another image size are fitted to the model's. What
-    timm does not have, the token kernels and those of DeiT's `qkv_pool`, starts at zero, as in a new model, and is
-    listed in a warning of this module's logger. So are the biases of the softmax, where the model's attention does not
-    take a bias of the scores.
+    Position embeddings, attention biases and relative positions for another image size are resized to the model's.
+    Parameters that timm does not have, token kernels and the kernels of DeiT's `qkv_pool`, start at zero as in a new
+    model, and a warning of this module's logger lists them. Another warning lists the biases of the softmax that are
+    left out because the model's attention takes no bias of the scores.
 
     Args:
-      model: in training form; its parameters are not used, only their paths and shapes.
-      state_dict: names to arrays, [out, in] and [out, in, height, width] as in PyTorch; of NumPy, JAX or PyTorch. It
-        may have a prefix before all names, or stand in a dict under "model" or "state_dict", as a training saves it.
-      reset_head: whether classifiers that are missing or of another number of classes start anew, at zero: with no
+      model: the model, in training form; only the paths and shapes of its parameters are used.
+      state_dict: names -> NumPy, JAX or PyTorch arrays in PyTorch's layouts, [out, in] and [out, in, height, width].
+        All names may have a prefix, and the state dict may be inside a dict under "model" or "state_dict", as training
+        scripts save it.
+      reset_head: whether classifiers that are missing, or have another number of classes, start at zero: without a
         preference for any class.
-      ema: of a dict that has both, whether the moving average is wanted; None is the raw weights, said in a warning.
+      ema: for a dict with both, whether to read the moving average instead of the raw weights. None reads the raw
+        weights, and a warning says so.
 
     Returns:
-      {"params": ...}, and "batch_stats" with batch norm, of float arrays in the model's dtypes; copies.
+      {"params": ...}, and "batch_stats" for a model with batch norm: copies, float arrays in the model's dtypes.
 
     Raises:
-      InputError: the model is in inference form, the state dict is no mapping, holds no weights or several, names are
-        missing or unknown or shapes do not fit, or arrays are not of finite floating numbers: it lists them.
+      InputError: the model is in inference form; the state dict is no mapping, or holds no weights or several sets of
+        weights; names are missing or unknown; shapes do not fit; or arrays are not finite floating-point numbers. The
+        message lists the arrays.
     """
     _check_form(model)
     remaining = timm_state_dict(state_dict, "a state dict", ema=ema)
@@ -78,7 +81,7 @@ def from_torch(
             unusable += _unusable(name, value)
             order = _row_order(model, path)
             fitted = fitted if order is None else fitted[order]
-            # A copy: on a CPU asarray may share memory with a torch model that goes on being trained.
+            # A copy: on a CPU, asarray may share memory with a torch model that is still training.
             leaves[path] = jnp.array(_from_torch_layout(path, fitted, leaf.ndim), leaf.dtype)
         elif value is None and path.endswith(at_zero_here):
             leaves[path] = jnp.zeros(leaf.shape, leaf.dtype)
@@ -89,6 +92,7 @@ def from_torch(
             missing.append(repr(name))
         else:
             misshapen.append(f"{name!r} is {value.shape}, not {shape}")
+    # Without a place for a bias of the scores, the state dict's tables are expected leftovers, not unknown names.
     if KINDS[model.spec.attention].tables is None:
         unused = sorted(name for name in remaining if name.split(".")[-1] in _SOFTMAX_ONLY)
     unknown = [repr(name) for name in sorted(remaining.keys() - unused)]
@@ -104,7 +108,7 @@ def from_torch(
         )
     if unused:
         logging.getLogger(__name__).warning(
-            "%d arrays of the state dict are of the softmax alone and are left out: %s",
+            "%d arrays of the state dict belong to the softmax alone and are left out: %s",
             len(unused),
             printable(", ".join(unused)),
         )
@@ -112,20 +116,20 @@ def from_torch(
 
 
 def _misfit(model: Backbone, missing: list[str], unknown: list[str], misshapen: list[str]) -> str:
-    """All that keeps a state dict from being this model's, in one sentence."""
+    """Everything that does not fit between a state dict and this model, in one sentence."""
     name = model.spec.name
     parts = [f"it lacks {len(missing)} of the model's tensors: {listed(missing)}"] if missing else []
     parts += [f"it holds {len(unknown)} that {name} does not have: {listed(unknown)}"] if unknown else []
     parts += [f"it holds {len(misshapen)} of another shape: {listed(misshapen)}"] if misshapen else []
     if scales := [text for text in unknown if _LAYER_SCALE.search(text.strip("'"))]:
-        parts.append(f"{scales[0]} is of layer scale, as DeiT III has it, which {name} does not")
+        parts.append(f"{scales[0]} belongs to layer scale, which DeiT III has and {name} does not")
     if any(text.startswith("'head") for text in misshapen):
         parts.append("reset_head=True starts classifiers of another number of classes anew")
     return f"the state dict does not fit {name}: {'; '.join(parts)}."
 
 
 def _unusable(name: str, value: np.ndarray) -> list[str]:
-    """Why an array is none of weights, if so."""
+    """Why an array cannot be a weight, as a list of one text; an empty list if it can."""
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return [f"{name!r} is of {value.dtype}, not floating"]
     count = int(np.sum(~np.isfinite(value)))
@@ -134,7 +138,7 @@ def _unusable(name: str, value: np.ndarray) -> list[str]:
 
 @takes(model=MODEL, variables=VARIABLES)
 def to_torch(model: Backbone, variables: Variables) -> dict[str, np.ndarray]:
-    """The inverse of `from_torch`: timm 1.0's names to float32 numpy arrays, which are copies.
+    """The inverse of `from_torch`: timm 1.0's names -> float32 numpy arrays, which are copies.
 
     Raises:
       InputError: the model is in inference form, or the variables are not this model's.
@@ -145,7 +149,7 @@ def to_torch(model: Backbone, variables: Variables) -> dict[str, np.ndarray]:
     for path, leaf in flatten(variables).items():
         value, order = _to_torch_layout(path, np.asarray(leaf, np.float32)), _row_order(model, path)
         value = value if order is None else value[np.argsort(order)]
-        # Contiguous, since safetensors would write a transposed view's memory as it lies.
+        # Contiguous, because safetensors writes the memory of a transposed view in its original order.
         state_dict[_torch_name(path)] = np.array(value, order="C")
     return state_dict
 
@@ -162,9 +166,9 @@ def _torch_name(path: str) -> str:
 
 
 def _row_order(model: Backbone, path: str) -> np.ndarray | None:
-    """Which of timm's rows each of ours is, where the two are ordered differently: LeViT's fused projections.
+    """For LeViT's fused projections: the index of timm's row for each of our rows. None for other parameters.
 
-    Ours are ordered q, k, v, then head; timm's head first, then q, k, v.
+    Our rows are ordered by q, k, v first and then by head; timm's by head first and then by q, k, v.
     """
     modules = path.split("/")[1:]
     fused = {"qkv", "kv"} & set(modules)
@@ -201,7 +205,7 @@ def _to_torch_layout(path: str, value: np.ndarray) -> np.ndarray:
 
 
 def _fit(model: Any, path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """What is made for an image size on the model's grid, where it is that of a square grid at all; else as it is."""
+    """Resizes a table of positions for a square grid of another image size to the model's; others stay as they are."""
     if path == "params/pos_embed" and value.ndim == 3 and value.shape[0] == 1:
         side = math.isqrt(max(value.shape[1] - model.prefix_tokens, 0))
         if side and side * side == value.shape[1] - model.prefix_tokens:

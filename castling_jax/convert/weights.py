@@ -1,4 +1,4 @@
-"""The one reader of weights, whatever they are kept in."""
+"""The one reader of weights, for runs, checkpoints, inference folders, shipped weights and foreign files."""
 
 import dataclasses
 import logging
@@ -35,21 +35,23 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What `read` has found.
+    """Weights from `read`, and what is known about them.
+
+    config, mask_threshold, step and averaged are None unless the weights come from a checkpoint.
 
     Attributes:
-      path: where: a checkpoint's folder, an inference folder, or a file.
-      variables: the model's, nested dicts of arrays. A foreign file, which names no model, gives its arrays under
-        timm's names, as `read_state_dict` does: `from_torch` makes a model's variables of them.
-      model: in `form`; holds shapes only. None for a foreign file.
-      config: of a checkpoint, the fields of its run's config.json, as nested plain dicts.
-      mask_threshold: of a checkpoint, the threshold of its last step.
-      step: of a checkpoint, how many steps were made.
-      averaged: of a checkpoint, whether the variables are the moving averages.
+      path: the checkpoint's folder, inference folder or file that was read.
+      variables: the model's variables, nested dicts of arrays. A foreign file names no model; its arrays are here under
+        timm's names, as `read_state_dict` returns them, and `from_torch` turns them into a model's variables.
+      model: the model in `form`, with shapes only. None for a foreign file.
+      config: the fields of the run's config.json, as nested plain dicts.
+      mask_threshold: the mask threshold of the checkpoint's last step.
+      step: number of steps that the checkpoint has trained.
+      averaged: whether the variables are the moving averages.
       preprocessing: how an image becomes the model's input, for `castling_jax.preprocess`. None for a foreign file, and
-        where it is not stated.
-      classes: the names of the model's outputs, in their order. None for a foreign file, and where an earlier version
-        did not keep them.
+        for an inference folder that does not state it.
+      classes: names of the model's outputs, in their order. None for a foreign file, and if an earlier version did not
+        save them.
     """
 
     path: epath.Path
@@ -64,14 +66,14 @@ class Weights:
 
     @property
     def form(self) -> str | None:
-        """The form that model and variables are in: "train" or "inference"; None for a foreign file."""
+        """The form of model and variables: "train" or "inference"; None for a foreign file."""
         return None if self.model is None else self.model.spec.form
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The weights under timm's names, for `from_torch` into another model.
 
         Raises:
-          InputError: they are in inference form.
+          InputError: the weights are in inference form.
         """
         if self.model is None:
             return self.variables
@@ -83,22 +85,22 @@ class Weights:
 
 
 def read(path: str | os.PathLike, *, step: int | None = None, ema: bool | None = None) -> Weights:
-    """Reads weights, and what is known of them; nothing at `path` is touched.
+    """Reads weights, and what is known about them, without changing anything at `path`.
 
     Args:
-      path: on this machine or in a bucket (gs://):
-        - a run's folder: its newest checkpoint in training form, or its inference folder where it has no checkpoint;
+      path: one of these, on this machine or in a bucket (gs://):
+        - a run's folder: its newest checkpoint in training form, or its inference folder if it has no checkpoint;
         - the folder of one checkpoint, RUN/checkpoints/STEP;
         - an inference folder, as a run or the convert command writes it;
-        - the name of shipped weights, a text without a slash: "digits", where "./digits" is a folder;
+        - the name of shipped weights, a text without a slash: "digits" ("./digits" is a folder);
         - a foreign file: .safetensors, .npz, or PyTorch's.
-      step: which checkpoint of a run; None is the newest.
-      ema: whether a checkpoint's variables are to be their moving averages; None is where it is they that its run
-        exports. Of a foreign file as in `read_state_dict`.
+      step: the checkpoint of a run to read; None is the newest.
+      ema: whether to read the moving averages of a checkpoint's variables; None reads the weights that its run exports.
+        For a foreign file as in `read_state_dict`.
 
     Raises:
-      InputError: there is nothing of this kind at `path` or it is damaged, the run has no checkpoint of that step,
-        there is no moving average, or an argument is of another type.
+      InputError: nothing of this kind is at `path`, or it is damaged; the run has no checkpoint of that step; there is
+        no moving average; or an argument has another type.
     """
     where = locate(path)
     if step is not None and (isinstance(step, bool) or not isinstance(step, int | np.integer)):
@@ -113,6 +115,7 @@ def read(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
         return _read_checkpoint(where, where / CHECKPOINTS / str(steps[-1] if step is None else step), ema)
     if STEP.fullmatch(absolute(where).name) and (where / "state").is_dir():
         return _read_checkpoint(absolute(where).parent.parent, where, ema)
+    # After the checkpoints: a finished run has both, and the training form can be switched but not the other way round.
     if inference := next((folder for folder in (where, where / INFERENCE) if (folder / MODEL_FILE).is_file()), None):
         if ema:
             raise InputError(f"'{inference}' holds no moving average, which only checkpoints do.")
@@ -136,6 +139,7 @@ def _read_checkpoint(run: epath.Path, folder: epath.Path, ema: bool | None) -> W
     config = read_config(run)
     if ema is None:
         ema = exported_weights(config) == "averaged"
+    # Without the optimiser's state, which is twice as large as the parameters.
     try:
         state, about = read_checkpoint(absolute(folder), ("ema",) if ema else ("params", "batch_stats"))
     except InputError as error:
@@ -147,8 +151,10 @@ def _read_checkpoint(run: epath.Path, folder: epath.Path, ema: bool | None) -> W
     if (written_as := about.get("format", 1)) > FORMAT:
         raise InputError(f"'{folder}' is of format {written_as}; this version reads formats up to {FORMAT}.")
     variables = state["ema"] if ema else state
+    # The configuration leaves the number of classes to the data. In LeViT's head a batch norm comes before the layer,
+    # so the last array has the classes.
     heads = [leaf.shape[-1] for name, leaf in flatten(variables["params"]).items() if name.startswith("head/")]
-    model = abstract_model(num_classes=heads[-1], **model_arguments(config))  # the last one's: batch norm comes before
+    model = abstract_model(num_classes=heads[-1], **model_arguments(config))
     leaves_of(model, variables)
     step = int(absolute(folder).name)
     threshold = about.get("mask_threshold")
@@ -160,7 +166,7 @@ def _read_checkpoint(run: epath.Path, folder: epath.Path, ema: bool | None) -> W
 
 
 def _logged_threshold(run: epath.Path, step: int, *, first: float) -> float:
-    """The mask threshold at a step of an earlier version's run, whose checkpoints do not hold it."""
+    """The mask threshold at a step, from the log of an earlier version's run, whose checkpoints do not hold it."""
     logged = [line for line in read_metrics(run) if "mask_threshold" in line and line["step"] <= step]
     threshold = logged[-1]["mask_threshold"] if logged else first
     source = f"as {METRICS_FILE} has it of step {logged[-1]['step']}" if logged else "where the schedule starts"

@@ -1,13 +1,13 @@
-"""Encoded images -> pixels, no more of them than are asked for.
+"""Encoded images -> pixels, decoding no more than the crop needs.
 
-An image is the bytes of a JPEG, PNG or any other file that Pillow reads, an image of Pillow's, or an array of uint8
+An image is the bytes of a JPEG, PNG or any other file that Pillow reads, a Pillow image, or an array of uint8
 [height, width] or [height, width, 1 or 3].
 
-Its EXIF orientation is ignored, as TFDS and torchvision ignore it, unless `exif` is set. A TIFF's orientation always
+The EXIF orientation is ignored unless `exif` is set; TFDS and torchvision ignore it too. A TIFF's orientation always
 counts, because Pillow applies it.
 
-Of 16-bit grey pixels the upper 8 bits are kept. Other pixels of more than 8 bits are refused: 12 bits, 32-bit integers
-and floating-point numbers have no range that the file states.
+16-bit grey pixels keep their upper 8 bits. Other pixels of more than 8 bits are refused, because the file does not
+state their range: 12 bits, 32-bit integers and floating-point numbers.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from castling_jax.errors import InputError, in_one_sentence
 Encoded = bytes | Image.Image | UInt8[np.ndarray, "height width *channels"]
 Box = tuple[float, float, float, float]  # top, left, height, width
 Size = tuple[int, int]  # height, width
-# EXIF orientation -> what turns the image upright (Exif 2.3, tag 274).
+# EXIF orientation -> the operation that turns the image upright (Exif 2.3, tag 274).
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,16 +33,16 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SWAPPED = (5, 6, 7, 8)  # orientations whose upright image has the height for its width
-BITS_PER_SAMPLE = 258  # TIFF's tag
-SIXTEEN_BITS = ("PNG", "PPM")  # formats of whose 16 bits Pillow makes its mode I, which is of 32 bits elsewhere
+SWAPPED = (5, 6, 7, 8)  # orientations that swap width and height
+BITS_PER_SAMPLE = 258  # number of a TIFF tag
+SIXTEEN_BITS = ("PNG", "PPM")  # formats whose 16-bit pixels Pillow opens in mode I; in other formats I means 32 bits
 
 
 def image_size(image: Encoded, *, exif: bool = False) -> Size:
-    """(height, width) of an image, of which only the header is read; with `exif` those of the upright image.
+    """Reads (height, width) from an image's header; with `exif`, the size of the upright image.
 
     Raises:
-      InputError: it cannot be decoded.
+      InputError: the image cannot be decoded.
     """
     opened = _open(image)
     width, height = opened.size
@@ -50,14 +50,14 @@ def image_size(image: Encoded, *, exif: bool = False) -> Size:
 
 
 def decode(image: Encoded, *, exif: bool = False) -> Image.Image:
-    """The whole image, in RGB: transparency is dropped, and of 16 bits the upper 8 are kept.
+    """The whole image, in RGB: transparency is dropped, and 16-bit pixels keep their upper 8 bits.
 
     Args:
-      image: encoded, an array, or Pillow's.
-      exif: whether it is turned as its EXIF orientation says.
+      image: an encoded image, an array, or a Pillow image.
+      exif: whether the image is turned as its EXIF orientation says.
 
     Raises:
-      InputError: it cannot be decoded, or has pixels of a depth that has no range.
+      InputError: the image cannot be decoded, or the range of its pixels is unknown.
     """
     return _load(_open(image), exif)
 
@@ -67,31 +67,32 @@ def read_crop(
 ) -> Image.Image:
     """Cuts `box` out of an image and resizes it, antialiased, to `size`; RGB.
 
-    Crop and resize are one: a filter at the edge of the box sees the pixels behind it, which a crop on its own would
-    cut off.
+    Crop and resize are one operation, so that the filter at the edge of the box sees the pixels outside it; a separate
+    crop would cut them off.
 
     Args:
-      image: encoded, an array, or Pillow's.
-      box: in pixels of the image, upright if `exif` is set; need not be whole.
-      size: of the result.
-      interpolation: of Pillow's, "bicubic" or "bilinear".
+      image: an encoded image, an array, or a Pillow image.
+      box: the part to cut out, in pixels of the image (upright if `exif` is set); fractions of pixels are allowed.
+      size: height and width of the result.
+      interpolation: Pillow's "bicubic" or "bilinear".
       exif: whether the image is turned as its EXIF orientation says.
-      reduced: whether a JPEG may be decoded at a half, a quarter or an eighth, where the box stays at least as large as
-        `size`. That is faster, and moves pixels of large photographs by up to some 30 levels of 255.
+      reduced: whether a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as the box stays at least as large
+        as `size`. That is faster, and changes pixels of large photographs by up to about 30 of 255 levels.
 
     Raises:
-      InputError: it cannot be decoded, or has pixels of a depth that has no range.
+      InputError: the image cannot be decoded, or the range of its pixels is unknown.
     """
     top, left, height, width = box
     opened = _open(image)
     across, down = opened.size
-    # libjpeg decodes at 1, 2, 4 or 8 times less; other formats know no draft.
+    # The largest power of two, at most 8, by which the box can shrink without getting smaller than `size`: libjpeg
+    # decodes at these scales, and other formats do not support drafts.
     factor = 1 << min(int(min(height / size[0], width / size[1])), 8).bit_length() >> 1
     shrunk = 1.0
     if reduced and factor > 1:
         with _decoding():
             drafted = opened.draft(None, (across // factor, down // factor))
-        if drafted is not None:
+        if drafted is not None:  # Pillow chose the scale; its box has the exact size, before rounding to pixels
             shrunk = across / drafted[1][2]
     corners = (left / shrunk, top / shrunk, (left + width) / shrunk, (top + height) / shrunk)
     return _load(opened, exif).resize(size[::-1], Image.Resampling[interpolation.upper()], box=corners)
@@ -99,18 +100,18 @@ def read_crop(
 
 @contextlib.contextmanager
 def _decoding() -> Iterator[None]:
-    """Says in one sentence whatever goes wrong inside; Pillow's readers raise what they happen to stumble over."""
+    """Turns any exception inside the block into a one-sentence InputError; Pillow's readers raise all kinds."""
     try:
         yield
     except UnidentifiedImageError as error:
-        raise InputError("an image cannot be decoded: it is of no format that Pillow knows.") from error
+        raise InputError("an image cannot be decoded: it has no format that Pillow knows.") from error
     except Exception as error:
-        said = in_one_sentence(error) or type(error).__name__
-        raise InputError(f"an image cannot be decoded: {said}.") from error
+        detail = in_one_sentence(error) or type(error).__name__
+        raise InputError(f"an image cannot be decoded: {detail}.") from error
 
 
 def _open(image: Encoded) -> Image.Image:
-    """The image, with nothing but its header read yet."""
+    """Opens an image; only its header is read."""
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, bytes):
@@ -125,23 +126,25 @@ def _open(image: Encoded) -> Image.Image:
 
 
 def _orientation(opened: Image.Image) -> int:
-    """Of EXIF; 1, upright, where there is none or it cannot be read."""
-    if opened.format == "TIFF" or (opened.format == "PNG" and "exif" not in opened.info):  # which would be loaded
+    """The EXIF orientation; 1 (upright) if there is none or it cannot be read."""
+    # Pillow turns a TIFF itself. For a PNG without EXIF in its header, getexif would decode all pixels to look for it.
+    if opened.format == "TIFF" or (opened.format == "PNG" and "exif" not in opened.info):
         return 1
-    with contextlib.suppress(Exception):  # of many kinds; the pixels are not in it
+    with contextlib.suppress(Exception):  # a damaged EXIF block raises many kinds, and the pixels may be fine
         return int(opened.getexif().get(ExifTags.Base.Orientation, 1))
     return 1
 
 
 def _load(opened: Image.Image, exif: bool) -> Image.Image:
     with _decoding():
+        # Before any conversion, which drops EXIF.
         turn = TURNS.get(_orientation(opened)) if exif else None
         if opened.mode == "F":
             raise ValueError("its pixels are floating-point numbers")
         if opened.mode == "I" and opened.format not in SIXTEEN_BITS:
             raise ValueError("its pixels are integers of 32 bits, whose range is not known")
         if opened.format == "TIFF" and getattr(opened, "tag_v2", {}).get(BITS_PER_SAMPLE) == (12,):
-            raise ValueError("its pixels are of 12 bits, and those of 8 or 16 are known")
+            raise ValueError("its pixels have 12 bits, but only 8 or 16 are supported")
         opened.load()
         if opened.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
             opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))

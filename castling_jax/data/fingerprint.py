@@ -1,7 +1,7 @@
-"""A fingerprint of the data that a run learns from, by which a change between a start and a later one is noticed.
+"""A fingerprint of a run's data, to notice changes when the run is resumed.
 
-It is of names, counts, the order of the classes, and versions. Images are not read for it: a file that is replaced by
-another of its name is not noticed.
+It is made from names, counts, the order of the classes, and versions. Images are not read, so a file that is replaced
+by another one with the same name goes unnoticed.
 """
 
 from typing import Any
@@ -10,14 +10,12 @@ from castling_jax.data.sources import Dataset
 from castling_jax.errors import InputError
 
 Fingerprint = dict[str, Any]
-NAMED = 3  # classes in an error message
+NAMED = 3  # classes that an error message names
 
 
 def fingerprint(train_set: Dataset, eval_set: Dataset, test_set: Dataset | None = None) -> Fingerprint:
-    """What is kept of the data: {"classes": names, "training": {"images": count, ...}, "held-out": likewise}.
-
-    With a test set there is "test" too.
-    """
+    """{"classes": names, "training": {"images": count, ...}, "held-out": {"images": count, ...}}, and "test" with a
+    test set."""
     splits = {"training": train_set, "held-out": eval_set} | ({} if test_set is None else {"test": test_set})
     return {
         "classes": list(train_set.classes),
@@ -26,20 +24,21 @@ def fingerprint(train_set: Dataset, eval_set: Dataset, test_set: Dataset | None 
 
 
 def compare_data(before: Fingerprint, now: Fingerprint, *, accept_changes: bool) -> str:
-    """Refuses to go on with other data than a run began with.
+    """Refuses to resume a run on data other than the data it began with.
 
     Args:
-      before: the run's.
-      now: of the data that is here.
-      accept_changes: whether other images are taken; other classes never are, as labels would mean something else.
+      before: the fingerprint that the run began with.
+      now: the fingerprint of the data as it is now.
+      accept_changes: whether other images are accepted. Other classes never are, because labels would change meaning.
 
     Returns:
-      What has changed and is accepted; "" where nothing has.
+      A text about the accepted changes; "" if nothing has changed.
 
     Raises:
-      InputError: something has changed; says what.
+      InputError: the data has changed; the message says how.
     """
     check_same_classes(before["classes"], now["classes"])
+    # The test set is optional: only a split that both fingerprints have can have changed.
     changes = [
         change
         for split in ("training", "held-out", "test")
@@ -57,38 +56,39 @@ def compare_data(before: Fingerprint, now: Fingerprint, *, accept_changes: bool)
 def check_same_classes(
     before: list[str], now: list[str], *, remedy: str = "put them back, or choose another --workdir"
 ) -> None:
-    """Refuses classes that are not a run's.
+    """Refuses classes that differ from a run's.
 
     Args:
-      before: the run's.
-      now: of the data that is here.
-      remedy: what a person may do.
+      before: the run's classes.
+      now: the classes of the data as it is now.
+      remedy: what the user can do about it, for the message.
 
     Raises:
-      InputError: names those that are missing or new, or says that their order is another.
+      InputError: names the missing and the new classes, or says that their order has changed.
     """
     if before != now:
         raise InputError(f"the data's classes are not the run's ({_class_changes(before, now)}): {remedy}.")
 
 
 def _class_changes(before: list[str], now: list[str]) -> str:
-    missing, new = ([name for name in these if name not in others] for these, others in ((before, now), (now, before)))
-    said = [f"{len(now):,} instead of {len(before):,}"] if len(now) != len(before) else []
-    said += [f"{_listed(names)} {word}" for names, word in ((missing, "missing"), (new, "new")) if names]
-    return ", ".join(said) or "the order is another"
+    missing = [name for name in before if name not in now]
+    new = [name for name in now if name not in before]
+    changes = [f"{len(now):,} instead of {len(before):,}"] if len(now) != len(before) else []
+    changes += [f"{_listed(names)} {word}" for names, word in ((missing, "missing"), (new, "new")) if names]
+    return ", ".join(changes) or "their order has changed"
 
 
 def _changes(what: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    said = []
+    changes = []
     if before["images"] != now["images"]:
-        said.append(f"{what} holds {now['images']:,} images instead of {before['images']:,}")
+        changes.append(f"{what} holds {now['images']:,} images instead of {before['images']:,}")
     for name in sorted((before.keys() | now.keys()) - {"images"}):
         old, new = before.get(name), now.get(name)
         if old != new and name == "version":
-            said.append(f"{what} is of {new} instead of {old}")
-        elif old != new and not said:  # other names go without saying where there are more or fewer
-            said.append(f"{what} has other {name}")
-    return said
+            changes.append(f"{what} is {new} instead of {old}")
+        elif old != new and not changes:  # with another number of files, other file names are no news
+            changes.append(f"{what} has other {name}")
+    return changes
 
 
 def _listed(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Image files in a folder for each class: PATH/SPLIT/CLASS/ or PATH/CLASS/, and folders below those."""
+"""Image files with a folder for each class: in PATH/SPLIT/CLASS/ or PATH/CLASS/, and in folders below those."""
 
 import collections
 import dataclasses
@@ -17,7 +17,7 @@ from PIL import features
 from castling_jax.errors import InputError, check_known, printable, refusing
 from castling_jax.storage import as_path, is_remote
 
-# A folder that has none of them, in any case, is PATH/CLASS.
+# If PATH contains none of these folders, in upper or lower case, its folders are the classes.
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
 IMAGE_SUFFIXES: tuple[str, ...] = (
     ".bmp",
@@ -39,14 +39,14 @@ HOLDOUT_SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class FolderDataset:
-    """Image files in a folder for each class.
+    """A split of image files with a folder for each class.
 
     Attributes:
-      folder: the split's.
-      files: relative to the folder, CLASS/.../NAME, sorted.
-      labels: of the files.
+      folder: the split's folder.
+      files: the images' paths relative to the folder, CLASS/.../NAME, sorted.
+      labels: each file's class number.
       classes: names of all classes.
-      skipped: how many files have another suffix than images have, by their suffix.
+      skipped: suffix -> number of files with it, for suffixes that are not those of images.
     """
 
     folder: epath.Path
@@ -71,16 +71,17 @@ class FolderDataset:
         return f"'{self.folder / self.files[index]}'"
 
     def contents(self) -> dict[str, str]:
+        # Names alone: reading every image at each start would take too long.
         return {"file names": hashlib.sha256("\n".join(self.files).encode()).hexdigest()}
 
 
 def list_skipped(skipped: collections.Counter[str]) -> str:
-    """Counts of files by their suffix, the most frequent first, such as "12 .txt, 1 .dng"."""
+    """Counts of files by their suffix as a text, the most frequent first: "12 .txt, 1 .dng"."""
     return ", ".join(f"{count:,} {printable(suffix)}" for suffix, count in skipped.most_common())
 
 
 def folder_splits(path: epath.PathLike) -> list[str]:
-    """The splits of a folder of images: the folders in it, or "train" alone where those are the classes.
+    """The splits of a folder of images: the folders in it, or only "train" if those are the classes.
 
     Raises:
       InputError: there is no such folder.
@@ -95,18 +96,18 @@ def folder_splits(path: epath.PathLike) -> list[str]:
 def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) -> FolderDataset:
     """The images in PATH/SPLIT/CLASS/ and in the folders below it, in sorted order.
 
-    The folders in PATH/train, sorted, are the classes, so that a label means the same in every split. Where no folder
-    in PATH is called like a split, these folders are the classes, and "train" is all their images.
+    The folders in PATH/train, sorted, are the classes, so that a label means the same in every split. If no folder in
+    PATH is named like a split, the folders in PATH are the classes, and "train" is all their images.
 
     Args:
-      path: the folder.
-      split: a folder in it; or "10% of train", a tenth of each class, drawn with a seed of its own and so always the
-        same images; or "train without 10%", the other images.
-      classes: the classes of a model that was trained elsewhere, in its order. PATH/train then need not be there.
+      path: the folder PATH.
+      split: a folder in PATH; or "10% of train", a tenth of each class, always the same images because the seed is
+        fixed; or "train without 10%", the other images.
+      classes: the classes of a model that was trained elsewhere, in its order. PATH/train is then not needed.
 
     Raises:
-      InputError: a folder is missing, holds no classes, no images (a class may have none but in train), or a class that
-        PATH/train or `classes` does not have.
+      InputError: a folder is missing, has no classes or no images (a class may be empty, except in train), or has a
+        class that PATH/train or `classes` lacks.
     """
     splits = folder_splits(path)
     root = as_path(path)
@@ -128,12 +129,14 @@ def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = Non
     for class_name in _folders(images):
         if class_name not in known:
             lacks = f"for which '{train}' has no folder" if classes is None else "that the model does not have"
-            raise InputError(f"'{images / class_name}' is of a class {lacks}.")
-        found = sorted(image_files(images / class_name, f"{class_name}/", skipped))
-        if not found and name == "train":
+            raise InputError(f"'{images / class_name}' is a class {lacks}.")
+        # Sorted: the order in which a file system lists files differs between machines, and a split must not.
+        class_files = sorted(image_files(images / class_name, f"{class_name}/", skipped))
+        # A class without images to learn from is a mistake; a held-out split may lack a rare class.
+        if not class_files and name == "train":
             raise InputError(f"'{images / class_name}' holds no images ({', '.join(IMAGE_SUFFIXES)}).")
-        files += found
-        labels += [known.index(class_name)] * len(found)
+        files += class_files
+        labels += [known.index(class_name)] * len(class_files)
     if not files:
         raise InputError(f"'{images}' holds no folders, one for the images of each class.")
     indices = np.arange(len(files))
@@ -144,16 +147,17 @@ def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = Non
                 f"the split {split!r} of '{root}' holds no images: each class of {name} has too few to hold out "
                 f"{percent} % of them, so give another config.dataset.eval_split."
             )
-    chosen = [files[index] for index in indices]
-    return FolderDataset(images, chosen, np.array(labels, np.int32)[indices], tuple(known), skipped)
+    split_files = [files[index] for index in indices]
+    return FolderDataset(images, split_files, np.array(labels, np.int32)[indices], tuple(known), skipped)
 
 
 def image_files(path: epath.Path, prefix: str, skipped: collections.Counter[str]) -> Iterator[str]:
-    """The images in a folder and below it, relative, after `prefix`; counts the other files in `skipped`.
+    """Yields the relative paths of the images in and below a folder, after `prefix`; counts other files in `skipped`.
 
-    In a bucket, a name with an image's suffix is taken for a file, because each look takes a request.
+    In a bucket, a name with an image's suffix is assumed to be a file, because each check takes a request.
     """
     remote = is_remote(path)
+    # os.scandir knows which entries are folders without asking the disk about each of a million files.
     for entry in path.iterdir() if remote else os.scandir(path):
         if entry.name.startswith("."):
             continue
@@ -167,26 +171,27 @@ def image_files(path: epath.Path, prefix: str, skipped: collections.Counter[str]
 
 
 def rest_of(split: str) -> str | None:
-    """What "10% of train" leaves: "train without 10%"; None for a split that is held out of no other."""
+    """The split that remains: "train without 10%" for "10% of train"; None for a split that is not part of another."""
     name, percent, is_held_out = _parse_split(split)
     return f"{name} without {percent}%" if is_held_out else None
 
 
 def _parse_split(split: str) -> tuple[str, int | None, bool]:
-    """A split's folder, the percentage that is held out of it if any, and whether the split is what is held out."""
-    if found := re.fullmatch(r"([1-9]\d?)% of (.+)", split):
-        return found[2], int(found[1]), True
-    if found := re.fullmatch(r"(.+) without ([1-9]\d?)%", split):
-        return found[1], int(found[2]), False
+    """(folder, percentage that is held out of it or None, whether the split is the held-out part)."""
+    if match := re.fullmatch(r"([1-9]\d?)% of (.+)", split):
+        return match[2], int(match[1]), True
+    if match := re.fullmatch(r"(.+) without ([1-9]\d?)%", split):
+        return match[1], int(match[2]), False
     return split, None, False
 
 
 def _held_out(labels: Int[np.ndarray, "examples"], percent: int) -> Bool[np.ndarray, "examples"]:
-    """Which examples are held out: of each class this percentage, rounded, but neither none nor all of two and more."""
+    """Which examples are held out: this percentage of each class, rounded, but at least one and never all of them."""
     is_held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         count = min(max(round(len(members) * percent / 100), 1), len(members) - 1)
+        # A generator for each class: new images in one class do not change which images of another are held out.
         order = np.random.default_rng((HOLDOUT_SEED, int(label))).permutation(len(members))
         is_held_out[members[order[:count]]] = True
     return is_held_out

@@ -12,13 +12,13 @@ from castling_jax.data.decode import Box, Size, decode, image_size, read_crop
 from castling_jax.data.pixels import Image
 from castling_jax.preprocessing import Preprocessing
 
-TRIES = 10  # draws of a crop that may fail to fit into the image
+TRIES = 10  # draws of a crop, each of which may not fit into the image, before the fallback
 CROP_RATIOS = (3 / 4, 4 / 3)  # width / height
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A box that is cut out of an image, resized to the model's input, and mirrored or not.
+    """A box to cut out of an image, resize to the model's input, and mirror or not.
 
     Attributes:
       box: (top, left, height, width) in pixels of the upright image; fractions of pixels are allowed.
@@ -31,38 +31,38 @@ class View:
     flip: bool = False
 
     def image(self, image: Any, preprocessing: Preprocessing, *, reduced: bool = False) -> Any:
-        """The image's part, antialiased: float32 [height, width, 3] if the image is of floats, else Pillow's.
+        """The view's part of an image, antialiased: float32 [height, width, 3] for a float image, else a Pillow image.
 
         Args:
-          image: encoded, Pillow's or uint8 as `decode` takes it, or float32 [height, width, 3] in [0, 1].
-          preprocessing: the interpolation, and whether the EXIF orientation counts.
+          image: an image that `decode` takes, or float32 [height, width, 3] in [0, 1].
+          preprocessing: its interpolation and `exif` are used.
           reduced: whether a JPEG may be decoded at a smaller scale, as `read_crop` does.
 
         Raises:
           InputError: the image cannot be decoded.
         """
-        if self.box == (0, 0, *self.size):  # the whole image, which has that size already
+        if self.box == (0, 0, *self.size):  # an image of the right size is taken as it is: resizing could only round it
             seen = image if is_float(image) else decode(image, exif=preprocessing.exif)
         elif is_float(image):
             seen = self._resized_floats(image, preprocessing.interpolation)
         else:
-            options = preprocessing.interpolation
-            seen = read_crop(image, self.box, self.size, options, exif=preprocessing.exif, reduced=reduced)
+            interpolation = preprocessing.interpolation
+            seen = read_crop(image, self.box, self.size, interpolation, exif=preprocessing.exif, reduced=reduced)
         if not self.flip:
             return seen
         return seen[:, ::-1] if isinstance(seen, np.ndarray) else seen.transpose(PillowImage.Transpose.FLIP_LEFT_RIGHT)
 
     def boxes(self, boxes: Float[np.ndarray, "boxes 4"]) -> Float[np.ndarray, "boxes 4"]:
-        """Boxes (x0, y0, x1, y1) of the image, in pixels, as the view shows them; nothing is cut off at its border."""
+        """Boxes (x0, y0, x1, y1) in the image's pixels -> in the view's pixels; they are not cut off at its border."""
         top, left, height, width = self.box
         down, across = self.size[0] / height, self.size[1] / width
         moved = (boxes - np.array([left, top, left, top])) * np.array([across, down, across, down])
         if self.flip:
-            moved[:, [0, 2]] = self.size[1] - moved[:, [2, 0]]
+            moved[:, [0, 2]] = self.size[1] - moved[:, [2, 0]]  # mirroring swaps left and right edge
         return moved.astype(boxes.dtype)
 
     def mask(self, mask: Integer[np.ndarray, "height width"]) -> Integer[np.ndarray, "view_height view_width"]:
-        """A label for each pixel: the nearest one of the image's, never a mean of two."""
+        """A mask of labels as the view shows it: each pixel gets the nearest label, never a mean of two."""
         resized = PillowImage.fromarray(mask).resize(self.size[::-1], PillowImage.Resampling.NEAREST, box=self._corners)
         labels = np.asarray(resized)
         return np.fliplr(labels) if self.flip else labels
@@ -73,21 +73,21 @@ class View:
         return left, top, left + width, top + height
 
     def _resized_floats(self, image: Image, interpolation: str) -> Image:
-        """Pillow resizes floats one channel at a time."""
+        """Resizes one channel after another, because Pillow's float images have only one."""
         resampling = PillowImage.Resampling[interpolation.upper()]
         channels = [PillowImage.fromarray(channel) for channel in np.ascontiguousarray(image.transpose(2, 0, 1))]
         resized = [channel.resize(self.size[::-1], resampling, self._corners) for channel in channels]
-        # Clipped where the filter overshoots, as 8 bits are.
+        # Bicubic filters overshoot at edges; 8-bit images are clipped there too.
         return np.stack([np.asarray(channel) for channel in resized], -1).clip(0, 1)
 
 
 def is_float(image: Any) -> bool:
-    """Whether an image is an array of floats, which operations on 8 bits do not take."""
+    """Whether an image is an array of floats, which 8-bit operations do not support."""
     return isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating)
 
 
 def size_of(image: Any, preprocessing: Preprocessing) -> Size:
-    """(height, width) of an image as it is seen upright.
+    """(height, width) of an image, upright if the preprocessing turns images by their EXIF orientation.
 
     Raises:
       InputError: the image cannot be decoded.
@@ -96,7 +96,7 @@ def size_of(image: Any, preprocessing: Preprocessing) -> Size:
 
 
 def evaluation_view(size: Size, preprocessing: Preprocessing) -> View:
-    """The view that evaluation has of an image of a size: all of it where it fits the model, else its middle."""
+    """Evaluation's view of an image: the whole image if it has the model's size, else its resized center."""
     side = preprocessing.image_size
     if size == (side, side):
         return View((0, 0, side, side), size)
@@ -108,17 +108,16 @@ def random_resized_crop_box(size: tuple[int, int], scale: tuple[float, float], r
 
     Args:
       size: (height, width) of the image.
-      scale: between which shares of the image's area.
-      rng: what is drawn from.
+      scale: smallest and largest area of the box, as shares of the image's area.
+      rng: the generator to draw from.
 
     Returns:
-      (top, left, height, width). Where no draw fits, what is in the image's middle: all of it but what makes it longer
-      or higher than the aspect ratio may be.
+      (top, left, height, width). If no draw fits, the largest box in the image's center whose aspect ratio is allowed.
     """
     height, width = size
     for _ in range(TRIES):
         area = rng.uniform(*scale) * height * width
-        ratio = math.exp(rng.uniform(*np.log(CROP_RATIOS)))
+        ratio = math.exp(rng.uniform(*np.log(CROP_RATIOS)))  # uniform in the logarithm: 3/4 is as likely as 4/3
         across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < across <= width and 0 < down <= height:
             return int(rng.integers(height - down + 1)), int(rng.integers(width - across + 1)), down, across
@@ -128,12 +127,13 @@ def random_resized_crop_box(size: tuple[int, int], scale: tuple[float, float], r
 
 
 def center_crop_box(size: tuple[int, int], side: int, crop_ratio: float) -> Box:
-    """What becomes side x side when an image's short side is resized to side / crop_ratio and its middle cut out.
+    """The box that becomes side x side if the short side is resized to side / crop_ratio and the center is cut out.
 
-    Sizes are rounded as in torchvision's Resize and CenterCrop, which timm's evaluation consists of.
+    Sizes are rounded as in torchvision's Resize and CenterCrop, which timm's evaluation uses.
     """
     height, width = size
     short = math.floor(side / crop_ratio)
     down, across = (int(short * length / min(size)) for length in size)
     top, left = round((down - side) / 2), round((across - side) / 2)
+    # Back from pixels of the resized image to pixels of the original, so that one filter does crop and resize.
     return top * height / down, left * width / across, side * height / down, side * width / across

@@ -20,13 +20,13 @@ from castling_jax.data.sources import Dataset
 from castling_jax.errors import DeterministicError, InputError, printable
 
 LOGGER = logging.getLogger(__name__)
-PART = 32  # images that one thread reads at a time: a batch is shared out, and what is read ahead is bounded
-PARTS_AHEAD = 4  # for each thread
-MAX_THREADS = 16  # in one process; beyond, they wait for Python's lock more than they work
-CORRUPT_IN_A_ROW = 100  # after so many, nothing good is looked for any further
-MIN_IMAGES_JUDGED = 10_000  # the share of corrupt images is of at least so many
-NAMED = 3  # corrupt images in an error message
-_LOGGED: set[str] = set()  # the corrupt images that were named, in training or in an evaluation
+PART = 32  # images that one thread reads at a time: threads share a batch, and reading ahead takes bounded memory
+PARTS_AHEAD = 4  # parts that are read ahead by each thread
+MAX_THREADS = 16  # in one process; more threads would wait for Python's lock more than they work
+CORRUPT_IN_A_ROW = 100  # after so many the search for a good image stops
+MIN_IMAGES_JUDGED = 10_000  # the share of corrupt images is taken of at least so many images
+NAMED = 3  # corrupt images that an error message names
+_LOGGED: set[str] = set()  # names of the corrupt images that were logged, in training or in an evaluation
 Batch = dict[str, np.ndarray]
 Rows = Int[np.ndarray, "rows"]
 Example = dict[str, Any]
@@ -46,29 +46,28 @@ def training_batches(
     workers: int = 0,
     max_corrupt_share: float = 0.0,
 ) -> Iterator[Batch]:
-    """An endless stream of shuffled, augmented batches; every epoch in another order.
+    """An endless stream of shuffled, augmented batches; every epoch has another order.
 
-    Batch number `step` is a function of the seed and of the step alone, on any number of processes and workers: a run
-    that goes on needs to know nothing but its step.
+    Batch number `step` depends on the seed and the step alone, with any number of processes and workers, so a run
+    needs to know nothing but its step to resume.
 
-    The batches cut one endless stream of images, and run over the end of an epoch: of each len(dataset) images from a
-    multiple of it on, every one is another example, and none is ever left out. With `repeats` that is said of
-    repeats * len(dataset) images, in which each example comes `repeats` times in a row, each time augmented anew
-    (Hoffer et al. 2020, as in DeiT's recipe). An example that is corrupt is replaced by the next one of the dataset
-    that is not.
+    The batches are cut from one endless stream of images, and may cross the end of an epoch. Each epoch is
+    len(dataset) images of the stream and contains every example exactly once. With `repeats`, an epoch is
+    repeats * len(dataset) images, and each example comes `repeats` times in a row, each time augmented anew (Hoffer et
+    al. 2020, as in DeiT's recipe). A corrupt example is replaced by the next good one of the dataset.
 
     Args:
-      dataset: examples.
-      batch_size: of all processes together.
-      seed: of the order and of the augmentations.
-      transform: (example, random generator) -> arrays by name, such as {"image", "label"}, of the same shapes for all
-        examples. It raises an InputError where the image is corrupt.
-      repeats: how often an example comes in a row.
-      first_step: the number of the first batch that is given.
-      rows: which rows of every batch are given; None is all.
-      workers: processes that read; 0 is threads of this one. Dataset and transform must then be picklable, and the main
-        program guarded by `if __name__ == "__main__"`.
-      max_corrupt_share: of the images read.
+      dataset: the examples.
+      batch_size: images in a batch, over all processes.
+      seed: seed of the order and the augmentations.
+      transform: (example, random generator) -> arrays by name, such as {"image", "label"}, with the same shapes for all
+        examples. It raises an InputError if the image is corrupt.
+      repeats: how many times in a row an example comes.
+      first_step: number of the first batch.
+      rows: the rows of every batch to return; None returns all.
+      workers: number of processes that read; 0 reads in threads of this process. With workers, dataset and transform
+        must be picklable, and the main program must be guarded by `if __name__ == "__main__"`.
+      max_corrupt_share: largest share of corrupt images among the images read.
 
     Returns:
       An iterator of the transformed examples' arrays, stacked along a first axis [rows, ...]; integers are int32. It
@@ -79,11 +78,14 @@ def training_batches(
     """
     if not 1 <= batch_size <= len(dataset):
         raise InputError(f"a batch must be of 1 to {len(dataset)} images (there are no more), not {batch_size}.")
+    # Shuffled before it is repeated, so that every epoch has each image once; grain gives each epoch its own order.
     order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat()
     read = functools.partial(_training_image, dataset, transform, order, seed, repeats)
     parts = _Parts(read, batch_size, rows)
+    # An "endless" range, kept so small that a position in the stream still fits in 64 bits.
     first, last = first_step * len(parts.rows), sys.maxsize // batch_size
     batches = _batches(parts, range(first, last), workers=workers, max_corrupt_share=max_corrupt_share)
+    # Only evaluation pads and weighs: in training every row is a good image.
     return ({name: array for name, array in batch.items() if name != "weight"} for batch in batches)
 
 
@@ -96,17 +98,17 @@ def evaluation_batches(
     workers: int = 0,
     max_corrupt_share: float = 0.0,
 ) -> Iterator[Batch]:
-    """One pass over the dataset in batches of one size: the last is padded, and `weight` is 0 where it is.
+    """One pass over the dataset in batches of one size. The last batch is padded with rows of weight 0.
 
-    A corrupt image has the weight 0 too, and is counted as in training.
+    A corrupt image also gets the weight 0, and is counted as in training.
 
     Args:
-      dataset: examples.
-      batch_size: of all processes together.
-      transform: example -> arrays by name, of the same shapes for all examples.
-      rows: which rows of every batch are given; None is all.
-      workers: as in training.
-      max_corrupt_share: as in training.
+      dataset: the examples.
+      batch_size: images in a batch, over all processes.
+      transform: example -> arrays by name, with the same shapes for all examples.
+      rows: the rows of every batch to return; None returns all.
+      workers: as in `training_batches`.
+      max_corrupt_share: as in `training_batches`.
 
     Returns:
       An iterator of the transformed examples' arrays, stacked as in training, and "weight" [rows].
@@ -118,7 +120,7 @@ def evaluation_batches(
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """An example that was read, the weight that it has in an evaluation, and what was corrupt before it."""
+    """A transformed example, its weight in an evaluation, and the corrupt images that it stands in for."""
 
     example: Example
     weight: float
@@ -128,26 +130,28 @@ class _Read:
 def _training_image(
     dataset: Dataset, transform: TrainTransform, order: grain.MapDataset, seed: int, repeats: int, position: int
 ) -> _Read:
-    """The image at a position of the endless stream."""
+    """Reads the image at a position of the endless stream."""
 
     def augmented(example: Example) -> Example:
+        # The position, not the example, seeds the augmentation: every repeat and epoch draws anew, on any process.
         return transform(example, np.random.default_rng((seed, position)))
 
     return _first_good(dataset, augmented, int(order[position // repeats]))
 
 
 def _evaluation_image(dataset: Dataset, transform: EvalTransform, position: int) -> _Read:
-    """The image at a position of the padded dataset."""
-    if position >= len(dataset):
+    """Reads the image at a position of the padded dataset."""
+    if position >= len(dataset):  # padding: any good image has the right shapes
         read = _first_good(dataset, transform, len(dataset) - 1)
         return _Read(read.example, 0.0, {})
     read = _first_good(dataset, transform, position)
-    own = dict(itertools.islice(read.corrupt.items(), 1))  # those behind it have their own turn
-    return _Read(read.example, 0.0 if own else 1.0, own)
+    # The search for a good image may have passed more corrupt ones; those are counted at their own positions.
+    corrupt = dict(itertools.islice(read.corrupt.items(), 1))
+    return _Read(read.example, 0.0 if corrupt else 1.0, corrupt)
 
 
 def _first_good(dataset: Dataset, transform: EvalTransform, index: int) -> _Read:
-    """The example at an index or, where that is corrupt, the next one that is not."""
+    """Reads the example at an index or, if that one is corrupt, the next good one."""
     corrupt: dict[str, str] = {}
     for offset in range(min(len(dataset), CORRUPT_IN_A_ROW)):
         nearby = (index + offset) % len(dataset)
@@ -155,17 +159,18 @@ def _first_good(dataset: Dataset, transform: EvalTransform, index: int) -> _Read
             return _Read(transform(dataset[nearby]), 1.0, corrupt)
         except InputError as error:
             corrupt[dataset.describe(nearby)] = str(error)
+    # Not one bad image but a wrong data set or a broken disk: the caller should hear of it now.
     name, why = next(iter(corrupt.items()))
     raise DeterministicError(f"{len(corrupt)} images in a row are corrupt, the first of them {name}: {why}")
 
 
 class _Parts:
-    """Batches in parts of up to PART rows, numbered from the first part of batch 0 on.
+    """Batches in parts of up to PART rows; the parts of all batches are numbered through, from batch 0 on.
 
     Args:
       read: position in the stream -> image.
-      batch_size: of all processes together.
-      rows: of every batch; None is all.
+      batch_size: images in a batch, over all processes.
+      rows: the rows of every batch to read; None reads all.
     """
 
     def __init__(self, read: Callable[[int], _Read], batch_size: int, rows: Rows | None):
@@ -185,26 +190,27 @@ class _Parts:
 
 
 def _stacked(values: list[Any]) -> np.ndarray:
-    """Python's integers become int32: JAX has no int64 here."""
+    """Stacks the examples' values; integers become int32, because JAX has no int64 by default."""
     stacked = np.stack(values)
     return stacked.astype(np.int32) if stacked.dtype == np.int64 else stacked
 
 
 def _batches(parts: _Parts, numbers: range, *, workers: int, max_corrupt_share: float) -> Iterator[Batch]:
-    """Whole batches from the parts of these numbers, read ahead."""
+    """Reads the parts with these numbers ahead, and joins them to whole batches."""
+    # Each worker process has one thread; without workers, this process reads with many.
     threads = 1 if workers else min(os.cpu_count() or 1, MAX_THREADS)
     options = grain.ReadOptions(threads, PARTS_AHEAD * threads)
     stream = grain.MapDataset.range(numbers.start, numbers.stop).map(parts).to_iter_dataset(options)
     if workers:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain hands flags on to its processes; a notebook or a test has none
+            flags.FLAGS.mark_as_parsed()  # grain passes absl's flags to its workers, but notebooks and tests parse none
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=PARTS_AHEAD)
         stream = stream.mp_prefetch(options, worker_init_fn=_ignore_signals)
     return _whole(stream, len(parts.rows), max_corrupt_share)
 
 
 def _ignore_signals(*_: int) -> None:
-    """The workers read on until the run has saved: a cluster's SIGTERM and a terminal's Ctrl-C go to all processes."""
+    """Makes a worker ignore SIGTERM and Ctrl-C, which go to all processes: it has to read until the run has saved."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -219,9 +225,10 @@ def _whole(stream: grain.IterDataset, count: int, max_corrupt_share: float) -> I
                 try:
                     parts.append(next(iterator))
                 except StopIteration:
-                    return
+                    return  # a plain StopIteration inside a generator would become a RuntimeError
                 except RuntimeError as error:
                     raise _lost_worker(error) or error from error
+            # `count` parts are one batch. Its corrupt images are no arrays and go to the counter alone.
             unreadable = [item for part in parts for item in part.pop("corrupt")]
             batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             corrupt.add(len(batch["weight"]), unreadable)
@@ -231,25 +238,27 @@ def _whole(stream: grain.IterDataset, count: int, max_corrupt_share: float) -> I
 
 
 def _lost_worker(error: RuntimeError) -> InputError | None:
-    """What grain says of a worker that is gone, in a sentence; None where it says something else."""
-    found = re.search(r"Worker process was terminated unexpectedly with exit code (-?\d+)", str(error))
-    if not found:
+    """Grain's error about a worker that died, as a sentence; None for any other error."""
+    match = re.search(r"Worker process was terminated unexpectedly with exit code (-?\d+)", str(error))
+    if not match:
         return None
-    status = int(found[1])
-    said = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    status = int(match[1])
+    fate = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     return InputError(
-        f"one of the processes that read images {said}, as the system does when memory runs out; the same command goes "
-        "on, and needs less memory with fewer config.dataset.workers."
+        f"one of the processes that read images {fate}, which happens when memory runs out; the same command goes on, "
+        "and needs less memory with fewer config.dataset.workers."
     )
 
 
 class _Corrupt:
     """Counts the corrupt images among those that this process reads, and logs each one's name once.
 
-    Counted where batches are used, not where they are read: so in the same order with any threads and workers.
+    Images are counted when a batch is used, not when it is read, so the order is the same with any number of threads
+    and workers.
 
     Args:
-      max_share: of the images read, of MIN_IMAGES_JUDGED at least, so that a few bad images at first end nothing.
+      max_share: largest share of corrupt images among the images read. The share is taken of at least
+        MIN_IMAGES_JUDGED images, so that a few corrupt images at the start do not end a run.
     """
 
     def __init__(self, max_share: float):

@@ -1,4 +1,4 @@
-"""Preparing a data set to be trained on: downloaded or read from archives, and written as ArrayRecord files."""
+"""Prepares a data set for training: downloads it or reads its archives, and writes ArrayRecord files."""
 
 import contextlib
 import gzip
@@ -22,9 +22,10 @@ from castling_jax.storage import try_folder
 
 IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 DEBIAN_ARCHIVES = epath.Path("/usr/share/datasets/fashion-mnist")  # where dataset-fashion-mnist is installed
-# Debian's copies are the published files but for gzip's header, which lacks name and time: split -> (start, time).
+# Split -> (start of the file's name, the time in the published file's gzip header). Debian's copies equal the published
+# files except for gzip's header, which lacks name and time.
 FASHION_MNIST = {"train": ("train", 1504176606), "test": ("t10k", 1504176627)}
-LARGEST_SIZE = 224  # pixels that a command is suggested for
+LARGEST_SIZE = 224  # largest image size in pixels that a command is suggested for
 ANY_IMAGES = f"folder:{LARGEST_SIZE}"  # the configuration for images of any kind
 RECIPES = {
     "fashion_mnist": "fashion_mnist",
@@ -40,29 +41,29 @@ def prepare(
     manual_dir: epath.PathLike | None = None,
     archives: epath.PathLike | None = None,
 ) -> str:
-    """Prepares a data set, unless that was done; see the module's docstring.
+    """Prepares a data set unless it is prepared already.
 
     Returns:
-      What there is now, for a person.
+      A text that describes the prepared data set to the user.
 
     Raises:
-      InputError: the data set is unknown or not of labelled images, or something is missing that it needs.
+      InputError: the data set is unknown, does not consist of labelled images, or lacks something that it needs.
     """
     if name == "digits":
         return "digits is in scikit-learn's wheel and needs no preparing."
     if name.startswith(FOLDER):
         return _count_folder(epath.Path(name.removeprefix(FOLDER)).expanduser())
     builder = tfds_builder(name, data_dir=data_dir, file_format="array_record")
-    labelled_image(builder)  # before hours of work
+    labelled_image(builder)  # refuses a data set without labelled images now, before hours of work
     if builder.is_prepared():
         return f"{name} was prepared before.\n{_count(builder, name, data_dir)}"
     try_folder(builder.data_path)
     if builder.name == "fashion_mnist":
-        found = epath.Path(archives) if archives else DEBIAN_ARCHIVES
-        if archives or found.is_dir():
-            _read_from_archives(builder, found)
+        archives_folder = epath.Path(archives) if archives else DEBIAN_ARCHIVES
+        if archives or archives_folder.is_dir():
+            _read_from_archives(builder, archives_folder)
     elif archives:
-        raise InputError("--archives is for fashion_mnist alone; --manual_dir is for what others need.")
+        raise InputError("--archives is for fashion_mnist alone; other data sets take --manual_dir.")
     manual = epath.Path(manual_dir) if manual_dir else builder.data_dir_root / "downloads" / "manual"
     _check_manual(builder, manual)
     _download_and_prepare(builder, name, manual)
@@ -70,7 +71,7 @@ def prepare(
 
 
 def _check_manual(builder: Any, manual: epath.Path) -> None:
-    """Raises an InputError unless what has to be fetched by hand is in the folder."""
+    """Raises an InputError unless the folder has the files that must be downloaded by hand."""
     if builder.name == "imagenet2012":
         missing = [archive for archive in IMAGENET_ARCHIVES if not (manual / archive).exists()]
         if missing:
@@ -113,7 +114,7 @@ def _lacks_tensorflow(error: BaseException | None) -> bool:
 
 
 def _read_from_archives(builder: Any, folder: epath.Path) -> None:
-    """Lets a builder of Fashion-MNIST read its archives from a folder, with nothing that needs TensorFlow.
+    """Makes a builder of Fashion-MNIST read its archives from a folder, without TensorFlow.
 
     Raises:
       InputError: an archive is missing, or is not the published one.
@@ -130,14 +131,16 @@ def _read_from_archives(builder: Any, folder: epath.Path) -> None:
     def split_generators(manager: Any) -> dict[str, Any]:
         return {split: _examples(*part) for split, part in parts.items()}
 
+    # TFDS's own generators read through tf.io. All else, such as shuffling and writing, stays TFDS's.
     builder._split_generators = split_generators
 
 
 def _read_archive(path: epath.Path, time: int, checksums: dict[str, str]) -> bytes:
-    """What is in a published archive, or in Debian's copy of it, which lacks the time and name in gzip's header."""
+    """The content of a published archive, or of Debian's copy, whose gzip header lacks time and name."""
     if not path.is_file():
         raise InputError(f"there is no archive '{path}'; apt-get install dataset-fashion-mnist brings it.")
     data = path.read_bytes()
+    # The published file's header. Debian's copy, with this header instead of its 10 bytes, has the published hash.
     header = b"\x1f\x8b\x08\x08" + struct.pack("<I", time) + b"\x00\x03" + path.stem.encode() + b"\x00"
     if checksums[path.name] not in (hashlib.sha256(copy).hexdigest() for copy in (data, header + data[10:])):
         raise InputError(f"'{path}' is not the published archive: its SHA-256 is not {checksums[path.name]}.")
@@ -147,14 +150,17 @@ def _read_archive(path: epath.Path, time: int, checksums: dict[str, str]) -> byt
 def _parse_idx(data: bytes, magic: int) -> np.ndarray:
     """The array in an IDX file: its magic number's last byte is the number of dimensions."""
     dimensions = magic & 0xFF
-    found, *shape = struct.unpack_from(f">{1 + dimensions}I", data)
-    if found != magic:
-        raise InputError(f"an archive's magic number is {found:#x}, not {magic:#x}.")
+    file_magic, *shape = struct.unpack_from(f">{1 + dimensions}I", data)
+    if file_magic != magic:
+        raise InputError(f"an archive's magic number is {file_magic:#x}, not {magic:#x}.")
     return np.frombuffer(data, np.uint8, offset=4 * (1 + dimensions)).reshape(shape)
 
 
 def _examples(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-    """As TFDS's own builder gives them, with its keys, so that they come in the same order; but encoded here."""
+    """Yields TFDS's (key, example) pairs, with PNGs encoded by Pillow.
+
+    The keys are those of TFDS's own builder, which sorts by them, so that the order of the examples is the same.
+    """
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
         encoded = io.BytesIO()
         Image.fromarray(image).save(encoded, "PNG")
@@ -162,7 +168,7 @@ def _examples(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dic
 
 
 def _count(builder: Any, name: str, data_dir: epath.PathLike | None) -> str:
-    """What a prepared data set holds, and how it is trained on; its first image was read."""
+    """Describes a prepared data set, after a test read, and the command that trains on it."""
     splits = builder.info.splits
     dataset = load_dataset(name, next(iter(splits)), data_dir=data_dir)
     option = f" --config.dataset.data_dir={data_dir}" if data_dir else ""
@@ -171,7 +177,7 @@ def _count(builder: Any, name: str, data_dir: epath.PathLike | None) -> str:
         [
             f"{builder.data_path}: {dataset.num_classes} classes, {builder.info.dataset_size / 1e6:,.0f} MB",
             *(f"  {split}: {info.num_examples:,} images" for split, info in splits.items()),
-            *(f"{left} is what an interrupted preparation left, and can be removed." for left in leftovers),
+            *(f"{leftover} was left by an interrupted preparation, and can be removed." for leftover in leftovers),
             "To train on it:",
             f"  python main.py --config={RECIPES.get(builder.name, ANY_IMAGES)} --config.dataset.name={name}{option}",
         ]
@@ -179,10 +185,10 @@ def _count(builder: Any, name: str, data_dir: epath.PathLike | None) -> str:
 
 
 def _count_folder(path: epath.Path) -> str:
-    """What there is in a folder of images.
+    """Describes a folder of images, and the command that trains on it.
 
     Raises:
-      InputError: as `folder` does.
+      InputError: what `folder` raises.
     """
     classes = folder(path, "train").classes
     lines = [f"{path}: {len(classes)} classes"]
@@ -193,7 +199,7 @@ def _count_folder(path: epath.Path) -> str:
         lines.append(f"  {printable(split)}: {len(dataset):,} images, {counts.min():,} to {counts.max():,} in a class")
         skipped += dataset.skipped
     if skipped:
-        lines.append(f"  passed over, since their names are not those of images: {list_skipped(skipped)}")
+        lines.append(f"  skipped, because their names are not those of images: {list_skipped(skipped)}")
     train_split, eval_split = find_splits(f"{FOLDER}{path}")
     name, size = shlex.quote(f"{FOLDER}{path}"), _usual_size(folder(path, "train"))
     return "\n".join(
@@ -206,7 +212,7 @@ def _count_folder(path: epath.Path) -> str:
 
 
 def _usual_size(dataset: Dataset) -> int:
-    """224, or the first image's shorter side where that is less."""
-    with contextlib.suppress(InputError):  # it is corrupt
+    """LARGEST_SIZE, or the first image's shorter side if that is less, in pixels."""
+    with contextlib.suppress(InputError):  # the first image may be corrupt
         return min(LARGEST_SIZE, *image_size(dataset[0]["image"]))
     return LARGEST_SIZE

@@ -1,4 +1,4 @@
-"""Images of any kind -> what a model takes, as evaluation makes it of the files of a data set."""
+"""Turns images of any kind into a model's input, exactly as evaluation does."""
 
 import os
 from collections.abc import Iterator
@@ -17,20 +17,20 @@ from castling_jax.preprocessing import Preprocessing
 
 
 def preprocess(images: Any, preprocessing: Preprocessing) -> Float[np.ndarray, "batch image_size image_size 3"]:
-    """What `apply` and exported programs take, of images as they are: bit by bit what evaluation gives the model.
+    """Turns images into the input of `apply` and of exported programs, bit by bit as evaluation does.
 
     Args:
       images: one image or a list of them. An image is a path, gs:// too; the bytes of a JPEG, PNG or any other file
-        that Pillow reads; an image of Pillow's; or an array [height, width], [height, width, 1 or 3] or, of several
-        images, [batch, height, width, 3], in uint8 or of floats in [0, 1].
-      preprocessing: the model's: `castling_jax.convert.read(PATH).preprocessing`.
+        that Pillow reads; a Pillow image; or an array [height, width] or [height, width, 1 or 3]. An array [batch,
+        height, width, 3] holds several images. Arrays are uint8, or floats in [0, 1].
+      preprocessing: the model's preprocessing, from `castling_jax.convert.read(PATH).preprocessing`.
 
     Returns:
-      float32, in the order of the images.
+      float32 pixels, in the order of the images.
 
     Raises:
-      InputError: there is no image, one cannot be read or decoded or is of another kind, or the weights do not say how
-        their images are made (`preprocessing` is None).
+      InputError: there is no image, an image cannot be read or decoded or is of another kind, or `preprocessing` is
+        None because the weights do not state it.
     """
     if not isinstance(preprocessing, Preprocessing):
         raise InputError(
@@ -48,8 +48,8 @@ def preprocess(images: Any, preprocessing: Preprocessing) -> Float[np.ndarray, "
 
 
 def named_images(images: Any) -> Iterator[tuple[str, Any]]:
-    """The images one by one, each with a name for error messages."""
-    if hasattr(images, "ndim"):  # an array: of one image, or of several
+    """Yields the images one by one, each with a name for error messages."""
+    if hasattr(images, "ndim"):  # an array, of one image or of several
         images = np.asarray(images) if images.ndim == 4 else [images]
     elif isinstance(images, str | os.PathLike | bytes | PillowImage.Image):
         images = [images]
@@ -62,7 +62,7 @@ def named_images(images: Any) -> Iterator[tuple[str, Any]]:
 
 
 def read_image(image: Any) -> Any:
-    """An image as a data set gives it: encoded, of Pillow's, uint8, or float32 [height, width, 3]."""
+    """Brings an image to a form that data sets have: encoded, a Pillow image, uint8, or float32 [height, width, 3]."""
     if isinstance(image, str | os.PathLike):
         with refusing((OSError, ValueError), "the file cannot be read"):
             path = epath.Path(image) if "://" in os.fspath(image) else Path(image).expanduser()
@@ -70,9 +70,9 @@ def read_image(image: Any) -> Any:
     if isinstance(image, bytes | PillowImage.Image):
         return image
     if not hasattr(image, "ndim"):
-        raise InputError(f"an image must be a path, bytes, Pillow's or an array, not {type(image).__name__}.")
+        raise InputError(f"an image must be a path, bytes, a Pillow image or an array, not {type(image).__name__}.")
     array = np.asarray(image)
-    if not jnp.issubdtype(array.dtype, jnp.floating):  # which knows bfloat16
+    if not jnp.issubdtype(array.dtype, jnp.floating):  # JAX's issubdtype, because NumPy's does not know bfloat16
         return array  # `decode` refuses all but uint8
     array = array.astype(np.float32)
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,)) or not array.size:
@@ -80,6 +80,6 @@ def read_image(image: Any) -> Any:
             f"an image must be [height, width] or [height, width, 1 or 3], not {list(array.shape)}; several grey ones "
             "are a list."
         )
-    if not (array.min() >= 0 and array.max() <= 1):  # which NaN is not
+    if not (array.min() >= 0 and array.max() <= 1):  # this way around NaN is refused as well
         raise InputError(f"floats must be in [0, 1], not from {array.min():g} to {array.max():g}.")
     return np.broadcast_to(array.reshape(*array.shape[:2], -1), (*array.shape[:2], 3))

@@ -1,7 +1,7 @@
-"""RandAugment (Cubuk et al., arXiv 1909.13719) as timm's policy strings name it, on Pillow's operations.
+"""RandAugment (Cubuk et al., arXiv 1909.13719) with timm's policy strings, on Pillow images.
 
-These are timm's "increasing" operations (`inc1`): the further a magnitude is from 0, the further is the image from
-what it was. A magnitude is in [0, 10].
+The operations are timm's "increasing" ones (`inc1`): a larger magnitude changes the image more. Magnitudes are in
+[0, 10].
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ Color = tuple[int, ...]  # red, green, blue
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One of RandAugment's.
+    """An operation of RandAugment.
 
     Attributes:
-      apply: (image, argument, fill color of what comes in from outside) -> image.
-      argument: of a magnitude, times -1 in half of the draws where `signed`.
-      signed: whether there are two directions.
+      apply: (image, argument, fill color for pixels from outside the image) -> image.
+      argument: magnitude -> argument of `apply`.
+      signed: whether the argument is negated in half of the draws.
     """
 
     apply: Callable[[Image.Image, Any, Color], Image.Image]
@@ -34,7 +34,7 @@ class Operation:
 
 
 def _affine(matrix: Callable[[Image.Image, float], tuple[float, ...]], most: float) -> Operation:
-    """Moves pixels by a matrix of the image and of an amount, up to `most` in either direction."""
+    """An affine operation: (image, amount) -> its matrix, with an amount of up to `most` in either direction."""
 
     def apply(image: Image.Image, amount: float, fill: Color) -> Image.Image:
         kind, resample = Image.Transform.AFFINE, Image.Resampling.BICUBIC
@@ -48,17 +48,17 @@ def _rotate(image: Image.Image, degrees: float, fill: Color) -> Image.Image:
 
 
 def _posterize(image: Image.Image, bits: int, fill: Color) -> Image.Image:
-    """Keeps the upper bits, 4 to 0. Without any, all is black, which Pillow 13's ImageOps.posterize refuses."""
+    """Keeps the upper `bits`, from 4 down to 0. ImageOps.posterize would not do: Pillow 13's refuses 0 bits, black."""
     return image.point([value >> (8 - bits) << (8 - bits) for value in range(256)] * 3)
 
 
 def _solarize_add(image: Image.Image, amount: int, fill: Color) -> Image.Image:
-    """Adds to what is darker than 128."""
+    """Adds `amount` to values below 128."""
     return image.point([min(255, value + amount) if value < 128 else value for value in range(256)] * 3)
 
 
 def _enhance(enhancer: Any) -> Operation:
-    """Takes the image nearer to its grey, black or blurred form (a change below 0) or further away from it."""
+    """Moves the image towards its grey, black or blurred form (a change below 0), or away from it."""
     return Operation(
         lambda image, change, fill: enhancer(image).enhance(max(0.1, 1 + change)),
         lambda magnitude: magnitude / MAX_MAGNITUDE * 0.9,
@@ -72,7 +72,7 @@ OPERATIONS: dict[str, Operation] = {
     "Invert": Operation(lambda image, _, fill: ImageOps.invert(image)),
     "Rotate": Operation(_rotate, lambda magnitude: magnitude / MAX_MAGNITUDE * 30, signed=True),  # degrees
     "Posterize": Operation(_posterize, lambda magnitude: 4 - int(magnitude / MAX_MAGNITUDE * 4)),
-    # What is at least so light is inverted: from 256, nothing, to 0, everything.
+    # Values from the threshold on are inverted: none at 256, all at 0.
     "Solarize": Operation(
         lambda image, threshold, fill: ImageOps.solarize(image, threshold),
         lambda magnitude: 256 - int(magnitude / MAX_MAGNITUDE * 256),
@@ -96,11 +96,11 @@ class RandAugment:
     """Applies operations drawn with replacement, one after the other.
 
     Attributes:
-      fill: the color of what comes in from outside.
-      magnitude: the mean one.
-      magnitude_std: its standard deviation, normal; what falls outside [0, 10] is put to the nearer end.
-      layers: how many operations are drawn.
-      probability: of each of them, to be applied.
+      fill: color of pixels from outside the image.
+      magnitude: mean of the magnitudes.
+      magnitude_std: standard deviation of the magnitudes, which are normal and clipped to [0, 10].
+      layers: number of operations that are drawn.
+      probability: probability that a drawn operation is applied.
     """
 
     fill: Color
@@ -110,16 +110,17 @@ class RandAugment:
     probability: float = 0.5
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """An RGB image, changed."""
-        for chosen in rng.integers(len(_NAMES), size=self.layers):
+        """Applies the drawn operations to an RGB image."""
+        for index in rng.integers(len(_NAMES), size=self.layers):
+            # Skipped operations still count as drawn, as in timm: on average layers * probability are applied.
             if rng.random() < self.probability:
                 magnitude = float(np.clip(rng.normal(self.magnitude, self.magnitude_std), 0, MAX_MAGNITUDE))
-                image = apply_operation(_NAMES[chosen], image, magnitude, rng.random() < 0.5, self.fill)
+                image = apply_operation(_NAMES[index], image, magnitude, rng.random() < 0.5, self.fill)
         return image
 
 
 def apply_operation(name: str, image: Image.Image, magnitude: float, negative: bool, fill: Color) -> Image.Image:
-    """One of OPERATIONS, at a magnitude in [0, 10], and in the other direction where it has one and `negative`."""
+    """Applies one of OPERATIONS at a magnitude in [0, 10]; if it is signed, `negative` chooses the other direction."""
     operation = OPERATIONS[name]
     argument = operation.argument(magnitude)
     return operation.apply(image, -argument if operation.signed and negative else argument, fill)
@@ -129,15 +130,16 @@ def parse_policy(policy: str, fill: Color) -> RandAugment:
     """ "rand-m9-mstd0.5-inc1" -> RandAugment. m, n, p, mstd: magnitude, layers, probability, magnitude_std.
 
     Raises:
-      InputError: the string is of another form, a number out of range, or inc1 is missing: timm's other operations,
-        some of which change less at a larger magnitude, are not here.
+      InputError: the string has another form, a number is out of range, or inc1 is missing. Without inc1, timm uses
+        other operations, some of which change less at a larger magnitude; they are not implemented.
     """
     kind, *sections = policy.split("-")
-    found = [_SECTION.fullmatch(section) for section in sections]
-    values = dict(tuple(filter(None, match.groups())) for match in found if match)
-    if kind != "rand" or None in found or "inc" not in values:
+    matches = [_SECTION.fullmatch(section) for section in sections]
+    # _SECTION has two groups for each kind of section, (name)(value); the others are None.
+    values = dict(tuple(filter(None, match.groups())) for match in matches if match)
+    if kind != "rand" or None in matches or "inc" not in values:
         raise InputError(
-            f"a RandAugment policy must be such as 'rand-m9-mstd0.5-inc1' or 'rand-m9-n6-mstd0.5-inc1', with inc1, "
+            f"a RandAugment policy must look like 'rand-m9-mstd0.5-inc1' or 'rand-m9-n6-mstd0.5-inc1', with inc1, "
             f"m up to {MAX_MAGNITUDE}, n of at least 1, p up to 1 and mstd below 100, not {policy!r}."
         )
     magnitude, layers = (int(values.get(name, default)) for name, default in (("m", MAX_MAGNITUDE), ("n", 2)))

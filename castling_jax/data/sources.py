@@ -1,6 +1,6 @@
 """Where examples come from: names -> random-access datasets.
 
-digits                 scikit-learn's handwritten digits, in its wheel
+digits                 scikit-learn's handwritten digits, part of its wheel
 folder:PATH            images in PATH/SPLIT/CLASS/, or in PATH/CLASS/
 NAME[/CONFIG][:VERSION]  a data set of tensorflow-datasets, prepared by castling_jax prepare
 """
@@ -22,11 +22,11 @@ from castling_jax.errors import InputError, check_known, in_one_sentence, refusi
 from castling_jax.storage import as_path
 
 DIGITS_SPLITS = ("train", "test", "minitrain", "minival")
-FOLDER = "folder:"  # how the name of a folder of images starts
-HELD_OUT_SPLITS = ("val", "valid", "validation", "test")  # their names, in the order of preference
-HELD_OUT_PERCENT = 10  # of train, where a data set has none of them
-UNREADABLE = (ValueError, RuntimeError)  # what ArrayRecord and protocol buffers raise
-# A data set of no more bytes is held in memory, encoded: to read one small record takes longer than to decode it.
+FOLDER = "folder:"  # prefix of the name of a folder of images
+HELD_OUT_SPLITS = ("val", "valid", "validation", "test")  # in the order of preference
+HELD_OUT_PERCENT = 10  # percentage of train that is held out if a data set has no HELD_OUT_SPLITS
+UNREADABLE = (ValueError, RuntimeError)  # raised by ArrayRecord and protocol buffers
+# A smaller data set is kept in memory, encoded, because reading a small record takes longer than decoding it.
 IN_MEMORY_BYTES = 256_000_000
 TFDS_NAME = r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?"
 
@@ -39,29 +39,30 @@ class Dataset(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Their names, in the order of the labels."""
+        """Names of the classes, in the order of the labels."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": encoded bytes, or float32 [height, width, 3] in [0, 1]; "label": from 0}.
+        """{"image": encoded bytes, or float32 [height, width, 3] in [0, 1]; "label": the class's number, from 0}.
 
         Raises:
           InputError: the image cannot be read.
         """
 
     def describe(self, index: int) -> str:
-        """Names an example to a person."""
+        """A name for an example in messages."""
 
     def contents(self) -> dict[str, str]:
-        """What tells these images from others, by what it is, such as {"version": "mnist/3.0.1"}."""
+        """Identifies the images, to notice changes: kind of mark -> mark, such as {"version": "mnist/3.0.1"}."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayDataset:
     """Labelled images in memory.
 
-    Images are in [0, 1] with three channels always: grey ones are repeated, so that every model takes every dataset.
+    Images are in [0, 1] and always have three channels, so that every model takes every dataset; grey images repeat
+    theirs.
     """
 
     images: Float[np.ndarray, "examples height width 3"]
@@ -87,15 +88,15 @@ class ArrayDataset:
 
 @dataclasses.dataclass(frozen=True)
 class TfdsDataset:
-    """A split of a data set of tensorflow-datasets, as ArrayRecord.
+    """A split of a tensorflow-datasets data set in ArrayRecord files.
 
     Attributes:
-      name: with configuration and version, if they were given.
-      split: in TFDS's notation.
-      source: gives TFDS's examples, the images still encoded; a list of them where they are in memory.
-      image: the name of the feature.
-      label: likewise.
-      classes: the labels' names.
+      name: the data set's name, with configuration and version if the user named them.
+      split: the split in TFDS's notation.
+      source: TFDS's examples with encoded images, by index; a list if they are in memory.
+      image: name of the feature that is the image.
+      label: name of the feature that is the label.
+      classes: names of the labels.
       version: the data set's full name, such as "mnist/3.0.1".
     """
 
@@ -121,7 +122,7 @@ class TfdsDataset:
     def describe(self, index: int) -> str:
         try:
             file_name = self._example(index).get("file_name", b"")
-        except InputError:
+        except InputError:  # the record itself is damaged, and this is called to say so
             file_name = b""
         return f"{self.name} {self.split} {index}" + (f" '{file_name.decode()}'" if file_name else "")
 
@@ -135,7 +136,7 @@ class TfdsDataset:
 
 @dataclasses.dataclass(frozen=True)
 class Unread:
-    """The sizes of a data set that is not here: what a training step is compiled for."""
+    """The sizes of a data set that is not on this machine: enough to compile a training step."""
 
     length: int
     num_classes: int
@@ -158,23 +159,23 @@ class Unread:
 
 
 def _numbers(count: int) -> tuple[str, ...]:
-    """The names of classes that have none."""
+    """Names for classes that have none: their numbers."""
     return tuple(map(str, range(count)))
 
 
 def load_dataset(
     name: str, split: str, *, data_dir: epath.PathLike | None = None, classes: Sequence[str] | None = None
 ) -> Dataset:
-    """A split of a dataset by its name; the module's docstring says which there are.
+    """Loads a split of a dataset by its name; the module's docstring lists the names.
 
     Args:
-      name: of the dataset.
-      split: one of its splits; of tensorflow-datasets' in its notation, such as "train[:90%]".
-      data_dir: where tensorflow-datasets' are; None is where it puts them, ~/tensorflow_datasets.
-      classes: of a folder of images, as `folder` takes them; others have their own.
+      name: name of the dataset.
+      split: one of its splits; for tensorflow-datasets in its notation, such as "train[:90%]".
+      data_dir: folder of tensorflow-datasets; None is its default, ~/tensorflow_datasets.
+      classes: classes for a folder of images, as `folder` takes them; other datasets ignore them.
 
     Raises:
-      InputError: the dataset or the split is unknown, not prepared or empty, or no labelled images.
+      InputError: the dataset or the split is unknown, is not prepared, is empty, or has no labelled images.
     """
     if name == "digits":
         return digits(split)
@@ -184,12 +185,12 @@ def load_dataset(
 
 
 def find_splits(name: str, *, data_dir: epath.PathLike | None = None) -> tuple[str, str]:
-    """The splits of a data set to learn from and to evaluate on, where nobody names them.
+    """Chooses the splits of a data set to learn from and to evaluate on, for users who name none.
 
     Returns:
-      "train" and the first of HELD_OUT_SPLITS that the data set has. Where it has none of them, HELD_OUT_PERCENT of
-      train are held out: "train without 10%" and "10% of train", or "train[:90%]" and "train[90%:]" of
-      tensorflow-datasets. These are always the same images.
+      "train" and the first of HELD_OUT_SPLITS that the data set has. If it has none, HELD_OUT_PERCENT of train is held
+      out, always the same images: "train without 10%" and "10% of train" for a folder, "train[:90%]" and "train[90%:]"
+      for tensorflow-datasets.
 
     Raises:
       InputError: the dataset is unknown, or the folder is missing.
@@ -212,64 +213,66 @@ def digits(split: str) -> ArrayDataset:
     """scikit-learn's handwritten digits: 1,797 real grey images of 8 x 8 pixels.
 
     Args:
-      split: "test", a stratified fifth (always the same), or "train", the rest; and, to choose hyper-parameters
-        without a look at the test split, "minival", a stratified fifth of "train", or "minitrain", what that leaves.
+      split: "test", a stratified fifth (always the same), or "train", the rest. To choose hyper-parameters without the
+        test split, "minival" is a stratified fifth of "train", and "minitrain" the rest of "train".
 
     Raises:
-      InputError: another split.
+      InputError: the split is unknown.
     """
-    # scikit-learn takes a second to import, and only this dataset needs it.
+    # scikit-learn takes a second to import, and no other dataset needs it.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     check_known("split of digits", split, DIGITS_SPLITS)
     data = load_digits()
     labels = data.target.astype(np.int32)
-    chosen = np.arange(len(labels))
-    train, test = train_test_split(chosen, test_size=0.2, stratify=labels, random_state=0)
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
     if split.startswith("mini"):
         train, test = train_test_split(train, test_size=0.2, stratify=labels[train], random_state=0)
-    chosen = np.sort(train if split.endswith("train") else test)
-    images = (data.images[chosen] / 16).astype(np.float32)
-    return ArrayDataset(np.repeat(images[..., None], 3, axis=-1), labels[chosen], num_classes=10)
+    # Sorted: which images a split has must not depend on the order in which scikit-learn shuffles them.
+    indices = np.sort(train if split.endswith("train") else test)
+    images = (data.images[indices] / 16).astype(np.float32)  # scikit-learn's values are from 0 to 16
+    return ArrayDataset(np.repeat(images[..., None], 3, axis=-1), labels[indices], num_classes=10)
 
 
 def tfds_dataset(name: str, split: str, *, data_dir: epath.PathLike | None = None) -> TfdsDataset:
-    """A split of a data set of tensorflow-datasets; TensorFlow is not needed.
+    """Loads a split of a tensorflow-datasets data set; TensorFlow is not needed.
 
     Args:
-      name: NAME[/CONFIG][:VERSION], also of one that tensorflow-datasets does not know but that is in data_dir.
-      split: in TFDS's notation.
-      data_dir: None is TFDS's own.
+      name: NAME[/CONFIG][:VERSION]; a data set that is in data_dir need not be known to tensorflow-datasets.
+      split: the split in TFDS's notation.
+      data_dir: folder of the data sets; None is TFDS's default.
 
     Raises:
-      InputError: an unknown name or split, or a data set that is not prepared, or not of labelled images.
+      InputError: the name or the split is unknown, or the data set is not prepared or has no labelled images.
     """
     import tensorflow_datasets as tfds  # takes a second
 
     builder = tfds_builder(name, data_dir=data_dir)
     image, label = labelled_image(builder)
     try:
+        # Images stay encoded: the loader decodes only the part that a crop needs, and TFDS's decoder needs TensorFlow.
         source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
-    except Exception as error:  # of many kinds
+    except Exception as error:  # TFDS raises many kinds
         raise _unreadable(builder, name, split, data_dir, error) from error
     if 0 < builder.info.dataset_size <= IN_MEMORY_BYTES:
-        with contextlib.suppress(*UNREADABLE):  # one record that cannot be read must not be the end of the others
+        with contextlib.suppress(*UNREADABLE):  # with a damaged record, all records are read one by one instead
             source = source.__getitems__(range(len(source)))
-    names = tuple(builder.info.features[label].names)  # their numbers, where they have none
+    names = tuple(builder.info.features[label].names)  # TFDS gives numbers to classes without names
     dataset = TfdsDataset(name, split, source, image, label, names, builder.info.full_name)
     if not len(dataset):
         raise InputError(f"the split {split!r} of {name} holds no images.")
-    first = 0
-    with contextlib.suppress(InputError):  # the first record is corrupt: whoever reads the dataset counts those
-        first = dataset[0]["label"]
-    if first < 0:
+    # TFDS marks missing labels, as in many test splits, by -1.
+    first_label = 0
+    with contextlib.suppress(InputError):  # a corrupt first record: readers of the dataset count it
+        first_label = dataset[0]["label"]
+    if first_label < 0:
         raise InputError(f"the split {split!r} of {name} has no labels.")
     return dataset
 
 
 def tfds_builder(name: str, *, data_dir: epath.PathLike | None, **options: Any) -> Any:
-    """tfds.builder, with its complaints in one sentence.
+    """Calls tfds.builder, and turns its errors into one sentence.
 
     Raises:
       InputError: the name, configuration or version is unknown.
@@ -292,10 +295,10 @@ def tfds_builder(name: str, *, data_dir: epath.PathLike | None, **options: Any) 
 
 
 def labelled_image(builder: Any) -> tuple[str, str]:
-    """The names of the features of a data set that are its image and its label.
+    """The names of a data set's features that hold the image and its label.
 
     Raises:
-      InputError: it has none.
+      InputError: the data set has no such features.
     """
     import tensorflow_datasets as tfds
 
@@ -303,19 +306,19 @@ def labelled_image(builder: Any) -> tuple[str, str]:
     names = builder.info.supervised_keys or ("image", "label")
     image, label = (features[name] if isinstance(name, str) and name in features else None for name in names[:2])
     if not isinstance(image, tfds.features.Image) or np.dtype(image.np_dtype).kind != "u":
-        raise InputError(f"the dataset {builder.name} is not of labelled images: it has {', '.join(features)}.")
+        raise InputError(f"the dataset {builder.name} has no labelled images: its features are {', '.join(features)}.")
     if not isinstance(label, tfds.features.ClassLabel):
         raise InputError(f"the labels of the dataset {builder.name} are not classes.")
     return names[0], names[1]
 
 
 def prepare_command(name: str, data_dir: epath.PathLike | None) -> str:
-    """What prepares a data set of tensorflow-datasets."""
+    """The command that prepares a tensorflow-datasets data set."""
     return f"python -m castling_jax prepare {name}" + (f" --data_dir={data_dir}" if data_dir else "")
 
 
 def _unreadable(builder: Any, name: str, split: str, data_dir: epath.PathLike | None, error: Exception) -> InputError:
-    """Why a split cannot be read."""
+    """Says why a split cannot be read."""
     if not builder.is_prepared():
         return InputError(f"{name} is not prepared in '{builder.data_path}'; run {prepare_command(name, data_dir)}.")
     if isinstance(error, NotImplementedError):
@@ -323,9 +326,9 @@ def _unreadable(builder: Any, name: str, split: str, data_dir: epath.PathLike | 
             f"'{builder.data_path}' is prepared as {builder.info.file_format.value}, which cannot be read at random "
             f"access: remove it, or choose another data_dir, and run {prepare_command(name, data_dir)}."
         )
-    for used in re.findall(r"(?:^|\+)\s*([\w-]+)", split):
+    for part in re.findall(r"(?:^|\+)\s*([\w-]+)", split):  # the names in "train[:90%]+test"
         try:
-            check_known(f"split of {name}", used, builder.info.splits)
+            check_known(f"split of {name}", part, builder.info.splits)
         except InputError as unknown:
             return unknown
     return InputError(f"the split {split!r} of {name} cannot be read ({in_one_sentence(error)}).")

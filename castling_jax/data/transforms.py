@@ -1,4 +1,4 @@
-"""What evaluation does to one example: any image in, a model's input out."""
+"""Evaluation's transform of one example: any image in, a model's input out."""
 
 import dataclasses
 from typing import Any
@@ -12,12 +12,12 @@ from castling_jax.preprocessing import Preprocessing
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """Does what `preprocessing` says; JPEGs are decoded at their full scale. It can be pickled."""
+    """Applies a `Preprocessing` to an example's image; JPEGs are decoded at full scale. It can be pickled."""
 
     preprocessing: Preprocessing
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
-        """The example, its image float32 [image_size, image_size, 3]; all else stays as it is.
+        """The example with its image as float32 [image_size, image_size, 3]; all else stays as it is.
 
         Raises:
           InputError: the image cannot be decoded.

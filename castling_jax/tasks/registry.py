@@ -16,10 +16,10 @@ def task_of(model: Backbone) -> type[Task]:
 
 
 def task_in(figures: Mapping[str, Any]) -> type[Task]:
-    """The task of a run with these figures; an earlier version's name none, and are of classification."""
+    """The task of a run with these figures; an earlier version's figures name none, and belong to classification."""
     return TASKS[figures.get("task", "classification")]
 
 
 def measures_of(figures: Mapping[str, Any]) -> tuple[Measure, ...]:
-    """The measures that a run's figures have, the main one first."""
+    """The measures that a run's figures contain, the main one first."""
     return tuple(measure for measure in task_in(figures).measures if measure.is_in(figures))

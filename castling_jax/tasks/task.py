@@ -1,4 +1,4 @@
-"""What training, evaluation and the tools know of a task. They know nothing else of labels, boxes or masks.
+"""The interface between a task and training, evaluation and the tools, which know nothing about labels or boxes.
 
 A new task is a folder beside classification/ with a subclass of Task, a line in registry.py, and a model whose `task`
 names it. training/step.py and training/evaluate.py call its methods; read those two to see when.
@@ -22,8 +22,8 @@ FORMS = ("train_form", "inference_form")
 Batch = dict[str, jax.Array]
 Example = dict[str, Any]
 Rows = Float[Array, "batch"]
-# The terms of each example's loss by name, and each example's weight. The step divides the sum of all terms over the
-# global batch by the sum of the weights. None weighs every example by one: the mean over the examples.
+# (name -> that term of each example's loss, each example's weight). The step sums all terms over the global batch and
+# divides by the sum of the weights. Weights of None stand for ones: the loss is the mean over the examples.
 Loss = tuple[Mapping[str, Rows], Rows | None]
 
 
@@ -32,9 +32,9 @@ class Measure:
     """A figure of merit of a task. Figures hold it as NAME_train_form and NAME_inference_form.
 
     Attributes:
-      name: such as "accuracy".
-      title: as a summary's table shows it.
-      short: as a line of text shows it, behind the number.
+      name: identifier, such as "accuracy".
+      title: name in a summary's table.
+      short: name in a line of text, after the number.
       is_share: whether the figure is a share, shown in percent.
       larger_is_better: whether the best checkpoint is the one with the largest figure.
     """
@@ -47,16 +47,16 @@ class Measure:
 
     @property
     def best(self) -> str:
-        """The figure that checkpoints are compared by: the inference form's, which the run is for."""
+        """Name of the figure that checkpoints are compared by: the inference form's, because the run exports it."""
         return f"{self.name}_inference_form"
 
     @property
     def worst(self) -> float:
-        """Worse than any evaluation: the figure of a checkpoint that was not evaluated."""
+        """A figure worse than any evaluation's, for a checkpoint that was not evaluated."""
         return -1.0 if self.larger_is_better else 1e9
 
     def score(self, figures: Mapping[str, Any]) -> float:
-        """What is larger for better figures."""
+        """A score that is larger for better figures, whatever the measure."""
         figure = float(figures[self.best])
         return figure if self.larger_is_better else -figure
 
@@ -65,37 +65,37 @@ class Measure:
         return f"{100 * figure:.2f} %" if self.is_share else f"{figure:.4f}"
 
     def texts(self, figures: Mapping[str, Any], prefix: str = "") -> list[str]:
-        """Of the training form and of the inference form; `prefix`: "raw_" or "averaged_", of such weights."""
+        """The training and the inference form's figures as texts; `prefix` "raw_" or "averaged_" picks the weights."""
         return [self.text(figures[f"{prefix}{self.name}_{form}"]) for form in FORMS]
 
     def is_in(self, figures: Mapping[str, Any], prefix: str = "") -> bool:
-        """Whether the figures have it: the top 5 of four classes, for one, do not exist."""
+        """Whether the figures contain this measure: a top-5 accuracy, for one, needs more than five classes."""
         return f"{prefix}{self.best}" in figures
 
 
 class Answers(Protocol):
-    """What both forms answer to the examples of a split, in its order; corrupt examples are left out."""
+    """Both forms' answers to the examples of a split, in its order; corrupt examples are left out."""
 
     def figures(self) -> dict[str, float]:
         """The task's measures of both forms, eval_loss where there is one, max_difference (the largest difference
         between the two forms' outputs), eval_images and eval_corrupt (counts)."""
 
     def by_class(self, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """{class: {"images": count, MEASURE: of the inference form, None without images}}."""
+        """{class: {"images": count, MEASURE: the inference form's figure, or None for a class without images}}."""
 
     def files(self, classes: Sequence[str]) -> dict[str, bytes]:
-        """Names and contents of the files that an evaluation writes beside its figures."""
+        """{name: content} of the files that an evaluation writes beside its figures."""
 
 
 class Task:
-    """What is learnt: a value that is made once a run, and is constant in the compiled step.
+    """A task: what a model learns. A run makes one value, which is constant in the compiled step.
 
     Attributes:
-      name: as the registry and summary.json have it.
-      measures: the first of them is the one that chooses the best checkpoint, and that pictures and tables show.
-      loss_title: what the loss is, with its unit, for the axis of a picture.
-      held: arrays that the loss needs beside the batch, such as a teacher's variables: an argument of the compiled
-        step, where a value that Python closes over would become a constant of the program.
+      name: the task's name in the registry and in summary.json.
+      measures: the task's measures. The first one chooses the best checkpoint, and pictures and tables show it.
+      loss_title: name of the loss with its unit, for the axis of a picture.
+      held: arrays that the loss needs beside the batch, such as a teacher's variables. They are an argument of the
+        compiled step; arrays in a closure would become constants of the program.
     """
 
     name: ClassVar[str]
@@ -108,20 +108,20 @@ class Task:
 
     @property
     def other_models(self) -> tuple[Backbone, ...]:
-        """Models that run in the step beside the one that learns."""
+        """Models that run in the step beside the one that learns, such as a teacher."""
         return ()
 
     @classmethod
     def from_config(cls, config: ConfigDict, model: Backbone, teacher: "Teacher | None" = None) -> "Task":
-        """The task of a run.
+        """Builds the task of a run.
 
         Args:
-          config: as `default_config` gives it.
+          config: the configuration, with the fields of `default_config`.
           model: the model that learns.
-          teacher: what it learns from beside the data, if anything.
+          teacher: a model to learn from, beside the data; None for none.
 
         Raises:
-          InputError: the task does not take a field of the configuration.
+          InputError: the task does not support a field of the configuration.
         """
         raise NotImplementedError
 
@@ -129,7 +129,7 @@ class Task:
     def train_transform(
         augment: ConfigDict, preprocessing: Preprocessing
     ) -> Callable[[Example, np.random.Generator], Example]:
-        """What the host does to an example in training. It draws from its second argument alone, and can be pickled.
+        """Returns the host's transform of a training example: picklable, and random only through its second argument.
 
         Raises:
           InputError: a field is out of range.
@@ -138,16 +138,16 @@ class Task:
 
     @staticmethod
     def eval_transform(preprocessing: Preprocessing) -> Callable[[Example], Example]:
-        """What the host does to an example in an evaluation; it can be pickled."""
+        """Returns the host's transform of an example for evaluation; it can be pickled."""
         raise NotImplementedError
 
     @staticmethod
     def example_shapes(image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """The arrays of one transformed example, which a batch stacks: what sharding and the compile report go by."""
+        """Shapes and dtypes of a transformed example's arrays; sharding and the compile report have no data."""
         raise NotImplementedError
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
-        """A batch as the model ("image") and the loss take it, such as mixed. Runs on the devices, inside the step."""
+        """Makes a batch ready for the model (its "image") and the loss, by mixing for example. Runs inside the step."""
         raise NotImplementedError
 
     @property
@@ -156,39 +156,39 @@ class Task:
         return False
 
     def caption(self, example: Example) -> str:
-        """What a contact sheet writes beside an example: one of the data set's, or a prepared one."""
+        """The text beside an example in a contact sheet; the example comes from the data set or from `prepare`."""
         raise NotImplementedError
 
     def draw(self, axis: Axes, example: Example) -> None:
-        """Draws what a transformed example holds beside its image into the picture of that image; a label is no such
-        thing."""
+        """Draws an example's annotations, such as boxes, over its image in `axis`. By default nothing is drawn."""
 
     def loss(self, outputs: Any, batch: Batch, held: Any) -> Loss:
         """Each example's loss and weight; an example's loss may be a sum over its boxes or pixels.
 
         Args:
-          outputs: the model's in training mode, as `forward_train` gives them.
-          batch: what `prepare` returned, or an equal part of it.
-          held: the task's, traced.
+          outputs: the model's outputs in training mode, from `forward_train`.
+          batch: the batch that `prepare` returned, or one of its equal parts.
+          held: the task's `held`, traced.
         """
         raise NotImplementedError
 
     def answer(self, outputs: Mapping[str, Any], exact: Mapping[str, Any], batch: Batch) -> dict[str, jax.Array]:
-        """What an evaluation keeps of each example: arrays with the batch's rows along the first axis.
+        """What an evaluation keeps for each example: arrays with the batch's rows along the first axis.
 
         Args:
-          outputs: the model's, by form, as `apply` gives them.
-          exact: the same, computed so that the forms' difference is not lost in rounding.
-          batch: as `eval_transform` made it, with `weight` 0 for padding.
+          outputs: form -> the model's outputs in that form, from `apply`.
+          exact: the same outputs, computed in float32 where rounding would hide the difference of the forms.
+          batch: examples from `eval_transform`, stacked, and `weight`, which is 0 for padding.
         """
         raise NotImplementedError
 
     def collect(self, answers: dict[str, np.ndarray], corrupt: int) -> Answers:
-        """The answers to a whole split.
+        """Puts the answers to a whole split together.
 
         Args:
-          answers: as `answer` gave them, without padding; and `image`, the number of each example in the split.
-          corrupt: how many examples were left out.
+          answers: the arrays that `answer` returned, joined and without padding; and `image`, each example's number in
+            the split.
+          corrupt: number of corrupt examples, which were left out.
         """
         raise NotImplementedError
 
@@ -198,11 +198,11 @@ class Teacher:
     """A trained model that another one learns from.
 
     Attributes:
-      model: in inference form.
-      variables: the model's.
-      kind: of the loss, as `distillation_loss` takes it.
-      alpha: the share of that loss.
-      temperature: as `distillation_loss` takes it.
+      model: the teacher, in inference form.
+      variables: the teacher's variables.
+      kind: "hard" or "soft", for `distillation_loss`.
+      alpha: the distillation loss's share of the whole loss.
+      temperature: temperature of the soft loss.
     """
 
     model: Backbone

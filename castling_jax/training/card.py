@@ -1,4 +1,4 @@
-"""A model card: what weights are, what they learnt from, and how well they do, filled in from a run."""
+"""A model card, filled in from a run: the model, the data it learnt from, and how good it is."""
 
 import json
 from collections.abc import Mapping
@@ -21,11 +21,12 @@ CARD_FILE = "README.md"
 def model_card(weights: Weights, model: Backbone) -> str:
     """The card of an exported model, in Markdown.
 
-    What the run does not say is marked TODO, for a person to write: the license of the data, and what the model is for.
+    The license of the data and the model's intended use are marked TODO, for a person to write.
 
     Args:
-      weights: the source, as `castling_jax.convert.read` gives it. A finished run's summary is looked for beside it.
-      model: what was exported.
+      weights: the source of the export, from `castling_jax.convert.read`. If it belongs to a finished run, the card
+        shows the figures in the run's summary.
+      model: the exported model.
     """
     spec, pixels, classes = model.spec, weights.preprocessing, weights.classes
     figures = _summary(weights)
@@ -58,8 +59,9 @@ def model_card(weights: Weights, model: Backbone) -> str:
 
 
 def _summary(weights: Weights) -> dict[str, Any]:
-    """The figures of the finished run that the weights come from; {} where it is unfinished or a later one."""
+    """The figures of the run that the weights come from; {} unless the run finished at the weights' step."""
     path = absolute(weights.path)
+    # A checkpoint is in RUN/checkpoints/STEP, an inference folder in RUN/inference.
     folder = path.parent.parent if weights.step is not None else path.parent
     try:
         figures = json.loads((folder / SUMMARY_FILE).read_text())
@@ -69,7 +71,7 @@ def _summary(weights: Weights) -> dict[str, Any]:
 
 
 def _trained(figures: Mapping[str, Any]) -> dict[str, str]:
-    """What a summary says, in words."""
+    """The rows of a card's table that come from a summary: name -> text."""
     measure = measures_of(figures)[0]
     both = " / ".join(measure.texts(figures))
     return {
@@ -77,17 +79,18 @@ def _trained(figures: Mapping[str, Any]) -> dict[str, str]:
         f"{measure.name}, training form / inference form": f"{both} of {figures['eval_images']:,} images of the split "
         f"{printable(figures.get('split', '?'))}",
         "training": f"{figures['steps']:,} steps; mask threshold {figures['mask_threshold']:g} at the end",
-        "largest difference of the two forms' logits": f"{figures['max_difference']:.1e}",
+        "largest difference between the two forms' logits": f"{figures['max_difference']:.1e}",
         "SHA-256 of the trained parameters": f"{figures['parameters_sha256']}",
     }
 
 
 def _changed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a run's configuration that are not the defaults, without where things lie on a machine."""
+    """The fields of a run's configuration that differ from the defaults, without those that concern the machine."""
+    # Through JSON, as the run's own fields went: tuples become lists, which compare equal.
     defaults = flatten(json.loads(json.dumps(default_config().to_dict())))
-    given = flatten({name: value for name, value in config.items() if name not in ("logging", "checkpoint", "mesh")})
+    fields = flatten({name: value for name, value in config.items() if name not in ("logging", "checkpoint", "mesh")})
     return {
         path.replace("/", "."): value
-        for path, value in sorted(given.items())
+        for path, value in sorted(fields.items())
         if path not in defaults or defaults[path] != value
     }

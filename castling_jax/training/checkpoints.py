@@ -1,4 +1,4 @@
-"""Checkpoints of the whole state: asynchronous, with checksums of their own, and the last good one is found again."""
+"""Checkpoints of the whole state: saved asynchronously, verified by checksums, restored from the newest good one."""
 
 import contextlib
 import dataclasses
@@ -20,21 +20,21 @@ from castling_jax.errors import InputError, in_one_sentence, reason
 from castling_jax.storage import write_atomically
 from castling_jax.training.state import TrainState
 
-SCORE = "score"  # the figure that is largest in the best checkpoint: `Measure.score` of the evaluation
-ACCURACY = "accuracy_inference_form"  # the same in a checkpoint of an earlier version
-NOT_EVALUATED = {SCORE: -1e30}  # JSON has no infinity
+SCORE = "score"  # the figure that is largest in the best checkpoint: `Measure.score` of its evaluation
+ACCURACY = "accuracy_inference_form"  # the score in a checkpoint of an earlier version
+NOT_EVALUATED = {SCORE: -1e30}  # a finite number, because JSON has no infinity
 _LOGGER = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a checkpoint holds besides the state. The place in the data is the state's step.
+    """What a checkpoint holds besides the state. The state's step is also the place in the data.
 
     Attributes:
-      train_seconds: how long the loop had run.
-      figures: of the evaluation of this very step, where there was one. They are for choosing the best checkpoint, and
-        not restored.
-      mask_threshold: of the last step that was made; None in a checkpoint of an earlier version.
+      train_seconds: seconds that the loop had run.
+      figures: the evaluation's figures at this very step; None without an evaluation at it. They choose the best
+        checkpoint, and are not restored.
+      mask_threshold: threshold of the last step; None in a checkpoint of an earlier version.
     """
 
     train_seconds: float
@@ -43,17 +43,17 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints of a run, in a folder of its own: the newest, and the best of those that were evaluated.
+    """The checkpoints of a run: the newest ones, and the best of those that were evaluated.
 
-    All processes make the same calls. What is in the folder does not depend on the mesh or on the number of processes.
+    All processes make the same calls. The content of the folder does not depend on the mesh or the number of processes.
 
-    Damaged checkpoints that stand in the way of the newest whole one are said in warnings, and moved aside to
-    FOLDER_damaged/STEP.
+    If damaged checkpoints are newer than the newest complete one, they are moved to FOLDER_damaged/STEP, with a warning
+    for each.
 
     Args:
-      folder: made if need be; a local one that all processes share, or gs://.
-      keep: how many of the newest stay.
-      data: the fingerprint of the data that the run learns from, which every checkpoint holds.
+      folder: the checkpoints' own folder, created if need be; local and shared by all processes, or gs://.
+      keep: number of the newest checkpoints to keep.
+      data: fingerprint of the data that the run learns from, saved in every checkpoint.
 
     Raises:
       InputError: there are checkpoints, and all are damaged; the folder stays as it is.
@@ -62,17 +62,17 @@ class Checkpoints:
     def __init__(self, folder: epath.Path, *, keep: int, data: dict[str, Any] | None = None):
         self.folder = folder
         self._data = data
-        # Before there is a manager, which reads every checkpoint's figures.
+        # Before there is a manager: it reads every checkpoint's figures, and fails at a damaged one.
         count, self._whole = _agree_on_whole(folder)
         if count and self._whole is None:
             raise InputError(f"none of the {count} checkpoints in '{folder}' is whole: remove it to start anew.")
-        # What is without figures was being deleted when a run was killed.
+        # A checkpoint without figures was half deleted when a run was killed.
         best = BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
             best_fn=_score,
             cleanup_tmp_directories=True,
-            # Called by process 0 when all files are there, and before they become the checkpoint.
+            # Orbax calls it on process 0 when all files are written, before it renames them to the checkpoint.
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
         )
         self._manager = ocp.CheckpointManager(folder, options=options)
@@ -81,7 +81,7 @@ class Checkpoints:
         """Starts to save; returns as soon as the state is copied, while the files are still being written.
 
         Raises:
-          InputError: this one, or the one before, could not be written.
+          InputError: this checkpoint, or the one before it, could not be written.
         """
         about = {
             "format": FORMAT,
@@ -91,7 +91,8 @@ class Checkpoints:
             "checksums": checksums(state),
         }
         with self._saying_what_failed():
-            self._manager.wait_until_finished()  # with the one before, whose manifest may still be to be written
+            # The checkpoint before may still need its manifest, which `_write_manifest` finds by `_saving`.
+            self._manager.wait_until_finished()
             self._saving = int(state.step)
             self._manager.save(
                 self._saving,
@@ -100,34 +101,37 @@ class Checkpoints:
             )
 
     def best(self) -> float:
-        """The best score among the checkpoints that are here; that of NOT_EVALUATED where none was evaluated."""
+        """The best score among the kept checkpoints; NOT_EVALUATED's score if none was evaluated."""
         step = self._manager.best_step()
         return _score(NOT_EVALUATED if step is None else self._manager.metrics(step))
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether all processes are to save at this step and end, because one of them was told to by SIGTERM."""
+        """Whether all processes must save at this step and end, because one of them has received SIGTERM."""
         return self._manager.reached_preemption(step)
 
     def saved_data(self) -> dict[str, Any] | None:
-        """The fingerprint in the checkpoint that `restore` begins with; None where there is none."""
+        """The fingerprint in the checkpoint that `restore` tries first; None without a checkpoint."""
         if self._whole is None:
             return None
         items = self._manager.restore(self._whole, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
         return items["about"].get("data")
 
     def restore(self, template: TrainState) -> tuple[TrainState, Progress] | None:
-        """The newest checkpoint that is whole, laid out as `template` is; None where there was none at the start.
+        """Restores the newest complete checkpoint with the template's shapes and shardings; None without a checkpoint.
 
         Raises:
           InputError: there are checkpoints, and none fits the template; the folder stays as it is.
         """
         failed: dict[int, str] = {}
+        # Process 0 has read the newest checkpoint alone. Another process may still fail to read its part, and then all
+        # of them go back to the one before.
         while (step := self._whole) is not None:
             try:
                 restored, why = self._restore(step, template), ""
             except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
                 restored, why = None, in_one_sentence(reason(error))
             if multihost_utils.process_allgather(np.bool_(restored is not None)).all():
+                # Moved only now that an older one is restored: without one, all stay for the user to look at.
                 if failed:
                     if jax.process_index() == 0:
                         _move_aside(self.folder, failed)
@@ -150,24 +154,24 @@ class Checkpoints:
         return state, Progress(float(about["train_seconds"]), mask_threshold=about.get("mask_threshold"))
 
     def _write_manifest(self) -> None:
-        # Until it is renamed, its name goes on behind the number; in a bucket it has its own from the first.
+        # On a disk the folder is still called STEP.orbax-checkpoint-tmp...; in a bucket it is STEP from the start.
         (unfinished,) = (path for path in self.folder.iterdir() if path.name.split(".")[0] == str(self._saving))
         write_manifest(unfinished)
 
     def wait(self) -> None:
-        """Waits until all that was started is written.
+        """Waits until the checkpoint that is being saved is written.
 
         Raises:
-          InputError: it could not be.
+          InputError: it could not be written.
         """
         with self._saying_what_failed():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits likewise, and ends.
+        """Waits as `wait` does, and closes the manager.
 
         Raises:
-          InputError: as `wait`.
+          InputError: what `wait` raises.
         """
         try:
             self.wait()
@@ -188,20 +192,20 @@ class Checkpoints:
 
 
 def _agree_on_whole(folder: epath.Path, *, below: int | None = None) -> tuple[int, int | None]:
-    """`_find_whole` of process 0, on all. Reading together, one that fails would leave the others waiting."""
-    found = (0, -1) if jax.process_index() else _find_whole(folder, below)
-    count, step = map(int, multihost_utils.broadcast_one_to_all(np.array(found, np.int32)))
+    """`_find_whole` on process 0, its result on all: if all read, one that fails would keep the others waiting."""
+    local = (0, -1) if jax.process_index() else _find_whole(folder, below)
+    count, step = map(int, multihost_utils.broadcast_one_to_all(np.array(local, np.int32)))
     return count, None if step < 0 else step
 
 
 def _find_whole(folder: epath.Path, below: int | None) -> tuple[int, int]:
-    """(how many checkpoints there are, the newest whole one's step or -1); with a whole one, others are moved aside.
+    """(number of checkpoints, step of the newest complete one or -1); moves damaged ones aside if one is complete.
 
-    Of those before the whole one only the figures are read.
+    Checkpoints older than the newest complete one are not read, except for their figures.
 
     Args:
-      folder: of the checkpoints.
-      below: the step before which one is looked for; None is all.
+      folder: the folder of the checkpoints.
+      below: only checkpoints before this step count; None counts all.
     """
     steps, whole = [step for step in checkpoint_steps(folder) if below is None or step < below], -1
     damaged: dict[int, str] = {}
@@ -220,13 +224,13 @@ def _find_whole(folder: epath.Path, below: int | None) -> tuple[int, int]:
 
 
 def _move_aside(folder: epath.Path, damaged: dict[int, str]) -> None:
-    """Moves checkpoints to FOLDER_damaged/STEP, with what is wrong with them in STEP.txt."""
+    """Moves checkpoints to FOLDER_damaged/STEP, and writes what is wrong with each into STEP.txt beside it."""
     for step, sentence in damaged.items():
         aside = folder.parent / f"{folder.name}_damaged" / str(step)
-        if aside.exists():  # from an earlier time, or half of it, where moving it was interrupted in a bucket
+        if aside.exists():  # an earlier one, or a part of this one if a move in a bucket was interrupted
             aside.rmtree()
         aside.parent.mkdir(exist_ok=True)
-        # In a bucket a folder is there when a file is in it, and nothing is moved to where there is no folder.
+        # The text first: in a bucket a folder exists only once a file is in it, and rename needs the target's folder.
         write_atomically(aside.parent / f"{step}.txt", f"{sentence}\n".encode())
         (folder / str(step)).rename(aside)
         _LOGGER.warning("%s It was moved to '%s'.", sentence, aside)
@@ -237,7 +241,7 @@ def _score(metrics: Any) -> float:
 
 
 def next_start(folder: epath.Path) -> str:
-    """What a run does next that has its checkpoints in `folder`, for the end of a sentence."""
+    """What the same command would do next with the checkpoints in `folder`, for the end of a sentence."""
     steps = checkpoint_steps(folder)
     if not steps:
         return "there is no checkpoint yet, so the same command starts anew"
@@ -245,7 +249,7 @@ def next_start(folder: epath.Path) -> str:
 
 
 def check_figures(folder: epath.Path) -> None:
-    """Raises an InputError unless a checkpoint's figures can be read, as Orbax's manager does of all at its start."""
+    """Raises an InputError unless a checkpoint's figures can be read, as Orbax's manager reads them when it starts."""
     with reading(folder) as checkpointer:
         verify_manifest(folder, "metrics/")
         items = checkpointer.restore(folder, args=ocp.args.Composite(metrics=ocp.args.JsonRestore()))

@@ -1,4 +1,4 @@
-"""Several attentions trained side by side, and the table of what each has reached and costs."""
+"""Trains several attentions in turn, and tabulates the accuracy and the cost of each."""
 
 from typing import Any
 
@@ -15,20 +15,20 @@ COLUMNS = "loss (nats)", "parameters", "MACs an image", "in training", "steps", 
 
 
 def compare(config: ConfigDict, attentions: list[str], workdir: epath.Path) -> dict[str, dict[str, Any]]:
-    """Trains, or goes on with, a run of each attention; the figures of their summaries."""
+    """Trains or resumes a run of each attention; returns attention -> figures of its summary."""
     figures = {}
     for attention in attentions:
         print(f"{attention}: {workdir / attention}", flush=True)
-        own = config.copy_and_resolve_references()
-        own.model.attention = attention
+        run_config = config.copy_and_resolve_references()
+        run_config.model.attention = attention
         if not KINDS[attention].takes("mask_kind"):
-            own.mask.kind = "threshold"  # a fade is castling's, which the others are compared with
-        figures[attention] = run(own, workdir / attention).figures
+            run_config.mask.kind = "threshold"  # only castling has a fade, and the others would refuse it
+        figures[attention] = run(run_config, workdir / attention).figures
     return figures
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
-    """Accuracy beside cost, in Markdown; of the form that is run in the end."""
+    """A Markdown table of the inference forms' accuracy and cost, with the training form's MACs."""
     measure = task_in(next(iter(summaries.values()), {})).measures[0]
     rows = [
         (

@@ -1,4 +1,4 @@
-"""Every field a configuration has, one line each; configs/*.py change what they need."""
+"""Every field of a configuration, one line each; configs/*.py change the ones they need."""
 
 import itertools
 
@@ -14,7 +14,7 @@ from castling_jax.preprocessing import VALUES as PIXELS
 from castling_jax.tasks.classification.losses import DISTILLATIONS
 from castling_jax.training.schedules import MASK_SCHEDULES, SCALED_RATES
 
-# Groups and fields that concern how a run runs, not what comes of it: they may differ when a run goes on.
+# Groups and fields that change how a run proceeds but not its result: they may differ when a run is resumed.
 RUNTIME_GROUPS = ("mesh", "evaluation", "checkpoint", "logging")
 RUNTIME_FIELDS = (
     "model.implementation",
@@ -25,7 +25,8 @@ RUNTIME_FIELDS = (
     "train.on_nonfinite",
     "train.max_skips",
 )
-# None leaves these to the data and the run's length. config.json holds what was found, and a run goes on with that.
+# A None in these fields is replaced by a value that depends on the data and the run's length. config.json holds the
+# value, and a resumed run keeps it.
 FOUND_FIELDS = (
     "dataset.train_split",
     "dataset.eval_split",
@@ -48,25 +49,25 @@ EPOCHS = Values(
     ),
 )
 
-# By dotted name: default, values, meaning. Where the default is None, None is allowed too.
+# Dotted name -> default, values, meaning. If the default is None, None is allowed too.
 FIELDS = {
-    "seed": Field(0, integer(0, 2**32 - 1), "Seed of everything drawn: parameters, order of examples, augmentations."),
+    "seed": Field(0, integer(0, 2**32 - 1), "Seed of all random draws: parameters, order of examples, augmentations."),
     "init_from": Field(None, TEXT, "Where a new run starts: timm's weights (.safetensors, .npz, .pth), or a run."),
     "reset_head": Field(False, FLAG, "Start the classifier anew where init_from has another number of classes."),
-    "init_ema": Field(None, FLAG, "Whether init_from means its moving average. None: what its run exports, else raw."),
-    # Arguments of create_model. None leaves the model's own.
+    "init_ema": Field(None, FLAG, "Whether to read init_from's moving average. None: what its run exports, else raw."),
+    # Arguments of create_model. None takes the model's default.
     "model.name": Field("deit_tiny", TEXT, "The model, by its name in create_model."),
     "model.attention": Field("castling", TEXT, "The attention kind, such as castling, linear_angular or softmax."),
     "model.dtype": Field("float32", TEXT, "Compute dtype: float32 or bfloat16. Parameters stay in float32."),
-    "model.implementation": Field("auto", one_of(*IMPLEMENTATIONS), "Of the attention: auto, xla or pallas (TPU)."),
+    "model.implementation": Field("auto", one_of(*IMPLEMENTATIONS), "The attention's code: auto, xla or pallas (TPU)."),
     "model.image_size": Field(None, integer(1), "Height and width of the images in pixels."),
-    "model.embed_dim": Field(None, SIZES, "Channels; of LeViT a tuple, one for each stage."),
-    "model.depth": Field(None, SIZES, "Number of blocks; of LeViT a tuple, one for each stage."),
-    "model.depths": Field(None, SIZES, "Number of blocks of each stage of MViTv2, a tuple."),
-    "model.num_heads": Field(None, SIZES, "Attention heads; of LeViT a tuple, one for each stage."),
+    "model.embed_dim": Field(None, SIZES, "Channels; for LeViT a tuple, one for each stage."),
+    "model.depth": Field(None, SIZES, "Number of blocks; for LeViT a tuple, one for each stage."),
+    "model.depths": Field(None, SIZES, "Number of blocks in each stage of MViTv2, a tuple."),
+    "model.num_heads": Field(None, SIZES, "Attention heads; for LeViT a tuple, one for each stage."),
     "model.key_dim": Field(None, integer(1), "Channels of a head's queries and keys in LeViT."),
     "model.patch_size": Field(None, integer(1), "Height and width of DeiT's patches in pixels."),
-    "model.mlp_ratio": Field(None, number("(0, inf)"), "Hidden channels of an MLP over its input's."),
+    "model.mlp_ratio": Field(None, number("(0, inf)"), "Hidden channels of an MLP, divided by its input channels."),
     "model.qkv_bias": Field(None, FLAG, "Whether the projections to queries, keys and values have a bias."),
     "model.distilled": Field(None, FLAG, "Whether the model has a second head, which learns from a teacher."),
     "model.drop_path_rate": Field(None, number("[0, 1)"), "Stochastic depth: the highest share of dropped blocks."),
@@ -77,13 +78,13 @@ FIELDS = {
     "model.qkv_pool": Field(None, one_of("3x3"), "Depthwise convolutions of DeiT's queries, keys and values, or none."),
     "model.init_std": Field(None, number("(0, inf)"), "Standard deviation of the initial weights."),
     "dataset.name": Field("digits", TEXT, "digits, folder:PATH, or a name in tensorflow-datasets."),
-    "dataset.train_split": Field(None, TEXT, "The split to learn from. None: train, without what is held out of it."),
+    "dataset.train_split": Field(None, TEXT, "The split to learn from. None: train, without its held-out part."),
     "dataset.eval_split": Field(None, TEXT, "The held-out split. None: val, validation, test, or a tenth of train."),
-    "dataset.test_split": Field(None, TEXT, "Evaluated once, at the end; the summary's figures. None: eval_split's."),
+    "dataset.test_split": Field(None, TEXT, "The split for the summary, tested once at the end. None: eval_split."),
     "dataset.data_dir": Field(None, TEXT, "Where tensorflow-datasets keeps its data; None is its own default."),
     "dataset.workers": Field(0, integer(0), "Processes that read and augment images; 0 uses the run's own threads."),
     "dataset.max_corrupt_share": Field(0.001, number("[0, 1]"), "Share of unreadable images above which a run stops."),
-    "dataset.accept_changes": Field(False, FLAG, "Go on though images of the run's classes came, went or changed."),
+    "dataset.accept_changes": Field(False, FLAG, "Resume although images of the run's classes have changed."),
     "dataset.mean": Field((0.5,) * 3, PIXELS["mean"], "The model sees (image - mean) / std, with the image in [0, 1]."),
     "dataset.std": Field((0.5,) * 3, PIXELS["std"], "The model sees (image - mean) / std."),
     "dataset.crop_ratio": Field(0.875, PIXELS["crop_ratio"], "Share of the short side that evaluation keeps."),
@@ -132,7 +133,7 @@ FIELDS = {
     "mask.start_threshold": Field(None, number("[0, 1]"), "The threshold until mask.begin. None: 0.02, for fade 0."),
     "mask.begin": Field(0.2, number("[0, 1]"), "Fraction of training from which the threshold rises."),
     "mask.end": Field(0.8, number("[0, 1]"), "Fraction of training from which the threshold is 1."),
-    # Sizes of the mesh's axes; one may be -1, which is what the others leave.
+    # Sizes of the mesh's axes; one may be -1, for all devices that the other axes leave.
     "mesh.replica": Field(1, integer(-1), "Copies of the parameters, one or more a slice of a pod."),
     "mesh.data": Field(-1, integer(-1), "More copies; replica, data and fsdp split the batch."),
     "mesh.fsdp": Field(1, integer(-1), "Splits the parameters' matrices as well."),
@@ -154,23 +155,24 @@ def default_config() -> ConfigDict:
 
 
 def check_config(config: ConfigDict) -> None:
-    """Refuses a configuration with other fields than FIELDS, or with values that they do not take.
+    """Refuses a configuration whose fields are not FIELDS, or whose values are not allowed.
 
     Raises:
-      InputError: names each wrong field, and the nearest known one, or the value and what is allowed.
+      InputError: names each unknown field with the nearest known one, and each wrong value with what is allowed.
     """
     if not isinstance(config, ConfigDict):
         raise InputError(f"a configuration must be a ConfigDict, as load_config gives it, not {type(config).__name__}.")
-    given = {path.replace("/", "."): value for path, value in flatten(config.to_dict()).items()}
+    values = {path.replace("/", "."): value for path, value in flatten(config.to_dict()).items()}
     mistakes = Mistakes()
-    for name in given:
+    for name in values:
         with mistakes:
             check_known("config field", name, FIELDS)
     for name, field in FIELDS.items():
         with mistakes:
-            if name not in given:
+            if name not in values:
                 raise InputError(f"the configuration lacks the field {name!r}; start it from default_config().")
-            field.check(f"config.{name}", given[name])
+            field.check(f"config.{name}", values[name])
+    # Each value is of the right type from here on, so fields can be compared with each other.
     mistakes.report()
     with mistakes:
         check_at_most("config.mask.begin", config.mask.begin, config.mask.end, "config.mask.end")

@@ -1,4 +1,4 @@
-"""A configuration's files: configs/NAME.py, which makes it, and a run's own config.json."""
+"""Where configurations come from: configs/NAME.py, which builds one, and a run's config.json."""
 
 import importlib
 import inspect
@@ -19,19 +19,19 @@ from castling_jax.storage import as_path
 from castling_jax.training.config import FOUND_FIELDS, RUNTIME_FIELDS, RUNTIME_GROUPS, check_config, default_config
 
 _PACKAGE = Path(__file__).parents[1]
-# A wheel has the configurations in the package, a checkout beside it.
+# A wheel has configs/ inside the package; a checkout has it beside the package.
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
-_LOADING = threading.Lock()  # one thread at a time has the package
-_LOADED = "_castling_jax_configs"  # the package that a configuration's folder is while it is read
+_LOADING = threading.Lock()  # the package _LOADED is in sys.modules, which all threads share
+_LOADED = "_castling_jax_configs"  # a configuration's folder is imported as a package of this name
 
 
 def config_names() -> list[str]:
-    """The configurations that come with the project: digits, deit, ..."""
+    """Names of the configurations that come with the project: digits, deit, ..."""
     return sorted(path.stem for path in CONFIGS.glob("[!_]*.py"))
 
 
 def find_config(name: str) -> tuple[Path, str]:
-    """The file of `NAME[:ARGUMENT]`, and the argument: NAME is a path, or one of `config_names`.
+    """Splits `NAME[:ARGUMENT]` into (file, argument); NAME is a path, or one of `config_names`.
 
     Raises:
       InputError: there is no such file.
@@ -46,16 +46,16 @@ def find_config(name: str) -> tuple[Path, str]:
 
 
 def load_config(name: str) -> ConfigDict:
-    """The configuration that a file makes.
+    """Loads a configuration by calling `get_config` in its file.
 
     Args:
-      name: "digits", "deit:small,softmax", or "path/to/file.py:ARGUMENT". The argument is the file's own matter.
+      name: "digits", "deit:small,softmax", or "path/to/file.py:ARGUMENT". The file interprets the argument.
 
     Raises:
       InputError: there is no such file, it makes no configuration, or a field is wrong.
     """
     path, argument = find_config(name)
-    with refusing(Exception, f"'{path}' makes no configuration"):  # the file may be anybody's, and do anything
+    with refusing(Exception, f"'{path}' makes no configuration"):  # the file is the user's code, and may raise anything
         get_config = getattr(_load_module(path), "get_config", None)
         if get_config is None:
             raise InputError(f"'{path}' is no configuration: it has no function get_config.")
@@ -67,8 +67,9 @@ def load_config(name: str) -> ConfigDict:
 
 
 def _load_module(path: Path) -> types.ModuleType:
-    """Imports a file anew, with its folder as its package, so that `from ._base import ...` works wherever it lies."""
+    """Imports a file anew, with its folder as its package, so that `from ._base import ...` works in any folder."""
     with _LOADING:
+        # Forget the last folder's modules: another folder may have a file of the same name, and an edited file counts.
         for name in [name for name in sys.modules if name.partition(".")[0] == _LOADED]:
             del sys.modules[name]
         package = types.ModuleType(_LOADED)
@@ -79,12 +80,13 @@ def _load_module(path: Path) -> types.ModuleType:
 
 
 def run_config(fields: dict[str, Any] | None) -> ConfigDict:
-    """The configuration of a run, of its config.json's fields; the default where they are None.
+    """The configuration of a run from its config.json's fields; None gives the default configuration.
 
-    An earlier version's may lack fields, which then have their defaults, and may have others, which are kept.
+    Fields that an earlier version's config.json lacks get their defaults; fields that it has and this version does not
+    are kept.
 
     Raises:
-      InputError: a field is of another type, or there is a group of fields that no version has.
+      InputError: a field has another type, or a group of fields is unknown.
     """
     config = default_config()
     for group in fields or {}:
@@ -95,34 +97,35 @@ def run_config(fields: dict[str, Any] | None) -> ConfigDict:
 
 
 def join_run(config: ConfigDict, path: epath.Path, *, is_finished: bool = False, extend: bool = False) -> ConfigDict:
-    """The configuration with which a run goes on whose config.json is at `path`: `config`, and what the run found.
+    """The configuration for resuming the run whose config.json is at `path`.
 
-    A field that the run's configuration lacks, because an earlier version wrote it, has its default there. FOUND_FIELDS
-    that `config` leaves open have the run's values.
+    It is `config`, and FOUND_FIELDS that `config` leaves open get the run's values. A field that the run's config.json
+    lacks, because an earlier version wrote it, counts as its default.
 
     Args:
-      config: as the person gives it.
+      config: the configuration as the user gives it.
       path: RUN/config.json.
-      is_finished: whether the run is.
-      extend: whether train.epochs may be larger than the run's, which has to be finished then.
+      is_finished: whether the run is finished.
+      extend: whether train.epochs may be larger than the run's; the run must then be finished.
 
     Raises:
-      InputError: the file is damaged, or fields differ beside RUNTIME_GROUPS and RUNTIME_FIELDS; names them. Or there
-        is nothing to extend.
+      InputError: the file is damaged; fields other than RUNTIME_GROUPS and RUNTIME_FIELDS differ (the message names
+        them); or there is nothing to extend.
     """
     try:
         earlier = read_config(path.parent)
-        found = run_config(earlier)
+        run = run_config(earlier)
     except InputError as error:
         raise InputError(f"{str(error).rstrip('.')}; choose another --workdir or remove it.") from error
     config = config.copy_and_resolve_references()
     for group, field in (name.split(".") for name in FOUND_FIELDS):
         if config[group][field] is None:
-            config[group][field] = found[group][field]
-    epochs, run_epochs = config.train.epochs, found.train.epochs
+            config[group][field] = run[group][field]
+    epochs, run_epochs = config.train.epochs, run.train.epochs
+    # Before the comparison, so that a larger number of epochs is no difference when the run is extended.
     if extend:
-        found.train.epochs = max(epochs, run_epochs)
-    if different := _differences(found.to_dict(), config.to_dict()):
+        run.train.epochs = max(epochs, run_epochs)
+    if different := _differences(run.to_dict(), config.to_dict()):
         is_longer = not extend and epochs > run_epochs and len(different) == 1
         raise InputError(
             f"'{path.parent}' holds a run with {'; '.join(different)}: "
@@ -142,13 +145,14 @@ def join_run(config: ConfigDict, path: epath.Path, *, is_finished: bool = False,
 
 
 def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The fields that tell two runs apart, with both values, of their nested configurations."""
+    """The fields that tell two runs apart, as sentences with both values; from their nested configurations."""
+    # Through JSON, so that a tuple in the one and a list in the other compare equal.
     defaults, earlier, now = (
         {path.replace("/", "."): value for path, value in flatten(json.loads(json.dumps(tree))).items()}
         for tree in (default_config().to_dict(), earlier, now)
     )
     earlier = defaults | earlier
-    for fields in (earlier, now):  # None and the number that it stands for are one run's
+    for fields in (earlier, now):  # None means the same run as the number that it stands for
         mask = {name: fields[f"mask.{name}"] for name in ("kind", "start_threshold")}
         fields["mask.start_threshold"] = start_threshold(mask)
     return [

@@ -1,4 +1,4 @@
-"""The fields of the configuration for a person: `main.py --help-config`, and docs/configuration.md."""
+"""Prints the fields of the configuration for `main.py --help-config`, and as docs/configuration.md."""
 
 import itertools
 
@@ -17,14 +17,14 @@ def describe_fields(config: ConfigDict) -> str:
 
 
 def fields_page() -> str:
-    """docs/configuration.md."""
+    """The text of docs/configuration.md."""
     config = default_config()
     lines = [
         "# Configuration",
         "",
         "Every field, with its default. `python main.py --config=NAME --help-config` prints this list with the values",
         "of the configuration NAME. A field is overridden by `--config.GROUP.FIELD=VALUE`, and in Python by",
-        "`config.GROUP.FIELD = VALUE`. Where the default is None, None is allowed too.",
+        "`config.GROUP.FIELD = VALUE`. If the default is None, None is allowed too.",
     ]
     for group, fields in itertools.groupby(FIELDS.items(), key=lambda item: item[0].rpartition(".")[0]):
         rows = [(f"`{name}`", str(_value(config, name)), field.values.text, field.meaning) for name, field in fields]

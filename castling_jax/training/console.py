@@ -1,7 +1,7 @@
-"""What a run tells the person who watches it: what it is, before its first step; then how it goes.
+"""What a run prints for its user: a description before the first step, then its progress.
 
-It goes to standard error, from process 0 alone. On a terminal a bar shows the steps; elsewhere, such as in a log, there
-are plain lines. A notebook has a bar of its own kind.
+Process 0 alone prints, to standard error. A terminal shows a bar of steps, a notebook its own kind of bar, and a log
+plain lines.
 """
 
 import contextlib
@@ -24,16 +24,16 @@ from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.variables import count_parameters, get_variables
 from castling_jax.training.setup import Setup
 
-IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)  # and it can show tqdm's own bar
+IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)  # tqdm.auto found one that shows bars
 
 
 class Console:
-    """Tells of one run.
+    """Prints one run's description and progress.
 
     Args:
-      setup: what the run is made of.
-      first_step: the steps that an earlier part of the run has made.
-      speaks: whether this process tells anything at all. How the run goes it tells with config.logging.progress.
+      setup: the run's parts.
+      first_step: number of steps that an earlier part of the run has made.
+      speaks: whether this process prints at all. It prints progress only with config.logging.progress.
     """
 
     def __init__(self, setup: Setup, first_step: int, *, speaks: bool):
@@ -43,21 +43,21 @@ class Console:
         self._bar = tqdm(total=setup.total_steps, initial=first_step, unit="step", disable=not shows_bar)
 
     def begin(self, workdir: epath.Path) -> None:
-        """What the run is, before its first step."""
+        """Describes the run, before its first step."""
         if self._shows_progress:
             self.say(describe_start(self._setup, workdir))
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar where there is one."""
+        """Prints a line, above the bar if there is one."""
         if self._speaks:
             plain_tqdm.write(text, file=sys.stderr)
 
     def advance(self) -> None:
-        """One more step is sent off."""
+        """Counts one more step that was sent to the devices."""
         self._bar.update()
 
     def logged(self, step: int, line: dict[str, Any]) -> None:
-        """The figures of a step, of which the loss may be missing."""
+        """Prints the figures of a step; a skipped step has no loss."""
         loss, speed = line.get("loss", math.nan), line["images_per_second"]
         self._bar.set_postfix({"loss": f"{loss:.3f}", "images/s": f"{speed:,.0f}"})
         if self._shows_progress and self._bar.disable:
@@ -65,40 +65,41 @@ class Console:
             self.say(f"step {step:,} of {total:,}: loss {loss:.4f}, {speed:,.0f} images/s, {left} left")
 
     def evaluated(self, step: int, loss: float, density: Any, figures: dict[str, Any], threshold: float) -> None:
-        """The figures of an evaluation, and the loss and the mask density of the step before it."""
+        """Prints the figures of an evaluation, with the loss and the mask density of the step before it."""
         if not self._shows_progress:
             return
         epoch = f"epoch {step / self._setup.steps_per_epoch:g}, step {step:,}"
         measure = self._setup.task.measures[0]
-        in_training, said = measure.texts(figures)
+        train_text, text = measure.texts(figures)
+        # Without a switch, both forms are the same model: one figure says it all.
         if KINDS[self._setup.model.spec.attention].inference is not None:
-            said = f"{in_training} in training form, {said} in inference form"
-            said += f"; mask {self._setup.config.mask.kind} {threshold:.3g}, density {np.mean(density):.3g}"
+            text = f"{train_text} in training form, {text} in inference form"
+            text += f"; mask {self._setup.config.mask.kind} {threshold:.3g}, density {np.mean(density):.3g}"
         held_out = f", held out {figures['eval_loss']:.4f}" if "eval_loss" in figures else ""
-        self.say(f"{epoch}: loss {loss:.4f}{held_out}; {measure.name} held out {said}")
+        self.say(f"{epoch}: loss {loss:.4f}{held_out}; {measure.name} held out {text}")
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Closes the bar, which stays visible as it is."""
         self._bar.close()
 
 
 def describe_images(setup: Setup) -> dict[str, str]:
-    """Lines on the images: how large the first one is where it is a file, and which files were passed over."""
+    """Lines about the images: the size of the first one, if it is a file, and the files that were skipped."""
     lines = {}
-    with contextlib.suppress(InputError):  # the first one is corrupt: training counts those
+    with contextlib.suppress(InputError):  # the first image may be corrupt; training counts it
         if isinstance(image := setup.train_set[0]["image"], bytes):
             height, width = image_size(image, exif=setup.config.dataset.exif)
             size = setup.model.spec.image_size
             lines["images"] = f"the first has {width} x {height} pixels, and the model sees {size} x {size}"
     datasets = [data for data in (setup.train_set, setup.eval_set, setup.test_set) if isinstance(data, FolderDataset)]
-    by_folder = {data.folder: data.skipped for data in datasets}  # two splits may be of one folder
+    by_folder = {data.folder: data.skipped for data in datasets}  # two splits of one folder count its files once
     if skipped := sum(by_folder.values(), Counter()):
         lines["skipped"] = f"files that are no images, by their names: {list_skipped(skipped)}"
     return lines
 
 
 def describe_start(setup: Setup, workdir: epath.Path) -> str:
-    """The block of lines before the first step: data, model, steps, devices, folder, and what takes the first while."""
+    """The block of lines before the first step: data, model, steps, devices, folder, and a last line on compiling."""
     config, spec = setup.config, setup.model.spec
     data, train = config.dataset, config.train
     splits = [(setup.train_set, data.train_split), (setup.eval_set, data.eval_split), (setup.test_set, data.test_split)]

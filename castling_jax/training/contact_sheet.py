@@ -1,4 +1,4 @@
-"""A contact sheet: what a configuration does to its images, one by one and then as a batch."""
+"""A contact sheet: a picture of what a configuration does to its images, one by one and then as a batch."""
 
 import functools
 from collections.abc import Iterator
@@ -22,23 +22,23 @@ from castling_jax.tasks.task import Example, Task
 from castling_jax.training.config import default_config
 from castling_jax.training.setup import named_splits
 
-COLUMNS = 8  # even, so that mixing makes no image its own partner
-BATCHES = 3
+COLUMNS = 8  # even: mixing pairs images, and would make the middle one of an odd number its own partner
+BATCHES = 3  # rows of prepared batches
 
 
 def draw_augmentations(config: ConfigDict, path: epath.Path, *, examples: int) -> epath.Path:
-    """Writes the contact sheet of a configuration to a PNG file, whose folder is made, and returns its path."""
+    """Writes a configuration's contact sheet to a PNG file, creates its folder if need be, and returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, png(draw_sheet(config, examples=examples)))
     return path
 
 
 def draw_sheet(config: ConfigDict, *, examples: int) -> Figure:
-    """The contact sheet of a configuration: rows of single images, then batches as the step prepares them.
+    """Draws a configuration's contact sheet: rows of single images, then batches as the step prepares them.
 
     Args:
-      config: as `default_config` gives it.
-      examples: rows of single images.
+      config: a configuration with the fields of `default_config`.
+      examples: number of rows of single images.
 
     Raises:
       InputError: there is no such data set, or its images do not fit the configuration.
@@ -49,6 +49,7 @@ def draw_sheet(config: ConfigDict, *, examples: int) -> Figure:
     task, size = task_of(model).from_config(config, model), model.spec.image_size
     preprocessing = preprocessing_of(config, size)
     evaluation, training = task.eval_transform(preprocessing), task.train_transform(config.augment, preprocessing)
+    # Spread over the whole data set, because folders list the images class by class. A batch needs COLUMNS of them.
     sources = [dataset[int(index)] for index in np.linspace(0, len(dataset) - 1, max(examples, COLUMNS))]
     draws = [
         [training(example, np.random.default_rng((config.seed, row, column))) for column in range(1, COLUMNS)]
@@ -66,7 +67,7 @@ def draw_sheet(config: ConfigDict, *, examples: int) -> Figure:
     axes[0, 0].set_title("evaluation", fontsize="medium")
     axes[0, 1].set_title("training", fontsize="medium", loc="left")
     batches = _prepared(task, [drawn[0] for drawn in draws[:COLUMNS]], config.seed)
-    for row, batch in zip(axes[examples:], batches, strict=False):  # without a change, there are no such rows
+    for row, batch in zip(axes[examples:], batches, strict=False):  # no rows for a task that does not change batches
         for axis, seen in zip(row, batch, strict=True):
             _show(axis, seen["image"], preprocessing)
             task.draw(axis, seen)
@@ -79,7 +80,7 @@ def draw_sheet(config: ConfigDict, *, examples: int) -> Figure:
 
 
 def _prepared(task: Task, examples: list[Example], seed: int) -> Iterator[list[Example]]:
-    """The examples of a batch, prepared anew each time."""
+    """Yields a batch's examples BATCHES times, prepared with another key each time."""
     prepare = jax.jit(functools.partial(task.prepare, jax.tree.map(lambda *leaves: np.stack(leaves), *examples)))
     for key in jax.random.split(jax.random.key(seed), BATCHES):
         batch = jax.device_get(prepare(key))

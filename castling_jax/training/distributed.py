@@ -15,29 +15,29 @@ from jax.experimental import multihost_utils
 
 from castling_jax.errors import InputError, check_between
 
-HEARTBEAT_SECONDS = 20  # after so long without a sign of a process, JAX ends the others
-SHARING_SECONDS = 40  # so long a file of another host may take to be seen, on network file systems
+HEARTBEAT_SECONDS = 20  # after so long without a sign from one process, JAX ends the others
+SHARING_SECONDS = 40  # network file systems may take so long to show another host's file
 SENTENCE_BYTES = 2048
-SHUTDOWN_SECONDS = 3600  # so long they wait for each other at the end: process 0 has the summary to write
+SHUTDOWN_SECONDS = 3600  # the others wait so long at the end, while process 0 writes the summary
 
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins the other processes; must come before anything else that JAX does.
+    """Joins the other processes; must be called before anything else in JAX.
+
+    If all three arguments are None, the hosts of a TPU pod find each other, and anywhere else this is the only process.
 
     Args:
       coordinator: HOST:PORT of process 0.
-      num_processes: how many there are.
-      process_id: which this one is. With all three None the hosts of a TPU pod find each other, and anywhere else this
-        is the only process.
+      num_processes: number of processes.
+      process_id: number of this process, from 0.
 
     Raises:
-      InputError: one is given without the others, or they do not fit each other.
+      InputError: only some of them are given, or they do not fit each other.
     """
-    given = (coordinator, num_processes, process_id)
-    if given == (None, None, None):
+    if (coordinator, num_processes, process_id) == (None, None, None):
         if "tpu" not in os.environ.get("JAX_PLATFORMS", "tpu"):
             return
-        with contextlib.suppress(ValueError):  # JAX sees no cluster here
+        with contextlib.suppress(ValueError):  # JAX raises it outside a cluster
             _initialize()
         return
     if coordinator is None or num_processes is None or process_id is None:
@@ -61,13 +61,14 @@ def _initialize(
 
 
 def check_shared(folder: epath.Path) -> None:
-    """Raises an InputError, on all processes, unless all see one folder: the first save would wait for the others."""
+    """Raises an InputError on all processes unless all see the same folder; otherwise the first save would hang."""
     if jax.process_count() > 1 and not _all_see(folder):
         raise InputError(f"not all processes see one '{folder}': give a --workdir that all hosts share, gs:// will do.")
 
 
 def _all_see(folder: epath.Path) -> bool:
-    """Whether all processes see one folder. Process 0 makes it, and writes a file that the others look for."""
+    """Whether all processes see the same folder. Process 0 creates it, and writes a file that the others look for."""
+    # A new number each time: a file left by an earlier start proves nothing.
     token = str(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31))))
     file = folder / "shared"
     if jax.process_index() == 0:
@@ -84,17 +85,18 @@ def _all_see(folder: epath.Path) -> bool:
 
 
 def said_by_process_0(sentence: str) -> str:
-    """What process 0 calls this with, on all processes; cut to SENTENCE_BYTES."""
+    """Returns process 0's `sentence` on all processes; cut to SENTENCE_BYTES."""
     if jax.process_count() == 1:
         return sentence
+    # A broadcast needs the same shape on all processes, so the text is padded to a fixed length.
     data = np.frombuffer(sentence.encode()[:SENTENCE_BYTES].ljust(SENTENCE_BYTES, b"\0"), np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
 def use_compilation_cache(folder: epath.Path) -> None:
-    """Keeps compiled programs in a folder, so that a run that goes on need not compile again.
+    """Keeps compiled programs in a folder, so that a resumed run need not compile again.
 
-    Where the environment names a cache (JAX_COMPILATION_CACHE_DIR), that is used.
+    A cache that the environment names (JAX_COMPILATION_CACHE_DIR) is used instead.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
@@ -106,7 +108,7 @@ def has_others() -> bool:
 
 
 def end(sentence: str, *, status: int = 1) -> NoReturn:
-    """Says why, and ends this process; at once where there are others, which may be waiting for it."""
+    """Prints why, and ends this process; at once if there are others, because a clean exit would wait for them."""
     if not has_others():
         print(sentence, file=sys.stderr, flush=True)
         sys.exit(status)
@@ -115,14 +117,14 @@ def end(sentence: str, *, status: int = 1) -> NoReturn:
 
 
 def end_quietly(status: int) -> NoReturn:
-    """Ends this process without a word; at once where there are others."""
+    """Ends this process without printing; at once if there are others."""
     if not has_others():
         sys.exit(status)
     end_at_once(status)
 
 
 def end_at_once(status: int) -> NoReturn:
-    """Ends this process without waiting for anything, and the workers that read for it, which would outlive it."""
+    """Ends this process without waiting for anything, and kills its reading workers, which would outlive it."""
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Exact evaluation of both forms in one pass: every example once, on any number of devices and processes."""
+"""Evaluates both forms exactly in one pass: every example counts once, on any number of devices and processes."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -41,13 +41,13 @@ def make_evaluator(
     workers: int = 0,
     max_corrupt_share: float = 0.0,
 ) -> Evaluator:
-    """Builds (variables, threshold) -> answers to the whole dataset; all processes have them all.
+    """Builds (variables, threshold) -> answers to the whole dataset; all processes get all answers.
 
-    Corrupt images are left out, and more of them than max_corrupt_share are an InputError. The dataset, its transform
-    and the workers are as `evaluation_batches` takes them.
+    Corrupt images are left out, and more of them than max_corrupt_share raise an InputError. The dataset, its transform
+    and the workers are the same as for `evaluation_batches`.
 
-    Where batch norm is folded, the difference between the two forms is that of both computed in float32: folded kernels
-    are rounded anew, and in bfloat16 the difference would show nothing else.
+    For models with batch norm, the difference between the two forms is computed in float32: folding rounds the kernels
+    anew, and in bfloat16 the difference would show only that.
     """
     forms = exact_forms = {"train_form": model, "inference_form": _with(model, form="inference")}
     if "batch_stats" in get_variables(model):
@@ -61,17 +61,19 @@ def make_evaluator(
             "inference_form": apply(forms["inference_form"], to_inference(variables), images),
         }
 
+    # Replicated, because every process collects all answers; they are a few numbers for each image.
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def answer_batch(variables: Variables, batch: Batch, threshold: jax.Array) -> Batch:
         outputs = exact = outputs_of(forms, variables, batch["image"], threshold)
         if exact_forms is not forms:
-            with jax.default_matmul_precision("highest"):
+            with jax.default_matmul_precision("highest"):  # a TPU would multiply float32 numbers in bfloat16
                 exact = outputs_of(exact_forms, variables, batch["image"], threshold)
         return {"weight": batch["weight"]} | task.answer(outputs, exact, batch)
 
     def evaluate(variables: Variables, threshold: float) -> Answers:
-        # Gathered once, not for every batch.
+        # Gathered over fsdp once, not for every batch.
         variables = jax.device_put(variables, whole_over_fsdp(state_shardings(variables, mesh)))
+        # The answers stay on the devices until the end: fetching each batch's would wait for it before the next starts.
         parts = [
             answer_batch(variables, shard_batch(batch, mesh, batch_size=batch_size), jnp.float32(threshold))
             for batch in evaluation_batches(
@@ -84,7 +86,7 @@ def make_evaluator(
             )
         ]
         columns = jax.tree.map(lambda *arrays: np.concatenate(arrays), *jax.device_get(parts))
-        (image,) = np.nonzero(columns.pop("weight"))  # neither the last batch's padding nor what is corrupt
+        (image,) = np.nonzero(columns.pop("weight"))  # without the last batch's padding and without corrupt images
         answers = {name: array[image] for name, array in columns.items()}
         return task.collect({"image": image, **answers}, corrupt=len(dataset) - len(image))
 
@@ -94,15 +96,15 @@ def make_evaluator(
 def evaluate_weights(
     evaluate: Evaluator, weights: Mapping[str, Variables], threshold: float, *, exported: str
 ) -> tuple[dict[str, float], Answers]:
-    """The exported weights' figures and answers.
+    """Evaluates all weights; returns the exported weights' (figures, answers).
 
-    Where raw and averaged weights are kept, both sets' figures are there too, as raw_NAME and averaged_NAME.
+    If there are raw and averaged weights, the figures also contain those of both, as raw_NAME and averaged_NAME.
 
     Args:
-      evaluate: as `make_evaluator` builds it.
-      weights: as `TrainState.weights` has them.
-      threshold: the mask's.
-      exported: which of the weights the run exports.
+      evaluate: the evaluator from `make_evaluator`.
+      weights: "raw", and "averaged" if kept -> variables, from `TrainState.weights`.
+      threshold: the mask threshold.
+      exported: the key of the weights that the run exports.
     """
     answers = {kind: evaluate(variables, threshold) for kind, variables in weights.items()}
     figures = {kind: answer.figures() for kind, answer in answers.items()}
@@ -115,7 +117,7 @@ def _with(model: Backbone, **changes: str) -> Backbone:
 
 
 def configured_evaluator(config: ConfigDict, model: Backbone, dataset: Dataset, mesh: Mesh) -> Evaluator:
-    """`make_evaluator` with all that a configuration says about it."""
+    """Calls `make_evaluator` with the options of a configuration."""
     task = task_of(model).from_config(config, model)
     return make_evaluator(
         model,

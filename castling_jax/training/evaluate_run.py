@@ -1,4 +1,4 @@
-"""A trained run's figures on any labelled data: `main.py --evaluate`, and the test split at a run's end."""
+"""Evaluates a trained run on any labelled data, for `main.py --evaluate` and for the test split at a run's end."""
 
 import dataclasses
 import json
@@ -28,20 +28,20 @@ from castling_jax.training.setup import named_splits
 from castling_jax.training.sharding import check_batch, make_mesh, place, state_shardings, whole_over_fsdp
 from castling_jax.training.summary import describe_each_weights, describe_measures
 
-EVALUATIONS = "evaluation"  # a run's folder of them
-GROUPS = ("dataset", "evaluation")
-WITHOUT_EFFECT = ("dataset.train_split", "dataset.accept_changes", "evaluation.every_epochs")
-CLASSES_SHOWN = 20
+EVALUATIONS = "evaluation"  # the folder of evaluations in a run's folder
+GROUPS = ("dataset", "evaluation")  # groups of fields that an evaluation may change
+WITHOUT_EFFECT = ("dataset.train_split", "dataset.accept_changes", "evaluation.every_epochs")  # but not these of them
+CLASSES_SHOWN = 20  # with more classes, only the worst are printed
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a model's answers to a split are.
+    """A model's evaluation on a split.
 
     Attributes:
-      figures: those of `evaluate_weights`, and those of `what_is_evaluated`.
-      answers: of the exported weights, to each image.
-      classes: their names.
+      figures: the figures of `evaluate_weights` and of `what_is_evaluated`.
+      answers: the exported weights' answers to each image.
+      classes: names of the classes.
     """
 
     figures: dict[str, Any]
@@ -50,7 +50,7 @@ class Evaluation:
 
     @property
     def by_class(self) -> dict[str, dict[str, Any]]:
-        """As the task's `Answers.by_class` gives it."""
+        """The figures of each class, from the task's `Answers.by_class`."""
         return self.answers.by_class(self.classes)
 
     def folder(self, run: epath.PathLike) -> epath.Path:
@@ -61,16 +61,15 @@ class Evaluation:
         return epath.Path(run) / EVALUATIONS / re.sub(r"[^\w.-]", "_", stem)
 
     def write(self, run: epath.PathLike) -> list[epath.Path]:
-        """Writes this evaluation into `folder(run)`; an earlier one of the same name there is replaced.
+        """Writes this evaluation into `folder(run)`, over an earlier one of the same name.
 
-        figures.json holds the figures, and those of each class. The other files are the task's: see its
-        `Answers.files`.
+        figures.json holds the figures, also those of each class. The other files come from the task's `Answers.files`.
 
         Returns:
           The paths of the files.
 
         Raises:
-          InputError: they cannot be written.
+          InputError: the files cannot be written.
         """
         folder = self.folder(run)
         figures = json.dumps(self.figures | {"classes": self.by_class}, indent=2).encode()
@@ -99,7 +98,7 @@ class Evaluation:
         )
 
     def _describe_classes(self) -> str:
-        """A line for each class or, where there are many, for the worst."""
+        """A line for each class or, if there are many, for the worst CLASSES_SHOWN."""
         measure = measures_of(self.figures)[0]
         rows = [(name, row["images"], row[measure.name]) for name, row in self.by_class.items() if row["images"]]
         title = f"  {measure.name} of each class, inference form:"
@@ -114,17 +113,17 @@ class Evaluation:
 def evaluate_checkpoint(
     path: str | os.PathLike, mesh_sizes: Mapping[str, int], changes: Mapping[str, Any] | None = None
 ) -> Evaluation:
-    """Evaluates a checkpoint as its run was configured, on the split that the run's summary tells of, or on other data.
+    """Evaluates a checkpoint with its run's configuration, on the split of the run's summary or on other data.
 
     Args:
-      path: of a run or one of its checkpoints, as `read` takes it.
-      mesh_sizes: as `make_mesh` takes them; the run may have had another mesh.
-      changes: fields of the configuration, dataset.NAME and evaluation.NAME, that count instead of the run's. Of
-        dataset.test_split and dataset.eval_split one may be given, and names the split.
+      path: a run or one of its checkpoints, as `read` takes it.
+      mesh_sizes: sizes of the mesh's axes, as `make_mesh` takes them; the run may have had another mesh.
+      changes: fields dataset.NAME and evaluation.NAME -> values that replace the run's. dataset.test_split or
+        dataset.eval_split, but not both, names the split.
 
     Raises:
-      InputError: the checkpoint cannot be read or is none, the mesh does not fit, a change is of another field or a
-        wrong value, or the data has other classes than the run's.
+      InputError: `path` is no checkpoint or cannot be read, the mesh does not fit, a change names another field or a
+        wrong value, or the data's classes are not the run's.
     """
     changes = dict(changes or {})
     check_changes(changes)
@@ -134,6 +133,7 @@ def evaluate_checkpoint(
     if model is None or checkpoint.config is None or threshold is None:
         raise InputError(f"'{path}' is neither a run's folder with checkpoints nor one of its {CHECKPOINTS}/STEP.")
     config = _changed(run_config(checkpoint.config), changes)
+    # A run that keeps averages reports raw and averaged weights; `checkpoint` has the ones that it exports.
     checkpoints = [checkpoint]
     if config.train.ema_decay is not None:
         checkpoints.append(read(checkpoint.path, ema=not checkpoint.averaged))
@@ -145,13 +145,13 @@ def evaluate_checkpoint(
         evaluate = configured_evaluator(config, model, dataset, mesh)
         weights = {"averaged" if one.averaged else "raw": place(one.variables, shardings) for one in checkpoints}
         figures, answers = evaluate_weights(evaluate, weights, threshold, exported=exported)
-    assert checkpoint.step is not None  # a checkpoint has one
+    assert checkpoint.step is not None  # checkpoints always have a step
     about = what_is_evaluated(config, task_of(model).name, checkpoint.step, threshold)
     return Evaluation(about | figures, answers, list(dataset.classes))
 
 
 def check_changes(changes: Mapping[str, Any]) -> None:
-    """Refuses fields that an evaluation does not heed, and values that they do not take.
+    """Refuses fields that have no effect on an evaluation, and values that are not allowed.
 
     Raises:
       InputError: names the fields, or the value and what is allowed.
@@ -169,7 +169,7 @@ def check_changes(changes: Mapping[str, Any]) -> None:
 
 
 def what_is_evaluated(config: ConfigDict, task: str, step: int, threshold: float) -> dict[str, Any]:
-    """The figures of an evaluation that say what was evaluated, and on what."""
+    """The figures that identify an evaluation: the weights, the data and the mask."""
     return {
         "task": task,
         "dataset": config.dataset.name,
@@ -182,7 +182,7 @@ def what_is_evaluated(config: ConfigDict, task: str, step: int, threshold: float
 
 
 def summary_split(config: ConfigDict) -> str:
-    """The split that a run's summary tells of: the test split, where there is one."""
+    """The split of a run's summary: the test split if there is one, else the held-out split."""
     return config.dataset.eval_split if config.dataset.test_split is None else config.dataset.test_split
 
 
@@ -193,19 +193,20 @@ def run_of(path: str | os.PathLike) -> epath.Path:
 
 
 def _changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
+    # The user's split counts, whichever field names it; summary_split would prefer the run's test split.
     if "dataset.eval_split" in changes:
         changes = changes | {"dataset.test_split": None}
     with config.ignore_type():
         for name, value in changes.items():
             group, field = name.split(".")
             config[group][field] = value
-    if config.dataset.eval_split is None:  # what the run learnt from does not matter here
+    if config.dataset.eval_split is None:  # the split to learn from does not matter here
         _, config.dataset.eval_split = named_splits(config.dataset)
     return config
 
 
 def _load(config: ConfigDict, checkpoint: Weights) -> Dataset:
-    """The split to evaluate, whose classes are the run's."""
+    """Loads the split to evaluate; its classes must be the run's."""
     data, model = config.dataset, checkpoint.model
     assert model is not None
     dataset = load_dataset(data.name, summary_split(config), data_dir=data.data_dir, classes=checkpoint.classes)

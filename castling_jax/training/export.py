@@ -1,4 +1,4 @@
-"""A trained model's inference form as files, what became of each parameter, and the checks of what was written."""
+"""Exports a trained model's inference form: tabulates what happens to each parameter, writes the files, checks them."""
 
 import functools
 import os
@@ -37,23 +37,32 @@ from castling_jax.training.setup import named_splits
 from castling_jax.training.summary import SUMMARY_FILE
 
 CHECK_IMAGES = 128
-# How far logits of order one may be off where the arithmetic is the same but for the order of sums.
+# How far logits of order one may differ if the arithmetic is the same except for the order of sums.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
 
 
 def convert(
     path: str | os.PathLike, out: epath.Path, *, format: str, ema: bool | None, bfloat16: bool, check: bool
 ) -> None:
-    """Converts and tells about it on standard output; see the module's docstring.
+    """Converts weights to an inference folder, and describes each step on standard output.
+
+    Args:
+      path: the weights, as `castling_jax.convert.read` takes them.
+      out: the folder to write.
+      format: a format of `save_inference`.
+      ema: whether to convert the moving averages; None converts the weights that the run exports.
+      bfloat16: whether parameters are stored in bfloat16.
+      check: whether to compare the forms and the written files on held-out images.
 
     Raises:
       InputError: what `read` and `save_inference` raise, the source names no model, or a check fails.
     """
+    # The target is checked before the source is read, which may take minutes.
     reach_bucket(out)
     _check_out(out)
     source = read(path, ema=ema)
     if source.model is None:
-        raise InputError(f"'{path}' does not say which model it is of, as a run and an inference folder do.")
+        raise InputError(f"'{path}' does not say which model it belongs to, as a run and an inference folder do.")
     spec = source.model.spec
     variables = to_inference(source.variables, dtype=jnp.bfloat16 if bfloat16 else None)
     param_dtype = "bfloat16" if bfloat16 else spec.param_dtype
@@ -63,7 +72,7 @@ def convert(
     print(f"{spec.name}, {spec.attention}, {spec.image_size} pixels, {spec.num_classes} classes: {about}\n")
     if source.step is not None and not (absolute(source.path).parent.parent / SUMMARY_FILE).exists():
         threshold = f", whose mask threshold is {source.mask_threshold:g}" if source.mask_threshold is not None else ""
-        print(f"This run is not finished: what is converted is its step {source.step:,}{threshold}.\n")
+        print(f"This run is not finished: the conversion takes its step {source.step:,}{threshold}.\n")
     print(table(source.variables, variables))
     config = run_config(source.config)
     if check:
@@ -72,19 +81,21 @@ def convert(
         print(f"\nOn {len(images)} images of {printable(config.dataset.name)} {printable(config.dataset.eval_split)}:")
         for line in compare_forms(source.model, source.variables, source.mask_threshold, images):
             print(f"  {line}")
+    # Only now: if the two forms differ, nothing is written.
     save_inference(out, model, variables, format=format, preprocessing=source.preprocessing, classes=source.classes)
     if check:
         print(f"  {compare_written(out, format, model, variables, images)}")
         if param_dtype != spec.param_dtype:
             print(f"  {compare_cast(source.model, source.variables, model, variables, images)}")
-    if not (out / CARD_FILE).exists():  # a person's own stays
+    if not (out / CARD_FILE).exists():  # a card that a person has filled in stays
         write_atomically(out / CARD_FILE, model_card(source, model).encode(errors="backslashreplace"))
     size = _bytes(out / PAYLOADS[format]) + _bytes(out / MODEL_FILE)
     print(f"\nWrote {out}: {PAYLOADS[format]}, {MODEL_FILE} and {CARD_FILE}, {size / 1e6:,.2f} MB.")
 
 
 def _check_out(out: epath.Path) -> None:
-    """Refuses a folder that cannot be written to, and a run's own: a conversion would mix with the run's files."""
+    """Refuses a folder that cannot be written to, or that belongs to a run: the files would get mixed."""
+    # Resolved, because a link may lead into a run's folder.
     where = out if is_remote(out) else epath.Path(Path(out).resolve())
     for run in (where, *where.parents):
         is_run = (run / CONFIG_FILE).exists() or (run / CHECKPOINTS).exists()
@@ -100,12 +111,12 @@ def _bytes(path: epath.Path) -> int:
 
 
 def table(before: Variables, after: Variables) -> str:
-    """Both forms' arrays side by side, those of equal blocks in one line, and what became of each."""
+    """A table of both forms' arrays and what happened to each; arrays of equal blocks share a line."""
     old, new, fates = flatten(before), flatten(after), plan(before)
     lines: Counter[tuple[str, str, str, str]] = Counter()
     for path in sorted(old.keys() | new.keys()):
         pattern = re.sub(r"/blocks/\d+/", "/blocks/*/", path)
-        lines[pattern, _shape(old.get(path)), _shape(new.get(path)), _told(path, old, new, fates)] += 1
+        lines[pattern, _shape(old.get(path)), _shape(new.get(path)), _fate(path, old, new, fates)] += 1
     rows = [("", "source", "inference form", "")]
     for (pattern, shape, new_shape, fate), times in lines.items():
         counts = [f"{times} x {text}" if times > 1 and text else text for text in (shape, new_shape)]
@@ -123,9 +134,9 @@ def _shape(leaf: np.ndarray | None) -> str:
     return "" if leaf is None else f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
-def _told(path: str, old: dict[str, Any], new: dict[str, Any], fates: dict[str, Fate]) -> str:
-    """What became of an array, in words."""
-    if path not in old:
+def _fate(path: str, old: dict[str, Any], new: dict[str, Any], fates: dict[str, Fate]) -> str:
+    """What happened to an array, in words; "" if nothing did."""
+    if path not in old:  # only folding creates arrays: the bias of a layer that had none
         return "the batch norm's shift"
     action, target, _ = fates[path]
     if action == "dropped":
@@ -138,7 +149,7 @@ def _told(path: str, old: dict[str, Any], new: dict[str, Any], fates: dict[str, 
 
 
 def held_out_images(preprocessing: Preprocessing, config: ConfigDict) -> jax.Array:
-    """Up to CHECK_IMAGES held-out images, [batch, size, size, 3], as the model takes them."""
+    """Up to CHECK_IMAGES held-out images, [batch, size, size, 3], preprocessed."""
     data = config.dataset
     dataset = load_dataset(data.name, data.eval_split, data_dir=data.data_dir)
     transform = EvalTransform(preprocessing)
@@ -147,16 +158,16 @@ def held_out_images(preprocessing: Preprocessing, config: ConfigDict) -> jax.Arr
 
 
 def compare_forms(model: Backbone, variables: Variables, mask_threshold: float | None, images: jax.Array) -> list[str]:
-    """What switching changes on these images.
+    """Sentences about the difference that the switch makes on these images.
 
     Args:
-      model: in either form.
-      variables: its.
-      mask_threshold: what training has reached, of a castling model in training form.
-      images: as `held_out_images` gives them.
+      model: the model, in either form.
+      variables: the model's variables.
+      mask_threshold: the threshold that training has reached, for a castling model in training form.
+      images: preprocessed images, such as `held_out_images`.
 
     Raises:
-      InputError: the two forms are not the same where they have to be.
+      InputError: the two forms differ although they must be equal.
     """
     spec = model.spec
     if spec.form == "inference":
@@ -164,6 +175,7 @@ def compare_forms(model: Backbone, variables: Variables, mask_threshold: float |
     logits = _logits(abstract_model(**spec.arguments(form="inference")), to_inference(variables), images)
     if KINDS[spec.attention].inference is not None:
         assert mask_threshold is not None
+        # At the reached threshold the forms may differ by as much as the mask still keeps. Only at 1 must they agree.
         report = check_switch(model, variables, images, mask_threshold)
         mask_kind = spec.arguments().get("mask_kind", "threshold")
         kept = ", ".join(f"{density:.2%}" for density in report["densities"])
@@ -181,10 +193,10 @@ def compare_forms(model: Backbone, variables: Variables, mask_threshold: float |
 
 
 def compare_written(out: epath.Path, format: str, model: Backbone, variables: Variables, images: jax.Array) -> str:
-    """Compares what was written, read back, with what was to be written.
+    """Reads the written folder back, and compares its logits with the model's.
 
     Raises:
-      InputError: it gives other logits.
+      InputError: the logits differ by more than rounding.
     """
     expected = _logits(model, variables, images)
     if format == "stablehlo":
@@ -194,13 +206,13 @@ def compare_written(out: epath.Path, format: str, model: Backbone, variables: Va
         logits = _logits(*load_inference(out), images)
     difference = _difference(logits, expected)
     _refuse_beyond(model.spec.dtype, difference, expected, f"the logits of '{out}', read back, and of the model")
-    return "what was written, read back, gives the same logits" + (f" to {difference:.1e}" if difference else "")
+    return "the written files, read back, give the same logits" + (f" to {difference:.1e}" if difference else "")
 
 
 def compare_cast(
     source: Backbone, source_variables: Variables, model: Backbone, variables: Variables, images: jax.Array
 ) -> str:
-    """What parameters in another dtype than the source's change on these images."""
+    """A sentence about how casting the parameters to another dtype changes the logits on these images."""
     uncast = abstract_model(**source.spec.arguments(form="inference"))
     before, after = _logits(uncast, to_inference(source_variables), images), _logits(model, variables, images)
     same = int(np.sum(before.argmax(-1) == after.argmax(-1)))
@@ -220,5 +232,5 @@ def _difference(one: np.ndarray, other: np.ndarray) -> float:
 
 def _refuse_beyond(dtype: str, difference: float, logits: np.ndarray, what: str) -> None:
     allowed = TOLERANCES[dtype] * max(1.0, float(np.max(np.abs(logits))))
-    if not difference <= allowed:  # so that NaN is refused too
+    if not difference <= allowed:  # this way around NaN is refused as well
         raise InputError(f"{what} differ by {difference:.1e}, more than the {allowed:.1e} that rounding explains.")

@@ -1,4 +1,4 @@
-"""What becomes of a run when a step's loss or gradients are not finite."""
+"""Stops a run, or reports a skipped step, when a step's loss or gradients are not finite."""
 
 import math
 from collections.abc import Callable
@@ -13,13 +13,13 @@ OTHER_START = "a smaller config.optimizer.learning_rate or a config.optimizer.cl
 
 
 class FiniteCheck:
-    """Looks at each step's loss and gradient norm, some steps later, so that no step is waited for.
+    """Checks each step's loss and gradient norm a few steps later, so that the loop does not wait for every step.
 
     Args:
-      on_nonfinite: "stop", or "skip" where the training step leaves such a step out (`make_train_step`).
-      max_skips: this many skipped steps in a row stop the run too.
-      checkpoints: the run's folder of them, of which the errors tell.
-      say: is given a sentence about each step that was skipped.
+      on_nonfinite: "stop"; or "skip", if the training step skips such steps (`make_train_step`).
+      max_skips: number of skipped steps in a row that stops the run.
+      checkpoints: the folder of the run's checkpoints; the errors say where the run would resume.
+      say: called with a sentence about each skipped step.
     """
 
     def __init__(self, on_nonfinite: str, max_skips: int, checkpoints: epath.Path, say: Callable[[str], None]):
@@ -29,16 +29,17 @@ class FiniteCheck:
         self._in_a_row = 0
 
     def add(self, step: int, loss: jax.Array, gradient_norm: jax.Array) -> None:
-        """Notes the results of a step, which need not be computed yet."""
+        """Keeps the results of a step for the next check; they need not be computed yet."""
         self._unchecked.append((step, loss, gradient_norm))
 
     def check(self) -> None:
-        """Looks at all steps since the last call, and waits for them.
+        """Waits for all steps since the last call, and checks them.
 
         Raises:
-          DeterministicError: names the first step that is not finite or, where those are skipped, that `max_skips` were
-            skipped in a row.
+          DeterministicError: a step is not finite (the message names the first); or, with "skip", `max_skips` steps in
+            a row were skipped.
         """
+        # One transfer for all of them.
         results, self._unchecked = jax.device_get(self._unchecked), []
         for step, loss, norm in results:
             if math.isfinite(loss) and math.isfinite(norm):

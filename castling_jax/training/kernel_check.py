@@ -1,4 +1,4 @@
-"""A run's kernels beside XLA, before its first step: a wrong kernel would train a wrong model without a sign."""
+"""Compares a run's kernels with XLA before its first step: a wrong kernel would train a wrong model unnoticed."""
 
 import functools
 import math
@@ -20,25 +20,25 @@ from castling_jax.ops.masked_softmax import masked_softmax_first
 from castling_jax.training.setup import Setup
 from castling_jax.training.sharding import BATCH_AXES
 
-# The largest difference that rounding explains, as a share of an array's largest number: of outputs, of gradients.
-# float32: sums over thousands of tokens in two orders, of products that a TPU makes of three bfloat16 parts each.
-# bfloat16: what goes into a product and what comes out of the kernel is rounded to 8 bits, 2^-9 each, and a gradient
-# goes through four such steps. A kernel that reads or writes the wrong block is off by about 1.
+# The largest differences of (outputs, gradients) that rounding explains, as shares of an array's largest number.
+# float32: sums over thousands of tokens in two orders; a TPU splits each factor of a product into bfloat16 parts.
+# bfloat16: the factors and the kernel's outputs are rounded to 8 bits, 2^-9 each, and a gradient goes through four such
+# steps. A kernel that reads or writes the wrong block is off by about 1.
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 4e-2)}
-NOISE = 0.45  # a product of two such channels, summed over a head's and scaled, deviates by 0.2
+NOISE = 0.45  # of a channel: a score, the scaled sum of a head's products, then has a standard deviation of 0.2
 Differences = dict[str, jax.Array]
-IMAGES_A_DEVICE = 2  # kernels take one image at a time; what they sum over images needs a second one
+IMAGES_A_DEVICE = 2  # a kernel takes one image at a time; with two, its sums over images are checked as well
 
 
 def compare_kernels(setup: Setup) -> None:
     """Compares each kernel that the run's models call with XLA, forward and backward, on a small random batch.
 
-    Nothing happens where no kernels run: with `config.model.implementation` "xla", or "auto" and no TPU. All processes
-    make the call together and see the same differences, so that all of them stop or none does. It is made once at each
-    start, a resumed run's too: that may be on another TPU, mesh or version of the compiler.
+    Does nothing if no kernels run: with `config.model.implementation` "xla", or "auto" without a TPU. All processes
+    make the call together and see the same differences, so either all of them stop or none does. Every start makes the
+    check, also a resumed run's: it may be on another TPU, mesh or version of the compiler.
 
     Raises:
-      InputError: a kernel differs from XLA by more than rounding; names the kernel and what to train with instead.
+      InputError: a kernel differs from XLA by more than rounding; the message names the kernel and the remedy.
     """
     mesh, implementation = setup.mesh, setup.config.model.implementation
     device = mesh.devices.flat[0]
@@ -65,20 +65,20 @@ def check_kernel(call: Call, chip: str) -> float:
     """Compares one kernel with XLA, forward and backward, on random numbers.
 
     Args:
-      call: from `kernel_calls`.
+      call: a call from `kernel_calls`.
       chip: the device's name, for the message.
 
     Returns:
-      The largest difference, as a share of what rounding explains.
+      The largest difference, divided by the difference that rounding explains.
 
     Raises:
-      InputError: it is above 1; names the kernel and the array.
+      InputError: it is above 1; the message names the kernel and the array.
     """
     dtype, worst = call.arrays["q"].dtype.name, 0.0
-    found = jax.device_get(jax.jit(functools.partial(_differences, call))(jax.random.key(0)))
-    for differences, limit in zip(found, TOLERANCES[dtype], strict=True):
+    both = jax.device_get(jax.jit(functools.partial(_differences, call))(jax.random.key(0)))  # (outputs, gradients)
+    for differences, limit in zip(both, TOLERANCES[dtype], strict=True):
         for what, difference in differences.items():
-            if not difference <= limit:  # which NaN is not
+            if not difference <= limit:  # this way around NaN is refused as well
                 raise InputError(
                     f"the kernel of {call.operation} differs from XLA on this {chip} by {difference:.1e} of the "
                     f"largest number in the {what}, where {dtype}'s rounding explains {limit:.0e} "
@@ -89,13 +89,14 @@ def check_kernel(call: Call, chip: str) -> float:
 
 
 def kernel_calls(models: list[Backbone], mesh: Mesh) -> list[Call]:
-    """The calls of kernels in training models, with the softmax branch and with an empty mask, for a small batch.
+    """The kernels that the models call in training on a small batch, with the softmax branch and with an empty mask.
 
     The mesh has to be set.
     """
     rows = IMAGES_A_DEVICE * math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     key = jax.eval_shape(lambda: jax.random.key(0))
     threshold = jax.ShapeDtypeStruct((), jnp.float32)
+    # eval_shape traces the models without computing them: only the kernels themselves run later, one by one.
     with recorded_calls() as calls:
         for model in models:
             variables, size = get_variables(model), model.spec.image_size
@@ -109,10 +110,10 @@ def kernel_calls(models: list[Backbone], mesh: Mesh) -> list[Call]:
 
 
 def _differences(call: Call, key: Key[Array, ""]) -> tuple[Differences, Differences]:
-    """How far the kernel's outputs and gradients are from XLA's, as shares of the largest number XLA gives."""
+    """The differences of the kernel's (outputs, gradients) from XLA's, as shares of XLA's largest number."""
     arrays = _draw(call.arrays, key)
     actual = _outputs_and_gradients(call, arrays, "pallas", key)
-    # The same numbers, held and multiplied in float32.
+    # XLA gets the same rounded numbers, but computes in float32: the difference is then the kernel's error alone.
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
     with jax.default_matmul_precision("highest"):
         expected = _outputs_and_gradients(call, wide, "xla", key)
@@ -122,21 +123,22 @@ def _differences(call: Call, key: Key[Array, ""]) -> tuple[Differences, Differen
         return jnp.max(jnp.abs(one.astype(jnp.float32) - other)) / jnp.where(largest > 0, largest, 1)
 
     outputs, gradients = (
-        {name: _largest(jax.tree.map(share, part[name], others[name])) for name in others}
-        for part, others in zip(actual, expected, strict=True)
+        {name: _largest(jax.tree.map(share, kernel_arrays[name], xla_arrays[name])) for name in xla_arrays}
+        for kernel_arrays, xla_arrays in zip(actual, expected, strict=True)
     )
     return outputs, gradients
 
 
 def _largest(shares: Any) -> jax.Array:
-    return jnp.max(jnp.stack(jax.tree.leaves(shares)))  # of which NaN is the largest
+    return jnp.max(jnp.stack(jax.tree.leaves(shares)))  # jnp.max returns NaN if there is one
 
 
 def _draw(shapes: dict[str, Any], key: Key[Array, ""]) -> dict[str, Any]:
-    """Normal numbers; but no softmax weight comes near the threshold, where rounding would decide.
+    """Normal random numbers, but with no softmax weight near the threshold, where rounding would decide.
 
-    The first channel of q and k makes the scores of even keys 4 larger than those of odd ones, beside which the other
-    channels' and the bias's are normal with a standard deviation of 0.2: the threshold lies 5 deviations from both.
+    The first channel of q and k makes the scores of even keys larger by 4 than the scores of odd keys. The other
+    channels and the bias add normal numbers with a standard deviation of 0.2, so the threshold is 5 deviations away
+    from both.
     """
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(key, len(leaves))
@@ -153,7 +155,7 @@ def _draw(shapes: dict[str, Any], key: Key[Array, ""]) -> dict[str, Any]:
 
 
 def _threshold(keys: int) -> float:
-    """In the middle between the weights of even keys, around 2 / keys, and those of odd ones, e^-4 times that."""
+    """The geometric mean of the weights of even keys, about 2 / keys, and of odd keys, e^-4 times that."""
     return 2 * math.exp(-2) / keys
 
 
@@ -173,7 +175,7 @@ def _outputs_and_gradients(
 
 
 def _run(call: Call, arrays: dict[str, Any], implementation: str) -> dict[str, Any]:
-    """The call's outputs by name, for these arrays and by this implementation."""
+    """The call's outputs by name, from these arrays and this implementation."""
     arrays = dict.fromkeys(("token_kernel", "query_values", "auxiliary", "bias")) | arrays
     q, k, v = arrays["q"], arrays["k"], arrays["v"]
     if call.operation == "masked_softmax_attention":

@@ -1,12 +1,12 @@
 """One writer at a time in a run's folder.
 
-WORKDIR/lock says who writes: host, process, since when. While the run lives it says so anew every BEAT_SECONDS, and it
-is removed when the run ends, however it does, but for a SIGKILL or a machine that is gone. What such an end leaves
-behind is taken over: at once where the process was of this machine and is gone, and otherwise when nothing was heard of
-it for SILENCE_SECONDS. That is measured while waiting for it, so that no two clocks are compared.
+WORKDIR/lock names the writer: its host, its process, and when it started. A living run rewrites the file every
+BEAT_SECONDS, and removes it when it ends in any way but a SIGKILL or the loss of its machine. A lock that is left
+behind is taken over: at once if its process ran on this machine and has ended, otherwise if the file does not change
+for SILENCE_SECONDS. The waiting process measures that time itself, so the clocks of two machines are never compared.
 
-Of several who try, one succeeds (lock_file.py). A process that was asleep for so long that it lost its lock notices at
-the next sign it gives.
+If several processes try at once, one succeeds (lock_file.py). A process that slept so long that it lost its lock
+notices the loss at its next beat.
 """
 
 import contextlib
@@ -32,22 +32,23 @@ from castling_jax.training.lock_file import lock_file
 LOCK_FILE = "lock"
 BEAT_SECONDS = 15
 SILENCE_SECONDS = 60
-GRACE_SECONDS = 5  # for a process that was killed just now to be gone
+GRACE_SECONDS = 5  # a process that was just killed may take so long to disappear
 POLL_SECONDS = 1
 
 
 @contextlib.contextmanager
 def one_writer(workdir: epath.Path) -> Iterator[Callable[[], None]]:
-    """Makes a run's folder, and holds its lock while the block lasts. All processes make the call.
+    """Creates a run's folder, and holds its lock for the length of the block. All processes make the call.
 
     Yields:
-      What raises an InputError, in process 0, once another run has taken the lock over.
+      A function that raises an InputError, on process 0, once another run has taken over the lock.
 
     Raises:
-      InputError: another run holds it, or the folder cannot be written to; on all processes.
+      InputError: another run holds the lock, or the folder cannot be written to; on all processes.
     """
     lock, refusal = None, ""
     try:
+        # Process 0 does not raise here: the others wait for its sentence, the empty one if it has the lock.
         if jax.process_index() == 0:
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
@@ -67,16 +68,16 @@ def one_writer(workdir: epath.Path) -> Iterator[Callable[[], None]]:
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds a lock.
+    """The holder of a lock.
 
     Attributes:
-      host: the machine's name, for a person.
-      machine: tells whether process numbers mean the same as here.
-      process: the number of the run's process 0.
-      started: when that was, as the system counts; so that another process of its number is not taken for it.
-      processes: how many the run has.
-      since: the time at which the lock was taken.
-      token: drawn for each lock.
+      host: the machine's name, for messages.
+      machine: identifies the machine and container in which `process` is a process number.
+      process: process number of the run's process 0.
+      started: start time of that process in the system's count; a later process with the same number has another one.
+      processes: number of the run's processes.
+      since: the time at which the lock was taken, for messages.
+      token: random text that identifies the lock.
     """
 
     host: str
@@ -92,10 +93,10 @@ class Holder:
 
 
 class Lock:
-    """A lock that is held from here on, until it is released.
+    """A lock, taken by the constructor and held until it is released.
 
     Raises:
-      InputError: another run holds it.
+      InputError: another run holds the lock.
     """
 
     def __init__(self, workdir: epath.Path):
@@ -120,76 +121,79 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Removes the lock, if it still is this one's."""
+        """Removes the lock, if this process still holds it."""
+        # First the thread, which could write the file anew after it is removed.
         self._ends.set()
         self._thread.join()
         if not self._lost_to:
-            with contextlib.suppress(Exception):  # what stays behind is taken over by the next
-                found = self._file.read()
-                if found is not None and _token(found) == self._own.token:
-                    self._file.remove(found)
+            with contextlib.suppress(Exception):  # the next run takes over a lock that is left behind
+                content = self._file.read()
+                if content is not None and _token(content) == self._own.token:
+                    self._file.remove(content)
 
     def _content(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self._own) | {"alive": _now()}).encode()  # always of one length
+        # Always of the same length, so that `refresh` on a disk overwrites the old content exactly.
+        return json.dumps(dataclasses.asdict(self._own) | {"alive": _now()}).encode()
 
     def _acquire(self) -> None:
-        first: bytes | None = None
+        first: bytes | None = None  # the content at the start of the wait; a change of it is a sign of life
         since = time.monotonic()
         while True:
-            found = self._file.read()
-            if found is None:
+            content = self._file.read()
+            if content is None:
                 if self._file.create(self._content()):
                     return
-                continue
-            if _token(found) == self._own.token:
-                return  # a bucket's answer to its making was lost
-            holder = _holder(found)
+                continue  # another process was faster
+            if _token(content) == self._own.token:
+                return  # this process created it, but the bucket's answer was lost
+            holder = _holder(content)
             who = str(holder or "a process that does not say who it is")
             here = holder is not None and holder.machine == self._own.machine
             runs = holder is not None and here and _started(holder.process) == holder.started
             waited = time.monotonic() - since
+            # Wait for a sign of life: briefly for a process that runs here, up to SILENCE_SECONDS for any other.
             if first is None and (runs or not here):
-                first, since = found, time.monotonic()
+                first, since = content, time.monotonic()
                 if not here:
                     limit = f"waiting up to {SILENCE_SECONDS} s for a sign of it"
                     print(f"'{self._workdir}' was being written by {who}; {limit}.", flush=True)
-            elif (runs and waited >= GRACE_SECONDS) or (first is not None and found != first):
+            elif (runs and waited >= GRACE_SECONDS) or (first is not None and content != first):
                 raise InputError(
                     f"'{self._workdir}' is being written by {who}: wait for its end, or choose another --workdir."
                 )
             elif (here and not runs) or waited >= SILENCE_SECONDS:
-                if self._file.take_over(found, self._content()):
+                if self._file.take_over(content, self._content()):
                     print(
                         f"Took over '{self._workdir}' from {who} and {'is gone' if here else 'is silent'}.", flush=True
                     )
                     return
-                first = None  # another one did
+                first = None  # another process took it over: start again with that one
                 continue
             time.sleep(POLL_SECONDS)
 
     def _beat(self) -> None:
         while not self._lost_to and not self._ends.wait(BEAT_SECONDS):
-            with contextlib.suppress(Exception):  # a network that is away for a moment; the next sign is soon
+            with contextlib.suppress(Exception):  # the network may fail for a moment; the next beat is soon
                 self._say_alive()
 
     def _say_alive(self) -> None:
-        found = self._file.read()
-        holder = None if found is None else _holder(found)
-        if found is None:  # removed by a person
+        content = self._file.read()
+        holder = None if content is None else _holder(content)
+        if content is None:  # a person has removed it
             self._file.create(self._content())
-        elif holder is None:
-            self._file.take_over(found, self._content())
+        elif holder is None:  # damaged: it names no other holder
+            self._file.take_over(content, self._content())
         elif holder.token == self._own.token:
-            self._file.refresh(found, self._content())
+            self._file.refresh(content, self._content())
         else:
             self._lost_to = str(holder)
 
 
 def _holder(content: bytes) -> Holder | None:
-    """Who a lock says holds it; None where it is damaged, or still being written."""
+    """The holder that a lock's content names; None if the content is damaged or still being written."""
     try:
-        found: dict[str, Any] = json.loads(content)
-        return Holder(**{field.name: found[field.name] for field in dataclasses.fields(Holder)})
+        fields: dict[str, Any] = json.loads(content)
+        return Holder(**{field.name: fields[field.name] for field in dataclasses.fields(Holder)})
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
 
@@ -204,17 +208,17 @@ def _now() -> str:
 
 
 def _machine() -> str:
-    """Where process numbers mean the same: a machine since its last start, and on it a container."""
+    """Identifies the namespace of process numbers: a machine since its last boot, and a container on it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return socket.gethostname()
 
 
 def _started(number: int) -> str | None:
-    """When a process of this machine was started, as the system counts; None where it has ended."""
-    if not Path("/proc/self/stat").exists():  # no Linux
+    """The start time of a process on this machine in the system's count, "" if unknown; None if it has ended."""
+    if not Path("/proc/self/stat").exists():  # not Linux
         try:
             os.kill(number, 0)
         except ProcessLookupError:
@@ -223,9 +227,9 @@ def _started(number: int) -> str | None:
             pass
         return ""
     try:
-        # The second field is a name in brackets, in which anything may stand.
+        # The second field is the program's name in brackets, which may contain spaces and brackets itself.
         fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
     state, started = fields[0], fields[19]
-    return None if state in "ZX" else started  # dead, though nobody has asked yet what it died of
+    return None if state in "ZX" else started  # a zombie: dead, but its parent has not collected its status yet

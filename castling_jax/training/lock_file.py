@@ -1,7 +1,7 @@
-"""The file that a lock is: what one process alone can create, take over and remove, on a disk or in a bucket.
+"""A lock's file, on a disk or in a bucket: only one process at a time can create it, take it over or remove it.
 
-In a bucket an object is created, replaced and removed on condition of its generation. On a disk a file is created by
-one alone, and one that is taken over is renamed first, which one alone can do.
+In a bucket, every change is conditional on the object's generation. On a disk, creation is exclusive, and a lock is
+taken over by renaming its file first, at which only one process can succeed.
 """
 
 import os
@@ -15,12 +15,12 @@ from castling_jax.storage import is_remote
 
 
 def lock_file(path: epath.Path) -> "LockFile":
-    """The one at a path."""
+    """The lock's file at a path."""
     return _InBucket(path) if is_remote(path) else _OnDisk(path)
 
 
 class LockFile(Protocol):
-    """Where a lock lies. What changes it takes what `read` gave last, and does nothing if that is no longer so."""
+    """The file of a lock. A change takes the content that `read` returned last, and does nothing if it has changed."""
 
     def read(self) -> bytes | None: ...
 
@@ -62,14 +62,15 @@ class _OnDisk:
             self._path.rename(aside)
         except FileNotFoundError:
             return False
-        if aside.read_bytes() != found:  # another took it over since it was read
+        if aside.read_bytes() != found:  # another process has taken it over since `read`: give it back
             aside.rename(self._path)
             return False
         aside.unlink()
         return self.create(content)
 
     def refresh(self, found: bytes, content: bytes) -> None:
-        # In its place: if it is being taken over, what was renamed is written to.
+        # Written in place, not replaced: if another process is taking the lock over, this writes to the renamed file,
+        # and does not put a new one in its place.
         with self._path.open("r+b") as file:
             if file.read() == found:
                 file.seek(0)
@@ -94,14 +95,14 @@ class _InBucket:
         if blob is None:
             return None
         try:
-            content = blob.download_as_bytes()  # of that generation
-        except NotFound:  # it was just replaced, or removed
+            content = blob.download_as_bytes()  # this generation's content
+        except NotFound:  # the object was just replaced or removed
             return self.read()
         self._generation = blob.generation
         return content
 
     def create(self, content: bytes) -> bool:
-        return self._write(content, 0)
+        return self._write(content, 0)  # generation 0: only if there is no object
 
     def take_over(self, found: bytes, content: bytes) -> bool:
         return self._write(content, self._generation)

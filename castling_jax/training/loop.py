@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The training loop. Read Loop.run from top to bottom; how a batch changes the state is in step.py."""
 
 import collections
 import time
@@ -20,20 +20,20 @@ from castling_jax.training.sharding import shard_batch
 from castling_jax.training.state import TrainState
 from castling_jax.training.throughput import Meter, peak_flops
 
-SHOWN_IMAGES = 16  # of the first batch, in TensorBoard
-STEPS_AHEAD = 3  # so many steps are sent off to the devices before the first of them is done
+SHOWN_IMAGES = 16  # images of the first batch that TensorBoard shows
+STEPS_AHEAD = 3  # steps that may be sent to the devices before the first of them is done
 
 
 class Loop:
-    """The steps of a run, with what happens between them. All processes make the same calls.
+    """The steps of a run, with logging, evaluation and checkpoints between them. All processes make the same calls.
 
     Args:
-      setup: what the run is made of.
-      checkpoints: the run's.
-      metrics: where figures go; None on all processes but one.
-      console: what tells a person.
-      should_stop: whether the run is to save after this step, and to end.
-      check_lock: raises an InputError when another run writes in the same folder.
+      setup: the run's parts.
+      checkpoints: the run's checkpoints.
+      metrics: writer of the figures; None on all processes but one.
+      console: prints for the user.
+      should_stop: step -> whether the run must save after this step and end.
+      check_lock: raises an InputError if another run writes into the same folder.
     """
 
     def __init__(
@@ -55,18 +55,18 @@ class Loop:
     def run(
         self, state: TrainState, seconds_before: float, profiler: Profiler
     ) -> tuple[TrainState, dict[str, Any], float]:
-        """Trains from the state's step to the last.
+        """Trains from the state's step to the last step.
 
         Args:
-          state: the first state; it is donated.
-          seconds_before: what an earlier part of the run took.
-          profiler: told of each step.
+          state: the state to start from; it is donated.
+          seconds_before: seconds that earlier parts of the run took.
+          profiler: called before each step.
 
         Returns:
-          The last state, the figures of the last evaluation, and the seconds of the whole run.
+          (state, figures, seconds): the last state, the last evaluation's figures, and the seconds of the whole run.
 
         Raises:
-          Preempted: `should_stop` said so; the state is saved.
+          Preempted: `should_stop` returned True; the state is saved.
           DeterministicError: a step is not finite.
           InputError: a checkpoint cannot be written, or the lock is lost.
         """
@@ -74,7 +74,7 @@ class Loop:
         step = first_step = int(state.step)
         batches = setup.batches(first_step)
         peak = peak_flops()
-        macs = (0, 0) if peak is None else setup.macs  # which takes two traces of the model, for this share alone
+        macs = (0, 0) if peak is None else setup.macs  # traces the model twice, only to log the share of the peak
         meter = Meter(batch_size=config.train.batch_size, step=step, total_steps=total_steps, peak=peak)
         finite = FiniteCheck(
             config.train.on_nonfinite, config.train.max_skips, self._checkpoints.folder, self._console.say
@@ -83,7 +83,8 @@ class Loop:
         figures: dict[str, Any] = {}
         start = saved_at = time.perf_counter()
         while step < total_steps:
-            # Send the step off, its batch already on the devices, and wait for the one STEPS_AHEAD before it.
+            # Send the step to the devices, then wait for an earlier one: with a few steps in flight the devices never
+            # wait for Python, and batches in flight take bounded memory.
             profiler.before(step, state)
             threshold = setup.threshold_at(step)
             with meter.waiting():
@@ -97,7 +98,8 @@ class Loop:
             jax.block_until_ready(sent[0])
             self._console.advance()
 
-            # What is due now: a function of the step, so that all processes agree.
+            # What is due now depends on the step alone, so that all processes agree. `stops` and the clock do not, and
+            # are agreed on by asking process 0 or the coordination service.
             is_last = step == total_steps
             logs = is_last or step % config.logging.every_steps == 0
             evaluates = is_last or step % (config.evaluation.every_epochs * setup.steps_per_epoch) == 0
@@ -107,11 +109,11 @@ class Loop:
             if not (logs or evaluates or saves):
                 continue
 
-            # Nothing is kept of a run that went wrong.
+            # Before anything is logged or saved: a run that went wrong, or lost its folder, must not write there.
             finite.check()
             self._check_lock()
 
-            # Figures are the step's own, not averages: an interrupted run writes the same lines.
+            # The figures belong to this step, and are no averages since the last line: a resumed run writes the same.
             line: dict[str, Any] = {}
             if logs:
                 line |= self._log(state, result, step) | meter.read(step, macs=macs[threshold >= 1])
@@ -122,35 +124,37 @@ class Loop:
                 name, score = self._measure.name, self._measure.score(figures)
                 line |= {name: figures[f"{name}_train_form"], "mask_threshold": threshold, **figures}
                 self._console.evaluated(step, float(result["loss"]), result["mask_density"], figures, threshold)
+                # A new best is always saved, even between the regular checkpoints.
                 saves = saves or score > self._best
                 self._best = max(self._best, score)
             if line and self._metrics is not None:
                 self._metrics.write(step, {"epoch": step / setup.steps_per_epoch} | line)
 
+            # After the line is written, so that a run resumed from this checkpoint has the line.
             if saves:
                 saved_at = time.perf_counter()
                 seconds = seconds_before + saved_at - start
-                judged = {**figures, SCORE: self._measure.score(figures)} if evaluates else None
-                self._save(state, Progress(seconds, judged, threshold))
+                scored = {**figures, SCORE: self._measure.score(figures)} if evaluates else None
+                self._save(state, Progress(seconds, scored, threshold))
             if stops and not is_last:
                 raise Preempted(step)
         jax.block_until_ready(state)
         seconds = seconds_before + (time.perf_counter() - start if step > first_step else 0)
-        # A run that was killed between its last step and its end has its figures still to be computed.
+        # A run that was killed after its last step resumes here without a step, and has no figures yet.
         figures = figures or setup.evaluate(state.weights, setup.threshold_at(total_steps - 1))
         return state, figures, seconds
 
     def _show(self, state: TrainState, batch: dict[str, jax.Array]) -> None:
-        """Shows the first images in TensorBoard, as the model is about to see them; all processes prepare them."""
+        """Shows the first images in TensorBoard as the model will see them; all processes prepare them together."""
         images = self._setup.images_seen(state, batch, SHOWN_IMAGES)
         if self._metrics is not None and self._metrics.tensorboard is not None:
             self._metrics.tensorboard.show(images)
 
     def _log(self, state: TrainState, result: dict[str, jax.Array], step: int) -> dict[str, Any]:
-        """The figures of a step. A step that is not finite, and was skipped, has no loss and no gradient norm."""
+        """The figures of a step; a skipped step, which was not finite, has no loss and no gradient norm."""
         skipped = state.skipped_steps
         line: dict[str, Any] = {
-            # The optimiser counts only the updates that were made.
+            # The optimiser's schedule counts updates, and a skipped step made none.
             "learning_rate": float(self._setup.learning_rate(step - 1 - skipped)),
             "mask_threshold": self._setup.threshold_at(step - 1),
         }
@@ -163,14 +167,14 @@ class Loop:
 
     def _save(self, state: TrainState, progress: Progress) -> None:
         if self._metrics is not None:
-            self._metrics.flush()  # a run that goes on from this checkpoint has all lines up to it
+            self._metrics.flush()  # a run that resumes from this checkpoint must find all lines up to it
         self._checkpoints.save(state, progress)
 
 
 def _is_time(minutes: float, since: float, *, logs: bool) -> bool:
     """Whether it is time for a checkpoint, by process 0's clock.
 
-    The other processes hear of it at a step that is logged: there all of them wait for the devices anyway. Asking at
+    The other processes ask process 0 only at logged steps, where all of them wait for the devices anyway; asking at
     every step would make them wait for each other.
     """
     is_time = time.perf_counter() - since >= 60 * minutes

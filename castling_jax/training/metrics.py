@@ -1,6 +1,6 @@
-"""A run's figures: JSON lines on disk, TensorBoard, and callbacks.
+"""Logs a run's figures: as JSON lines on disk, in TensorBoard, and to callbacks.
 
-They are a log: what a run needs to go on stands in its checkpoints.
+It is only a log: a run resumes from its checkpoints alone.
 """
 
 import json
@@ -16,26 +16,26 @@ from castling_jax.errors import InputError
 from castling_jax.storage import is_remote, write_atomically
 from castling_jax.training.tensorboard import TensorBoard
 
-REMOTE_SECONDS = 60  # between two writings of a file that cannot be appended to
+REMOTE_SECONDS = 60  # between two uploads of the whole log, because a bucket's file cannot be appended to
 
 Callback = Callable[[int, dict[str, Any]], object]
 
 
 def check_callbacks(callbacks: object) -> None:
-    """Raises an InputError unless `callbacks` is a list or a tuple of what can be called."""
+    """Raises an InputError unless `callbacks` is a list or a tuple of callables."""
     if not isinstance(callbacks, list | tuple) or not all(map(callable, callbacks)):
         raise InputError(f"callbacks must be a list of functions of (step, figures), not {callbacks!r}.")
 
 
 class MetricsWriter:
-    """Appends figures to WORKDIR/metrics.jsonl, an object a line, and hands them on.
+    """Appends figures to WORKDIR/metrics.jsonl, an object a line, and passes them on to TensorBoard and callbacks.
 
     Args:
       workdir: the run's folder.
-      first_step: the step that the run goes on from; what an interrupted run wrote beyond it is removed, and so are
-        damaged lines.
-      tensorboard: what shows them too, if anything.
-      callbacks: are called with the step and the figures of each line, once it is written.
+      first_step: the step that the run starts from. Lines that an interrupted run wrote beyond it, and damaged lines,
+        are removed.
+      tensorboard: TensorBoard's writer; None for none.
+      callbacks: functions of (step, figures), called with each line once it is written.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class MetricsWriter:
         line = json.dumps({"step": step, **values}) + "\n"
         if self._file is not None:
             self._file.write(line)
-            self._file.flush()
+            self._file.flush()  # to the system, so that the line survives the process
         else:
             self._lines.append(line)
             if time.monotonic() - self._written > REMOTE_SECONDS:
@@ -65,10 +65,10 @@ class MetricsWriter:
         if self.tensorboard is not None:
             self.tensorboard.write(step, values)
         for callback in self._callbacks:
-            callback(step, dict(values))
+            callback(step, dict(values))  # a copy, because a callback may change it
 
     def flush(self) -> None:
-        """Before a checkpoint is saved: a run that goes on from it, however this one ends, has all lines up to it."""
+        """Writes all lines so far; called before a checkpoint, so that a run resumed from it has all lines up to it."""
         if self._file is None:
             self._write_all()
         if self.tensorboard is not None:
@@ -89,7 +89,7 @@ class MetricsWriter:
 
 
 def read_history(workdir: epath.Path) -> dict[str, np.ndarray]:
-    """The metrics as arrays: "step" [lines], and each figure [lines] or [lines, layers], NaN where a line lacks it."""
+    """The log as arrays: "step" [lines], and each figure [lines] or [lines, layers] with NaN for lines that lack it."""
     lines = read_metrics(workdir)
     history = {"step": np.array([line["step"] for line in lines], np.int64)}
     for name in dict.fromkeys(name for line in lines for name in line if name != "step"):

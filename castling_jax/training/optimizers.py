@@ -8,10 +8,10 @@ from ml_collections import ConfigDict
 
 
 def make_optimizer(optimizer: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW, with weight decay on matrices only, behind optional clips of the gradients.
+    """AdamW with weight decay on matrices only, after optional clipping of the gradients.
 
-    `clip_norm` is of all gradients' norm together; `adaptive_clip` of each output unit's norm, as a share of the norm
-    of that unit's weights (Brock et al., NFNets, equation 3).
+    `clip_norm` limits the norm of all gradients together. `adaptive_clip` limits the norm of each output unit's
+    gradient, as a share of the norm of that unit's weights (Brock et al., NFNets, equation 3).
     """
     clips = []
     if optimizer.adaptive_clip is not None:
@@ -25,10 +25,10 @@ def make_optimizer(optimizer: ConfigDict, learning_rate: optax.Schedule) -> opta
 
 
 def adaptive_clip(share: float) -> optax.GradientTransformation:
-    """optax.adaptive_grad_clip, of what it would take for a matrix by its shape too.
+    """optax.adaptive_grad_clip with the right units for arrays that it would take for matrices because of their shape.
 
-    The units of LeViT's attention biases [heads, offsets], of focused attention's scales [heads, channels] and of token
-    kernels [..., heads] are heads; the first are so in timm.
+    In LeViT's attention biases [heads, offsets], focused attention's scales [heads, channels] and token kernels
+    [..., heads], a unit is a head; timm treats the attention biases in this way too.
     """
 
     def axis(name: str, ndim: int) -> int | tuple[int, ...] | None:
@@ -46,10 +46,10 @@ def adaptive_clip(share: float) -> optax.GradientTransformation:
 def decay_mask(params: Any) -> Any:
     """True for the kernels of linear and convolution layers, and for MViTv2's tables of relative positions.
 
-    Biases, norms, tokens, position embeddings, LeViT's attention biases and Swin's bias table are not decayed (the
-    recipes of DeiT, LeViT, MViTv2 and Swin). That the taps of token kernels and focused attention's scales are not
-    decayed either is our choice: no recipe is published for them, and timm's rule, which decays all arrays of two and
-    more axes, would decay them.
+    Biases, norms, tokens, position embeddings, LeViT's attention biases and Swin's bias table are not decayed, as in
+    the recipes of DeiT, LeViT, MViTv2 and Swin. Leaving out the taps of token kernels and focused attention's scales is
+    our choice: no recipe is published for them, and timm's rule, which decays all arrays with two or more axes, would
+    decay them.
     """
     decayed = ("kernel", "rel_pos_h", "rel_pos_w")
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in decayed, params)

@@ -1,4 +1,4 @@
-"""A configuration and its overrides, --config.GROUP.FIELD=VALUE, as main.py and all commands take them."""
+"""Applies --config.GROUP.FIELD=VALUE to a configuration, for main.py and all commands."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,14 +12,15 @@ from castling_jax.training.config_files import load_config
 
 
 def load_overridden(name: str, words: Sequence[str]) -> ConfigDict:
-    """The configuration of this name with its fields overridden, and checked.
+    """Loads a configuration, overrides its fields, and checks the result.
 
     Args:
-      name: as `load_config` takes it.
-      words: --config.GROUP.FIELD=VALUE, or --config.GROUP.FIELD and --noconfig.GROUP.FIELD for flags.
+      name: name or file of the configuration, as `load_config` takes it.
+      words: the overrides: --config.GROUP.FIELD=VALUE, or --config.GROUP.FIELD and --noconfig.GROUP.FIELD for flags.
 
     Raises:
-      InputError: there is no such configuration, fields are unknown, or values are wrong; names all mistakes.
+      InputError: there is no such configuration, fields are unknown, or values are wrong; the message names all
+        mistakes.
     """
     config, _ = parse_overrides(name, words)
     check_config(config)
@@ -27,10 +28,10 @@ def load_overridden(name: str, words: Sequence[str]) -> ConfigDict:
 
 
 def parse_overrides(name: str, words: Sequence[str]) -> tuple[ConfigDict, dict[str, Any]]:
-    """The configuration of this name with its fields overridden, and the overridden fields' values by dotted name.
+    """Loads a configuration and overrides its fields; returns it, and {dotted name: value} of the overridden fields.
 
     Raises:
-      InputError: as `load_overridden`, but a value may be out of range.
+      InputError: what `load_overridden` raises, but a value may be out of range.
     """
     mistakes = Mistakes()
     for word in words:
@@ -39,12 +40,12 @@ def parse_overrides(name: str, words: Sequence[str]) -> tuple[ConfigDict, dict[s
     with mistakes:
         config = load_config(name)
     mistakes.report()
-    known = flags.FlagValues()  # of its own: absl's shared one would keep the first configuration
+    known = flags.FlagValues()  # not absl's global flags, which would keep the first configuration
     config_flags.DEFINE_config_dict("config", config, flag_values=known, sys_argv=list(words))
     try:
         known(["", *words])
     except (flags.Error, TypeError, ValueError) as error:
-        for word in words:  # absl stops at the first
+        for word in words:  # absl stops at the first mistake; parse each word alone to find all
             with mistakes:
                 _parse_one(known, word)
         with mistakes:

@@ -1,4 +1,4 @@
-"""SIGTERM, by which a cluster takes a machine away, and Ctrl-C: the run saves at one step, the same on all hosts."""
+"""Makes a run save and end after SIGTERM, which a cluster sends before it takes a machine away, and after Ctrl-C."""
 
 import os
 import signal
@@ -13,8 +13,8 @@ from castling_jax.training.checkpoints import Checkpoints
 INTERRUPTED = b"\nInterrupted: the run saves after this step and ends. A second Ctrl-C ends it at once.\n"
 
 
-class Preempted(Exception):  # noqa: N818  it is no error: the run has saved what it did
-    """The run was told to end, by SIGTERM or Ctrl-C, and has saved its state; `step` is where."""
+class Preempted(Exception):  # noqa: N818  not an error: the run has saved its work
+    """The run was told to end, by SIGTERM or Ctrl-C, and has saved the state of `step`."""
 
     def __init__(self, step: int):
         super().__init__(f"the state of step {step} is saved, and the same call goes on from there.")
@@ -22,23 +22,24 @@ class Preempted(Exception):  # noqa: N818  it is no error: the run has saved wha
 
 
 class PreemptionWatch:
-    """While it is entered, SIGTERM and the first Ctrl-C (SIGINT), even inherited as ignored, have the run save.
+    """Inside its `with` block, SIGTERM and the first Ctrl-C (SIGINT) make the run save, even if inherited as ignored.
 
-    A second Ctrl-C does what one did before: in a script or a notebook's cell it raises KeyboardInterrupt.
+    A second Ctrl-C does what Ctrl-C did before: in a script or a notebook's cell it raises KeyboardInterrupt.
 
-    Several processes agree on a step through JAX's coordination service, which then has SIGTERM's handler; a process
-    that is interrupted tells the service of it by a SIGTERM to itself, so it is enough to interrupt any one of them.
+    Several processes agree on a step through JAX's coordination service, which then handles SIGTERM. An interrupted
+    process sends itself a SIGTERM to tell the service, so it is enough to interrupt any one of them.
     """
 
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints
-        self._told = False
+        self._must_end = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         self._alone = not jax.distributed.is_initialized()
         self._speaks = jax.process_index() == 0
-        # Only the main thread may have handlers; elsewhere, as in some notebooks, both signals do what they always do.
+        # Python allows only the main thread to set handlers. In other threads, as in some notebooks, both signals do
+        # what they always do.
         if threading.current_thread() is threading.main_thread():
             self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
             if self._alone:
@@ -47,22 +48,23 @@ class PreemptionWatch:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         for number, handler in self._previous.items():
-            # None: not Python's own, which Python cannot put back.
+            # None stands for a handler that was not set from Python, and that Python cannot restore.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _hear(self, *_: object) -> None:
-        self._told = True
+        self._must_end = True
 
     def _interrupt(self, *_: object) -> None:
+        # First, so that a second Ctrl-C takes effect even while this handler runs.
         before = self._previous.get(signal.SIGINT)
         signal.signal(signal.SIGINT, before if callable(before) else signal.default_int_handler)
         if self._speaks:
-            os.write(2, INTERRUPTED)  # print could be interrupted in the middle of another print
+            os.write(2, INTERRUPTED)  # not print, which the signal may have interrupted and which is not reentrant
         if self._alone:
-            self._told = True
+            self._must_end = True
         else:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self, step: int) -> bool:
-        """Whether this is the step to save at, and to end."""
-        return self._told or self._checkpoints.reached_preemption(step)
+        """Whether the run must save after this step and end."""
+        return self._must_end or self._checkpoints.reached_preemption(step)

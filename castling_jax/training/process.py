@@ -1,4 +1,4 @@
-"""A process that trains or evaluates: how it starts, and with which sentence and status it ends."""
+"""The start of a process that trains or evaluates, and its end with a sentence and an exit status."""
 
 import contextlib
 import errno
@@ -32,23 +32,24 @@ from castling_jax.training.run import run
 from castling_jax.training.summary import SUMMARY_FILE
 
 DEFAULT_CONFIG = "digits"
-SAME_AGAIN = 3  # the status after a DeterministicError, by which scripts/pod/resume.sh knows not to start the run again
-BROKEN_PIPE = 128 + signal.SIGPIPE  # as shells have it
-INTERRUPTED = 128 + signal.SIGINT  # as shells have it
+SAME_AGAIN = 3  # status after a DeterministicError; scripts/pod/resume.sh then does not start the run again
+BROKEN_PIPE = 128 + signal.SIGPIPE  # the status that shells report
+INTERRUPTED = 128 + signal.SIGINT  # the status that shells report
 
 
 def train(options: Namespace, program: str, profile: range | None) -> None:
-    """Trains as a command line says, prints the summary, and ends the process where it cannot go on.
+    """Trains with the options of a command line, prints the summary, and ends the process if it cannot go on.
 
     Args:
-      options: config, fields, workdir and the flags of `start`; `castling_jax.tools.train` has their meaning.
-      program: the command, for its sentences.
-      profile: the steps to trace.
+      options: config, fields, workdir and the flags of `start`; `castling_jax.tools.train` explains them.
+      program: the command's name, for its sentences.
+      profile: the steps to trace; None for none.
     """
     with ending_in_a_status(program) as place:
         name = options.config or DEFAULT_CONFIG
         config = load_overridden(name, options.fields)
         workdir = place.folder = as_path(options.workdir or default_workdir(name), "--workdir")
+        # Only now: joining the other processes waits for them, and a mistake on the command line need not.
         start(options)
         reach_bucket(workdir, for_a_run=True)
         distributed.use_compilation_cache(workdir / "compiled")
@@ -64,7 +65,7 @@ def train(options: Namespace, program: str, profile: range | None) -> None:
 
 
 def evaluate(options: Namespace, program: str) -> None:
-    """Evaluates the run or checkpoint `options.evaluate` as a command line says: prints the figures and writes them."""
+    """Evaluates the run or checkpoint `options.evaluate`; prints the figures and writes them to files."""
     with ending_in_a_status(program):
         unused = [f"--{flag}" for flag in ("profile", "config", "extend") if getattr(options, flag, None)]
         if unused:
@@ -74,13 +75,14 @@ def evaluate(options: Namespace, program: str) -> None:
         changes = {name: value for name, value in changes.items() if not name.startswith("mesh.")}
         evaluation = evaluate_checkpoint(options.evaluate, config.mesh, changes)
         if jax.process_index() == 0:
-            files = evaluation.write(options.workdir or run_of(options.evaluate))  # first: a reader may leave
+            # Written before they are printed: a reader that leaves, such as `head`, ends the process.
+            files = evaluation.write(options.workdir or run_of(options.evaluate))
             print(evaluation, end="")
             print("".join(f"  {file}\n" for file in files), end="")
 
 
 def show(options: Namespace) -> None:
-    """Prints the configuration's fields, or that it is valid."""
+    """Prints the configuration's fields, or that the configuration is valid."""
     name = options.config or DEFAULT_CONFIG
     if options.help_config:
         print(describe_fields(parse_overrides(name, options.fields)[0]))
@@ -90,7 +92,7 @@ def show(options: Namespace) -> None:
 
 
 def default_workdir(name: str) -> epath.Path:
-    """runs/ and the configuration's name with its variant, such as runs/deit-tiny-softmax."""
+    """runs/NAME-VARIANT, with the configuration's name and variant: runs/deit-tiny-softmax."""
     file, variant = find_config(name)
     return epath.Path("runs") / "-".join([file.stem, *filter(None, variant.split(","))])
 
@@ -98,40 +100,40 @@ def default_workdir(name: str) -> epath.Path:
 def start(options: Namespace) -> None:
     """Joins the other processes, and keeps the libraries quiet unless `options.verbose`."""
     if not options.verbose:
-        # Orbax tells of every file it writes, and logs the errors that it raises too.
+        # Orbax logs every file that it writes, and also logs the errors that it raises.
         logging.set_verbosity(logging.FATAL)
         stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
         sys.unraisablehook = ignore_closed_loops
-        stdlib_logging.getLogger("castling_jax").setLevel(stdlib_logging.WARNING)  # what we say is meant to be read
+        stdlib_logging.getLogger("castling_jax").setLevel(stdlib_logging.WARNING)  # users should see our own warnings
     distributed.initialize(options.coordinator, options.num_processes, options.process_id)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
 
 
 def ignore_closed_loops(raised: Any) -> None:
-    """Python's hook for what nobody can catch, without what TensorStore's threads say a hundred times of a bad file."""
+    """Python's hook for exceptions that nobody can catch, without the hundred that TensorStore raises at a bad file."""
     if str(raised.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(raised)
 
 
 def handle_signals(program: str) -> None:
-    """Has a second Ctrl-C end this process wherever it is, and a first one heard where it was inherited as ignored.
+    """Makes a second Ctrl-C end this process wherever it is, and a first one count even if inherited as ignored.
 
-    A crash says where it happened.
+    It also makes a crash print where it happened.
 
-    Python's handlers run in the main thread alone, once a compilation or another process has been waited for. Python
-    writes each signal's number to a pipe at once, though.
+    Python's handlers run only in the main thread, and only after a compilation or a wait for another process. But
+    Python writes each signal's number to a pipe at once, and a thread reads it there.
     """
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    heard, written = os.pipe()
-    os.set_blocking(written, False)
-    signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)  # set_wakeup_fd demands it: a signal handler must never block
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
 
     def listen() -> None:
         interrupts = 0
         while interrupts < 2:
-            interrupts += os.read(heard, 1)[0] == signal.SIGINT
+            interrupts += os.read(read_end, 1)[0] == signal.SIGINT
         os.write(2, f"{program}: interrupted twice, so it ended at once.\n".encode())
         distributed.end_at_once(INTERRUPTED)
 
@@ -139,32 +141,32 @@ def handle_signals(program: str) -> None:
 
 
 class Place:
-    """Where a run is kept: `folder` is None until it is known, and for an evaluation."""
+    """The folder of a run; None until it is known, and for an evaluation."""
 
     folder: epath.Path | None = None
 
     def outlook(self) -> str:
-        """What the same command does next, for the end of a sentence."""
+        """What the same command would do next, for the end of a sentence."""
         try:
             return "nothing was written" if self.folder is None else next_start(self.folder / CHECKPOINTS)
-        except Exception:  # the bucket may be what is out of reach, and its libraries raise many kinds
+        except Exception:  # the bucket may be out of reach, and its libraries raise many kinds
             return "the same command goes on from the last checkpoint, if there is one"
 
 
 @contextlib.contextmanager
 def ending_in_a_status(program: str) -> Iterator[Place]:
-    """Ends this process by a sentence and a non-zero status where the block raises a mistake or is interrupted."""
+    """Ends this process with a sentence and a non-zero status if the block raises a mistake or is interrupted."""
     place = Place()
     try:
         with refusing_os_errors():
             yield place
-            sys.stdout.flush()
+            sys.stdout.flush()  # here, so that a broken pipe is handled below and not as Python exits
     except DeterministicError as error:
         distributed.end(f"{program}: {error}", status=SAME_AGAIN)
     except InputError as error:
         cause = error.__cause__
-        if isinstance(cause, BrokenPipeError):  # a reader that left, as in main.py | head, has no use for a sentence
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's flush at the end fails too
+        if isinstance(cause, BrokenPipeError):  # the reader has left, as in `main.py | head`, and needs no sentence
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's flush at exit would fail again
             distributed.end_quietly(BROKEN_PIPE)
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             distributed.end(f"{program}: {str(error).rstrip('.')}; make room: {place.outlook()}.")
@@ -182,5 +184,5 @@ def ending_in_a_status(program: str) -> Iterator[Place]:
                 f"{program}: the processes' common work broke off ({str(error).splitlines()[0][:300]}), "
                 f"perhaps because one of them is gone; {place.outlook()}."
             )
-        traceback.print_exc()  # a bug; the others must not wait for this process until it is dead
+        traceback.print_exc()  # a bug. End at once, or the others would wait for this process
         distributed.end(f"{program}: ended by the error above; {place.outlook()}.")

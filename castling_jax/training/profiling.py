@@ -1,4 +1,4 @@
-"""Traces of some steps for XProf."""
+"""Traces a few steps for XProf."""
 
 import tempfile
 from types import TracebackType
@@ -10,7 +10,7 @@ from etils import epath
 
 from castling_jax.storage import copy_folder, is_remote
 
-PROFILE = "profile"  # a run's folder of traces
+PROFILE = "profile"  # the folder of traces in a run's folder
 
 
 class Profiler:
@@ -19,7 +19,7 @@ class Profiler:
     def __init__(self, profile: range | None, workdir: epath.Path):
         self._steps = profile
         self._folder = workdir / PROFILE
-        # The profiler has a way of its own to buckets, with other credentials, so it does not go there.
+        # The profiler would write to a bucket by itself with other credentials, so it writes here and we copy.
         is_copied = profile is not None and is_remote(self._folder)
         self._written = epath.Path(tempfile.mkdtemp()) if is_copied else self._folder
         self._running = False
@@ -31,10 +31,11 @@ class Profiler:
         self._stop()
 
     def before(self, step: int, state: object) -> None:
-        """Starts or stops the trace, once the steps before are done."""
+        """Starts or stops the trace before a step, once the devices have finished the steps before it."""
         wanted = self._steps is not None and step in self._steps
         if wanted == self._running:
             return
+        # Steps are sent ahead: without waiting, the trace would begin inside an earlier step.
         jax.block_until_ready(state)
         if wanted:
             jax.profiler.start_trace(self._written)

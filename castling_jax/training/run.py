@@ -1,6 +1,6 @@
-"""One run, from a configuration to a finished summary: what main.py, tools and notebooks call.
+"""One run, from a configuration to a finished summary; main.py, tools and notebooks call `run`.
 
-`run` is the table of contents. The steps themselves are in loop.py; how a batch changes the state is in step.py.
+`run` is the table of contents. The loop over the steps is in loop.py; how a batch changes the state is in step.py.
 """
 
 import contextlib
@@ -38,9 +38,9 @@ from castling_jax.training.tensorboard import EVENTS, TensorBoard
 
 PARAMETERS_FILE = "parameters.txt"
 DATA_FILE = "data.json"
-FOLDERS = (CHECKPOINTS, INFERENCE, EVENTS)  # what a run writes into its workdir
+FOLDERS = (CHECKPOINTS, INFERENCE, EVENTS)  # folders that a run writes into its workdir
 FILES = (CONFIG_FILE, PARAMETERS_FILE, DATA_FILE, METRICS_FILE, TRAINING_FILE, SUMMARY_FILE)
-INITIAL_SHARE = 0.01  # of averaged weights: more of the initial ones than this is said
+INITIAL_SHARE = 0.01  # a larger share of initial weights in the final averages is worth a warning
 
 
 @refusing_os_errors()
@@ -52,41 +52,41 @@ def run(
     extend: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> Summary:
-    """Runs the training that `config` describes, or what is left of it, in `workdir`.
+    """Runs the training that `config` describes in `workdir`, or resumes it there.
 
-    SIGTERM and, in the main thread, Ctrl-C or a notebook's interrupt save the state after the step and raise
-    Preempted; a second Ctrl-C raises KeyboardInterrupt, once the checkpoint that is being written is whole.
+    SIGTERM and, in the main thread, Ctrl-C or a notebook's interrupt save the state after the current step and raise
+    Preempted; a second Ctrl-C raises KeyboardInterrupt once the checkpoint that is being written is complete.
 
-    The same call, made again after a run was killed at any moment, goes on from the last checkpoint and ends with the
-    same parameters as a run that was not killed; for a finished run it returns the summary at once. A run may go on
-    over another mesh or on another number of processes; then sums of float32 are made in another order.
+    If a run was killed at any moment, the same call resumes it from the last checkpoint, and ends with the same
+    parameters as a run that was not killed; for a finished run it returns the summary at once. A run may be resumed on
+    another mesh or with another number of processes; float32 sums are then added in another order.
 
     Args:
-      config: as `default_config` gives it.
-      workdir: gets config.json, parameters.txt, data.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end,
-        inference/, training.png, summary.json and, with config.dataset.test_split, evaluation/. All processes see the
-        same one.
-      profile: the steps that are traced into workdir/profile.
-      extend: whether a finished run goes on to a larger config.train.epochs. Its learning rate follows the schedule of
-        all epochs from there on, and its mask threshold does not fall. config.json keeps the earlier ends.
-      callbacks: each is called on process 0, as callback(step, figures), with what a line of metrics.jsonl gets, once
-        the line is written: [lambda step, figures: wandb.log(figures, step)]. A run that goes on calls them for its own
-        lines, each once, and not for the lines up to its checkpoint; what a killed run had made beyond the checkpoint
-        is made, and called for, anew. A finished run calls for nothing. An exception that a callback raises ends the
-        run as any bug does (an OSError becomes an InputError), and the same call goes on from the last checkpoint.
+      config: a configuration with the fields of `default_config`.
+      workdir: the run's folder, the same for all processes. The run writes config.json, parameters.txt, data.json,
+        metrics.jsonl, tensorboard/, checkpoints/ and, at the end, inference/, training.png, summary.json and, with
+        config.dataset.test_split, evaluation/.
+      profile: the steps to trace into workdir/profile; None for none.
+      extend: whether to train a finished run further, to a larger config.train.epochs. From there on its learning rate
+        follows the schedule for all epochs, and its mask threshold does not fall. config.json keeps the earlier ends.
+      callbacks: functions that process 0 calls as callback(step, figures) after each line of metrics.jsonl, with the
+        line's figures: [lambda step, figures: wandb.log(figures, step)]. A resumed run calls them for its own lines
+        only, not for the lines up to its checkpoint; steps that a killed run made beyond its checkpoint are made again,
+        with their calls. A finished run makes no calls. An exception in a callback ends the run as any bug does (an
+        OSError becomes an InputError), and the same call resumes the run from the last checkpoint.
 
     Returns:
       The summary. Process 0 alone measures both forms and draws; on the others the summary has training's figures.
 
     Raises:
-      InputError: a field, a name, a size or a callback is wrong, workdir holds another configuration's run or one of
-        other data, is being written by another run or is not one for all processes, or a file or a checkpoint cannot be
-        written.
+      InputError: a field, a name, a size or a callback is wrong; workdir holds a run with another configuration or
+        other data, is being written by another run, or is not the same folder for all processes; or a file or a
+        checkpoint cannot be written.
       DeterministicError: the loss or a gradient is not finite, as `config.train.on_nonfinite` says, or too many images
         are corrupt.
       Preempted: SIGTERM or Ctrl-C came, and the state was saved.
     """
-    # 1. Refuse what can be refused before anything is computed or written.
+    # 1. Find every mistake that can be found before anything is computed or written.
     check_callbacks(callbacks)
     workdir = as_path(workdir, "workdir")
     reach_bucket(workdir, for_a_run=True)
@@ -97,7 +97,7 @@ def run(
     elif extend:
         raise InputError(f"there is no run in '{workdir}' to extend.")
     ends = (*(config.train.extended_from or ()), config.train.epochs)
-    summary_end = None if summary is None else summary.figures.get("epochs", ends[0])  # earlier versions do not say it
+    summary_end = None if summary is None else summary.figures.get("epochs", ends[0])  # earlier versions lack "epochs"
     if summary is not None and summary_end == config.train.epochs:
         return summary
     setup = set_up(config)
@@ -107,22 +107,22 @@ def run(
     is_writer = jax.process_index() == 0
     if is_writer:
         _try_places(workdir, profile)
-    variables = {} if checkpoint_steps(folder) else first_variables(setup)  # a run that goes on has its own
+    variables = {} if checkpoint_steps(folder) else first_variables(setup)  # a resumed run has its variables
     compare_kernels(setup)
     data = fingerprint(setup.train_set, setup.eval_set, setup.test_set)
 
-    with contextlib.ExitStack() as stack:  # however it ends, what is being written is finished
+    with contextlib.ExitStack() as stack:  # however the run ends, it closes all of these, and the lock last
         check_lock = stack.enter_context(one_writer(workdir))
         check_shared(workdir)
         # 2. Resume, or start.
-        stack.enter_context(jax.set_mesh(setup.mesh))  # over which the attention's kernels split their work
+        stack.enter_context(jax.set_mesh(setup.mesh))  # the attention's kernels split their work over this mesh
         checkpoints = Checkpoints(folder, keep=config.checkpoint.keep, data=data)
         stack.enter_context(contextlib.closing(checkpoints))
         _record_data(setup, workdir, checkpoints.saved_data(), data)
         restored = checkpoints.restore(with_shardings(setup.state, setup.shardings))
-        if is_writer:  # now that nothing refuses to go on: what is refused leaves a run as it was
+        if is_writer:  # only now that nothing can refuse: a refusal leaves an earlier run's files as they were
             write_config(workdir, config.to_dict())
-            if summary is not None:  # of the run before it was extended
+            if summary is not None:  # the run is being extended; keep the summary of its earlier end
                 (workdir / SUMMARY_FILE).rename(workdir / f"summary_of_{summary_end}_epochs.json")
             write_atomically(workdir / PARAMETERS_FILE, parameter_table(setup.state, setup.shardings).encode())
         state, progress = restored or (first_state(setup, variables), Progress(0.0))
@@ -133,7 +133,8 @@ def run(
 
         # 3. Train.
         watch = stack.enter_context(PreemptionWatch(checkpoints))
-        stack.callback(checkpoints.wait)  # while a signal does not kill: SIGTERM may come twice
+        # Inside the watch: a second SIGTERM must not kill the process while the last checkpoint is being written.
+        stack.callback(checkpoints.wait)
         console = stack.enter_context(contextlib.closing(Console(setup, int(state.step), speaks=is_writer)))
         console.begin(workdir)
         loop = Loop(setup, checkpoints, metrics, console, should_stop=watch.reached, check_lock=check_lock)
@@ -153,7 +154,7 @@ def run(
                 tested_on = what_is_evaluated(config, setup.task.name, setup.total_steps, threshold)
                 Evaluation(figures | tested_on, answers, list(setup.test_set.classes)).write(workdir)
 
-        # 5. Switch: the inference form is what the run was for.
+        # 5. Switch, and export the inference form: the purpose of the run.
         variables, params = to_host((state.weights[setup.exported], state.params), setup.mesh)
         figures |= {
             "model": setup.model.spec.name,
@@ -185,7 +186,7 @@ def run(
 
 
 def _try_places(workdir: epath.Path, profile: range | None) -> None:
-    """Tries every place that the run writes to; raises an InputError where it would fail to, hours later."""
+    """Tests every folder and file that the run will write; an InputError now is better than a failure hours later."""
     for name in ("", *FOLDERS, *([PROFILE] if profile else [])):
         try_folder(workdir / name)
     for name in FILES:
@@ -193,7 +194,7 @@ def _try_places(workdir: epath.Path, profile: range | None) -> None:
 
 
 def _record_data(setup: Setup, workdir: epath.Path, before: Any, data: Any) -> None:
-    """Refuses data that is not the run's, or says what has changed where that is accepted; and records the data."""
+    """Refuses data that differs from the run's, or prints the changes if they are accepted; then records the data."""
     # A run of an earlier version has no record: `before` is None.
     accepted = compare_data(before or data, data, accept_changes=setup.config.dataset.accept_changes)
     if jax.process_index() == 0:
@@ -204,7 +205,7 @@ def _record_data(setup: Setup, workdir: epath.Path, before: Any, data: Any) -> N
 
 
 def _start_metrics(setup: Setup, workdir: epath.Path, first_step: int, callbacks: Sequence[Callback]) -> MetricsWriter:
-    """The writer of metrics; says where the run goes on, and what has to be known before the first step."""
+    """Builds the writer of metrics; prints where the run resumes, and warns if averages will keep initial weights."""
     tensorboard = None
     if setup.config.logging.tensorboard:
         tensorboard = TensorBoard(workdir, first_step=first_step, exported=setup.exported)
@@ -214,6 +215,7 @@ def _start_metrics(setup: Setup, workdir: epath.Path, first_step: int, callbacks
     elif tensorboard is not None:
         tensorboard.describe({name: (workdir / name).read_text() for name in (CONFIG_FILE, PARAMETERS_FILE)})
     decay = setup.config.train.ema_decay
+    # Averages with decay d still have the share d^steps of the initial weights after that many steps.
     share = 0.0 if decay is None or setup.config.train.ema_warmup else decay**setup.total_steps
     if share > INITIAL_SHARE:
         print(

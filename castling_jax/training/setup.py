@@ -1,4 +1,4 @@
-"""All that a configuration describes, built and checked before anything is computed or written; and a run's start."""
+"""Builds and checks everything that a configuration describes, before anything is computed; and a run's first state."""
 
 import dataclasses
 import functools
@@ -44,30 +44,30 @@ from castling_jax.training.state import TrainState, create_state
 from castling_jax.training.step import make_train_step, prepare_batch
 from castling_jax.training.weights import initial_variables, read_teacher
 
-LARGEST_BATCH = 128  # where config.train.batch_size does not say it
+LARGEST_BATCH = 128  # images in a batch at most, if config.train.batch_size does not state them
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run is made of.
+    """The parts of a run.
 
     Attributes:
-      config: the configuration, with what it leaves to the data found: see `FOUND_FIELDS`.
-      mesh: over which it runs.
+      config: the configuration; `FOUND_FIELDS` that it left open are filled in.
+      mesh: the mesh that the run uses.
       train_set: examples to learn from.
       eval_set: held-out examples.
-      test_set: what is evaluated once, at the end, if anything.
-      train_transform: what is done to an example to learn from, (example, random generator) -> example.
-      model: in training form; holds shapes only.
-      steps_per_epoch: whole batches.
-      total_steps: of the run.
-      learning_rate: of a step, counted from 0.
-      threshold_at: the mask's, likewise.
-      optimizer: what makes updates of gradients.
-      state: the shapes of the state.
-      shardings: where the state lies, a TrainState of shardings.
-      task: what is learnt.
-      train_step: as `make_train_step` makes it.
+      test_set: examples that are evaluated once, at the end; None for none.
+      train_transform: augmentation on the host, (example, random generator) -> example.
+      model: the model in training form, with shapes only.
+      steps_per_epoch: whole batches in an epoch.
+      total_steps: steps of the run.
+      learning_rate: step, counted from 0 -> learning rate.
+      threshold_at: step, counted from 0 -> mask threshold.
+      optimizer: turns gradients into updates.
+      state: shapes of the state.
+      shardings: a TrainState of shardings, for the state.
+      task: the task to learn.
+      train_step: the step from `make_train_step`.
     """
 
     config: ConfigDict
@@ -98,7 +98,7 @@ class Setup:
         return exported_weights(self.config)
 
     def batches(self, first_step: int = 0) -> Iterator[Batch]:
-        """The endless stream of batches to learn from: this process's rows of each, from a step on."""
+        """The endless stream of training batches from `first_step` on; this process's rows of each."""
         config = self.config
         return training_batches(
             self.train_set,
@@ -113,7 +113,7 @@ class Setup:
         )
 
     def images_seen(self, state: TrainState, batch: dict[str, jax.Array], count: int) -> UInt8[np.ndarray, "..."]:
-        """The first `count` images of a global batch as the state's next step sees them: augmented and, say, mixed.
+        """The first `count` images of a global batch as the state's next step will see them: augmented and mixed.
 
         All processes make the call.
 
@@ -136,7 +136,7 @@ class Setup:
         return evaluate_weights(self._evaluator, weights, threshold, exported=self.exported)[0]
 
     def test(self, weights: Mapping[str, Variables], threshold: float) -> tuple[dict[str, float], Answers]:
-        """What `evaluate_weights` finds on the test examples, which have to be there, at a mask threshold."""
+        """The figures and answers of `evaluate_weights` on the test examples, which must exist, at a mask threshold."""
         assert self.test_set is not None
         evaluator = configured_evaluator(self.config, self.model, self.test_set, self.mesh)
         return evaluate_weights(evaluator, weights, threshold, exported=self.exported)
@@ -147,7 +147,7 @@ class Setup:
 
     @functools.cached_property
     def macs(self) -> tuple[int, int]:
-        """MACs of the forward pass in training form: with the softmax branch, and without it, its mask empty."""
+        """MACs of the forward pass in training form: (with the softmax branch, without it once its mask is empty)."""
         without = abstract_model(**self.model.spec.arguments(form="inference"))
         return count_macs(self.model), count_macs(without)
 
@@ -158,13 +158,13 @@ def set_up(
     datasets: tuple[Dataset, Dataset] | None = None,
     teacher: Teacher | None = None,
 ) -> Setup:
-    """Builds what `config` describes; nothing is drawn, and no file is written.
+    """Builds the parts of a run from `config`; no parameters are drawn, and no file is written.
 
     Args:
-      config: as `default_config` gives it.
-      devices: that the mesh is of; None is all.
-      datasets: to learn from and held out, where nothing is to be tested; None is those that `config` names.
-      teacher: None is the one that `config` names, if any.
+      config: a configuration with the fields of `default_config`.
+      devices: the mesh's devices; None takes all.
+      datasets: (examples to learn from, held-out examples), without a test set; None loads those that `config` names.
+      teacher: a model to learn from; None takes the one that `config` names, if any.
 
     Raises:
       InputError: a field, a name or a size is wrong.
@@ -175,7 +175,8 @@ def set_up(
         raise InputError(
             "JAX_ENABLE_X64 must be off: a run computes in float32 or bfloat16, and draws other weights with it."
         )
-    mistakes = Mistakes()  # what does not depend on one another is said together
+    # Blocks that do not depend on each other report their mistakes together; a nested block needs the outer one.
+    mistakes = Mistakes()
     with mistakes:
         train_set, eval_set, test_set = (*datasets, None) if datasets else _load_splits(config.dataset)
         _fit_to_data(config, len(train_set))
@@ -193,13 +194,13 @@ def set_up(
             model = abstract_model(num_classes=train_set.num_classes, **model_arguments(config))
             preprocessing = preprocessing_of(config, model.spec.image_size)
             transform = task_of(model).train_transform(config.augment, preprocessing)
-            if isinstance(train_set, ArrayDataset):  # of floats, which not every augmentation takes
+            if isinstance(train_set, ArrayDataset):  # try one example: some augmentations refuse float pixels
                 transform(train_set[0], np.random.default_rng(config.seed))
     with mistakes:
         mesh = make_mesh(config.mesh, devices)
         with mistakes:
             check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
-        if (batch_size := config.train.batch_size) is not None:  # the data could be read, or the field was given
+        if (batch_size := config.train.batch_size) is not None:  # None only if the data could not be read
             check_batch("config.train.batch_size", batch_size, mesh, parts=config.train.accumulate_steps)
     mistakes.report()
     with mistakes:
@@ -207,6 +208,7 @@ def set_up(
     with mistakes:
         task = task_of(model).from_config(config, model, teacher or _teacher(config, model, mesh))
     mistakes.report()
+    # No mistakes from here on, so all names above are bound.
     optimizer = make_optimizer(config.optimizer, learning_rate)
     keeps_ema = config.train.ema_decay is not None
     state = jax.eval_shape(
@@ -244,10 +246,11 @@ def set_up(
 
 
 def named_splits(data: ConfigDict) -> tuple[str, str]:
-    """The splits to learn from and to evaluate on; those that `data`, a configuration's, leaves open are found.
+    """The splits to learn from and to evaluate on: the ones that `data`, a configuration's group, names or finds.
 
     Raises:
-      InputError: as `find_splits`, or the data has no held-out split, and the split to learn from is given.
+      InputError: what `find_splits` raises; the two splits would share images; or the split to learn from is given but
+        the data has no held-out split.
     """
     if data.eval_split is not None:
         rest = rest_of(data.eval_split) if data.name.startswith(FOLDER) else None
@@ -267,7 +270,7 @@ def named_splits(data: ConfigDict) -> tuple[str, str]:
 
 
 def _load_splits(data: ConfigDict) -> tuple[Dataset, Dataset, Dataset | None]:
-    """The data sets to learn from, to evaluate on and to test on; writes the splits' names into `data`."""
+    """Loads the data sets to learn from, to evaluate on and to test on; writes the splits' names into `data`."""
     data.train_split, data.eval_split = named_splits(data)
     train_set, eval_set = (
         load_dataset(data.name, split, data_dir=data.data_dir) for split in (data.train_split, data.eval_split)
@@ -277,8 +280,8 @@ def _load_splits(data: ConfigDict) -> tuple[Dataset, Dataset, Dataset | None]:
 
 
 def _fit_to_data(config: ConfigDict, images: int) -> None:
-    """Writes the batch and the warm-up into a configuration that leaves them open."""
-    if config.train.batch_size is None:  # at least 8 steps an epoch
+    """Fills in the batch size and the warm-up if the configuration leaves them open."""
+    if config.train.batch_size is None:  # the largest power of two that leaves at least 8 steps in an epoch
         eighth = max(images // 8, 1)
         config.train.batch_size = min(LARGEST_BATCH, 2 ** (eighth.bit_length() - 1))
     if config.optimizer.warmup_epochs is None:
@@ -287,25 +290,26 @@ def _fit_to_data(config: ConfigDict, images: int) -> None:
 
 
 def _steps(config: ConfigDict, images: int) -> tuple[int, int]:
-    """All steps of the run, and those of an epoch."""
+    """(steps of the run, steps of an epoch)."""
     steps_per_epoch = images // config.train.batch_size
     check_at_most("config.train.batch_size", config.train.batch_size, images, "the images of the training split")
     return config.train.epochs * steps_per_epoch, steps_per_epoch
 
 
 def first_variables(setup: Setup) -> Variables:
-    """Where a new run starts: numpy arrays, drawn or read."""
+    """A new run's first variables, drawn or read from `init_from`; numpy arrays."""
     config = setup.config
     if config.init_from:
         variables = initial_variables(config.init_from, setup.model, reset_head=config.reset_head, ema=config.init_ema)
     else:
         arguments = model_arguments(config) | {"num_classes": setup.train_set.num_classes}
         variables = get_variables(create_model(rngs=nnx.Rngs(config.seed), **arguments))
+    # NumPy arrays, from which `place` gives every device its part alone.
     return jax.tree.map(np.asarray, variables)
 
 
 def first_state(setup: Setup, variables: Variables) -> TrainState:
-    """The state of a new run, on its mesh."""
+    """A new run's first state, on its mesh."""
     where = {"params": setup.shardings.params, "batch_stats": setup.shardings.batch_stats}
     placed = place(variables, {name: where[name] for name in variables})
     create = jax.jit(
@@ -316,7 +320,7 @@ def first_state(setup: Setup, variables: Variables) -> TrainState:
 
 
 def _teacher(config: ConfigDict, student: Backbone, mesh: Mesh) -> Teacher | None:
-    """The model that `config.distillation` names, on the mesh."""
+    """The teacher that `config.distillation` names, on the mesh; None for none."""
     options = config.distillation
     if options.kind is None:
         return None

@@ -1,4 +1,4 @@
-"""Where arrays live: one mesh, rules on the parameters' names, and the rows of a batch that a process holds."""
+"""Where arrays live: one mesh, sharding rules by parameter name, and the rows of a batch that a process holds."""
 
 import functools
 import math
@@ -16,13 +16,13 @@ from jax.sharding import PartitionSpec as P
 from castling_jax.errors import InputError
 from castling_jax.models.backbone import Backbone
 
-# replica: whole copies, one or more to a slice, between which only gradients go; data: the same within a slice; fsdp:
-# splits the batch, and the matrices too; tensor: splits heads and the MLP's channels.
+# replica: whole copies, one or more in each slice of a pod, that exchange only gradients; data: more copies within a
+# slice; fsdp: splits the batch and also the matrices; tensor: splits the heads and the MLP's channels.
 AXES = ("replica", "data", "fsdp", "tensor")
 BATCH_AXES = AXES[:3]
-# Suffixes of names -> how the array is split, the last axes where it has more; P(): it is whole on every device. The
-# first rule that fits counts, and a name that no rule fits is refused. The optimiser keeps its moments under the
-# parameters' names, so that they are split alike.
+# Suffix of a parameter's name -> the mesh axes that split the array's last axes; P() leaves it whole on every device.
+# The first match counts, and a name without a match is refused. The optimiser's moments have the parameters' names, so
+# they are split in the same way.
 RULES = (
     (r"mlp/(fc1|ln1/linear)/kernel", P("fsdp", "tensor")),
     (r"mlp/(fc1/bias|ln1/bn/\w+)", P("tensor")),
@@ -42,31 +42,32 @@ RULES = (
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Devices along AXES.
+    """Arranges devices along AXES.
 
     Args:
-      sizes: of each axis; at most one is -1, which is what the others leave.
-      devices: None is all of all processes.
+      sizes: axis -> its size; one may be -1, for all devices that the other axes leave.
+      devices: the devices to use; None takes all devices of all processes.
 
     Raises:
-      InputError: the sizes do not make up the number of devices, or replicas that do not lie in whole slices.
+      InputError: the sizes do not multiply to the number of devices, or replica is no multiple of the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = [sizes[axis] for axis in AXES]
-    said = ", ".join(f"{axis} = {size}" for axis, size in zip(AXES, shape, strict=True))
+    axes = ", ".join(f"{axis} = {size}" for axis, size in zip(AXES, shape, strict=True))
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
-        raise InputError(f"config.mesh needs sizes of at least 1, one of which may be -1, not {said}.")
+        raise InputError(f"config.mesh needs sizes of at least 1, one of which may be -1, not {axes}.")
     known = math.prod(size for size in shape if size != -1)
     if len(devices) % known or (-1 not in shape and len(devices) != known):
-        raise InputError(f"config.mesh with {said} does not make up the {len(devices)} devices that are here.")
+        raise InputError(f"config.mesh with {axes} does not make up the {len(devices)} devices that are here.")
     shape = [len(devices) // known if size == -1 else size for size in shape]
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    # A pod is a torus, of which an axis here may take a part of a side: tensor = 2 of 4 x 4 x 4.
+    # The torus of a pod's links has long sides, and a mesh axis may take a part of one: tensor = 2 on 4 x 4 x 4 chips.
     if slices == 1:
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     elif shape[0] % slices:
         raise InputError(f"config.mesh.replica must be a multiple of the {slices} slices, not {shape[0]}.")
     else:
+        # Only replica crosses slices, whose network is slower than the links within: it exchanges gradients alone.
         within, across = [shape[0] // slices, *shape[1:]], [slices, 1, 1, 1]
         placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -76,11 +77,11 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     """The sharding of each leaf of a state, or of any tree with parameters' names, by RULES; scalars are not split.
 
     Args:
-      state: arrays or their shapes.
-      mesh: from `make_mesh`.
+      state: a tree of arrays or of their shapes.
+      mesh: a mesh from `make_mesh`.
 
     Raises:
-      InputError: no rule fits a name, or an axis of the mesh does not divide what it has to split.
+      InputError: no rule matches a name, or an axis of the mesh does not divide the array's axis that it splits.
     """
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
@@ -102,7 +103,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
 
 def whole_over_fsdp(shardings: Any) -> Any:
-    """The same shardings without the axis `fsdp`: of parameters that are gathered to be used."""
+    """The same shardings without the axis `fsdp`, for parameters that are gathered before use."""
     return jax.tree.map(
         lambda leaf: NamedSharding(leaf.mesh, P(*(None if axis == "fsdp" else axis for axis in leaf.spec))), shardings
     )
@@ -121,17 +122,17 @@ def check_heads(model: Backbone, mesh: Mesh) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of anything that has a batch's rows along its first axis."""
+    """The sharding of an array whose first axis is the batch."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Of what is on every device."""
+    """The sharding of an array that is whole on every device."""
     return NamedSharding(mesh, P())
 
 
 def check_batch(name: str, batch_size: int, mesh: Mesh, *, parts: int = 1) -> None:
-    """Raises an InputError unless the mesh's batch axes divide the batch, `parts` times over."""
+    """Raises an InputError unless the mesh's batch axes divide each of the batch's `parts` equal parts."""
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size < 1 or batch_size % (shards * parts):
         axes = " x ".join(f"{axis} = {mesh.shape[axis]}" for axis in BATCH_AXES)
@@ -144,7 +145,7 @@ def check_batch(name: str, batch_size: int, mesh: Mesh, *, parts: int = 1) -> No
 def batch_shapes(
     example: Mapping[str, jax.ShapeDtypeStruct], batch_size: int, mesh: Mesh | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a batch of such examples, split over the mesh: what a training step is compiled for."""
+    """The shapes of a batch of such examples, split over the mesh, to compile a training step for."""
     rows = None if mesh is None else batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct((batch_size, *one.shape), one.dtype, sharding=rows) for name, one in example.items()
@@ -152,14 +153,14 @@ def batch_shapes(
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """Shapes that say where the arrays are to lie: what is restored or compiled for."""
+    """Shapes with shardings, to restore a checkpoint into or to compile a step for."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Global arrays from numpy arrays that every process has; nothing is sent."""
+    """Global arrays from numpy arrays that every process has; the processes send each other nothing."""
 
     def global_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -171,13 +172,13 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def to_host(tree: Any, mesh: Mesh) -> Any:
-    """numpy arrays, whole in every process, of arrays that lie on the mesh; all processes make the call."""
+    """Gathers arrays from the mesh into whole numpy arrays in every process; all processes make the call."""
     return jax.device_get(jax.device_put(tree, replicated(mesh)))
 
 
-@functools.cache  # asked for with every batch
+@functools.cache  # every batch asks for it
 def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
-    """Which rows of a global batch this process's devices hold, sorted."""
+    """The sorted rows of a global batch that this process's devices hold."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
@@ -189,6 +190,7 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, *, batch_size: int)
     def place(array: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             first, last, _ = (index or (slice(None),))[0].indices(batch_size)
+            # JAX asks by rows of the global batch; `array` has this process's rows alone.
             start = int(np.searchsorted(rows, first))
             return array[start : start + last - first]
 

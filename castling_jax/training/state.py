@@ -1,4 +1,4 @@
-"""Everything that a step changes."""
+"""The state of training: everything that a step changes."""
 
 import dataclasses
 import hashlib
@@ -17,15 +17,15 @@ OPTIONAL: dict[str, Any] = {"batch_stats": {}, "ema": {}}
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The whole state of training but the place in the data: a pytree.
+    """The whole state of training, a pytree. The place in the data is no part of it: it follows from the step.
 
     Attributes:
       params: the parameters, nested dicts.
       batch_stats: batch norm's running statistics, nested dicts; {} without batch norm.
-      opt_state: the optimiser's.
-      ema: moving averages of the variables, as `variables` has them; {} where none are kept.
-      step: how many steps were made.
-      key: where each step's random key comes from; it does not change.
+      opt_state: the optimiser's state.
+      ema: moving averages of `variables`, with the same nesting; {} if none are kept.
+      step: number of steps made so far.
+      key: constant random key; each step's key is this one with the step folded in.
     """
 
     params: Any
@@ -37,17 +37,17 @@ class TrainState:
 
     @property
     def variables(self) -> Variables:
-        """What `apply` and `to_inference` take, as the optimiser left it."""
+        """The raw variables, without averaging, for `apply` and `to_inference`."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     @property
     def weights(self) -> dict[str, Variables]:
-        """All that can be evaluated and exported: the variables as "raw" and, where they are kept, as "averaged"."""
+        """The weights to evaluate and export: the variables as "raw" and, if kept, their averages as "averaged"."""
         return {"raw": self.variables} | ({"averaged": self.ema} if self.ema else {})
 
     @property
     def skipped_steps(self) -> int:
-        """How many of the steps left the parameters as they were: those that the optimiser has not counted."""
+        """Number of steps that left the parameters unchanged: the steps that the optimiser has not counted."""
         (_, updates), *_ = optax.tree.get_all_with_path(self.opt_state, "count")
         return int(self.step) - int(updates)
 
@@ -57,7 +57,7 @@ def _children(state: TrainState) -> tuple[list[tuple[Any, Any]], tuple[str, ...]
     return [(jax.tree_util.GetAttrKey(name), getattr(state, name)) for name in names], names
 
 
-# What is empty is no part of the tree: a checkpoint of a model without batch norm has no place for statistics.
+# Empty fields are left out of the tree, so that a checkpoint of a model without batch norm has no statistics.
 jax.tree_util.register_pytree_with_keys(
     TrainState,
     _children,
@@ -68,12 +68,13 @@ jax.tree_util.register_pytree_with_keys(
 def create_state(
     variables: Variables, optimizer: optax.GradientTransformation, seed: int, *, ema: bool = False
 ) -> TrainState:
-    """The state before the first step; with `ema` it keeps moving averages, which start as the variables are."""
+    """The state before the first step; with `ema` it keeps moving averages, which start at the variables."""
     params = variables["params"]
     return TrainState(
         params=params,
         batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(params),
+        # A copy: the step donates the state, and one buffer cannot be donated twice.
         ema=jax.tree.map(jnp.copy, variables) if ema else {},
         step=jnp.zeros((), jnp.int32),
         key=jax.random.key(seed),
@@ -81,7 +82,7 @@ def create_state(
 
 
 def parameters_sha256(params: Any) -> str:
-    """SHA-256 of the parameters' bytes in the order of their sorted paths: what two equal runs share."""
+    """SHA-256 of the parameters' bytes in the order of their sorted paths; two equal runs have the same."""
     digest = hashlib.sha256()
     for leaf in flatten(params).values():
         digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
@@ -89,7 +90,7 @@ def parameters_sha256(params: Any) -> str:
 
 
 def parameter_table(state: TrainState, shardings: Any) -> str:
-    """The mesh; a line for each parameter: its name, shape, dtype, size, and the axes that split it; and the sum."""
+    """A text: the mesh; each parameter's name, shape, dtype, size and the axes that split it; the total size."""
     where = flatten(shardings.params)
     rows = [
         (path, str(leaf.shape), leaf.dtype.name, f"{leaf.size:,}", _spec(where[path]))

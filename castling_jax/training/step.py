@@ -1,6 +1,6 @@
 """The training step: one for all tasks.
 
-Start reading at `step`, inside make_train_step. What a batch holds, and what the loss is, is the task's business
+Start reading at `step`, inside make_train_step. The task defines the content of a batch and the loss
 (castling_jax/tasks/task.py).
 """
 
@@ -27,14 +27,15 @@ TrainStep = Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]
 
 
 def prepare_batch(task: Task, batch: Batch, key: jax.Array, *, accumulate_steps: int) -> Batch:
-    """The batch that a step learns from, as `task.prepare` makes it.
+    """Calls `task.prepare` on a step's batch.
 
     Args:
-      task: what is learnt.
-      batch: the global one.
-      key: the step's: the state's, with the step's number folded in.
-      accumulate_steps: the step's. Its parts have the keys below this number.
+      task: the task to learn.
+      batch: the global batch.
+      key: the step's key: the state's key with the step's number folded in.
+      accumulate_steps: number of parts of the batch; part i's key is `key` with i folded in.
     """
+    # The first number that no part uses, so that mixing and drop-path are independent.
     return task.prepare(batch, jax.random.fold_in(key, accumulate_steps))
 
 
@@ -51,27 +52,27 @@ def make_train_step(
 ) -> TrainStep:
     """Builds (state, batch, threshold) -> (state, metrics); the state is donated.
 
-    The metrics are loss, gradient_norm (before any clip), mask_density [layers] and, of a loss with several terms,
-    NAME_loss of each.
+    The metrics are loss, gradient_norm (before clipping), mask_density [layers] and, for a loss with several terms,
+    each term as NAME_loss.
 
-    The loss is a sum over the global batch divided by a sum over the global batch: over all devices and all parts, so
-    that neither a mesh nor accumulation changes what is minimised.
+    The loss is a sum over the global batch divided by another sum over the global batch, over all devices and all
+    parts. So neither the mesh nor accumulation changes the loss that is minimised.
 
-    The threshold is traced below 1, so that a schedule does not recompile the step; from 1 on the mask is empty and
-    the step is another program, compiled without the softmax branch. A threshold that is traced already is below 1.
+    Below 1 the threshold is traced, so a schedule does not recompile the step. From 1 on the mask is empty, and the
+    step is another program, compiled without the softmax branch. A traced threshold is assumed to be below 1.
 
     Args:
-      model: in training form.
-      optimizer: its state is in the TrainState.
-      task: what is learnt.
-      ema_decay: decay of the moving averages; None where the state keeps none.
-      ema_warmup: the decay of step k, counted from 0, is at most (1 + k) / (10 + k), so that the averages soon leave
-        the initial weights behind (TensorFlow's ExponentialMovingAverage, num_updates).
-      skip_nonfinite: a step whose loss or gradient norm is not finite changes nothing of the state but the step's
-        number. It then needs the gradients' norm before the first parameter is updated.
-      accumulate_steps: in so many parts the batch goes through the model, one after the other, for less memory. The
-        gradients are those of the whole batch; batch norm's statistics are each part's.
-      shardings: a TrainState of shardings, as the state has them; None leaves them to the compiler.
+      model: the model to train, in training form.
+      optimizer: the optimiser; its state is in the TrainState.
+      task: the task to learn.
+      ema_decay: decay of the moving averages; None if the state keeps none.
+      ema_warmup: whether the decay at step k, counted from 0, is at most (1 + k) / (10 + k), so that the averages soon
+        forget the initial weights (TensorFlow's ExponentialMovingAverage, num_updates).
+      skip_nonfinite: whether a step with a loss or a gradient norm that is not finite leaves the state unchanged,
+        except for the step's number. The norm of all gradients is then needed before any parameter is updated.
+      accumulate_steps: number of parts in which the batch goes through the model, one after another, to save memory.
+        The gradients are the whole batch's, but batch norm computes its statistics for each part.
+      shardings: the state's shardings, as a TrainState; None leaves them to the compiler.
     """
 
     def place(tree: Any, where: Any) -> Any:
@@ -84,12 +85,13 @@ def make_train_step(
             outputs, densities, new_stats = forward_train(
                 model, {"params": params, "batch_stats": batch_stats}, batch["image"], mask_threshold=threshold, key=key
             )
-            # Means over the rows, not sums: the parts of a batch then differ from the whole by a constant alone.
+            # Means over the rows, not sums: a part's terms then have the whole batch's scale, and parts are averaged.
             terms, weights = task.loss(outputs, batch, held)
             totals, weight = jax.tree.map(jnp.mean, (dict(terms), weights))
             return functools.reduce(operator.add, totals.values()), (totals, weight, densities, new_stats)
 
         (_, (totals, weight, densities, batch_stats)), gradients = jax.value_and_grad(total_of, has_aux=True)(params)
+        # Scattered over fsdp at once: devices then keep and sum only their shards of the gradients.
         gradients = place(gradients, shardings and shardings.params)
         return (gradients, totals, weight, densities), batch_stats
 
@@ -105,6 +107,7 @@ def make_train_step(
             terms, batch_stats = part_of(batch_stats, *part)
             return (jax.tree.map(jnp.add, sums, terms), batch_stats), None
 
+        # A scan, not a Python loop: the compiler must not run two parts at once, which would take the memory again.
         parts = jnp.arange(accumulate_steps), jax.tree.map(lambda rows: _interleaved(rows, accumulate_steps), batch)
         shapes, _ = jax.eval_shape(part_of, batch_stats, *jax.tree.map(lambda part: part[0], parts))
         zero = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
@@ -114,14 +117,16 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, held: Any, threshold: ArrayLike) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         batch = prepare_batch(task, batch, key, accumulate_steps=accumulate_steps)
-        # Gathered once, here: left to itself, the compiler gathers activations too where that looks cheaper.
+        # Gathered over fsdp once, here. Without this constraint, the compiler may gather activations instead if that
+        # looks cheaper to it.
         params = place(state.params, shardings and whole_over_fsdp(shardings.params))
         run = gradients_of if accumulate_steps == 1 else accumulated
         (gradients, totals, weight, densities), batch_stats = run(
             params, state.batch_stats, batch, threshold, key, held
         )
         if weight is not None:
-            # Weights that sum to less than 1 count as 1: a batch without anything to find divides by no zero.
+            # `weight` is a mean over rows. A sum of weights below 1 counts as 1, so that a batch without any object
+            # does not divide by zero.
             divisor = jnp.maximum(weight, 1 / len(batch["image"]))
             gradients, totals = jax.tree.map(lambda leaf: leaf / divisor, (gradients, totals))
         metrics = {"loss": functools.reduce(operator.add, totals.values()), "mask_density": densities}
@@ -136,7 +141,7 @@ def make_train_step(
             step=state.step + 1,
         )
         if ema_decay is not None:
-            # 1 - decay, each term exact: 1 - 0.99996 of float32 numbers would be off by a thousandth.
+            # 1 - decay is computed in Python's float64: in float32, 1 - 0.99996 is off by a thousandth.
             share = jnp.maximum(1 - ema_decay, 9 / (10 + state.step)) if ema_warmup else 1 - ema_decay
             averages = {name: new.variables[name] for name in state.ema}
             new = dataclasses.replace(new, ema=optax.incremental_update(averages, state.ema, share))
@@ -146,14 +151,15 @@ def make_train_step(
             new = _select(is_finite, new, state)
         return new, metrics
 
-    # The state stays where it is, and the metrics are wanted everywhere.
+    # The new state has the old one's shardings, so that it can reuse the donated buffers. The metrics are on every
+    # device, because every process checks the loss.
     everywhere = None if shardings is None else replicated(shardings.step.mesh)
     out_shardings = None if shardings is None else (shardings, everywhere)
     with_branch = jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
-    # A number known while tracing, not an argument: the operations see that the mask is empty.
+    # Here the threshold is a Python number, not a traced argument, so the operations know that the mask is empty.
     without_branch = jax.jit(functools.partial(step, threshold=1.0), donate_argnums=0, out_shardings=out_shardings)
 
-    # What the task holds is an argument of the program: a teacher's variables would be constants of it otherwise.
+    # `held` is an argument of the program; in a closure, a teacher's variables would become constants of it.
     def train_step(
         state: TrainState, batch: Batch, threshold: float, held: Any = task.held
     ) -> tuple[TrainState, Metrics]:
@@ -165,14 +171,14 @@ def make_train_step(
 
 
 def _select(is_finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """The new state, or the old one with the new one's step: the data and the random keys go on."""
-    chosen = {
+    """The new state if finite, else the old state with the new step, so that the data and the random keys move on."""
+    selected = {
         name: jax.tree.map(functools.partial(jnp.where, is_finite), getattr(new, name), getattr(old, name))
         for name in ("params", "batch_stats", "opt_state", "ema")
     }
-    return dataclasses.replace(new, **chosen)
+    return dataclasses.replace(new, **selected)
 
 
 def _interleaved(rows: jax.Array, parts: int) -> jax.Array:
-    """[batch, ...] -> [parts, batch // parts, ...], every parts-th row together: each device splits its own rows."""
+    """[batch, ...] -> [parts, batch // parts, ...] with every parts-th row in a part: no row leaves its device."""
     return jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0)

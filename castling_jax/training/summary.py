@@ -1,4 +1,4 @@
-"""What came of a run: WORKDIR/summary.json, and in Python a Summary."""
+"""The summary of a finished run: WORKDIR/summary.json, and in Python a Summary."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ from castling_jax.training.timing import interleaved_seconds, medians, significa
 
 SUMMARY_FILE = "summary.json"
 TRAINING_FILE = "training.png"
-REPEATS = 7
+REPEATS = 7  # timed calls of each form
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -38,8 +38,8 @@ class Summary:
     """A finished run.
 
     Attributes:
-      workdir: its folder.
-      figures: what summary.json holds: the task's measures, steps, seconds, parameters, MACs, ...
+      workdir: the run's folder.
+      figures: the content of summary.json: the task's measures, steps, seconds, parameters, MACs, ...
     """
 
     workdir: epath.Path
@@ -47,7 +47,7 @@ class Summary:
 
     @functools.cached_property
     def history(self) -> dict[str, np.ndarray]:
-        """The metrics over the steps: "step", "loss", ..., arrays of one length (`read_history`)."""
+        """The logged figures over the steps: "step", "loss", ..., arrays of one length (`read_history`)."""
         return read_history(self.workdir)
 
     @property
@@ -75,7 +75,7 @@ class Summary:
         return describe(self.figures)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the table of both forms."""
+        """The HTML that a notebook shows: the table of both forms."""
         rows = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell.strip())}</td>" for cell in row) + "</tr>"
             for row in _rows(self.figures)
@@ -87,8 +87,8 @@ def finish(workdir: epath.Path, figures: dict[str, Any]) -> Summary:
     """Draws the run, measures both forms, and writes WORKDIR/summary.json.
 
     Args:
-      workdir: a run that has its inference folder.
-      figures: what training returned.
+      workdir: the folder of a run whose inference folder is written.
+      figures: the figures of training and evaluation.
     """
     inference_model, inference_variables = load_inference(workdir / INFERENCE)
     spec = inference_model.spec
@@ -108,7 +108,8 @@ def finish(workdir: epath.Path, figures: dict[str, Any]) -> Summary:
         },
     }
     path = workdir / SUMMARY_FILE
-    write_atomically(path, json.dumps(summary, indent=2).encode())  # the run is finished, whatever becomes of the rest
+    # summary.json marks the run as finished, so it is written before the timing, which may fail or be interrupted.
+    write_atomically(path, json.dumps(summary, indent=2).encode())
     try:
         summary["speed"] = measure_forms(spec.arguments())
     except jax.errors.JaxRuntimeError as error:
@@ -118,7 +119,7 @@ def finish(workdir: epath.Path, figures: dict[str, Any]) -> Summary:
 
 
 def save_picture(workdir: epath.Path, figures: Mapping[str, Any] = MappingProxyType({})) -> epath.Path:
-    """Draws WORKDIR/training.png from the metrics; `figures`, the run's, say which task and which mask it has.
+    """Draws WORKDIR/training.png from the metrics; the run's `figures` name its task and its mask kind.
 
     Raises:
       InputError: there are no metrics in workdir.
@@ -144,13 +145,13 @@ def save_picture(workdir: epath.Path, figures: Mapping[str, Any] = MappingProxyT
 def measure_forms(arguments: dict[str, Any]) -> dict[str, float]:
     """Median milliseconds of both forms' forward passes on one image, measured in turns.
 
-    Longer sequences are for python -m castling_jax.tools.benchmark --models --image-sizes=SIZES.
+    python -m castling_jax.tools.benchmark --models --image-sizes=SIZES measures longer sequences.
 
     Args:
-      arguments: of `create_model`, with the image size and the compute dtype.
+      arguments: arguments of `create_model`, with image_size and dtype.
     """
-    # Made by numpy: compiling what draws a model's own first weights takes longer than all the rest. All numbers are
-    # positive, which variances have to be.
+    # NumPy draws the numbers: compiling a model's own initialisation takes longer than all the rest. They are positive,
+    # because some of them are variances.
     rng, image_size = np.random.default_rng(0), arguments["image_size"]
     images = jnp.asarray(rng.uniform(size=(1, image_size, image_size, 3)), jnp.float32)
     calls: dict[str, Callable[[], object]] = {}
@@ -159,6 +160,7 @@ def measure_forms(arguments: dict[str, Any]) -> dict[str, float]:
         variables = jax.tree.map(
             lambda leaf: jnp.asarray(rng.uniform(0, 0.02, leaf.shape), leaf.dtype), get_variables(model)
         )
+        # A traced threshold, so that the training form runs its branch as it does in training.
         calls[form] = functools.partial(
             jax.jit(functools.partial(apply, model)), variables, images, mask_threshold=jnp.float32(0.02)
         )
@@ -174,19 +176,19 @@ def measure_forms(arguments: dict[str, Any]) -> dict[str, float]:
 
 
 def read_summary(workdir: epath.Path) -> Summary | None:
-    """The summary of a finished run; None where the run is not finished.
+    """The summary of a finished run; None if the run is not finished.
 
     Raises:
-      InputError: it is damaged.
+      InputError: the summary is damaged.
     """
     path = workdir / SUMMARY_FILE
     if not path.exists():
         return None
     try:
         summary = json.loads(path.read_text())
-        describe(summary)  # which takes what a summary has to have
+        describe(summary)  # reads every figure that a summary must have, so a missing one is found here
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise InputError(f"'{path}' is damaged ({error!r}): remove it, and main.py makes it anew.") from error
+        raise InputError(f"'{path}' is damaged ({error!r}): remove it, and main.py writes it anew.") from error
     return Summary(workdir, summary)
 
 
@@ -204,7 +206,7 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The table of both forms: a name, the training form's figure, the inference form's."""
+    """The table of both forms: rows of (name, training form's figure, inference form's figure)."""
     speed = summary["speed"]
     rows = [
         ("", "training form", "inference form"),
@@ -220,10 +222,10 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _headline(summary: dict[str, Any]) -> str:
-    """What was trained, for how long, and on what it was evaluated."""
+    """One line: the model, how long it was trained, and the data that it was evaluated on."""
     skipped = f" ({summary['skipped_steps']:,} skipped)" if summary.get("skipped_steps") else ""
     data = ""
-    if "dataset" in summary:  # which an earlier version's does not have
+    if "dataset" in summary:  # earlier versions' summaries lack it
         data = f", on {summary['eval_images']:,} images of {summary['dataset']} {summary['split']}"
     return (
         f"{summary['model']}: {summary['steps']:,} steps{skipped} in {summary['train_seconds']:.0f} s, "
@@ -232,18 +234,18 @@ def _headline(summary: dict[str, Any]) -> str:
 
 
 def _mask_kind(figures: Mapping[str, Any]) -> str:
-    """An earlier version's figures, which do not say it, are of a threshold."""
+    """The run's mask kind; earlier versions' figures lack it, and belong to runs with a threshold."""
     return figures.get("mask_kind", "threshold")
 
 
 def describe_measures(figures: Mapping[str, Any]) -> list[str]:
-    """All measures of the training form, and all of the inference form, such as "98.06 % top-1, 100.00 % top-5"."""
+    """[training form's measures, inference form's measures], each a text: "98.06 % top-1, 100.00 % top-5"."""
     texts = [[f"{text} {measure.short}" for text in measure.texts(figures)] for measure in measures_of(figures)]
     return [", ".join(form) for form in zip(*texts, strict=True)]
 
 
 def describe_each_weights(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of the raw and the averaged weights, which say which are exported; none where there are only raw ones."""
+    """Rows for the raw and the averaged weights, which mark the exported ones; none if there are only raw weights."""
     measure = measures_of(figures)[0]
     return [
         (

@@ -1,4 +1,4 @@
-"""TensorBoard's events: figures in groups, the configuration with the final figures, and the first images."""
+"""Writes TensorBoard's events: figures in groups, the configuration with the final figures, and the first images."""
 
 import json
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ from tensorboardX.summary import hparams
 
 from castling_jax.models.variables import flatten
 
-EVENTS = "tensorboard"  # a run's folder of TensorBoard's
+EVENTS = "tensorboard"  # the folder of TensorBoard's events in a run's folder
 TRAIN = ("epoch", "loss", "learning_rate", "gradient_norm", "mask_threshold", "mask_density", "skipped_steps")
 THROUGHPUT = ("images_per_second", "images_per_second_per_chip", "mfu", "data_wait_share", "eta_seconds")
-GROUPS = dict.fromkeys(TRAIN, "train") | dict.fromkeys(THROUGHPUT, "throughput")  # all others: eval
+GROUPS = dict.fromkeys(TRAIN, "train") | dict.fromkeys(THROUGHPUT, "throughput")  # all other figures: eval
 
 
 class TensorBoard:
@@ -23,8 +23,8 @@ class TensorBoard:
 
     Args:
       workdir: the run's folder.
-      first_step: the step that the run goes on from; TensorBoard hides what an interrupted run wrote beyond it.
-      exported: the weights that the run exports, "raw" or "averaged". Figures without such a prefix are theirs.
+      first_step: the step that the run resumes from; TensorBoard hides events that an interrupted run wrote beyond it.
+      exported: the weights that the run exports, "raw" or "averaged". Figures without such a prefix belong to them.
     """
 
     def __init__(self, workdir: epath.Path, *, first_step: int, exported: str):
@@ -34,10 +34,11 @@ class TensorBoard:
     def describe(self, texts: Mapping[str, str]) -> None:
         """Shows texts, each under its name."""
         for name, text in texts.items():
+            # Indented by four: TensorBoard renders Markdown, where that is a block of code.
             self._events.add_text(name, "\n".join("    " + line for line in text.splitlines()), 0)
 
     def show(self, images: UInt8[np.ndarray, "images height width 3"]) -> None:
-        """Shows the first images to learn from, in one picture."""
+        """Shows the first training images in one picture."""
         self._events.add_images("train/first_batch", images, 0, dataformats="NHWC")
 
     def write(self, step: int, figures: Mapping[str, Any]) -> None:
@@ -50,13 +51,13 @@ class TensorBoard:
                 self._events.add_scalar(tag, value, step)
 
     def finish(self, step: int, config: dict[str, Any], evaluated: Mapping[str, float], *, group: str) -> None:
-        """Writes what the page HPARAMS compares runs by: the configuration's fields with the final figures.
+        """Writes the configuration's fields with the final figures, by which the page HPARAMS compares runs.
 
         Args:
-          step: the last one.
-          config: nested dicts; a field that is None is left blank there.
+          step: the last step.
+          config: the configuration as nested dicts; a field that is None stays blank on the page.
           evaluated: the figures of the last evaluation.
-          group: "eval" where the figures of that evaluation have been written; "test" where they are of the test split.
+          group: "eval" if these figures are written already; "test" if they belong to the test split.
         """
         tagged = self._tagged(evaluated, group)
         if group != "eval":
@@ -67,15 +68,15 @@ class TensorBoard:
             for path, value in flatten(config).items()
             if value is not None
         }
-        # Not add_hparams, which would start a folder that TensorBoard takes for another run.
+        # Not add_hparams, which would create another folder, and TensorBoard would show it as another run.
         for summary in hparams(fields, tagged):
             self._events.file_writer.add_summary(summary)
 
     def _tagged(self, figures: Mapping[str, Any], group: str = "eval") -> dict[str, Any]:
-        """The figures by their names in TensorBoard, such as train/loss, and eval/loss for eval_loss.
+        """Name in TensorBoard, such as train/loss, or eval/loss for eval_loss -> figure.
 
-        Doubles are left out: a measure without a form, as `accuracy`, and the exported weights' figures under their
-        prefix.
+        Duplicates are left out: a measure without a form, such as `accuracy`, and figures with the prefix of the
+        exported weights.
         """
         return {
             f"{GROUPS.get(name, group)}/{name.replace('eval_', '')}": value
@@ -84,7 +85,7 @@ class TensorBoard:
         }
 
     def flush(self) -> None:
-        """Writes what is still in memory."""
+        """Writes the events that are still in memory."""
         self._events.flush()
 
     def close(self) -> None:

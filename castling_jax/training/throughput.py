@@ -1,4 +1,4 @@
-"""How fast a run goes, and how much of the chips it uses."""
+"""Measures a run's speed, and its share of the chips' peak."""
 
 import contextlib
 import time
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
-# A step is the forward pass and twice as much backward, and a multiply-accumulate two operations; what
-# rematerialisation computes again does not count (Chowdhery et al., PaLM, appendix B).
+# A step is the forward pass and a backward pass of twice its cost; a multiply-accumulate is two operations. Operations
+# that rematerialisation repeats do not count (Chowdhery et al., PaLM, appendix B).
 FLOPS_PER_MAC = 2 * 3
 
 
 def peak_flops() -> float | None:
-    """bfloat16 operations a second of one device; None where JAX does not know them, as of a CPU."""
+    """One device's peak in bfloat16 operations a second; None if JAX does not know it, as for a CPU."""
     try:
         info = pltpu.get_tpu_info()
     except ValueError:
@@ -25,10 +25,10 @@ class Meter:
     """Measures the loop between two readings.
 
     Args:
-      batch_size: of all devices together.
-      step: that the loop starts from.
-      total_steps: where it will end.
-      peak: of one device, as `peak_flops` gives it.
+      batch_size: images in a step, over all devices.
+      step: the step that the loop starts from.
+      total_steps: the step that it will end at.
+      peak: one device's operations a second, from `peak_flops`; None if unknown.
     """
 
     def __init__(self, *, batch_size: int, step: int, total_steps: int, peak: float | None):
@@ -38,29 +38,29 @@ class Meter:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for data."""
+        """Counts the time inside the block as waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no training, and is not to count."""
+        """Leaves the time inside the block out of the measurement, because it is not training."""
         start = time.perf_counter()
         yield
-        self._since += time.perf_counter() - start
+        self._since += time.perf_counter() - start  # as if the block had taken no time
 
     def read(self, step: int, *, macs: int) -> dict[str, float]:
         """The figures since the last reading.
 
         Args:
-          step: where the loop is; what it has computed must have been waited for.
-          macs: of the forward pass of one image, now.
+          step: the loop's step, whose results must be computed.
+          macs: multiply-accumulates of one image's forward pass at this step.
 
         Returns:
-          images_per_second, images_per_second_per_chip; mfu, the model's operations as a share of the chips' peak,
-          where that is known; data_wait_share, of the time, in part of which earlier steps may still have been
-          computed; eta_seconds, to the end at this speed.
+          images_per_second; images_per_second_per_chip; mfu, the model's operations as a share of the chips' peak, if
+          that is known; data_wait_share, the share of the time that the loop waited for data (the devices may have been
+          computing earlier steps meanwhile); eta_seconds, the time to the end at this speed.
         """
         now = time.perf_counter()
         seconds, steps = now - self._since, step - self._step

@@ -1,4 +1,4 @@
-"""Timing functions against each other on the machine at hand."""
+"""Times functions against each other on this machine."""
 
 import math
 import statistics
@@ -9,11 +9,11 @@ import jax
 
 
 def interleaved_seconds(functions: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every call, in turns, so that whatever else the machine does falls on all of them alike.
+    """Seconds of every call. The functions are called in turns, so that other load on the machine slows all alike.
 
     Args:
-      functions: what to time, by name; each is called once before, to be compiled.
-      repeats: how many calls of each are timed.
+      functions: name -> function to time; each is called once before, to compile it.
+      repeats: number of timed calls of each function.
     """
     for function in functions.values():
         jax.block_until_ready(function())
@@ -27,17 +27,17 @@ def interleaved_seconds(functions: dict[str, Callable[[], object]], *, repeats: 
 
 
 def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """The median of each."""
+    """The median of each list of seconds."""
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """The number written out, with at least so many significant digits: 0.00412, 33.7, 1,296."""
+    """The number written out, with at least `digits` significant digits: 0.00412, 33.7, 1,296."""
     if not value:
         return "0"
     return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """The smallest, the median and the largest."""
+    """The smallest value, the median and the largest value."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}

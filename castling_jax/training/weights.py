@@ -1,4 +1,4 @@
-"""What a run takes from weights that were trained before: its start, and its teacher."""
+"""A run's start from weights that were trained before, and its teacher."""
 
 import os
 import re
@@ -18,59 +18,68 @@ from castling_jax.models.variables import Variables
 def initial_variables(
     path: str | os.PathLike, model: Backbone, *, reset_head: bool, ema: bool | None = None
 ) -> Variables:
-    """What a run of `model` starts from: another run's variables, or weights under timm's names.
+    """The variables that a run of `model` starts from: another run's, or weights under timm's names.
 
-    A castling model takes those of a softmax one: both attentions share its q, k and v, and the taps start at zero.
+    A castling model can start from a softmax model's weights: both of its branches use the same q, k and v, and its
+    taps start at zero.
 
     Args:
-      path: as `read` takes it, of weights in training form; of a run those that it exports.
-      model: in training form.
+      path: weights in training form, as `read` takes them; for a run, the weights that it exports.
+      model: the model to train, in training form.
       reset_head: as in `from_torch`.
       ema: as in `read`.
 
     Raises:
-      InputError: what is at `path` cannot be read, is in inference form, or does not fit the model.
+      InputError: the weights cannot be read, are in inference form, or do not fit the model.
     """
+    # Through timm's names even from a run of ours, so that attentions, image sizes and classes may differ.
     return from_torch(model, read(path, ema=ema).state_dict(), reset_head=reset_head)
 
 
 def teacher_model(name: str, student: Backbone, *, distilled: bool = False, num_classes: int | None = None) -> Backbone:
-    """The softmax model `name`, abstract, for the student's images and, unless `num_classes` says otherwise, classes.
+    """The softmax model `name`, with shapes only, for the student's images and classes.
 
-    With the student's own architecture, where it is the student in softmax form; `distilled`: with a second head.
+    If `name` is the student's own model, the teacher has the student's other arguments too.
+
+    Args:
+      name: name of the teacher's model.
+      student: the model that learns.
+      distilled: whether the teacher has a second head.
+      num_classes: number of the teacher's classes; None takes the student's.
     """
     spec = student.spec
-    given = {"num_classes": num_classes or spec.num_classes, "image_size": spec.image_size, "dtype": spec.dtype}
-    given |= dict(spec.overrides) if name == spec.name else {}
-    given.pop("mask_kind", None)  # which softmax attention does not have
-    given |= {"distilled": distilled} if distilled or given.get("distilled") else {}
-    return abstract_model(name, attention="softmax", **given)
+    arguments = {"num_classes": num_classes or spec.num_classes, "image_size": spec.image_size, "dtype": spec.dtype}
+    arguments |= dict(spec.overrides) if name == spec.name else {}
+    arguments.pop("mask_kind", None)  # softmax attention does not take it
+    # Set only if needed, because not every model takes `distilled`.
+    arguments |= {"distilled": distilled} if distilled or arguments.get("distilled") else {}
+    return abstract_model(name, attention="softmax", **arguments)
 
 
 def read_teacher(path: str | os.PathLike, name: str, student: Backbone) -> tuple[Backbone, Variables]:
-    """A trained model, in inference form, that a student of the same images and classes learns from.
+    """Reads a trained model, in inference form, for a student with the same image size and classes.
 
     Args:
-      path: as `read` takes it.
-      name: the model that a file of timm's weights is of, in softmax attention.
-      student: gives the size of the images and the number of classes.
+      path: the teacher's weights, as `read` takes them.
+      name: the softmax model that the weights belong to, for a file of timm's; other weights name their model.
+      student: the model that learns; the teacher must have its image size and number of classes.
 
     Raises:
-      InputError: what is at `path` cannot be read, or has other classes or another image size.
+      InputError: the weights cannot be read, or the model has other classes or another image size.
     """
     weights = read(path)
     source, variables = weights.model, weights.variables
     if source is None:
         distilled = any("head_dist" in key for key in variables)
         classifiers = [value for key, value in variables.items() if re.fullmatch(r"head\.(\w+\.)?weight", key)]
-        classes = [len(value) for value in classifiers if value.ndim == 2]  # LeViT's has a batch norm beside it
+        classes = [len(value) for value in classifiers if value.ndim == 2]  # not LeViT's batch norm, which is 1-D
         source = teacher_model(name, student, distilled=distilled, num_classes=(*classes, student.spec.num_classes)[0])
         variables = from_torch(source, variables)
     for word in ("num_classes", "image_size"):
         if getattr(source.spec, word) != getattr(student.spec, word):
             raise InputError(
-                f"the teacher '{path}' has {word} = {getattr(source.spec, word)}, which must be that of the model that "
-                f"learns from it, {getattr(student.spec, word)}."
+                f"the teacher '{path}' has {word} = {getattr(source.spec, word)}, but the model that learns from it "
+                f"has {getattr(student.spec, word)}."
             )
     model = abstract_model(**source.spec.arguments(form="inference"))
     return model, jax.tree.map(np.asarray, to_inference(variables))

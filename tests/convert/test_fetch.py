@@ -60,7 +60,7 @@ def test_a_file_is_fetched_and_checked(server, tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("wrong", "is not the published file: its SHA-256 does not begin 00000000"),
+        ("wrong", "is not the published file: its SHA-256 does not begin with 00000000"),
         ("cut", "is not the published file"),
         ("bare", "does not state its SHA-256"),
         ("missing", "cannot be fetched"),

@@ -281,7 +281,7 @@ def test_numbers_that_are_not_finite(refuses, model, state_dict, value):
 
 @pytest.mark.parametrize("name", ["blocks.0.ls1.gamma", "blocks.1.gamma_2", "blocks.1.lambda_1"])
 def test_layer_scale_is_said(refuses, model, state_dict, name):
-    with refuses(f"{name!r} is of layer scale, as DeiT III has it, which deit_micro does not"):
+    with refuses(f"{name!r} belongs to layer scale, which DeiT III has and deit_micro does not"):
         from_torch(model, state_dict | {name: np.ones(24)})
 
 

@@ -204,7 +204,7 @@ def test_twelve_bits_are_not_taken_for_sixteen(refuses):
     )
     data = struct.pack("<2sHI", b"II", 42, 14) + b"\xff" * 6 + directory + struct.pack("<I", 0)
     assert Image.open(io.BytesIO(data)).mode == "I;16"
-    with refuses("its pixels are of 12 bits"):
+    with refuses("its pixels have 12 bits"):
         decode(data)
 
 

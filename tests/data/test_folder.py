@@ -49,7 +49,7 @@ def test_a_file_that_is_gone_is_a_corrupt_image(root, refuses):
     [
         (lambda root: None, "vall", ("unknown split", "did you mean 'val'?")),
         (lambda root: (root / "train").rename(root / "training"), "val", ("no folder 'train'",)),
-        (lambda root: (root / "val" / "c").mkdir(), "val", ("val/c", "of a class for which")),
+        (lambda root: (root / "val" / "c").mkdir(), "val", ("val/c", "is a class for which")),
         (lambda root: (root / "train" / "c").mkdir(), "train", ("train/c", "holds no images")),
         (lambda root: (root / "test").mkdir(), "test", ("test", "holds no folders")),
     ],

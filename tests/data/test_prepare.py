@@ -112,7 +112,7 @@ def test_what_is_interrupted_leaves_nothing_that_looks_whole(archives, tmp_path,
 def test_leftovers_of_a_killed_preparation_are_named(tmp_path):
     builder = prepared(tmp_path)
     (builder.data_path.parent / "incomplete.ABC_1.2.0").mkdir()
-    assert "incomplete.ABC_1.2.0 is what an interrupted preparation left" in prepare.prepare(
+    assert "incomplete.ABC_1.2.0 was left by an interrupted preparation" in prepare.prepare(
         "tiny_animals", data_dir=tmp_path
     )
 
@@ -155,7 +155,7 @@ def test_no_network(tmp_path, refuses, monkeypatch):
 
 
 def test_refused_before_any_work(tmp_path, refuses):
-    with refuses("imdb_reviews is not of labelled images"):
+    with refuses("imdb_reviews has no labelled images"):
         prepare.prepare("imdb_reviews", data_dir=tmp_path)
     with refuses("unknown dataset 'fashion_mnits': did you mean 'fashion_mnist'?"):
         prepare.prepare("fashion_mnits", data_dir=tmp_path)

@@ -95,8 +95,8 @@ def test_other_numbers_are_no_images(refuses, dtype):
         (np.ones((3, 4, 4), np.float32), "not [3, 4, 4]; several grey ones are a list."),
         (np.ones((0, 4, 3), np.float32), "not [0, 4, 3]; several grey ones are a list."),
         (None, "an image or a list of them, not NoneType."),
-        ([None], "image 0: an image must be a path, bytes, Pillow's or an array, not NoneType."),
-        ([[1, 2]], "image 0: an image must be a path, bytes, Pillow's or an array, not list."),
+        ([None], "image 0: an image must be a path, bytes, a Pillow image or an array, not NoneType."),
+        ([[1, 2]], "image 0: an image must be a path, bytes, a Pillow image or an array, not list."),
     ],
 )
 def test_what_is_no_image_is_one_sentence(refuses, images, sentence):

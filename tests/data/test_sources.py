@@ -133,7 +133,7 @@ class TestTfds:
             supervised=None,
             splits={"train": [{"text": "a", "label": 0}]},
         )
-        with refuses("only_text is not of labelled images: it has"):
+        with refuses("only_text has no labelled images: its features are"):
             load_dataset("only_text", "train", data_dir=tmp_path)
         prepared(
             tmp_path,

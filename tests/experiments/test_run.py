@@ -157,7 +157,7 @@ def test_a_killed_study_ends_with_all_results_and_its_report(repository):
     accuracy = sum(found[name]["accuracy_inference_form"] for name in RUNS[:2]) / 2
     assert f"| castling | 0.002 | {100 * accuracy:.2f} ± " in written
     commit(repository)
-    assert report("--check") == ("All is what the results give.\n", 0)
+    assert report("--check") == ("The page and the pictures agree with the results.\n", 0)
 
     page.write_text(written.replace("| castling | 0.002 | ", "| castling | 0.002 | 9"))
     output, status = report("--check")
@@ -199,7 +199,7 @@ def test_what_is_not_committed_or_unknown_is_not_run(repository, monkeypatch, re
     monkeypatch.setattr(run, "RESULTS", repository / "experiments" / "results")
     with (repository / "castling_jax" / "errors.py").open("a") as file:
         file.write("# changed\n")
-    with refuses("commit the code that cifar10_pilot is to be run with first", "castling_jax/errors.py"):
+    with refuses("commit the code before cifar10_pilot is first run with it", "castling_jax/errors.py"):
         run.origin_of("cifar10_pilot")
     assert not (repository / "experiments" / "results").exists()
     with refuses("'nobody-*'"):

@@ -83,4 +83,4 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["tool", *(argument.format(place) for argument in arguments)])
     with pytest.raises(SystemExit) as ended:
         tool.main()
-    assert "compare.md' is a folder, and a file is to be written there." in str(ended.value.code)
+    assert "compare.md' is a folder, but a file has to be written there." in str(ended.value.code)

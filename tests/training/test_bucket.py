@@ -98,7 +98,7 @@ def test_run_in_a_bucket_is_killed_and_damaged_and_ends_as_one_on_disk(server, t
     for format in ("orbax", "orbax", "safetensors"):
         arguments = {"format": format, "ema": False, "bfloat16": False, "check": True}
         export.convert(epath.Path(workdir), epath.Path("gs://bucket/out"), **arguments)
-        assert "read back, gives the same logits" in capsys.readouterr().out
+        assert "read back, give the same logits" in capsys.readouterr().out
     assert {name for name in server.objects if name.startswith("out/")} == {
         "out/README.md",
         "out/model.json",
@@ -123,7 +123,7 @@ def test_bucket_without_gcsfs_is_one_sentence(refuses, monkeypatch):
         raise ImportError("Please install gcsfs to access Google Storage")
 
     monkeypatch.setattr(type(epath.Path("gs://bucket")), "exists", exists)
-    with refuses("'gs://bucket/run' is in a bucket, which takes gcsfs: pip install gcsfs"):
+    with refuses("'gs://bucket/run' is in a bucket, which needs gcsfs: pip install gcsfs"):
         load_inference("gs://bucket/run")
     storage.reach_bucket("runs/digits")
 

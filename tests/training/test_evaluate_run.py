@@ -182,7 +182,7 @@ def test_what_an_evaluation_does_not_heed_is_refused(run, refuses, changes, sent
 
 def test_other_classes_than_the_models_are_refused(run, tmp_path, refuses):
     write_images(tmp_path / "field", ["0", "zebra"])
-    with refuses("field/zebra' is of a class that the model does not have."):
+    with refuses("field/zebra' is a class that the model does not have."):
         evaluate_checkpoint(run, MESH, {"dataset.name": f"folder:{tmp_path}", "dataset.eval_split": "field"})
     with refuses("unknown split of", "'secret'"):  # the test split, which is the summary's
         evaluate_checkpoint(run, MESH, {"dataset.name": f"folder:{tmp_path}"})

@@ -495,7 +495,7 @@ def test_every_place_that_a_run_writes_to_is_tried_before_anything_is_computed(t
     for name in ("parameters.txt", "data.json", "metrics.jsonl", "training.png"):
         workdir = tmp_path / name
         (workdir / name).mkdir(parents=True)
-        with refuses(f"'{workdir / name}' is a folder, and a file is to be written there"):
+        with refuses(f"'{workdir / name}' is a folder, but a file has to be written there"):
             run(small_config(), workdir)
         assert [path.name for path in workdir.iterdir()] == [name]
     (tmp_path / "traced").mkdir()

@@ -1,4 +1,4 @@
-"""What both forms of a classifier say to each image of a split, and the figures and files that come of it."""
+"""Both forms' answers to each image of a split, and the figures and files made from them."""
 
 import csv
 import dataclasses
@@ -14,8 +14,8 @@ from castling_jax.tasks.task import FORMS
 
 ANSWERS_FILE = "answers.csv"
 COLUMNS = ("image", "label", *FORMS)
-TOP = 5  # answers among which the label counts as found, where there are more classes than that
-MOST_CLASSES = 2000  # that a matrix of them is written for
+TOP = 5  # top-5 accuracy, for models with more classes than that
+MOST_CLASSES = 2000  # a confusion matrix of more classes is not written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +23,16 @@ class ClassAnswers:
     """Both forms' answers to the images of a split, in its order; corrupt images are left out.
 
     Attributes:
-      num_classes: how many classes the model tells apart.
-      image: the number of each image in the split, from 0.
-      label: the label of each image.
-      train_form: the class that the training form says.
-      inference_form: the class that the inference form says.
+      num_classes: number of the model's classes.
+      image: number of each image in the split, from 0.
+      label: label of each image.
+      train_form: class that the training form answers.
+      inference_form: class that the inference form answers.
       top_train_form: whether the label is among the training form's TOP likeliest classes.
-      top_inference_form: likewise.
+      top_inference_form: whether the label is among the inference form's TOP likeliest classes.
       loss: cross entropy of the inference form in nats, without smoothing.
-      difference: the largest absolute difference between the two forms' logits.
-      corrupt: how many images were left out.
+      difference: largest absolute difference between the two forms' logits.
+      corrupt: number of corrupt images, which were left out.
     """
 
     num_classes: int
@@ -47,8 +47,8 @@ class ClassAnswers:
     corrupt: int
 
     def figures(self) -> dict[str, float]:
-        """accuracy_FORM and, of more than TOP classes, top5_accuracy_FORM (shares) of both forms, eval_loss (the mean),
-        max_difference (the largest), eval_images and eval_corrupt (counts)."""
+        """accuracy_FORM and, with more than TOP classes, top5_accuracy_FORM of both forms (shares); eval_loss (mean);
+        max_difference (largest); eval_images and eval_corrupt (counts)."""
         shares = {f"accuracy_{form}": float(np.mean(getattr(self, form) == self.label)) for form in FORMS}
         if self.num_classes > TOP:
             shares |= {f"top{TOP}_accuracy_{form}": float(np.mean(getattr(self, f"top_{form}"))) for form in FORMS}
@@ -60,7 +60,7 @@ class ClassAnswers:
         }
 
     def by_class(self, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """{class: {"images": count, "accuracy": share of the inference form, None without images}}."""
+        """{class: {"images": count, "accuracy": the inference form's share, or None for a class without images}}."""
         counts, shares = self.images_by_class(), self.accuracy_by_class()
         return {
             name: {"images": int(count), "accuracy": float(share) if count else None}
@@ -70,9 +70,9 @@ class ClassAnswers:
     def files(self, classes: Sequence[str]) -> dict[str, bytes]:
         """answers.csv, confusion.csv and confusion.png.
 
-        answers.csv has a line for each image: its number in the split from 0, its label, and the two forms' answers, as
-        numbers in the order of the classes. The other two are the inference form's confusion matrix, a row for each
-        class; more than MOST_CLASSES have none.
+        answers.csv has a line for each image: its number in the split from 0, its label, and the two forms' answers.
+        Labels and answers are the classes' numbers. The other two files are the inference form's confusion matrix, with
+        a row for each label; they are not written for more than MOST_CLASSES classes.
         """
         files = {ANSWERS_FILE: _csv([COLUMNS, *zip(*(getattr(self, name) for name in COLUMNS), strict=True)])}
         if len(classes) <= MOST_CLASSES:
@@ -83,7 +83,8 @@ class ClassAnswers:
         return files
 
     def confusion(self) -> Int[np.ndarray, "classes classes"]:
-        """Counts of images: row is the label, column the inference form's answer."""
+        """Number of images by label (row) and the inference form's answer (column)."""
+        # Each pair (label, answer) becomes one number, so that bincount counts pairs; 64 bits hold classes squared.
         pairs = self.label.astype(np.int64) * self.num_classes + self.inference_form
         return np.bincount(pairs, minlength=self.num_classes**2).reshape(self.num_classes, -1)
 
@@ -101,4 +102,4 @@ class ClassAnswers:
 def _csv(rows: Any) -> bytes:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode(errors="backslashreplace")  # a folder's name may be no UTF-8
+    return text.getvalue().encode(errors="backslashreplace")  # a class is a folder's name, which may not be UTF-8

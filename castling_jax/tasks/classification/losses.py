@@ -1,4 +1,4 @@
-"""Loss functions, an example each."""
+"""Loss functions: one value for each example."""
 
 import jax
 import optax
@@ -24,12 +24,12 @@ def distillation_loss(
     """How far a student is from its teacher (Touvron et al., DeiT, section 4).
 
     Args:
-      logits: the student's.
-      teacher_logits: the teacher's.
+      logits: the student's logits.
+      teacher_logits: the teacher's logits.
       kind: "hard", the cross entropy with the teacher's decision (equation 3); or "soft", temperature^2 times the
-        Kullback-Leibler divergence of the two softmaxes at that temperature (equation 2). DeiT's code divides the
-        latter by the number of classes besides; the paper does not, nor do we.
-      temperature: of "soft".
+        Kullback-Leibler divergence of the two softmaxes at that temperature (equation 2). DeiT's code also divides the
+        soft loss by the number of classes; the paper does not, and neither do we.
+      temperature: temperature of the soft loss's softmaxes.
     """
     if kind == "hard":
         return optax.softmax_cross_entropy_with_integer_labels(logits, teacher_logits.argmax(-1))

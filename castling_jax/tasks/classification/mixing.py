@@ -1,6 +1,6 @@
 """mixup (Zhang et al., arXiv 1710.09412) and CutMix (Yun et al., arXiv 1905.04899) of a batch, on the device.
 
-As timm's Mixup does in its "batch" mode: one weight and one box for a batch, or for each `mix_rows` rows of it.
+As in the "batch" mode of timm's Mixup, one weight and one box serve the whole batch, or each `mix_rows` of its rows.
 """
 
 import jax
@@ -11,11 +11,13 @@ from jaxtyping import Array, Float, Int
 
 Images = Float[Array, "batch height width channels"]
 Targets = Float[Array, "batch classes"]
-GROUP = 16  # images among which partners are: more than are augmented repeatedly, and few enough to be on one device
+# Partners are in one group of so many images: larger than the usual number of repeats of an image, and small enough to
+# be on one device.
+GROUP = 16
 
 
 def soft_labels(labels: Int[Array, "batch"], num_classes: int, label_smoothing: float = 0.0) -> Targets:
-    """One-hot labels of which the share `label_smoothing` is spread evenly over all classes; float32."""
+    """One-hot labels, float32; the share `label_smoothing` of each is spread evenly over all classes."""
     return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), label_smoothing)
 
 
@@ -34,59 +36,63 @@ def mix(
 ) -> tuple[Images, Targets]:
     """Mixes every image with its partner in the batch, and their labels by the same weights.
 
-    What a step does is a function of the key and of the whole batch, whatever the mesh. Partners are near each other,
-    so that on a mesh where a device has a multiple of 16 images none are exchanged; and not so near that they would be
-    the same image, augmented repeatedly.
+    The result depends on the key and on the whole batch alone, not on the mesh. Partners are close together: if every
+    device has a multiple of 16 images, no images are exchanged between devices. But they are far enough apart not to be
+    repeats of the same image.
 
     Args:
-      images: in any units; mixing is linear.
-      labels: their classes.
-      key: of this step.
-      mixup: alpha of mixup's weight, Beta(alpha, alpha); 0 is no mixup.
-      cutmix: alpha of CutMix's, before its box is cut off at the image's border; 0 is no CutMix.
-      switch: probability of CutMix rather than mixup, where there are both.
-      probability: of a batch to be mixed at all.
-      num_classes: of the labels.
+      images: images in any units; mixing is linear.
+      labels: each image's class.
+      key: this step's random key.
+      mixup: alpha of mixup's weight, which is drawn from Beta(alpha, alpha); 0 turns mixup off.
+      cutmix: alpha of CutMix's weight, before its box is cut off at the image's border; 0 turns CutMix off.
+      switch: probability of CutMix rather than mixup, if both are on.
+      probability: probability that a batch is mixed at all.
+      num_classes: number of classes.
       label_smoothing: share of each label that is spread over all classes.
-      mix_rows: rows that share one draw, a divisor of the batch; None, or more than the batch has, is all of them. The
-        published recipes draw once a process, so once for each process' rows.
+      mix_rows: number of rows that share one draw, a divisor of the batch; None, or more than the batch has, means all
+        rows. The published recipes draw once in each process, so `mix_rows` is a process's share of the batch there.
 
     Returns:
-      The images, in their dtype, and what they are to be told to be, float32; of each, the targets sum to one.
+      (images, targets): the mixed images in their dtype, and their float32 targets, which sum to one for each image.
     """
     targets = soft_labels(labels, num_classes, label_smoothing)
     if not mixup and not cutmix:
         return images, targets
 
     def draw(key: jax.Array) -> tuple[jax.Array, ...]:
-        """Whether it is CutMix, the own weight, and which rows and columns of pixels are in the box."""
+        """(is it CutMix, weight of the image itself rather than its partner, rows in the box, columns in the box)."""
         mixed_key, switch_key, weight_key, box_key = jax.random.split(key, 4)
         is_cutmix = jax.random.uniform(switch_key) < (switch if mixup and cutmix else float(cutmix > 0))
         alpha = jnp.where(is_cutmix, cutmix, mixup)
         weight = jax.random.beta(weight_key, alpha, alpha)
+        # A batch that is not mixed has the weight 1, so the program has no branch.
         weight = jnp.where(jax.random.uniform(mixed_key) < probability, weight, 1.0)
         in_rows, in_columns = _box(box_key, weight, images.shape[1], images.shape[2])
-        # CutMix's weight is the area that was in fact left.
-        left = 1.0 - jnp.mean(in_rows[:, None] * in_columns)
-        return is_cutmix, jnp.where(is_cutmix, left, weight), in_rows, in_columns
+        # The border may have cut the box: the label's weight is the area that really remains.
+        remaining = 1.0 - jnp.mean(in_rows[:, None] * in_columns)
+        return is_cutmix, jnp.where(is_cutmix, remaining, weight), in_rows, in_columns
 
     rows = min(mix_rows or len(images), len(images))
+    # One draw uses the step's key itself; a split into one key would be another key.
     keys = key[None] if rows == len(images) else jax.random.split(key, len(images) // rows)
-    # Looked up, not repeated: XLA would split the draws over a mesh like the repeated rows, and devices would then wait
-    # for one another in the loops of the beta distribution. So each makes all draws, which are few.
+    # Indexed, not repeated: XLA would shard repeated draws over the mesh like the rows, and the devices would wait for
+    # each other in the loops that sample the beta distribution. This way each device makes all draws, which are few.
     draw_of_row = np.arange(len(images)) // rows
     is_cutmix, weight, in_rows, in_columns = (drawn[draw_of_row] for drawn in jax.vmap(draw)(keys))
     weight = weight[:, None]
     outside = 1.0 - in_rows[:, :, None] * in_columns[:, None, :]
-    own = jnp.where(is_cutmix[:, None, None], outside, weight[:, None])[..., None].astype(images.dtype)
-    mixed = own * images + (1 - own) * partners(images)
+    # CutMix weighs each pixel by 0 or 1, mixup all pixels alike; so one formula mixes both.
+    pixel_weight = jnp.where(is_cutmix[:, None, None], outside, weight[:, None])[..., None].astype(images.dtype)
+    mixed = pixel_weight * images + (1 - pixel_weight) * partners(images)
     return mixed, weight * targets + (1 - weight) * partners(targets)
 
 
 def partners(rows: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
-    """Rows in the order of their partners: 8 further on or back, in pairs; from the batch's end if 16 do not divide it.
+    """Each row's partner: 8 rows on or 8 rows back, within groups of 16; the reversed batch if 16 does not divide it.
 
-    Over a whole batch that is spread over a pod, what is exchanged would take the links longer than gradients do.
+    Reversing a batch that is spread over a pod would move every image, which takes the links longer than the gradients
+    do.
     """
     if len(rows) % GROUP:
         return rows[::-1]
@@ -96,14 +102,17 @@ def partners(rows: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
 def _box(
     key: jax.Array, weight: jax.Array, height: int, width: int
 ) -> tuple[Float[Array, "height"], Float[Array, "width"]]:
-    """1 at the rows and the columns of a box of the image's shape and 1 - weight of its area, cut off at the border."""
+    """Rows and columns (1 inside, 0 outside) of a box with the image's aspect ratio and 1 - weight of its area.
+
+    The box is cut off at the image's border.
+    """
     share = jnp.sqrt(1 - weight)
     row_key, column_key = jax.random.split(key)
     return _interval(row_key, share, height), _interval(column_key, share, width)
 
 
 def _interval(key: jax.Array, share: jax.Array, size: int) -> Float[Array, "size"]:
-    """1 within `share` of the size around a random pixel, the larger half of what is odd behind it."""
+    """1 in an interval of `share * size` pixels around a random pixel; an odd length has its larger half after it."""
     length = (size * share).astype(jnp.int32)
     center = jax.random.randint(key, (), 0, size)
     pixel = jnp.arange(size)

@@ -1,4 +1,4 @@
-"""Classification as a task: labels that are mixed and smoothed, a teacher's answers, and the share of right answers."""
+"""Classification as a task: mixed and smoothed labels, distillation from a teacher, and top-1 and top-5 accuracy."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -27,16 +27,16 @@ NO_MIXING = MappingProxyType({"mixup": 0.0, "cutmix": 0.0, "switch": 0.5, "proba
 
 @dataclasses.dataclass(frozen=True)
 class Classification(Task):
-    """Batches are {"image", "label" [batch] int32}; outputs are each head's logits [heads, batch, classes] in training.
+    """Batches are {"image", "label" [batch] int32}; outputs in training are the heads' logits [heads, batch, classes].
 
-    A teacher is learnt from beside the labels. With two heads the second one learns from the teacher alone, and the
-    first one from the labels alone (Touvron et al., DeiT, section 4); a single head learns from both.
+    If there is a teacher and the model has two heads, the second head learns from the teacher alone and the first one
+    from the labels alone (Touvron et al., DeiT, section 4); a single head learns from both.
 
     Attributes:
-      num_classes: the number of labels.
-      label_smoothing: the share of each label that is spread over all classes.
+      num_classes: number of classes.
+      label_smoothing: share of each label that is spread over all classes.
       mixing: the options of `mix`: mixup, cutmix, switch, probability and mix_rows.
-      teacher: None: the labels alone count.
+      teacher: a model to learn from beside the labels; None for none.
     """
 
     name = "classification"
@@ -93,17 +93,19 @@ class Classification(Task):
         if "label" in example:
             return f"class {example['label']}"
         target = example["target"]
-        # The two heaviest classes: what label smoothing gives to all classes is not news of any.
+        # A mixed image has two classes; all others have the smallest target, which label smoothing gives them.
         heaviest = [label for label in np.argsort(-target)[:2] if target[label] > target.min()]
         return ", ".join(f"{label}: {target[label]:.2f}" for label in heaviest)
 
     def loss(self, outputs: Float[Array, "heads batch classes"], batch: Batch, held: Variables) -> Loss:
         if self.teacher is None:
             return {"cross_entropy": cross_entropy(outputs.mean(axis=0), batch["target"])}, None
-        taught = apply(self.teacher.model, held, batch["image"])
+        # The teacher sees the mixed images that the student sees, and its variables come from `held`: see Task.
+        teacher_logits = apply(self.teacher.model, held, batch["image"])
+        # outputs[0] and outputs[-1] are two heads, or the same one.
         from_labels = cross_entropy(outputs[0], batch["target"])
         kind, alpha, temperature = self.teacher.kind, self.teacher.alpha, self.teacher.temperature
-        from_teacher = distillation_loss(outputs[-1], taught, kind=kind, temperature=temperature)
+        from_teacher = distillation_loss(outputs[-1], teacher_logits, kind=kind, temperature=temperature)
         return {"distillation": (1 - alpha) * from_labels + alpha * from_teacher}, None
 
     def answer(
@@ -126,7 +128,7 @@ class Classification(Task):
 
 
 def mixing_options(augment: ConfigDict) -> dict[str, Any]:
-    """How batches are mixed: what `mix` takes from the group `augment` of a configuration."""
+    """The options of `mix`, from the group `augment` of a configuration."""
     return {
         "mixup": augment.mixup,
         "cutmix": augment.cutmix,
@@ -137,6 +139,6 @@ def mixing_options(augment: ConfigDict) -> dict[str, Any]:
 
 
 def _is_among_the_first(labels: Float[Array, "batch"], logits: Float[Array, "batch classes"]) -> Bool[Array, "batch"]:
-    """Whether each label is among the TOP largest logits, or all where there are no more."""
+    """Whether each label is among the TOP largest logits; always, if there are no more classes than that."""
     _, first = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))
     return (first == labels[:, None]).any(-1)

@@ -1,4 +1,4 @@
-"""The augmentations of classification: an image of any size in, float32 of the model's size out, label unchanged."""
+"""The augmentations of classification: an image of any size in, float32 pixels of the model's size out."""
 
 import dataclasses
 from typing import Any
@@ -14,15 +14,18 @@ from castling_jax.errors import InputError
 from castling_jax.preprocessing import Preprocessing
 
 Example = dict[str, Any]
-EIGHT_BITS = ("randaugment", "color_jitter")  # the augmentations that floats cannot have
+EIGHT_BITS = ("randaugment", "color_jitter")  # the augmentations that need images of 8 bits
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-    """The augmentations of training, in their order. All fields but the first are those of a configuration's `augment`.
+    """The augmentations of training, in the order in which they are applied.
+
+    All fields but the first come from the group `augment` of a configuration.
 
     Attributes:
-      preprocessing: the size and the normalisation; where there is no random crop, the view of evaluation.
+      preprocessing: the model's image size and normalisation, and the part of an image that is seen without a random
+        crop.
     """
 
     preprocessing: Preprocessing
@@ -37,15 +40,16 @@ class TrainTransform:
         """{"image", "label"} -> {"image" float32 [image_size, image_size, 3], "label"}.
 
         Raises:
-          InputError: the image cannot be decoded, or is of floats and meant to be changed as only 8 bits can be.
+          InputError: the image cannot be decoded, or it has float pixels and an augmentation needs 8 bits.
         """
         image = example["image"]
         if is_float(image):
             for name in EIGHT_BITS:
                 if getattr(self, name):
-                    raise InputError(f"config.augment.{name} is for images of 8 bits, and these are of floats.")
-        # Nothing is drawn for what is turned off: to turn one thing on leaves the other draws as they were.
+                    raise InputError(f"config.augment.{name} needs images of 8 bits, but these have float pixels.")
+        # An augmentation that is off draws no numbers: the draws of a configuration depend only on those that it uses.
         view = self._draw_view(image, rng)
+        # Without a random crop the image has to be exactly the one that evaluation sees, so JPEGs are decoded in full.
         seen = view.image(image, self.preprocessing, reduced=self.crop_scale is not None)
         if self.randaugment is not None:
             seen = self.randaugment(seen, rng)
@@ -55,6 +59,7 @@ class TrainTransform:
         if self.shift_pixels:
             floats = random_shift(floats, rng, self.shift_pixels)
         floats = normalize_images(floats, self.preprocessing)
+        # After the normalisation: the noise in the box is then distributed like the pixels.
         if self.erasing and rng.random() < self.erasing:
             floats = random_erasing(floats, rng)
         return {"image": floats, "label": example["label"]}
@@ -70,16 +75,16 @@ class TrainTransform:
 
 
 def train_transform(augment: ConfigDict, preprocessing: Preprocessing) -> TrainTransform:
-    """What is done to an example in training; it can be pickled, and draws from nothing but its second argument.
+    """Builds the transform of a training example; it can be pickled, and is random only through its second argument.
 
     Args:
-      augment: as `default_config` has it. Repeats and mixing are not a matter of one example.
-      preprocessing: the size and the normalisation, and what is done to images without a random crop.
+      augment: the group `augment` of a configuration. Its repeats and mixing concern batches and are not used here.
+      preprocessing: as in `TrainTransform`.
 
     Raises:
       InputError: a field is out of range.
     """
-    fill = tuple(round(255 * value) for value in preprocessing.mean)  # what comes in from outside is the mean color
+    fill = tuple(round(255 * value) for value in preprocessing.mean)  # pixels from outside the image are the mean color
     return TrainTransform(
         preprocessing=preprocessing,
         crop_scale=None if augment.crop_scale is None else tuple(augment.crop_scale),

@@ -286,5 +286,5 @@ def test_floats_are_cropped_and_resized_as_eight_bits_are(size, crop_scale):
 
 @pytest.mark.parametrize(("field", "value"), [("randaugment", "rand-inc1"), ("color_jitter", 0.4)])
 def test_floats_are_not_changed_as_eight_bits(refuses, field, value):
-    with refuses(f"config.augment.{field} is for images of 8 bits"):
+    with refuses(f"config.augment.{field} needs images of 8 bits"):
         training(8, **{field: value})({"image": np.zeros((8, 8, 3), np.float32), "label": 0}, np.random.default_rng(0))
