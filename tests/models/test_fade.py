@@ -102,7 +102,7 @@ def test_the_compilers_report_compares_a_fading_configuration_with_softmax(tmp_p
     )
     for attention in ("castling", "softmax"):
         options = {"config": str(tmp_path / "faded.py"), "attention": attention, "batch": 8}
-        assert load_case("recipe", options, jax.devices()[:1]).facts["attention"] == attention
+        assert load_case("recipe", options, jax.devices()[:1]).facts.attention == attention
 
 
 def test_the_words_are_a_fades():
