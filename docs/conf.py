@@ -49,6 +49,7 @@ nitpick_ignore_regex = [(r"py:(class|obj|data|exc)", r".*")]
 nb_execution_mode = os.environ.get("NOTEBOOKS", "off")
 nb_execution_timeout = 3600  # seconds per cell: a busy machine needs several times the times in notebooks/README.md
 nb_execution_raise_on_error = True
+nb_merge_streams = True  # lines printed one after another are one block
 nb_execution_excludepatterns = ["notebooks/06_*"]  # needs a GPU or a TPU, and a network
 
 

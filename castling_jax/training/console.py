@@ -8,14 +8,15 @@ import contextlib
 import datetime
 import math
 import sys
+import warnings
 from collections import Counter
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from tqdm import TqdmWarning
 from tqdm import tqdm as plain_tqdm
-from tqdm.auto import tqdm
 
 from castling_jax.data.decode import image_size
 from castling_jax.data.folder import FolderDataset, list_skipped
@@ -23,6 +24,10 @@ from castling_jax.errors import InputError, printable
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.variables import count_parameters, get_variables
 from castling_jax.training.setup import Setup
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", TqdmWarning)  # says that a notebook has no ipywidgets: then it gets plain lines
+    from tqdm.auto import tqdm
 
 IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)  # tqdm.auto found one that shows bars
 
