@@ -50,11 +50,6 @@ class Measure:
         """Name of the figure that checkpoints are compared by: the inference form's, because the run exports it."""
         return f"{self.name}_inference_form"
 
-    @property
-    def worst(self) -> float:
-        """A figure worse than any evaluation's, for a checkpoint that was not evaluated."""
-        return -1.0 if self.larger_is_better else 1e9
-
     def score(self, figures: Mapping[str, Any]) -> float:
         """A score that is larger for better figures, whatever the measure."""
         figure = float(figures[self.best])

@@ -16,7 +16,7 @@ from castling_jax.convert.run_folder import exported_weights
 from castling_jax.convert.weights import Weights, read
 from castling_jax.data.fingerprint import check_same_classes
 from castling_jax.data.sources import FOLDER, Dataset, load_dataset
-from castling_jax.errors import InputError, refusing
+from castling_jax.errors import InputError, printable, refusing
 from castling_jax.storage import absolute, write_atomically
 from castling_jax.tables import aligned
 from castling_jax.tasks.registry import measures_of, task_of
@@ -105,7 +105,7 @@ class Evaluation:
         if len(rows) > CLASSES_SHOWN:
             title = f"  the {CLASSES_SHOWN} classes of the lowest {measure.name}, inference form:"
             rows = sorted(rows, key=lambda row: row[2])[:CLASSES_SHOWN]
-        cells = [(_printable(name), f"{measure.text(figure):>8s} of {images:,}") for name, images, figure in rows]
+        cells = [(printable(name), f"{measure.text(figure):>8s} of {images:,}") for name, images, figure in rows]
         lines = aligned(cells, "l", indent="    ")
         return "\n".join([title, *lines, ""])
 
@@ -218,8 +218,3 @@ def _load(config: ConfigDict, checkpoint: Weights) -> Dataset:
             f"the data has {dataset.num_classes:,} classes, and the run's model {model.spec.num_classes:,}: {remedy}."
         )
     return dataset
-
-
-def _printable(name: str) -> str:
-    """The name with its control characters as escapes."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in name)

@@ -115,6 +115,7 @@ class Loop:
 
             # The figures belong to this step, and are no averages since the last line: a resumed run writes the same.
             line: dict[str, Any] = {}
+            scored: dict[str, Any] | None = None
             if logs:
                 line |= self._log(state, result, step) | meter.read(step, macs=macs[threshold >= 1])
                 self._console.logged(step, line)
@@ -122,6 +123,7 @@ class Loop:
                 with meter.paused():
                     figures = setup.evaluate(state.weights, threshold)
                 name, score = self._measure.name, self._measure.score(figures)
+                scored = {**figures, SCORE: score}
                 line |= {name: figures[f"{name}_train_form"], "mask_threshold": threshold, **figures}
                 self._console.evaluated(step, float(result["loss"]), result["mask_density"], figures, threshold)
                 # A new best is always saved, even between the regular checkpoints.
@@ -134,7 +136,6 @@ class Loop:
             if saves:
                 saved_at = time.perf_counter()
                 seconds = seconds_before + saved_at - start
-                scored = {**figures, SCORE: self._measure.score(figures)} if evaluates else None
                 self._save(state, Progress(seconds, scored, threshold))
             if stops and not is_last:
                 raise Preempted(step)

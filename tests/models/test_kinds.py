@@ -22,7 +22,6 @@ from castling_jax.models.registry import abstract_model, attentions_of
 from castling_jax.models.variables import flatten, get_variables
 from castling_jax.training.config import default_config
 from castling_jax.training.setup import first_state, first_variables, set_up
-from tests.marks import slow
 from tests.models import small
 from tests.ops import reference
 
@@ -66,7 +65,9 @@ def cosine_in_float64(q, k, v):
     return np.einsum("bhqk,bkhd->bqhd", reference.scores_of(*map(reference.normalize, (q, k))) / k.shape[1], v)
 
 
-@pytest.mark.parametrize("family", ["deit", slow("levit"), slow("mvitv2")])
+@pytest.mark.parametrize(
+    "family", ["deit", *(pytest.param(other, marks=pytest.mark.slow) for other in ("levit", "mvitv2"))]
+)
 def test_a_registered_attention_becomes_another_at_the_switch_in_every_backbone(family):
     register_both()
     model, left = (BUILDERS[family](attention="gated", form=form) for form in ("train", "inference"))

@@ -12,8 +12,8 @@ from castling_jax.data.pixels import Image, color_jitter, normalize_images, rand
 from castling_jax.data.randaugment import RandAugment, parse_policy
 from castling_jax.errors import InputError
 from castling_jax.preprocessing import Preprocessing
+from castling_jax.tasks.task import Example
 
-Example = dict[str, Any]
 EIGHT_BITS = ("randaugment", "color_jitter")  # the augmentations that need images of 8 bits
 
 
