@@ -21,7 +21,7 @@ from castling_jax.data.preprocess import named_images, read_image
 from castling_jax.data.transforms import EvalTransform
 from castling_jax.errors import InputError
 from castling_jax.fields import integer
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, features
 from castling_jax.storage import as_path
@@ -30,7 +30,7 @@ BATCH = 32
 BATCHES_AHEAD = 2  # are being read while one is computed
 THREADS = 8
 Answer = list[tuple[str, float]]
-Forward = Callable[[Backbone, Variables, jax.Array], jax.Array]
+Forward = Callable[[Model, Variables, jax.Array], jax.Array]
 
 
 def predict(
@@ -88,14 +88,14 @@ def rank(probabilities: Float[np.ndarray, "classes"], names: Sequence[str], top:
 
 
 def class_probabilities(
-    model: Backbone, variables: Variables, images: Float[jax.Array, "batch height width channels"]
+    model: Model, variables: Variables, images: Float[jax.Array, "batch height width channels"]
 ) -> Float[jax.Array, "batch classes"]:
     """The softmax of the logits."""
     return jax.nn.softmax(apply(model, variables, images))
 
 
 def mean_features(
-    model: Backbone, variables: Variables, images: Float[jax.Array, "batch height width channels"]
+    model: Model, variables: Variables, images: Float[jax.Array, "batch height width channels"]
 ) -> Float[jax.Array, "batch channels"]:
     """The mean of the last stage's tokens, in float32; a DeiT's class token is not among them."""
     return features(model, variables, images)[-1].astype(jnp.float32).mean((1, 2))

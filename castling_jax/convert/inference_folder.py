@@ -26,7 +26,7 @@ from castling_jax.convert.inference import to_inference
 from castling_jax.convert.run_folder import CONFIG_FILE, INFERENCE
 from castling_jax.convert.shipped import locate
 from castling_jax.errors import InputError, about, check_known, reason, refusing, takes
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model, image_shape
 from castling_jax.models.registry import DTYPES, abstract_model
 from castling_jax.models.variables import MODEL, VARIABLES, Variables, apply, flatten, leaves_of, unflatten
 from castling_jax.preprocessing import Preprocessing
@@ -72,7 +72,7 @@ class Description:
 @takes(model=MODEL, variables=VARIABLES)
 def save_inference(
     path: str | os.PathLike,
-    model: Backbone,
+    model: Model,
     variables: Variables,
     *,
     format: str = "safetensors",
@@ -154,7 +154,7 @@ def save_inference(
             folder.rmdir()
 
 
-def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
+def load_inference(path: str | os.PathLike) -> tuple[Model, Variables]:
     """Reads an inference folder, such as the `inference/` of a run.
 
     Args:
@@ -253,7 +253,7 @@ def _check_meaning(arguments: dict[str, Any], preprocessing: Preprocessing | Non
 
 
 @takes(model=MODEL, variables=VARIABLES)
-def export_program(model: Backbone, variables: Variables) -> bytes:
+def export_program(model: Model, variables: Variables) -> bytes:
     """The inference form's forward pass as serialised StableHLO, with the weights inside.
 
     One program for PLATFORMS and for any number of images. `jax.export.deserialize(data).call(images)`, images
@@ -261,7 +261,7 @@ def export_program(model: Backbone, variables: Variables) -> bytes:
     that is not older than the one it was written with.
     """
     # A program for several platforms cannot hold a kernel of one of them.
-    plain = abstract_model(**model.spec.arguments(form="inference", implementation="xla"))
+    plain = abstract_model(**model.spec.with_backbone(implementation="xla") | {"form": "inference"})
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *_image_shape(model)), jnp.float32)
     # Compiled by itself, with the variables among its arguments, so that they stay in their dtype in the program.
@@ -270,9 +270,8 @@ def export_program(model: Backbone, variables: Variables) -> bytes:
     return bytes(program(images).serialize())
 
 
-def _image_shape(model: Backbone) -> tuple[int, int, int]:
-    size = model.spec.image_size
-    return size, size, model.spec.arguments().get("in_chans", 3)
+def _image_shape(model: Model) -> tuple[int, int, int]:
+    return *image_shape(model.spec.image_size), model.in_chans
 
 
 def _save_orbax(path: Path, variables: Variables) -> None:

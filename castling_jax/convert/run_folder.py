@@ -66,7 +66,7 @@ def start_threshold(mask: Mapping[str, Any]) -> float:
     return START_THRESHOLDS[mask.get("kind", "threshold")] if start is None else float(start)
 
 
-def preprocessing_of(config: Mapping[str, Any], image_size: int) -> Preprocessing:
+def preprocessing_of(config: Mapping[str, Any], image_size: Any) -> Preprocessing:
     """What a run does to the images that it is evaluated on, by its configuration or its config.json.
 
     An earlier version's config.json may lack fields, which then have `Preprocessing`'s defaults.

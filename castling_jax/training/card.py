@@ -6,8 +6,8 @@ from typing import Any
 
 from castling_jax.convert.weights import Weights
 from castling_jax.errors import printable
-from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import count_macs
+from castling_jax.models.model import Model
 from castling_jax.models.variables import count_parameters, flatten, get_variables
 from castling_jax.storage import absolute
 from castling_jax.training.config import default_config
@@ -16,7 +16,7 @@ from castling_jax.training.summary import SUMMARY_FILE
 CARD_FILE = "README.md"
 
 
-def model_card(weights: Weights, model: Backbone) -> str:
+def model_card(weights: Weights, model: Model) -> str:
     """The card of an exported model, in Markdown.
 
     What the run does not say is marked TODO, for a person to write: the license of the data, and what the model is for.

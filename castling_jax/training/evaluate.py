@@ -15,7 +15,7 @@ from castling_jax.convert.run_folder import preprocessing_of
 from castling_jax.data.loader import evaluation_batches
 from castling_jax.data.sources import Dataset
 from castling_jax.data.transforms import EvalTransform
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, get_variables
 from castling_jax.training.answers import TOP, Answers
@@ -31,7 +31,7 @@ Evaluator = Callable[[Variables, float], Answers]
 
 
 def make_evaluator(
-    model: Backbone,
+    model: Model,
     dataset: Dataset,
     *,
     transform: EvalTransform,
@@ -54,7 +54,7 @@ def make_evaluator(
         exact_forms = _with(model, dtype="float32"), _with(model, form="inference", dtype="float32")
 
     def both_logits(
-        forms: tuple[Backbone, Backbone], variables: Variables, images: jax.Array, threshold: jax.Array
+        forms: tuple[Model, Model], variables: Variables, images: jax.Array, threshold: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         train_form, inference_form = forms
         return (
@@ -127,11 +127,11 @@ def evaluate_weights(
     return found[exported] | (both if len(found) > 1 else {}), answers[exported]
 
 
-def _with(model: Backbone, **changes: str) -> Backbone:
+def _with(model: Model, **changes: str) -> Model:
     return abstract_model(**model.spec.arguments(**changes))
 
 
-def configured_evaluator(config: ConfigDict, model: Backbone, dataset: Dataset, mesh: Mesh) -> Evaluator:
+def configured_evaluator(config: ConfigDict, model: Model, dataset: Dataset, mesh: Mesh) -> Evaluator:
     """`make_evaluator` with all that a configuration says of it."""
     return make_evaluator(
         model,

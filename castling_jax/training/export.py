@@ -25,7 +25,7 @@ from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import EvalTransform
 from castling_jax.errors import InputError, printable
 from castling_jax.models.attention.kinds import KINDS
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, count_parameters, flatten
 from castling_jax.preprocessing import Preprocessing
@@ -149,7 +149,7 @@ def held_out_images(preprocessing: Preprocessing, config: ConfigDict) -> jax.Arr
     return jnp.asarray(next(batches)["image"])
 
 
-def compare_forms(model: Backbone, variables: Variables, mask_threshold: float | None, images: jax.Array) -> list[str]:
+def compare_forms(model: Model, variables: Variables, mask_threshold: float | None, images: jax.Array) -> list[str]:
     """What switching changes on these images.
 
     Args:
@@ -183,7 +183,7 @@ def compare_forms(model: Backbone, variables: Variables, mask_threshold: float |
     return lines
 
 
-def compare_written(out: epath.Path, format: str, model: Backbone, variables: Variables, images: jax.Array) -> str:
+def compare_written(out: epath.Path, format: str, model: Model, variables: Variables, images: jax.Array) -> str:
     """Compares what was written, read back, with what was to be written.
 
     Raises:
@@ -201,7 +201,7 @@ def compare_written(out: epath.Path, format: str, model: Backbone, variables: Va
 
 
 def compare_cast(
-    source: Backbone, source_variables: Variables, model: Backbone, variables: Variables, images: jax.Array
+    source: Model, source_variables: Variables, model: Model, variables: Variables, images: jax.Array
 ) -> str:
     """What parameters in another dtype than the source's change on these images."""
     uncast = abstract_model(**source.spec.arguments(form="inference"))
@@ -213,7 +213,7 @@ def compare_cast(
     )
 
 
-def _logits(model: Backbone, variables: Variables, images: jax.Array) -> np.ndarray:
+def _logits(model: Model, variables: Variables, images: jax.Array) -> np.ndarray:
     return np.asarray(jax.jit(functools.partial(apply, model))(variables, images))
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from castling_jax.errors import InputError
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.variables import forward_train, get_variables
 from castling_jax.ops.angular import add_linear_angular
 from castling_jax.ops.kernel_calls import Call, recorded_calls
@@ -88,7 +88,7 @@ def check_kernel(call: Call, chip: str) -> float:
     return worst
 
 
-def kernel_calls(models: list[Backbone], mesh: Mesh) -> list[Call]:
+def kernel_calls(models: list[Model], mesh: Mesh) -> list[Call]:
     """The calls of kernels in training models, with the softmax branch and with an empty mask, for a small batch.
 
     The mesh has to be set.

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from castling_jax.errors import InputError
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import ImageSize, Model, image_shape
 
 # replica: whole copies, one or more to a slice, between which only gradients go; data: the same within a slice; fsdp:
 # splits the batch, and the matrices too; tensor: splits heads and the MLP's channels.
@@ -38,6 +38,7 @@ RULES = (
     (r"(patch_embed/proj|stem/conv[34]/linear)/kernel", P("fsdp")),
     (r"(stem/conv[12]/linear|pool_[qkv])/kernel", P()),
     (r"cls_token|dist_token|global_tokens|pos_embed|rel_pos_[hw]", P()),
+    (r"(neck|pyramid|head)/.+/kernel", P()),  # a detector's, small beside its backbone
     (r"bias|scale|mean|var", P()),
 )
 
@@ -109,7 +110,7 @@ def whole_over_fsdp(shardings: Any) -> Any:
     )
 
 
-def check_heads(model: Backbone, mesh: Mesh) -> None:
+def check_heads(model: Model, mesh: Mesh) -> None:
     """Raises an InputError unless the mesh's axis `tensor` divides the heads of every attention."""
     for path, module in nnx.iter_modules(model):
         heads = getattr(module, "num_heads", None)
@@ -142,11 +143,11 @@ def check_batch(name: str, batch_size: int, mesh: Mesh, *, parts: int = 1) -> No
         )
 
 
-def batch_shapes(batch_size: int, image_size: int, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(batch_size: int, image_size: ImageSize, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
     """Of a batch as the training step takes it: what that is compiled for."""
     rows = None if mesh is None else batch_sharding(mesh)
     return {
-        "image": jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32, sharding=rows),
+        "image": jax.ShapeDtypeStruct((batch_size, *image_shape(image_size), 3), jnp.float32, sharding=rows),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
     }
 

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import ArrayLike
 
 from castling_jax.data.mixing import mix
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables, apply, forward_train
 from castling_jax.ops.checks import is_known_empty
 from castling_jax.training.losses import cross_entropy, distillation_loss
@@ -37,7 +37,7 @@ class Teacher:
       temperature: as `distillation_loss` takes it.
     """
 
-    model: Backbone
+    model: Model
     variables: Variables
     kind: str
     alpha: float
@@ -57,7 +57,7 @@ def mix_batch(batch: Batch, key: jax.Array, *, accumulate_steps: int, **options:
 
 
 def make_train_step(
-    model: Backbone,
+    model: Model,
     optimizer: optax.GradientTransformation,
     *,
     label_smoothing: float,

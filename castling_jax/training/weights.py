@@ -10,14 +10,12 @@ from castling_jax.convert.inference import to_inference
 from castling_jax.convert.torch import from_torch
 from castling_jax.convert.weights import read
 from castling_jax.errors import InputError
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables
 
 
-def initial_variables(
-    path: str | os.PathLike, model: Backbone, *, reset_head: bool, ema: bool | None = None
-) -> Variables:
+def initial_variables(path: str | os.PathLike, model: Model, *, reset_head: bool, ema: bool | None = None) -> Variables:
     """What a run of `model` starts from: another run's variables, or weights under timm's names.
 
     A castling model takes those of a softmax one: both attentions share its q, k and v, and the taps start at zero.
@@ -34,7 +32,7 @@ def initial_variables(
     return from_torch(model, read(path, ema=ema).state_dict(), reset_head=reset_head)
 
 
-def teacher_model(name: str, student: Backbone, *, distilled: bool = False, num_classes: int | None = None) -> Backbone:
+def teacher_model(name: str, student: Model, *, distilled: bool = False, num_classes: int | None = None) -> Model:
     """The softmax model `name`, abstract, for the student's images and, unless `num_classes` says otherwise, classes.
 
     With the student's own architecture, where it is the student in softmax form; `distilled`: with a second head.
@@ -47,7 +45,7 @@ def teacher_model(name: str, student: Backbone, *, distilled: bool = False, num_
     return abstract_model(name, attention="softmax", **given)
 
 
-def read_teacher(path: str | os.PathLike, name: str, student: Backbone) -> tuple[Backbone, Variables]:
+def read_teacher(path: str | os.PathLike, name: str, student: Model) -> tuple[Model, Variables]:
     """A trained model, in inference form, that a student of the same images and classes learns from.
 
     Args:
