@@ -25,8 +25,8 @@ RULES = (
     # LC-PAN's mixes are lists of two blocks, with names of their own.
     (r"(_blocks/\d+)/blocks/(\d+)/depthwise/", r"\1/\2/dw_conv/conv/"),
     (r"(_blocks/\d+)/blocks/(\d+)/pointwise/", r"\1/\2/pw_conv/conv/"),
-    (r"^head/(\d+)/body/convs/(\d+)/depthwise/", r"head/conv_feat/cls_conv_dw\1/\2/conv/"),
-    (r"^head/(\d+)/body/convs/(\d+)/pointwise/", r"head/conv_feat/cls_conv_pw\1/\2/conv/"),
+    (r"^head/(\d+)/body/(\d+)/depthwise/", r"head/conv_feat/cls_conv_dw\1/\2/conv/"),
+    (r"^head/(\d+)/body/(\d+)/pointwise/", r"head/conv_feat/cls_conv_pw\1/\2/conv/"),
     (r"^head/(\d+)/se/", r"head/conv_feat/se/\1/"),
     (r"^head/(\d+)/align/", r"head/cls_align/\1/"),
     (r"^head/(\d+)/(cls|reg)/", r"head/head_\2_list/\1/"),

@@ -65,20 +65,6 @@ class Backbone(Model):
     def __init__(self, config: Any, core: Core, layers: Layers):
         raise NotImplementedError
 
-    def __call__(
-        self,
-        images: Float[Array, "batch height width channels"],
-        *,
-        mask_threshold: ArrayLike | None = None,
-        key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "batch classes"], Float[Array, "layers"]]:
-        """Logits in float32, the mean of the heads', and the mask density of each layer.
-
-        Arguments and errors are those of `head_logits`.
-        """
-        logits, densities = self.head_logits(images, mask_threshold=mask_threshold, key=key)
-        return logits.mean(axis=0), densities
-
     def head_logits(
         self,
         images: Float[Array, "batch height width channels"],
@@ -98,6 +84,10 @@ class Backbone(Model):
         return self._classify(encoded, densities, training=key is not None)
 
     training_outputs = head_logits
+
+    def results(self, outputs: Float[Array, "heads batch classes"]) -> Float[Array, "batch classes"]:
+        """The mean of the heads' logits."""
+        return outputs.mean(axis=0)
 
     def feature_maps(
         self,

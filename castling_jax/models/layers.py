@@ -41,6 +41,7 @@ class Layers:
       param_dtype: dtype of the parameters.
       rngs: where the parameters are drawn from.
       init_std: standard deviation of the normal that the dense layers' matrices start from.
+      kernel_init: what layers with batch norm start from.
       folded: whether batch norm is folded into the layer beside it, as in inference form.
     """
 
@@ -48,6 +49,7 @@ class Layers:
     param_dtype: jnp.dtype
     rngs: nnx.Rngs
     init_std: float = DEIT_STD
+    kernel_init: jax.nn.initializers.Initializer = TORCH_INIT
     folded: bool = False
 
     @property
@@ -254,7 +256,6 @@ class ConvNorm(nnx.Module):
         *,
         kernel_size: int = 3,
         stride: int = 2,
-        kernel_init: jax.nn.initializers.Initializer = TORCH_INIT,
     ):
         self.linear = nnx.Conv(
             features_in,
@@ -263,7 +264,7 @@ class ConvNorm(nnx.Module):
             strides=(stride, stride),
             padding=((kernel_size // 2, kernel_size // 2),) * 2,
             use_bias=layers.folded,
-            kernel_init=kernel_init,
+            kernel_init=layers.kernel_init,
             **layers.flax,
         )
         self.bn = None if layers.folded else BatchNorm(features_out, layers)
@@ -281,17 +282,9 @@ class LinearNorm(nnx.Module):
     `bn_scale` is what the norm's scale starts from: 0 where a residual branch is to start at zero.
     """
 
-    def __init__(
-        self,
-        features_in: int,
-        features_out: int,
-        layers: Layers,
-        *,
-        bn_scale: float = 1.0,
-        kernel_init: jax.nn.initializers.Initializer = TORCH_INIT,
-    ):
-        folded = layers.folded
-        self.linear = nnx.Linear(features_in, features_out, use_bias=folded, kernel_init=kernel_init, **layers.flax)
+    def __init__(self, features_in: int, features_out: int, layers: Layers, *, bn_scale: float = 1.0):
+        folded, init = layers.folded, layers.kernel_init
+        self.linear = nnx.Linear(features_in, features_out, use_bias=folded, kernel_init=init, **layers.flax)
         self.bn = None if folded else BatchNorm(features_out, layers, scale=bn_scale)
 
     def __call__(self, x: Float[Array, "*batch channels"], *, training: bool) -> Float[Array, "*batch _"]:

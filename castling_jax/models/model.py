@@ -69,7 +69,8 @@ class Model(nnx.Module):
 
         Arguments and errors are those of `training_outputs`.
         """
-        raise NotImplementedError
+        outputs, densities = self.training_outputs(images, mask_threshold=mask_threshold, key=key)
+        return self.results(outputs), densities
 
     def training_outputs(
         self,
@@ -88,10 +89,8 @@ class Model(nnx.Module):
         """
         raise NotImplementedError
 
-    def features(
-        self, images: Float[Array, "batch height width channels"], *, mask_threshold: ArrayLike | None = None
-    ) -> list[Float[Array, "batch height width channels"]]:
-        """The backbone's tokens on their grid, one map for each stage, finest first."""
+    def results(self, outputs: Any) -> Any:
+        """What `apply` returns of the training outputs."""
         raise NotImplementedError
 
     def __repr__(self) -> str:

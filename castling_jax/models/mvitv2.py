@@ -317,7 +317,7 @@ class MViTv2(Backbone):
 
     def _encode(
         self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None
-    ) -> tuple[list[jax.Array], jax.Array]:
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
         """The stages' outputs and the layers' mask densities."""
         if min(images.shape[1:3]) < 1:
             raise InputError(f"an image of {images.shape[1]} x {images.shape[2]} pixels is empty: give at least 1 x 1.")
@@ -331,14 +331,14 @@ class MViTv2(Backbone):
                 x, density = run_block(block, x, remat=self.remat, mask_threshold=mask_threshold, drawn=of_block)
                 densities.append(density)
             features.append(x)
-        return features, jnp.stack(densities)
+        return features, densities
 
     def _classify(self, encoded, densities, *, training):
         logits = self.head(jnp.mean(self.norm(encoded[-1]), axis=(1, 2)))
-        return logits.astype(jnp.float32)[None], densities
+        return logits.astype(jnp.float32)[None], jnp.stack(densities)
 
     def _maps(self, encoded, densities):
-        return encoded, densities
+        return encoded, jnp.stack(densities)
 
 
 def _stage_strides(config: MViTv2Config) -> tuple[Pair, ...]:

@@ -3,34 +3,19 @@
 Modules carry PaddleDetection's names.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from castling_jax.models.layers import Layers, LinearNorm
-from castling_jax.models.separable import Separable, upsample
+from castling_jax.models.depthwise_separable import pointwise, separable, upsample
+from castling_jax.models.layers import Layers
 
 KAIMING_UNIFORM = jax.nn.initializers.variance_scaling(2.0, "fan_in", "uniform")
 Map = Float[Array, "batch height width channels"]
-
-
-def separable(features_in: int, features_out: int, layers: Layers, *, stride: int = 1) -> Separable:
-    """A depthwise-separable convolution that starts as a neck's do."""
-    return Separable(features_in, features_out, layers, stride=stride, kernel_init=KAIMING_UNIFORM)
-
-
-class Pointwise(nnx.Module):
-    """A 1 x 1 convolution with batch norm and Hardswish."""
-
-    def __init__(self, features_in: int, features_out: int, layers: Layers):
-        self.conv = LinearNorm(features_in, features_out, layers, kernel_init=KAIMING_UNIFORM)
-
-    def __call__(self, x: Map, *, training: bool) -> Map:
-        return jax.nn.hard_swish(self.conv(x, training=training))
 
 
 class SeparableMix(nnx.Module):
@@ -45,32 +30,28 @@ class SeparableMix(nnx.Module):
         return x
 
 
-class CspBlock(nnx.Module):
-    """A 1 x 1 convolution, then a depthwise-separable one, without a residual."""
-
-    def __init__(self, channels: int, layers: Layers):
-        self.conv1 = Pointwise(channels, channels, layers)
-        self.conv2 = separable(channels, channels, layers)
-
-    def __call__(self, x: Map, *, training: bool) -> Map:
-        return self.conv2(self.conv1(x, training=training), training=training)
-
-
 class CspMix(nnx.Module):
-    """CSP-PAN's mix of two concatenated maps: half of the channels go through a block, the other half pass it by."""
+    """CSP-PAN's mix of two concatenated maps: half of the channels go through a block, the other half pass it by.
+
+    The block is a 1 x 1 convolution and a depthwise-separable one, without a residual.
+    """
 
     def __init__(self, channels: int, layers: Layers):
         half = channels // 2
-        self.main_conv = Pointwise(2 * channels, half, layers)
-        self.short_conv = Pointwise(2 * channels, half, layers)
-        self.blocks = nnx.List([CspBlock(half, layers)])
-        self.final_conv = Pointwise(2 * half, channels, layers)
+        self.main_conv = pointwise(2 * channels, half, layers)
+        self.short_conv = pointwise(2 * channels, half, layers)
+        block = nnx.Dict(conv1=pointwise(half, half, layers), conv2=separable(half, half, layers))
+        self.blocks = nnx.List([block])
+        self.final_conv = pointwise(2 * half, channels, layers)
 
     def __call__(self, x: Map, *, training: bool) -> Map:
         main, short = self.main_conv(x, training=training), self.short_conv(x, training=training)
         for block in self.blocks:
-            main = block(main, training=training)
+            main = block.conv2(block.conv1(main, training=training), training=training)
         return self.final_conv(jnp.concatenate([main, short], axis=-1), training=training)
+
+
+NECKS = {"lc_pan": SeparableMix, "csp_pan": CspMix}
 
 
 class Pan(nnx.Module):
@@ -82,12 +63,14 @@ class Pan(nnx.Module):
     Args:
       channels_in: of each map.
       channels: of the results.
-      mix: makes what mixes two concatenated maps from (channels, layers).
+      neck: one of NECKS, the way in which two concatenated maps are mixed.
       layers: makes the layers.
     """
 
-    def __init__(self, channels_in: Sequence[int], channels: int, mix: Callable[[int, Layers], Any], layers: Layers):
-        self.conv_t = nnx.List(Pointwise(width, channels, layers) for width in channels_in)
+    def __init__(self, channels_in: Sequence[int], channels: int, neck: str, layers: Layers):
+        layers = dataclasses.replace(layers, kernel_init=KAIMING_UNIFORM)
+        mix = NECKS[neck]
+        self.conv_t = nnx.List(pointwise(width, channels, layers) for width in channels_in)
         self.top_down_blocks = nnx.List(mix(channels, layers) for _ in range(2))
         self.downsamples = nnx.List(separable(channels, channels, layers, stride=2) for _ in range(2))
         self.bottom_up_blocks = nnx.List(mix(channels, layers) for _ in range(2))
@@ -111,6 +94,3 @@ class Pan(nnx.Module):
 
         top = p6[0] if self.first_top_conv is None else self.first_top_conv(p5, training=training)
         return [*outputs, top + self.second_top_conv(outputs[-1], training=training)]
-
-
-NECKS = {"lc_pan": SeparableMix, "csp_pan": CspMix}

@@ -19,7 +19,7 @@ from castling_jax.models.box_bins import decode_boxes, grid_points
 from castling_jax.models.layers import Layers
 from castling_jax.models.model import ImageSize, Model, image_shape
 from castling_jax.models.pan import NECKS, Pan
-from castling_jax.models.picodet_heads import HEADS
+from castling_jax.models.picodet_heads import HEADS, HeadSizes
 from castling_jax.models.pyramid import SimpleFeaturePyramid
 
 STRIDES = (8, 16, 32, 64)  # of the levels
@@ -82,20 +82,9 @@ class PicoDet(Model):
             )
         self.places = tuple(places)  # of the maps that are read
         inputs = [channels] * 3 if self.pyramid else [widths[place] for place in places]
-        self.neck = Pan(inputs, channels, NECKS[config.neck], layers)
-        head = HEADS[config.neck]
-        self.head = nnx.List(head(channels, config.num_convs, config.num_classes, layers) for _ in STRIDES)
-
-    def __call__(
-        self,
-        images: Float[Array, "batch height width channels"],
-        *,
-        mask_threshold: ArrayLike | None = None,
-        key: Key[Array, ""] | None = None,
-    ) -> tuple[dict[str, Array], Float[Array, "layers"]]:
-        """{"scores" [batch, points, classes], "boxes" [batch, points, 4]}, and the backbone's mask densities."""
-        outputs, densities = self.training_outputs(images, mask_threshold=mask_threshold, key=key)
-        return {name: outputs[name] for name in ("scores", "boxes")}, densities
+        self.neck = Pan(inputs, channels, config.neck, layers)
+        sizes = HeadSizes(channels, config.num_convs, config.num_classes)
+        self.head = nnx.List(HEADS[config.neck](sizes, layers) for _ in STRIDES)
 
     def training_outputs(
         self,
@@ -126,10 +115,8 @@ class PicoDet(Model):
             maps = self.pyramid(maps[0])
         return self._detect(maps, training=key is not None), densities
 
-    def features(
-        self, images: Float[Array, "batch height width channels"], *, mask_threshold: ArrayLike | None = None
-    ) -> list[Float[Array, "batch height width channels"]]:
-        return self.backbone.features(images, mask_threshold=mask_threshold)
+    def results(self, outputs: dict[str, Array]) -> dict[str, Array]:
+        return {name: outputs[name] for name in ("scores", "boxes")}
 
     def _detect(self, maps: list[Array], *, training: bool) -> dict[str, Array]:
         """Neck, head and boxes."""
@@ -137,14 +124,18 @@ class PicoDet(Model):
         with jax.named_scope("head"):
             levels = [head(x, training=training) for head, x in zip(self.head, maps, strict=True)]
         outputs = {
-            name: jnp.concatenate([level[name].reshape(len(x), -1, level[name].shape[3]) for level in levels], axis=1)
-            for name, x in levels[0].items()
+            name: jnp.concatenate([_flat(level[name]) for level in levels], axis=1).astype(jnp.float32)
+            for name in levels[0]
         }
-        outputs = {name: x.astype(jnp.float32) for name, x in outputs.items()}
         if "scores" not in outputs:
             outputs["scores"] = jax.nn.sigmoid(outputs["cls_logits"])
         points, strides = grid_points([(x.shape[1], x.shape[2]) for x in maps], STRIDES)
         return outputs | {"boxes": decode_boxes(outputs["reg_logits"], points, strides)}
+
+
+def _flat(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch points channels"]:
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height * width, channels)
 
 
 def _check_size(size: tuple[int, ...]) -> None:

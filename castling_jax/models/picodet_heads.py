@@ -6,7 +6,6 @@ bottom.
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,83 +13,89 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from castling_jax.models.box_bins import BINS, SIDES
+from castling_jax.models.depthwise_separable import KERNEL_SIZE, separable
 from castling_jax.models.layers import ConvNorm, Layers, LinearNorm
 from castling_jax.models.pan import KAIMING_UNIFORM
-from castling_jax.models.separable import KERNEL_SIZE, Separable
 
-HEAD_INIT = jax.nn.initializers.normal(0.01)
+HEAD_STD, EXCITATION_STD = 0.01, 0.001  # of the normals that kernels start from
 RARE = jax.nn.initializers.constant(-math.log(99))  # a probability of .01, as most points see no object
 SCORE_EPSILON = 1e-9
 Map = Float[Array, "batch height width channels"]
 
 
-class Body(nnx.Module):
-    """Depthwise-separable convolutions of a level's own."""
+@dataclasses.dataclass(frozen=True)
+class HeadSizes:
+    """The sizes of a head.
 
-    def __init__(self, channels: int, num_convs: int, layers: Layers):
-        self.convs = nnx.List(Separable(channels, channels, layers, kernel_init=HEAD_INIT) for _ in range(num_convs))
+    Attributes:
+      channels: of its map.
+      num_convs: depthwise-separable convolutions before its outputs.
+      num_classes: classes of objects.
+    """
 
-    def __call__(self, x: Map, *, training: bool) -> Map:
-        for conv in self.convs:
-            x = conv(x, training=training)
-        return x
+    channels: int
+    num_convs: int
+    num_classes: int
 
-
-class Excitation(nnx.Module):
-    """Scales the channels by what their means say, then a 1 x 1 convolution with batch norm and Hardswish."""
-
-    def __init__(self, channels: int, layers: Layers):
-        self.fc = dataclasses.replace(layers, init_std=0.001).linear(channels, channels)
-        self.conv = LinearNorm(channels, channels, layers, kernel_init=HEAD_INIT)
-
-    def __call__(self, x: Map, *, training: bool) -> Map:
-        gate = jax.nn.sigmoid(self.fc(jnp.mean(x, axis=(1, 2), keepdims=True)))
-        return jax.nn.hard_swish(self.conv(x * gate, training=training))
-
-
-class Alignment(nnx.Module):
-    """The logit of how well classification and box agree: a dense 5 x 5 convolution to one channel, then 1 x 1."""
-
-    def __init__(self, channels: int, layers: Layers):
-        init = KAIMING_UNIFORM
-        self.dense = ConvNorm(channels, 1, layers, kernel_size=KERNEL_SIZE, stride=1, kernel_init=init)
-        self.pointwise = LinearNorm(1, 1, layers, kernel_init=init)
-
-    def __call__(self, x: Map, *, training: bool) -> Map:
-        return self.pointwise(jax.nn.hard_swish(self.dense(x, training=training)), training=training)
-
-
-class Head(nnx.Module):
-    """The second version's head: gives "scores", sqrt(sigmoid(class) sigmoid(alignment)), and "reg_logits"."""
-
-    def __init__(self, channels: int, num_convs: int, num_classes: int, layers: Layers):
-        self.body = Body(channels, num_convs, layers)
-        self.se = Excitation(channels, layers)
-        outputs = dataclasses.replace(layers, init_std=0.01)
-        self.cls = outputs.linear(channels, num_classes, bias_init=RARE)
-        self.reg = outputs.linear(channels, SIDES * BINS)
-        self.align = Alignment(channels, layers)
-
-    def __call__(self, x: Map, *, training: bool) -> dict[str, Map]:
-        x = self.body(x, training=training)
-        excited = self.se(x, training=training)
-        logits = (self.cls(excited), self.align(x, training=training))
-        classes, alignment = (jax.nn.sigmoid(x.astype(jnp.float32)) for x in logits)
-        return {"scores": jnp.sqrt(classes * alignment + SCORE_EPSILON), "reg_logits": self.reg(excited)}
+    def body(self, layers: Layers) -> nnx.List:
+        """The convolutions."""
+        return nnx.List(separable(self.channels, self.channels, layers) for _ in range(self.num_convs))
 
 
 class LegacyHead(nnx.Module):
     """The legacy head: one 1 x 1 convolution gives "cls_logits" and "reg_logits"."""
 
-    def __init__(self, channels: int, num_convs: int, num_classes: int, layers: Layers):
-        self.num_classes = num_classes
-        self.body = Body(channels, num_convs, layers)
-        outputs = dataclasses.replace(layers, init_std=0.01)
-        self.output = outputs.linear(channels, num_classes + SIDES * BINS, bias_init=RARE)
+    def __init__(self, sizes: HeadSizes, layers: Layers):
+        layers = head_layers(layers)
+        self.num_classes = sizes.num_classes
+        self.body = sizes.body(layers)
+        self.output = layers.linear(sizes.channels, sizes.num_classes + SIDES * BINS, bias_init=RARE)
 
     def __call__(self, x: Map, *, training: bool) -> dict[str, Map]:
-        logits = self.output(self.body(x, training=training))
+        for conv in self.body:
+            x = conv(x, training=training)
+        logits = self.output(x)
         return {"cls_logits": logits[..., : self.num_classes], "reg_logits": logits[..., self.num_classes :]}
 
 
-HEADS: dict[str, Callable[[int, int, int, Layers], nnx.Module]] = {"lc_pan": Head, "csp_pan": LegacyHead}
+class Head(nnx.Module):
+    """The second version's head: gives "scores", sqrt(sigmoid(class) sigmoid(alignment)), and "reg_logits".
+
+    The alignment says how well class and box agree: a dense 5 x 5 convolution to one channel, then 1 x 1, each with
+    batch norm. Class and box bins read the excited map: its channels are scaled by a gate, which sees their means, and
+    mixed by a 1 x 1 convolution.
+    """
+
+    def __init__(self, sizes: HeadSizes, layers: Layers):
+        layers = head_layers(layers)
+        channels = sizes.channels
+        self.body = sizes.body(layers)
+        self.se = nnx.Dict(
+            fc=dataclasses.replace(layers, init_std=EXCITATION_STD).linear(channels, channels),
+            conv=LinearNorm(channels, channels, layers),
+        )
+        self.cls = layers.linear(channels, sizes.num_classes, bias_init=RARE)
+        self.reg = layers.linear(channels, SIDES * BINS)
+        layers = dataclasses.replace(layers, kernel_init=KAIMING_UNIFORM)
+        self.align = nnx.Dict(
+            dense=ConvNorm(channels, 1, layers, kernel_size=KERNEL_SIZE, stride=1),
+            pointwise=LinearNorm(1, 1, layers),
+        )
+
+    def __call__(self, x: Map, *, training: bool) -> dict[str, Map]:
+        for conv in self.body:
+            x = conv(x, training=training)
+        gate = jax.nn.sigmoid(self.se.fc(jnp.mean(x, axis=(1, 2), keepdims=True)))
+        excited = jax.nn.hard_swish(self.se.conv(x * gate, training=training))
+        alignment = jax.nn.hard_swish(self.align.dense(x, training=training))
+        logits = (self.cls(excited), self.align.pointwise(alignment, training=training))
+        classes, agreement = (jax.nn.sigmoid(logit.astype(jnp.float32)) for logit in logits)
+        return {"scores": jnp.sqrt(classes * agreement + SCORE_EPSILON), "reg_logits": self.reg(excited)}
+
+
+def head_layers(layers: Layers) -> Layers:
+    """Layers that start as a head's do."""
+    return dataclasses.replace(layers, init_std=HEAD_STD, kernel_init=jax.nn.initializers.normal(HEAD_STD))
+
+
+HEADS = {"lc_pan": Head, "csp_pan": LegacyHead}

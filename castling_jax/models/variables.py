@@ -187,7 +187,8 @@ def features(
 
     @on_auto_axes(lambda images: split_as(images, 0))
     def forward(images: Any, leaves: Any, mask_threshold: Any) -> Any:
-        return _with_leaves(model, leaves).features(images, mask_threshold=mask_threshold)
+        bound: Any = _with_leaves(model, leaves)
+        return getattr(bound, "backbone", bound).features(images, mask_threshold=mask_threshold)
 
     return forward(images, leaves_of(model, variables), mask_threshold)
 

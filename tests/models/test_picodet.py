@@ -14,11 +14,13 @@ from flax import nnx
 import castling_jax
 from castling_jax import convert
 from castling_jax.convert.inference import largest_difference
+from castling_jax.convert.inference_folder import export_program, save_inference
 from castling_jax.models.box_bins import grid_points, level_sizes
+from castling_jax.models.depthwise_separable import separable
 from castling_jax.models.macs import count_costs
-from castling_jax.models.pan import NECKS, Pan, separable
+from castling_jax.models.pan import KAIMING_UNIFORM, NECKS, Pan
 from castling_jax.models.picodet import STRIDES, PicoDet, PicoDetConfig
-from castling_jax.models.picodet_heads import HEADS
+from castling_jax.models.picodet_heads import HEADS, HeadSizes
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import bind, count_parameters, flatten, forward_train, get_variables
 from tests.models import small
@@ -182,8 +184,8 @@ def lcnet(scale):
 )
 def test_with_their_backbones_the_sizes_are_the_published_ones(scale, channels, num_convs, published):
     widths = [int(width * scale) for width in (128, 256, 512)]
-    neck = nnx.eval_shape(lambda: Pan(widths, channels, NECKS["lc_pan"], small.layers()))
-    head = nnx.eval_shape(lambda: HEADS["lc_pan"](channels, num_convs, 80, small.layers()))
+    neck = nnx.eval_shape(lambda: Pan(widths, channels, "lc_pan", small.layers()))
+    head = nnx.eval_shape(lambda: HEADS["lc_pan"](HeadSizes(channels, num_convs, 80), small.layers()))
     total = lcnet(scale) + count_parameters(get_variables(neck)) + 4 * count_parameters(get_variables(head))
     assert math.floor(total / 1e4) / 100 == published  # which cuts digits off
 
@@ -313,6 +315,26 @@ def test_the_switch_is_checked():
     assert report["densities"].shape == (5,)
 
 
+def test_a_detector_is_written_and_read(tmp_path):
+    model = small_picodet(neck="csp_pan")
+    variables = small.random_variables(model)
+    save_inference(tmp_path, model, variables)
+    loaded, its_variables = castling_jax.load_inference(tmp_path)
+    assert loaded.spec == small_picodet(neck="csp_pan", form="inference").spec
+    chex.assert_trees_all_equal(its_variables, castling_jax.to_inference(variables))
+
+
+@pytest.mark.slow
+def test_a_detector_is_exported_for_any_batch():
+    model = small_picodet(form="inference")
+    variables, images = small.random_variables(model), images_of(model, batch=3)
+    program = jax.export.deserialize(bytearray(export_program(model, variables)))
+    assert program.in_avals[0].shape[1:] == (160, 192, 3)
+    expected = jax.jit(lambda v, x: castling_jax.apply(model, v, x))(variables, images)
+    # The same operations, which the compiler fuses otherwise where the batch is known.
+    chex.assert_trees_all_close(program.call(images), expected, rtol=1e-5, atol=1e-4)
+
+
 def test_differences_are_shares():
     one = {"boxes": np.float32([100, 0]), "scores": np.float32([0.5]), "logits": np.float32([4, -8])}
     other = {"boxes": np.float32([98, 0]), "scores": np.float32([0.49]), "logits": np.float32([4, -8])}
@@ -333,16 +355,18 @@ def test_the_switched_tree_is_the_inference_forms(neck):
 
 def test_the_start():
     """Deviations of PaddleDetection's, from some hundred numbers each, and Kaiming's uniform of fan-in 25."""
-    head, legacy = (flatten(get_variables(HEADS[neck](32, 1, 3, small.layers()))["params"]) for neck in HEADS)
+    head, legacy = (
+        flatten(get_variables(HEADS[neck](HeadSizes(32, 1, 3), small.layers()))["params"]) for neck in HEADS
+    )
     for leaves, name in ((head, "cls"), (legacy, "output")):
         np.testing.assert_allclose(leaves[f"{name}/bias"], -math.log(99), rtol=1e-6)
         for kernel in ("depthwise", "pointwise"):
-            assert np.std(leaves[f"body/convs/0/{kernel}/linear/kernel"]) == pytest.approx(0.01, rel=0.1)
+            assert np.std(leaves[f"body/0/{kernel}/linear/kernel"]) == pytest.approx(0.01, rel=0.1)
     assert not np.any(head["reg/bias"])
     deviations = {"reg": 0.01, "se/fc": 0.001, "se/conv/linear": 0.01}
     for name, deviation in deviations.items():
         assert np.std(head[f"{name}/kernel"]) == pytest.approx(deviation, rel=0.1)
-    kernel = separable(32, 8, small.layers()).depthwise.linear.kernel[...]
+    kernel = separable(32, 8, small.layers(kernel_init=KAIMING_UNIFORM)).depthwise.linear.kernel[...]
     assert 0.95 * math.sqrt(6 / 25) < abs(kernel).max() <= math.sqrt(6 / 25)
 
 
