@@ -355,9 +355,14 @@ def test_the_switched_tree_is_the_inference_forms(neck):
 
 def test_the_start():
     """Deviations of PaddleDetection's, from some hundred numbers each, and Kaiming's uniform of fan-in 25."""
-    head, legacy = (
-        flatten(get_variables(HEADS[neck](HeadSizes(32, 1, 3), small.layers()))["params"]) for neck in HEADS
-    )
+
+    @jax.jit
+    def make():
+        heads = [HEADS[neck](HeadSizes(32, 1, 3), small.layers()) for neck in HEADS]
+        neck = separable(32, 8, small.layers(kernel_init=KAIMING_UNIFORM))
+        return [get_variables(module)["params"] for module in (*heads, neck)]
+
+    head, legacy, neck = map(flatten, make())
     for leaves, name in ((head, "cls"), (legacy, "output")):
         np.testing.assert_allclose(leaves[f"{name}/bias"], -math.log(99), rtol=1e-6)
         for kernel in ("depthwise", "pointwise"):
@@ -366,7 +371,7 @@ def test_the_start():
     deviations = {"reg": 0.01, "se/fc": 0.001, "se/conv/linear": 0.01}
     for name, deviation in deviations.items():
         assert np.std(head[f"{name}/kernel"]) == pytest.approx(deviation, rel=0.1)
-    kernel = separable(32, 8, small.layers(kernel_init=KAIMING_UNIFORM)).depthwise.linear.kernel[...]
+    kernel = neck["depthwise/linear/kernel"]
     assert 0.95 * math.sqrt(6 / 25) < abs(kernel).max() <= math.sqrt(6 / 25)
 
 
