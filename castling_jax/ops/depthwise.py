@@ -14,7 +14,7 @@ from castling_jax.errors import InputError
 from castling_jax.ops.checks import check_array
 from castling_jax.ops.mesh import HEAD_AXES, mesh_in_use, on_auto_axes, split_as
 
-SUMMED = 4
+SUMMED = 4  # rows and columns of products that a gradient on a CPU adds up before it reduces them
 
 
 @on_auto_axes(lambda v: split_as(v, 0, 1, 2, 3))
@@ -188,8 +188,8 @@ def convolve_taps(
 ) -> Float[Array, "batch strided_height strided_width channels"]:
     """`convolve_channels` over a grid with one stride, in the way that is fast on each platform; not for forward mode.
 
-    A TPU has a depthwise convolution. On a CPU, shifted multiply-adds take a twentieth of the time of XLA's grouped
-    convolution, with gradients too.
+    A TPU has a depthwise convolution. On a CPU XLA's takes more than ten times as long as shifted multiply-adds with
+    gradients of their own (docs/performance.md).
     """
     return jax.lax.platform_dependent(
         x,
@@ -227,7 +227,7 @@ def _shift_and_keep(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.A
 def _shift_gradients(stride: int, kept: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Of the input, the convolution with the kernel turned round; of each tap, a sum of products.
 
-    XLA's reductions take one number at a time on a CPU, so SUMMED x SUMMED products are added elementwise first.
+    On a CPU XLA's reductions take one number at a time, so SUMMED x SUMMED products are added elementwise first.
     """
     x, kernel = kept
     *taps, _, _ = kernel.shape
