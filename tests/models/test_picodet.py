@@ -128,8 +128,9 @@ def test_paddles_names_go_there_and_back(case):
     chex.assert_trees_all_equal(convert.from_paddle(model, again), variables)
 
 
-@pytest.mark.parametrize("neck", NECKS)
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(
+    ("backbone", "neck"), [(LEVIT, "lc_pan"), (LEVIT, "csp_pan"), ("deit_micro", "lc_pan"), ("mvitv2_tiny", "csp_pan")]
+)
 def test_every_neck_and_head_goes_there_and_back(backbone, neck):
     model = small_picodet(backbone, neck=neck)
     variables = small.random_variables(model)
@@ -193,7 +194,8 @@ def test_with_their_backbones_the_sizes_are_the_published_ones(scale, channels, 
 @pytest.mark.parametrize(("name", "c", "n"), [("picodet_s", 96, 2), ("picodet_m", 128, 4), ("picodet_l", 160, 4)])
 def test_the_legacy_sizes(name, c, n):
     """ESNet is not written down here, so neck and head are counted by their description."""
-    params = get_variables(abstract_model(name, neck="csp_pan", backbone="mvitv2_tiny"))["params"]
+    arguments = {"neck": "csp_pan", "backbone": "mvitv2_tiny", "backbone_arguments": BACKBONES["mvitv2_tiny"]}
+    params = get_variables(abstract_model(name, **arguments))["params"]
 
     def pointwise(before, after):
         return before * after + 2 * after
@@ -202,20 +204,20 @@ def test_the_legacy_sizes(name, c, n):
         return 27 * width + pointwise(width, width)
 
     csp = 2 * pointwise(2 * c, c // 2) + pointwise(c // 2, c // 2) + dp(c // 2) + pointwise(c, c)
-    neck = sum(pointwise(width, c) for width in (192, 384, 768)) + 4 * csp + 4 * dp(c)
+    neck = sum(pointwise(width, c) for width in (16, 32, 64)) + 4 * csp + 4 * dp(c)
     assert count_parameters({"params": params["neck"]}) == neck
     assert count_parameters({"params": params["head"]}) == 4 * (n * dp(c) + (c + 1) * 112)
 
 
 def test_the_macs_of_neck_and_head():
-    costs = count_costs(abstract_model("picodet_s", neck="csp_pan", backbone="mvitv2_tiny", image_size=(160, 192)))
+    costs = count_costs(small_picodet("mvitv2_tiny", neck="csp_pan", neck_channels=96, num_convs=2, num_classes=80))
     p3, p4, p5, p6 = 20 * 24, 10 * 12, 5 * 6, 3 * 3
 
     def dp(width):
         return 25 * width + width**2
 
     csp = 2 * 192 * 48 + 48 * 48 + dp(48) + 96 * 96
-    neck = 96 * (192 * p3 + 384 * p4 + 768 * p5) + csp * (p4 + p3 + p4 + p5) + dp(96) * (p4 + p5 + 2 * p6)
+    neck = 96 * (16 * p3 + 32 * p4 + 64 * p5) + csp * (p4 + p3 + p4 + p5) + dp(96) * (p4 + p5 + 2 * p6)
     assert costs["neck"].macs == neck
     assert costs["head"].macs == (2 * dp(96) + 96 * 112) * (p3 + p4 + p5 + p6)
 
@@ -308,11 +310,11 @@ def test_the_switch_gives_the_same_boxes(backbone, neck):
 
 
 def test_the_switch_is_checked():
-    model = small_picodet(neck="csp_pan", image_size=(160, 160))
+    model = small_picodet("deit_micro", neck="csp_pan", image_size=160)
     images = small.random_images(batch=1, height=160, width=160)
     report = castling_jax.check_switch(model, small.random_variables(model), images, 0.02)
     assert report["max_difference_at_one"] <= 1e-5 < report["max_difference"]
-    assert report["densities"].shape == (5,)
+    assert report["densities"].shape == (1,)
 
 
 def test_a_detector_is_written_and_read(tmp_path):
