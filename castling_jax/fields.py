@@ -95,6 +95,14 @@ def one_of(*names: str) -> Values:
 
 TEXT = Values(str, "a text", lambda value: isinstance(value, str))
 FLAG = Values(bool, "True or False", lambda value: isinstance(value, bool))
+IMAGE_SIZE = Values(
+    object,
+    "a positive integer, or a height and a width",
+    lambda value: all(
+        _is_integer(side) and side > 0
+        for side in (value if isinstance(value, tuple | list) and len(value) == 2 else [value])
+    ),
+)
 SIZES = Values(
     object,
     "an integer or a tuple of integers",

@@ -18,7 +18,7 @@ from castling_jax import ops
 from castling_jax.errors import InputError, takes
 from castling_jax.models.attention.core import Kind
 from castling_jax.models.attention.kinds import KINDS
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.variables import MODEL, VARIABLES, Variables, bind, check_images
 from castling_jax.ops.angular import linear_angular_core
 from castling_jax.ops.castling import softmax_branch
@@ -49,7 +49,7 @@ _TERMS = {
 
 @takes(model=MODEL, variables=VARIABLES)
 def attention_maps(
-    model: Backbone,
+    model: Model,
     variables: Variables,
     images: Float[Array, "batch height width channels"],
     *,
@@ -114,7 +114,7 @@ def attention_maps(
     return forward(images, variables, mask_threshold)
 
 
-def _attentions(model: Backbone) -> list[Any]:
+def _attentions(model: Model) -> list[Any]:
     """The modules that have a core, in no particular order."""
     return [module for _, module in nnx.iter_modules(model) if hasattr(module, "core")]
 

@@ -21,7 +21,7 @@ from castling_jax.data.preprocess import named_images, read_image
 from castling_jax.data.transforms import EvalTransform
 from castling_jax.errors import InputError
 from castling_jax.fields import integer
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, features
 from castling_jax.storage import as_path
@@ -30,7 +30,7 @@ BATCH = 32
 BATCHES_AHEAD = 2  # batches that are read while another one is computed
 THREADS = 8
 Answer = list[tuple[str, float]]
-Forward = Callable[[Backbone, Variables, jax.Array], jax.Array]
+Forward = Callable[[Model, Variables, jax.Array], jax.Array]
 
 
 def predict(
@@ -90,14 +90,14 @@ def rank(probabilities: Float[np.ndarray, "classes"], names: Sequence[str], top:
 
 
 def class_probabilities(
-    model: Backbone, variables: Variables, images: Float[jax.Array, "batch height width channels"]
+    model: Model, variables: Variables, images: Float[jax.Array, "batch height width channels"]
 ) -> Float[jax.Array, "batch classes"]:
     """The model's probabilities: the softmax of its logits."""
     return jax.nn.softmax(apply(model, variables, images))
 
 
 def mean_features(
-    model: Backbone, variables: Variables, images: Float[jax.Array, "batch height width channels"]
+    model: Model, variables: Variables, images: Float[jax.Array, "batch height width channels"]
 ) -> Float[jax.Array, "batch channels"]:
     """The mean of the last stage's patch tokens, in float32, without a DeiT's class token."""
     return features(model, variables, images)[-1].astype(jnp.float32).mean((1, 2))

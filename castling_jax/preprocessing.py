@@ -5,14 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from castling_jax.errors import InputError, check_known
-from castling_jax.fields import FLAG, integer, number, numbers, one_of
+from castling_jax.fields import FLAG, IMAGE_SIZE, number, numbers, one_of
+from castling_jax.sizes import ImageSize, image_shape
 
 VALUES = {
-    "image_size": integer(1),
+    "image_size": IMAGE_SIZE,
     "channels": one_of("RGB"),
     "mean": numbers(3, "three finite numbers", lambda _: True),
     "std": numbers(3, "three finite numbers above 0", lambda values: min(values) > 0),
     "crop_ratio": number("(0, 1]"),
+    "crop_mode": one_of("center", "squash"),
     "interpolation": one_of("bicubic", "bilinear"),  # Pillow's, antialiased
     "exif": FLAG,
 }
@@ -22,16 +24,17 @@ VALUES = {
 class Preprocessing:
     """What evaluation does to an image.
 
-    The short side is resized to image_size / crop_ratio, and the central image_size x image_size pixels are cut out.
-    Then each channel, in [0, 1], becomes (value - mean) / std. An image that already has image_size x image_size
-    pixels is only normalised.
+    The image is resized to image_size / crop_ratio, and the central image_size pixels are cut out. Then each channel,
+    in [0, 1], becomes (value - mean) / std. An image that already has image_size is only normalised.
 
     Attributes:
-      image_size: height and width of the result in pixels.
+      image_size: size of the result in pixels: one number for height and width, or (height, width).
       channels: the result's channels, always "RGB". A grey image is repeated in all three; transparency is dropped.
       mean: each channel's mean, subtracted.
       std: each channel's standard deviation, a divisor.
-      crop_ratio: share of the short side that is kept.
+      crop_ratio: share of the resized image's side that is kept.
+      crop_mode: timm's name for the way an image is resized: "center" keeps its aspect ratio and covers the size, so
+        that what is beyond the size on one axis is cut off; "squash" gives it the aspect ratio of image_size.
       interpolation: "bicubic" or "bilinear".
       exif: whether an image is turned as its EXIF orientation says.
 
@@ -39,11 +42,12 @@ class Preprocessing:
       InputError: a value is out of range.
     """
 
-    image_size: int
+    image_size: ImageSize
     channels: str = "RGB"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     crop_ratio: float = 0.875
+    crop_mode: str = "center"
     interpolation: str = "bicubic"
     exif: bool = False
 
@@ -53,6 +57,13 @@ class Preprocessing:
         # JSON brings lists, and a frozen value with a list in it could not be hashed.
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+        if isinstance(self.image_size, list):
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) of the result in pixels."""
+        return image_shape(self.image_size)
 
     def to_dict(self) -> dict[str, Any]:
         """The attributes, plain enough for JSON."""

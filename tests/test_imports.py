@@ -9,7 +9,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "castling_jax"
-RANKS = {"suggestions": -1, "errors": 0, "tables": 0, "storage": 1, "fields": 1, "preprocessing": 2, "ops": 2}
+RANKS = {
+    "suggestions": -1,
+    "errors": 0,
+    "sizes": 0,
+    "tables": 0,
+    "storage": 1,
+    "fields": 1,
+    "preprocessing": 2,
+    "ops": 2,
+}
 RANKS |= {"models": 3, "data": 4, "convert": 4, "plots": 4, "maps": 4}
 RANKS |= {"tasks": 5, "predictions": 6, "probe": 7, "training": 7, "bench": 8, "compile_report": 9}
 RANKS |= {"doctor": 10, "tools": 11, "__main__": 12}

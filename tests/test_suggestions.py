@@ -5,7 +5,7 @@ import pytest
 import castling_jax
 from castling_jax.errors import check_known
 from castling_jax.models.attention.kinds import FORMS, KINDS
-from castling_jax.models.registry import DTYPES, MODELS
+from castling_jax.models.registry import DENSE_MODELS, DTYPES, MODELS
 from castling_jax.suggestions import SYNONYMS, suggest
 from castling_jax.training.config import FIELDS
 
@@ -83,7 +83,7 @@ def test_what_is_proposed_exists():
 def test_sentences(refuses):
     with refuses("unknown form 'eval': did you mean 'inference'? (known: train, inference)"):
         castling_jax.create_model("deit_micro", form="eval")
-    with refuses("unknown model 'resnet50' (known: deit_tiny, ", "mvitv2_base)."):
+    with refuses("unknown model 'resnet50' (known: deit_tiny, ", "mvitv2_base, picodet_s, picodet_m, picodet_l)."):
         castling_jax.create_model("resnet50")
     with refuses("unknown argument of deit_tiny 'img_size': did you mean 'image_size'?"):
         castling_jax.create_model("deit_tiny", img_size=32)
@@ -94,4 +94,4 @@ def test_sentences(refuses):
 
 
 def test_models_are_listed():
-    assert castling_jax.list_models() == list(MODELS)
+    assert castling_jax.list_models() == [*MODELS, *DENSE_MODELS]

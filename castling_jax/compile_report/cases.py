@@ -27,6 +27,7 @@ from castling_jax.models.layers import add_bias
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, get_variables
+from castling_jax.sizes import ImageSize, image_shape
 from castling_jax.storage import as_path
 from castling_jax.tasks.registry import task_of
 from castling_jax.tasks.task import Teacher
@@ -63,7 +64,7 @@ class Facts:
     Attributes:
       model: the model's name.
       attention: its attention.
-      image_size: pixels a side.
+      image_size: pixels a side, or (height, width).
       form: "train" for the training step, "inference" for the forward pass of the inference form.
       mesh: axis -> devices along it.
       images: images in one call, on all devices together.
@@ -74,7 +75,7 @@ class Facts:
 
     model: str
     attention: str
-    image_size: int
+    image_size: ImageSize
     form: str
     mesh: dict[str, int]
     images: int
@@ -234,7 +235,7 @@ def model(
         name, attention=attention, form=form, image_size=image_size, dtype=jnp.bfloat16, remat=remat, **words
     )
     size = built.spec.image_size
-    images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((batch, *image_shape(size), 3), jnp.float32)
     variables = get_variables(built)
     if form == "inference":
         return Case(functools.partial(apply, built), (variables, images))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from castling_jax.compile_report.chips import chip_of
 from castling_jax.compile_report.figures import KernelFigures, RecipeReport, Report
 from castling_jax.compile_report.pod import HONEST, Caveats, DoesNotFit, PodReport, Sweep, TokenStep
+from castling_jax.sizes import size_text
 from castling_jax.tables import Row, aligned
 from castling_jax.training.timing import significant
 
@@ -63,7 +64,7 @@ def describe_pod(pod: PodReport, top: int) -> str:
             facts = next(iter(reports.values())).facts
             mesh = ", ".join(f"{axis} {size}" for axis, size in facts.mesh.items())
             lines.append(
-                f"  {facts.model}, {facts.image_size} pixels; mesh {mesh}; {facts.images:,} images, "
+                f"  {facts.model}, {size_text(facts.image_size)}; mesh {mesh}; {facts.images:,} images, "
                 f"{facts.images_per_device:g} a chip"
             )
             lines += aligned(_rows(reports, chip_of(pod.topology).hbm_gigabytes))

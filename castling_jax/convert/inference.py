@@ -15,7 +15,7 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Float
 from castling_jax.convert.batchnorm import compute, fold_batch_norms
 from castling_jax.errors import InputError, check_known, takes
 from castling_jax.models.attention.kinds import KINDS
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import COLLECTIONS, MODEL, VARIABLES, Variables, apply
 from castling_jax.ops.checks import concrete_threshold
@@ -89,9 +89,23 @@ def _cast(leaf: Any, dtype: np.dtype) -> Any:
     return compute(lambda leaf: leaf.astype(dtype), leaf)
 
 
+def largest_difference(outputs: Any, others: Any, longer_side: int) -> Float[Array, ""]:
+    """The largest absolute difference between two forms' outputs.
+
+    Logits, a lone array, are compared as they are. In a dict each array's difference is divided by max(1, the largest
+    magnitude in `others`), and that of "boxes" by the image's longer side, in pixels.
+    """
+    if not isinstance(outputs, Mapping):
+        return jnp.max(jnp.abs(outputs - others))
+    scales = {name: jnp.maximum(1, jnp.max(jnp.abs(other))) for name, other in others.items()}
+    if "boxes" in scales:
+        scales["boxes"] = jnp.float32(longer_side)
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(outputs[name] - others[name])) / scales[name] for name in scales]))
+
+
 @takes(model=MODEL, variables=VARIABLES)
 def check_switch(
-    model: Backbone,
+    model: Model,
     variables: Variables,
     images: Float[Array, "batch height width channels"],
     mask_threshold: ArrayLike,
@@ -105,7 +119,8 @@ def check_switch(
       mask_threshold: the threshold that training has reached.
 
     Returns:
-      {"max_difference": the largest absolute difference between the two forms' logits at that threshold,
+      {"max_difference": the largest difference between the two forms' outputs at that threshold, as
+       `largest_difference` has it,
        "densities": [layers], the share of softmax weights still kept there,
        "max_difference_at_one": the same difference at threshold 1, where the mask is empty: only float32's rounding.
        A LeViT that computes in bfloat16 shows bfloat16's rounding, a few hundredths, because folding batch norm into
@@ -126,11 +141,11 @@ def check_switch(
 
     @jax.jit
     def compare(variables, images, thresholds):
-        inference_logits = apply(inference_model, to_inference(variables), images)
+        inference_outputs = apply(inference_model, to_inference(variables), images)
         differences, densities = [], None
         for threshold in thresholds:
-            logits, kept = apply(model, variables, images, mask_threshold=threshold, return_densities=True)
-            differences.append(jnp.max(jnp.abs(logits - inference_logits)))
+            outputs, kept = apply(model, variables, images, mask_threshold=threshold, return_densities=True)
+            differences.append(largest_difference(outputs, inference_outputs, max(images.shape[1:3])))
             densities = kept if densities is None else densities
         return differences, densities
 

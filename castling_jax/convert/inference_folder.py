@@ -26,10 +26,11 @@ from castling_jax.convert.inference import to_inference
 from castling_jax.convert.run_folder import CONFIG_FILE, INFERENCE
 from castling_jax.convert.shipped import locate
 from castling_jax.errors import InputError, about, check_known, reason, refusing, takes
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.registry import DTYPES, abstract_model
 from castling_jax.models.variables import MODEL, VARIABLES, Variables, apply, flatten, leaves_of, unflatten
 from castling_jax.preprocessing import Preprocessing
+from castling_jax.sizes import image_shape, size_text
 from castling_jax.storage import (
     as_path,
     copy_folder,
@@ -72,7 +73,7 @@ class Description:
 @takes(model=MODEL, variables=VARIABLES)
 def save_inference(
     path: str | os.PathLike,
-    model: Backbone,
+    model: Model,
     variables: Variables,
     *,
     format: str = "safetensors",
@@ -156,7 +157,7 @@ def save_inference(
             folder.rmdir()
 
 
-def load_inference(path: str | os.PathLike) -> tuple[Backbone, Variables]:
+def load_inference(path: str | os.PathLike) -> tuple[Model, Variables]:
     """Reads an inference folder, such as the `inference/` of a run.
 
     Args:
@@ -242,10 +243,11 @@ def _where_it_is(folder: epath.Path) -> str:
 def _check_meaning(arguments: dict[str, Any], preprocessing: Preprocessing | None, classes: Any) -> None:
     """Raises an InputError unless preprocessing and classes, if stated, fit a model with these arguments."""
     size, channels, count = arguments.get("image_size"), arguments.get("in_chans", 3), arguments.get("num_classes")
+    size = tuple(size) if isinstance(size, list) else size
     if preprocessing is not None and (preprocessing.image_size, len(preprocessing.channels)) != (size, channels):
         raise InputError(
-            f"the preprocessing makes images of {preprocessing.image_size} pixels and {len(preprocessing.channels)} "
-            f"channels, and the model takes {size} and {channels}."
+            f"the preprocessing makes images of {size_text(preprocessing.image_size)} and "
+            f"{len(preprocessing.channels)} channels, and the model takes {size} and {channels}."
         )
     if classes is None:
         return
@@ -256,7 +258,7 @@ def _check_meaning(arguments: dict[str, Any], preprocessing: Preprocessing | Non
 
 
 @takes(model=MODEL, variables=VARIABLES)
-def export_program(model: Backbone, variables: Variables) -> bytes:
+def export_program(model: Model, variables: Variables) -> bytes:
     """The inference form's forward pass as serialised StableHLO, with the weights inside.
 
     One program serves all PLATFORMS and any number of images. `jax.export.deserialize(data).call(images)` turns images
@@ -264,7 +266,7 @@ def export_program(model: Backbone, variables: Variables) -> bytes:
     than the one that exported the program.
     """
     # A program for several platforms cannot contain a kernel for one of them.
-    plain = abstract_model(**model.spec.arguments(form="inference", implementation="xla"))
+    plain = abstract_model(**model.spec.with_backbone(implementation="xla") | {"form": "inference"})
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *_image_shape(model)), jnp.float32)
     # An inner jit takes the variables as arguments. As constants they would be cast while tracing, and stored widened.
@@ -273,9 +275,8 @@ def export_program(model: Backbone, variables: Variables) -> bytes:
     return bytes(program(images).serialize())
 
 
-def _image_shape(model: Backbone) -> tuple[int, int, int]:
-    size = model.spec.image_size
-    return size, size, model.spec.arguments().get("in_chans", 3)
+def _image_shape(model: Model) -> tuple[int, int, int]:
+    return *image_shape(model.spec.image_size), model.in_chans
 
 
 def _save_orbax(path: Path, variables: Variables) -> None:

@@ -9,6 +9,7 @@ from etils import epath
 
 from castling_jax.errors import InputError, about, refusing
 from castling_jax.preprocessing import Preprocessing
+from castling_jax.sizes import ImageSize
 from castling_jax.storage import write_atomically
 
 CONFIG_FILE = "config.json"
@@ -66,13 +67,13 @@ def start_threshold(mask: Mapping[str, Any]) -> float:
     return START_THRESHOLDS[mask.get("kind", "threshold")] if start is None else float(start)
 
 
-def preprocessing_of(config: Mapping[str, Any], image_size: int) -> Preprocessing:
+def preprocessing_of(config: Mapping[str, Any], image_size: ImageSize) -> Preprocessing:
     """The preprocessing of a run's evaluation, from its configuration or its config.json.
 
     Fields that an earlier version's config.json lacks get `Preprocessing`'s defaults.
     """
     data = config["dataset"]
-    names = ("mean", "std", "crop_ratio", "exif")
+    names = ("mean", "std", "crop_ratio", "crop_mode", "exif")
     return Preprocessing(image_size, **{name: data[name] for name in names if name in data})
 
 

@@ -19,8 +19,8 @@ from castling_jax.convert.inference import SOFTMAX_BRANCH
 from castling_jax.convert.names import listed, timm_state_dict
 from castling_jax.errors import InputError, printable, takes
 from castling_jax.models.attention.kinds import KINDS
-from castling_jax.models.backbone import Backbone
 from castling_jax.models.levit import LeViT, fit_bias_table
+from castling_jax.models.model import Model
 from castling_jax.models.position import resize_position_embedding, resize_relative_positions
 from castling_jax.models.variables import MODEL, VARIABLES, Variables, flatten, get_variables, leaves_of, unflatten
 
@@ -41,7 +41,7 @@ _LAYER_SCALE = re.compile(r"(^|\.)(ls[12]?\.gamma|gamma_[12]|lambda_[12]|layer_s
 
 @takes(model=MODEL)
 def from_torch(
-    model: Backbone, state_dict: Mapping[str, Any], *, reset_head: bool = False, ema: bool | None = None
+    model: Model, state_dict: Mapping[str, Any], *, reset_head: bool = False, ema: bool | None = None
 ) -> Variables:
     """Variables for `model` from a state dict under timm 1.0's names, or others that `read_state_dict` translates.
 
@@ -68,17 +68,18 @@ def from_torch(
         weights; names are missing or unknown; shapes do not fit; or arrays are not finite floating-point numbers. The
         message lists the arrays.
     """
-    _check_form(model)
+    check_form(model)
     remaining = timm_state_dict(state_dict, "a state dict", ema=ema)
     leaves: dict[str, jax.Array] = {}
-    missing, misshapen, unusable, at_zero, unused = [], [], [], [], []
+    missing, misshapen, at_zero, unused = [], [], [], []
+    taken: dict[str, np.ndarray] = {}
     at_zero_here = _TAPS + _POOLS * ("qkv_pool" in dict(model.spec.overrides))
     for path, leaf in flatten(get_variables(model)).items():
         name, shape = _torch_name(path), _torch_shape(path, leaf.shape)
         value = remaining.pop(name, None)
         fitted = value if value is None or value.shape == shape else _fit(model, path, value, leaf.shape)
         if value is not None and fitted is not None and fitted.shape == shape:
-            unusable += _unusable(name, value)
+            taken[name] = value
             order = _row_order(model, path)
             fitted = fitted if order is None else fitted[order]
             # A copy: on a CPU, asarray may share memory with a torch model that is still training.
@@ -96,10 +97,8 @@ def from_torch(
     if KINDS[model.spec.attention].tables is None:
         unused = sorted(name for name in remaining if name.split(".")[-1] in _SOFTMAX_ONLY)
     unknown = [repr(name) for name in sorted(remaining.keys() - unused)]
-    if missing or unknown or misshapen:
-        raise InputError(_misfit(model, missing, unknown, misshapen))
-    if unusable:
-        raise InputError(f"the state dict holds {len(unusable)} arrays that are no weights: {listed(unusable)}.")
+    check_fit(model.spec.name, missing, unknown, misshapen, _hints(model.spec.name, unknown, misshapen))
+    check_weights(taken)
     if at_zero:
         logging.getLogger(__name__).warning(
             "%d token kernels are not in the state dict and start at zero, as in a new model: %s",
@@ -115,17 +114,29 @@ def from_torch(
     return unflatten(leaves)
 
 
-def _misfit(model: Backbone, missing: list[str], unknown: list[str], misshapen: list[str]) -> str:
-    """Everything that does not fit between a state dict and this model, in one sentence."""
-    name = model.spec.name
+def _hints(name: str, unknown: list[str], misshapen: list[str]) -> list[str]:
+    """Likely reasons why names or shapes do not fit a classifier."""
+    hints = []
+    if scales := [text for text in unknown if _LAYER_SCALE.search(text.strip("'"))]:
+        hints.append(f"{scales[0]} belongs to layer scale, which DeiT III has and {name} does not")
+    if any(text.startswith("'head") for text in misshapen):
+        hints.append("reset_head=True starts classifiers of another number of classes anew")
+    return hints
+
+
+def check_fit(name: str, missing: list[str], unknown: list[str], misshapen: list[str], hints: list[str]) -> None:
+    """Raises an InputError that lists everything in a state dict that does not fit the model."""
     parts = [f"it lacks {len(missing)} of the model's tensors: {listed(missing)}"] if missing else []
     parts += [f"it holds {len(unknown)} that {name} does not have: {listed(unknown)}"] if unknown else []
     parts += [f"it holds {len(misshapen)} of another shape: {listed(misshapen)}"] if misshapen else []
-    if scales := [text for text in unknown if _LAYER_SCALE.search(text.strip("'"))]:
-        parts.append(f"{scales[0]} belongs to layer scale, which DeiT III has and {name} does not")
-    if any(text.startswith("'head") for text in misshapen):
-        parts.append("reset_head=True starts classifiers of another number of classes anew")
-    return f"the state dict does not fit {name}: {'; '.join(parts)}."
+    if parts:
+        raise InputError(f"the state dict does not fit {name}: {'; '.join([*parts, *hints])}.")
+
+
+def check_weights(arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises an InputError unless all arrays of a state dict hold finite floating-point numbers."""
+    if unusable := [text for name, value in arrays.items() for text in _unusable(name, value)]:
+        raise InputError(f"the state dict holds {len(unusable)} arrays that are no weights: {listed(unusable)}.")
 
 
 def _unusable(name: str, value: np.ndarray) -> list[str]:
@@ -137,13 +148,13 @@ def _unusable(name: str, value: np.ndarray) -> list[str]:
 
 
 @takes(model=MODEL, variables=VARIABLES)
-def to_torch(model: Backbone, variables: Variables) -> dict[str, np.ndarray]:
+def to_torch(model: Model, variables: Variables) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`: timm 1.0's names -> float32 numpy arrays, which are copies.
 
     Raises:
       InputError: the model is in inference form, or the variables are not this model's.
     """
-    _check_form(model)
+    check_form(model)
     leaves_of(model, variables)
     state_dict = {}
     for path, leaf in flatten(variables).items():
@@ -154,7 +165,8 @@ def to_torch(model: Backbone, variables: Variables) -> dict[str, np.ndarray]:
     return state_dict
 
 
-def _check_form(model: Backbone) -> None:
+def check_form(model: Model) -> None:
+    """Raises an InputError unless the model is in training form."""
     if model.spec.form != "train":
         raise InputError('a model in inference form is folded: convert with form="train", then use to_inference.')
 
@@ -165,7 +177,7 @@ def _torch_name(path: str) -> str:
     return ".".join([*modules, _LEAF_NAMES.get(leaf, leaf)])
 
 
-def _row_order(model: Backbone, path: str) -> np.ndarray | None:
+def _row_order(model: Model, path: str) -> np.ndarray | None:
     """For LeViT's fused projections: the index of timm's row for each of our rows. None for other parameters.
 
     Our rows are ordered by q, k, v first and then by head; timm's by head first and then by q, k, v.
@@ -174,12 +186,16 @@ def _row_order(model: Backbone, path: str) -> np.ndarray | None:
     fused = {"qkv", "kv"} & set(modules)
     if not isinstance(model, LeViT) or not fused:
         return None
-    attention: Any = model
-    for name in modules[: modules.index(fused.pop())]:
-        attention = attention[int(name)] if name.isdigit() else getattr(attention, name)
+    attention = _module_at(model, modules[: modules.index(fused.pop())])
     rows = np.arange(attention.num_heads * sum(attention.fused_dims)).reshape(attention.num_heads, -1)
     parts = np.split(rows, np.cumsum(attention.fused_dims)[:-1], axis=1)
     return np.concatenate([part.ravel() for part in parts])
+
+
+def _module_at(model: Any, names: list[str]) -> Any:
+    for name in names:
+        model = model[int(name)] if name.isdigit() else getattr(model, name)
+    return model
 
 
 def _from_torch_layout(path: str, value: np.ndarray, ndim: int) -> np.ndarray:
@@ -214,7 +230,8 @@ def _fit(model: Any, path: str, value: np.ndarray, shape: tuple[int, ...]) -> np
     if path.endswith(("/rel_pos_h", "/rel_pos_w")) and value.ndim == 2 and value.shape[0] % 2 == 1:
         return np.asarray(resize_relative_positions(jnp.asarray(value), shape[0]))
     if path.endswith("/attention_biases") and value.ndim == 2:
-        side, new_side = math.isqrt(value.shape[1]), math.isqrt(shape[1])
+        side = math.isqrt(value.shape[1])
         if side and side * side == value.shape[1]:
-            return fit_bias_table(value, (side, side), (new_side, new_side))
+            modules = [name for name in path.split("/")[1:-1] if name != SOFTMAX_BRANCH]
+            return fit_bias_table(value, (side, side), _module_at(model, modules).table_grid)
     return value

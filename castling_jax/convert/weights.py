@@ -24,7 +24,7 @@ from castling_jax.convert.run_folder import (
 from castling_jax.convert.shipped import locate, shipped_names
 from castling_jax.convert.torch import to_torch
 from castling_jax.errors import InputError
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, flatten, leaves_of
 from castling_jax.preprocessing import Preprocessing
@@ -56,7 +56,7 @@ class Weights:
 
     path: epath.Path
     variables: Variables
-    model: Backbone | None = None
+    model: Model | None = None
     config: dict[str, Any] | None = None
     mask_threshold: float | None = None
     step: int | None = None

@@ -97,10 +97,9 @@ def size_of(image: Any, preprocessing: Preprocessing) -> Size:
 
 def evaluation_view(size: Size, preprocessing: Preprocessing) -> View:
     """Evaluation's view of an image: the whole image if it has the model's size, else its resized center."""
-    side = preprocessing.image_size
-    if size == (side, side):
-        return View((0, 0, side, side), size)
-    return View(center_crop_box(size, side, preprocessing.crop_ratio), (side, side))
+    if size == preprocessing.shape:
+        return View((0, 0, *size), size)
+    return View(center_crop_box(size, preprocessing), preprocessing.shape)
 
 
 def random_resized_crop_box(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> Box:
@@ -126,14 +125,19 @@ def random_resized_crop_box(size: tuple[int, int], scale: tuple[float, float], r
     return (height - down) // 2, (width - across) // 2, down, across
 
 
-def center_crop_box(size: tuple[int, int], side: int, crop_ratio: float) -> Box:
-    """The box that becomes side x side if the short side is resized to side / crop_ratio and the center is cut out.
+def center_crop_box(size: Size, preprocessing: Preprocessing) -> Box:
+    """The part of an image of this size that evaluation sees, resized and cut out as `Preprocessing` says.
 
     Sizes are rounded as in torchvision's Resize and CenterCrop, which timm's evaluation uses.
     """
-    height, width = size
-    short = math.floor(side / crop_ratio)
-    down, across = (int(short * length / min(size)) for length in size)
-    top, left = round((down - side) / 2), round((across - side) / 2)
+    (height, width), result = size, preprocessing.shape
+    down, across = (math.floor(side / preprocessing.crop_ratio) for side in result)
+    if preprocessing.crop_mode == "center":
+        # The axis that needs the larger scale decides; int() rounds the other side down, as torchvision does.
+        if down / height >= across / width:
+            across = int(down * width / height)
+        else:
+            down = int(across * height / width)
+    top, left = round((down - result[0]) / 2), round((across - result[1]) / 2)
     # Back from pixels of the resized image to pixels of the original, so that one filter does crop and resize.
-    return top * height / down, left * width / across, side * height / down, side * width / across
+    return top * height / down, left * width / across, result[0] * height / down, result[1] * width / across

@@ -4,13 +4,12 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Key
 
-from castling_jax.errors import InputError
 from castling_jax.models.attention.core import Core
 from castling_jax.models.layers import Layers
+from castling_jax.models.model import Model
+from castling_jax.sizes import ImageSize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,8 +17,8 @@ class BackboneConfig:
     """The constructor words of every backbone; each family adds its own. They are timm's where timm has them.
 
     Attributes:
-      num_classes: size of the classifier's output.
-      image_size: pixels a side.
+      num_classes: size of the classifier's output; 0 is a backbone without a classifier, for its feature maps alone.
+      image_size: pixels a side, or (height, width).
       in_chans: channels of an image.
       mlp_ratio: width of an MLP's hidden layer, as a multiple of its input's width.
       drop_path_rate: probability that a sample skips a residual branch in training.
@@ -31,7 +30,7 @@ class BackboneConfig:
     """
 
     num_classes: int = 1000
-    image_size: int = 224
+    image_size: ImageSize = 224
     in_chans: int = 3
     mlp_ratio: float = 4.0
     drop_path_rate: float = 0.0
@@ -42,27 +41,8 @@ class BackboneConfig:
     mask_kind: str = "threshold"
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelSpec:
-    """What a model was made from: enough to make it again, in either form."""
-
-    name: str
-    attention: str
-    form: str
-    num_classes: int
-    image_size: int
-    dtype: str
-    param_dtype: str
-    overrides: tuple[tuple[str, Any], ...]
-
-    def arguments(self, **changes: Any) -> dict[str, Any]:
-        """The arguments of `create_model`, plain enough for JSON, with `changes` among them."""
-        arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return arguments | dict(arguments.pop("overrides")) | changes
-
-
-class Backbone(nnx.Module):
-    """A classifier of images of `in_chans` channels; `create_model` sets `spec`.
+class Backbone(Model):
+    """A classifier, or with 0 classes what a detector or a segmenter stands on: its maps, with no head.
 
     Args:
       config: the sizes.
@@ -70,31 +50,22 @@ class Backbone(nnx.Module):
       layers: makes the layers.
 
     Attributes:
-      task: the task that the model is for, by its name in tasks/registry.py.
       takes_modules: whether an attention kind may bring a module of its own in the place of multi-head attention.
+      stem_maps: how many of the feature maps come before the first stage.
+      feature_strides: pixels a side of a position of each feature map, finest first; a pair (height, width) where the
+        two differ.
+      feature_channels: channels of each feature map.
     """
 
     task: ClassVar[str] = "classification"
     takes_modules: ClassVar[bool] = False
-    spec: ModelSpec
-    in_chans: int
+    batch_axis: ClassVar[int] = 1
+    stem_maps: ClassVar[int] = 0
+    feature_strides: tuple[int | tuple[int, int], ...]
+    feature_channels: tuple[int, ...]
 
     def __init__(self, config: Any, core: Core, layers: Layers):
         raise NotImplementedError
-
-    def __call__(
-        self,
-        images: Float[Array, "batch height width channels"],
-        *,
-        mask_threshold: ArrayLike | None = None,
-        key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "batch classes"], Float[Array, "layers"]]:
-        """Logits in float32, the mean of the heads', and the mask density of each layer.
-
-        Arguments and errors are those of `head_logits`.
-        """
-        logits, densities = self.head_logits(images, mask_threshold=mask_threshold, key=key)
-        return logits.mean(axis=0), densities
 
     def head_logits(
         self,
@@ -114,40 +85,32 @@ class Backbone(nnx.Module):
         encoded, densities = self._encode(self._checked(images), mask_threshold, key)
         return self._classify(encoded, densities, training=key is not None)
 
-    def features(
+    training_outputs = head_logits
+
+    def results(self, outputs: Float[Array, "heads batch classes"]) -> Float[Array, "batch classes"]:
+        """The mean of the heads' logits."""
+        return outputs.mean(axis=0)
+
+    def feature_maps(
         self,
         images: Float[Array, "batch height width channels"],
         *,
         mask_threshold: ArrayLike | None = None,
         key: Key[Array, ""] | None = None,
-    ) -> list[Float[Array, "batch height width channels"]]:
-        """What a detector or segmenter takes: one array [batch, height, width, channels] for each stage.
+    ) -> tuple[list[Float[Array, "batch height width channels"]], Float[Array, "layers"]]:
+        """What a detector or a segmenter reads, one map for each of `feature_strides`, and the mask densities.
 
-        DeiT has one entry, the patches' tokens after the last norm. LeViT has the tokens after each stage, at strides
-        of 16, 32 and 64 pixels. MViTv2 has them too, at strides of 4, 8, 16 and 32; the last are not yet normed.
-        Arguments and errors are those of `head_logits`.
+        DeiT has one map, the patches' tokens after the last norm. LeViT has the stem's third convolution at a stride
+        of 8 pixels and the tokens after each stage, at 16, 32 and 64. MViTv2 has the tokens after each stage, at 4, 8,
+        16 and 32, which are not yet normed. Arguments and errors are those of `head_logits`.
         """
-        encoded, _ = self._encode(self._checked(images), mask_threshold, key)
-        return self._maps(encoded)
+        return self._maps(*self._encode(self._checked(images), mask_threshold, key))
 
-    def __repr__(self) -> str:
-        spec = getattr(self, "spec", None)
-        if spec is None:
-            return type(self).__name__
-        words = [f"{word}={value!r}" for word, value in spec.arguments().items() if word != "name"]
-        return f"{type(self).__name__}({spec.name!r}, {', '.join(words)})"
-
-    def _checked(self, images: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise InputError(
-                f"images must be floating-point numbers that were normalised, not {images.dtype}: "
-                "castling_jax.preprocess makes them of files and of pixels."
-            )
-        if isinstance(jax.tree.leaves(nnx.state(self, nnx.Param))[0], jax.ShapeDtypeStruct):
-            raise InputError("this model holds shapes alone: castling_jax.apply(model, variables, images) computes.")
-        if images.shape[3] != self.in_chans:
-            raise InputError(f"images must have {self.in_chans} channels, not {images.shape[3]}.")
-        return images
+    def features(
+        self, images: Float[Array, "batch height width channels"], *, mask_threshold: ArrayLike | None = None
+    ) -> list[Float[Array, "batch height width channels"]]:
+        maps, _ = self.feature_maps(images, mask_threshold=mask_threshold)
+        return maps[self.stem_maps :]
 
     def _encode(self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None) -> tuple[Any, Any]:
         """All but the heads: what `_classify` and `_maps` take, and the mask densities."""
@@ -157,6 +120,6 @@ class Backbone(nnx.Module):
         """The heads: what `head_logits` returns."""
         raise NotImplementedError
 
-    def _maps(self, encoded: Any) -> list[jax.Array]:
-        """What `features` returns."""
+    def _maps(self, encoded: Any, densities: Any) -> tuple[list[jax.Array], jax.Array]:
+        """What `feature_maps` returns."""
         raise NotImplementedError

@@ -1,7 +1,7 @@
 """DeiT, the plain vision transformer (Touvron et al., ICML 2021), with any kind of attention."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from castling_jax.models.layers import (
     torch_bias_init,
 )
 from castling_jax.models.position import resize_position_embedding
+from castling_jax.sizes import image_shape
 
 QKV_POOLS = ("3x3",)
 
@@ -118,7 +119,7 @@ class DeiT(Backbone):
         self.patch_size = config.patch_size
         self.remat = config.remat
         self.in_chans = config.in_chans
-        self.grid = patch_grid((config.image_size, config.image_size), config.patch_size, "the patch")
+        self.grid = patch_grid(image_shape(config.image_size), config.patch_size, "the patch")
         self.prefix_tokens = 2 if config.distilled else 1
         self.patch_embed = PatchEmbed(config, layers)
         self.cls_token = layers.embedding(1, 1, dim)
@@ -136,8 +137,10 @@ class DeiT(Backbone):
             Block(config, core, layers, drop_path_rate=rate) for core, rate in zip(cores, rates, strict=True)
         )
         self.norm = layers.layer_norm(dim)
-        self.head = layers.linear(dim, classes)
-        self.head_dist = layers.linear(dim, classes) if config.distilled else None
+        self.head: Any = layers.linear(dim, classes) if classes else None
+        self.head_dist = layers.linear(dim, classes) if classes and config.distilled else None
+        self.feature_strides = (config.patch_size,)
+        self.feature_channels = (dim,)
 
     def _encode(
         self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None
@@ -172,6 +175,6 @@ class DeiT(Backbone):
                 logits.append(self.head_dist(x[:, 1]))
         return jnp.stack(logits).astype(jnp.float32), densities
 
-    def _maps(self, encoded):
+    def _maps(self, encoded, densities):
         x, grid = encoded
-        return [x[:, self.prefix_tokens :].reshape(x.shape[0], *grid, x.shape[2])]
+        return [x[:, self.prefix_tokens :].reshape(x.shape[0], *grid, x.shape[2])], densities

@@ -8,10 +8,11 @@ from typing import Any
 
 from castling_jax.errors import InputError, takes
 from castling_jax.models.attention.kinds import FORMS
-from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import Cost, count_costs
-from castling_jax.models.registry import MODELS, abstract_model, attentions_of
+from castling_jax.models.model import Model
+from castling_jax.models.registry import abstract_model, attentions_of, list_models
 from castling_jax.models.variables import MODEL, count_parameters, flatten, get_variables
+from castling_jax.sizes import image_shape
 from castling_jax.tables import aligned
 
 # What the tables call a part; a registered attention's part has its own name.
@@ -35,6 +36,8 @@ PART_NAMES = {
     "token_kernel": "token kernel's taps",
     "proj": "output projections",
     "mlp": "MLPs",
+    "pyramid": "pyramid of one map",
+    "neck": "neck",
     "head": "heads",
     "other": "other",
 }
@@ -53,7 +56,7 @@ class Size:
         return sum(self.parts.values(), Cost())
 
 
-def measure(model: Backbone) -> Size:
+def measure(model: Model) -> Size:
     """The model's parameters, and the cost of one image of its own size."""
     return Size(count_parameters(get_variables(model)), count_costs(model))
 
@@ -83,7 +86,7 @@ class Module:
     parameters: int
 
 
-def list_modules(model: Backbone) -> list[Module]:
+def list_modules(model: Model) -> list[Module]:
     """The parameters by module. Blocks that hold the same are one entry."""
     shapes: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
     for path, leaf in flatten(get_variables(model)["params"]).items():
@@ -117,7 +120,7 @@ def _joint_path(holders: list[tuple[str, ...]]) -> str:
 
 
 @takes(model=MODEL)
-def describe(model: Backbone) -> str:
+def describe(model: Model) -> str:
     """What a model is made of and what it costs, for a person: parameters, MACs and activations.
 
     One table has the model with every attention that takes its arguments, one the parts of the model, and one its
@@ -143,8 +146,9 @@ def describe(model: Backbone) -> str:
     parameters.append(("all", "", f"{chosen.parameters:,}"))
 
     spec, variables = model.spec, get_variables(model)
+    height, width = image_shape(spec.image_size)
     text = [
-        f"{name}, {spec.image_size} x {spec.image_size} pixels, {spec.num_classes:,} classes"
+        f"{name}, {height} x {width} pixels, {spec.num_classes:,} classes"
         + "".join(f", {word}={value!r}" for word, value in spec.overrides),
         "\n".join(aligned(comparison, "llr")),
         f"{attention}, form {form}: one image's forward pass",
@@ -164,7 +168,7 @@ def describe_all() -> Iterator[str]:
     """A line for each model as softmax model and in castling's two forms, below a header."""
     widths = (14, 22, 14, 14, 14)
     yield from aligned([("model", "attention", *SIZE_HEADER)], "llr", widths=widths)
-    for name in MODELS:
+    for name in list_models():
         for attention, form in [("softmax", "train"), ("castling", "train"), ("castling", "inference")]:
             size = measure(abstract_model(name, attention=attention, form=form))
             kind = f"castling, {form}" if attention == "castling" else attention

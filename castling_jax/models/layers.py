@@ -41,6 +41,7 @@ class Layers:
       param_dtype: dtype of the parameters.
       rngs: where the parameters are drawn from.
       init_std: standard deviation of the normal that the dense layers' matrices start from.
+      kernel_init: what layers with batch norm start from.
       folded: whether batch norm is folded into the layer beside it, as in inference form.
     """
 
@@ -48,6 +49,7 @@ class Layers:
     param_dtype: jnp.dtype
     rngs: nnx.Rngs
     init_std: float = DEIT_STD
+    kernel_init: jax.nn.initializers.Initializer = TORCH_INIT
     folded: bool = False
 
     @property
@@ -244,24 +246,32 @@ class BatchNorm(nnx.BatchNorm):
 
 
 class ConvNorm(nnx.Module):
-    """A 3 x 3 convolution of stride 2, then batch norm; with folded layers the two are one, with a bias."""
+    """A convolution with a square kernel, then batch norm; with folded layers the two are one, with a bias."""
 
-    def __init__(self, features_in: int, features_out: int, layers: Layers):
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        layers: Layers,
+        *,
+        kernel_size: int = 3,
+        stride: int = 2,
+    ):
         self.linear = nnx.Conv(
             features_in,
             features_out,
-            (3, 3),
-            strides=(2, 2),
-            padding=((1, 1), (1, 1)),
+            (kernel_size, kernel_size),
+            strides=(stride, stride),
+            padding=((kernel_size // 2, kernel_size // 2),) * 2,
             use_bias=layers.folded,
-            kernel_init=TORCH_INIT,
+            kernel_init=layers.kernel_init,
             **layers.flax,
         )
         self.bn = None if layers.folded else BatchNorm(features_out, layers)
 
     def __call__(
         self, x: Float[Array, "batch height width channels"], *, training: bool
-    ) -> Float[Array, "batch half_height half_width features"]:
+    ) -> Float[Array, "batch strided_height strided_width features"]:
         x = self.linear(x)
         return x if self.bn is None else self.bn.normalize(x, training)
 
@@ -273,11 +283,11 @@ class LinearNorm(nnx.Module):
     """
 
     def __init__(self, features_in: int, features_out: int, layers: Layers, *, bn_scale: float = 1.0):
-        folded = layers.folded
-        self.linear = nnx.Linear(features_in, features_out, use_bias=folded, kernel_init=TORCH_INIT, **layers.flax)
+        folded, init = layers.folded, layers.kernel_init
+        self.linear = nnx.Linear(features_in, features_out, use_bias=folded, kernel_init=init, **layers.flax)
         self.bn = None if folded else BatchNorm(features_out, layers, scale=bn_scale)
 
-    def __call__(self, x: Float[Array, "batch tokens channels"], *, training: bool) -> Float[Array, "batch tokens _"]:
+    def __call__(self, x: Float[Array, "*batch channels"], *, training: bool) -> Float[Array, "*batch _"]:
         x = self.linear(x)
         return x if self.bn is None else self.bn.normalize(x, training)
 

@@ -5,7 +5,7 @@ Batch norm follows every linear layer and convolution; at inference it is folded
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from castling_jax.models.layers import (
     run_block,
 )
 from castling_jax.ops.tokens import select_tokens
+from castling_jax.sizes import image_shape
 
 STEM_STRIDE = 16
 # Value channels for each key channel; and the MLP's ratio where the grid shrinks, whatever mlp_ratio is (as in timm).
@@ -68,9 +69,10 @@ class Stem(nnx.Module):
 
     @jax.named_scope("stem")
     def __call__(self, x, *, training):
+        """The third convolution's output, after its Hardswish, and the fourth's."""
         for conv in (self.conv1, self.conv2, self.conv3):
             x = jax.nn.hard_swish(conv(x, training=training))
-        return self.conv4(x, training=training)
+        return x, self.conv4(x, training=training)
 
 
 class Projection(nnx.Module):
@@ -279,6 +281,8 @@ class LeViT(Backbone):
       InputError: image_size is no multiple of the stem's stride, or the stages' sizes do not fit each other.
     """
 
+    stem_maps: ClassVar[int] = 1
+
     def __init__(self, config: LeViTConfig, core: Core, layers: Layers):
         widths, classes = config.embed_dim, config.num_classes
         _check_stages(embed_dim=widths, depth=config.depth, num_heads=config.num_heads)
@@ -287,25 +291,27 @@ class LeViT(Backbone):
         check_at_most("key_dim", config.key_dim, min(widths), f"the least of {widths}")
         self.in_chans = config.in_chans
         self.stem = Stem(config, layers)
-        grid = patch_grid((config.image_size, config.image_size), STEM_STRIDE, "the stem's stride")
+        grid = patch_grid(image_shape(config.image_size), STEM_STRIDE, "the stem's stride")
         stages = []
         for stage in range(len(widths)):
             stages.append(LevitStage(config, stage, grid, core, layers))
             grid = halved(grid) if stage else grid
         self.stages = nnx.List(stages)
-        self.head = NormLinear(widths[-1], classes, layers)
-        has_second_head = config.distilled and not layers.folded  # folding averages the two heads
+        self.head: Any = NormLinear(widths[-1], classes, layers) if classes else None
+        has_second_head = classes and config.distilled and not layers.folded  # folding averages the two heads
         self.head_dist = NormLinear(widths[-1], classes, layers) if has_second_head else None
+        self.feature_strides = (STEM_STRIDE // 2, *(STEM_STRIDE * 2**stage for stage in range(len(widths))))
+        self.feature_channels = (widths[0] // 2, *widths)
 
     def _encode(
         self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None
     ) -> tuple[list[jax.Array], jax.Array]:
-        """The tokens after each stage, on their grid, and the mask densities, subsampling attentions among them."""
+        """The feature maps, and the mask densities, subsampling attentions' among them."""
         grid = patch_grid(images.shape[1:3], STEM_STRIDE, "the stem's stride")
-        x = self.stem(images, training=key is not None)
+        stem, x = self.stem(images, training=key is not None)
         x = x.reshape(x.shape[0], math.prod(grid), x.shape[3])
         drawn = draw_drop_path(key, sum(stage.layers for stage in self.stages), x.shape[0])
-        features: list[jax.Array] = []
+        features: list[jax.Array] = [stem]
         densities: list[jax.Array] = []
         for stage in self.stages:
             of_stage = of_layer(drawn, slice(len(densities), len(densities) + stage.layers))
@@ -320,8 +326,8 @@ class LeViT(Backbone):
         logits = [head(pooled, training=training) for head in heads]
         return jnp.stack(logits).astype(jnp.float32), densities
 
-    def _maps(self, encoded):
-        return encoded
+    def _maps(self, encoded, densities):
+        return encoded, densities
 
 
 def _check_stages(**sizes: tuple[int, ...]) -> None:

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from castling_jax.models.attention.kinds import KINDS
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.variables import apply, get_variables
+from castling_jax.sizes import ImageSize, image_shape
 
 BEFORE_ATTENTION = ("patch_embed", "stem", "shortcut", "qkv", "pool", "relative_positions")
-AFTER_ATTENTION = ("token_kernel", "proj", "mlp", "head")
+AFTER_ATTENTION = ("token_kernel", "proj", "mlp", "pyramid", "neck", "head")
 OTHER = "other"  # work outside every scope, such as resizing positions to another grid
 
 
@@ -38,7 +39,7 @@ class Cost:
         return Cost(self.macs + other.macs, self.activations + other.activations)
 
 
-def count_costs(model: Backbone, image_size: int | None = None) -> dict[str, Cost]:
+def count_costs(model: Model, image_size: ImageSize | None = None) -> dict[str, Cost]:
     """The cost of one image's forward pass, for each of `parts` that the model has.
 
     It is counted in the traced program. Matrix products, convolutions and the attention's taps count, attention's own
@@ -48,10 +49,10 @@ def count_costs(model: Backbone, image_size: int | None = None) -> dict[str, Cos
 
     Args:
       model: may hold shapes only.
-      image_size: pixels a side; None is the model's own.
+      image_size: pixels a side, or (height, width); None is the model's own.
     """
-    size = image_size or model.spec.image_size
-    images = jax.ShapeDtypeStruct((1, size, size, model.in_chans), jnp.float32)
+    size = image_shape(image_size or model.spec.image_size)
+    images = jax.ShapeDtypeStruct((1, *size, model.in_chans), jnp.float32)
     # A traced threshold keeps the branch in the program.
     jaxpr = jax.make_jaxpr(lambda variables, images, t: apply(model, variables, images, mask_threshold=t))(
         get_variables(model), images, jax.ShapeDtypeStruct((), jnp.float32)
@@ -62,7 +63,7 @@ def count_costs(model: Backbone, image_size: int | None = None) -> dict[str, Cos
     return {part: costs[part] for part in (*parts(), OTHER) if part in costs}
 
 
-def count_macs(model: Backbone, image_size: int | None = None) -> int:
+def count_macs(model: Model, image_size: ImageSize | None = None) -> int:
     """Multiply-accumulates of one image's forward pass: the sum over `count_costs`."""
     return sum(cost.macs for cost in count_costs(model, image_size).values())
 
@@ -82,7 +83,7 @@ def _costs(jaxpr: Jaxpr, outer: str, known: tuple[str, ...]) -> Iterator[tuple[s
             kernel = shapes[1]
             features = equation.params["dimension_numbers"].rhs_spec[0]
             yield part, Cost(size * kernel.size // kernel.shape[features], size)
-        elif equation.params.get("name") == "_depthwise_taps":
+        elif equation.params.get("name") in ("_depthwise_taps", "convolve_taps"):
             yield part, Cost(size * math.prod(shapes[1].shape[:-1]), size)
         elif equation.params.get("branches_platforms"):
             # One computation, written for each platform: the default platform's form is counted.

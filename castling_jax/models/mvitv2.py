@@ -29,6 +29,7 @@ from castling_jax.models.layers import (
 )
 from castling_jax.models.position import resize_relative_positions
 from castling_jax.ops.tokens import select_tokens
+from castling_jax.sizes import image_shape
 
 Pair = tuple[int, int]  # (height, width)
 PATCH_KERNEL, PATCH_STRIDE = 7, 4
@@ -293,7 +294,7 @@ class MViTv2(Backbone):
         self.in_chans = config.in_chans
         self.remat = config.remat
         self.patch_embed = PatchEmbed(config, layers)
-        grid = pooled((config.image_size, config.image_size), (PATCH_STRIDE, PATCH_STRIDE))
+        grid = pooled(image_shape(config.image_size), (PATCH_STRIDE, PATCH_STRIDE))
         rates = (config.drop_path_rate * i / max(sum(depths) - 1, 1) for i in itertools.count())  # linear over depth
         stages = []
         for stage, (depth, stage_stride) in enumerate(zip(depths, strides, strict=True)):
@@ -306,8 +307,13 @@ class MViTv2(Backbone):
                 grid, width = pooled(grid, stride_q), config.embed_dim * 2**stage
             stages.append(Stage(blocks))
         self.stages = nnx.List(stages)
-        self.norm = layers.layer_norm(width)
-        self.head = Head(layers.linear(width, config.num_classes))
+        classes = config.num_classes
+        self.norm: Any = layers.layer_norm(width) if classes else None  # which the feature maps do not go through
+        self.head: Any = Head(layers.linear(width, classes)) if classes else None
+        sides = itertools.accumulate(strides, lambda one, other: (one[0] * other[0], one[1] * other[1]))
+        scaled = [(PATCH_STRIDE * height, PATCH_STRIDE * width) for height, width in sides]
+        self.feature_strides = tuple(height if height == width else (height, width) for height, width in scaled)
+        self.feature_channels = tuple(config.embed_dim * 2**stage for stage in range(len(depths)))
 
     def _encode(
         self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None
@@ -331,8 +337,8 @@ class MViTv2(Backbone):
         logits = self.head(jnp.mean(self.norm(encoded[-1]), axis=(1, 2)))
         return logits.astype(jnp.float32)[None], jnp.stack(densities)
 
-    def _maps(self, encoded):
-        return encoded
+    def _maps(self, encoded, densities):
+        return encoded, jnp.stack(densities)
 
 
 def _stage_strides(config: MViTv2Config) -> tuple[Pair, ...]:

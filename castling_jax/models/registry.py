@@ -1,8 +1,9 @@
 """Names -> models."""
 
 import dataclasses
+from collections.abc import Mapping
 from types import UnionType
-from typing import Any, cast, get_origin
+from typing import Any, TypeVar, cast, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,14 @@ from flax import nnx
 
 from castling_jax.errors import InputError, check_at_least, check_at_most, check_known
 from castling_jax.models.attention.kinds import KINDS, make_core
-from castling_jax.models.backbone import Backbone, BackboneConfig, ModelSpec
+from castling_jax.models.backbone import Backbone, BackboneConfig
 from castling_jax.models.deit import DeiT, DeiTConfig
 from castling_jax.models.layers import Layers
 from castling_jax.models.levit import LeViT, LeViTConfig
+from castling_jax.models.model import Model, ModelSpec
 from castling_jax.models.mvitv2 import MViTv2, MViTv2Config
+from castling_jax.models.picodet import PicoDet, PicoDetConfig
+from castling_jax.sizes import ImageSize
 
 # name -> (class, its configuration): DeiT's are Touvron et al.'s, table 1, LeViT's Graham et al.'s, table 1, MViTv2's
 # Li et al.'s, with their drop-path. deit_micro is ours, for small images on a CPU; it is so narrow that it does not
@@ -49,8 +53,18 @@ MODELS: dict[str, tuple[type[Backbone], BackboneConfig]] = {
     "mvitv2_small": (MViTv2, MViTv2Config(depths=(1, 2, 11, 2), drop_path_rate=0.1)),
     "mvitv2_base": (MViTv2, MViTv2Config(depths=(2, 3, 16, 3), drop_path_rate=0.3)),
 }
+# Detectors, on any of MODELS without its classifier: name -> (class, its configuration), with the widths and depths of
+# PicoDet's S, M and L in PaddleDetection.
+DENSE_MODELS: dict[str, tuple[type[PicoDet], PicoDetConfig]] = {
+    "picodet_s": (PicoDet, PicoDetConfig(neck_channels=96, num_convs=2)),
+    "picodet_m": (PicoDet, PicoDetConfig(neck_channels=128, num_convs=4)),
+    "picodet_l": (PicoDet, PicoDetConfig(neck_channels=160, num_convs=4)),
+}
 DTYPES = ("float32", "bfloat16")
 ARGUMENTS = ("attention", "form", "dtype", "param_dtype", "rngs")  # of create_model, beside a configuration's fields
+OF_THE_DETECTOR = ("num_classes", "image_size")  # words of a backbone that its detector sets
+Config = BackboneConfig | PicoDetConfig
+C = TypeVar("C", BackboneConfig, PicoDetConfig)
 MOST_BLOCKS, LARGEST_SIZE = 256, 2**24  # above any model; what a file says beyond that takes minutes to be refused
 
 
@@ -61,13 +75,15 @@ def _dtype_name(dtype: Any) -> str:
         return str(dtype)
 
 
-def _check_values(config: BackboneConfig) -> None:
+def _check_values(config: Config) -> None:
     """Raises an InputError unless fields are of the types they are annotated with, sizes at least 1, and shares valid.
 
     A field for a tuple may be an integer here: the model's constructor says how long the tuple has to be.
     """
     for field in dataclasses.fields(config):
         word, value, hint = field.name, getattr(config, field.name), cast(Any, field.type)
+        if word == "backbone_arguments":
+            continue  # checked as the backbone's
         types = {get_origin(kind) or kind for kind in (hint.__args__ if isinstance(hint, UnionType) else (hint,))}
         if tuple in types:
             items = jax.tree.leaves(value)
@@ -75,6 +91,10 @@ def _check_values(config: BackboneConfig) -> None:
             if any(type(item) is not int for item in items):
                 raise InputError(f"{word} must be integers, not {value!r}.")
             check_at_most(word, max(items, default=0), LARGEST_SIZE, "the largest size")
+            if word == "image_size":
+                check_at_least(word, min(items, default=0), 1)
+                if isinstance(value, tuple) and len(value) != 2:
+                    raise InputError(f"image_size must be an integer or (height, width), not {value!r}.")
             continue
         if float in types:
             types |= {int}
@@ -86,6 +106,8 @@ def _check_values(config: BackboneConfig) -> None:
             check_at_most(word, value, LARGEST_SIZE, "the largest size")
     blocks = sum(jax.tree.leaves([getattr(config, word, ()) for word in ("depth", "depths")]))
     check_at_most("the number of blocks", blocks, MOST_BLOCKS, "that of the deepest model")
+    if not isinstance(config, BackboneConfig):
+        return
     if not 0 <= config.drop_path_rate < 1:
         raise InputError(f"drop_path_rate must be in [0, 1), not {config.drop_path_rate}.")
     if not 0 < config.mlp_ratio <= LARGEST_SIZE:
@@ -93,7 +115,12 @@ def _check_values(config: BackboneConfig) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples for lists, which JSON gives, since a spec must be hashable; and Python's integers for NumPy's."""
+    """Tuples for lists, which JSON gives, and for dicts, since a spec must be hashable; Python's integers for NumPy's.
+
+    A dict's pairs are sorted by their words.
+    """
+    if isinstance(value, Mapping):
+        return tuple(sorted((word, _plain(item)) for word, item in value.items()))
     if isinstance(value, list | tuple):
         return tuple(_plain(item) for item in value)
     return int(value) if isinstance(value, np.integer) else value
@@ -104,30 +131,31 @@ def create_model(
     *,
     attention: str = "castling",
     form: str = "train",
-    num_classes: int = 1000,
-    image_size: int | None = None,
+    num_classes: int | None = None,
+    image_size: ImageSize | None = None,
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs | None = None,
     **overrides: Any,
-) -> Backbone:
-    """Builds a backbone with fresh parameters.
+) -> Model:
+    """Builds a model with fresh parameters: a classifier, or a detector on one of the classifiers.
 
     Args:
-      name: one of MODELS.
+      name: one of `list_models`.
       attention: one of KINDS, such as "castling", "linear_angular", "softmax" or "angular" (the exact kernel, quadratic
         in tokens), or an attention that `register_attention` added.
       form: "train" or "inference"; a castling model in inference form has no softmax branch.
-      num_classes: size of the classifier's output.
-      image_size: pixels a side; None is the model's own.
-      dtype: compute dtype, float32 or bfloat16; logits are always float32.
+      num_classes: size of the classifier's output, or classes of a detector's objects; None is 1000, or 80.
+      image_size: pixels a side, or (height, width); None is the model's own.
+      dtype: compute dtype, float32 or bfloat16; outputs are always float32.
       param_dtype: dtype of the parameters.
       rngs: where the parameters are drawn from; None is nnx.Rngs(0).
       **overrides: other fields of the model's configuration (DeiTConfig, LeViTConfig, MViTv2Config), which are timm's
         constructor words: embed_dim, depth, num_heads (tuples for LeViT), depths, stride_q, stride_kv_adaptive (for
         MViTv2), key_dim, patch_size, in_chans, mlp_ratio, qkv_bias, distilled, drop_path_rate, window_size (Swin's
         word, for DeiT); and ours: init_std, qkv_pool (for DeiT), remat, token_conv, token_kernel_size, implementation
-        and, for castling, mask_kind.
+        and, for castling, mask_kind. A detector (PicoDetConfig) takes backbone, the name of a classifier;
+        backbone_arguments, a dict of that one's words; neck ("lc_pan" or "csp_pan"), neck_channels and num_convs.
 
     Returns:
       A Flax NNX module; `model.spec` holds what it was made from.
@@ -135,7 +163,7 @@ def create_model(
     Raises:
       InputError: a name or an override is unknown, or sizes do not fit each other.
     """
-    check_known("model", name, MODELS)
+    check_known("model", name, list_models())
     dtypes = {"dtype": _dtype_name(dtype), "param_dtype": _dtype_name(param_dtype)}
     for word, value in dtypes.items():
         check_known(word, value, DTYPES)
@@ -144,20 +172,32 @@ def create_model(
     if rngs is not None and not hasattr(rngs, "params"):
         raise InputError("rngs must have a stream for params, as nnx.Rngs(0) and nnx.Rngs(params=0) do.")
     overrides = {word: _plain(value) for word, value in overrides.items()}
-    sizes = {"num_classes": num_classes} | ({} if image_size is None else {"image_size": image_size})
-    config = _configured(name, overrides, sizes)
+    size = _plain(image_size)
+    if isinstance(size, tuple) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]  # one name for one size
+    sizes = {"num_classes": num_classes, "image_size": size}
+    sizes = {word: value for word, value in sizes.items() if value is not None}
+    config: Config
+    if name in MODELS:
+        config = backbone_config = _configured(name, MODELS[name][1], overrides, sizes)
+        backbone_name = name
+    else:
+        config = detector = _configured(name, DENSE_MODELS[name][1], overrides, sizes)
+        backbone_name, backbone_config = detector.backbone, _backbone_config(detector)
+        overrides["backbone"] = detector.backbone
     core = make_core(
         attention,
         form,
-        token_conv=config.token_conv,
-        token_kernel_size=config.token_kernel_size,
-        implementation=config.implementation,
-        mask_kind=config.mask_kind,
+        token_conv=backbone_config.token_conv,
+        token_kernel_size=backbone_config.token_kernel_size,
+        implementation=backbone_config.implementation,
+        mask_kind=backbone_config.mask_kind,
     )
-    if core.kind.module is not None and not MODELS[name][0].takes_modules:
+    make_backbone = MODELS[backbone_name][0]
+    if core.kind.module is not None and not make_backbone.takes_modules:
         raise InputError(
-            f"attention={attention!r} replaces the whole multi-head attention, which {name} does not have: choose a "
-            "plain transformer such as deit_small."
+            f"attention={attention!r} replaces the whole multi-head attention, which {backbone_name} does not have: "
+            "choose a plain transformer such as deit_small."
         )
     layers = Layers(
         dtype=jnp.dtype(dtypes["dtype"]),
@@ -165,12 +205,13 @@ def create_model(
         rngs=nnx.Rngs(0) if rngs is None else rngs,
         folded=form == "inference",
     )
-    model = MODELS[name][0](config, core, layers)
+    backbone = make_backbone(backbone_config, core, layers)
+    model: Model = backbone if name in MODELS else DENSE_MODELS[name][0](detector, backbone, layers)
     model.spec = ModelSpec(
         name=name,
         attention=attention,
         form=form,
-        num_classes=num_classes,
+        num_classes=config.num_classes,
         image_size=config.image_size,
         **dtypes,
         overrides=tuple(sorted(overrides.items())),
@@ -178,10 +219,9 @@ def create_model(
     return model
 
 
-def _configured(name: str, overrides: dict[str, Any], sizes: dict[str, Any]) -> BackboneConfig:
+def _configured(name: str, config: C, overrides: dict[str, Any], sizes: dict[str, Any]) -> C:
     """The model's configuration with these fields, checked."""
-    _, config = MODELS[name]
-    words = [field.name for field in dataclasses.fields(config)]
+    words: list[str] = [field.name for field in dataclasses.fields(config)]
     for word in overrides:
         check_known(f"argument of {name}", word, [*words, *ARGUMENTS])
     config = dataclasses.replace(config, **overrides, **sizes)
@@ -189,15 +229,33 @@ def _configured(name: str, overrides: dict[str, Any], sizes: dict[str, Any]) -> 
     return config
 
 
+def _backbone_config(config: PicoDetConfig) -> BackboneConfig:
+    """The configuration of a detector's backbone, which has no classifier."""
+    check_known("backbone", config.backbone, MODELS)
+    backbone = MODELS[config.backbone][1]
+    try:
+        arguments = dict(config.backbone_arguments)
+    except (TypeError, ValueError):
+        raise InputError(f"backbone_arguments must be a dict of words, not {config.backbone_arguments!r}.") from None
+    words = [field.name for field in dataclasses.fields(backbone) if field.name not in OF_THE_DETECTOR]
+    for word in arguments:
+        check_known(f"backbone argument of {config.backbone}", word, words)
+    configured = _configured(config.backbone, backbone, arguments, {"image_size": config.image_size})
+    return dataclasses.replace(configured, num_classes=0)
+
+
 def list_models() -> list[str]:
-    """The names that `create_model` takes."""
-    return list(MODELS)
+    """The names that `create_model` takes: classifiers, then detectors."""
+    return [*MODELS, *DENSE_MODELS]
 
 
 def attentions_of(name: str) -> list[str]:
-    """The attentions that the model `name` takes: a module of a kind's own only fits plain transformers."""
-    model, _ = MODELS[name]
-    return [attention for attention, kind in KINDS.items() if kind.module is None or model.takes_modules]
+    """The attentions that the model `name` takes: a module of a kind's own only fits plain transformers.
+
+    Those of a detector are all: which of them fit is its backbone's matter.
+    """
+    takes_modules = name in DENSE_MODELS or MODELS[name][0].takes_modules
+    return [attention for attention, kind in KINDS.items() if kind.module is None or takes_modules]
 
 
 class _SameKey:
@@ -210,6 +268,6 @@ class _SameKey:
         return self._key
 
 
-def abstract_model(name: str, **arguments: Any) -> Backbone:
+def abstract_model(name: str, **arguments: Any) -> Model:
     """`create_model` with shapes in the place of arrays: nothing is allocated or drawn."""
     return nnx.eval_shape(lambda: create_model(name, **({"rngs": cast(nnx.Rngs, _SameKey())} | arguments)))

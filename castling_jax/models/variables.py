@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from castling_jax.errors import InputError, takes
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.ops.mesh import on_auto_axes, split_as
 
 Variables = dict[str, Any]
@@ -27,7 +27,7 @@ def _string_keys(tree: Any) -> Any:
 
 
 @takes(model=MODEL)
-def get_variables(model: Backbone) -> Variables:
+def get_variables(model: Model) -> Variables:
     """The model's variables as nested plain dicts with string keys (block 0 is "0"). The arrays are the model's own."""
     trees = {name: nnx.to_pure_dict(nnx.state(model, kind)) for name, kind in COLLECTIONS.items()}
     return {name: _string_keys(tree) for name, tree in trees.items() if tree}
@@ -62,7 +62,7 @@ def unflatten(leaves: dict[str, Any]) -> Any:
 
 
 @takes(model=MODEL, variables=VARIABLES)
-def leaves_of(model: Backbone, variables: Variables) -> dict[str, Any]:
+def leaves_of(model: Model, variables: Variables) -> dict[str, Any]:
     """The variables by path, as `flatten` gives them.
 
     Raises:
@@ -82,7 +82,7 @@ def leaves_of(model: Backbone, variables: Variables) -> dict[str, Any]:
     return given
 
 
-def bind(model: Backbone, variables: Variables) -> Backbone:
+def bind(model: Model, variables: Variables) -> Model:
     """A copy of the model that holds `variables`; the model itself is left as it is.
 
     Raises:
@@ -91,7 +91,7 @@ def bind(model: Backbone, variables: Variables) -> Backbone:
     return _with_leaves(model, leaves_of(model, variables))
 
 
-def _with_leaves(model: Backbone, leaves: dict[str, Any]) -> Backbone:
+def _with_leaves(model: Model, leaves: dict[str, Any]) -> Model:
     graphdef, state = nnx.split(model)
     collections = {kind: name for name, kind in COLLECTIONS.items()}
     bound = {
@@ -103,7 +103,7 @@ def _with_leaves(model: Backbone, leaves: dict[str, Any]) -> Backbone:
 
 @takes(model=MODEL, variables=VARIABLES)
 def apply(
-    model: Backbone,
+    model: Model,
     variables: Variables,
     images: Float[Array, "batch height width channels"],
     *,
@@ -121,8 +121,9 @@ def apply(
       return_densities: also return the mask density of each layer.
 
     Returns:
-      Logits [batch, classes] in float32; with `return_densities` a pair (logits, densities [layers]), where a layer
-      without the masked branch has the density 0.
+      In float32 a classifier's logits [batch, classes], or a detector's {"scores": [batch, points, classes], "boxes":
+      [batch, points, 4]} (x0, y0, x1, y1 in pixels of the images). With `return_densities` a pair of this and the
+      densities [layers], where a layer without the masked branch has the density 0.
 
     Raises:
       InputError: variables are missing or of another shape, images do not fit the model, or the threshold is missing,
@@ -134,48 +135,51 @@ def apply(
     def forward(images: Any, leaves: Any, mask_threshold: Any) -> Any:
         return _with_leaves(model, leaves)(images, mask_threshold=mask_threshold)
 
-    logits, densities = forward(images, leaves_of(model, variables), mask_threshold)
-    return (logits, densities) if return_densities else logits
+    outputs, densities = forward(images, leaves_of(model, variables), mask_threshold)
+    return (outputs, densities) if return_densities else outputs
 
 
 @takes(model=MODEL, variables=VARIABLES)
 def forward_train(
-    model: Backbone,
+    model: Model,
     variables: Variables,
     images: Float[Array, "batch height width channels"],
     *,
     mask_threshold: ArrayLike | None = None,
     key: Key[Array, ""],
-) -> tuple[Float[Array, "heads batch classes"], Float[Array, "layers"], Any]:
-    """(each head's logits, densities, batch_stats) in training mode; pure, as `apply`.
+) -> tuple[Any, Float[Array, "layers"], Any]:
+    """(outputs, densities, batch_stats) in training mode; pure, as `apply`.
 
-    The key is drop-path's. `batch_stats` are the running statistics of batch norm after this batch, {} without any.
+    The outputs are each head's logits [heads, batch, classes], or a detector's `PicoDet.training_outputs`. The key is
+    drop-path's. `batch_stats` are the running statistics of batch norm after this batch, {} without any.
     """
     check_images(images)
     leaves = leaves_of(model, variables)
     statistics = flatten(variables.get("batch_stats", {}))
     stay = unflatten({path: split_as(leaf, *range(len(leaf.shape))) for path, leaf in statistics.items()})
 
-    @on_auto_axes(lambda images: (split_as(images, None, 0), PartitionSpec(), stay))
+    over_batch = (None,) * model.batch_axis + (0,)
+
+    @on_auto_axes(lambda images: (split_as(images, *over_batch), PartitionSpec(), stay))
     def forward(images: Any, leaves: Any, mask_threshold: Any, key: Any) -> Any:
         # The copy's variables were made here, so what batch norm writes into them neither leaves a trace of jit or
         # grad nor reaches the model.
         bound = _with_leaves(model, leaves)
-        logits, densities = bound.head_logits(images, mask_threshold=mask_threshold, key=key)
-        return logits, densities, get_variables(bound).get("batch_stats", {})
+        outputs, densities = bound.training_outputs(images, mask_threshold=mask_threshold, key=key)
+        return outputs, densities, get_variables(bound).get("batch_stats", {})
 
     return forward(images, leaves, mask_threshold, key)
 
 
 @takes(model=MODEL, variables=VARIABLES)
 def features(
-    model: Backbone,
+    model: Model,
     variables: Variables,
     images: Float[Array, "batch height width channels"],
     *,
     mask_threshold: ArrayLike | None = None,
 ) -> list[Float[Array, "batch height width channels"]]:
-    """The tokens on their grid, one map for each stage, finest first: what a detector or a segmenter reads.
+    """The backbone's tokens on their grid, one map for each stage, finest first.
 
     Pure, as `apply`, with the same arguments and errors.
     """
@@ -183,7 +187,8 @@ def features(
 
     @on_auto_axes(lambda images: split_as(images, 0))
     def forward(images: Any, leaves: Any, mask_threshold: Any) -> Any:
-        return _with_leaves(model, leaves).features(images, mask_threshold=mask_threshold)
+        bound: Any = _with_leaves(model, leaves)
+        return getattr(bound, "backbone", bound).features(images, mask_threshold=mask_threshold)
 
     return forward(images, leaves_of(model, variables), mask_threshold)
 

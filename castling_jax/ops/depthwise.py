@@ -1,6 +1,8 @@
 """Depthwise convolution of the values over tokens or over the patch grid (Castling-ViT, section 4.2)."""
 
+import functools
 import math
+from collections.abc import Iterable
 from itertools import product
 
 import jax
@@ -11,6 +13,8 @@ from jaxtyping import Array, Float
 from castling_jax.errors import InputError
 from castling_jax.ops.checks import check_array
 from castling_jax.ops.mesh import HEAD_AXES, mesh_in_use, on_auto_axes, split_as
+
+SUMMED = 4  # rows and columns of products that a gradient on a CPU adds up before it reduces them
 
 
 @on_auto_axes(lambda v: split_as(v, 0, 1, 2, 3))
@@ -174,3 +178,86 @@ def _convolution_gradients(
 
 
 _convolve_in_parts.defvjp(_convolve_and_keep, _convolution_gradients)
+
+
+# Compiled on its own so that it keeps its name in a jaxpr, where models/macs.py counts its multiply-adds.
+@functools.partial(jax.jit, static_argnums=2)
+def convolve_taps(
+    x: Float[Array, "batch height width channels"],
+    kernel: Float[Array, "rows columns 1 channels"],
+    stride: int,
+) -> Float[Array, "batch strided_height strided_width channels"]:
+    """`convolve_channels` over a grid with one stride, in the way that is fast on each platform; not for forward mode.
+
+    A TPU has a depthwise convolution. On a CPU XLA's takes more than ten times as long as shifted multiply-adds with
+    gradients of their own (docs/performance.md).
+    """
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        tpu=lambda x, kernel: convolve_channels(x, kernel, (stride, stride)),
+        default=lambda x, kernel: _shift_and_add(x, kernel, stride),
+    )
+
+
+def _every(x: jax.Array, starts: Iterable[int], stride: int, sizes: Iterable[int]) -> jax.Array:
+    """Every stride-th row and column of an image, `sizes` of them, from these on."""
+    rows, columns = (
+        slice(start, start + stride * (size - 1) + 1, stride) for start, size in zip(starts, sizes, strict=True)
+    )
+    return x[:, rows, columns]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _shift_and_add(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    *taps, _, _ = kernel.shape
+    sizes = (-(-x.shape[1] // stride), -(-x.shape[2] // stride))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    padded = jnp.pad(x, [(0, 0), *((size // 2, size // 2) for size in taps), (0, 0)]).astype(wide)
+    # A barrier, or the loop over the taps would ask of each number whether it is padding.
+    padded = jax.lax.optimization_barrier(padded)
+    offsets = product(*map(range, taps))
+    products = (_every(padded, offset, stride, sizes) * kernel[(*offset, 0)].astype(wide) for offset in offsets)
+    return functools.reduce(jnp.add, products).astype(x.dtype)
+
+
+def _shift_and_keep(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _shift_and_add(x, kernel, stride), (x, kernel)
+
+
+def _shift_gradients(stride: int, kept: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of the input, the convolution with the kernel turned round; of each tap, a sum of products.
+
+    On a CPU XLA's reductions take one number at a time, so SUMMED x SUMMED products are added elementwise first.
+    """
+    x, kernel = kept
+    *taps, _, _ = kernel.shape
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    # Zeros between the rows and columns of a strided result, up to the input's size.
+    spread = [(0, x.shape[axis] - stride * (d_out.shape[axis] - 1) - 1, stride - 1) for axis in (1, 2)]
+    dilated = jax.lax.pad(d_out, jnp.zeros((), d_out.dtype), [(0, 0, 0), *spread, (0, 0, 0)])
+    d_x = _shift_and_add(dilated, kernel[::-1, ::-1], 1)
+
+    blocks = tuple(-(-size // SUMMED) for size in d_out.shape[1:3])
+    whole = [SUMMED * size for size in blocks]
+    ends = [(0, size - length) for size, length in zip(whole, d_out.shape[1:3], strict=True)]
+    edges = [
+        (size // 2, max(stride * (length - 1) + size - size // 2 - given, 0))
+        for size, length, given in zip(taps, whole, x.shape[1:3], strict=True)
+    ]
+    d_out = jax.lax.optimization_barrier(jnp.pad(d_out, [(0, 0), *ends, (0, 0)]).astype(wide))
+    padded = jax.lax.optimization_barrier(jnp.pad(x, [(0, 0), *edges, (0, 0)]).astype(wide))
+    d_taps = []
+    for offset in product(*map(range, taps)):
+        products = (
+            # One slice of a slice would be copied for each tap.
+            _every(padded, (offset[0] + stride * row, offset[1] + stride * column), stride * SUMMED, blocks)
+            * _every(d_out, (row, column), SUMMED, blocks)
+            for row, column in product(range(SUMMED), repeat=2)
+        )
+        d_taps.append(functools.reduce(jnp.add, products))
+    summed = jax.lax.optimization_barrier(jnp.stack(d_taps)).sum((1, 2, 3))
+    return d_x, summed.reshape(kernel.shape).astype(kernel.dtype)
+
+
+_shift_and_add.defvjp(_shift_and_keep, _shift_gradients)

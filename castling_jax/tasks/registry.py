@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.tasks.classification.task import Classification
 from castling_jax.tasks.task import Measure, Task
 
 TASKS: dict[str, type[Task]] = {"classification": Classification}
 
 
-def task_of(model: Backbone) -> type[Task]:
+def task_of(model: Model) -> type[Task]:
     """The task that a model is for."""
     return TASKS[model.task]
 

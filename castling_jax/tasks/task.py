@@ -14,9 +14,10 @@ from jaxtyping import Array, Float
 from matplotlib.axes import Axes
 from ml_collections import ConfigDict
 
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables
 from castling_jax.preprocessing import Preprocessing
+from castling_jax.sizes import ImageSize
 
 FORMS = ("train_form", "inference_form")
 Batch = dict[str, jax.Array]
@@ -102,12 +103,12 @@ class Task:
         return {}
 
     @property
-    def other_models(self) -> tuple[Backbone, ...]:
+    def other_models(self) -> tuple[Model, ...]:
         """Models that run in the step beside the one that learns, such as a teacher."""
         return ()
 
     @classmethod
-    def from_config(cls, config: ConfigDict, model: Backbone, teacher: "Teacher | None" = None) -> "Task":
+    def from_config(cls, config: ConfigDict, model: Model, teacher: "Teacher | None" = None) -> "Task":
         """Builds the task of a run.
 
         Args:
@@ -137,7 +138,7 @@ class Task:
         raise NotImplementedError
 
     @staticmethod
-    def example_shapes(image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def example_shapes(image_size: ImageSize) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a transformed example's arrays; sharding and the compile report have no data."""
         raise NotImplementedError
 
@@ -200,7 +201,7 @@ class Teacher:
       temperature: temperature of the soft loss.
     """
 
-    model: Backbone
+    model: Model
     variables: Variables
     kind: str
     alpha: float

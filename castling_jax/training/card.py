@@ -6,9 +6,10 @@ from typing import Any
 
 from castling_jax.convert.weights import Weights
 from castling_jax.errors import printable
-from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import count_macs
+from castling_jax.models.model import Model
 from castling_jax.models.variables import count_parameters, flatten, get_variables
+from castling_jax.sizes import image_shape
 from castling_jax.storage import absolute
 from castling_jax.tables import markdown
 from castling_jax.tasks.registry import measures_of
@@ -18,7 +19,7 @@ from castling_jax.training.summary import SUMMARY_FILE
 CARD_FILE = "README.md"
 
 
-def model_card(weights: Weights, model: Backbone) -> str:
+def model_card(weights: Weights, model: Model) -> str:
     """The card of an exported model, in Markdown.
 
     The license of the data and the model's intended use are marked TODO, for a person to write.
@@ -29,11 +30,11 @@ def model_card(weights: Weights, model: Backbone) -> str:
       model: the exported model.
     """
     spec, pixels, classes = model.spec, weights.preprocessing, weights.classes
-    figures = _summary(weights)
+    figures, sides = _summary(weights), " x ".join(map(str, image_shape(spec.image_size)))
     lines = [
         f"# {spec.name}, {spec.attention} attention",
         "",
-        f"Inference form for images of {spec.image_size} x {spec.image_size} pixels and {spec.num_classes:,} classes, "
+        f"Inference form for images of {sides} pixels and {spec.num_classes:,} classes, "
         f"made with castling_jax. `castling_jax.load_inference(FOLDER)` returns (model, variables), "
         "and `castling_jax.predict(FOLDER, images)` returns the most probable classes of images.",
         "",

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from castling_jax.data.randaugment import parse_policy
 from castling_jax.errors import InputError, Mistakes, check_at_most, check_known
-from castling_jax.fields import FLAG, SIZES, TEXT, Field, Values, integer, number, numbers, one_of
+from castling_jax.fields import FLAG, IMAGE_SIZE, SIZES, TEXT, Field, Values, integer, number, numbers, one_of
 from castling_jax.models.variables import flatten, unflatten
 from castling_jax.ops.castling import MASK_KINDS
 from castling_jax.ops.checks import IMPLEMENTATIONS
@@ -60,7 +60,7 @@ FIELDS = {
     "model.attention": Field("castling", TEXT, "The attention kind, such as castling, linear_angular or softmax."),
     "model.dtype": Field("float32", TEXT, "Compute dtype: float32 or bfloat16. Parameters stay in float32."),
     "model.implementation": Field("auto", one_of(*IMPLEMENTATIONS), "The attention's code: auto, xla or pallas (TPU)."),
-    "model.image_size": Field(None, integer(1), "Height and width of the images in pixels."),
+    "model.image_size": Field(None, IMAGE_SIZE, "Size of the images in pixels: a side, or (height, width)."),
     "model.embed_dim": Field(None, SIZES, "Channels; for LeViT a tuple, one for each stage."),
     "model.depth": Field(None, SIZES, "Number of blocks; for LeViT a tuple, one for each stage."),
     "model.depths": Field(None, SIZES, "Number of blocks in each stage of MViTv2, a tuple."),
@@ -88,6 +88,7 @@ FIELDS = {
     "dataset.mean": Field((0.5,) * 3, PIXELS["mean"], "The model sees (image - mean) / std, with the image in [0, 1]."),
     "dataset.std": Field((0.5,) * 3, PIXELS["std"], "The model sees (image - mean) / std."),
     "dataset.crop_ratio": Field(0.875, PIXELS["crop_ratio"], "Share of the short side that evaluation keeps."),
+    "dataset.crop_mode": Field("center", PIXELS["crop_mode"], "Evaluation's resizing: center keeps the aspect ratio."),
     "dataset.exif": Field(False, FLAG, "Turn images as their EXIF orientation says; TFDS and torchvision do not."),
     # What is done to training images, in this order. 0 or None leaves it out.
     "augment.crop_scale": Field(None, CROP_SCALE, "Random resized crop: least and largest share of the image's area."),

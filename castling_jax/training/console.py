@@ -23,6 +23,7 @@ from castling_jax.data.folder import FolderDataset, list_skipped
 from castling_jax.errors import InputError, printable
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.variables import count_parameters, get_variables
+from castling_jax.sizes import size_text
 from castling_jax.training.setup import Setup
 
 with warnings.catch_warnings():
@@ -94,8 +95,8 @@ def describe_images(setup: Setup) -> dict[str, str]:
     with contextlib.suppress(InputError):  # the first image may be corrupt; training counts it
         if isinstance(image := setup.train_set[0]["image"], bytes):
             height, width = image_size(image, exif=setup.config.dataset.exif)
-            size = setup.model.spec.image_size
-            lines["images"] = f"the first has {width} x {height} pixels, and the model sees {size} x {size}"
+            seen = " x ".join(map(str, reversed(setup.preprocessing.shape)))
+            lines["images"] = f"the first has {width} x {height} pixels, and the model sees {seen}"
     datasets = [data for data in (setup.train_set, setup.eval_set, setup.test_set) if isinstance(data, FolderDataset)]
     by_folder = {data.folder: data.skipped for data in datasets}  # two splits of one folder count its files once
     if skipped := sum(by_folder.values(), Counter()):
@@ -118,7 +119,7 @@ def describe_start(setup: Setup, workdir: epath.Path) -> str:
     lines = {
         "data": f"{data.name}: {counts} images of {len(setup.train_set.classes):,} classes",
         **describe_images(setup),
-        "model": f"{spec.name}, {spec.attention}, {spec.image_size} pixels: {costs}",
+        "model": f"{spec.name}, {spec.attention}, {size_text(spec.image_size)}: {costs}",
         "steps": f"{setup.total_steps:,} of {train.batch_size:,} images, {setup.steps_per_epoch:,} an epoch: "
         f"{train.epochs:,} epochs",
         "devices": f"{setup.mesh.devices.size} x {kinds}, {processes}; mesh: {axes}",

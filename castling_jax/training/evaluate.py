@@ -14,7 +14,7 @@ from castling_jax.convert.inference import to_inference
 from castling_jax.convert.run_folder import preprocessing_of
 from castling_jax.data.loader import EvalTransform, evaluation_batches
 from castling_jax.data.sources import Dataset
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, get_variables
 from castling_jax.tasks.registry import task_of
@@ -31,7 +31,7 @@ Evaluator = Callable[[Variables, float], Answers]
 
 
 def make_evaluator(
-    model: Backbone,
+    model: Model,
     dataset: Dataset,
     task: Task,
     *,
@@ -54,7 +54,7 @@ def make_evaluator(
         exact_forms = {name: _with(form, dtype="float32") for name, form in forms.items()}
 
     def outputs_of(
-        forms: Mapping[str, Backbone], variables: Variables, images: jax.Array, threshold: jax.Array
+        forms: Mapping[str, Model], variables: Variables, images: jax.Array, threshold: jax.Array
     ) -> dict[str, Any]:
         return {
             "train_form": apply(forms["train_form"], variables, images, mask_threshold=threshold),
@@ -112,11 +112,11 @@ def evaluate_weights(
     return figures[exported] | (both if len(figures) > 1 else {}), answers[exported]
 
 
-def _with(model: Backbone, **changes: str) -> Backbone:
+def _with(model: Model, **changes: str) -> Model:
     return abstract_model(**model.spec.arguments(**changes))
 
 
-def configured_evaluator(config: ConfigDict, model: Backbone, dataset: Dataset, mesh: Mesh) -> Evaluator:
+def configured_evaluator(config: ConfigDict, model: Model, dataset: Dataset, mesh: Mesh) -> Evaluator:
     """Calls `make_evaluator` with the options of a configuration."""
     task = task_of(model).from_config(config, model)
     return make_evaluator(

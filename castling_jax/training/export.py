@@ -25,10 +25,11 @@ from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import EvalTransform
 from castling_jax.errors import InputError, printable
 from castling_jax.models.attention.kinds import KINDS
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, count_parameters, flatten
 from castling_jax.preprocessing import Preprocessing
+from castling_jax.sizes import size_text
 from castling_jax.storage import absolute, is_remote, reach_bucket, try_folder, write_atomically
 from castling_jax.tables import aligned
 from castling_jax.training.card import CARD_FILE, model_card
@@ -69,7 +70,7 @@ def convert(
     model = abstract_model(**spec.arguments(form="inference", param_dtype=param_dtype))
     about = f"{source.path}" if source.step is None else f"{source.path}, step {source.step:,}"
     about += ", moving average" if source.averaged else ""
-    print(f"{spec.name}, {spec.attention}, {spec.image_size} pixels, {spec.num_classes} classes: {about}\n")
+    print(f"{spec.name}, {spec.attention}, {size_text(spec.image_size)}, {spec.num_classes} classes: {about}\n")
     if source.step is not None and not (absolute(source.path).parent.parent / SUMMARY_FILE).exists():
         threshold = f", whose mask threshold is {source.mask_threshold:g}" if source.mask_threshold is not None else ""
         print(f"This run is not finished: the conversion takes its step {source.step:,}{threshold}.\n")
@@ -157,7 +158,7 @@ def held_out_images(preprocessing: Preprocessing, config: ConfigDict) -> jax.Arr
     return jnp.asarray(next(batches)["image"])
 
 
-def compare_forms(model: Backbone, variables: Variables, mask_threshold: float | None, images: jax.Array) -> list[str]:
+def compare_forms(model: Model, variables: Variables, mask_threshold: float | None, images: jax.Array) -> list[str]:
     """Sentences about the difference that the switch makes on these images.
 
     Args:
@@ -192,7 +193,7 @@ def compare_forms(model: Backbone, variables: Variables, mask_threshold: float |
     return lines
 
 
-def compare_written(out: epath.Path, format: str, model: Backbone, variables: Variables, images: jax.Array) -> str:
+def compare_written(out: epath.Path, format: str, model: Model, variables: Variables, images: jax.Array) -> str:
     """Reads the written folder back, and compares its logits with the model's.
 
     Raises:
@@ -210,7 +211,7 @@ def compare_written(out: epath.Path, format: str, model: Backbone, variables: Va
 
 
 def compare_cast(
-    source: Backbone, source_variables: Variables, model: Backbone, variables: Variables, images: jax.Array
+    source: Model, source_variables: Variables, model: Model, variables: Variables, images: jax.Array
 ) -> str:
     """A sentence about how casting the parameters to another dtype changes the logits on these images."""
     uncast = abstract_model(**source.spec.arguments(form="inference"))
@@ -222,7 +223,7 @@ def compare_cast(
     )
 
 
-def _logits(model: Backbone, variables: Variables, images: jax.Array) -> np.ndarray:
+def _logits(model: Model, variables: Variables, images: jax.Array) -> np.ndarray:
     return np.asarray(jax.jit(functools.partial(apply, model))(variables, images))
 
 

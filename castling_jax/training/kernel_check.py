@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from castling_jax.errors import InputError
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.variables import forward_train, get_variables
 from castling_jax.ops.angular import add_linear_angular
 from castling_jax.ops.kernel_calls import Call, recorded_calls
 from castling_jax.ops.masked_softmax import masked_softmax_first
+from castling_jax.sizes import image_shape
 from castling_jax.training.setup import Setup
 from castling_jax.training.sharding import BATCH_AXES
 
@@ -88,7 +89,7 @@ def check_kernel(call: Call, chip: str) -> float:
     return worst
 
 
-def kernel_calls(models: list[Backbone], mesh: Mesh) -> list[Call]:
+def kernel_calls(models: list[Model], mesh: Mesh) -> list[Call]:
     """The kernels that the models call in training on a small batch, with the softmax branch and with an empty mask.
 
     The mesh has to be set.
@@ -99,8 +100,8 @@ def kernel_calls(models: list[Backbone], mesh: Mesh) -> list[Call]:
     # eval_shape traces the models without computing them: only the kernels themselves run later, one by one.
     with recorded_calls() as calls:
         for model in models:
-            variables, size = get_variables(model), model.spec.image_size
-            images = jax.ShapeDtypeStruct((rows, size, size, model.in_chans), jnp.float32)
+            variables, size = get_variables(model), image_shape(model.spec.image_size)
+            images = jax.ShapeDtypeStruct((rows, *size, model.in_chans), jnp.float32)
             run = functools.partial(forward_train, model)
             jax.eval_shape(
                 lambda v, x, t, key, run=run: run(v, x, mask_threshold=t, key=key), variables, images, threshold, key

@@ -19,8 +19,8 @@ from castling_jax.data.loader import Batch, TrainTransform, training_batches
 from castling_jax.data.pixels import denormalize_images
 from castling_jax.data.sources import FOLDER, HELD_OUT_SPLITS, ArrayDataset, Dataset, find_splits, load_dataset
 from castling_jax.errors import InputError, Mistakes, check_at_most
-from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import count_macs
+from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model, create_model
 from castling_jax.models.variables import Variables, get_variables
 from castling_jax.preprocessing import Preprocessing
@@ -76,7 +76,7 @@ class Setup:
     eval_set: Dataset
     test_set: Dataset | None
     train_transform: TrainTransform
-    model: Backbone
+    model: Model
     steps_per_epoch: int
     total_steps: int
     learning_rate: optax.Schedule
@@ -319,7 +319,7 @@ def first_state(setup: Setup, variables: Variables) -> TrainState:
     return create(placed)
 
 
-def _teacher(config: ConfigDict, student: Backbone, mesh: Mesh) -> Teacher | None:
+def _teacher(config: ConfigDict, student: Model, mesh: Mesh) -> Teacher | None:
     """The teacher that `config.distillation` names, on the mesh; None for none."""
     options = config.distillation
     if options.kind is None:

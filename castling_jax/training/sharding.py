@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from castling_jax.errors import InputError
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 
 # replica: whole copies, one or more in each slice of a pod, that exchange only gradients; data: more copies within a
 # slice; fsdp: splits the batch and also the matrices; tensor: splits the heads and the MLP's channels.
@@ -37,6 +37,7 @@ RULES = (
     (r"(patch_embed/proj|stem/conv[34]/linear)/kernel", P("fsdp")),
     (r"(stem/conv[12]/linear|pool_[qkv])/kernel", P()),
     (r"cls_token|dist_token|global_tokens|pos_embed|rel_pos_[hw]", P()),
+    (r"(neck|pyramid|head)/.+/kernel", P()),  # a detector's, small beside its backbone
     (r"bias|scale|mean|var", P()),
 )
 
@@ -109,7 +110,7 @@ def whole_over_fsdp(shardings: Any) -> Any:
     )
 
 
-def check_heads(model: Backbone, mesh: Mesh) -> None:
+def check_heads(model: Model, mesh: Mesh) -> None:
     """Raises an InputError unless the mesh's axis `tensor` divides the heads of every attention."""
     for path, module in nnx.iter_modules(model):
         heads = getattr(module, "num_heads", None)

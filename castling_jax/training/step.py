@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import ArrayLike
 
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.variables import forward_train
 from castling_jax.ops.checks import is_known_empty
 from castling_jax.tasks.task import Batch, Task
@@ -40,7 +40,7 @@ def prepare_batch(task: Task, batch: Batch, key: jax.Array, *, accumulate_steps:
 
 
 def make_train_step(
-    model: Backbone,
+    model: Model,
     optimizer: optax.GradientTransformation,
     task: Task,
     *,

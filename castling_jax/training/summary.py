@@ -17,8 +17,8 @@ from etils import epath
 from castling_jax.convert.inference_folder import load_inference
 from castling_jax.convert.run_folder import INFERENCE, METRICS_FILE
 from castling_jax.errors import InputError, printable
-from castling_jax.models.backbone import Backbone
 from castling_jax.models.macs import count_macs
+from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, count_parameters, features, get_variables
 from castling_jax.plots import draw_training, png
@@ -51,7 +51,7 @@ class Summary:
         return read_history(self.workdir)
 
     @property
-    def model(self) -> Backbone:
+    def model(self) -> Model:
         """The model in inference form."""
         return self._inference[0]
 
@@ -61,7 +61,7 @@ class Summary:
         return self._inference[1]
 
     @functools.cached_property
-    def _inference(self) -> tuple[Backbone, Variables]:
+    def _inference(self) -> tuple[Model, Variables]:
         return load_inference(self.workdir / INFERENCE)
 
     def __repr__(self) -> str:

@@ -10,14 +10,12 @@ from castling_jax.convert.inference import to_inference
 from castling_jax.convert.torch import from_torch
 from castling_jax.convert.weights import read
 from castling_jax.errors import InputError
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables
 
 
-def initial_variables(
-    path: str | os.PathLike, model: Backbone, *, reset_head: bool, ema: bool | None = None
-) -> Variables:
+def initial_variables(path: str | os.PathLike, model: Model, *, reset_head: bool, ema: bool | None = None) -> Variables:
     """The variables that a run of `model` starts from: another run's, or weights under timm's names.
 
     A castling model can start from a softmax model's weights: both of its branches use the same q, k and v, and its
@@ -36,7 +34,7 @@ def initial_variables(
     return from_torch(model, read(path, ema=ema).state_dict(), reset_head=reset_head)
 
 
-def teacher_model(name: str, student: Backbone, *, distilled: bool = False, num_classes: int | None = None) -> Backbone:
+def teacher_model(name: str, student: Model, *, distilled: bool = False, num_classes: int | None = None) -> Model:
     """The softmax model `name`, with shapes only, for the student's images and classes.
 
     If `name` is the student's own model, the teacher has the student's other arguments too.
@@ -56,7 +54,7 @@ def teacher_model(name: str, student: Backbone, *, distilled: bool = False, num_
     return abstract_model(name, attention="softmax", **arguments)
 
 
-def read_teacher(path: str | os.PathLike, name: str, student: Backbone) -> tuple[Backbone, Variables]:
+def read_teacher(path: str | os.PathLike, name: str, student: Model) -> tuple[Model, Variables]:
     """Reads a trained model, in inference form, for a student with the same image size and classes.
 
     Args:

@@ -48,6 +48,7 @@ def test_an_export_says_what_evaluation_does_and_gives_its_logits(tmp_path, mode
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "crop_ratio": 0.9,
+        "crop_mode": "center",
         "interpolation": "bicubic",
         "exif": True,
     }

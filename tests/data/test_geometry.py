@@ -68,3 +68,27 @@ def test_twice_mirrored_boxes_are_the_boxes():
 def test_evaluation_sees_all_of_an_image_of_the_models_size():
     assert evaluation_view((32, 32), PREPROCESSING) == View((0, 0, 32, 32), (32, 32))
     assert evaluation_view((64, 64), PREPROCESSING).box != (0, 0, 64, 64)  # the middle, by crop_ratio
+
+
+@pytest.mark.parametrize(
+    "mode, expected",
+    [
+        # 300 x 400 covers 100 / 0.5 x 100 / 0.5 at 200 x 266: the middle 100 rows of 200, and 100 columns of 266.
+        ("center", (75.0, 83 * 400 / 266, 150.0, 100 * 400 / 266)),
+        ("squash", (75.0, 100.0, 150.0, 200.0)),
+    ],
+)
+def test_evaluation_cuts_out_the_center_in_either_mode(mode, expected):
+    view = evaluation_view((300, 400), Preprocessing(100, crop_ratio=0.5, crop_mode=mode))
+    np.testing.assert_allclose(view.box, expected)
+
+
+def test_a_size_that_is_not_square_is_covered():
+    # 100 x 300 covers 80 x 60 at 80 x 240.
+    view = evaluation_view((100, 300), Preprocessing((80, 60), crop_ratio=1.0))
+    assert view == View((0.0, 90 * 300 / 240, 100.0, 60 * 300 / 240), (80, 60))
+
+
+def test_squash_without_a_crop_sees_the_whole_image():
+    preprocessing = Preprocessing((80, 60), crop_ratio=1.0, crop_mode="squash")
+    assert evaluation_view((100, 300), preprocessing) == View((0.0, 0.0, 100.0, 300.0), (80, 60))

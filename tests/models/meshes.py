@@ -94,11 +94,41 @@ def difference(actual, expected):
 def family(name, **arguments):
     from tests.models import small
 
+    if name == "picodet":
+        return detector()
     make = {"deit": small.small_model, "levit": small.small_levit, "mvitv2": small.small_mvit}[name]
     sizes = {"deit": {"num_heads": 2}, "levit": {"image_size": 48}, "mvitv2": {"depths": (1, 1, 1)}}[name]
     model = make(**(sizes | arguments))
     size = model.spec.image_size
     return model, small.random_variables(model), small.random_images(batch=4, height=size, width=size)
+
+
+def detector():
+    """A small PicoDet on a LeViT."""
+    from castling_jax.models.registry import abstract_model
+    from tests.models import small
+
+    model = abstract_model(
+        "picodet_s",
+        backbone_arguments={"embed_dim": (16, 24, 32), "depth": (1, 1, 1), "num_heads": (2, 2, 2), "key_dim": 8},
+        **{"neck_channels": 16, "num_convs": 1, "num_classes": 4, "image_size": 160},
+    )
+    return model, small.random_variables(model), small.random_images(batch=4, height=160, width=160)
+
+
+def detect(name):
+    """A detector's scores, box bins and boxes in training and in evaluation."""
+    import jax
+
+    import castling_jax
+    from castling_jax.models.variables import forward_train
+
+    model, variables, images = family(name)
+    functions = {
+        "apply": lambda v, x: castling_jax.apply(model, v, x, mask_threshold=0.05),
+        "forward_train": lambda v, x: forward_train(model, v, x, mask_threshold=0.05, key=jax.random.key(0)),
+    }
+    return compare(functions, variables, images, meshes_of(name, "detect"))
 
 
 def compare(functions, variables, images, meshes):
@@ -265,7 +295,10 @@ def replicated(name):
         model, variables, images = family(name, **({"attention": "convolutional"} if name == "deit" else {}))
 
         def total(variables, images):
-            return jnp.sum(jnp.sin(castling_jax.apply(model, variables, images, mask_threshold=0.05)))
+            outputs = castling_jax.apply(model, variables, images, mask_threshold=0.05)
+            if name == "picodet":
+                outputs = (outputs["scores"], outputs["boxes"] / 160)
+            return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(outputs))
 
     expected = jax.jit(jax.grad(total))(variables, images)
     found = {}
@@ -282,7 +315,7 @@ def replicated(name):
     return {"replicated": found}
 
 
-CASES = {"forward": forward, "around": around, "own_loop": own_loop, "replicated": replicated}
+CASES = {"detect": detect, "forward": forward, "around": around, "own_loop": own_loop, "replicated": replicated}
 
 if __name__ == "__main__":
     case, of = sys.argv[1:]

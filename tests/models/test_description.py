@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import castling_jax
 from castling_jax.errors import InputError
 from castling_jax.models import description
 from castling_jax.models.macs import OTHER, Cost, parts
@@ -86,7 +87,7 @@ def test_all_models_are_listed(monkeypatch, capsys):
     monkeypatch.setattr(description, "measure", lambda model: description.Size(1234, {"mlp": Cost(5_000_000, 60_000)}))
     monkeypatch.setattr(description, "abstract_model", lambda name, **arguments: None)
     _, *lines = run(monkeypatch, capsys).splitlines()
-    assert [line.split()[0] for line in lines] == [name for name in MODELS for _ in range(3)]
+    assert [line.split()[0] for line in lines] == [name for name in castling_jax.list_models() for _ in range(3)]
     assert lines[1].split() == ["deit_tiny", "castling,", "train", "1,234", "5.00", "M", "0.06", "M"]
 
 

@@ -24,7 +24,14 @@ def test_a_model_on_a_mesh_is_the_model(case, family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["convolution", "deit", "levit", "mvitv2"])
+def test_a_detector_on_a_mesh_is_the_detector():
+    for what, found in run_case("detect", "picodet").items():
+        assert found.keys() == set(FEW)
+        assert max(found.values()) <= ROUNDING["levit"], (what, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["convolution", "deit", "levit", "mvitv2", "picodet"])
 def test_gradients_where_an_axis_splits_nothing(family):
     """XLA multiplies the gradient of a depthwise convolution's kernel by that axis' size, here 2."""
     found = run_case("replicated", family)["replicated"]

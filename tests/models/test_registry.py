@@ -1,3 +1,4 @@
+import functools
 import inspect
 import json
 
@@ -11,7 +12,7 @@ from flax import nnx
 import castling_jax
 from castling_jax.models.macs import count_macs
 from castling_jax.models.registry import MODELS, abstract_model
-from castling_jax.models.variables import count_parameters, flatten, get_variables
+from castling_jax.models.variables import bind, count_parameters, flatten, get_variables
 from tests.models import small
 
 # Softmax baselines with 1000 classes. DeiT's are published. So are LeViT's with two heads (DISTILLED), the second of
@@ -154,6 +155,47 @@ def test_the_spec_makes_the_model_again_through_json():
     assert model.spec.form == "train"
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "path", "shape"),
+    [
+        ("deit_tiny", (224, 160), "params/pos_embed", (1, 1 + 14 * 10, 192)),
+        ("levit_128s", (224, 160), "params/stages/0/blocks/0/attn/softmax_branch/attention_biases", (4, 14 * 10)),
+        ("mvitv2_tiny", (224, 160), "params/stages/3/blocks/1/attn/softmax_branch/rel_pos_w", (2 * 5 - 1, 96)),
+    ],
+)
+def test_an_image_need_not_be_square(name, size, path, shape):
+    model = abstract_model(name, image_size=size)
+    assert flatten(get_variables(model))[path].shape == shape
+    assert model.spec.image_size == size
+    images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+    run = jax.eval_shape(lambda v, x: castling_jax.apply(model, v, x, mask_threshold=0.1), get_variables(model), images)
+    assert run.shape == (2, 1000)
+
+
+def test_a_square_has_one_name():
+    assert abstract_model("deit_micro", image_size=(12, 12)).spec == abstract_model("deit_micro", image_size=12).spec
+
+
+@pytest.mark.parametrize("name", ["deit_micro", "levit_128s", "mvitv2_tiny"])
+def test_feature_maps_are_known_before_they_are_computed(name):
+    sizes = {"deit_micro": small.small_model, "levit_128s": small.small_levit, "mvitv2_tiny": small.small_mvit}
+    model = sizes[name](image_size=(64, 96))
+    images = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32)
+
+    def run(variables, images, **arguments):
+        return bind(model, variables).feature_maps(images, mask_threshold=0.1, **arguments)
+
+    for arguments in ({}, {"key": jax.random.key(0)}):
+        maps, densities = jax.eval_shape(functools.partial(run, **arguments), get_variables(model), images)
+        expected = [
+            (2, 64 // stride, 96 // stride, channels)
+            for stride, channels in zip(model.feature_strides, model.feature_channels, strict=True)
+        ]
+        assert [x.shape for x in maps] == expected
+        assert densities.shape == ({"deit_micro": 2, "levit_128s": 3, "mvitv2_tiny": 4}[name],)
+    assert model.feature_strides == {"deit_micro": (2,), "levit_128s": (8, 16, 32), "mvitv2_tiny": (4, 8, 16)}[name]
+
+
 # Refusals
 
 
@@ -188,7 +230,9 @@ def test_an_unknown_implementation(refuses):
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
     [
-        ("deit_micro", {"image_size": (8, 8)}, "image_size must be int, not (8, 8)"),
+        ("deit_micro", {"image_size": (8, 8, 8)}, "image_size must be an integer or (height, width), not (8, 8, 8)"),
+        ("deit_micro", {"image_size": (8, 0)}, "image_size must be at least 1, not 0"),
+        ("deit_micro", {"image_size": 8.0}, "image_size must be integers, not 8.0"),
         ("deit_micro", {"depth": (1, 2)}, "depth must be int, not (1, 2)"),
         ("deit_micro", {"num_heads": 2.0}, "num_heads must be int, not 2.0"),
         ("deit_micro", {"num_heads": 0}, "num_heads must be at least 1, not 0"),

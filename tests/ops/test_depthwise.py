@@ -149,3 +149,35 @@ def test_the_gradient_in_parts_is_jaxs_of_the_convolution(sizes, taps, strides):
     chex.assert_trees_all_close(
         gradients(depthwise._convolve_in_parts), gradients(depthwise._convolve), rtol=0, atol=5e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "taps", "stride", "dtype"),
+    [
+        ((9, 12), (5, 5), 1, jnp.float32),
+        ((10, 12), (5, 5), 2, jnp.float32),
+        ((3, 2), (3, 5), 3, jnp.float32),
+        ((5, 7), (3, 3), 2, jnp.bfloat16),
+    ],
+)
+def test_the_fast_convolution_of_channels_is_xlas(size, taps, stride, dtype):
+    """With the gradients, of which XLA's are transposed convolutions."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, *size, 3)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(*taps, 1, 3)), dtype)
+
+    def wide(x, kernel):
+        x, kernel = (array.astype(jnp.float32) for array in (x, kernel))
+        return depthwise.convolve_channels(x, kernel, (stride, stride))
+
+    expected, exact_backward = jax.vjp(wide, x, kernel)
+    out, backward = jax.vjp(lambda x, kernel: depthwise.convolve_taps(x, kernel, stride), x, kernel)
+    chex.assert_type(out, dtype)
+    d_out = jnp.asarray(rng.normal(size=out.shape), dtype)
+    # Sums of at most 25 products of order 1, or of 200 for a tap, in float32; then rounded to their type.
+    limit = 2e-5 if dtype == jnp.float32 else 2**-8
+    pairs = zip((out, *backward(d_out)), (expected, *exact_backward(d_out.astype(jnp.float32))), strict=True)
+    for actual, exact in pairs:
+        chex.assert_type(actual, dtype)
+        exact = np.asarray(exact, np.float32)
+        np.testing.assert_allclose(np.asarray(actual, np.float32), exact, rtol=0, atol=limit * max(1, abs(exact).max()))

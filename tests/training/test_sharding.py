@@ -126,6 +126,12 @@ def test_every_parameter_has_a_rule(name, form):
         assert specs_of(name, abstract_mesh(), attention=attention, form=form, **options)
 
 
+@pytest.mark.parametrize("backbone", ["deit_tiny", "levit_128s"])
+@pytest.mark.parametrize("neck", ["lc_pan", "csp_pan"])
+def test_every_parameter_of_a_detector_has_a_rule(backbone, neck):
+    assert specs_of("picodet_s", abstract_mesh(), backbone=backbone, neck=neck)
+
+
 def test_a_parameter_without_a_rule_is_refused(refuses):
     leaf = jax.ShapeDtypeStruct((3, 4), "float32")
     with refuses("'params/blocks/0/attn/temperature' (3, 4) has no sharding rule", "RULES"):

@@ -13,9 +13,10 @@ from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from castling_jax.data.transforms import EvalTransform
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables, apply
 from castling_jax.preprocessing import Preprocessing
+from castling_jax.sizes import ImageSize, image_shape
 from castling_jax.tasks.classification.answers import TOP, ClassAnswers
 from castling_jax.tasks.classification.losses import cross_entropy, distillation_loss
 from castling_jax.tasks.classification.mixing import mix
@@ -56,11 +57,11 @@ class Classification(Task):
         return {} if self.teacher is None else self.teacher.variables
 
     @property
-    def other_models(self) -> tuple[Backbone, ...]:
+    def other_models(self) -> tuple[Model, ...]:
         return () if self.teacher is None else (self.teacher.model,)
 
     @classmethod
-    def from_config(cls, config: ConfigDict, model: Backbone, teacher: Teacher | None = None) -> "Classification":
+    def from_config(cls, config: ConfigDict, model: Model, teacher: Teacher | None = None) -> "Classification":
         return cls(model.spec.num_classes, config.loss.label_smoothing, mixing_options(config.augment), teacher)
 
     @staticmethod
@@ -74,9 +75,9 @@ class Classification(Task):
         return EvalTransform(preprocessing)
 
     @staticmethod
-    def example_shapes(image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def example_shapes(image_size: ImageSize) -> dict[str, jax.ShapeDtypeStruct]:
         return {
-            "image": jax.ShapeDtypeStruct((image_size, image_size, 3), jnp.float32),
+            "image": jax.ShapeDtypeStruct((*image_shape(image_size), 3), jnp.float32),
             "label": jax.ShapeDtypeStruct((), jnp.int32),
         }
 

@@ -37,7 +37,7 @@ class TrainTransform:
     erasing: float
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """{"image", "label"} -> {"image" float32 [image_size, image_size, 3], "label"}.
+        """{"image", "label"} -> {"image" float32 [height, width, 3], "label"}.
 
         Raises:
           InputError: the image cannot be decoded, or it has float pixels and an augmentation needs 8 bits.
@@ -70,7 +70,7 @@ class TrainTransform:
         view = evaluation_view(size, options)
         if self.crop_scale is not None:
             box = random_resized_crop_box(size, self.crop_scale, rng)
-            view = View(box, (options.image_size, options.image_size))
+            view = View(box, options.shape)
         return dataclasses.replace(view, flip=bool(self.flip and rng.random() < self.flip))
 
 

@@ -143,7 +143,7 @@ def test_evaluation_resizes_the_short_side_and_cuts_out_the_middle(size, side, c
 
 
 def test_crop_box_may_lie_between_pixels():
-    top, left, height, width = center_crop_box((300, 400), 224, 0.875)
+    top, left, height, width = center_crop_box((300, 400), Preprocessing(224))
     assert (height, width) == (224 * 300 / 256, 224 * 400 / 341)  # 341.33 is cut off
     assert (top, left) == (16 * 300 / 256, 58 * 400 / 341)  # 58.5 is rounded to the even
 

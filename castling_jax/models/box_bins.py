@@ -1,0 +1,43 @@
+"""Anchor-free boxes: each point of a grid says how far the four sides are, as a distribution over bins."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+BINS = 8  # distances of 0 to 7 strides
+SIDES = 4
+
+
+def level_sizes(image: tuple[int, int], strides: Sequence[int]) -> list[tuple[int, int]]:
+    """(rows, columns) of each level's points in an image of (height, width) pixels; sides are rounded up."""
+    return [(math.ceil(image[0] / stride), math.ceil(image[1] / stride)) for stride in strides]
+
+
+def grid_points(
+    sizes: Sequence[tuple[int, int]], strides: Sequence[int]
+) -> tuple[Float[np.ndarray, "points 2"], Float[np.ndarray, "points"]]:
+    """(x, y) in pixels and stride of each point, level by level, row by row: the middles of the cells.
+
+    At stride 64 the last row and column may lie past the image's border.
+    """
+    points, steps = [], []
+    for (rows, columns), stride in zip(sizes, strides, strict=True):
+        x, y = np.meshgrid(np.arange(columns), np.arange(rows))
+        points.append((np.stack([x, y], axis=-1).reshape(-1, 2) + 0.5) * stride)
+        steps.append(np.full(rows * columns, stride))
+    return np.concatenate(points).astype(np.float32), np.concatenate(steps).astype(np.float32)
+
+
+def decode_boxes(
+    reg_logits: Float[Array, "batch points 32"],
+    points: Float[np.ndarray, "points 2"],
+    strides: Float[np.ndarray, "points"],
+) -> Float[Array, "batch points 4"]:
+    """Boxes (x0, y0, x1, y1) in pixels: each side lies the expectation over its bins, times the stride, away."""
+    bins = jax.nn.softmax(reg_logits.reshape(*reg_logits.shape[:2], SIDES, BINS), axis=-1)
+    distances = jnp.sum(bins * jnp.arange(BINS, dtype=bins.dtype), axis=-1) * strides[:, None]
+    return jnp.concatenate([points - distances[..., :2], points + distances[..., 2:]], axis=-1)

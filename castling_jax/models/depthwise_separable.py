@@ -1,0 +1,74 @@
+"""Convolutions with batch norm and Hardswish, of which PicoDet's neck and head are made."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from castling_jax.models.layers import BatchNorm, Layers, LinearNorm
+from castling_jax.ops.depthwise import convolve_taps
+
+KERNEL_SIZE = 5
+
+
+class Depthwise(nnx.Module):
+    """A depthwise 5 x 5 convolution, zero padded; it has a bias where batch norm is folded into it."""
+
+    def __init__(self, channels: int, layers: Layers, *, stride: int):
+        self.stride = stride
+        self.dtype = layers.dtype
+        shape = (KERNEL_SIZE, KERNEL_SIZE, 1, channels)
+        self.kernel = nnx.Param(layers.kernel_init(layers.rngs.params(), shape, layers.param_dtype))
+        self.bias = layers.zeros(channels) if layers.folded else None
+
+    def __call__(
+        self, x: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch strided_height strided_width channels"]:
+        out = convolve_taps(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride)
+        return out if self.bias is None else out + self.bias[...].astype(self.dtype)
+
+
+class DepthwiseNorm(nnx.Module):
+    """A depthwise convolution, then batch norm; with folded layers the two are one, with a bias."""
+
+    def __init__(self, channels: int, layers: Layers, *, stride: int):
+        self.linear = Depthwise(channels, layers, stride=stride)
+        self.bn = None if layers.folded else BatchNorm(channels, layers)
+
+    def __call__(self, x, *, training):
+        x = self.linear(x)
+        return x if self.bn is None else self.bn.normalize(x, training)
+
+
+class Activated(nnx.Module):
+    """Layers with batch norm under these names, one after another, with Hardswish after each."""
+
+    def __init__(self, **modules: nnx.Module):
+        self.names = tuple(modules)
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def __call__(self, x, *, training):
+        for name in self.names:
+            x = jax.nn.hard_swish(getattr(self, name)(x, training=training))
+        return x
+
+
+def pointwise(features_in: int, features_out: int, layers: Layers) -> Activated:
+    """A 1 x 1 convolution with batch norm and Hardswish."""
+    return Activated(conv=LinearNorm(features_in, features_out, layers))
+
+
+def separable(features_in: int, features_out: int, layers: Layers, *, stride: int = 1) -> Activated:
+    """A depthwise convolution and a 1 x 1 convolution, each with batch norm and Hardswish."""
+    return Activated(
+        depthwise=DepthwiseNorm(features_in, layers, stride=stride),
+        pointwise=LinearNorm(features_in, features_out, layers),
+    )
+
+
+def upsample(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch rows columns channels"]:
+    """Twice as many rows and columns: each position becomes 2 x 2 equal ones."""
+    batch, height, width, channels = x.shape
+    spread = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+    return spread.reshape(batch, 2 * height, 2 * width, channels)

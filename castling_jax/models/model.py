@@ -1,0 +1,109 @@
+"""What every model is to the rest of the package, a classifier or a detector."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float, Key
+
+from castling_jax.errors import InputError
+from castling_jax.sizes import ImageSize
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """What a model was made from: enough to make it again, in either form."""
+
+    name: str
+    attention: str
+    form: str
+    num_classes: int
+    image_size: ImageSize
+    dtype: str
+    param_dtype: str
+    overrides: tuple[tuple[str, Any], ...]
+
+    def arguments(self, **changes: Any) -> dict[str, Any]:
+        """The arguments of `create_model`, plain enough for JSON, with `changes` among them."""
+        arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        arguments |= dict(arguments.pop("overrides"))
+        if "backbone_arguments" in arguments:
+            arguments["backbone_arguments"] = dict(arguments["backbone_arguments"])
+        return arguments | changes
+
+    def with_backbone(self, **changes: Any) -> dict[str, Any]:
+        """`arguments` with `changes` among the constructor words of the backbone, which a classifier is itself."""
+        arguments = self.arguments()
+        if "backbone" not in arguments:
+            return arguments | changes
+        return arguments | {"backbone_arguments": arguments.get("backbone_arguments", {}) | changes}
+
+
+class Model(nnx.Module):
+    """A network of images of `in_chans` channels; `create_model` sets `spec`.
+
+    Attributes:
+      task: the task that the model is for, by its name in tasks/registry.py.
+      batch_axis: the axis of `training_outputs` that runs over the images.
+    """
+
+    task: ClassVar[str]
+    batch_axis: ClassVar[int] = 0
+    spec: ModelSpec
+    in_chans: int
+
+    def __call__(
+        self,
+        images: Float[Array, "batch height width channels"],
+        *,
+        mask_threshold: ArrayLike | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Any, Float[Array, "layers"]]:
+        """What `apply` returns, in float32, and the mask density of each layer of the backbone.
+
+        Arguments and errors are those of `training_outputs`.
+        """
+        outputs, densities = self.training_outputs(images, mask_threshold=mask_threshold, key=key)
+        return self.results(outputs), densities
+
+    def training_outputs(
+        self,
+        images: Float[Array, "batch height width channels"],
+        *,
+        mask_threshold: ArrayLike | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Any, Float[Array, "layers"]]:
+        """What losses are computed from, in float32, and the mask density of each layer of the backbone.
+
+        A key turns training mode on: drop-path drops branches, and batch norm normalises by the batch's statistics and
+        updates its running ones.
+
+        Raises:
+          InputError: images that do not fit the model, or a castling model in training form without a threshold.
+        """
+        raise NotImplementedError
+
+    def results(self, outputs: Any) -> Any:
+        """What `apply` returns of the training outputs."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        spec = getattr(self, "spec", None)
+        if spec is None:
+            return type(self).__name__
+        words = [f"{word}={value!r}" for word, value in spec.arguments().items() if word != "name"]
+        return f"{type(self).__name__}({spec.name!r}, {', '.join(words)})"
+
+    def _checked(self, images: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise InputError(
+                f"images must be floating-point numbers that were normalised, not {images.dtype}: "
+                "castling_jax.preprocess makes them of files and of pixels."
+            )
+        if isinstance(jax.tree.leaves(nnx.state(self, nnx.Param))[0], jax.ShapeDtypeStruct):
+            raise InputError("this model holds shapes alone: castling_jax.apply(model, variables, images) computes.")
+        if images.shape[3] != self.in_chans:
+            raise InputError(f"images must have {self.in_chans} channels, not {images.shape[3]}.")
+        return images

@@ -1,0 +1,96 @@
+"""PicoDet's necks: path aggregation over the backbone's maps, by LC-PAN or CSP-PAN (Yu et al., 2021).
+
+Modules carry PaddleDetection's names.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from castling_jax.models.depthwise_separable import pointwise, separable, upsample
+from castling_jax.models.layers import Layers
+
+KAIMING_UNIFORM = jax.nn.initializers.variance_scaling(2.0, "fan_in", "uniform")
+Map = Float[Array, "batch height width channels"]
+
+
+class SeparableMix(nnx.Module):
+    """LC-PAN's mix of two concatenated maps: two depthwise-separable convolutions, 2c -> 2c -> c channels."""
+
+    def __init__(self, channels: int, layers: Layers):
+        self.blocks = nnx.List(separable(2 * channels, width, layers) for width in (2 * channels, channels))
+
+    def __call__(self, x: Map, *, training: bool) -> Map:
+        for block in self.blocks:
+            x = block(x, training=training)
+        return x
+
+
+class CspMix(nnx.Module):
+    """CSP-PAN's mix of two concatenated maps: half of the channels go through a block, the other half pass it by.
+
+    The block is a 1 x 1 convolution and a depthwise-separable one, without a residual.
+    """
+
+    def __init__(self, channels: int, layers: Layers):
+        half = channels // 2
+        self.main_conv = pointwise(2 * channels, half, layers)
+        self.short_conv = pointwise(2 * channels, half, layers)
+        block = nnx.Dict(conv1=pointwise(half, half, layers), conv2=separable(half, half, layers))
+        self.blocks = nnx.List([block])
+        self.final_conv = pointwise(2 * half, channels, layers)
+
+    def __call__(self, x: Map, *, training: bool) -> Map:
+        main, short = self.main_conv(x, training=training), self.short_conv(x, training=training)
+        for block in self.blocks:
+            main = block.conv2(block.conv1(main, training=training), training=training)
+        return self.final_conv(jnp.concatenate([main, short], axis=-1), training=training)
+
+
+NECKS = {"lc_pan": SeparableMix, "csp_pan": CspMix}
+
+
+class Pan(nnx.Module):
+    """Maps at strides 8, 16, 32 and perhaps 64 in; maps at 8, 16, 32 and 64 of `channels` each out.
+
+    The fourth map is the last output and the projected third map, each shrunk, added up. Where the backbone has a map
+    at stride 64 of its own, as LeViT has, its projection takes the place of the third map's: no stage is left out.
+
+    Args:
+      channels_in: of each map.
+      channels: of the results.
+      neck: one of NECKS, the way in which two concatenated maps are mixed.
+      layers: makes the layers.
+    """
+
+    def __init__(self, channels_in: Sequence[int], channels: int, neck: str, layers: Layers):
+        layers = dataclasses.replace(layers, kernel_init=KAIMING_UNIFORM)
+        mix = NECKS[neck]
+        self.conv_t = nnx.List(pointwise(width, channels, layers) for width in channels_in)
+        self.top_down_blocks = nnx.List(mix(channels, layers) for _ in range(2))
+        self.downsamples = nnx.List(separable(channels, channels, layers, stride=2) for _ in range(2))
+        self.bottom_up_blocks = nnx.List(mix(channels, layers) for _ in range(2))
+        self.first_top_conv = separable(channels, channels, layers, stride=2) if len(channels_in) == 3 else None
+        self.second_top_conv = separable(channels, channels, layers, stride=2)
+
+    @jax.named_scope("neck")
+    def __call__(self, maps: Sequence[Map], *, training: bool) -> list[Map]:
+        p3, p4, p5, *p6 = (conv(x, training=training) for conv, x in zip(self.conv_t, maps, strict=True))
+
+        coarse = p5
+        top_down = [p5]
+        for block, lateral in zip(self.top_down_blocks, (p4, p3), strict=True):
+            coarse = block(jnp.concatenate([upsample(coarse), lateral], axis=-1), training=training)
+            top_down.append(coarse)
+
+        outputs = [top_down.pop()]
+        for downsample, block in zip(self.downsamples, self.bottom_up_blocks, strict=True):
+            shrunk = downsample(outputs[-1], training=training)
+            outputs.append(block(jnp.concatenate([shrunk, top_down.pop()], axis=-1), training=training))
+
+        top = p6[0] if self.first_top_conv is None else self.first_top_conv(p5, training=training)
+        return [*outputs, top + self.second_top_conv(outputs[-1], training=training)]

@@ -1,0 +1,101 @@
+"""PicoDet's heads, one a level: that of the second version, and the legacy one (Yu et al., 2021).
+
+A head turns a map into class scores and box bins: the logits of four distributions over distances, left, top, right and
+bottom.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from castling_jax.models.box_bins import BINS, SIDES
+from castling_jax.models.depthwise_separable import KERNEL_SIZE, separable
+from castling_jax.models.layers import ConvNorm, Layers, LinearNorm
+from castling_jax.models.pan import KAIMING_UNIFORM
+
+HEAD_STD, EXCITATION_STD = 0.01, 0.001  # of the normals that kernels start from
+RARE = jax.nn.initializers.constant(-math.log(99))  # a probability of .01, as most points see no object
+SCORE_EPSILON = 1e-9
+Map = Float[Array, "batch height width channels"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadSizes:
+    """The sizes of a head.
+
+    Attributes:
+      channels: of its map.
+      num_convs: depthwise-separable convolutions before its outputs.
+      num_classes: classes of objects.
+    """
+
+    channels: int
+    num_convs: int
+    num_classes: int
+
+    def body(self, layers: Layers) -> nnx.List:
+        """The convolutions."""
+        return nnx.List(separable(self.channels, self.channels, layers) for _ in range(self.num_convs))
+
+
+class LegacyHead(nnx.Module):
+    """The legacy head: one 1 x 1 convolution gives "cls_logits" and "reg_logits"."""
+
+    def __init__(self, sizes: HeadSizes, layers: Layers):
+        layers = head_layers(layers)
+        self.num_classes = sizes.num_classes
+        self.body = sizes.body(layers)
+        self.output = layers.linear(sizes.channels, sizes.num_classes + SIDES * BINS, bias_init=RARE)
+
+    def __call__(self, x: Map, *, training: bool) -> dict[str, Map]:
+        for conv in self.body:
+            x = conv(x, training=training)
+        logits = self.output(x)
+        return {"cls_logits": logits[..., : self.num_classes], "reg_logits": logits[..., self.num_classes :]}
+
+
+class Head(nnx.Module):
+    """The second version's head: gives "scores", sqrt(sigmoid(class) sigmoid(alignment)), and "reg_logits".
+
+    The alignment says how well class and box agree: a dense 5 x 5 convolution to one channel, then 1 x 1, each with
+    batch norm. Class and box bins read the excited map: its channels are scaled by a gate, which sees their means, and
+    mixed by a 1 x 1 convolution.
+    """
+
+    def __init__(self, sizes: HeadSizes, layers: Layers):
+        layers = head_layers(layers)
+        channels = sizes.channels
+        self.body = sizes.body(layers)
+        self.se = nnx.Dict(
+            fc=dataclasses.replace(layers, init_std=EXCITATION_STD).linear(channels, channels),
+            conv=LinearNorm(channels, channels, layers),
+        )
+        self.cls = layers.linear(channels, sizes.num_classes, bias_init=RARE)
+        self.reg = layers.linear(channels, SIDES * BINS)
+        layers = dataclasses.replace(layers, kernel_init=KAIMING_UNIFORM)
+        self.align = nnx.Dict(
+            dense=ConvNorm(channels, 1, layers, kernel_size=KERNEL_SIZE, stride=1),
+            pointwise=LinearNorm(1, 1, layers),
+        )
+
+    def __call__(self, x: Map, *, training: bool) -> dict[str, Map]:
+        for conv in self.body:
+            x = conv(x, training=training)
+        gate = jax.nn.sigmoid(self.se.fc(jnp.mean(x, axis=(1, 2), keepdims=True)))
+        excited = jax.nn.hard_swish(self.se.conv(x * gate, training=training))
+        alignment = jax.nn.hard_swish(self.align.dense(x, training=training))
+        logits = (self.cls(excited), self.align.pointwise(alignment, training=training))
+        classes, agreement = (jax.nn.sigmoid(logit.astype(jnp.float32)) for logit in logits)
+        return {"scores": jnp.sqrt(classes * agreement + SCORE_EPSILON), "reg_logits": self.reg(excited)}
+
+
+def head_layers(layers: Layers) -> Layers:
+    """Layers that start as a head's do."""
+    return dataclasses.replace(layers, init_std=HEAD_STD, kernel_init=jax.nn.initializers.normal(HEAD_STD))
+
+
+HEADS = {"lc_pan": Head, "csp_pan": LegacyHead}
