@@ -49,6 +49,8 @@ class FolderDataset:
       skipped: how many files have another suffix than images have, by their suffix.
     """
 
+    annotation = "label"
+
     folder: epath.Path
     files: list[str]
     labels: Int[np.ndarray, "examples"]
@@ -110,7 +112,7 @@ def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = Non
     """
     splits = folder_splits(path)
     root = as_path(path)
-    name, percent, is_held_out = _parse_split(split)
+    name, percent, is_held_out = parse_split(split)
     if classes is None and "train" not in splits:
         has = f" (it has {', '.join(map(repr, splits[:5]))})" if splits else ""
         raise InputError(f"'{root}' has no folder 'train', whose folders would be the classes{has}.")
@@ -136,14 +138,12 @@ def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = Non
         labels += [known.index(class_name)] * len(found)
     if not files:
         raise InputError(f"'{images}' holds no folders, one for the images of each class.")
-    indices = np.arange(len(files))
-    if percent is not None:
-        indices = np.flatnonzero(_held_out(np.array(labels), percent) == is_held_out)
-        if not len(indices):
-            raise InputError(
-                f"the split {split!r} of '{root}' holds no images: each class of {name} has too few to hold out "
-                f"{percent} % of them, so give another config.dataset.eval_split."
-            )
+    indices = choose(np.array(labels), percent, is_held_out)
+    if not len(indices):
+        raise InputError(
+            f"the split {split!r} of '{root}' holds no images: each class of {name} has too few to hold out "
+            f"{percent} % of them, so give another config.dataset.eval_split."
+        )
     chosen = [files[index] for index in indices]
     return FolderDataset(images, chosen, np.array(labels, np.int32)[indices], tuple(known), skipped)
 
@@ -168,17 +168,26 @@ def image_files(path: epath.Path, prefix: str, skipped: collections.Counter[str]
 
 def rest_of(split: str) -> str | None:
     """What "10% of train" leaves: "train without 10%"; None for a split that is held out of no other."""
-    name, percent, is_held_out = _parse_split(split)
+    name, percent, is_held_out = parse_split(split)
     return f"{name} without {percent}%" if is_held_out else None
 
 
-def _parse_split(split: str) -> tuple[str, int | None, bool]:
+def parse_split(split: str) -> tuple[str, int | None, bool]:
     """A split's folder, the percentage that is held out of it if any, and whether the split is what is held out."""
     if found := re.fullmatch(r"([1-9]\d?)% of (.+)", split):
         return found[2], int(found[1]), True
     if found := re.fullmatch(r"(.+) without ([1-9]\d?)%", split):
         return found[1], int(found[2]), False
     return split, None, False
+
+
+def choose(
+    labels: Int[np.ndarray, "examples"], percent: int | None, is_held_out: bool
+) -> Int[np.ndarray, "chosen_examples"]:
+    """The indices of a split's examples, where `parse_split` gave the percentage and whether it is held out."""
+    if percent is None:
+        return np.arange(len(labels))
+    return np.flatnonzero(_held_out(labels, percent) == is_held_out)
 
 
 def _held_out(labels: Int[np.ndarray, "examples"], percent: int) -> Bool[np.ndarray, "examples"]:

@@ -93,6 +93,7 @@ class Task:
     Attributes:
       name: as the registry and summary.json have it.
       measures: the first of them is the one that chooses the best checkpoint, and that pictures and tables show.
+      augmentations: the fields of a configuration's `augment` that the task has; the others must be at their defaults.
       loss_title: what the loss is, with its unit, for the axis of a picture.
       held: arrays that the loss needs beside the batch, such as a teacher's variables: an argument of the compiled
         step, where a value that Python closes over would become a constant of the program.
@@ -100,6 +101,7 @@ class Task:
 
     name: ClassVar[str]
     measures: ClassVar[tuple[Measure, ...]]
+    augmentations: ClassVar[tuple[str, ...]] = ()
     loss_title: ClassVar[str]
 
     @property
@@ -130,6 +132,8 @@ class Task:
         augment: ConfigDict, preprocessing: Preprocessing
     ) -> Callable[[Example, np.random.Generator], Example]:
         """What the host does to an example in training. It draws from its second argument alone, and can be pickled.
+
+        Where images of several sizes are learnt from, it is a `OneOf` of data/loader.py, a transform for each size.
 
         Raises:
           InputError: a field is out of range.
