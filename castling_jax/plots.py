@@ -370,16 +370,18 @@ def draw_boxes(
     figure = Figure(figsize=(max(width * side, 3), max(height * side, 2) + 0.5), layout="constrained")
     axis = figure.subplots()
     axis.imshow(image)
-    add_boxes(axis, boxes, labels, scores)
+    draw_boxes_on(axis, boxes, labels, scores)
     axis.set(xticks=[], yticks=[])
     if names := sorted(set(labels)):
         handles = [Rectangle((0, 0), 1, 1, color=_color_of(name)) for name in names]
         shown = [f"{_shortened(name)} {list(labels).count(name)}" for name in names]
-        figure.legend(handles, shown, loc="outside lower center", ncols=4, frameon=False, fontsize=SMALL)
+        legend = figure.legend(handles, shown, loc="outside lower center", ncols=4, frameon=False, fontsize=SMALL)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     return figure
 
 
-def add_boxes(
+def draw_boxes_on(
     axis: Axes,
     boxes: Float[np.ndarray, "boxes 4"],
     labels: Sequence[str],

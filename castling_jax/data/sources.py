@@ -371,7 +371,8 @@ def tfds_builder(name: str, *, data_dir: epath.PathLike | None, **options: Any) 
         try:
             return tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
         except tfds.core.DatasetNotFoundError:
-            raise InputError(f"to prepare {name} takes a package that is not installed ({error.name}).") from error
+            said = str(error).rpartition(": ")[2]
+            raise InputError(f"to prepare {name} takes a package that is not installed ({said}).") from error
     except (AssertionError, ValueError) as error:  # the configuration or the version
         first_line = str(error.__cause__ or error).splitlines()[0]
         raise InputError(f"unknown dataset {name!r} ({in_one_sentence(first_line)}).") from error
