@@ -13,7 +13,7 @@ from castling_jax.data.folder import choose, parse_split
 from castling_jax.errors import InputError, check_known, refusing
 from castling_jax.storage import as_path
 
-DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 def coco_splits(path: epath.PathLike) -> list[str]:

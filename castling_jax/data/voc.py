@@ -13,7 +13,7 @@ from castling_jax.data.folder import IMAGE_SUFFIXES, choose, parse_split
 from castling_jax.errors import InputError, check_known, refusing
 from castling_jax.storage import as_path
 
-DAMAGE = (OSError, ElementTree.ParseError, ValueError)
+DAMAGE = (OSError, ElementTree.ParseError, ValueError, OverflowError)
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -63,20 +63,17 @@ def voc(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) 
     if not stems:
         raise InputError(f"the split {split!r} of '{root}' holds no images.")
 
-    files: dict[str, _File] = {}
-    if classes is None:
-        paths = sorted(entry for entry in (root / "Annotations").iterdir() if entry.suffix == ".xml")
-        files = dict(zip((path.stem for path in paths), read_all(_read, paths), strict=True))
-    missing = [stem for stem in stems if stem not in files]
-    files |= zip(missing, read_all(_read, [root / "Annotations" / f"{stem}.xml" for stem in missing]), strict=True)
+    with refusing(OSError, f"'{root}' needs the folders Annotations and JPEGImages"):
+        annotated = [entry.stem for entry in (root / "Annotations").iterdir() if entry.suffix == ".xml"]
+        image_names = [entry.name for entry in (root / "JPEGImages").iterdir()]
+    to_read = sorted({*stems, *(annotated if classes is None else ())})
+    files = dict(zip(to_read, read_all(_read, [root / "Annotations" / f"{stem}.xml" for stem in to_read]), strict=True))
     found = sorted({object_name for file in files.values() for object_name in file.names})
     known = found if classes is None else list(classes)
     for stem in stems:
         for object_name in set(files[stem].names) - set(known):
             raise InputError(f"'{stem}.xml' in '{root}' has a {object_name!r}, a class that the model does not have.")
 
-    with refusing(OSError, f"the images of '{root}' cannot be listed"):
-        image_names = [entry.name for entry in (root / "JPEGImages").iterdir()]
     image_of = {epath.Path(file).stem: file for file in image_names if file.lower().endswith(IMAGE_SUFFIXES)}
     read = [files[stem] for stem in stems]
     boxes = np.array([box for file in read for box in file.boxes], np.float64).reshape(-1, 4)
@@ -99,8 +96,10 @@ def _read(path: epath.Path) -> _File:
     with refusing(DAMAGE, f"'{path}' is missing or damaged"):
         root = ElementTree.fromstring(path.read_bytes())
         objects = root.findall("object")
+        height, width = (int(_text(root, f"size/{side}")) for side in ("height", "width"))
+        np.array([height, width], np.int32)  # in which the data set holds them
         return _File(
-            (int(_text(root, "size/height")), int(_text(root, "size/width"))),
+            (height, width),
             [_text(one, "name") for one in objects],
             [[float(_text(one, f"bndbox/{corner}")) for corner in CORNERS] for one in objects],
             [one.findtext("difficult", "0").strip() == "1" for one in objects],

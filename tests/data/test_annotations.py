@@ -113,6 +113,9 @@ class TestCoco:
             (lambda i, a, c: c.append(c[0]), ("two categories", "have the same id")),
             (lambda i, a, c: (i.clear(), a.clear()), ("the split 'train2017'", "holds no images")),
             (lambda i, a, c: i[0].update(width=None), ("is damaged",)),
+            (lambda i, a, c: i[0].update(width=10**12), ("is damaged",)),
+            (lambda i, a, c: a[0].update(area="large"), ("is damaged",)),
+            (lambda i, a, c: c[0].pop("name"), ("is damaged", "'name'")),
         ],
     )
     def test_bad_files_are_refused(self, tmp_path, refuses, change, said):
@@ -203,6 +206,7 @@ class TestVoc:
             (voc_file((5, 5), [("cat", 0, 1, 2, 3, "x")]), "could not convert string to float"),
             (voc_file((5, 5), [("", 0, 1, 2, 3, 4)]), "it has no name"),
             (voc_file((5, "wide"), []), "invalid literal for int"),
+            (voc_file((5, 10**12), []), "out of bounds"),
         ],
     )
     def test_damaged_xml_is_refused(self, tmp_path, refuses, text, said):
@@ -222,6 +226,9 @@ class TestVoc:
         assert find_splits(f"voc:{tmp_path}") == ("train without 10%", "10% of train")
         (tmp_path / "Annotations" / "image 3.xml").unlink()
         with refuses("image 3.xml' is missing or damaged", "No such file"):
+            load_dataset(f"voc:{tmp_path}", "train")
+        (tmp_path / "JPEGImages").rename(tmp_path / "images")
+        with refuses(f"'{tmp_path}' needs the folders Annotations and JPEGImages"):
             load_dataset(f"voc:{tmp_path}", "train")
 
     def test_small_files_in_a_bucket_are_read_side_by_side(self, tmp_path, monkeypatch):
