@@ -3,6 +3,8 @@
 The smallest text is SMALL points high. At DPI that is 12 pixels, enough to keep a digit's strokes apart.
 """
 
+import colorsys
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -353,3 +355,71 @@ def draw_taps(kernels: Sequence[Float[np.ndarray, "taps heads"] | Float[np.ndarr
         axis.set_axis_off()
     figure.colorbar(colours, ax=axes.tolist(), label="weight of the value", aspect=30)
     return figure
+
+
+def draw_boxes(
+    image: UInt8[np.ndarray, "height width 3"],
+    boxes: Float[np.ndarray, "boxes 4"],
+    labels: Sequence[str],
+    scores: Sequence[float] | None = None,
+) -> Figure:
+    """An image with boxes on it, and below it the colour of each class.
+
+    Args:
+      image: uint8, or floats in [0, 1].
+      boxes: x0, y0, x1, y1 in pixels of the image.
+      labels: the class of each box.
+      scores: of each box, such as probabilities; they are written behind the classes.
+    """
+    height, width = image.shape[:2]
+    side = 7 / max(height, width)  # inches a pixel
+    figure = Figure(figsize=(max(width * side, 3), max(height * side, 2) + 0.5), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(image)
+    draw_boxes_on(axis, boxes, labels, scores)
+    axis.set(xticks=[], yticks=[])
+    if names := sorted(set(labels)):
+        handles = [Rectangle((0, 0), 1, 1, color=_color_of(name)) for name in names]
+        shown = [f"{_shortened(name)} {list(labels).count(name)}" for name in names]
+        legend = figure.legend(handles, shown, loc="outside lower center", ncols=4, frameon=False, fontsize=SMALL)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    return figure
+
+
+def draw_boxes_on(
+    axis: Axes,
+    boxes: Float[np.ndarray, "boxes 4"],
+    labels: Sequence[str],
+    scores: Sequence[float] | None = None,
+) -> None:
+    """Draws boxes into the picture of an image that is there already, and its class into each box that has room for it.
+
+    A class has the same colour in every picture. Large boxes are drawn first, so that those in them can be seen.
+
+    Args:
+      axis: of the image's pixels.
+      boxes: x0, y0, x1, y1 in pixels of the image.
+      labels: the class of each box.
+      scores: of each box, or none.
+    """
+    boxes = np.asarray(boxes, np.float64).reshape(-1, 4) - 0.5  # imshow has a pixel's centre at its number
+    inches = axis.get_window_extent().transformed(axis.figure.dpi_scale_trans.inverted()).size
+    points = 72 * min(inches / np.abs([np.diff(axis.get_xlim())[0], np.diff(axis.get_ylim())[0]]))  # a pixel
+    for index in np.argsort(-np.prod(boxes[:, 2:] - boxes[:, :2], axis=-1), kind="stable"):
+        (left, top, right, bottom), color = boxes[index], _color_of(labels[index])
+        axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=1.5))
+        text = _shortened(labels[index]) + ("" if scores is None else f" {scores[index]:.2f}")
+        # A letter is some 0.6 of its height wide.
+        if 0.6 * SMALL * len(text) < points * (right - left) and points * (bottom - top) > 1.3 * SMALL:
+            style = {"facecolor": color, "edgecolor": "none", "pad": 0.8}
+            axis.text(
+                left, top, text, color="white", fontsize=SMALL, va="top", bbox=style, clip_on=True, parse_math=False
+            )
+
+
+def _color_of(name: str) -> tuple[float, float, float]:
+    """A class's colour, by its name alone; dark enough for white letters on it."""
+    hue = int.from_bytes(hashlib.sha256(name.encode()).digest()[:2]) / 2**16
+    red, green, blue = colorsys.hls_to_rgb(hue, 0.38, 0.85)
+    return red, green, blue

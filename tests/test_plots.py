@@ -8,6 +8,8 @@ from castling_jax import plots
 from castling_jax.plots import (
     DENSITY_TITLES,
     draw_attention,
+    draw_boxes,
+    draw_boxes_on,
     draw_confusion,
     draw_density,
     draw_predictions,
@@ -62,12 +64,20 @@ def attention_of(prefix, *, heads, rows=3, columns=4):
     return {"masked_softmax": np.abs(random), "linear_angular": random}
 
 
+def boxes_on(figure):
+    """The figure, with a box on its first axes."""
+    draw_boxes_on(figure.axes[0], np.float32([[2, 3, 33, 27]]), ["owl"])
+    return figure
+
+
 FIGURES = {
     "draw_training": lambda: draw_training(history_of(30, evaluations=6)),
     "draw_density": lambda: draw_density(np.arange(1, 9), np.full((8, 24), 0.5), steps_per_epoch=3),
     "draw_attention": lambda: draw_attention(attention_of(1, heads=3), PHOTOGRAPH, (3, 4), query=6),
     "draw_taps": lambda: draw_taps([np.random.default_rng(0).normal(size=(9, 3))] * 12),
     "draw_predictions": lambda: draw_predictions([PHOTOGRAPH] * 2, [[("a", 0.9), ("b", 0.1)]] * 2),
+    "draw_boxes": lambda: draw_boxes(PHOTOGRAPH, np.float32([[2, 3, 33, 27]]), ["owl"], scores=[0.75]),
+    "draw_boxes_on": lambda: boxes_on(draw_predictions([PHOTOGRAPH], [[("a", 0.9)]])),
     "draw_confusion": lambda: draw_confusion(np.diag(range(1000, 1030)), [f"class {i}" for i in range(30)]),
 }
 
@@ -237,3 +247,45 @@ def test_taps_over_tokens_and_over_the_grid_are_drawn_head_by_head():
 
 def test_taps_of_a_new_model_are_drawn():
     check_legible(draw_taps([np.zeros((9, 3))]))
+
+
+class TestBoxes:
+    BOXES = np.float32([[0, 0, 30, 20], [5, 5, 8, 8], [10, 12, 40, 30]])
+    LABELS = ("owl", "cat", "owl")
+
+    def test_rectangles_are_on_the_edges_of_pixels(self):
+        (axis,) = draw_boxes(PHOTOGRAPH, self.BOXES, self.LABELS).axes
+        found = sorted((*patch.get_xy(), patch.get_width(), patch.get_height()) for patch in axis.patches)
+        assert found == [(-0.5, -0.5, 30, 20), (4.5, 4.5, 3, 3), (9.5, 11.5, 30, 18)]
+        # The picture's own edges are at -0.5 and 39.5: a box of the whole image is its frame.
+        assert axis.get_xlim() == (-0.5, 39.5)
+
+    def test_names_stand_in_boxes_that_have_room_for_them(self):
+        figure = draw_boxes(PHOTOGRAPH, self.BOXES, self.LABELS, scores=[0.5, 0.25, 0.125])
+        (axis,) = figure.axes
+        # The largest box is drawn first, and the cat's is too small for its name.
+        assert [text.get_text() for text in axis.texts] == ["owl 0.50", "owl 0.12"]
+        check_legible(figure)
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["cat 1", "owl 2"]
+
+    def test_a_class_has_one_colour_everywhere(self):
+        colors = [
+            {label: patch.get_edgecolor() for label, patch in zip(labels, axis.patches, strict=True)}
+            for labels in (("owl", "cat"), ("cat", "dog"))
+            for axis in draw_boxes(PHOTOGRAPH, np.float32([[0, 0, 30, 20], [5, 5, 8, 8]]), labels).axes
+        ]
+        assert colors[0]["cat"] == colors[1]["cat"]
+        assert len({*colors[0].values(), *colors[1].values()}) == 3
+
+    def test_no_boxes_and_odd_names(self):
+        assert draw_boxes(PHOTOGRAPH, np.zeros((0, 4)), []).legends == []
+        figure = draw_boxes(PHOTOGRAPH, self.BOXES[:1], ["$a\n" * 30])
+        check_legible(figure)
+        assert "\n" not in figure.axes[0].texts[0].get_text()
+
+    def test_boxes_on_given_axes(self):
+        figure = draw_predictions([PHOTOGRAPH], [[("owl", 0.5)]])
+        (axis,) = figure.axes
+        draw_boxes_on(axis, self.BOXES, self.LABELS)
+        assert len(axis.patches) == 3

@@ -49,6 +49,8 @@ class FolderDataset:
       skipped: suffix -> number of files with it, for suffixes that are not those of images.
     """
 
+    annotation = "label"
+
     folder: epath.Path
     files: list[str]
     labels: Int[np.ndarray, "examples"]
@@ -111,7 +113,7 @@ def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = Non
     """
     splits = folder_splits(path)
     root = as_path(path)
-    name, percent, is_held_out = _parse_split(split)
+    name, percent, is_held_out = parse_split(split)
     if classes is None and "train" not in splits:
         has = f" (it has {', '.join(map(repr, splits[:5]))})" if splits else ""
         raise InputError(f"'{root}' has no folder 'train', whose folders would be the classes{has}.")
@@ -139,14 +141,12 @@ def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = Non
         labels += [known.index(class_name)] * len(class_files)
     if not files:
         raise InputError(f"'{images}' holds no folders, one for the images of each class.")
-    indices = np.arange(len(files))
-    if percent is not None:
-        indices = np.flatnonzero(_held_out(np.array(labels), percent) == is_held_out)
-        if not len(indices):
-            raise InputError(
-                f"the split {split!r} of '{root}' holds no images: each class of {name} has too few to hold out "
-                f"{percent} % of them, so give another config.dataset.eval_split."
-            )
+    indices = choose(np.array(labels), percent, is_held_out)
+    if not len(indices):
+        raise InputError(
+            f"the split {split!r} of '{root}' holds no images: each class of {name} has too few to hold out "
+            f"{percent} % of them, so give another config.dataset.eval_split."
+        )
     split_files = [files[index] for index in indices]
     return FolderDataset(images, split_files, np.array(labels, np.int32)[indices], tuple(known), skipped)
 
@@ -172,17 +172,26 @@ def image_files(path: epath.Path, prefix: str, skipped: collections.Counter[str]
 
 def rest_of(split: str) -> str | None:
     """The split that remains: "train without 10%" for "10% of train"; None for a split that is not part of another."""
-    name, percent, is_held_out = _parse_split(split)
+    name, percent, is_held_out = parse_split(split)
     return f"{name} without {percent}%" if is_held_out else None
 
 
-def _parse_split(split: str) -> tuple[str, int | None, bool]:
+def parse_split(split: str) -> tuple[str, int | None, bool]:
     """(folder, percentage that is held out of it or None, whether the split is the held-out part)."""
     if match := re.fullmatch(r"([1-9]\d?)% of (.+)", split):
         return match[2], int(match[1]), True
     if match := re.fullmatch(r"(.+) without ([1-9]\d?)%", split):
         return match[1], int(match[2]), False
     return split, None, False
+
+
+def choose(
+    labels: Int[np.ndarray, "examples"], percent: int | None, is_held_out: bool
+) -> Int[np.ndarray, "chosen_examples"]:
+    """The indices of a split's examples, where `parse_split` gave the percentage and whether it is held out."""
+    if percent is None:
+        return np.arange(len(labels))
+    return np.flatnonzero(_held_out(labels, percent) == is_held_out)
 
 
 def _held_out(labels: Int[np.ndarray, "examples"], percent: int) -> Bool[np.ndarray, "examples"]:

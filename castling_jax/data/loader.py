@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -32,6 +32,27 @@ Rows = Int[np.ndarray, "rows"]
 Example = dict[str, Any]
 TrainTransform = Callable[[Example, np.random.Generator], Example]
 EvalTransform = Callable[[Example], Example]
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """A training transform that is another one in every step, as images of several sizes need it.
+
+    All examples of a step get the same one of `transforms`, which the seed and the step alone decide.
+    """
+
+    transforms: Sequence[TrainTransform]
+
+    def of_step(self, seed: int, step: int) -> TrainTransform:
+        """The transform of a step. Its draw is apart from those of the examples, (seed, position)."""
+        return self._drawn(np.random.default_rng((seed, step, 1)))
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """One of the transforms, drawn for this example alone: for pictures."""
+        return self._drawn(rng)(example, rng)
+
+    def _drawn(self, rng: np.random.Generator) -> TrainTransform:
+        return self.transforms[int(rng.integers(len(self.transforms)))]
 
 
 def training_batches(
@@ -61,7 +82,7 @@ def training_batches(
       batch_size: images in a batch, over all processes.
       seed: seed of the order and the augmentations.
       transform: (example, random generator) -> arrays by name, such as {"image", "label"}, with the same shapes for all
-        examples. It raises an InputError if the image is corrupt.
+        examples, or for all examples of a step if it is a `OneOf`. It raises an InputError if the image is corrupt.
       repeats: how many times in a row an example comes.
       first_step: number of the first batch.
       rows: the rows of every batch to return; None returns all.
@@ -80,7 +101,7 @@ def training_batches(
         raise InputError(f"a batch must be of 1 to {len(dataset)} images (there are no more), not {batch_size}.")
     # Shuffled before it is repeated, so that every epoch has each image once; grain gives each epoch its own order.
     order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat()
-    read = functools.partial(_training_image, dataset, transform, order, seed, repeats)
+    read = functools.partial(_training_image, dataset, transform, order, seed, repeats, batch_size)
     parts = _Parts(read, batch_size, rows)
     # An "endless" range, kept so small that a position in the stream still fits in 64 bits.
     first, last = first_step * len(parts.rows), sys.maxsize // batch_size
@@ -128,13 +149,20 @@ class _Read:
 
 
 def _training_image(
-    dataset: Dataset, transform: TrainTransform, order: grain.MapDataset, seed: int, repeats: int, position: int
+    dataset: Dataset,
+    transform: TrainTransform,
+    order: grain.MapDataset,
+    seed: int,
+    repeats: int,
+    batch_size: int,
+    position: int,
 ) -> _Read:
     """Reads the image at a position of the endless stream."""
+    transform_of_step = transform.of_step(seed, position // batch_size) if isinstance(transform, OneOf) else transform
 
     def augmented(example: Example) -> Example:
         # The position, not the example, seeds the augmentation: every repeat and epoch draws anew, on any process.
-        return transform(example, np.random.default_rng((seed, position)))
+        return transform_of_step(example, np.random.default_rng((seed, position)))
 
     return _first_good(dataset, augmented, int(order[position // repeats]))
 

@@ -18,6 +18,10 @@ Image = Float[np.ndarray, "height width 3"]
 TRIES = 10  # draws of a box to erase, each of which may not fit into the image, before nothing is erased
 ERASED_AREAS = (0.02, 1 / 3)
 ERASED_RATIOS = (0.3, 1 / 0.3)  # height / width
+# SSD's changes of colour: between which factors, and by how many degrees the hue turns at most.
+DISTORTION, HUE_DEGREES = (0.5, 1.5), 18.0
+# NTSC's brightness and two colours of red, green and blue; Pillow's grey is the first row.
+YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 
 
 def random_shift(image: Image, rng: np.random.Generator, pixels: int) -> Image:
@@ -72,6 +76,45 @@ def color_jitter(image: PillowImage.Image, rng: np.random.Generator, strength: f
     for index in rng.permutation(3):
         image = enhancers[index](image).enhance(factors[index])
     return image
+
+
+def as_floats(image: PillowImage.Image | Image) -> Image:
+    """Pillow's image in float32 in [0, 1]; floats stay as they are."""
+    return image if isinstance(image, np.ndarray) else np.asarray(image, np.float32) / np.float32(255)
+
+
+def random_distortion(image: Image, rng: np.random.Generator, probability: float) -> Image:
+    """Changes brightness, contrast, saturation and hue in a random order, each with this probability.
+
+    These are SSD's changes (Liu et al., arXiv 1512.02325, section 2.2). The first three are those of Pillow's
+    `ImageEnhance`; the hue turns in the plane of YIQ's colours, which keeps the brightness. All of them are affine in a
+    pixel's channels, so that they are one product, and values beyond [0, 1] are clipped once, at the end.
+    """
+    grey, turn = YIQ[0], np.deg2rad(rng.uniform(-HUE_DEGREES, HUE_DEGREES))
+    brightness, contrast, saturation = rng.uniform(*DISTORTION, size=3)
+    rotation = np.array([[1, 0, 0], [0, np.cos(turn), -np.sin(turn)], [0, np.sin(turn), np.cos(turn)]])
+    matrices = (
+        brightness * np.eye(3),
+        contrast * np.eye(3),
+        saturation * np.eye(3) + (1 - saturation) * grey,  # each row: towards the pixel's grey
+        np.linalg.inv(YIQ) @ rotation @ YIQ,
+    )
+    is_on = rng.random(4) < probability
+    if not is_on.any():
+        return image
+    mean = image.mean(0).mean(0, dtype=np.float64)
+    change, offset = np.eye(3), np.zeros(3)
+    for chosen in rng.permutation(4):
+        if is_on[chosen]:
+            change, offset = matrices[chosen] @ change, matrices[chosen] @ offset
+            if chosen == 1:  # contrast: towards the image's mean grey as it is by now
+                offset = offset + (1 - contrast) / contrast * (grey @ (change @ mean + offset))
+    # Channel by channel: BLAS would start threads in each of the loader's.
+    changed = np.empty_like(image)
+    channels = [image[..., channel] for channel in range(3)]
+    for channel, (weights, shift) in enumerate(zip(change.astype(np.float32), offset.astype(np.float32), strict=True)):
+        changed[..., channel] = sum(weight * values for weight, values in zip(weights, channels, strict=True)) + shift
+    return changed.clip(0, 1, out=changed)
 
 
 def random_erasing(image: Image, rng: np.random.Generator) -> Image:

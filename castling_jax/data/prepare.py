@@ -14,9 +14,10 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from castling_jax.data.annotations import BoxDataset
 from castling_jax.data.decode import image_size
 from castling_jax.data.folder import folder, folder_splits, list_skipped
-from castling_jax.data.sources import FOLDER, Dataset, find_splits, labelled_image, load_dataset, tfds_builder
+from castling_jax.data.sources import FOLDER, Dataset, annotated_image, find_splits, load_dataset, path_of, tfds_builder
 from castling_jax.errors import InputError, in_one_sentence, printable
 from castling_jax.storage import try_folder
 
@@ -47,14 +48,16 @@ def prepare(
       A text that describes the prepared data set to the user.
 
     Raises:
-      InputError: the data set is unknown, does not consist of labelled images, or lacks something that it needs.
+      InputError: the data set is unknown, has neither labels nor boxes, or lacks something that it needs.
     """
     if name == "digits":
         return "digits is in scikit-learn's wheel and needs no preparing."
     if name.startswith(FOLDER):
         return _count_folder(epath.Path(name.removeprefix(FOLDER)).expanduser())
+    if path_of(name) is not None:
+        return _count_boxes(name)
     builder = tfds_builder(name, data_dir=data_dir, file_format="array_record")
-    labelled_image(builder)  # refuses a data set without labelled images now, before hours of work
+    annotated_image(builder)  # refuses a data set without labels and boxes now, before hours of work
     if builder.is_prepared():
         return f"{name} was prepared before.\n{_count(builder, name, data_dir)}"
     try_folder(builder.data_path)
@@ -172,6 +175,7 @@ def _count(builder: Any, name: str, data_dir: epath.PathLike | None) -> str:
     splits = builder.info.splits
     dataset = load_dataset(name, next(iter(splits)), data_dir=data_dir)
     option = f" --config.dataset.data_dir={data_dir}" if data_dir else ""
+    recipe = RECIPES.get(builder.name, ANY_IMAGES if dataset.annotation == "label" else "CONFIG")
     leftovers = sorted(path.name for path in builder.data_path.parent.glob("incomplete.*"))
     return "\n".join(
         [
@@ -179,7 +183,7 @@ def _count(builder: Any, name: str, data_dir: epath.PathLike | None) -> str:
             *(f"  {split}: {info.num_examples:,} images" for split, info in splits.items()),
             *(f"{leftover} was left by an interrupted preparation, and can be removed." for leftover in leftovers),
             "To train on it:",
-            f"  python main.py --config={RECIPES.get(builder.name, ANY_IMAGES)} --config.dataset.name={name}{option}",
+            f"  python main.py --config={recipe} --config.dataset.name={name}{option}",
         ]
     )
 
@@ -209,6 +213,24 @@ def _count_folder(path: epath.Path) -> str:
             f"  python main.py --config=folder:{size} --config.dataset.name={name}",
         ]
     )
+
+
+def _count_boxes(name: str) -> str:
+    """The images and boxes of each split that `find_splits` finds.
+
+    Raises:
+      InputError: as `load_dataset` does.
+    """
+    lines, classes = [], None
+    for split in find_splits(name):
+        dataset = load_dataset(name, split, classes=classes)
+        assert isinstance(dataset, BoxDataset)
+        classes, counts = dataset.classes, dataset.box_counts
+        lines.append(
+            f"  {printable(split)}: {len(dataset):,} images, {counts.sum():,} boxes, at most {counts.max():,} in an "
+            f"image; {dataset.dropped:,} boxes without an area in their image are left out"
+        )
+    return "\n".join([f"{path_of(name)}: {len(classes or ()):,} classes", *lines])
 
 
 def _usual_size(dataset: Dataset) -> int:

@@ -2,6 +2,8 @@
 
 digits                 scikit-learn's handwritten digits, part of its wheel
 folder:PATH            images in PATH/SPLIT/CLASS/, or in PATH/CLASS/
+coco:ROOT              boxes: ROOT/annotations/instances_SPLIT.json, and images in ROOT/SPLIT
+voc:ROOT               boxes: ROOT/Annotations/*.xml, ROOT/JPEGImages, and lists in ROOT/ImageSets/Main/SPLIT.txt
 NAME[/CONFIG][:VERSION]  a data set of tensorflow-datasets, prepared by castling_jax prepare
 """
 
@@ -10,14 +12,18 @@ import dataclasses
 import difflib
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
+from castling_jax.data.annotations import Annotations, clip_boxes
+from castling_jax.data.coco import coco, coco_splits
+from castling_jax.data.decode import image_size
 from castling_jax.data.folder import folder, folder_splits
+from castling_jax.data.voc import voc, voc_splits
 from castling_jax.errors import InputError, check_known, in_one_sentence, refusing
 from castling_jax.storage import as_path
 
@@ -32,7 +38,11 @@ TFDS_NAME = r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?"
 
 
 class Dataset(Protocol):
-    """Labelled images, read at random access by many threads at once."""
+    """Annotated images, read at random access by many threads at once."""
+
+    @property
+    def annotation(self) -> str:
+        """What each image has: one "label", or "boxes". The latter also have a method `annotations(index)`."""
 
     @property
     def num_classes(self) -> int: ...
@@ -45,6 +55,8 @@ class Dataset(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """{"image": encoded bytes, or float32 [height, width, 3] in [0, 1]; "label": the class's number, from 0}.
+
+        With boxes it has no label, but "boxes", "classes", "crowd" and "size", as `Annotations` has them.
 
         Raises:
           InputError: the image cannot be read.
@@ -64,6 +76,8 @@ class ArrayDataset:
     Images are in [0, 1] and always have three channels, so that every model takes every dataset; grey images repeat
     theirs.
     """
+
+    annotation = "label"
 
     images: Float[np.ndarray, "examples height width 3"]
     labels: Int[np.ndarray, "examples"]
@@ -100,6 +114,8 @@ class TfdsDataset:
       version: the data set's full name, such as "mnist/3.0.1".
     """
 
+    annotation = "label"
+
     name: str
     split: str
     source: Any
@@ -121,7 +137,8 @@ class TfdsDataset:
 
     def describe(self, index: int) -> str:
         try:
-            file_name = self._example(index).get("file_name", b"")
+            example = self._example(index)
+            file_name = example.get("file_name", example.get("image/filename", b""))
         except InputError:  # the record itself is damaged, and this is called to say so
             file_name = b""
         return f"{self.name} {self.split} {index}" + (f" '{file_name.decode()}'" if file_name else "")
@@ -135,11 +152,44 @@ class TfdsDataset:
 
 
 @dataclasses.dataclass(frozen=True)
+class TfdsBoxes(TfdsDataset):
+    """Images with boxes, as TFDS has COCO and PASCAL VOC: `label` is the feature that holds an image's objects.
+
+    A record is read for its annotations too. Boxes of which no part is in the image are left out, and not counted.
+    """
+
+    annotation = "boxes"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self._example(index)
+        return self._annotations(index, example).example(example[self.image])
+
+    def annotations(self, index: int) -> Annotations:
+        """The boxes of an image, of which the header is read; `category_ids` are TFDS's labels.
+
+        Raises:
+          InputError: the record or the image's header cannot be read.
+        """
+        return self._annotations(index, self._example(index))
+
+    def _annotations(self, index: int, example: dict[str, Any]) -> Annotations:
+        objects, size = example[self.label], image_size(example[self.image])
+        top_left_bottom_right = np.asarray(objects["bbox"], np.float64).reshape(-1, 4) * np.tile(size, 2)
+        boxes, has_area = clip_boxes(top_left_bottom_right[:, [1, 0, 3, 2]], size)
+        classes = np.asarray(objects["label"], np.int32)
+        crowd = np.asarray(objects.get("is_crowd", objects.get("is_difficult", np.zeros(len(boxes)))), bool)
+        areas = np.asarray(objects.get("area", np.prod(boxes[:, 2:] - boxes[:, :2], axis=-1)), np.float32)
+        columns = [column[has_area] for column in (boxes, classes, crowd, areas, classes)]
+        return Annotations(int(example.get("image/id", index)), size, *columns)
+
+
+@dataclasses.dataclass(frozen=True)
 class Unread:
     """The sizes of a data set that is not on this machine: enough to compile a training step."""
 
     length: int
     num_classes: int
+    annotation: str = "label"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -158,6 +208,14 @@ class Unread:
         return {}
 
 
+# How the names of data sets in folders start, and what reads them and finds their splits.
+FILES: dict[str, tuple[Callable[..., Dataset], Callable[[epath.PathLike], list[str]]]] = {
+    "folder": (folder, folder_splits),
+    "coco": (coco, coco_splits),
+    "voc": (voc, voc_splits),
+}
+
+
 def _numbers(count: int) -> tuple[str, ...]:
     """Names for classes that have none: their numbers."""
     return tuple(map(str, range(count)))
@@ -172,16 +230,28 @@ def load_dataset(
       name: name of the dataset.
       split: one of its splits; for tensorflow-datasets in its notation, such as "train[:90%]".
       data_dir: folder of tensorflow-datasets; None is its default, ~/tensorflow_datasets.
-      classes: classes for a folder of images, as `folder` takes them; other datasets ignore them.
+      classes: classes for a data set in a folder, as `folder`, `coco` and `voc` take them; others ignore them.
 
     Raises:
-      InputError: the dataset or the split is unknown, is not prepared, is empty, or has no labelled images.
+      InputError: the dataset or the split is unknown, is not prepared, is empty, or has neither labels nor boxes.
     """
     if name == "digits":
         return digits(split)
-    if name.startswith(FOLDER):
-        return folder(name.removeprefix(FOLDER), split, classes)
+    if (path := path_of(name)) is not None:
+        read, _ = FILES[kind_of(name)]
+        return read(path, split, classes)
     return tfds_dataset(name, split, data_dir=None if data_dir is None else as_path(data_dir, "data_dir"))
+
+
+def kind_of(name: str) -> str:
+    """How a data set's name starts: "folder" for folder:PATH."""
+    return name.partition(":")[0]
+
+
+def path_of(name: str) -> str | None:
+    """The PATH of folder:PATH, coco:PATH and voc:PATH; None for data sets that are not files in a folder."""
+    kind, colon, path = name.partition(":")
+    return path if colon and kind in FILES else None
 
 
 def find_splits(name: str, *, data_dir: epath.PathLike | None = None) -> tuple[str, str]:
@@ -190,22 +260,27 @@ def find_splits(name: str, *, data_dir: epath.PathLike | None = None) -> tuple[s
     Returns:
       "train" and the first of HELD_OUT_SPLITS that the data set has. If it has none, HELD_OUT_PERCENT of train is held
       out, always the same images: "train without 10%" and "10% of train" for a folder, "train[:90%]" and "train[90%:]"
-      for tensorflow-datasets.
+      for tensorflow-datasets. COCO's splits are named by their years: "train2017" and "val2017".
 
     Raises:
       InputError: the dataset is unknown, or the folder is missing.
     """
     if name == "digits":
         splits: Collection[str] = DIGITS_SPLITS
-    elif name.startswith(FOLDER):
-        splits = folder_splits(name.removeprefix(FOLDER))
+    elif (path := path_of(name)) is not None:
+        _, splits_in = FILES[kind_of(name)]
+        splits = splits_in(path)
     else:
         splits = tfds_builder(name, data_dir=data_dir).info.splits
+    named = {split: split for split in splits}
+    if kind_of(name) == "coco":
+        named = {re.sub(r"\d+$", "", split): split for split in sorted(splits)} | named
+    train = named.get("train", "train")
     for held_out in HELD_OUT_SPLITS:
-        if held_out in splits:
-            return "train", held_out
-    if name.startswith(FOLDER):
-        return f"train without {HELD_OUT_PERCENT}%", f"{HELD_OUT_PERCENT}% of train"
+        if held_out in named:
+            return train, named[held_out]
+    if path_of(name) is not None:
+        return f"{train} without {HELD_OUT_PERCENT}%", f"{HELD_OUT_PERCENT}% of {train}"
     return f"train[:{100 - HELD_OUT_PERCENT}%]", f"train[{100 - HELD_OUT_PERCENT}%:]"
 
 
@@ -236,7 +311,7 @@ def digits(split: str) -> ArrayDataset:
 
 
 def tfds_dataset(name: str, split: str, *, data_dir: epath.PathLike | None = None) -> TfdsDataset:
-    """Loads a split of a tensorflow-datasets data set; TensorFlow is not needed.
+    """Loads a split of a tensorflow-datasets data set, with labels or boxes; TensorFlow is not needed.
 
     Args:
       name: NAME[/CONFIG][:VERSION]; a data set that is in data_dir need not be known to tensorflow-datasets.
@@ -244,12 +319,12 @@ def tfds_dataset(name: str, split: str, *, data_dir: epath.PathLike | None = Non
       data_dir: folder of the data sets; None is TFDS's default.
 
     Raises:
-      InputError: the name or the split is unknown, or the data set is not prepared or has no labelled images.
+      InputError: the name or the split is unknown, or the data set is not prepared or has neither labels nor boxes.
     """
     import tensorflow_datasets as tfds  # takes a second
 
     builder = tfds_builder(name, data_dir=data_dir)
-    image, label = labelled_image(builder)
+    image, label = annotated_image(builder)
     try:
         # Images stay encoded: the loader decodes only the part that a crop needs, and TFDS's decoder needs TensorFlow.
         source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
@@ -258,10 +333,15 @@ def tfds_dataset(name: str, split: str, *, data_dir: epath.PathLike | None = Non
     if 0 < builder.info.dataset_size <= IN_MEMORY_BYTES:
         with contextlib.suppress(*UNREADABLE):  # with a damaged record, all records are read one by one instead
             source = source.__getitems__(range(len(source)))
-    names = tuple(builder.info.features[label].names)  # TFDS gives numbers to classes without names
-    dataset = TfdsDataset(name, split, source, image, label, names, builder.info.full_name)
+    feature = builder.info.features[label]
+    is_boxes = isinstance(feature, tfds.features.Sequence)
+    names = tuple((feature["label"] if is_boxes else feature).names)  # TFDS gives numbers to classes without names
+    kind = TfdsBoxes if is_boxes else TfdsDataset
+    dataset = kind(name, split, source, image, label, names, builder.info.full_name)
     if not len(dataset):
         raise InputError(f"the split {split!r} of {name} holds no images.")
+    if is_boxes:
+        return dataset
     # TFDS marks missing labels, as in many test splits, by -1.
     first_label = 0
     with contextlib.suppress(InputError):  # a corrupt first record: readers of the dataset count it
@@ -275,7 +355,7 @@ def tfds_builder(name: str, *, data_dir: epath.PathLike | None, **options: Any) 
     """Calls tfds.builder, and turns its errors into one sentence.
 
     Raises:
-      InputError: the name, configuration or version is unknown.
+      InputError: the name, configuration or version is unknown, or only TensorFlow can build it.
     """
     import tensorflow_datasets as tfds
 
@@ -289,13 +369,19 @@ def tfds_builder(name: str, *, data_dir: epath.PathLike | None, **options: Any) 
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else "tensorflow-datasets has none of this name."
         raise InputError(f"unknown dataset {name!r}: {hint}") from error
+    except ModuleNotFoundError as error:  # coco's builder names TensorFlow's types; its prepared files do not
+        try:
+            return tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
+        except tfds.core.DatasetNotFoundError:
+            said = str(error).rpartition(": ")[2]
+            raise InputError(f"to prepare {name} takes a package that is not installed ({said}).") from error
     except (AssertionError, ValueError) as error:  # the configuration or the version
         first_line = str(error.__cause__ or error).splitlines()[0]
         raise InputError(f"unknown dataset {name!r} ({in_one_sentence(first_line)}).") from error
 
 
-def labelled_image(builder: Any) -> tuple[str, str]:
-    """The names of a data set's features that hold the image and its label.
+def annotated_image(builder: Any) -> tuple[str, str]:
+    """The names of a data set's features that hold the image, and its label or its objects with boxes.
 
     Raises:
       InputError: the data set has no such features.
@@ -303,6 +389,9 @@ def labelled_image(builder: Any) -> tuple[str, str]:
     import tensorflow_datasets as tfds
 
     features = builder.info.features
+    has_objects = "objects" in features and isinstance(features["objects"], tfds.features.Sequence)
+    if has_objects and {"bbox", "label"} <= set(getattr(features["objects"].feature, "keys", tuple)()):
+        return "image", "objects"
     names = builder.info.supervised_keys or ("image", "label")
     image, label = (features[name] if isinstance(name, str) and name in features else None for name in names[:2])
     if not isinstance(image, tfds.features.Image) or np.dtype(image.np_dtype).kind != "u":

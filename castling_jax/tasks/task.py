@@ -86,16 +86,19 @@ class Answers(Protocol):
 class Task:
     """A task: what a model learns. A run makes one value, which is constant in the compiled step.
 
-    Attributes:
-      name: the task's name in the registry and in summary.json.
-      measures: the task's measures. The first one chooses the best checkpoint, and pictures and tables show it.
-      loss_title: name of the loss with its unit, for the axis of a picture.
-      held: arrays that the loss needs beside the batch, such as a teacher's variables. They are an argument of the
-        compiled step; arrays in a closure would become constants of the program.
+      Attributes:
+            name: the task's name in the registry and in summary.json.
+        measures: the task's measures. The first one chooses the best checkpoint, and pictures and tables show it.
+        augmentations: fields of a configuration's `augment` that the task supports; the others must have their
+        defaults.
+    loss_title: name of the loss with its unit, for the axis of a picture.
+        held: arrays that the loss needs beside the batch, such as a teacher's variables. They are an argument of the
+          compiled step; arrays in a closure would become constants of the program.
     """
 
     name: ClassVar[str]
     measures: ClassVar[tuple[Measure, ...]]
+    augmentations: ClassVar[tuple[str, ...]] = ()
     loss_title: ClassVar[str]
 
     @property
@@ -126,6 +129,8 @@ class Task:
         augment: ConfigDict, preprocessing: Preprocessing
     ) -> Callable[[Example, np.random.Generator], Example]:
         """Returns the host's transform of a training example: picklable, and random only through its second argument.
+
+        Where images of several sizes are learnt from, it is a `OneOf` of data/loader.py, a transform for each size.
 
         Raises:
           InputError: a field is out of range.

@@ -1,6 +1,7 @@
 """Every field of a configuration, one line each; configs/*.py change the ones they need."""
 
 import itertools
+from collections.abc import Collection
 
 from ml_collections import ConfigDict
 
@@ -38,6 +39,16 @@ ON_NONFINITE = ("stop", "skip")
 EXPORTS = ("raw", "averaged")
 
 CROP_SCALE = numbers(2, "two numbers with 0 < first <= second <= 1", lambda scale: 0 < scale[0] <= scale[1] <= 1)
+
+IMAGE_SIZES = Values(
+    tuple,
+    "a tuple of positive integers",
+    lambda sizes: (
+        isinstance(sizes, tuple | list)
+        and len(sizes) > 0
+        and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
+    ),
+)
 
 EPOCHS = Values(
     tuple,
@@ -77,7 +88,7 @@ FIELDS = {
     "model.window_size": Field(None, integer(1), "Side of the windows of window attention, in tokens. None is 7."),
     "model.qkv_pool": Field(None, one_of("3x3"), "Depthwise convolutions of DeiT's queries, keys and values, or none."),
     "model.init_std": Field(None, number("(0, inf)"), "Standard deviation of the initial weights."),
-    "dataset.name": Field("digits", TEXT, "digits, folder:PATH, or a name in tensorflow-datasets."),
+    "dataset.name": Field("digits", TEXT, "digits, folder:PATH, coco:ROOT, voc:ROOT, or a name in TFDS."),
     "dataset.train_split": Field(None, TEXT, "The split to learn from. None: train, without its held-out part."),
     "dataset.eval_split": Field(None, TEXT, "The held-out split. None: val, validation, test, or a tenth of train."),
     "dataset.test_split": Field(None, TEXT, "The split for the summary, tested once at the end. None: eval_split."),
@@ -97,6 +108,10 @@ FIELDS = {
     "augment.color_jitter": Field(0.0, number("[0, inf)"), "Largest change of brightness, contrast and saturation."),
     "augment.shift_pixels": Field(0, integer(0), "Largest random shift along each axis in pixels."),
     "augment.erasing": Field(0.0, number("[0, 1]"), "Probability of random erasing."),
+    "augment.box_crop": Field(False, FLAG, "Detection: SSD's random crop, by its overlap with the image's boxes."),
+    "augment.distort": Field(0.0, number("[0, 1]"), "Detection: probability of each of SSD's changes of colour."),
+    "augment.image_sizes": Field(None, IMAGE_SIZES, "Detection: sizes, one drawn for each step. None: the model's."),
+    "augment.max_boxes": Field(100, integer(1), "Detection: boxes of an image to learn from, its first ones."),
     "augment.repeats": Field(1, integer(1), "Repeated augmentation: how often an example comes in a row."),
     "augment.mixup": Field(0.0, number("[0, inf)"), "Alpha of mixup, which mixes pairs of a batch's images."),
     "augment.cutmix": Field(0.0, number("[0, inf)"), "Alpha of CutMix, which pastes a box of another image."),
@@ -148,6 +163,22 @@ FIELDS = {
     "logging.tensorboard": Field(True, FLAG, "Whether to write TensorBoard's events."),
     "logging.progress": Field(True, FLAG, "Whether to tell how the run goes: a bar on a terminal, else lines."),
 }
+
+
+def check_augmentations(augment: ConfigDict, task: str, taken: Collection[str]) -> None:
+    """Refuses augmentations that the task does not have.
+
+    Args:
+      augment: as `default_config` has it.
+      task: its name.
+      taken: the names of the task's fields in `augment`.
+
+    Raises:
+      InputError: another field than these is not at its default; names all of them.
+    """
+    changed = [name for name, value in augment.items() if value != FIELDS[f"augment.{name}"].default]
+    if strange := [f"config.augment.{name}" for name in changed if name not in taken]:
+        raise InputError(f"{task} does not have {', '.join(strange)}: leave that out.")
 
 
 def default_config() -> ConfigDict:

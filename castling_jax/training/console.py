@@ -18,6 +18,7 @@ from etils import epath
 from tqdm import TqdmWarning
 from tqdm import tqdm as plain_tqdm
 
+from castling_jax.data.annotations import BoxDataset
 from castling_jax.data.decode import image_size
 from castling_jax.data.folder import FolderDataset, list_skipped
 from castling_jax.errors import InputError, printable
@@ -101,7 +102,20 @@ def describe_images(setup: Setup) -> dict[str, str]:
     by_folder = {data.folder: data.skipped for data in datasets}  # two splits of one folder count its files once
     if skipped := sum(by_folder.values(), Counter()):
         lines["skipped"] = f"files that are no images, by their names: {list_skipped(skipped)}"
+    if isinstance(setup.train_set, BoxDataset):
+        lines["boxes"] = describe_boxes(setup.train_set, setup.config.augment.max_boxes)
     return lines
+
+
+def describe_boxes(dataset: BoxDataset, most: int) -> str:
+    """A line on the boxes to learn from: how many there are, and how many of them training does not take."""
+    counts = dataset.box_counts
+    said = f"{counts.sum():,} to learn from, at most {counts.max():,} in an image"
+    if dataset.dropped:
+        said += f"; {dataset.dropped:,} that have no area in their image are left out"
+    if beyond := np.maximum(counts - most, 0).sum():
+        said += f"; {beyond:,} are beyond the {most:,} of an image that training takes"
+    return said
 
 
 def describe_start(setup: Setup, workdir: epath.Path) -> str:

@@ -20,7 +20,7 @@ from castling_jax.storage import write_atomically
 from castling_jax.tasks.registry import task_of
 from castling_jax.tasks.task import Example, Task
 from castling_jax.training.config import default_config
-from castling_jax.training.setup import named_splits
+from castling_jax.training.setup import augmentation, named_splits
 
 COLUMNS = 8  # even: mixing pairs images, and would make the middle one of an odd number its own partner
 BATCHES = 3  # rows of prepared batches
@@ -48,7 +48,7 @@ def draw_sheet(config: ConfigDict, *, examples: int) -> Figure:
     model = abstract_model(num_classes=dataset.num_classes, **model_arguments(config))
     task, size = task_of(model).from_config(config, model), model.spec.image_size
     preprocessing = preprocessing_of(config, size)
-    evaluation, training = task.eval_transform(preprocessing), task.train_transform(config.augment, preprocessing)
+    evaluation, training = task.eval_transform(preprocessing), augmentation(config, model, preprocessing)
     # Spread over the whole data set, because folders list the images class by class. A batch needs COLUMNS of them.
     sources = [dataset[int(index)] for index in np.linspace(0, len(dataset) - 1, max(examples, COLUMNS))]
     draws = [

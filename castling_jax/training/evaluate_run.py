@@ -15,7 +15,7 @@ from castling_jax.convert.checkpoint import CHECKPOINTS
 from castling_jax.convert.run_folder import exported_weights
 from castling_jax.convert.weights import Weights, read
 from castling_jax.data.fingerprint import check_same_classes
-from castling_jax.data.sources import FOLDER, Dataset, load_dataset
+from castling_jax.data.sources import Dataset, load_dataset, path_of
 from castling_jax.errors import InputError, printable, refusing
 from castling_jax.storage import absolute, write_atomically
 from castling_jax.tables import aligned
@@ -56,7 +56,8 @@ class Evaluation:
     def folder(self, run: epath.PathLike) -> epath.Path:
         """Where `write` puts this evaluation: RUN/evaluation/DATASET-SPLIT-STEP."""
         name = self.figures["dataset"]
-        name = epath.Path(name.removeprefix(FOLDER)).name if name.startswith(FOLDER) else name
+        path = path_of(name)
+        name = name if path is None else epath.Path(path).name
         stem = f"{name[:80]}-{self.figures['split'][:80]}-{self.figures['step']}"
         return epath.Path(run) / EVALUATIONS / re.sub(r"[^\w.-]", "_", stem)
 

@@ -17,7 +17,7 @@ from castling_jax.convert.run_folder import exported_weights, model_arguments, p
 from castling_jax.data.folder import rest_of
 from castling_jax.data.loader import Batch, TrainTransform, training_batches
 from castling_jax.data.pixels import denormalize_images
-from castling_jax.data.sources import FOLDER, HELD_OUT_SPLITS, ArrayDataset, Dataset, find_splits, load_dataset
+from castling_jax.data.sources import HELD_OUT_SPLITS, ArrayDataset, Dataset, find_splits, load_dataset, path_of
 from castling_jax.errors import InputError, Mistakes, check_at_most
 from castling_jax.models.macs import count_macs
 from castling_jax.models.model import Model
@@ -26,7 +26,7 @@ from castling_jax.models.variables import Variables, get_variables
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.registry import task_of
 from castling_jax.tasks.task import Answers, Task, Teacher
-from castling_jax.training.config import check_config
+from castling_jax.training.config import check_augmentations, check_config
 from castling_jax.training.evaluate import Evaluator, configured_evaluator, evaluate_weights
 from castling_jax.training.optimizers import make_optimizer
 from castling_jax.training.schedules import default_warmup, learning_rate_schedule, mask_threshold_schedule
@@ -193,7 +193,7 @@ def set_up(
         with mistakes:
             model = abstract_model(num_classes=train_set.num_classes, **model_arguments(config))
             preprocessing = preprocessing_of(config, model.spec.image_size)
-            transform = task_of(model).train_transform(config.augment, preprocessing)
+            transform = augmentation(config, model, preprocessing)
             if isinstance(train_set, ArrayDataset):  # try one example: some augmentations refuse float pixels
                 transform(train_set[0], np.random.default_rng(config.seed))
     with mistakes:
@@ -245,6 +245,17 @@ def set_up(
     )
 
 
+def augmentation(config: ConfigDict, model: Model, preprocessing: Preprocessing) -> TrainTransform:
+    """What the model's task does to an example in training.
+
+    Raises:
+      InputError: `config.augment` has a field that the task does not have, or that is out of range.
+    """
+    task = task_of(model)
+    check_augmentations(config.augment, task.name, task.augmentations)
+    return task.train_transform(config.augment, preprocessing)
+
+
 def named_splits(data: ConfigDict) -> tuple[str, str]:
     """The splits to learn from and to evaluate on: the ones that `data`, a configuration's group, names or finds.
 
@@ -253,7 +264,7 @@ def named_splits(data: ConfigDict) -> tuple[str, str]:
         the data has no held-out split.
     """
     if data.eval_split is not None:
-        rest = rest_of(data.eval_split) if data.name.startswith(FOLDER) else None
+        rest = rest_of(data.eval_split) if path_of(data.name) is not None else None
         if rest is not None and data.train_split not in (None, rest):
             raise InputError(
                 f"config.dataset.train_split = {data.train_split!r} must be {rest!r} where eval_split is "
@@ -272,11 +283,11 @@ def named_splits(data: ConfigDict) -> tuple[str, str]:
 def _load_splits(data: ConfigDict) -> tuple[Dataset, Dataset, Dataset | None]:
     """Loads the data sets to learn from, to evaluate on and to test on; writes the splits' names into `data`."""
     data.train_split, data.eval_split = named_splits(data)
-    train_set, eval_set = (
-        load_dataset(data.name, split, data_dir=data.data_dir) for split in (data.train_split, data.eval_split)
-    )
-    test_set = None if data.test_split is None else load_dataset(data.name, data.test_split, data_dir=data.data_dir)
-    return train_set, eval_set, test_set
+    load = functools.partial(load_dataset, data.name, data_dir=data.data_dir)
+    train_set = load(data.train_split)
+    if train_set.annotation == "boxes":  # each split's file may list other classes, or list them in another order
+        load = functools.partial(load, classes=train_set.classes)
+    return train_set, load(data.eval_split), None if data.test_split is None else load(data.test_split)
 
 
 def _fit_to_data(config: ConfigDict, images: int) -> None:

@@ -5,11 +5,12 @@ import os
 import signal
 
 import chex
+import grain
 import numpy as np
 import pytest
 
 from castling_jax.data import loader
-from castling_jax.data.loader import evaluation_batches, training_batches
+from castling_jax.data.loader import OneOf, evaluation_batches, training_batches
 from castling_jax.data.sources import ArrayDataset
 from castling_jax.errors import InputError
 
@@ -225,3 +226,33 @@ class TestCorruptImages:
         np.testing.assert_array_equal(np.concatenate([batch["weight"] for batch in found]), [1, 1, 0, 0, 1, 1, 0, 0])
         with refuses("2 of the 4 images read so far are corrupt"):
             list(evaluation_batches(numbered(7), **options))
+
+
+def shifted(amount, example, rng):
+    return example | {"image": example["image"] + np.float32(amount)}
+
+
+def test_one_of_several_transforms_is_drawn_for_each_step():
+    several = OneOf([functools.partial(shifted, amount) for amount in (10, 20, 30)])
+    stream, resumed = batches(transform=several), batches(transform=several, first_step=7)
+    found = [next(stream) for _ in range(20)]
+    amounts = [np.unique(batch["image"] // 10).tolist() for batch in found]
+    assert all(len(amount) == 1 for amount in amounts)
+    assert {amount for (amount,) in amounts} == {1, 2, 3}
+    chex.assert_trees_all_equal([next(resumed) for _ in range(13)], found[7:])
+    # The order of the examples, and their draws, are those of any other transform.
+    assert [batch["label"].tolist() for batch in found] == labels(batches(), 20)
+
+
+def test_batches_are_those_of_earlier_versions():
+    """Their noise and order, drawn here as the first version drew them: from (seed, position), and grain's shuffle."""
+    order = grain.MapDataset.range(12).seed(3).shuffle().repeat()
+    stream = batches(seed=3, batch_size=5, repeats=2)
+    for step in range(5):
+        batch = next(stream)
+        for row in range(5):
+            position = 5 * step + row
+            example = numbered(12)[int(order[position // 2])]
+            assert batch["label"][row] == example["label"]
+            noise = np.random.default_rng((3, position)).random()
+            np.testing.assert_array_equal(batch["image"][row], example["image"] + noise)

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from castling_jax import load_inference, storage
+from castling_jax import InputError, load_inference, storage
+from castling_jax.data.sources import find_splits, load_dataset
 from castling_jax.training import export
+from tests.data.box_files import write_coco, write_voc
 from tests.training import fake_gcs
 
 ROOT = Path(__file__).parents[2]
@@ -131,3 +133,21 @@ def test_bucket_without_gcsfs_is_one_sentence(refuses, monkeypatch):
 def test_paths_in_buckets_are_absolute():
     assert os.fspath(storage.absolute(epath.Path("gs://bucket/run"))) == "gs://bucket/run"
     assert os.fspath(storage.absolute(epath.Path("run"))) == str(Path.cwd() / "run")
+
+
+@needs_gcsfs
+@pytest.mark.parametrize("kind", ["coco", "voc"])
+def test_data_with_boxes_is_read_from_a_bucket(server, tmp_path, kind):
+    {"coco": write_coco, "voc": write_voc}[kind](tmp_path / "data")
+    storage.copy_folder(epath.Path(tmp_path / "data"), epath.Path("gs://bucket/data"))
+    here, there = f"{kind}:{tmp_path / 'data'}", f"{kind}:gs://bucket/data"
+    assert find_splits(here) == find_splits(there)
+    split, _ = find_splits(here)
+    expected, found = load_dataset(here, split), load_dataset(there, split)
+    assert found.contents() == expected.contents()
+    assert found.describe(0).startswith("'gs://bucket/data/")
+    for index in range(len(expected)):
+        assert found[index]["image"] == expected[index]["image"]
+    (epath.Path("gs://bucket/data") / found.folder.name / found.files[0]).unlink()
+    with pytest.raises(InputError, match="the file cannot be read"):
+        found[0]

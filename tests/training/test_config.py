@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 
 from castling_jax.convert.run_folder import exported_weights, mask_kind, model_arguments, start_threshold
-from castling_jax.data.sources import Unread
+from castling_jax.data.sources import Unread, load_dataset
 from castling_jax.errors import InputError
-from castling_jax.training.config import FIELDS, check_config, default_config
+from castling_jax.tasks.classification.task import Classification
+from castling_jax.training.config import FIELDS, check_augmentations, check_config, default_config
 from castling_jax.training.config_files import join_run, load_config, run_config
 from castling_jax.training.config_help import fields_page
-from castling_jax.training.setup import named_splits, set_up
+from castling_jax.training.console import describe_boxes
+from castling_jax.training.setup import _load_splits, named_splits, set_up
+from tests.data.box_files import coco_content, write_coco
 
 ROOT = Path(__file__).parents[2]
 
@@ -354,3 +357,47 @@ def test_a_configuration_that_cannot_be_made(refuses, tmp_path, line, said):
     (tmp_path / "own.py").write_text("\n".join(lines))
     with refuses(f"'{tmp_path}/own.py' makes no configuration", said):
         load_config(str(tmp_path / "own.py"))
+
+
+def test_augmentations_that_the_task_does_not_have_are_refused(refuses):
+    check_augmentations(changed("augment.flip", 0.5).augment, "classification", Classification.augmentations)
+    with refuses("classification does not have config.augment.box_crop: leave that out"):
+        check_augmentations(changed("augment.box_crop", True).augment, "classification", Classification.augmentations)
+    with refuses("classification does not have config.augment.box_crop"):
+        set_up(changed("augment.box_crop", True))
+    # Each field is some task's: a new one that none names would be refused everywhere.
+    taken = {*Classification.augmentations, "box_crop", "distort", "image_sizes", "max_boxes"}
+    assert taken == set(default_config().augment)
+
+
+@pytest.mark.parametrize("value", [(), (0,), (32, 48.0), 32, (True,), "32"])
+def test_image_sizes_are_a_tuple_of_positive_integers(refuses, value):
+    with refuses("config.augment.image_sizes must be a tuple of positive integers"):
+        config = default_config()
+        with config.unlocked():
+            config.augment = {**config.augment.to_dict(), "image_sizes": value}
+        check_config(config)
+
+
+def test_splits_with_boxes_have_the_classes_of_training(tmp_path):
+    """Though the held-out split's file numbers its categories in another order."""
+    write_coco(tmp_path)
+    write_coco(tmp_path, "val2017", coco_content(category_ids=(3, 2, 1)))
+    data = changed("dataset.name", f"coco:{tmp_path}").dataset
+    train_set, eval_set, test_set = _load_splits(data)
+    assert (data.train_split, data.eval_split, test_set) == ("train2017", "val2017", None)
+    assert train_set.classes == eval_set.classes == ("dog", "cat", "owl")
+    assert eval_set.category_ids.tolist() == [2, 3, 1]
+    data.eval_split, data.train_split = "25% of train2017", None
+    assert [len(split) for split in _load_splits(data)[:2]] == [3, 1]
+    assert data.train_split == "train2017 without 25%"
+
+
+def test_a_run_says_how_many_boxes_there_are_and_which_it_does_not_take(tmp_path):
+    content = coco_content(counts=(3, 0, 2, 1))
+    content["annotations"][0]["bbox"][2] = 0
+    dataset = load_dataset(f"coco:{write_coco(tmp_path, content=content)}", "train2017")
+    assert describe_boxes(dataset, 100).startswith("5 to learn from, at most ")
+    assert "; 1 that have no area in their image are left out" in describe_boxes(dataset, 100)
+    beyond = sum(max(count - 1, 0) for count in dataset.box_counts)
+    assert describe_boxes(dataset, 1).endswith(f"; {beyond} are beyond the 1 of an image that training takes")

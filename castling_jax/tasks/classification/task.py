@@ -45,6 +45,10 @@ class Classification(Task):
         Measure("accuracy", "held-out accuracy", "top-1"),
         Measure(f"top{TOP}_accuracy", f"  top {TOP}", f"top-{TOP}"),
     )
+    augmentations = (
+        *("crop_scale", "flip", "randaugment", "color_jitter", "shift_pixels", "erasing"),
+        *("repeats", "mixup", "cutmix", "mix_switch", "mix_probability", "mix_rows"),
+    )
     loss_title = "cross entropy (nats)"
 
     num_classes: int

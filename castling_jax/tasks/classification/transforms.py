@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image as PillowImage
 
 from castling_jax.data.geometry import View, evaluation_view, is_float, random_resized_crop_box, size_of
-from castling_jax.data.pixels import Image, color_jitter, normalize_images, random_erasing, random_shift
+from castling_jax.data.pixels import as_floats, color_jitter, normalize_images, random_erasing, random_shift
 from castling_jax.data.randaugment import RandAugment, parse_policy
 from castling_jax.errors import InputError
 from castling_jax.preprocessing import Preprocessing
@@ -55,7 +54,7 @@ class TrainTransform:
             seen = self.randaugment(seen, rng)
         if self.color_jitter:
             seen = color_jitter(seen, rng, self.color_jitter)
-        floats = _as_floats(seen)
+        floats = as_floats(seen)
         if self.shift_pixels:
             floats = random_shift(floats, rng, self.shift_pixels)
         floats = normalize_images(floats, self.preprocessing)
@@ -94,7 +93,3 @@ def train_transform(augment: ConfigDict, preprocessing: Preprocessing) -> TrainT
         shift_pixels=augment.shift_pixels,
         erasing=augment.erasing,
     )
-
-
-def _as_floats(image: PillowImage.Image | Image) -> Image:
-    return image if isinstance(image, np.ndarray) else np.asarray(image, np.float32) / np.float32(255)

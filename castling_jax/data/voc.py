@@ -1,0 +1,113 @@
+"""PASCAL VOC's files: ROOT/ImageSets/Main/SPLIT.txt, ROOT/Annotations/NAME.xml and ROOT/JPEGImages/NAME.jpg."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+from etils import epath
+
+from castling_jax.data.annotations import BoxDataset, box_dataset, read_all
+from castling_jax.data.decode import Size
+from castling_jax.data.folder import IMAGE_SUFFIXES, choose, parse_split
+from castling_jax.errors import InputError, check_known, refusing
+from castling_jax.storage import as_path
+
+DAMAGE = (OSError, ElementTree.ParseError, ValueError, OverflowError)
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+class _File(NamedTuple):
+    """What a file of annotations says."""
+
+    size: Size
+    names: list[str]
+    boxes: list[list[float]]
+    difficult: list[bool]
+
+
+def voc_splits(path: epath.PathLike) -> list[str]:
+    """The splits that have a list of images.
+
+    Raises:
+      InputError: there is no folder of lists.
+    """
+    folder = as_path(path, "the folder of a data set") / "ImageSets" / "Main"
+    if not folder.is_dir():
+        raise InputError(f"there is no folder '{folder}', which the lists of VOC's splits would be in.")
+    return sorted(entry.stem for entry in folder.iterdir() if entry.suffix == ".txt")
+
+
+def voc(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) -> BoxDataset:
+    """The images that PATH/ImageSets/Main/SPLIT.txt lists, in its order.
+
+    The names of all objects in PATH/Annotations, sorted, are the classes, so that a class means the same in every
+    split. Corners are taken as they stand in the files, as TFDS and PaddleDetection take them: nothing is subtracted
+    from pixels that were counted from 1. Difficult objects are crowds: see `Annotations`.
+
+    Args:
+      path: the root.
+      split: one of `voc_splits`; or "10% of train" and "train without 10%", as `folder` takes them.
+      classes: the names of a model's classes, in its order. Only the files of the split are then read.
+
+    Raises:
+      InputError: a file is missing or damaged, the list is empty, or an object is of a class that `classes` lacks.
+    """
+    root = as_path(path, "the folder of a data set")
+    name, percent, is_held_out = parse_split(split)
+    check_known(f"split of '{root}'", name, voc_splits(path))
+    list_path = root / "ImageSets" / "Main" / f"{name}.txt"
+    with refusing((OSError, ValueError), f"'{list_path}' cannot be read"):
+        listed = [line.strip() for line in list_path.read_text().splitlines() if line.strip()]
+    stems = [listed[index] for index in choose(np.zeros(len(listed), np.int32), percent, is_held_out)]
+    if not stems:
+        raise InputError(f"the split {split!r} of '{root}' holds no images.")
+
+    with refusing(OSError, f"'{root}' needs the folders Annotations and JPEGImages"):
+        annotated = [entry.stem for entry in (root / "Annotations").iterdir() if entry.suffix == ".xml"]
+        image_names = [entry.name for entry in (root / "JPEGImages").iterdir()]
+    to_read = sorted({*stems, *(annotated if classes is None else ())})
+    files = dict(zip(to_read, read_all(_read, [root / "Annotations" / f"{stem}.xml" for stem in to_read]), strict=True))
+    found = sorted({object_name for file in files.values() for object_name in file.names})
+    known = found if classes is None else list(classes)
+    for stem in stems:
+        for object_name in set(files[stem].names) - set(known):
+            raise InputError(f"'{stem}.xml' in '{root}' has a {object_name!r}, a class that the model does not have.")
+
+    image_of = {epath.Path(file).stem: file for file in image_names if file.lower().endswith(IMAGE_SUFFIXES)}
+    read = [files[stem] for stem in stems]
+    boxes = np.array([box for file in read for box in file.boxes], np.float64).reshape(-1, 4)
+    return box_dataset(
+        root / "JPEGImages",
+        [(image_of.get(stem, f"{stem}.jpg"), stem, file.size) for stem, file in zip(stems, read, strict=True)],
+        [number for number, file in enumerate(read) for _ in file.boxes],
+        {
+            "boxes": boxes,
+            "classes": [known.index(object_name) for file in read for object_name in file.names],
+            "crowd": [difficult for file in read for difficult in file.difficult],
+            "areas": np.full(len(boxes), np.nan),
+        },
+        known,
+        range(1, len(known) + 1),
+    )
+
+
+def _read(path: epath.Path) -> _File:
+    with refusing(DAMAGE, f"'{path}' is missing or damaged"):
+        root = ElementTree.fromstring(path.read_bytes())
+        objects = root.findall("object")
+        height, width = (int(_text(root, f"size/{side}")) for side in ("height", "width"))
+        np.array([height, width], np.int32)  # in which the data set holds them
+        return _File(
+            (height, width),
+            [_text(one, "name") for one in objects],
+            [[float(_text(one, f"bndbox/{corner}")) for corner in CORNERS] for one in objects],
+            [one.findtext("difficult", "0").strip() == "1" for one in objects],
+        )
+
+
+def _text(element: ElementTree.Element, path: str) -> str:
+    text = (element.findtext(path) or "").strip()
+    if not text:
+        raise ValueError(f"it has no {path}")
+    return text
