@@ -64,7 +64,8 @@ def draw_training(
 
     loss_axis, measure_axis, schedule_axis = axes["loss"], axes["measure"], axes["schedule"]
     _plot(loss_axis, _series(history, "loss"), color="tab:gray", linewidth=0.8, label="training, of one batch")
-    _plot(loss_axis, _series(history, "eval_loss"), color="tab:blue", label="held out, inference form")
+    if "eval_loss" in history:  # a detector's evaluation computes no loss
+        _plot(loss_axis, _series(history, "eval_loss"), color="tab:blue", label="held out, inference form")
     loss_axis.set(title="Loss", ylabel=loss, yscale="log")
     write_plain_numbers(loss_axis.yaxis)
 
@@ -384,6 +385,60 @@ def draw_boxes(
         legend = figure.legend(handles, shown, loc="outside lower center", ncols=4, frameon=False, fontsize=SMALL)
         for text in legend.get_texts():
             text.set_parse_math(False)
+    return figure
+
+
+def draw_detections(pictures: Sequence[tuple[Any, Any, Any]]) -> Figure:
+    """A sheet of images, each twice: with its true boxes on the left, and with the detected ones on the right.
+
+    Args:
+      pictures: (image, truth, detections) of each: uint8 [height, width, 3], and the arguments of `draw_boxes_on`
+        (boxes, labels, scores).
+    """
+    columns = 2 if len(pictures) > 1 else 1
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(6.4 * columns, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2 * columns, squeeze=False)
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    for pair, (image, *drawn) in zip(axes.reshape(-1, 2), pictures, strict=False):
+        for axis, boxes in zip(pair, drawn, strict=True):
+            axis.imshow(image)
+            draw_boxes_on(axis, *boxes)
+    for axis, title in zip(axes[0], ("annotated", "detected") * columns, strict=True):
+        axis.set_title(title, fontsize="medium", loc="left")
+    return figure
+
+
+def draw_precision_recall(precision: Float[np.ndarray, "ious recalls classes"], classes: Sequence[str]) -> Figure:
+    """Precision over recall: at IoU 0.50 for each class, and the mean over the classes at several IoUs.
+
+    Args:
+      precision: at the IoUs 0.50, 0.55, ..., 0.95 and the recalls 0, 0.01, ..., 1, as COCO's evaluation computes it;
+        -1 for a class without objects.
+      classes: names of the classes.
+    """
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    class_axis, iou_axis = figure.subplots(1, 2, sharey=True)
+    recalls = np.linspace(0, 1, precision.shape[1])
+    has_objects = (precision >= 0).all((0, 1))
+    for number in np.flatnonzero(has_objects).tolist():
+        name, values = classes[number], precision[0, :, number]
+        is_named = has_objects.sum() <= MOST_NAMED
+        label = f"{_shortened(name)} {values.mean():.2f}" if is_named else None
+        class_axis.plot(recalls, values, color=_color_of(name), linewidth=1.2, label=label)
+    for place in range(0, len(precision), 3):
+        values = precision[place][:, has_objects].mean(-1) if has_objects.any() else np.zeros(len(recalls))
+        iou_axis.plot(
+            recalls, values, color=str(0.08 * place), label=f"IoU {0.5 + 0.05 * place:.2f}: {values.mean():.2f}"
+        )
+    class_axis.set(xlabel="recall", ylabel="precision", title="AP50 by class", xlim=(0, 1), ylim=(0, 1.02))
+    iou_axis.set(xlabel="recall", title="mean over the classes", xlim=(0, 1))
+    for axis in (class_axis, iou_axis):
+        if axis.get_legend_handles_labels()[0]:
+            legend = axis.legend(fontsize=SMALL, loc="lower left", frameon=False)
+            for text in legend.get_texts():
+                text.set_parse_math(False)
     return figure
 
 

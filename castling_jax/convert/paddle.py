@@ -9,10 +9,10 @@ import numpy as np
 
 from castling_jax.convert.torch import check_fit, check_form, check_weights
 from castling_jax.errors import takes
-from castling_jax.models.box_bins import BINS
 from castling_jax.models.model import Model
 from castling_jax.models.picodet import PicoDet
 from castling_jax.models.variables import VARIABLES, Variables, flatten, get_variables, leaves_of, unflatten
+from castling_jax.ops.points import BINS
 
 DETECTOR = (PicoDet, "a detector, as create_model makes it,")
 # Our paths -> theirs. Each rule is applied, in this order.

@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from castling_jax.errors import InputError, about, refusing
+from castling_jax.models.registry import with_backbone_arguments
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.sizes import ImageSize
 from castling_jax.storage import write_atomically
@@ -53,7 +54,7 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         arguments["token_conv"] = None
     if mask_kind(config) != "threshold":  # only castling models take mask_kind, and "threshold" is their default
         arguments["mask_kind"] = mask_kind(config)
-    return arguments
+    return with_backbone_arguments(arguments)
 
 
 def mask_kind(config: Mapping[str, Any]) -> str:

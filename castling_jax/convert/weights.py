@@ -151,16 +151,17 @@ def _read_checkpoint(run: epath.Path, folder: epath.Path, ema: bool | None) -> W
     if (written_as := about.get("format", 1)) > FORMAT:
         raise InputError(f"'{folder}' is of format {written_as}; this version reads formats up to {FORMAT}.")
     variables = state["ema"] if ema else state
-    # The configuration leaves the number of classes to the data. In LeViT's head a batch norm comes before the layer,
-    # so the last array has the classes.
+    # The configuration leaves the number of classes to the data. Checkpoints of earlier versions do not name them, and
+    # belong to classifiers. In LeViT's head a batch norm comes before the layer, so the last array has the classes.
+    classes = (about.get("data") or {}).get("classes")
     heads = [leaf.shape[-1] for name, leaf in flatten(variables["params"]).items() if name.startswith("head/")]
-    model = abstract_model(num_classes=heads[-1], **model_arguments(config))
+    num_classes = len(classes) if classes else heads[-1]
+    model = abstract_model(num_classes=num_classes, **model_arguments(config))
     leaves_of(model, variables)
     step = int(absolute(folder).name)
     threshold = about.get("mask_threshold")
     if threshold is None:
         threshold = _logged_threshold(run, step, first=start_threshold(config["mask"]))
-    classes = (about.get("data") or {}).get("classes")
     preprocessing = preprocessing_of(config, model.spec.image_size)
     return Weights(folder, variables, model, config, threshold, step, ema, preprocessing, classes)
 

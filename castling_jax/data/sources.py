@@ -160,6 +160,11 @@ class TfdsBoxes(TfdsDataset):
 
     annotation = "boxes"
 
+    @property
+    def category_ids(self) -> Int[np.ndarray, "classes"]:
+        """TFDS's labels, which are the classes' numbers."""
+        return np.arange(self.num_classes)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self._example(index)
         return self._annotations(index, example).example(example[self.image])

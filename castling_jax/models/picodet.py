@@ -15,15 +15,14 @@ from jaxtyping import Array, ArrayLike, Float, Key
 
 from castling_jax.errors import InputError, check_known
 from castling_jax.models.backbone import Backbone
-from castling_jax.models.box_bins import decode_boxes, grid_points
 from castling_jax.models.layers import Layers
 from castling_jax.models.model import Model
 from castling_jax.models.pan import NECKS, Pan
 from castling_jax.models.picodet_heads import HEADS, HeadSizes
 from castling_jax.models.pyramid import SimpleFeaturePyramid
+from castling_jax.ops.points import STRIDES, decode_boxes, level_points
 from castling_jax.sizes import ImageSize, image_shape
 
-STRIDES = (8, 16, 32, 64)  # of the levels
 SIDE, SMALLEST = 32, 160  # in 160 pixels, stride 64 has 3 x 3 points, and ATSS needs nine on every level
 
 
@@ -67,7 +66,7 @@ class PicoDet(Model):
 
     def __init__(self, config: PicoDetConfig, backbone: Backbone, layers: Layers):
         check_known("neck", config.neck, NECKS)
-        _check_size(image_shape(config.image_size))
+        check_image_size(image_shape(config.image_size))
         self.in_chans = backbone.in_chans
         self.backbone = backbone
         strides, widths, channels = backbone.feature_strides, backbone.feature_channels, config.neck_channels
@@ -97,7 +96,7 @@ class PicoDet(Model):
     ) -> tuple[dict[str, Array], Float[Array, "layers"]]:
         """All that a loss reads, in float32, and the backbone's mask densities.
 
-        Points run level by level, at STRIDES, each level row by row, as `box_bins.grid_points` lists them.
+        Points run level by level, at STRIDES, each level row by row, as `level_points` lists them.
 
         Returns:
           A pair of the densities [layers], last, and a dict with
@@ -110,17 +109,18 @@ class PicoDet(Model):
         Raises:
           InputError: the images' sides are no multiples of 32 from 160 on; and what a backbone raises.
         """
-        _check_size(images.shape[1:3])
+        height, width = images.shape[1:3]
+        check_image_size((height, width))
         maps, densities = self.backbone.feature_maps(self._checked(images), mask_threshold=mask_threshold, key=key)
         maps = [maps[place] for place in self.places]
         if self.pyramid is not None:
             maps = self.pyramid(maps[0])
-        return self._detect(maps, training=key is not None), densities
+        return self._detect(maps, (height, width), training=key is not None), densities
 
     def results(self, outputs: dict[str, Array]) -> dict[str, Array]:
         return {name: outputs[name] for name in ("scores", "boxes")}
 
-    def _detect(self, maps: list[Array], *, training: bool) -> dict[str, Array]:
+    def _detect(self, maps: list[Array], image_size: tuple[int, int], *, training: bool) -> dict[str, Array]:
         """Neck, head and boxes."""
         maps = self.neck(maps, training=training)
         with jax.named_scope("head"):
@@ -131,7 +131,7 @@ class PicoDet(Model):
         }
         if "scores" not in outputs:
             outputs["scores"] = jax.nn.sigmoid(outputs["cls_logits"])
-        points, strides = grid_points([(x.shape[1], x.shape[2]) for x in maps], STRIDES)
+        points, strides, _ = level_points(image_size)
         return outputs | {"boxes": decode_boxes(outputs["reg_logits"], points, strides)}
 
 
@@ -140,7 +140,8 @@ def _flat(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch
     return x.reshape(batch, height * width, channels)
 
 
-def _check_size(size: tuple[int, ...]) -> None:
+def check_image_size(size: tuple[int, ...]) -> None:
+    """Raises an InputError unless (height, width) in pixels is a size that a detector takes."""
     height, width = size
     if min(size) < SMALLEST or height % SIDE or width % SIDE:
         raise InputError(

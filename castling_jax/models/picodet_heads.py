@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from castling_jax.models.box_bins import BINS, SIDES
 from castling_jax.models.depthwise_separable import KERNEL_SIZE, separable
 from castling_jax.models.layers import ConvNorm, Layers, LinearNorm
 from castling_jax.models.pan import KAIMING_UNIFORM
+from castling_jax.ops.points import BINS, SIDES
 
 HEAD_STD, EXCITATION_STD = 0.01, 0.001  # of the normals that kernels start from
 RARE = jax.nn.initializers.constant(-math.log(99))  # a probability of .01, as most points see no object

@@ -244,6 +244,18 @@ def _backbone_config(config: PicoDetConfig) -> BackboneConfig:
     return dataclasses.replace(configured, num_classes=0)
 
 
+def with_backbone_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a detector as `create_model` takes them: its backbone's own are moved into backbone_arguments.
+
+    A configuration has all arguments of a model side by side.
+    """
+    if arguments["name"] not in DENSE_MODELS:
+        return arguments
+    own = {field.name for field in dataclasses.fields(PicoDetConfig)} | {"name", *ARGUMENTS}
+    kept = {word: value for word, value in arguments.items() if word in own}
+    return kept | {"backbone_arguments": {word: arguments[word] for word in arguments.keys() - own}}
+
+
 def list_models() -> list[str]:
     """The names that `create_model` takes: classifiers, then detectors."""
     return [*MODELS, *DENSE_MODELS]

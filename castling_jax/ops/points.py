@@ -9,6 +9,7 @@ from castling_jax.errors import InputError
 from castling_jax.ops.checks import check_shapes
 
 STRIDES = (8, 16, 32, 64)  # of PicoDet's levels, in pixels
+SIDES, BINS = 4, 8  # a box's sides, each with a distribution over distances of 0 to 7 strides
 
 
 def level_points(

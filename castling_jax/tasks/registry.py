@@ -5,9 +5,10 @@ from typing import Any
 
 from castling_jax.models.model import Model
 from castling_jax.tasks.classification.task import Classification
+from castling_jax.tasks.detection.task import Detection
 from castling_jax.tasks.task import Measure, Task
 
-TASKS: dict[str, type[Task]] = {"classification": Classification}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Detection)}
 
 
 def task_of(model: Model) -> type[Task]:

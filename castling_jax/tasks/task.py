@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from matplotlib.axes import Axes
 from ml_collections import ConfigDict
 
+from castling_jax.data.sources import Dataset
 from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables
 from castling_jax.preprocessing import Preprocessing
@@ -111,13 +112,16 @@ class Task:
         return ()
 
     @classmethod
-    def from_config(cls, config: ConfigDict, model: Model, teacher: "Teacher | None" = None) -> "Task":
+    def from_config(
+        cls, config: ConfigDict, model: Model, teacher: "Teacher | None" = None, *, steps_per_epoch: int = 1
+    ) -> "Task":
         """Builds the task of a run.
 
         Args:
           config: the configuration, with the fields of `default_config`.
           model: the model that learns.
           teacher: a model to learn from, beside the data; None for none.
+          steps_per_epoch: steps of an epoch, for a loss that changes in the course of training.
 
         Raises:
           InputError: the task does not support a field of the configuration.
@@ -142,13 +146,18 @@ class Task:
         """Returns the host's transform of an example for evaluation; it can be pickled."""
         raise NotImplementedError
 
-    @staticmethod
-    def example_shapes(image_size: ImageSize) -> dict[str, jax.ShapeDtypeStruct]:
+    def example_shapes(self, image_size: ImageSize) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a transformed example's arrays; sharding and the compile report have no data."""
         raise NotImplementedError
 
-    def prepare(self, batch: Batch, key: jax.Array) -> Batch:
-        """Makes a batch ready for the model (its "image") and the loss, by mixing for example. Runs inside the step."""
+    def prepare(self, batch: Batch, key: jax.Array, step: jax.Array) -> Batch:
+        """Makes a batch ready for the model (its "image") and the loss, by mixing for example. Runs inside the step.
+
+        Args:
+          batch: examples from `train_transform`, stacked.
+          key: the step's own random key.
+          step: the step's number, from 0.
+        """
         raise NotImplementedError
 
     @property
@@ -183,12 +192,13 @@ class Task:
         """
         raise NotImplementedError
 
-    def collect(self, answers: dict[str, np.ndarray], corrupt: int) -> Answers:
+    def collect(self, answers: dict[str, np.ndarray], dataset: Dataset, corrupt: int) -> Answers:
         """Puts the answers to a whole split together.
 
         Args:
           answers: the arrays that `answer` returned, joined and without padding; and `image`, each example's number in
             the split.
+          dataset: the split, whose annotations some tasks compare the answers with.
           corrupt: number of corrupt examples, which were left out.
         """
         raise NotImplementedError

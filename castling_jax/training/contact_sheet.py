@@ -83,7 +83,7 @@ def _prepared(task: Task, examples: list[Example], seed: int) -> Iterator[list[E
     """Yields a batch's examples BATCHES times, prepared with another key each time."""
     prepare = jax.jit(functools.partial(task.prepare, jax.tree.map(lambda *leaves: np.stack(leaves), *examples)))
     for key in jax.random.split(jax.random.key(seed), BATCHES):
-        batch = jax.device_get(prepare(key))
+        batch = jax.device_get(prepare(key, 0))
         yield [{name: array[row] for name, array in batch.items()} for row in range(len(examples))]
 
 

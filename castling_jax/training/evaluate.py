@@ -88,7 +88,7 @@ def make_evaluator(
         columns = jax.tree.map(lambda *arrays: np.concatenate(arrays), *jax.device_get(parts))
         (image,) = np.nonzero(columns.pop("weight"))  # without the last batch's padding and without corrupt images
         answers = {name: array[image] for name, array in columns.items()}
-        return task.collect({"image": image, **answers}, corrupt=len(dataset) - len(image))
+        return task.collect({"image": image, **answers}, dataset, corrupt=len(dataset) - len(image))
 
     return evaluate
 

@@ -1,4 +1,4 @@
-"""The optimiser."""
+"""The optimisers."""
 
 from typing import Any
 
@@ -8,7 +8,10 @@ from ml_collections import ConfigDict
 
 
 def make_optimizer(optimizer: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW with weight decay on matrices only, after optional clipping of the gradients.
+    """AdamW, or SGD with momentum, with weight decay on matrices only, after optional clipping of the gradients.
+
+    SGD's weight decay is L2 regularisation: it is added to the gradients, and so goes through momentum and learning
+    rate, as in PyTorch and Paddle. AdamW's is no part of the gradients.
 
     `clip_norm` limits the norm of all gradients together. `adaptive_clip` limits the norm of each output unit's
     gradient, as a share of the norm of that unit's weights (Brock et al., NFNets, equation 3).
@@ -18,10 +21,14 @@ def make_optimizer(optimizer: ConfigDict, learning_rate: optax.Schedule) -> opta
         clips.append(adaptive_clip(optimizer.adaptive_clip))
     if optimizer.clip_norm is not None:
         clips.append(optax.clip_by_global_norm(optimizer.clip_norm))
-    adamw = optax.adamw(
-        learning_rate, b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay, mask=decay_mask
-    )
-    return optax.chain(*clips, adamw) if clips else adamw
+    if optimizer.name == "sgd":
+        decay = optax.add_decayed_weights(optimizer.weight_decay, mask=decay_mask)
+        update = optax.chain(decay, optax.sgd(learning_rate, momentum=optimizer.momentum))
+    else:
+        update = optax.adamw(
+            learning_rate, b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay, mask=decay_mask
+        )
+    return optax.chain(*clips, update) if clips else update
 
 
 def adaptive_clip(share: float) -> optax.GradientTransformation:

@@ -125,7 +125,7 @@ class Setup:
         @functools.partial(jax.jit, out_shardings=replicated(self.mesh))
         def first(batch: dict[str, jax.Array], key: jax.Array, step: jax.Array) -> jax.Array:
             key = jax.random.fold_in(key, step)
-            return prepare_batch(self.task, batch, key, accumulate_steps=parts)["image"][:count]
+            return prepare_batch(self.task, batch, key, step, accumulate_steps=parts)["image"][:count]
 
         images = first(batch, state.key, state.step)
         pixels = denormalize_images(images, self.preprocessing)
@@ -206,7 +206,8 @@ def set_up(
     with mistakes:
         check_heads(model, mesh)
     with mistakes:
-        task = task_of(model).from_config(config, model, teacher or _teacher(config, model, mesh))
+        teacher = teacher or _teacher(config, model, mesh)
+        task = task_of(model).from_config(config, model, teacher, steps_per_epoch=steps_per_epoch)
     mistakes.report()
     # No mistakes from here on, so all names above are bound.
     optimizer = make_optimizer(config.optimizer, learning_rate)

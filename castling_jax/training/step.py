@@ -26,17 +26,18 @@ Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]
 
 
-def prepare_batch(task: Task, batch: Batch, key: jax.Array, *, accumulate_steps: int) -> Batch:
+def prepare_batch(task: Task, batch: Batch, key: jax.Array, step: jax.Array, *, accumulate_steps: int) -> Batch:
     """Calls `task.prepare` on a step's batch.
 
     Args:
       task: the task to learn.
       batch: the global batch.
       key: the step's key: the state's key with the step's number folded in.
+      step: the step's number, from 0.
       accumulate_steps: number of parts of the batch; part i's key is `key` with i folded in.
     """
     # The first number that no part uses, so that mixing and drop-path are independent.
-    return task.prepare(batch, jax.random.fold_in(key, accumulate_steps))
+    return task.prepare(batch, jax.random.fold_in(key, accumulate_steps), step)
 
 
 def make_train_step(
@@ -116,7 +117,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, held: Any, threshold: ArrayLike) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        batch = prepare_batch(task, batch, key, accumulate_steps=accumulate_steps)
+        batch = prepare_batch(task, batch, key, state.step, accumulate_steps=accumulate_steps)
         # Gathered over fsdp once, here. Without this constraint, the compiler may gather activations instead if that
         # looks cheaper to it.
         params = place(state.params, shardings and whole_over_fsdp(shardings.params))

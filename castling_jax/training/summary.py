@@ -22,6 +22,7 @@ from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, count_parameters, features, get_variables
 from castling_jax.plots import draw_training, png
+from castling_jax.sizes import image_shape
 from castling_jax.storage import write_atomically
 from castling_jax.tables import aligned
 from castling_jax.tasks.registry import measures_of, task_in
@@ -153,7 +154,7 @@ def measure_forms(arguments: dict[str, Any]) -> dict[str, float]:
     # NumPy draws the numbers: compiling a model's own initialisation takes longer than all the rest. They are positive,
     # because some of them are variances.
     rng, image_size = np.random.default_rng(0), arguments["image_size"]
-    images = jnp.asarray(rng.uniform(size=(1, image_size, image_size, 3)), jnp.float32)
+    images = jnp.asarray(rng.uniform(size=(1, *image_shape(image_size), 3)), jnp.float32)
     calls: dict[str, Callable[[], object]] = {}
     for form in ("train", "inference"):
         model = abstract_model(**arguments | {"form": form})

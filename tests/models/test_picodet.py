@@ -15,14 +15,14 @@ import castling_jax
 from castling_jax import convert
 from castling_jax.convert.inference import largest_difference
 from castling_jax.convert.inference_folder import export_program, save_inference
-from castling_jax.models.box_bins import grid_points, level_sizes
 from castling_jax.models.depthwise_separable import separable
 from castling_jax.models.macs import count_costs
 from castling_jax.models.pan import KAIMING_UNIFORM, NECKS, Pan
-from castling_jax.models.picodet import STRIDES, PicoDet, PicoDetConfig
+from castling_jax.models.picodet import PicoDet, PicoDetConfig
 from castling_jax.models.picodet_heads import HEADS, HeadSizes
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import bind, count_parameters, flatten, forward_train, get_variables
+from castling_jax.ops.points import level_points
 from tests.models import small
 
 # Backbones of every family, small; LeViT's has three stages, the last at a stride of 64.
@@ -80,7 +80,7 @@ def test_golden_outputs(case):
     @jax.jit
     def run(variables, maps):
         detector = bind(model, variables)
-        return detector.neck(maps, training=False), detector._detect(maps, training=False)
+        return detector.neck(maps, training=False), detector._detect(maps, tuple(file.meta["image"]), training=False)
 
     necks, outputs = run(variables, maps)
     for i, neck in enumerate(necks):
@@ -89,7 +89,7 @@ def test_golden_outputs(case):
     # Numbers of order 1 behind some thirty convolutions in float32; boxes reach over 7 strides of 64 pixels.
     for name, output in outputs.items():
         np.testing.assert_allclose(output, file[name], rtol=0, atol=1e-3 if name == "boxes" else 1e-5, err_msg=name)
-    points, strides = grid_points(level_sizes(file.meta["image"], STRIDES), STRIDES)
+    points, strides, _ = level_points(tuple(file.meta["image"]))
     np.testing.assert_array_equal(points, file["points"])
     np.testing.assert_array_equal(strides, file["strides"])
 
@@ -103,7 +103,7 @@ def test_golden_gradients(case):
     @jax.jit
     def gradients(maps, cotangents):
         def total(maps):
-            outputs = bind(model, variables)._detect(maps, training=False)
+            outputs = bind(model, variables)._detect(maps, tuple(file.meta["image"]), training=False)
             return sum(jnp.vdot(outputs[name], cotangent) for name, cotangent in cotangents.items())
 
         return jax.grad(total)(maps)
@@ -240,7 +240,7 @@ def test_the_points_of_an_image(backbone, size, points, layers):
         "boxes": ((2, points, 4), "float32"),
     }
     assert densities.shape == (layers,)
-    assert sum(rows * columns for rows, columns in level_sizes((height, width), STRIDES)) == points
+    assert sum(level_points((height, width))[2]) == points
 
 
 # In training, and switched

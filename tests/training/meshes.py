@@ -136,9 +136,10 @@ def collectives(mesh_name: str, family: str = "deit") -> dict:
     state = jax.eval_shape(lambda variables: create_state(variables, optimizer, 0), get_variables(model))
     shardings = sharding.state_shardings(state, mesh)
 
-    batch = sharding.batch_shapes(Classification.example_shapes(model.spec.image_size), BATCH, mesh)
+    task = Classification(num_classes=10, label_smoothing=0.1)
+    batch = sharding.batch_shapes(task.example_shapes(model.spec.image_size), BATCH, mesh)
     threshold = jax.ShapeDtypeStruct((), jnp.float32)
-    step = make_train_step(model, optimizer, Classification(num_classes=10, label_smoothing=0.1), shardings=shardings)
+    step = make_train_step(model, optimizer, task, shardings=shardings)
     with jax.set_mesh(mesh):
         lowered = jax.jit(step, donate_argnums=0).lower(sharding.with_shardings(state, shardings), batch, threshold)
     sent: dict[str, list[int]] = {}

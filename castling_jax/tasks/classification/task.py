@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
+from castling_jax.data.sources import Dataset
 from castling_jax.data.transforms import EvalTransform
 from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables, apply
@@ -65,7 +66,9 @@ class Classification(Task):
         return () if self.teacher is None else (self.teacher.model,)
 
     @classmethod
-    def from_config(cls, config: ConfigDict, model: Model, teacher: Teacher | None = None) -> "Classification":
+    def from_config(
+        cls, config: ConfigDict, model: Model, teacher: Teacher | None = None, *, steps_per_epoch: int = 1
+    ) -> "Classification":
         return cls(model.spec.num_classes, config.loss.label_smoothing, mixing_options(config.augment), teacher)
 
     @staticmethod
@@ -78,14 +81,13 @@ class Classification(Task):
     def eval_transform(preprocessing: Preprocessing) -> Callable[[Example], Example]:
         return EvalTransform(preprocessing)
 
-    @staticmethod
-    def example_shapes(image_size: ImageSize) -> dict[str, jax.ShapeDtypeStruct]:
+    def example_shapes(self, image_size: ImageSize) -> dict[str, jax.ShapeDtypeStruct]:
         return {
             "image": jax.ShapeDtypeStruct((*image_shape(image_size), 3), jnp.float32),
             "label": jax.ShapeDtypeStruct((), jnp.int32),
         }
 
-    def prepare(self, batch: Batch, key: jax.Array) -> Batch:
+    def prepare(self, batch: Batch, key: jax.Array, step: jax.Array) -> Batch:
         options = {"num_classes": self.num_classes, "label_smoothing": self.label_smoothing, **self.mixing}
         images, targets = mix(batch["image"], batch["label"], key, **options)
         return {"image": images, "target": targets}
@@ -128,7 +130,7 @@ class Classification(Task):
             "difference": jnp.max(jnp.abs(exact["train_form"] - exact["inference_form"]), axis=-1),
         }
 
-    def collect(self, answers: dict[str, np.ndarray], corrupt: int) -> ClassAnswers:
+    def collect(self, answers: dict[str, np.ndarray], dataset: Dataset, corrupt: int) -> ClassAnswers:
         return ClassAnswers(self.num_classes, **answers, corrupt=corrupt)
 
 

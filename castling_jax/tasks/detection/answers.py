@@ -1,0 +1,192 @@
+"""Both forms' detections in each image of a split, and the figures and files made from them."""
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from hotcoco import COCO, COCOeval
+from jaxtyping import Float, Int
+
+from castling_jax.data.annotations import Annotations, BoxDataset
+from castling_jax.data.decode import decode, image_size
+from castling_jax.errors import InputError
+from castling_jax.plots import draw_detections, draw_precision_recall, png
+from castling_jax.tasks.task import FORMS
+
+DETECTIONS_FILE = "detections.json"
+SHOWN_SCORE = 0.3  # smallest score of a detection in a picture
+DRAWN = 12  # images in a picture
+# hotcoco's names -> ours; AP is averaged over the IoUs 0.50, 0.55, ..., 0.95, and s, m, l are COCO's sizes of objects.
+FIGURES = {
+    **{"AP": "mAP", "AP50": "AP50", "AP75": "AP75", "APs": "AP_small", "APm": "AP_medium", "APl": "AP_large"},
+    **{"AR1": "AR1", "AR10": "AR10", "AR100": "AR100", "ARs": "AR_small", "ARm": "AR_medium", "ARl": "AR_large"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """One form's detections, best first; rows without a detection have the class -1.
+
+    Attributes:
+      boxes: (x0, y0, x1, y1) in pixels of the image itself.
+      scores: from 0 to 1.
+      classes: the classes' numbers, from 0.
+    """
+
+    boxes: Float[np.ndarray, "images detections 4"]
+    scores: Float[np.ndarray, "images detections"]
+    classes: Int[np.ndarray, "images detections"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxAnswers:
+    """Both forms' detections in the images of a split, in its order; corrupt images are left out.
+
+    Attributes:
+      dataset: the split, with the true boxes.
+      image: number of each image in the split, from 0.
+      train_form: the training form's detections.
+      inference_form: the inference form's detections.
+      difference: largest difference between the two forms' outputs in each image, as `largest_difference` computes it.
+      corrupt: number of corrupt images, which were left out.
+    """
+
+    dataset: BoxDataset
+    image: Int[np.ndarray, "images"]
+    train_form: Answered
+    inference_form: Answered
+    difference: Float[np.ndarray, "images"]
+    corrupt: int
+
+    def figures(self) -> dict[str, float]:
+        """COCO's 12 figures of both forms, as NAME_FORM; max_difference (largest); eval_images and eval_corrupt.
+
+        A figure about objects that the split does not have, such as large ones, is left out.
+        """
+        found = {
+            f"{FIGURES[name]}_{form}": float(value)
+            for form, evaluation in self._evaluations.items()
+            for name, value in evaluation.results()["metrics"].items()
+            if value >= 0  # -1: there is no such object
+        }
+        return found | {
+            "max_difference": float(np.max(self.difference)),
+            "eval_images": len(self.image),
+            "eval_corrupt": self.corrupt,
+        }
+
+    def by_class(self, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """{class: {"images": images with such a box, "boxes": boxes, "mAP": inference form's, or None without boxes}}.
+
+        Crowds are not counted.
+        """
+        shares = self._evaluations["inference_form"].results(per_class=True)["per_class"]
+        table = {}
+        for number, name in enumerate(classes):
+            counts = [int(np.sum(one.classes[~one.crowd] == number)) for one in self._truth]
+            table[name] = {
+                "images": sum(count > 0 for count in counts),
+                "boxes": sum(counts),
+                "mAP": shares.get(str(number)) if sum(counts) else None,
+            }
+        return table
+
+    def files(self, classes: Sequence[str]) -> dict[str, bytes]:
+        """detections.json, classes.csv, precision_recall.png and detections.png, all of the inference form.
+
+        detections.json has COCO's format for results: image_id, category_id, bbox (x, y, width, height in pixels) and
+        score. classes.csv has the average precision of each class. The pictures show precision over recall, and the
+        split's first images with detections on the right and the true boxes on the left.
+        """
+        table = io.StringIO()
+        rows = [[name, *row.values()] for name, row in self.by_class(classes).items()]
+        csv.writer(table, lineterminator="\n").writerows([["class", "images", "boxes", "mAP"], *rows])
+        accumulated: Any = self._evaluations["inference_form"].eval
+        precision = accumulated["precision"][:, :, :, 0, -1]  # all sizes of objects, at most 100 detections
+        files = {
+            DETECTIONS_FILE: json.dumps(self._coco_results()).encode(),
+            "classes.csv": table.getvalue().encode(errors="backslashreplace"),
+            "precision_recall.png": png(draw_precision_recall(precision, classes)),
+        }
+        pictures = list(self._pictures(classes))
+        return files | ({"detections.png": png(draw_detections(pictures))} if pictures else {})
+
+    @functools.cached_property
+    def _evaluations(self) -> dict[str, COCOeval]:
+        """COCO's evaluation of each form."""
+        images = [{"id": int(index)} for index in self.image]
+        categories = [{"id": number, "name": str(number)} for number in range(self.dataset.num_classes)]
+        columns = {
+            name: np.concatenate([getattr(one, name) for one in self._truth])
+            for name in ("boxes", "classes", "areas", "crowd")
+        }
+        expected = COCO.from_arrays(
+            images,
+            categories,
+            image_ids=np.repeat(self.image, [len(one.boxes) for one in self._truth]),
+            category_ids=columns["classes"],
+            boxes=_width_height(columns["boxes"]),
+            area=columns["areas"],
+            iscrowd=columns["crowd"],
+        )
+        evaluations = {}
+        for form in FORMS:
+            evaluation = COCOeval(expected, expected.load_res(self._rows(getattr(self, form))), "bbox")
+            with contextlib.redirect_stdout(io.StringIO()):  # summarize prints the figures
+                evaluation.run()
+            evaluations[form] = evaluation
+        return evaluations
+
+    @functools.cached_property
+    def _truth(self) -> list[Annotations]:
+        return [self.dataset.annotations(int(index)) for index in self.image]
+
+    def _rows(self, answered: Answered) -> Float[np.ndarray, "detections 7"]:
+        """The detections as hotcoco takes them: image, x, y, width, height, score, class."""
+        found = answered.classes >= 0
+        images = np.broadcast_to(self.image[:, None], found.shape)[found]
+        columns = (images, *_width_height(answered.boxes[found]).T, answered.scores[found], answered.classes[found])
+        return np.stack(columns, axis=-1).astype(np.float64)
+
+    def _coco_results(self) -> list[dict[str, Any]]:
+        """The inference form's detections as COCO's results, with the ids of the annotations' file."""
+        names = {int(image): one.image_id for image, one in zip(self.image, self._truth, strict=True)}
+        return [
+            {
+                "image_id": names[int(image)],
+                "category_id": int(self.dataset.category_ids[int(number)]),
+                "bbox": [round(value, 3) for value in box],
+                "score": round(score, 5),
+            }
+            for image, *box, score, number in self._rows(self.inference_form).tolist()
+        ]
+
+    def _pictures(self, classes: Sequence[str]) -> Any:
+        """Yields (image, true boxes, their names, detected boxes, their names, scores) of the split's first images."""
+        for place, index in enumerate(self.image[:DRAWN]):
+            with contextlib.suppress(InputError):
+                encoded, truth, found = self.dataset[int(index)]["image"], self._truth[place], self.inference_form
+                # The annotations' size tells whether boxes are in pixels of the turned image.
+                image = np.asarray(decode(encoded, exif=image_size(encoded) != truth.size))
+                shown = (found.classes[place] >= 0) & (found.scores[place] >= SHOWN_SCORE)
+                yield (
+                    image,
+                    (truth.boxes, [classes[number] for number in truth.classes], None),
+                    (
+                        found.boxes[place][shown],
+                        [classes[number] for number in found.classes[place][shown]],
+                        found.scores[place][shown],
+                    ),
+                )
+
+
+def _width_height(boxes: Float[np.ndarray, "boxes 4"]) -> Float[np.ndarray, "boxes 4"]:
+    """x0, y0, x1, y1 -> x, y, width, height, as COCO has boxes; in float64, since float32 areas would be rounded."""
+    wide = np.asarray(boxes, np.float64).reshape(-1, 4)
+    return np.concatenate([wide[:, :2], wide[:, 2:] - wide[:, :2]], axis=-1)
