@@ -388,6 +388,29 @@ def draw_boxes(
     return figure
 
 
+def draw_objects(
+    images: Sequence[UInt8[np.ndarray, "height width 3"]],
+    answers: Sequence[Sequence[tuple[str, float, tuple[float, float, float, float]]]],
+) -> Figure:
+    """A sheet of images with the objects that a detector found.
+
+    Args:
+      images: the images; their sizes may differ.
+      answers: for each image, (class, score, (x0, y0, x1, y1)) of each object, in pixels of the image.
+    """
+    columns = min(len(images), 3)
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, image, answer in zip(axes, images, answers, strict=False):
+        axis.imshow(image)
+        names, scores, boxes = zip(*answer, strict=True) if answer else ((), (), ())
+        draw_boxes_on(axis, np.array(boxes), names, scores)
+    for axis in axes:
+        axis.set_axis_off()
+    return figure
+
+
 def draw_detections(pictures: Sequence[tuple[Any, Any, Any]]) -> Figure:
     """A sheet of images, each twice: with its true boxes on the left, and with the detected ones on the right.
 
@@ -436,7 +459,7 @@ def draw_precision_recall(precision: Float[np.ndarray, "ious recalls classes"], 
     iou_axis.set(xlabel="recall", title="mean over the classes", xlim=(0, 1))
     for axis in (class_axis, iou_axis):
         if axis.get_legend_handles_labels()[0]:
-            legend = axis.legend(fontsize=SMALL, loc="lower left", frameon=False)
+            legend = axis.legend(fontsize=SMALL, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3, frameon=False)
             for text in legend.get_texts():
                 text.set_parse_math(False)
     return figure

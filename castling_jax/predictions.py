@@ -1,4 +1,4 @@
-"""A trained model's predictions for images: class probabilities, or features. Images are streamed in any number."""
+"""A trained model's predictions for images: classes, objects or features. Images are streamed in any number."""
 
 import collections
 import functools
@@ -18,51 +18,80 @@ from castling_jax.convert.inference import to_inference
 from castling_jax.convert.weights import Weights, read
 from castling_jax.data.folder import IMAGE_SUFFIXES, image_files
 from castling_jax.data.preprocess import named_images, read_image
-from castling_jax.data.transforms import EvalTransform
 from castling_jax.errors import InputError
-from castling_jax.fields import integer
+from castling_jax.fields import integer, number
 from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
-from castling_jax.models.variables import Variables, apply, features
+from castling_jax.models.variables import Variables, features
 from castling_jax.storage import as_path
+from castling_jax.tasks.registry import task_of
+from castling_jax.tasks.task import Batch, Example
 
 BATCH = 32
 BATCHES_AHEAD = 2  # batches that are read while another one is computed
 THREADS = 8
-Answer = list[tuple[str, float]]
-Forward = Callable[[Model, Variables, jax.Array], jax.Array]
+SHOWN_SCORE = 0.3  # smallest score of an object that a person is shown
+Answer = list[tuple[Any, ...]]
+Forward = Callable[[Model, Variables, Batch], Any]
 
 
 def predict(
-    path: str | os.PathLike, images: Any, *, top: int = 5, classes: Sequence[str] | None = None
+    path: str | os.PathLike,
+    images: Any,
+    *,
+    top: int | None = None,
+    score_threshold: float = SHOWN_SCORE,
+    classes: Sequence[str] | None = None,
 ) -> list[Answer]:
-    """The most probable classes of images, by the inference form of a trained model.
+    """The most probable classes of images, or the objects in them, by the inference form of a trained model.
 
-    Images are prepared as in the run's evaluation, so the probabilities are the same.
+    Images are prepared as in the run's evaluation, so the numbers are the same.
 
     Args:
       path: the weights, as `castling_jax.convert.read` takes them: a run, a checkpoint, an inference folder, or the
         name of shipped weights.
       images: one image or a list. An image is a file, a folder (its images and those in folders below, sorted), or
         anything else that `castling_jax.preprocess` takes: an array, a Pillow image, bytes.
-      top: number of classes to return for each image; all classes if there are fewer.
+      top: most classes or objects to return for each image; None is 5 classes, and all objects.
+      score_threshold: smallest score of an object; classifiers do not use it.
       classes: names of the classes. None takes the names that are kept beside the weights.
 
     Returns:
-      For each image [(class, probability), ...], the most probable first.
+      For each image [(class, probability), ...], the most probable first; from a detector
+      [(class, score, (x0, y0, x1, y1)), ...] in pixels of the image itself, best first.
 
     Raises:
       InputError: weights or an image cannot be read, a folder holds no images, or the classes have no names.
     """
-    integer(1).check("top", top)
+    if top is not None:
+        integer(1).check("top", top)
+    number("[0, 1]").check("score_threshold", score_threshold)
     weights = read(path)
     names = class_names(weights, classes)
     answers = []
-    for _, probabilities in stream(weights, images, class_probabilities):
-        if isinstance(probabilities, InputError):
-            raise probabilities
-        answers.append(rank(probabilities, names, top))
+    for _, answer in stream_predictions(weights, images, names, top=top, score_threshold=score_threshold):
+        if isinstance(answer, InputError):
+            raise answer
+        answers.append(answer)
     return answers
+
+
+def stream_predictions(
+    weights: Weights, images: Any, names: Sequence[str], *, top: int | None, score_threshold: float
+) -> Iterator[tuple[Any, Answer | InputError]]:
+    """Yields (image, its answer as `predict` returns it, or the InputError of an image that cannot be read)."""
+    if weights.model is None:
+        raise InputError(f"'{weights.path}' does not say which model it belongs to, as runs and inference folders do.")
+    task = task_of(weights.model)
+
+    def forward(model: Model, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
+        return task.predict(model, variables, batch, weights.suppression)
+
+    for image, found in stream(weights, images, forward):
+        if isinstance(found, InputError):
+            yield image, found
+        else:
+            yield image, task.list_predictions(found, names, top=top, score_threshold=score_threshold)
 
 
 def class_names(weights: Weights, classes: Sequence[str] | None = None) -> list[str]:
@@ -82,41 +111,23 @@ def class_names(weights: Weights, classes: Sequence[str] | None = None) -> list[
     return list(names)
 
 
-def rank(probabilities: Float[np.ndarray, "classes"], names: Sequence[str], top: int) -> Answer:
-    """The `top` most probable classes; equal probabilities keep the order of the classes."""
-    # A stable sort of the negated values: reversing a sort would reverse the ties as well.
-    order = np.argsort(-probabilities, kind="stable")[:top]
-    return [(names[index], float(probabilities[index])) for index in order]
-
-
-def class_probabilities(
-    model: Model, variables: Variables, images: Float[jax.Array, "batch height width channels"]
-) -> Float[jax.Array, "batch classes"]:
-    """The model's probabilities: the softmax of its logits."""
-    return jax.nn.softmax(apply(model, variables, images))
-
-
-def mean_features(
-    model: Model, variables: Variables, images: Float[jax.Array, "batch height width channels"]
-) -> Float[jax.Array, "batch channels"]:
+def mean_features(model: Model, variables: Variables, batch: Batch) -> Float[jax.Array, "batch channels"]:
     """The mean of the last stage's patch tokens, in float32, without a DeiT's class token."""
-    return features(model, variables, images)[-1].astype(jnp.float32).mean((1, 2))
+    return features(model, variables, batch["image"])[-1].astype(jnp.float32).mean((1, 2))
 
 
-def stream(
-    weights: Weights, images: Any, forward: Forward, *, batch_size: int = BATCH
-) -> Iterator[tuple[Any, np.ndarray | InputError]]:
+def stream(weights: Weights, images: Any, forward: Forward, *, batch_size: int = BATCH) -> Iterator[tuple[Any, Any]]:
     """Computes `forward` for each image, in order; images are read as they are needed.
 
     Args:
       weights: weights that come with their model and its preprocessing.
       images: the images, as `predict` takes them.
-      forward: (model in inference form, its variables, images [batch, size, size, 3]) -> an array [batch, ...].
+      forward: (model in inference form, its variables, batch of the task's `eval_transform`) -> arrays [batch, ...].
       batch_size: number of images that are computed together.
 
     Yields:
-      (image, array): the image as the caller gave it, or its path if the caller gave a folder; and its row of
-      `forward`'s array, or an InputError that names the image and says why it cannot be read.
+      (image, rows): the image as the caller gave it, or its path if the caller gave a folder; and its rows of
+      `forward`'s arrays, or an InputError that names the image and says why it cannot be read.
 
     Raises:
       InputError: there are no images, or the weights do not state their model or its preprocessing.
@@ -127,25 +138,30 @@ def stream(
     model = abstract_model(**weights.model.spec.arguments(form="inference"))
     # On the device once, instead of with every batch.
     variables = jax.device_put(to_inference(weights.variables))
-    transform = EvalTransform(weights.preprocessing)
+    transform = task_of(model).eval_transform(weights.preprocessing)
     compute = jax.jit(functools.partial(forward, model))
 
-    def prepare(name: str, image: Any) -> np.ndarray | InputError:
+    def prepare(name: str, image: Any) -> Example | InputError:
         try:
-            return transform({"image": read_image(image)})["image"]
+            return transform({"image": read_image(image)})
         except InputError as error:
             return InputError(f"{name}: {error}")
 
-    def computed(batch: list[tuple[Any, Future[Any]]]) -> Iterator[tuple[Any, np.ndarray | InputError]]:
+    def computed(batch: list[tuple[Any, Future[Any]]]) -> Iterator[tuple[Any, Any]]:
         prepared = [(image, future.result()) for image, future in batch]
         # An image that cannot be read takes no place in the batch: its neighbours are computed all the same.
-        good = [pixels for _, pixels in prepared if not isinstance(pixels, InputError)]
+        good = [example for _, example in prepared if not isinstance(example, InputError)]
         if good:
-            # Padded to one size: another size of batch would compile another program.
-            padded = np.concatenate([np.stack(good), np.zeros((batch_size - len(good), *good[0].shape), np.float32)])
-            rows = iter(np.asarray(compute(variables, padded)))
-        for image, pixels in prepared:
-            yield image, pixels if isinstance(pixels, InputError) else next(rows)
+            # Padded to one size by copies: another size of batch would compile another program.
+            padded = good + good[-1:] * (batch_size - len(good))
+            arrays = jax.device_get(compute(variables, jax.tree.map(lambda *rows: np.stack(rows), *padded)))
+            rows = iter(range(len(good)))
+        for image, example in prepared:
+            if isinstance(example, InputError):
+                yield image, example
+            else:
+                row = next(rows)
+                yield image, jax.tree.map(lambda array: array[row], arrays)  # noqa: B023  (used before the next row)
 
     def start(name: str, image: Any) -> Future[Any]:
         """Prepares a file in another thread, but an image in memory here, because its owner may change it next."""

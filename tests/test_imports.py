@@ -17,6 +17,7 @@ RANKS = {
     "storage": 1,
     "fields": 1,
     "preprocessing": 2,
+    "postprocessing": 2,
     "ops": 2,
 }
 RANKS |= {"models": 3, "data": 4, "convert": 4, "plots": 4, "maps": 4}

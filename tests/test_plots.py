@@ -12,6 +12,9 @@ from castling_jax.plots import (
     draw_boxes_on,
     draw_confusion,
     draw_density,
+    draw_detections,
+    draw_objects,
+    draw_precision_recall,
     draw_predictions,
     draw_taps,
     draw_training,
@@ -19,6 +22,7 @@ from castling_jax.plots import (
 from tests.pictures import check_legible
 
 STEPS_PER_EPOCH = 55
+BOXES = (np.float32([[2, 3, 33, 27]]), ["owl"], None)
 
 
 def history_of(lines, *, layers=4, evaluations=1, density=0.5, loss=(2.5, 0.1), rate=1e-3):
@@ -77,6 +81,11 @@ FIGURES = {
     "draw_taps": lambda: draw_taps([np.random.default_rng(0).normal(size=(9, 3))] * 12),
     "draw_predictions": lambda: draw_predictions([PHOTOGRAPH] * 2, [[("a", 0.9), ("b", 0.1)]] * 2),
     "draw_boxes": lambda: draw_boxes(PHOTOGRAPH, np.float32([[2, 3, 33, 27]]), ["owl"], scores=[0.75]),
+    "draw_objects": lambda: draw_objects([PHOTOGRAPH] * 4, [[("owl", 0.75, (2, 3, 33, 27))], [], [], []]),
+    "draw_detections": lambda: draw_detections([(PHOTOGRAPH, BOXES, (*BOXES[:2], [0.75]))] * 3),
+    "draw_precision_recall": lambda: draw_precision_recall(
+        np.linspace(1, 0, 101)[None, :, None] * np.linspace(1, 0.2, 10)[:, None, None] * np.ones(3), ["a", "b", "$c"]
+    ),
     "draw_boxes_on": lambda: boxes_on(draw_predictions([PHOTOGRAPH], [[("a", 0.9)]])),
     "draw_confusion": lambda: draw_confusion(np.diag(range(1000, 1030)), [f"class {i}" for i in range(30)]),
 }

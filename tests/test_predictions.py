@@ -7,7 +7,7 @@ from PIL import Image
 import castling_jax
 from castling_jax.convert.inference_folder import save_inference
 from castling_jax.convert.weights import read
-from castling_jax.predictions import class_probabilities, mean_features, predict, stream
+from castling_jax.predictions import mean_features, predict, stream, stream_predictions
 from castling_jax.preprocessing import Preprocessing
 from tests.models import small
 
@@ -67,14 +67,19 @@ def test_images_of_every_kind_are_the_same(weights, images):
     assert [len(answer) for answer in predict(weights, files, top=100)] == [7, 7]
 
 
+def answers_of(weights, images):
+    read_weights = read(weights)
+    return stream_predictions(read_weights, images, read_weights.classes, top=7, score_threshold=0)
+
+
 def test_corrupt_files_are_named_and_the_others_go_on(weights, images, tmp_path, refuses):
     files = sorted(images.rglob("*.png"))[:3]
     (tmp_path / "broken.png").write_bytes(b"no image")
     mixed = [files[0], tmp_path / "broken.png", files[1], tmp_path / "missing.png", files[2]]
-    found = list(stream(read(weights), mixed, class_probabilities))
+    found = list(answers_of(weights, mixed))
     assert [image for image, _ in found] == mixed
     good = [answer for _, answer in found if not isinstance(answer, castling_jax.InputError)]
-    np.testing.assert_array_equal(good, [answer for _, answer in stream(read(weights), files, class_probabilities)])
+    assert good == [answer for _, answer in answers_of(weights, files)]
     assert str(found[1][1]).startswith(f"'{tmp_path}/broken.png': ")
     assert "No such file" in str(found[3][1])
     with refuses("broken.png'"):

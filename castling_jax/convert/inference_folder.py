@@ -29,6 +29,8 @@ from castling_jax.errors import InputError, about, check_known, reason, refusing
 from castling_jax.models.model import Model
 from castling_jax.models.registry import DTYPES, abstract_model
 from castling_jax.models.variables import MODEL, VARIABLES, Variables, apply, flatten, leaves_of, unflatten
+from castling_jax.ops.suppression import non_maximum_suppression
+from castling_jax.postprocessing import Suppression
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.sizes import image_shape, size_text
 from castling_jax.storage import (
@@ -61,6 +63,7 @@ class Description:
       sha256: the payload's SHA-256.
       preprocessing: how an image becomes the model's input; None if the file does not state it.
       classes: the names of the model's outputs, in their order; None if the file does not state them.
+      suppression: how a detector's outputs become detections; None if the file does not state it.
     """
 
     model: dict[str, Any]
@@ -68,6 +71,7 @@ class Description:
     sha256: str
     preprocessing: Preprocessing | None
     classes: list[str] | None
+    suppression: Suppression | None
 
 
 @takes(model=MODEL, variables=VARIABLES)
@@ -79,6 +83,7 @@ def save_inference(
     format: str = "safetensors",
     preprocessing: Preprocessing | None = None,
     classes: Sequence[str] | None = None,
+    suppression: Suppression | None = None,
 ) -> None:
     """Writes an inference folder, which `load_inference` reads unless it is a StableHLO program.
 
@@ -91,6 +96,8 @@ def save_inference(
       format: one of PAYLOADS: "safetensors", one file; "orbax", a checkpoint; "stablehlo", `export_program`.
       preprocessing: how an image becomes the model's input; None does not state it.
       classes: the names of the model's outputs, in their order; None does not state them.
+      suppression: how a detector's outputs become detections. A StableHLO program then suppresses by itself; with None
+        it returns the scores and boxes of all points.
 
     Raises:
       InputError: the variables are not the model's, the preprocessing or the classes do not fit the model, the format
@@ -103,7 +110,8 @@ def save_inference(
     if is_remote(path):
         reach_bucket(path)
         with tempfile.TemporaryDirectory() as here:
-            save_inference(here, model, variables, format=format, preprocessing=preprocessing, classes=classes)
+            stated: dict[str, Any] = {"preprocessing": preprocessing, "classes": classes, "suppression": suppression}
+            save_inference(here, model, variables, format=format, **stated)
             # The files of an earlier payload would stay among the new ones.
             for name in PAYLOADS.values():
                 remove(epath.Path(path) / name)
@@ -121,8 +129,10 @@ def save_inference(
     arrays = {name: np.ascontiguousarray(jax.device_get(leaf)) for name, leaf in flatten(variables).items()}
     description: dict[str, Any] = {"format": FORMAT, "model": arguments, "file": PAYLOADS[format]}
     description |= {"preprocessing": preprocessing and preprocessing.to_dict(), "classes": classes}
+    if model.task == "detection":
+        description["suppression"] = suppression and suppression.to_dict()
     if format == "stablehlo":
-        program = export_program(model, unflatten(arrays))
+        program = export_program(model, unflatten(arrays), suppression)
         description |= {"images": ["batch", *_image_shape(model)], "platforms": PLATFORMS}
     # Under another name until it is complete: the earlier payload stays in place until then.
     payload = folder / PAYLOADS[format]
@@ -228,7 +238,9 @@ def read_description(path: str | os.PathLike) -> Description:
         stated, classes = content.get("preprocessing"), content.get("classes")
         preprocessing = None if stated is None else Preprocessing.from_dict(stated)
         _check_meaning(model, preprocessing, classes)
-    return Description(model, name, sha256, preprocessing, classes)
+        with refusing(TypeError, "suppression"):
+            suppression = Suppression(**content["suppression"]) if content.get("suppression") else None
+    return Description(model, name, sha256, preprocessing, classes, suppression)
 
 
 def _where_it_is(folder: epath.Path) -> str:
@@ -258,21 +270,30 @@ def _check_meaning(arguments: dict[str, Any], preprocessing: Preprocessing | Non
 
 
 @takes(model=MODEL, variables=VARIABLES)
-def export_program(model: Model, variables: Variables) -> bytes:
+def export_program(model: Model, variables: Variables, suppression: Suppression | None = None) -> bytes:
     """The inference form's forward pass as serialised StableHLO, with the weights inside.
 
     One program serves all PLATFORMS and any number of images. `jax.export.deserialize(data).call(images)` turns images
-    [batch, size, size, channels] in float32 into float32 logits. It needs only jax and flatbuffers, and a jax not older
-    than the one that exported the program.
+    [batch, height, width, channels] in float32 into what `apply` returns: float32 logits, or a dict of a detector's
+    scores and boxes. With `suppression`, a detector's program returns `ops.non_maximum_suppression`'s dict of
+    detections instead. The program needs only jax and flatbuffers, and a jax not older than the one that exported it.
     """
     # A program for several platforms cannot contain a kernel for one of them.
     plain = abstract_model(**model.spec.with_backbone(implementation="xla") | {"form": "inference"})
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *_image_shape(model)), jnp.float32)
     # An inner jit takes the variables as arguments. As constants they would be cast while tracing, and stored widened.
-    forward = jax.jit(functools.partial(apply, plain))
+    forward = jax.jit(functools.partial(compute_outputs, plain, suppression=suppression))
     program = jax.export.export(jax.jit(lambda images: forward(variables, images)), platforms=PLATFORMS)
     return bytes(program(images).serialize())
+
+
+def compute_outputs(
+    model: Model, variables: Variables, images: jax.Array, *, suppression: Suppression | None = None
+) -> Any:
+    """What an exported program computes: the model's outputs or, with a suppression, a detector's detections."""
+    outputs = apply(model, variables, images)
+    return outputs if suppression is None else non_maximum_suppression(**outputs, **suppression.to_dict())
 
 
 def _image_shape(model: Model) -> tuple[int, int, int]:

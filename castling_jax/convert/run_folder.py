@@ -1,5 +1,6 @@
 """The files in a run's folder that describe its checkpoints: config.json and the log, metrics.jsonl."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from etils import epath
 
 from castling_jax.errors import InputError, about, refusing
 from castling_jax.models.registry import with_backbone_arguments
+from castling_jax.postprocessing import Suppression
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.sizes import ImageSize
 from castling_jax.storage import write_atomically
@@ -76,6 +78,13 @@ def preprocessing_of(config: Mapping[str, Any], image_size: ImageSize) -> Prepro
     data = config["dataset"]
     names = ("mean", "std", "crop_ratio", "crop_mode", "exif")
     return Preprocessing(image_size, **{name: data[name] for name in names if name in data})
+
+
+def suppression_of(config: Mapping[str, Any]) -> Suppression:
+    """A detector's suppression in a run, from its configuration; an earlier version's config.json has the defaults."""
+    options = config["evaluation"]
+    names = [field.name for field in dataclasses.fields(Suppression)]
+    return Suppression(**{name: options[name] for name in names if name in options})
 
 
 def exported_weights(config: Mapping[str, Any]) -> str:

@@ -20,17 +20,20 @@ from castling_jax.convert.run_folder import (
     read_config,
     read_metrics,
     start_threshold,
+    suppression_of,
 )
 from castling_jax.convert.shipped import locate, shipped_names
 from castling_jax.convert.torch import to_torch
 from castling_jax.errors import InputError
 from castling_jax.models.model import Model
-from castling_jax.models.registry import abstract_model
+from castling_jax.models.registry import DENSE_MODELS, abstract_model
 from castling_jax.models.variables import Variables, flatten, leaves_of
+from castling_jax.postprocessing import Suppression
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.storage import absolute, reach_bucket
 
 _LOGGER = logging.getLogger(__name__)
+DEFAULT_SUPPRESSION = Suppression()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Weights:
         for an inference folder that does not state it.
       classes: names of the model's outputs, in their order. None for a foreign file, and if an earlier version did not
         save them.
+      suppression: how a detector's outputs become detections.
     """
 
     path: epath.Path
@@ -63,6 +67,7 @@ class Weights:
     averaged: bool | None = None
     preprocessing: Preprocessing | None = None
     classes: list[str] | None = None
+    suppression: Suppression = DEFAULT_SUPPRESSION
 
     @property
     def form(self) -> str | None:
@@ -121,7 +126,13 @@ def read(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
             raise InputError(f"'{inference}' holds no moving average, which only checkpoints do.")
         model, variables = load_inference(inference)
         known = read_description(inference)
-        return Weights(inference, variables, model, preprocessing=known.preprocessing, classes=known.classes)
+        suppression = known.suppression or DEFAULT_SUPPRESSION
+        return Weights(
+            *(inference, variables, model),
+            preprocessing=known.preprocessing,
+            classes=known.classes,
+            suppression=suppression,
+        )
     if where.is_file():
         return Weights(where, read_state_dict(where, ema=ema))
     raise InputError(
@@ -151,11 +162,12 @@ def _read_checkpoint(run: epath.Path, folder: epath.Path, ema: bool | None) -> W
     if (written_as := about.get("format", 1)) > FORMAT:
         raise InputError(f"'{folder}' is of format {written_as}; this version reads formats up to {FORMAT}.")
     variables = state["ema"] if ema else state
-    # The configuration leaves the number of classes to the data. Checkpoints of earlier versions do not name them, and
-    # belong to classifiers. In LeViT's head a batch norm comes before the layer, so the last array has the classes.
+    # The configuration leaves the number of classes to the data, which checkpoints of earlier versions do not name. In
+    # LeViT's head a batch norm comes before the layer, so the last array has the classes.
     classes = (about.get("data") or {}).get("classes")
     heads = [leaf.shape[-1] for name, leaf in flatten(variables["params"]).items() if name.startswith("head/")]
-    num_classes = len(classes) if classes else heads[-1]
+    is_detector = config["model"]["name"] in DENSE_MODELS
+    num_classes = len(classes or ()) if is_detector else heads[-1]
     model = abstract_model(num_classes=num_classes, **model_arguments(config))
     leaves_of(model, variables)
     step = int(absolute(folder).name)
@@ -163,7 +175,8 @@ def _read_checkpoint(run: epath.Path, folder: epath.Path, ema: bool | None) -> W
     if threshold is None:
         threshold = _logged_threshold(run, step, first=start_threshold(config["mask"]))
     preprocessing = preprocessing_of(config, model.spec.image_size)
-    return Weights(folder, variables, model, config, threshold, step, ema, preprocessing, classes)
+    suppression = suppression_of(config)
+    return Weights(folder, variables, model, config, threshold, step, ema, preprocessing, classes, suppression)
 
 
 def _logged_threshold(run: epath.Path, step: int, *, first: float) -> float:

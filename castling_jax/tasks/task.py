@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from castling_jax.data.sources import Dataset
 from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables
+from castling_jax.postprocessing import Suppression
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.sizes import ImageSize
 
@@ -200,6 +201,35 @@ class Task:
             the split.
           dataset: the split, whose annotations some tasks compare the answers with.
           corrupt: number of corrupt examples, which were left out.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def predict(model: Model, variables: Variables, batch: Batch, suppression: Suppression) -> dict[str, jax.Array]:
+        """Computes the predictions for images, on the device; no labels are needed.
+
+        Args:
+          model: the model in inference form.
+          variables: the model's variables.
+          batch: examples from `eval_transform`, stacked.
+          suppression: how a detector's outputs become detections.
+
+        Returns:
+          Arrays with the images along the first axis.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def list_predictions(
+        found: Mapping[str, np.ndarray], names: Sequence[str], *, top: int | None, score_threshold: float
+    ) -> list[tuple[Any, ...]]:
+        """The predictions for one image, best first, each with the name of its class and its score.
+
+        Args:
+          found: the image's rows of `predict`'s arrays.
+          names: names of the classes.
+          top: most predictions to list; None takes the task's own number.
+          score_threshold: smallest score of a detection.
         """
         raise NotImplementedError
 

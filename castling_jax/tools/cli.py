@@ -65,8 +65,8 @@ class Parser(argparse.ArgumentParser):
             "--config", metavar="NAME", help="NAME or FILE.py, and :VARIANT: digits, deit:small", **options
         )
 
-    def add_count(self, flag: str, default: int, help: str) -> None:
-        """Adds a flag that takes an integer of at least 1; `read` refuses others."""
+    def add_count(self, flag: str, default: int | None, help: str) -> None:
+        """Adds a flag that takes an integer of at least 1, or may be missing (None); `read` refuses others."""
         self._counts.append(self.add_argument(flag, type=int, default=default, help=help))
 
     def error(self, message: str) -> NoReturn:
@@ -89,7 +89,8 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unexpected argument {word!r}")
             raise InputError(f"unknown flag {flag}{self._hint(flag.lstrip('-'))}")
         for count in self._counts:
-            check_at_least(count.option_strings[0], getattr(options, count.dest), 1)
+            if (value := getattr(options, count.dest)) is not None:
+                check_at_least(count.option_strings[0], value, 1)
         if self.takes_fields:
             options.fields = fields
         return options

@@ -1,6 +1,6 @@
 """Turns a trained model into its inference form, for good.
 
-    python -m castling_jax convert SOURCE OUT [--format=safetensors] [--no-ema] [--bfloat16] [--check]
+    python -m castling_jax convert SOURCE OUT [--format=safetensors] [--no-ema] [--bfloat16] [--check] [--no-nms]
 
 drops the softmax branch, folds batch norm into the layers beside it, and prints what became of every parameter.
 SOURCE is a run's folder (the newest checkpoint is read, or the inference folder where there are no checkpoints), the
@@ -17,6 +17,9 @@ formats:
                   program = jax.export.deserialize(open("OUT/program.stablehlo", "rb").read())
                   logits = program.call(images)  # [batch, size, size, 3] in float32, as castling_jax.preprocess makes
                                                  # them, or any program that does what model.json's preprocessing says
+
+                A detector's program returns a dict: boxes [batch, detections, 4] in pixels of the model's input,
+                scores, classes (-1 for none) and count; with --no-nms the scores and boxes of all points.
 
 examples:
   python -m castling_jax convert runs/digits exported --check
@@ -51,6 +54,12 @@ def make_parser() -> Parser:
         action="store_true",
         help="compare the two forms and the written files on held-out images of the run's dataset, or on the digits",
     )
+    parser.add_argument(
+        "--nms",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether a detector's program drops overlapping boxes itself, or returns all scores and boxes",
+    )
     return parser
 
 
@@ -68,6 +77,7 @@ def main(options: Namespace) -> None:
         ema=options.ema,
         bfloat16=options.bfloat16,
         check=options.check,
+        nms=options.nms,
     )
 
 

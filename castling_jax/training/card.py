@@ -80,7 +80,7 @@ def _trained(figures: Mapping[str, Any]) -> dict[str, str]:
         f"{measure.name}, training form / inference form": f"{both} of {figures['eval_images']:,} images of the split "
         f"{printable(figures.get('split', '?'))}",
         "training": f"{figures['steps']:,} steps; mask threshold {figures['mask_threshold']:g} at the end",
-        "largest difference between the two forms' logits": f"{figures['max_difference']:.1e}",
+        "largest difference between the two forms' outputs": f"{figures['max_difference']:.1e}",
         "SHA-256 of the trained parameters": f"{figures['parameters_sha256']}",
     }
 

@@ -11,6 +11,7 @@ from castling_jax.fields import FLAG, IMAGE_SIZE, SIZES, TEXT, Field, Values, in
 from castling_jax.models.variables import flatten, unflatten
 from castling_jax.ops.castling import MASK_KINDS
 from castling_jax.ops.checks import IMPLEMENTATIONS
+from castling_jax.postprocessing import VALUES as BOXES
 from castling_jax.preprocessing import VALUES as PIXELS
 from castling_jax.tasks.classification.losses import DISTILLATIONS
 from castling_jax.training.schedules import MASK_SCHEDULES, SCALED_RATES
@@ -163,9 +164,9 @@ FIELDS = {
     "mesh.tensor": Field(1, integer(-1), "Splits the attention heads."),
     "evaluation.every_epochs": Field(1, integer(1), "Epochs between evaluations; the last step is always evaluated."),
     "evaluation.batch_size": Field(128, integer(1), "Images a step of the evaluation, over all devices."),
-    "evaluation.score_threshold": Field(0.025, number("[0, 1)"), "Detection: scores above it count."),
-    "evaluation.iou_threshold": Field(0.6, number("[0, 1]"), "Detection: IoU above which one of two boxes is dropped."),
-    "evaluation.max_detections": Field(100, integer(1), "Detection: most boxes in an image."),
+    "evaluation.score_threshold": Field(0.025, BOXES["score_threshold"], "Detection: scores above it count."),
+    "evaluation.iou_threshold": Field(0.6, BOXES["iou_threshold"], "Detection: largest IoU of two boxes of a class."),
+    "evaluation.max_detections": Field(100, BOXES["max_detections"], "Detection: most boxes in an image."),
     "checkpoint.every_steps": Field(500, integer(1), "Steps between checkpoints."),
     "checkpoint.every_minutes": Field(10.0, number("(0, inf)"), "Minutes between checkpoints, by process 0's clock."),
     "checkpoint.keep": Field(2, integer(1), "How many of the newest checkpoints stay, besides the best."),

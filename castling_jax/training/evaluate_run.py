@@ -94,7 +94,7 @@ class Evaluation:
             f"  training form   {train_form}\n"
             f"  inference form  {inference_form}{loss}\n"
             f"{both}"
-            f"  largest difference between the two forms' logits: {figures['max_difference']:.1e}\n"
+            f"  largest difference between the two forms' outputs: {figures['max_difference']:.1e}\n"
             f"{self._describe_classes()}"
         )
 

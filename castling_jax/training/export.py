@@ -4,6 +4,7 @@ import functools
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,25 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from castling_jax.convert.checkpoint import CHECKPOINTS
-from castling_jax.convert.inference import check_switch, to_inference
-from castling_jax.convert.inference_folder import MODEL_FILE, PAYLOADS, load_inference, save_inference
+from castling_jax.convert.inference import check_switch, largest_difference, to_inference
+from castling_jax.convert.inference_folder import MODEL_FILE, PAYLOADS, compute_outputs, load_inference, save_inference
 from castling_jax.convert.plan import Fate, plan
 from castling_jax.convert.run_folder import CONFIG_FILE, preprocessing_of
 from castling_jax.convert.weights import read
 from castling_jax.data.loader import evaluation_batches
 from castling_jax.data.sources import load_dataset
-from castling_jax.data.transforms import EvalTransform
 from castling_jax.errors import InputError, printable
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
-from castling_jax.models.variables import Variables, apply, count_parameters, flatten
+from castling_jax.models.variables import Variables, count_parameters, flatten
+from castling_jax.postprocessing import Suppression
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.sizes import size_text
 from castling_jax.storage import absolute, is_remote, reach_bucket, try_folder, write_atomically
 from castling_jax.tables import aligned
+from castling_jax.tasks.registry import task_of
+from castling_jax.tasks.task import Task
 from castling_jax.training.card import CARD_FILE, model_card
 from castling_jax.training.config_files import run_config
 from castling_jax.training.setup import named_splits
@@ -40,10 +43,18 @@ from castling_jax.training.summary import SUMMARY_FILE
 CHECK_IMAGES = 128
 # How far logits of order one may differ if the arithmetic is the same except for the order of sums.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
+LOST_DETECTIONS = 0.01  # share of detections that rounding may turn over in another program
 
 
 def convert(
-    path: str | os.PathLike, out: epath.Path, *, format: str, ema: bool | None, bfloat16: bool, check: bool
+    path: str | os.PathLike,
+    out: epath.Path,
+    *,
+    format: str,
+    ema: bool | None,
+    bfloat16: bool,
+    check: bool,
+    nms: bool = True,
 ) -> None:
     """Converts weights to an inference folder, and describes each step on standard output.
 
@@ -54,6 +65,7 @@ def convert(
       ema: whether to convert the moving averages; None converts the weights that the run exports.
       bfloat16: whether parameters are stored in bfloat16.
       check: whether to compare the forms and the written files on held-out images.
+      nms: whether a detector's program suppresses, and returns detections instead of all scores and boxes.
 
     Raises:
       InputError: what `read` and `save_inference` raise, the source names no model, or a check fails.
@@ -78,14 +90,22 @@ def convert(
     config = run_config(source.config)
     if check:
         _, config.dataset.eval_split = named_splits(config.dataset)
-        images = held_out_images(source.preprocessing or preprocessing_of(config, spec.image_size), config)
+        preprocessing = source.preprocessing or preprocessing_of(config, spec.image_size)
+        images = held_out_images(task_of(source.model), preprocessing, config)
         print(f"\nOn {len(images)} images of {printable(config.dataset.name)} {printable(config.dataset.eval_split)}:")
         for line in compare_forms(source.model, source.variables, source.mask_threshold, images):
             print(f"  {line}")
     # Only now: if the two forms differ, nothing is written.
-    save_inference(out, model, variables, format=format, preprocessing=source.preprocessing, classes=source.classes)
+    suppression = source.suppression if nms and model.task == "detection" else None
+    save_inference(
+        *(out, model, variables),
+        format=format,
+        preprocessing=source.preprocessing,
+        classes=source.classes,
+        suppression=suppression,
+    )
     if check:
-        print(f"  {compare_written(out, format, model, variables, images)}")
+        print(f"  {compare_written(out, format, model, variables, images, suppression)}")
         if param_dtype != spec.param_dtype:
             print(f"  {compare_cast(source.model, source.variables, model, variables, images)}")
     if not (out / CARD_FILE).exists():  # a card that a person has filled in stays
@@ -149,11 +169,11 @@ def _fate(path: str, old: dict[str, Any], new: dict[str, Any], fates: dict[str, 
     return "folded with batch norm" if action == "folded" else "averaged with the second head"
 
 
-def held_out_images(preprocessing: Preprocessing, config: ConfigDict) -> jax.Array:
-    """Up to CHECK_IMAGES held-out images, [batch, size, size, 3], preprocessed."""
+def held_out_images(task: type[Task], preprocessing: Preprocessing, config: ConfigDict) -> jax.Array:
+    """Up to CHECK_IMAGES held-out images, [batch, height, width, 3], preprocessed for the task."""
     data = config.dataset
     dataset = load_dataset(data.name, data.eval_split, data_dir=data.data_dir)
-    transform = EvalTransform(preprocessing)
+    transform = task.eval_transform(preprocessing)
     batches = evaluation_batches(dataset, batch_size=min(CHECK_IMAGES, len(dataset)), transform=transform)
     return jnp.asarray(next(batches)["image"])
 
@@ -173,7 +193,7 @@ def compare_forms(model: Model, variables: Variables, mask_threshold: float | No
     spec = model.spec
     if spec.form == "inference":
         return ["the source is in inference form already"]
-    logits = _logits(abstract_model(**spec.arguments(form="inference")), to_inference(variables), images)
+    outputs = _outputs(abstract_model(**spec.arguments(form="inference")), to_inference(variables), images)
     if KINDS[spec.attention].inference is not None:
         assert mask_threshold is not None
         # At the reached threshold the forms may differ by as much as the mask still keeps. Only at 1 must they agree.
@@ -181,57 +201,85 @@ def compare_forms(model: Model, variables: Variables, mask_threshold: float | No
         mask_kind = spec.arguments().get("mask_kind", "threshold")
         kept = ", ".join(f"{density:.2%}" for density in report["densities"])
         lines = [
-            f"at the mask {mask_kind} {mask_threshold:g} the two forms' logits differ by at most "
+            f"at the mask {mask_kind} {mask_threshold:g} the two forms' outputs differ by at most "
             f"{report['max_difference']:.1e}; softmax weights kept, by layer: {kept}",
             f"at 1 by at most {report['max_difference_at_one']:.1e}",
         ]
         difference = report["max_difference_at_one"]
     else:
-        difference = _difference(_logits(model, variables, images), logits)
-        lines = [f"the two forms' logits differ by at most {difference:.1e}"]
-    _refuse_beyond(spec.dtype, difference, logits, "the two forms' logits")
+        difference = _difference(_outputs(model, variables, images), outputs, images)
+        lines = [f"the two forms' outputs differ by at most {difference:.1e}"]
+    _refuse_beyond(spec.dtype, difference, outputs, "the two forms' outputs")
     return lines
 
 
-def compare_written(out: epath.Path, format: str, model: Model, variables: Variables, images: jax.Array) -> str:
-    """Reads the written folder back, and compares its logits with the model's.
+def compare_written(
+    out: epath.Path,
+    format: str,
+    model: Model,
+    variables: Variables,
+    images: jax.Array,
+    suppression: Suppression | None,
+) -> str:
+    """Reads the written folder back, and compares its outputs, or a program's detections, with the model's.
 
     Raises:
-      InputError: the logits differ by more than rounding.
+      InputError: the outputs differ by more than rounding.
     """
-    expected = _logits(model, variables, images)
+    in_program = suppression if format == "stablehlo" else None
+    expected = _outputs(model, variables, images, in_program)
     if format == "stablehlo":
         program = jax.export.deserialize(bytearray((out / PAYLOADS[format]).read_bytes()))
-        logits = np.asarray(program.call(images))
+        outputs = jax.device_get(program.call(images))
     else:
-        logits = _logits(*load_inference(out), images)
-    difference = _difference(logits, expected)
-    _refuse_beyond(model.spec.dtype, difference, expected, f"the logits of '{out}', read back, and of the model")
-    return "the written files, read back, give the same logits" + (f" to {difference:.1e}" if difference else "")
+        outputs = _outputs(*load_inference(out), images)
+    if in_program is not None:
+        count, lost = _lost_detections(outputs, expected, max(images.shape[1:3]), TOLERANCES[model.spec.dtype])
+        if lost > LOST_DETECTIONS * count:
+            raise InputError(f"{lost:,} of the model's {count:,} detections are not in those of '{out}', read back.")
+        return f"the written program, read back, gives {count - lost:,} of the model's {count:,} detections"
+    difference = _difference(outputs, expected, images)
+    _refuse_beyond(model.spec.dtype, difference, expected, f"the outputs of '{out}', read back, and of the model")
+    return "the written files, read back, give the same outputs" + (f" to {difference:.1e}" if difference else "")
 
 
 def compare_cast(
     source: Model, source_variables: Variables, model: Model, variables: Variables, images: jax.Array
 ) -> str:
-    """A sentence about how casting the parameters to another dtype changes the logits on these images."""
+    """A sentence about how casting the parameters to another dtype changes the outputs on these images."""
     uncast = abstract_model(**source.spec.arguments(form="inference"))
-    before, after = _logits(uncast, to_inference(source_variables), images), _logits(model, variables, images)
-    same = int(np.sum(before.argmax(-1) == after.argmax(-1)))
-    return (
-        f"{model.spec.param_dtype} parameters change them by at most {_difference(before, after):.1e}, and the answer "
-        f"for {len(images) - same} images"
-    )
+    before, after = _outputs(uncast, to_inference(source_variables), images), _outputs(model, variables, images)
+    changed = f"{model.spec.param_dtype} parameters change them by at most {_difference(before, after, images):.1e}"
+    if isinstance(before, Mapping):  # a detector answers with boxes, of which many are nearly equal
+        return changed
+    return f"{changed}, and the answer for {int(np.sum(before.argmax(-1) != after.argmax(-1)))} images"
 
 
-def _logits(model: Model, variables: Variables, images: jax.Array) -> np.ndarray:
-    return np.asarray(jax.jit(functools.partial(apply, model))(variables, images))
+def _outputs(model: Model, variables: Variables, images: jax.Array, suppression: Suppression | None = None) -> Any:
+    compute = jax.jit(functools.partial(compute_outputs, model, suppression=suppression))
+    return jax.device_get(compute(variables, images))
 
 
-def _difference(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.max(np.abs(one - other)))
+def _difference(one: Any, other: Any, images: jax.Array) -> float:
+    return float(largest_difference(one, other, max(images.shape[1:3])))
 
 
-def _refuse_beyond(dtype: str, difference: float, logits: np.ndarray, what: str) -> None:
-    allowed = TOLERANCES[dtype] * max(1.0, float(np.max(np.abs(logits))))
+def _lost_detections(found: Any, expected: Any, side: int, tolerance: float) -> tuple[int, int]:
+    """(number of expected detections, number of them that have no twin among the found ones), in whatever order.
+
+    Rounding may swap two detections with nearly the same score, or drop one whose overlap is at the threshold.
+    """
+    apart = np.abs(expected["boxes"][:, :, None] - found["boxes"][:, None]).max(-1) / side
+    apart = np.maximum(apart, np.abs(expected["scores"][:, :, None] - found["scores"][:, None]))
+    same = expected["classes"][:, :, None] == found["classes"][:, None]
+    is_there = (same & (apart <= tolerance)).any(-1)
+    is_real = expected["classes"] >= 0
+    return int(is_real.sum()), int((is_real & ~is_there).sum())
+
+
+def _refuse_beyond(dtype: str, difference: float, outputs: Any, what: str) -> None:
+    # A dict's differences are shares already, as `largest_difference` computes them.
+    scale = 1.0 if isinstance(outputs, Mapping) else max(1.0, float(np.max(np.abs(outputs))))
+    allowed = TOLERANCES[dtype] * scale
     if not difference <= allowed:  # this way around NaN is refused as well
         raise InputError(f"{what} differ by {difference:.1e}, more than the {allowed:.1e} that rounding explains.")

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from castling_jax.convert.checkpoint import CHECKPOINTS, check_names, checkpoint_steps
 from castling_jax.convert.inference_folder import save_inference
-from castling_jax.convert.run_folder import CONFIG_FILE, INFERENCE, METRICS_FILE, write_config
+from castling_jax.convert.run_folder import CONFIG_FILE, INFERENCE, METRICS_FILE, suppression_of, write_config
 from castling_jax.data.fingerprint import compare_data, fingerprint
 from castling_jax.errors import InputError, printable, refusing_os_errors
 from castling_jax.storage import absolute, as_path, reach_bucket, try_file, try_folder, write_atomically
@@ -176,6 +176,7 @@ def run(
             variables,
             preprocessing=setup.preprocessing,
             classes=setup.train_set.classes,
+            suppression=suppression_of(config),
         )
         checkpoints.wait()
         if metrics is not None and metrics.tensorboard is not None:

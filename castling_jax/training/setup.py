@@ -312,7 +312,9 @@ def first_variables(setup: Setup) -> Variables:
     """A new run's first variables, drawn or read from `init_from`; numpy arrays."""
     config = setup.config
     if config.init_from:
-        variables = initial_variables(config.init_from, setup.model, reset_head=config.reset_head, ema=config.init_ema)
+        variables = initial_variables(
+            config.init_from, setup.model, reset_head=config.reset_head, ema=config.init_ema, seed=config.seed
+        )
     else:
         arguments = model_arguments(config) | {"num_classes": setup.train_set.num_classes}
         variables = get_variables(create_model(rngs=nnx.Rngs(config.seed), **arguments))

@@ -200,7 +200,7 @@ def describe(summary: dict[str, Any]) -> str:
         [
             _headline(summary),
             *aligned(_rows(summary), widths=(28, 14, 16)),
-            f"  largest difference between the two forms' logits: {summary['max_difference']:.1e}",
+            f"  largest difference between the two forms' outputs: {summary['max_difference']:.1e}",
             *aligned(files, "l", widths=(26,)),
         ]
     )

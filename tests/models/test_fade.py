@@ -108,7 +108,7 @@ def test_the_compilers_report_compares_a_fading_configuration_with_softmax(tmp_p
 def test_the_words_are_a_fades():
     model = small.small_model(mask_kind="fade", depth=1)
     first, _ = compare_forms(model, small.random_variables(model), 0.25, small.random_images())
-    assert first.startswith("at the mask fade 0.25 the two forms' logits differ by at most ")
+    assert first.startswith("at the mask fade 0.25 the two forms' outputs differ by at most ")
     assert first.endswith("softmax weights kept, by layer: 75.00%")
     history = {"step": np.arange(3), "mask_threshold": np.arange(3) / 2, "mask_density": np.ones((3, 2))}
     axes = castling_jax.plots.draw_training(history, mask_kind="fade").axes

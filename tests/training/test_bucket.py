@@ -100,7 +100,7 @@ def test_run_in_a_bucket_is_killed_and_damaged_and_ends_as_one_on_disk(server, t
     for format in ("orbax", "orbax", "safetensors"):
         arguments = {"format": format, "ema": False, "bfloat16": False, "check": True}
         export.convert(epath.Path(workdir), epath.Path("gs://bucket/out"), **arguments)
-        assert "read back, give the same logits" in capsys.readouterr().out
+        assert "read back, give the same outputs" in capsys.readouterr().out
     assert {name for name in server.objects if name.startswith("out/")} == {
         "out/README.md",
         "out/model.json",

@@ -93,9 +93,9 @@ def test_a_checked_conversion_in_each_format(deit, tmp_path, monkeypatch, capsys
     run(monkeypatch, folder / "checkpoints" / "0", tmp_path, f"--format={name}", "--check")
     text = capsys.readouterr().out
     assert "On 128 images of digits test:" in text
-    assert re.search(r"at the mask threshold 0.02 the two forms' logits differ by at most \d\.\de", text)
+    assert re.search(r"at the mask threshold 0.02 the two forms' outputs differ by at most \d\.\de", text)
     assert re.search(r"kept, by layer: \d+\.\d\d%", text)
-    assert "read back, give the same logits" in text
+    assert "read back, give the same outputs" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([CARD_FILE, MODEL_FILE, PAYLOADS[name]])
     if name != "stablehlo":
         chex.assert_trees_all_equal(load_inference(tmp_path)[1], to_inference(variables))
@@ -123,7 +123,7 @@ def test_a_levits_two_forms_are_checked(tmp_path, monkeypatch, capsys, attention
     text = capsys.readouterr().out
     differences = [float(number) for number in re.findall(r"differ by at most (\S+?);? ?\n?", text)]
     assert differences
-    assert "read back, give the same logits" in text
+    assert "read back, give the same outputs" in text
 
 
 def test_numbers_that_are_none_fail_the_check_and_are_not_written(deit, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Detection as a task: assigned boxes, PicoDet's losses, suppressed detections, and COCO's average precision."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -12,14 +12,18 @@ from matplotlib.axes import Axes
 from ml_collections import ConfigDict
 
 from castling_jax.convert.inference import largest_difference
+from castling_jax.convert.inference_folder import compute_outputs
+from castling_jax.convert.run_folder import suppression_of
 from castling_jax.data.annotations import BoxDataset
 from castling_jax.data.sources import Dataset
 from castling_jax.errors import InputError
 from castling_jax.models.model import Model
 from castling_jax.models.picodet import check_image_size
+from castling_jax.models.variables import Variables
 from castling_jax.ops.points import level_points
 from castling_jax.ops.suppression import non_maximum_suppression
 from castling_jax.plots import draw_boxes_on
+from castling_jax.postprocessing import Suppression
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.sizes import ImageSize, image_shape
 from castling_jax.tasks.detection.answers import Answered, BoxAnswers
@@ -41,9 +45,7 @@ class Detection(Task):
       legacy: whether the model has PicoDet's legacy head.
       tal_step: first step, counted from 0, with TAL instead of ATSS.
       max_boxes: number of boxes that an example has room for.
-      score_threshold: smallest score of a detection, exclusive.
-      iou_threshold: IoU of two detections of a class above which the one with the lower score is suppressed.
-      max_detections: most detections in an image.
+      suppression: how outputs become detections.
     """
 
     name = "detection"
@@ -60,9 +62,7 @@ class Detection(Task):
     legacy: bool
     tal_step: int
     max_boxes: int
-    score_threshold: float
-    iou_threshold: float
-    max_detections: int
+    suppression: Suppression
 
     @classmethod
     def from_config(
@@ -84,15 +84,12 @@ class Detection(Task):
             )
         for size in config.augment.image_sizes or ():
             check_image_size(image_shape(size))
-        evaluation = config.evaluation
         return cls(
             num_classes=model.spec.num_classes,
             legacy=legacy,
             tal_step=round(config.loss.atss_epochs * steps_per_epoch),
             max_boxes=config.augment.max_boxes,
-            score_threshold=evaluation.score_threshold,
-            iou_threshold=evaluation.iou_threshold,
-            max_detections=evaluation.max_detections,
+            suppression=suppression_of(config),
         )
 
     @staticmethod
@@ -154,25 +151,14 @@ class Detection(Task):
         self, outputs: Mapping[str, Outputs], exact: Mapping[str, Outputs], batch: Batch
     ) -> dict[str, jax.Array]:
         height, width = batch["image"].shape[1:3]
-        edges = jnp.tile(batch["size"][:, ::-1], 2)[:, None].astype(jnp.float32)  # x, y, x, y of the image itself
         answers: dict[str, jax.Array] = {}
         for form in FORMS:
-            found = self.detect(outputs[form])
-            boxes = jnp.clip(found["boxes"] * (edges / jnp.array([width, height] * 2, jnp.float32)), 0, edges)
+            found = non_maximum_suppression(**outputs[form], **self.suppression.to_dict())
+            boxes = _in_the_image(found["boxes"], batch)
             answers |= {f"{form}_boxes": boxes, f"{form}_scores": found["scores"], f"{form}_classes": found["classes"]}
         # Image by image: the largest difference over the images of a split is the split's.
         difference = jax.vmap(lambda one, other: largest_difference(one, other, max(height, width)))
         return answers | {"difference": difference(*(exact[form] for form in FORMS))}
-
-    def detect(self, outputs: Outputs) -> dict[str, jax.Array]:
-        """The detections in a model's outputs, as `non_maximum_suppression` returns them."""
-        return non_maximum_suppression(
-            outputs["boxes"],
-            outputs["scores"],
-            score_threshold=self.score_threshold,
-            iou_threshold=self.iou_threshold,
-            max_detections=self.max_detections,
-        )
 
     def collect(self, answers: dict[str, np.ndarray], dataset: Dataset, corrupt: int) -> BoxAnswers:
         forms = {
@@ -181,6 +167,31 @@ class Detection(Task):
         return BoxAnswers(
             cast(BoxDataset, dataset), answers["image"], **forms, difference=answers["difference"], corrupt=corrupt
         )
+
+    @staticmethod
+    def predict(model: Model, variables: Variables, batch: Batch, suppression: Suppression) -> dict[str, jax.Array]:
+        found = compute_outputs(model, variables, batch["image"], suppression=suppression)
+        return found | {"boxes": _in_the_image(found["boxes"], batch)}
+
+    @staticmethod
+    def list_predictions(
+        found: Mapping[str, np.ndarray], names: Sequence[str], *, top: int | None, score_threshold: float
+    ) -> list[tuple[Any, ...]]:
+        """[(class, score, (x0, y0, x1, y1)), ...], boxes in pixels of the image itself; all of them if top is None."""
+        rows = zip(found["classes"], found["scores"], found["boxes"], strict=True)
+        listed = [
+            (names[label], float(score), tuple(map(float, box)))
+            for label, score, box in rows
+            if label >= 0 and score >= score_threshold
+        ]
+        return listed[:top]
+
+
+def _in_the_image(boxes: Array, batch: Batch) -> Array:
+    """Boxes [batch, boxes, 4] in pixels of the model's input -> clipped boxes in pixels of the images."""
+    height, width = batch["image"].shape[1:3]
+    edges = jnp.tile(batch["size"][:, ::-1], 2)[:, None].astype(jnp.float32)  # x, y, x, y
+    return jnp.clip(boxes * (edges / jnp.array([width, height, width, height], jnp.float32)), 0, edges)
 
 
 def _for_each(losses: Any, outputs: Outputs, assigned: Assigned, points: Any, strides: Any) -> dict[str, jax.Array]:
