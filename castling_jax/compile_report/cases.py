@@ -54,7 +54,12 @@ from castling_jax.training.weights import teacher_model
 CHANNELS, HEADS, TAPS = 768, 12, 9  # DeiT-B's
 # Classes, training and held-out images of data sets. A step needs no more of them: its last layer and its schedule
 # depend on these numbers alone.
-PUBLISHED_SIZES = {"imagenet2012": (1000, 1_281_167, 50_000), "fashion_mnist": (10, 60_000, 10_000)}
+# Data set -> classes, images to learn from, held-out images, and what an image is annotated with.
+PUBLISHED_SIZES = {
+    "imagenet2012": (1000, 1_281_167, 50_000, "label"),
+    "fashion_mnist": (10, 60_000, 10_000, "label"),
+    "coco/2017": (80, 118_287, 5_000, "boxes"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,9 +372,9 @@ def _datasets(config: ConfigDict) -> tuple[tuple[Dataset, Dataset], list[str]]:
     except InputError:
         if data.name not in PUBLISHED_SIZES:
             raise
-    classes, train, held_out = PUBLISHED_SIZES[data.name]
+    classes, train, held_out, annotation = PUBLISHED_SIZES[data.name]
     assumed = f"{data.name} is not here: its published {train:,} images and {classes:,} classes are taken"
-    return (Unread(train, classes), Unread(held_out, classes)), [assumed]
+    return (Unread(train, classes, annotation), Unread(held_out, classes, annotation)), [assumed]
 
 
 def read_mesh(text: str) -> dict[str, int]:
