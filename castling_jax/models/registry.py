@@ -1,4 +1,4 @@
-"""Names -> models."""
+"""Creates models by name."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ from castling_jax.models.mvitv2 import MViTv2, MViTv2Config
 from castling_jax.models.picodet import PicoDet, PicoDetConfig
 from castling_jax.sizes import ImageSize
 
-# name -> (class, its configuration): DeiT's are Touvron et al.'s, table 1, LeViT's Graham et al.'s, table 1, MViTv2's
-# Li et al.'s, with their drop-path. deit_micro is ours, for small images on a CPU; it is so narrow that it does not
-# learn from DeiT's initial deviation of 0.02.
+# name -> (class, configuration). The sizes are from table 1 of Touvron et al. (DeiT), table 1 of Graham et al. (LeViT)
+# and Li et al. (MViTv2), with the papers' drop-path. deit_micro is ours, for small images on a CPU; it is so narrow
+# that it does not learn if its matrices start from DeiT's standard deviation of 0.02.
 MODELS: dict[str, tuple[type[Backbone], BackboneConfig]] = {
     "deit_tiny": (DeiT, DeiTConfig(embed_dim=192, depth=12, num_heads=3)),
     "deit_small": (DeiT, DeiTConfig(embed_dim=384, depth=12, num_heads=6)),
@@ -53,8 +53,8 @@ MODELS: dict[str, tuple[type[Backbone], BackboneConfig]] = {
     "mvitv2_small": (MViTv2, MViTv2Config(depths=(1, 2, 11, 2), drop_path_rate=0.1)),
     "mvitv2_base": (MViTv2, MViTv2Config(depths=(2, 3, 16, 3), drop_path_rate=0.3)),
 }
-# Detectors, on any of MODELS without its classifier: name -> (class, its configuration), with the widths and depths of
-# PicoDet's S, M and L in PaddleDetection.
+# Detectors on any of MODELS without its classifier: name -> (class, configuration). Widths and depths are those of
+# PicoDet-S, -M and -L in PaddleDetection.
 DENSE_MODELS: dict[str, tuple[type[PicoDet], PicoDetConfig]] = {
     "picodet_s": (PicoDet, PicoDetConfig(neck_channels=96, num_convs=2)),
     "picodet_m": (PicoDet, PicoDetConfig(neck_channels=128, num_convs=4)),
@@ -62,7 +62,7 @@ DENSE_MODELS: dict[str, tuple[type[PicoDet], PicoDetConfig]] = {
 }
 DTYPES = ("float32", "bfloat16")
 ARGUMENTS = ("attention", "form", "dtype", "param_dtype", "rngs")  # of create_model, beside a configuration's fields
-OF_THE_DETECTOR = ("num_classes", "image_size")  # words of a backbone that its detector sets
+OF_THE_DETECTOR = ("num_classes", "image_size")  # a backbone's words that its detector sets
 Config = BackboneConfig | PicoDetConfig
 C = TypeVar("C", BackboneConfig, PicoDetConfig)
 MOST_BLOCKS, LARGEST_SIZE = 256, 2**24  # above any model; what a file says beyond that takes minutes to be refused
@@ -115,9 +115,9 @@ def _check_values(config: Config) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples for lists, which JSON gives, and for dicts, since a spec must be hashable; Python's integers for NumPy's.
+    """Turns lists and dicts into tuples, because a spec must be hashable, and NumPy's integers into Python's.
 
-    A dict's pairs are sorted by their words.
+    A dict becomes its pairs, sorted by key.
     """
     if isinstance(value, Mapping):
         return tuple(sorted((word, _plain(item)) for word, item in value.items()))
@@ -149,16 +149,16 @@ def create_model(
       image_size: pixels a side, or (height, width); None is the model's own.
       dtype: compute dtype, float32 or bfloat16; outputs are always float32.
       param_dtype: dtype of the parameters.
-      rngs: where the parameters are drawn from; None is nnx.Rngs(0).
+      rngs: the streams that the parameters are drawn from; None is nnx.Rngs(0).
       **overrides: other fields of the model's configuration (DeiTConfig, LeViTConfig, MViTv2Config), which are timm's
         constructor words: embed_dim, depth, num_heads (tuples for LeViT), depths, stride_q, stride_kv_adaptive (for
         MViTv2), key_dim, patch_size, in_chans, mlp_ratio, qkv_bias, distilled, drop_path_rate, window_size (Swin's
         word, for DeiT); and ours: init_std, qkv_pool (for DeiT), remat, token_conv, token_kernel_size, implementation
         and, for castling, mask_kind. A detector (PicoDetConfig) takes backbone, the name of a classifier;
-        backbone_arguments, a dict of that one's words; neck ("lc_pan" or "csp_pan"), neck_channels and num_convs.
+        backbone_arguments, a dict of the classifier's words; neck ("lc_pan" or "csp_pan"), neck_channels and num_convs.
 
     Returns:
-      A Flax NNX module; `model.spec` holds what it was made from.
+      A Flax NNX module; `model.spec` holds the arguments that made it.
 
     Raises:
       InputError: a name or an override is unknown, or sizes do not fit each other.
@@ -220,7 +220,7 @@ def create_model(
 
 
 def _configured(name: str, config: C, overrides: dict[str, Any], sizes: dict[str, Any]) -> C:
-    """The model's configuration with these fields, checked."""
+    """The model's configuration `config` with these fields replaced and all fields checked."""
     words: list[str] = [field.name for field in dataclasses.fields(config)]
     for word in overrides:
         check_known(f"argument of {name}", word, [*words, *ARGUMENTS])
@@ -250,16 +250,16 @@ def list_models() -> list[str]:
 
 
 def attentions_of(name: str) -> list[str]:
-    """The attentions that the model `name` takes: a module of a kind's own only fits plain transformers.
+    """The attentions that the model `name` takes: kinds with a module of their own only fit plain transformers.
 
-    Those of a detector are all: which of them fit is its backbone's matter.
+    For a detector all attentions are listed, because the backbone decides which of them fit.
     """
     takes_modules = name in DENSE_MODELS or MODELS[name][0].takes_modules
     return [attention for attention, kind in KINDS.items() if kind.module is None or takes_modules]
 
 
 class _SameKey:
-    """Stands in for nnx.Rngs where nothing is drawn: counting the draws is most of the cost of tracing a model."""
+    """Replaces nnx.Rngs where nothing is drawn: its counting of draws takes most of the time of tracing a model."""
 
     def __init__(self) -> None:
         self._key = jax.random.key(0)
@@ -269,5 +269,5 @@ class _SameKey:
 
 
 def abstract_model(name: str, **arguments: Any) -> Model:
-    """`create_model` with shapes in the place of arrays: nothing is allocated or drawn."""
+    """`create_model` with shapes instead of arrays: nothing is allocated or drawn."""
     return nnx.eval_shape(lambda: create_model(name, **({"rngs": cast(nnx.Rngs, _SameKey())} | arguments)))
