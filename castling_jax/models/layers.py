@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, check
 from castling_jax.ops.depthwise import convolve_channels
 
 # The matrices, tokens and position embeddings of DeiT and MViTv2 start from timm's trunc_normal_(std=0.02). timm cuts
@@ -327,6 +327,15 @@ def patch_grid(size: tuple[int, ...], side: int, what: str) -> tuple[int, int]:
     return height // side, width // side
 
 
+def check_stages(**sizes: Any) -> None:
+    """Raises an InputError unless each value, by its name, is a tuple with a positive integer for each stage."""
+    for name, values in sizes.items():
+        are_sizes = isinstance(values, tuple) and len(values) > 0 and all(type(n) is int and n > 0 for n in values)
+        check(are_sizes, f"{name} must be a tuple of an integer of at least 1 for each stage, not {values!r}.")
+    counts = [len(values) for values in sizes.values()]
+    check(len({*counts}) == 1, f"{', '.join(sizes)} must have as many stages as each other, not {counts}.")
+
+
 def mlp_width(dim: int, mlp_ratio: float) -> int:
     """The number of channels between an MLP's two layers.
 
@@ -334,8 +343,7 @@ def mlp_width(dim: int, mlp_ratio: float) -> int:
       InputError: the number would be zero.
     """
     width = int(dim * mlp_ratio)
-    if width < 1:
-        raise InputError(f"an mlp_ratio of {mlp_ratio} leaves none of {dim} channels: give at least 1 / {dim}.")
+    check(width >= 1, f"an mlp_ratio of {mlp_ratio} leaves none of {dim} channels: give at least 1 / {dim}.")
     return width
 
 

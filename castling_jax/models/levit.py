@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from castling_jax.errors import InputError, check_at_most
+from castling_jax.errors import check, check_at_most
 from castling_jax.models.attention.core import Core
 from castling_jax.models.backbone import Backbone, BackboneConfig
 from castling_jax.models.layers import (
@@ -21,6 +21,7 @@ from castling_jax.models.layers import (
     Layers,
     LinearNorm,
     NormLinear,
+    check_stages,
     draw_drop_path,
     drop_path,
     mlp_width,
@@ -289,9 +290,8 @@ class LeViT(Backbone):
 
     def __init__(self, config: LeViTConfig, core: Core, layers: Layers):
         widths, classes = config.embed_dim, config.num_classes
-        _check_stages(embed_dim=widths, depth=config.depth, num_heads=config.num_heads)
-        if widths[0] % 8:
-            raise InputError(f"the first embed_dim must be a multiple of 8, for the stem, not {widths[0]}.")
+        check_stages(embed_dim=widths, depth=config.depth, num_heads=config.num_heads)
+        check(widths[0] % 8 == 0, f"the first embed_dim must be a multiple of 8, for the stem, not {widths[0]}.")
         check_at_most("key_dim", config.key_dim, min(widths), f"the least of {widths}")
         self.in_chans = config.in_chans
         self.stem = Stem(config, layers)
@@ -334,15 +334,6 @@ class LeViT(Backbone):
 
     def _maps(self, encoded, densities):
         return encoded, densities
-
-
-def _check_stages(**sizes: tuple[int, ...]) -> None:
-    for name, values in sizes.items():
-        if not isinstance(values, tuple) or not values or any(type(n) is not int or n < 1 for n in values):
-            raise InputError(f"{name} must be a tuple of an integer of at least 1 for each stage, not {values}.")
-    if len({len(values) for values in sizes.values()}) > 1:
-        counts = ", ".join(str(len(values)) for values in sizes.values())
-        raise InputError(f"embed_dim, depth and num_heads must have as many stages as each other, not {counts}.")
 
 
 def halved(grid: tuple[int, int]) -> tuple[int, int]:

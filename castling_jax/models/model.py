@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Key
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, check
 from castling_jax.sizes import ImageSize
 
 
@@ -99,12 +99,8 @@ class Model(nnx.Module):
     def _checked(self, images: jax.Array) -> jax.Array:
         # Integers are refused and not converted, because they are pixels that nobody has normalised.
         if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise InputError(
-                f"images must be floating-point numbers that were normalised, not {images.dtype}: "
-                "castling_jax.preprocess makes them of files and of pixels."
-            )
+            raise InputError(f"images must be floating-point numbers from castling_jax.preprocess, not {images.dtype}.")
         if isinstance(jax.tree.leaves(nnx.state(self, nnx.Param))[0], jax.ShapeDtypeStruct):
             raise InputError("this model holds shapes alone: castling_jax.apply(model, variables, images) computes.")
-        if images.shape[3] != self.in_chans:
-            raise InputError(f"images must have {self.in_chans} channels, not {images.shape[3]}.")
+        check(images.shape[3] == self.in_chans, f"images must have {self.in_chans} channels, not {images.shape[3]}.")
         return images

@@ -10,14 +10,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, check
 from castling_jax.models.attention.core import Core
+from castling_jax.models.attention.heads import check_heads_divide
 from castling_jax.models.backbone import Backbone, BackboneConfig
 from castling_jax.models.layers import (
     TORCH_INIT,
     Layers,
     Mlp,
     Pool,
+    check_stages,
     draw_drop_path,
     drop_path,
     norm_heads,
@@ -292,8 +294,7 @@ class MViTv2(Backbone):
     def __init__(self, config: MViTv2Config, core: Core, layers: Layers):
         depths, width, stride_kv = config.depths, config.embed_dim, config.stride_kv_adaptive
         strides = _stage_strides(config)
-        if width % config.num_heads:
-            raise InputError(f"{config.num_heads} heads do not divide the width {width}.")
+        check_heads_divide(width, config.num_heads)
         self.in_chans = config.in_chans
         self.remat = config.remat
         self.patch_embed = PatchEmbed(config, layers)
@@ -353,14 +354,13 @@ def _stage_strides(config: MViTv2Config) -> tuple[Pair, ...]:
       InputError: depths or strides have a wrong form.
     """
     depths = config.depths
-    if not isinstance(depths, tuple) or not depths or any(type(n) is not int or n < 1 for n in depths):
-        raise InputError(f"depths must be a list of at least 1 block for each stage, not {depths!r}.")
+    check_stages(depths=depths)
     default = ((1, 1), *((2, 2),) * (len(depths) - 1))
     strides = default if config.stride_q is None else config.stride_q
-    if not isinstance(strides, tuple) or len(strides) != len(depths) or not all(map(_is_pair, strides)):
-        raise InputError(
-            f"stride_q must be a pair of positive numbers for each of {len(depths)} stages, not {strides!r}."
-        )
+    check(
+        isinstance(strides, tuple) and len(strides) == len(depths) and all(map(_is_pair, strides)),
+        f"stride_q must be a pair of positive numbers for each of {len(depths)} stages, not {strides!r}.",
+    )
     if not _is_pair(config.stride_kv_adaptive):
         raise InputError(f"stride_kv_adaptive must be a pair of positive numbers, not {config.stride_kv_adaptive!r}.")
     return strides

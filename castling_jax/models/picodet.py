@@ -80,10 +80,8 @@ class PicoDet(Model):
             scales = [strides[0] / stride for stride in STRIDES[:3]]
             self.pyramid = SimpleFeaturePyramid(widths[0], channels, scales, layers)
         elif not {*STRIDES[:3]} <= {*strides}:
-            raise InputError(
-                f"{config.backbone} has maps at strides of {strides} pixels: a detector needs 8, 16 and 32 among them, "
-                "or one at a power of two."
-            )
+            needed = "maps at strides of 8, 16 and 32 pixels, or one map at a power of two"
+            raise InputError(f"a detector needs {needed}, not {config.backbone}'s {strides}.")
         self.places = tuple(places)  # which of the backbone's maps the neck reads
         inputs = [channels] * 3 if self.pyramid else [widths[place] for place in places]
         self.neck = Pan(inputs, channels, config.neck, layers)
@@ -147,7 +145,5 @@ def _flat(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch
 def _check_size(size: tuple[int, ...]) -> None:
     height, width = size
     if min(size) < SMALLEST or height % SIDE or width % SIDE:
-        raise InputError(
-            f"a detector takes images whose sides are multiples of {SIDE} from {SMALLEST} pixels on, "
-            f"not {height} x {width}."
-        )
+        allowed = f"images whose sides are multiples of {SIDE} from {SMALLEST} pixels on"
+        raise InputError(f"a detector takes {allowed}, not {height} x {width}.")

@@ -25,10 +25,8 @@ def resize_position_embedding(
       InputError: the embedding's number of tokens does not fit old_grid and prefix_tokens.
     """
     if embedding.shape[1] != prefix_tokens + old_grid[0] * old_grid[1]:
-        raise InputError(
-            f"a position embedding of {embedding.shape[1]} tokens is not {prefix_tokens} prefix tokens and a grid of "
-            f"{old_grid[0]} x {old_grid[1]}."
-        )
+        parts = f"{prefix_tokens} prefix tokens and a grid of {old_grid[0]} x {old_grid[1]}"
+        raise InputError(f"a position embedding of {embedding.shape[1]} tokens is not {parts}.")
     if old_grid == new_grid:
         return embedding
     channels = embedding.shape[2]

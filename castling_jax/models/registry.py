@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from castling_jax.errors import InputError, check_at_least, check_at_most, check_known
+from castling_jax.errors import InputError, check, check_at_most, check_known
+from castling_jax.fields import FLAG, IMAGE_SIZE, TEXT, Values, integer, number
 from castling_jax.models.attention.kinds import KINDS, make_core
 from castling_jax.models.backbone import Backbone, BackboneConfig
 from castling_jax.models.deit import DeiT, DeiTConfig
@@ -75,43 +76,39 @@ def _dtype_name(dtype: Any) -> str:
         return str(dtype)
 
 
-def _check_values(config: Config) -> None:
-    """Raises an InputError unless fields are of the types they are annotated with, sizes at least 1, and shares valid.
+def _are_sizes(value: Any) -> bool:
+    items = jax.tree.leaves(value)
+    return len(items) <= MOST_BLOCKS and all(type(item) is int and item <= LARGEST_SIZE for item in items)
 
-    A field for a tuple may be an integer here: the model's constructor says how long the tuple has to be.
-    """
+
+# The values of a configuration's field, by its name or else by its type. A field for a tuple takes an integer too: the
+# model's constructor says how long the tuple has to be.
+VALUES: dict[Any, Values] = {
+    "image_size": Values(
+        object,
+        f"an integer from 1 to {LARGEST_SIZE}, or such a height and width",
+        lambda size: IMAGE_SIZE.allows(size) and _are_sizes(size),
+    ),
+    "drop_path_rate": number("[0, 1)"),
+    "mlp_ratio": number(f"(0, {LARGEST_SIZE}]"),
+    int: integer(1, LARGEST_SIZE),
+    float: number("[0, inf)"),
+    bool: FLAG,
+    str: TEXT,
+    tuple: Values(object, f"integers up to {LARGEST_SIZE}, at most {MOST_BLOCKS} of them", _are_sizes),
+}
+
+
+def _check_values(config: Config) -> None:
+    """Raises an InputError unless each field has a value that VALUES allows, and the blocks are not too many."""
     for field in dataclasses.fields(config):
-        word, value, hint = field.name, getattr(config, field.name), cast(Any, field.type)
-        if word == "backbone_arguments":
-            continue  # checked as the backbone's
-        types = {get_origin(kind) or kind for kind in (hint.__args__ if isinstance(hint, UnionType) else (hint,))}
-        if tuple in types:
-            items = jax.tree.leaves(value)
-            check_at_most(f"the entries of {word}", len(items), MOST_BLOCKS, "the blocks of the deepest model")
-            if any(type(item) is not int for item in items):
-                raise InputError(f"{word} must be integers, not {value!r}.")
-            check_at_most(word, max(items, default=0), LARGEST_SIZE, "the largest size")
-            if word == "image_size":
-                check_at_least(word, min(items, default=0), 1)
-                if isinstance(value, tuple) and len(value) != 2:
-                    raise InputError(f"image_size must be an integer or (height, width), not {value!r}.")
-            continue
-        if float in types:
-            types |= {int}
-        if type(value) not in types:
-            allowed = " or ".join(sorted(getattr(kind, "__name__", str(kind)) for kind in types))
-            raise InputError(f"{word} must be {allowed.replace('NoneType', 'None')}, not {value!r}.")
-        if type(value) is int and float not in types:
-            check_at_least(word, value, 1)
-            check_at_most(word, value, LARGEST_SIZE, "the largest size")
+        value, hint = getattr(config, field.name), cast(Any, field.type)
+        kind, *others = hint.__args__ if isinstance(hint, UnionType) else (hint,)
+        # The backbone's arguments are checked with its own configuration.
+        if field.name != "backbone_arguments" and not (value is None and type(None) in others):
+            VALUES.get(field.name, VALUES[get_origin(kind) or kind]).check(field.name, value)
     blocks = sum(jax.tree.leaves([getattr(config, word, ()) for word in ("depth", "depths")]))
     check_at_most("the number of blocks", blocks, MOST_BLOCKS, "that of the deepest model")
-    if not isinstance(config, BackboneConfig):
-        return
-    if not 0 <= config.drop_path_rate < 1:
-        raise InputError(f"drop_path_rate must be in [0, 1), not {config.drop_path_rate}.")
-    if not 0 < config.mlp_ratio <= LARGEST_SIZE:
-        raise InputError(f"mlp_ratio must be above 0 and at most {LARGEST_SIZE}, not {config.mlp_ratio}.")
 
 
 def _plain(value: Any) -> Any:
@@ -169,8 +166,7 @@ def create_model(
         check_known(word, value, DTYPES)
     if not isinstance(rngs, nnx.Rngs | _SameKey | None):
         raise InputError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), not {type(rngs).__name__}.")
-    if rngs is not None and not hasattr(rngs, "params"):
-        raise InputError("rngs must have a stream for params, as nnx.Rngs(0) and nnx.Rngs(params=0) do.")
+    check(rngs is None or hasattr(rngs, "params"), "rngs must have a stream for params, as nnx.Rngs(0) does.")
     overrides = {word: _plain(value) for word, value in overrides.items()}
     size = _plain(image_size)
     if isinstance(size, tuple) and len(size) == 2 and size[0] == size[1]:
@@ -195,10 +191,7 @@ def create_model(
     )
     make_backbone = MODELS[backbone_name][0]
     if core.kind.module is not None and not make_backbone.takes_modules:
-        raise InputError(
-            f"attention={attention!r} replaces the whole multi-head attention, which {backbone_name} does not have: "
-            "choose a plain transformer such as deit_small."
-        )
+        raise InputError(f"attention={attention!r} is for plain transformers such as deit_small, not {backbone_name}.")
     layers = Layers(
         dtype=jnp.dtype(dtypes["dtype"]),
         param_dtype=jnp.dtype(dtypes["param_dtype"]),

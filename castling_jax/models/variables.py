@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Key
 
-from castling_jax.errors import InputError, takes
+from castling_jax.errors import InputError, check, takes
 from castling_jax.models.model import Model
 from castling_jax.ops.mesh import on_auto_axes, split_as
 
@@ -72,13 +72,10 @@ def leaves_of(model: Model, variables: Variables) -> dict[str, Any]:
     if missing := sorted(expected.keys() - given.keys()):
         raise InputError(f"the variables lack {missing[0]!r} ({len(missing)} of {len(expected)} arrays are missing).")
     if unknown := sorted(given.keys() - expected.keys()):
-        raise InputError(
-            f"the variables hold {unknown[0]!r}, which the model does not have ({len(unknown)} such arrays)."
-        )
+        raise InputError(f"the variables hold {unknown[0]!r}, which the model does not have ({len(unknown)} arrays).")
     for path, leaf in expected.items():
         shape = getattr(given[path], "shape", type(given[path]).__name__)
-        if shape != leaf.shape:
-            raise InputError(f"{path!r} must have the shape {leaf.shape}, not {shape}.")
+        check(shape == leaf.shape, f"{path!r} must have the shape {leaf.shape}, not {shape}.")
     return given
 
 

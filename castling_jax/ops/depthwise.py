@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, check, check_between
 from castling_jax.ops.checks import check_array
 from castling_jax.ops.mesh import HEAD_AXES, mesh_in_use, on_auto_axes, split_as
 
@@ -56,22 +56,19 @@ def check_token_kernel(
 ) -> None:
     """Raises an InputError unless the kernel, grid and prefix fit values with `all_tokens` tokens and `heads` heads."""
     check_array("token_kernel", kernel)
-    if kernel.ndim not in (2, 3) or any(size % 2 == 0 for size in kernel.shape[:-1]):
-        raise InputError(
-            f"a token kernel must be [taps, heads] or [rows, columns, heads] of odd sizes, not {kernel.shape}."
-        )
-    *taps, kernel_heads = kernel.shape
-    if kernel_heads != heads:
-        raise InputError(f"a token kernel for {kernel_heads} heads does not fit values with {heads} heads.")
+    taps = kernel.shape[:-1]
+    check(
+        len(taps) in (1, 2) and all(size % 2 for size in taps),
+        f"a token kernel must be [taps, heads] or [rows, columns, heads] of odd sizes, not {kernel.shape}.",
+    )
+    check(kernel.shape[-1] == heads, f"a token kernel of shape {kernel.shape} does not fit values with {heads} heads.")
     if not all(isinstance(size, int | np.integer) for size in (*jax.tree.leaves(grid), prefix_tokens)):
         raise InputError(f"grid and prefix_tokens must be integers, not {grid!r} and {prefix_tokens!r}.")
-    if not 0 <= prefix_tokens <= all_tokens:
-        raise InputError(f"prefix_tokens must be between 0 and {all_tokens} tokens, not {prefix_tokens}.")
-    if (grid is not None) != (len(taps) == 2):
-        raise InputError(
-            f"grid=(height, width) goes with a [rows, columns, heads] kernel and with no other, "
-            f"not grid={grid} with a kernel of shape {kernel.shape}."
-        )
+    check_between("prefix_tokens", prefix_tokens, 0, all_tokens)
+    check(
+        (grid is None) == (len(taps) == 1),
+        f"only a [rows, columns, heads] kernel needs a grid=(height, width), not {kernel.shape} with grid={grid}.",
+    )
     tokens = all_tokens - prefix_tokens
     if grid is not None and (np.shape(grid) != (2,) or min(grid) < 0 or math.prod(grid) != tokens):
         raise InputError(f"a grid of {grid} does not hold the {tokens} tokens after {prefix_tokens} prefix tokens.")

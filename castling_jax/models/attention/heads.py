@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
-from castling_jax.errors import InputError
+from castling_jax.errors import check
 from castling_jax.models.attention.core import Core
 from castling_jax.models.layers import Layers, Pool, split_linear
 
@@ -19,8 +19,7 @@ def split_heads(x: Float[Array, "batch tokens channels"], num_heads: int) -> Flo
 
 def check_heads_divide(dim: int, num_heads: int) -> None:
     """Raises an InputError unless the heads divide the width."""
-    if num_heads < 1 or dim % num_heads:
-        raise InputError(f"{num_heads} heads do not divide the width {dim}.")
+    check(num_heads >= 1 and dim % num_heads == 0, f"{num_heads} heads do not divide the width {dim}.")
 
 
 class MultiHeadAttention(nnx.Module):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from castling_jax import ops
-from castling_jax.errors import InputError, check_known
+from castling_jax.errors import InputError, check, check_known
 from castling_jax.models.attention.bridge import BridgeAttention
 from castling_jax.models.attention.convolutional import ConvolutionalAttention
 from castling_jax.models.attention.core import INPUTS, TOKEN_KERNEL_SIZES, Core, Kind, Output
@@ -129,10 +129,8 @@ def make_core(
     check_known("mask_kind", mask_kind, MASK_KINDS)
     if token_conv is not None:
         check_known("token_conv", token_conv, TOKEN_KERNEL_SIZES)
-    if token_kernel_size is not None and token_kernel_size % 2 == 0:
-        raise InputError(
-            f"token_kernel_size must be odd, so that a tap stands on the token itself, not {token_kernel_size}."
-        )
+    odd = token_kernel_size is None or token_kernel_size % 2
+    check(odd, f"token_kernel_size must be odd, so that a tap stands on the token itself, not {token_kernel_size}.")
     kind = KINDS[attention]
     if mask_kind != "threshold" and not kind.takes("mask_kind"):
         raise InputError(f"mask_kind={mask_kind!r} is an option of castling attention, not of {attention!r}.")
@@ -180,8 +178,7 @@ def register_attention(
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise InputError(f"an attention's name must be written like a Python name, such as 'cosine', not {name!r}.")
-    if name in _BUILT_IN:
-        raise InputError(f"the attention {name!r} is built in: choose another name.")
+    check(name not in _BUILT_IN, f"the attention {name!r} is built in: choose another name.")
     _check_function(name, function)
     at_inference = None
     if inference is not None:
@@ -194,8 +191,7 @@ def register_attention(
             (at_inference.takes("bias") and not takes_bias, f"takes a bias, which {name!r} does not take"),
             (at_inference.parameters or at_inference.module, f"has parameters of its own, which {name!r} lacks"),
         ):
-            if misfit:
-                raise InputError(f"inference={inference!r} {why}: name another attention.")
+            check(not misfit, f"inference={inference!r} {why}: name another attention.")
 
     # `wraps` also hands on the function's signature, from which `Kind` learns the inputs that it takes.
     @functools.wraps(function)
@@ -205,10 +201,8 @@ def register_attention(
         out, *density = result if isinstance(result, tuple) and result else (result,)
         expected = (*q.shape[:3], v.shape[3])
         if getattr(out, "shape", None) != expected or len(density) > 1:
-            raise InputError(
-                f"the attention {name!r} must return an array [batch, queries, heads, value_dim], here of shape "
-                f"{expected}, or a pair of it and the mask density, not {_shape_of(result)}."
-            )
+            wanted = f"an array [batch, queries, heads, value_dim], here {expected}, or a pair of it and a mask density"
+            raise InputError(f"the attention {name!r} must return {wanted}, not {_shape_of(result)}.")
         out = out.astype(v.dtype)
         return (out, jnp.asarray(density[0], jnp.float32)) if density else out
 
@@ -221,12 +215,10 @@ def _check_function(name: str, function: Any) -> None:
         raise InputError(f"the attention {name!r} must be a function of (q, k, v), not {function!r}.")
     parameters = list(inspect.signature(function).parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(positional) < 3:
-        raise InputError(f"the attention {name!r} must take (q, k, v), not {inspect.signature(function)}.")
+    check(len(positional) >= 3, f"the attention {name!r} must take (q, k, v), not {inspect.signature(function)}.")
     for parameter in parameters[3:]:
-        if parameter.name in INPUTS or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        if parameter.default is parameter.empty:
+        is_one = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)  # not *args, not **kwargs
+        if is_one and parameter.default is parameter.empty:
             check_known(f"input of the attention {name!r}", parameter.name, INPUTS)
 
 
