@@ -44,6 +44,15 @@ class DeterministicError(InputError):
     """A mistake that running the same command again would only repeat, because it resumes at the same place."""
 
 
+def check(condition: object, sentence: str) -> None:
+    """Raises an InputError with this sentence unless the condition holds.
+
+    Python builds the sentence in either case: where building it is slow or may fail, write `if` and `raise` instead.
+    """
+    if not condition:
+        raise InputError(sentence)
+
+
 def check_known(kind: str, name: object, known: Iterable[str]) -> None:
     """Refuses an unknown name.
 
@@ -68,20 +77,17 @@ def check_known(kind: str, name: object, known: Iterable[str]) -> None:
 
 def check_at_least(name: str, value: float, low: float) -> None:
     """Raises an InputError unless the value called `name` is at least `low`; NaN is refused."""
-    if not value >= low:  # not `value < low`, which is false for NaN
-        raise InputError(f"{name} must be at least {low}, not {value}.")
+    check(value >= low, f"{name} must be at least {low}, not {value}.")
 
 
 def check_at_most(name: str, value: float, high: float, meaning: str) -> None:
     """Raises an InputError unless the value called `name` is at most `high`, in words `meaning`; NaN is refused."""
-    if not value <= high:
-        raise InputError(f"{name} must be at most {meaning}, {high}, not {value}.")
+    check(value <= high, f"{name} must be at most {meaning}, {high}, not {value}.")
 
 
 def check_between(name: str, value: float, low: float, high: float) -> None:
     """Raises an InputError unless the value called `name` is from `low` to `high`; NaN is refused."""
-    if not low <= value <= high:
-        raise InputError(f"{name} must be from {low} to {high}, not {value}.")
+    check(low <= value <= high, f"{name} must be from {low} to {high}, not {value}.")
 
 
 def takes(**kinds: tuple[type, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:

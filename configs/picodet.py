@@ -5,11 +5,11 @@ python main.py --config=configs/picodet.py:m,levit_256            or another bac
 python main.py --config=configs/picodet.py:s,levit_128s,softmax   or another attention
 
 --config.init_from=RUN starts the backbone from a classification run's weights, or from timm's. Castling-ViT's authors
-report detectors "on top of PicoDet" and say neither which version, nor for how many epochs, nor at which size; the
-backbone's attention is castled, and neck and head are PicoDet's, in our reading. PicoDet's own recipe is SGD; that it
-suits these backbones is not shown. For plain PicoDet S, M and L with a convolutional backbone, PaddleDetection publishes
-32.5 / 37.5 / 39.4 % mAP, above the curve of Castling-ViT's detectors at equal MACs. We have not trained this file's
-models. A run takes 184,800 steps (l: 369,600).
+report detectors "on top of PicoDet" and state neither the version, nor the epochs, nor the image size. In our reading,
+only the backbone's attention is castled; neck and head are PicoDet's. PicoDet's own recipe is SGD, and nobody has shown
+that it suits these backbones. PaddleDetection publishes 32.5 / 37.5 / 39.4 % mAP for PicoDet S, M and L with its own
+convolutional backbone: more than Castling-ViT's detectors have at equal MACs. We have not trained this file's models. A
+run takes 184,800 steps (l: 369,600).
 """
 
 from ml_collections import ConfigDict

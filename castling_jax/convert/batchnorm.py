@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, check
 from castling_jax.models.layers import BATCH_NORM_EPSILON as EPSILON
 from castling_jax.ops.mesh import on_auto_axes, split_as
 
@@ -31,8 +31,7 @@ def fold_batch_norms(params: dict[str, Any], batch_stats: dict[str, Any], path: 
         convolution follows it.
     """
     for name, statistics in batch_stats.items():
-        if name not in params:
-            raise InputError(f"batch_stats has '{path}{name}', which params lacks.")
+        check(name in params, f"batch_stats has '{path}{name}', which params lacks.")
         if not isinstance(params[name], dict) or not isinstance(statistics, dict):
             raise InputError(f"'{path}{name}' must be a dict of arrays both in params and in batch_stats.")
     if "bn" not in params:
@@ -43,17 +42,14 @@ def fold_batch_norms(params: dict[str, Any], batch_stats: dict[str, Any], path: 
             for name, child in params.items()
         }
     layer = params.get("linear", {})
-    if "kernel" not in layer:
-        raise InputError(f"the batch norm cannot be folded: 'params/{path}linear/kernel' is missing.")
+    check("kernel" in layer, f"the batch norm cannot be folded: 'params/{path}linear/kernel' is missing.")
     # The norm has the layer's input channels if it comes before the layer, else its output channels.
     channels = layer["kernel"].shape[-2 if "bias" in layer else -1 :][:1]
     norm = _complete(params["bn"], ("scale", "bias"), channels, f"params/{path}bn")
     statistics = _complete(batch_stats.get("bn", {}), ("mean", "var"), channels, f"batch_stats/{path}bn")
     if "bias" in layer and len(layer["kernel"].shape) != 2:
-        raise InputError(
-            f"the batch norm 'params/{path}bn' cannot be folded into the convolution after it, with a kernel of shape "
-            f"{layer['kernel'].shape}: its padding is zeros, not the norm's shift."
-        )
+        after = f"the convolution after it, which pads with zeros (kernel {layer['kernel'].shape})"
+        raise InputError(f"the batch norm 'params/{path}bn' cannot be folded into {after}.")
     folded = _fold_before if "bias" in layer else _fold_after
     rest = {name: child for name, child in params.items() if name not in ("bn", "linear")}
     return rest | {"linear": folded(layer, norm["scale"], norm["bias"], statistics["mean"], statistics["var"])}
@@ -61,8 +57,7 @@ def fold_batch_norms(params: dict[str, Any], batch_stats: dict[str, Any], path: 
 
 def _complete(node: dict[str, Any], names: tuple[str, ...], shape: tuple[int, ...], path: str) -> dict[str, Any]:
     for name in names:
-        if name not in node:
-            raise InputError(f"the batch norm cannot be folded: '{path}/{name}' is missing.")
+        check(name in node, f"the batch norm cannot be folded: '{path}/{name}' is missing.")
         if node[name].shape != shape:
             raise InputError(f"the batch norm cannot be folded: '{path}/{name}' is {node[name].shape}, not {shape}.")
     for name in node.keys() - names:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from castling_jax.errors import InputError, check_known, in_one_sentence
+from castling_jax.errors import InputError, check, check_known, in_one_sentence
 from castling_jax.storage import as_path, sha256_of, try_folder
 
 _DEIT = "https://dl.fbaipublicfiles.com/deit/deit_{}.pth"
@@ -114,6 +114,5 @@ def _download(source: Published, path: Path) -> str:
                 bar.update(len(chunk))
         digest = source.sha256 or redirects.digest or response.headers.get(HUBS_DIGEST, "")
     digest = digest.strip('"')
-    if not digest:
-        raise InputError(f"{source.url} does not state its SHA-256, so the file cannot be checked.")
+    check(digest, f"{source.url} does not state its SHA-256, so the file cannot be checked.")
     return digest

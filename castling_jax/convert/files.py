@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 
 from castling_jax.convert.names import timm_state_dict
-from castling_jax.errors import InputError, refusing
+from castling_jax.errors import InputError, check, refusing
 from castling_jax.storage import as_path, is_remote, local_copy
 
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".th", ".ckpt", ".tar")  # the last six are PyTorch's
@@ -55,18 +55,15 @@ def read_state_dict(path: str | os.PathLike, *, ema: bool | None = None) -> dict
         with local_copy(where) as copy:
             return read_state_dict(copy, ema=ema)
     file = Path(where)
-    if not file.is_file():
-        raise InputError(f"there is no file '{file}' to read weights from.")
+    check(file.is_file(), f"there is no file '{file}' to read weights from.")
     suffix = file.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise InputError(f"'{file}' is no file of weights, whose names end in {', '.join(SUFFIXES)}.")
+    check(suffix in SUFFIXES, f"'{file}' is no file of weights, whose names end in {', '.join(SUFFIXES)}.")
     with refusing(OSError, f"'{file}' cannot be read"):
         content = {".safetensors": read_safetensors, ".npz": _read_npz}.get(suffix, _read_torch)(file)
     if not isinstance(content, Mapping):
         raise InputError(f"'{file}' holds a {type(content).__qualname__}, not a dict of names to arrays.")
     arrays = timm_state_dict(content, f"'{file}'", ema=ema)
-    if not arrays:
-        raise InputError(f"'{file}' holds no weights: it is empty.")
+    check(arrays, f"'{file}' holds no weights: it is empty.")
     return arrays
 
 
@@ -80,12 +77,10 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         entries = deserialize(path.read_bytes())
     arrays = {}
     for name, entry in entries:
-        if entry["dtype"] not in _DTYPES:
-            raise InputError(
-                f"'{path}' holds {name!r} of dtype {entry['dtype']}, which is not one of {', '.join(_DTYPES)}."
-            )
+        dtype = entry["dtype"]
+        check(dtype in _DTYPES, f"'{path}' holds {name!r} of dtype {dtype}, not one of {', '.join(_DTYPES)}.")
         # A copy, because an array over bytes is read-only.
-        arrays[name] = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"]).copy()
+        arrays[name] = np.frombuffer(entry["data"], _DTYPES[dtype]).reshape(entry["shape"]).copy()
     return arrays
 
 
@@ -112,10 +107,8 @@ def _read_torch(path: Path) -> Any:
     try:
         import torch
     except ImportError:
-        raise InputError(
-            f"'{path}' is read with torch, which is not installed: install it (pip install torch), or store the "
-            "weights as .safetensors."
-        ) from None
+        way_out = "pip install torch, or store the weights as .safetensors"
+        raise InputError(f"'{path}' is read with torch, which is not installed: {way_out}.") from None
     blanks: dict[str, type] = {}
     # torch names one forbidden class at a time. Allow a blank in its place and load again, until none is left.
     while True:

@@ -1,4 +1,4 @@
-"""Between a PicoDet's neck and head and state dicts under PaddleDetection's parameter names."""
+"""Converts a PicoDet's neck and head from and to state dicts with PaddleDetection's parameter names."""
 
 import re
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ from castling_jax.models.variables import VARIABLES, Variables, flatten, get_var
 from castling_jax.ops.points import BINS
 
 DETECTOR = (PicoDet, "a detector, as create_model makes it,")
-# Our paths -> theirs. Each rule is applied, in this order.
+# Our paths -> PaddleDetection's names: all rules are applied, in this order.
 RULES = (
     (r"^\w+/", ""),  # the collection
     (r"/(kernel|scale)$", "/weight"),
     (r"/mean$", "/_mean"),
     (r"/var$", "/_variance"),
     (r"conv_t/(\d+)/conv/", r"conv_t/convs/\1/conv/"),
-    # LC-PAN's mixes are lists of two blocks, with names of their own.
+    # Before the general rules for convolutions below: LC-PAN's blocks have other names than all other convolutions.
     (r"(_blocks/\d+)/blocks/(\d+)/depthwise/", r"\1/\2/dw_conv/conv/"),
     (r"(_blocks/\d+)/blocks/(\d+)/pointwise/", r"\1/\2/pw_conv/conv/"),
     (r"^head/(\d+)/body/(\d+)/depthwise/", r"head/conv_feat/cls_conv_dw\1/\2/conv/"),
@@ -42,28 +42,29 @@ RULES = (
     (r"/conv/bn/", "/bn/"),
     (r"/", "."),
 )
-# What their heads hold and never read: scales of the distances, and the bins' numbers.
+# Arrays that PaddleDetection's heads hold and never read: scales of the distances, and the bins' numbers. `to_paddle`
+# writes them too, so that its state dict has all of PaddleDetection's names.
 UNREAD = {f"head.p{level}_feat.scale_reg": np.ones(1, np.float32) for level in (3, 4, 5, 6)}
 UNREAD |= {"head.distribution_project.project": np.arange(BINS, dtype=np.float32)}
 
 
 @takes(model=DETECTOR)
 def from_paddle(model: Model, state_dict: Mapping[str, Any]) -> Variables:
-    """Variables for `model` with neck and head from a state dict under PaddleDetection's names.
+    """Variables for `model` with neck and head from a state dict with PaddleDetection's names.
 
-    What PaddleDetection does not have, the backbone and its pyramid, is the model's own. Names that start with
-    "backbone." are left out.
+    The backbone and its pyramid, which PaddleDetection does not have, keep the model's values. Names that start with
+    "backbone." are ignored.
 
     Args:
       model: a PicoDet in training form.
-      state_dict: names to arrays, [out, in, height, width] as in Paddle.
+      state_dict: names to arrays; kernels are [out, in, height, width], as in Paddle.
 
     Returns:
-      {"params": ..., "batch_stats": ...}, arrays in the model's dtypes; those of neck and head are copies.
+      {"params": ..., "batch_stats": ...}: arrays in the model's dtypes. The neck's and the head's arrays are copies.
 
     Raises:
-      InputError: the model is in inference form, names are missing or unknown, shapes do not fit, or arrays are not of
-        finite floating numbers: it lists them.
+      InputError: the model is in inference form, names are missing or unknown, shapes do not fit, or arrays hold other
+        things than finite floating-point numbers; the message lists them.
     """
     check_form(model)
     remaining = {
@@ -78,6 +79,7 @@ def from_paddle(model: Model, state_dict: Mapping[str, Any]) -> Variables:
             leaves[path] = leaf
             continue
         names, shape = _paddle_names(path), _paddle_layout(path, np.empty(leaf.shape, np.bool_)).shape
+        # The state dict may have either of an array's two names, or both.
         held = {name: remaining.pop(name) for name in names if name in remaining}
         if not held:
             missing.append(repr(names[0]))
@@ -87,6 +89,7 @@ def from_paddle(model: Model, state_dict: Mapping[str, Any]) -> Variables:
             misshapen.append(f"{name!r} is {value.shape}, not {shape}")
             continue
         taken[name] = value
+        # [out, in, height, width] -> [height, width, in, out]; 1 x 1 convolutions are dense layers here: [in, out].
         leaves[path] = jnp.array(
             value.transpose(2, 3, 1, 0).reshape(leaf.shape) if value.ndim == 4 else value, leaf.dtype
         )
@@ -97,10 +100,10 @@ def from_paddle(model: Model, state_dict: Mapping[str, Any]) -> Variables:
 
 @takes(model=DETECTOR, variables=VARIABLES)
 def to_paddle(model: Model, variables: Variables) -> dict[str, np.ndarray]:
-    """Neck and head under PaddleDetection's names, as float32 numpy arrays, which are copies.
+    """Neck and head under PaddleDetection's names, as float32 NumPy copies.
 
-    Arrays that PaddleDetection keeps under two names stand under both. A neck that reads four maps, as a LeViT's does,
-    has a fourth `neck.conv_t.convs` in the place of `neck.first_top_conv`.
+    Arrays that PaddleDetection keeps under two names are under both. A neck that reads four maps, as on a LeViT, has a
+    fourth `neck.conv_t.convs` instead of `neck.first_top_conv`.
 
     Raises:
       InputError: the model is in inference form, or the variables are not this model's.
@@ -119,7 +122,7 @@ def _is_theirs(path: str) -> bool:
 
 
 def _paddle_names(path: str) -> list[str]:
-    """The names of an array: the second version's output convolutions have two."""
+    """The array's names in PaddleDetection: the second version's output convolutions have two each."""
     name = path
     for pattern, replacement in RULES:
         name = re.sub(pattern, replacement, name)

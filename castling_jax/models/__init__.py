@@ -1,1 +1,1 @@
-"""Flax NNX modules of the attention and the backbones, and their parameter trees."""
+"""Flax NNX modules: attention, backbones and detectors, and their parameter trees."""

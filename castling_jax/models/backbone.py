@@ -1,4 +1,4 @@
-"""What every backbone is to the rest of the package."""
+"""The interface of every backbone."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -14,15 +14,15 @@ from castling_jax.sizes import ImageSize
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """The constructor words of every backbone; each family adds its own. They are timm's where timm has them.
+    """The constructor words that all backbones share; each family adds its own. Words that timm has keep timm's names.
 
     Attributes:
-      num_classes: size of the classifier's output; 0 is a backbone without a classifier, for its feature maps alone.
+      num_classes: size of the classifier's output; 0 makes a backbone without a classifier, for its feature maps only.
       image_size: pixels a side, or (height, width).
       in_chans: channels of an image.
       mlp_ratio: width of an MLP's hidden layer, as a multiple of its input's width.
       drop_path_rate: probability that a sample skips a residual branch in training.
-      remat: whether the backward pass computes the inner values of a block again, to save memory.
+      remat: whether the backward pass recomputes a block's inner values, to save memory.
       token_conv: the convolution of the values: "1d" over tokens, "2d" over the grid, or None.
       token_kernel_size: taps, or rows and columns, of that convolution; None is 9 for "1d" and 3 for "2d".
       implementation: "auto", "xla" or "pallas", as in `ops`.
@@ -42,18 +42,17 @@ class BackboneConfig:
 
 
 class Backbone(Model):
-    """A classifier, or with 0 classes what a detector or a segmenter stands on: its maps, with no head.
+    """A classifier; or, with 0 classes, the feature maps that a detector's or a segmenter's head reads.
 
     Args:
-      config: the sizes.
+      config: the family's configuration.
       core: the attention.
       layers: makes the layers.
 
     Attributes:
-      takes_modules: whether an attention kind may bring a module of its own in the place of multi-head attention.
-      stem_maps: how many of the feature maps come before the first stage.
-      feature_strides: pixels a side of a position of each feature map, finest first; a pair (height, width) where the
-        two differ.
+      takes_modules: whether an attention kind may replace multi-head attention with a module of its own.
+      stem_maps: number of feature maps before the first stage.
+      feature_strides: stride of each feature map in pixels, finest first; a pair (height, width) where the two differ.
       feature_channels: channels of each feature map.
     """
 
@@ -80,7 +79,7 @@ class Backbone(Model):
         updates its running ones.
 
         Raises:
-          InputError: images that do not fit the model, or a castling model in training form without a threshold.
+          InputError: the images do not fit the model, or a castling model in training form has no threshold.
         """
         encoded, densities = self._encode(self._checked(images), mask_threshold, key)
         return self._classify(encoded, densities, training=key is not None)
@@ -98,28 +97,29 @@ class Backbone(Model):
         mask_threshold: ArrayLike | None = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[list[Float[Array, "batch height width channels"]], Float[Array, "layers"]]:
-        """What a detector or a segmenter reads, one map for each of `feature_strides`, and the mask densities.
+        """The maps that a detector or a segmenter reads, one for each of `feature_strides`, and the mask densities.
 
-        DeiT has one map, the patches' tokens after the last norm. LeViT has the stem's third convolution at a stride
-        of 8 pixels and the tokens after each stage, at 16, 32 and 64. MViTv2 has the tokens after each stage, at 4, 8,
-        16 and 32, which are not yet normed. Arguments and errors are those of `head_logits`.
+        DeiT has one map: the patches' tokens after the last norm. LeViT has the output of the stem's third convolution,
+        at a stride of 8 pixels, and the tokens after each stage, at 16, 32 and 64. MViTv2 has the tokens after each
+        stage, at 4, 8, 16 and 32, before any norm. Arguments and errors are those of `head_logits`.
         """
         return self._maps(*self._encode(self._checked(images), mask_threshold, key))
 
     def features(
         self, images: Float[Array, "batch height width channels"], *, mask_threshold: ArrayLike | None = None
     ) -> list[Float[Array, "batch height width channels"]]:
+        # Without the stem's map, which only detectors read: callers get one map for each stage.
         maps, _ = self.feature_maps(images, mask_threshold=mask_threshold)
         return maps[self.stem_maps :]
 
     def _encode(self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None) -> tuple[Any, Any]:
-        """All but the heads: what `_classify` and `_maps` take, and the mask densities."""
+        """Everything before the heads. Returns the arguments `encoded` and `densities` of `_classify` and `_maps`."""
         raise NotImplementedError
 
     def _classify(self, encoded: Any, densities: Any, *, training: bool) -> tuple[jax.Array, jax.Array]:
-        """The heads: what `head_logits` returns."""
+        """The heads. Returns the result of `head_logits`."""
         raise NotImplementedError
 
     def _maps(self, encoded: Any, densities: Any) -> tuple[list[jax.Array], jax.Array]:
-        """What `feature_maps` returns."""
+        """Returns the result of `feature_maps`."""
         raise NotImplementedError

@@ -35,18 +35,18 @@ class DeiTConfig(BackboneConfig):
     """DeiT's constructor words.
 
     Attributes:
-      embed_dim: width.
+      embed_dim: width of the tokens.
       depth: number of blocks.
       num_heads: heads of each attention.
       patch_size: pixels a side of a patch.
       qkv_bias: whether the projection to q, k and v has a bias.
       distilled: whether there is a distillation token, with a head of its own.
-      window_size: side of the windows of attention="window", in tokens; None is 7, and no other attention reads it.
-      init_std: standard deviation that the dense layers' matrices start from.
-      qkv_pool: "3x3" adds to queries, keys and values their depthwise convolution over the patches, each with a kernel
-        of its own that the heads share. None: no such convolutions, as in DeiT. They are our reading of the authors'
-        README, whose block has the form of MViTv2's MultiScaleAttention; its norms are left out, so that a new model
-        still starts as DeiT.
+      window_size: side of the windows in tokens, for attention="window" only; None is 7.
+      init_std: standard deviation of the normal that the dense layers' matrices start from.
+      qkv_pool: "3x3" adds to the queries, keys and values their depthwise convolutions over the patches, with one
+        kernel for each of the three, which the heads share. None: no such convolutions, as in DeiT. They are our
+        reading of the authors' README, whose block has the form of MViTv2's MultiScaleAttention. Its norms are left
+        out, so that a new model still starts as DeiT.
     """
 
     embed_dim: int
@@ -84,7 +84,7 @@ class PatchEmbed(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A pre-norm transformer block; the attention is multi-head attention, or the module that its kind brings."""
+    """A pre-norm transformer block, with multi-head attention or the kind's own module."""
 
     def __init__(self, config: DeiTConfig, core: Core, layers: Layers, *, drop_path_rate: float):
         dim = config.embed_dim
@@ -104,11 +104,11 @@ class Block(nnx.Module):
 class DeiT(Backbone):
     """DeiT; `distilled` adds the distillation token and its head, whose logits are averaged with the class head's.
 
-    Images of another size than `image_size` are taken too: the position embedding is resized to their grid.
+    The model also takes images of other sizes than `image_size`: it resizes the position embedding to their grid.
 
     Raises:
-      InputError: image_size is no multiple of patch_size, the heads do not divide the width, or qkv_pool is unknown or
-        the attention kind has another module than multi-head attention.
+      InputError: image_size is not a multiple of patch_size, the heads do not divide the width, qkv_pool is unknown, or
+        qkv_pool is set and the attention kind replaces multi-head attention.
     """
 
     takes_modules: ClassVar[bool] = True
@@ -132,6 +132,7 @@ class DeiT(Backbone):
             if core.kind.module is not None:
                 raise InputError(f"qkv_pool is for multi-head attention, which attention={core.kind.name!r} is not.")
             core = dataclasses.replace(core, pools_qkv=True)
+        # A core for each block, because windows shift in every second block.
         cores = [dataclasses.replace(core, window_size=config.window_size, block=i) for i in range(depth)]
         self.blocks = nnx.List(
             Block(config, core, layers, drop_path_rate=rate) for core, rate in zip(cores, rates, strict=True)
@@ -145,13 +146,16 @@ class DeiT(Backbone):
     def _encode(
         self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None
     ) -> tuple[tuple[jax.Array, tuple[int, int]], jax.Array]:
-        """(all tokens after the last norm, prefix first; the patches' grid), and the mask densities."""
+        """((all tokens after the last norm, prefix first; the patches' grid), mask densities)."""
         grid = patch_grid(images.shape[1:3], self.patch_size, "the patch")
         tokens = self.patch_embed(images)
         prefix = [token[...] for token in (self.cls_token, self.dist_token) if token is not None]
         prefix = [jnp.broadcast_to(token, (images.shape[0], *token.shape[1:])).astype(tokens.dtype) for token in prefix]
+        # The cast to the compute dtype comes after resizing, so that the positions are rounded once.
         positions = resize_position_embedding(self.pos_embed[...], self.grid, grid, self.prefix_tokens)
         x = jnp.concatenate([*prefix, tokens], axis=1) + positions.astype(tokens.dtype)
+        # A Python loop, not a scan over stacked blocks: each block keeps its parameters under a name of its own, as in
+        # timm's checkpoints, and blocks may differ.
         drawn = draw_drop_path(key, len(self.blocks), x.shape[0])
         densities = []
         for i, block in enumerate(self.blocks):
@@ -170,6 +174,7 @@ class DeiT(Backbone):
     def _classify(self, encoded, densities, *, training):
         x, _ = encoded
         with jax.named_scope("head"):
+            # Each head reads its own prefix token. `results` averages their logits, as timm does.
             logits = [self.head(x[:, 0])]
             if self.head_dist is not None:
                 logits.append(self.head_dist(x[:, 1]))

@@ -1,4 +1,4 @@
-"""Convolutions with batch norm and Hardswish, of which PicoDet's neck and head are made."""
+"""Convolutions with batch norm and Hardswish, the building blocks of PicoDet's neck and head."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ KERNEL_SIZE = 5
 
 
 class Depthwise(nnx.Module):
-    """A depthwise 5 x 5 convolution, zero padded; it has a bias where batch norm is folded into it."""
+    """A depthwise 5 x 5 convolution with zero padding; its bias exists only where batch norm is folded into it."""
 
     def __init__(self, channels: int, layers: Layers, *, stride: int):
         self.stride = stride
@@ -29,7 +29,7 @@ class Depthwise(nnx.Module):
 
 
 class DepthwiseNorm(nnx.Module):
-    """A depthwise convolution, then batch norm; with folded layers the two are one, with a bias."""
+    """A depthwise convolution, then batch norm; with folded layers one convolution with a bias."""
 
     def __init__(self, channels: int, layers: Layers, *, stride: int):
         self.linear = Depthwise(channels, layers, stride=stride)
@@ -41,7 +41,7 @@ class DepthwiseNorm(nnx.Module):
 
 
 class Activated(nnx.Module):
-    """Layers with batch norm under these names, one after another, with Hardswish after each."""
+    """Layers with batch norm, one after another, with Hardswish after each. Keywords name the layers in the tree."""
 
     def __init__(self, **modules: nnx.Module):
         self.names = tuple(modules)
@@ -68,7 +68,8 @@ def separable(features_in: int, features_out: int, layers: Layers, *, stride: in
 
 
 def upsample(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch rows columns channels"]:
-    """Twice as many rows and columns: each position becomes 2 x 2 equal ones."""
+    """Doubles rows and columns: each position becomes 2 x 2 equal positions."""
     batch, height, width, channels = x.shape
+    # A broadcast, whose gradient is a sum over two axes; jax.image.resize would gather.
     spread = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
     return spread.reshape(batch, 2 * height, 2 * width, channels)

@@ -1,4 +1,4 @@
-"""What a model is made of, and what it costs, in tables for a person; and what a model costs with each attention."""
+"""Tables for a person: a model's parts with their costs, and the model's cost with each attention."""
 
 import ast
 import dataclasses
@@ -15,7 +15,7 @@ from castling_jax.models.variables import MODEL, count_parameters, flatten, get_
 from castling_jax.sizes import image_shape
 from castling_jax.tables import aligned
 
-# What the tables call a part; a registered attention's part has its own name.
+# The tables' names for the parts; a registered attention's part has the attention's name.
 PART_NAMES = {
     "patch_embed": "patch embedding",
     "stem": "stem",
@@ -46,7 +46,7 @@ SIZE_HEADER = ("parameters", "MACs", "activations")
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What a model is in numbers; `parts` are `count_costs`'s."""
+    """A model's number of parameters, and the costs of its parts, from `count_costs`."""
 
     parameters: int
     parts: dict[str, Cost]
@@ -57,19 +57,20 @@ class Size:
 
 
 def measure(model: Model) -> Size:
-    """The model's parameters, and the cost of one image of its own size."""
+    """The model's number of parameters, and the cost of one image of the model's size."""
     return Size(count_parameters(get_variables(model)), count_costs(model))
 
 
 def compare(name: str, **arguments: Any) -> dict[tuple[str, tuple[str, ...]], Size]:
-    """A model with every attention that takes it and its arguments: (attention, the forms of this size) -> size."""
+    """A model's size with every attention that fits it and its arguments: (attention, forms of this size) -> size."""
     sizes: dict[tuple[str, tuple[str, ...]], Size] = {}
     for attention in attentions_of(name):
         try:
             models = [abstract_model(name, attention=attention, form=form, **arguments) for form in FORMS]
-        except InputError:  # an argument is for other attentions, such as mask_kind for castling
+        except InputError:  # this attention does not take one of the arguments, such as mask_kind
             continue
         train, inference = map(measure, models)
+        # Most kinds compute the same in both forms: they get one row.
         if train == inference:
             sizes[attention, FORMS] = train
         else:
@@ -79,7 +80,7 @@ def compare(name: str, **arguments: Any) -> dict[tuple[str, tuple[str, ...]], Si
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """The parameters that modules of the same shape hold; `path` has a range, such as 0-11, in the place of a block."""
+    """The parameters of modules with the same shapes; in `path` a range, such as 0-11, replaces the block's number."""
 
     path: str
     arrays: dict[str, tuple[int, ...]]
@@ -87,7 +88,7 @@ class Module:
 
 
 def list_modules(model: Model) -> list[Module]:
-    """The parameters by module. Blocks that hold the same are one entry."""
+    """The parameters by module. Modules of several blocks with the same shapes share one entry."""
     shapes: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
     for path, leaf in flatten(get_variables(model)["params"]).items():
         *parents, array = path.split("/")
@@ -105,7 +106,7 @@ def list_modules(model: Model) -> list[Module]:
 
 
 def _block_position(holder: tuple[str, ...]) -> int | None:
-    """Where in the path the innermost number stands."""
+    """The place of the innermost number in the path."""
     return next((i for i in reversed(range(len(holder))) if holder[i].isdigit()), None)
 
 
@@ -113,6 +114,7 @@ def _joint_path(holders: list[tuple[str, ...]]) -> str:
     first, block = holders[0], _block_position(holders[0])
     if block is None or len(holders) == 1:
         return "/".join(first)
+    # A range only where it names no block of another shape.
     numbers = sorted(int(holder[block]) for holder in holders)
     in_a_row = numbers[-1] - numbers[0] == len(numbers) - 1
     span = f"{numbers[0]}-{numbers[-1]}" if in_a_row else ",".join(map(str, numbers))
@@ -121,10 +123,10 @@ def _joint_path(holders: list[tuple[str, ...]]) -> str:
 
 @takes(model=MODEL)
 def describe(model: Model) -> str:
-    """What a model is made of and what it costs, for a person: parameters, MACs and activations.
+    """A model's parameters, MACs and activations, in three tables for a person.
 
-    One table has the model with every attention that takes its arguments, one the parts of the model, and one its
-    modules. Nothing is computed: the model is traced.
+    The first table compares the attentions that take the model's arguments, the second lists the model's parts, and the
+    third its modules. The model is traced, and nothing is computed.
     """
     arguments = model.spec.arguments()
     name, attention, form = (arguments.pop(word) for word in ("name", "attention", "form"))
@@ -165,7 +167,7 @@ def describe(model: Model) -> str:
 
 
 def describe_all() -> Iterator[str]:
-    """A line for each model as softmax model and in castling's two forms, below a header."""
+    """A header, then three lines for each model: with softmax attention, and in castling's two forms."""
     widths = (14, 22, 14, 14, 14)
     yield from aligned([("model", "attention", *SIZE_HEADER)], "llr", widths=widths)
     for name in list_models():
@@ -184,7 +186,7 @@ def _millions(number: int) -> str:
 
 
 def parse_overrides(settings: list[str]) -> dict[str, Any]:
-    """KEY=VALUE settings as arguments; a value that is no Python literal is a string.
+    """Turns KEY=VALUE settings into arguments; a value that is not a Python literal is a string.
 
     Raises:
       InputError: a setting has no "=".

@@ -12,14 +12,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, check
 from castling_jax.ops.depthwise import convolve_channels
 
-# DeiT and MViTv2 start their matrices, tokens and position embeddings from timm's trunc_normal_(std=0.02). It cuts at
-# -2 and 2, a hundred deviations away, so it is a normal; JAX's truncated_normal cuts at two deviations.
+# The matrices, tokens and position embeddings of DeiT and MViTv2 start from timm's trunc_normal_(std=0.02). timm cuts
+# at -2 and 2, a hundred deviations away, which is a plain normal; JAX's truncated_normal cuts at two deviations.
 DEIT_STD = 0.02
-# PyTorch's default for linear layers and convolutions, a uniform of variance 1 / (3 fan_in): DeiT's patch embedding and
-# all of LeViT but its heads start so.
+# PyTorch's default for linear layers and convolutions, a uniform distribution of variance 1 / (3 fan_in). DeiT's patch
+# embedding and all layers of LeViT except its heads start from it.
 TORCH_INIT = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 BATCH_NORM_EPSILON = 1e-5
 SUBLANES = 8  # rows of a TPU's register: with fewer rows the compiler turns the product back into a reduction
@@ -39,9 +39,9 @@ class Layers:
     Attributes:
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
-      rngs: where the parameters are drawn from.
+      rngs: the streams that the parameters are drawn from.
       init_std: standard deviation of the normal that the dense layers' matrices start from.
-      kernel_init: what layers with batch norm start from.
+      kernel_init: initializer of layers with batch norm.
       folded: whether batch norm is folded into the layer beside it, as in inference form.
     """
 
@@ -58,7 +58,7 @@ class Layers:
         return {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": self.rngs}
 
     def linear(self, features_in: int, features_out: int, **arguments: Any) -> nnx.Linear:
-        """A dense layer that starts as the ViT family's do: a normal of `init_std`, zero bias."""
+        """A dense layer with the ViT family's initial values: a normal of `init_std`, and zero bias."""
         kernel_init = jax.nn.initializers.normal(self.init_std)
         return nnx.Linear(features_in, features_out, kernel_init=kernel_init, **arguments, **self.flax)
 
@@ -78,9 +78,10 @@ class Layers:
 def add_bias(x: Float[Array, "*batch channels"], bias: Float[Array, "channels"]) -> Float[Array, "*batch channels"]:
     """x + bias; on a TPU the bias's gradient is a product with ones. Not for forward-mode differentiation.
 
-    The gradient is the sum of the output's gradient over all tokens. Where a kernel gives the output's gradient, the
-    matrix unit sums it in little more time than it takes to read it; a reduction in bfloat16 that is fused with nothing
-    takes several times as long. After other layers XLA fuses the sum with their work, which costs less than a product.
+    The bias's gradient is the sum of the output's gradient over all tokens. If a kernel computes the output's gradient,
+    XLA cannot fuse the sum with anything: the matrix unit sums in little more time than reading takes, and a reduction
+    in bfloat16 takes several times as long. After other layers XLA fuses the sum with their work, which costs less than
+    a product.
     """
     # Inside a shard_map that tracks varying values, all devices share the bias and each has its own gradient.
     varying = jax.typeof(x).manual_axis_type.varying - jax.typeof(bias).manual_axis_type.varying
@@ -101,6 +102,7 @@ def _bias_gradient(_: None, d_out: Array) -> tuple[Array, Array]:
 
     def by_product(d_out: Array) -> Array:
         ones = jnp.ones((*d_out.shape[:-1], SUBLANES), d_out.dtype)
+        # HIGHEST keeps float32 gradients whole; bfloat16 ones take one pass at any precision.
         contracted = ((tokens, tokens), ((), ()))
         return jax.lax.dot_general(ones, d_out, contracted, precision=jax.lax.Precision.HIGHEST)[0]
 
@@ -115,10 +117,10 @@ def split_linear(
     x: Float[Array, "*batch channels"] | Sequence[Float[Array, "*batch channels"]],
     parts: int | Sequence[int],
 ) -> list[Array]:
-    """The result of a fused layer in `parts` equal parts, or cut at these columns, by one product for each part.
+    """The result of a fused layer in `parts` equal parts, or cut at the columns `parts`; each part is a product.
 
     Slicing the kernel is cheaper than slicing the result, which XLA:TPU copies. `x` is the input of all parts, or a
-    sequence with one for each part.
+    sequence with an input for each part.
     """
     dtype = layer.dtype or jnp.result_type(*jax.tree.leaves(x))
     kernels = jnp.split(layer.kernel[...].astype(dtype), parts, axis=1)
@@ -134,9 +136,10 @@ class Pool(nnx.Module):
     """Pooling by a depthwise 3 x 3 convolution without bias.
 
     Args:
-      channels: of the kernel. An input of several times as many has them head by head, and all heads share the taps.
+      channels: channels of the kernel. An input with a multiple of these has them head by head, and the heads share the
+        taps.
       layers: makes the kernel.
-      kernel_init: what the kernel starts from.
+      kernel_init: the kernel's initializer.
     """
 
     def __init__(self, channels: int, layers: Layers, kernel_init: jax.nn.initializers.Initializer = TORCH_INIT):
@@ -147,18 +150,18 @@ class Pool(nnx.Module):
         self, x: Float[Array, "batch height width channels"], strides: tuple[int, int] = (1, 1)
     ) -> Float[Array, "batch rows columns channels"]:
         # The taps are repeated for every head, so that heads stay side by side in the channels and nothing is
-        # transposed. XLA has a depthwise convolution for TPUs: by its estimates shifted multiply-adds would take two to
-        # three times as long forwards and four to five times backwards. On a CPU they would be faster.
+        # transposed. XLA has a depthwise convolution for TPUs. By its estimates shifted multiply-adds would take two to
+        # three times as long forwards and four to five times as long backwards; on a CPU they would be faster.
         kernel = jnp.tile(self.kernel[...].astype(x.dtype), x.shape[3] // self.kernel.shape[3])
         return convolve_channels(x, kernel, strides)
 
 
 @jax.custom_jvp
 def stop_at_zero(x: Float[Array, "*axes channels"]) -> Float[Array, "*axes channels"]:
-    """x, whose zero vectors pass no gradient: what goes before a layer norm where tokens may be zero.
+    """x, but zero vectors pass no gradient. It goes before a layer norm whose tokens may be zero.
 
-    At zero, layer norm's derivative is 1 / sqrt(epsilon) = 1000. Where a region's tokens are zero, as they are in black
-    images of a model without biases, linear-angular attention leaves them zero from block to block: the factors would
+    At zero, layer norm's derivative is 1 / sqrt(epsilon) = 1000. A region's tokens may be zero, as in black images when
+    the model has no biases. Linear-angular attention keeps them zero from block to block, so the factors of 1000 would
     multiply.
     """
     return x
@@ -175,14 +178,14 @@ def norm_heads(
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """Layer normalisation over each head's channels, with the same scale and bias for all heads.
 
-    On a TPU the means over a head are products with a matrix of zeros and ones. With heads as an axis of their own, two
-    or four long, most of a register would be empty, and each mean would take as long as a product of the block.
+    On a TPU the means over a head are products with a matrix of zeros and ones. If the heads were an axis of their own,
+    two or four long, most of a register would be empty, and each mean would take as long as a product of the block.
     """
     batch, tokens, channels = x.shape
     dim = channels // num_heads
     if num_heads == 1:
         return norm(x)[:, :, None]
-    ones = np.kron(np.eye(num_heads), np.ones((dim, dim)))  # same head
+    ones = np.kron(np.eye(num_heads), np.ones((dim, dim)))  # 1 where two channels are in the same head
 
     def by_products(x: Array, scale: Array, bias: Array) -> Array:
         wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -193,6 +196,7 @@ def norm_heads(
             total = jnp.matmul(values, ones.astype(values.dtype), precision=precision, preferred_element_type=wide)
             return total / dim
 
+        # Centred before squaring: E x^2 - (E x)^2 would cancel, and these products keep only 16 bits.
         centred = x.astype(wide) - mean(x)
         inverse = jax.lax.rsqrt(mean(jnp.square(centred)) + norm.epsilon)
         return (centred * inverse * jnp.tile(scale, num_heads) + jnp.tile(bias, num_heads)).astype(x.dtype)
@@ -209,8 +213,8 @@ def norm_heads(
 class BatchNorm(nnx.BatchNorm):
     """Batch normalisation over all axes but the last, with PyTorch's constants; statistics are float32 in any dtype.
 
-    PyTorch's momentum of 0.1 is 0.9 here. PyTorch puts the unbiased variance into the running variance; ours is the
-    batch's own variance, which is smaller by one part in the number of averaged values.
+    PyTorch's momentum of 0.1 is 0.9 in Flax's convention. PyTorch updates the running variance with the unbiased
+    variance. Here the update is the batch's variance, which is smaller by the factor 1 - 1 / (number of values).
     """
 
     def __init__(self, features: int, layers: Layers, *, scale: float = 1.0):
@@ -224,16 +228,17 @@ class BatchNorm(nnx.BatchNorm):
         )
 
     def normalize(self, x: Float[Array, "*batch channels"], training: bool) -> Float[Array, "*batch channels"]:
-        """Normalises by the batch's statistics in training, which update the running ones; else by the running ones."""
+        """Normalises by the batch's statistics in training, and updates the running ones; else by the running ones."""
         return self.normalize_parts([x], training)[0]
 
     def normalize_parts(self, parts: Sequence[Float[Array, "*batch _"]], training: bool) -> list[Array]:
-        """`normalize` for the channels in parts, in order: slicing one normalised result would copy it."""
+        """`normalize` for channels that come in parts, in order: slicing one normalised result would copy it."""
         wide = [part.astype(jnp.float32) for part in parts]
         mean, variance = self.mean[...], self.var[...]
         if training:
             tokens = tuple(range(parts[0].ndim - 1))
             mean = jnp.concatenate([jnp.mean(x, tokens) for x in wide])
+            # One pass over the data, as in Flax; rounding may make a tiny variance negative, hence the maximum below.
             mean_square = jnp.concatenate([jnp.mean(jnp.square(x), tokens) for x in wide])
             variance = jnp.maximum(mean_square - jnp.square(mean), 0)
             for running, batch in ((self.mean, mean), (self.var, variance)):
@@ -241,12 +246,13 @@ class BatchNorm(nnx.BatchNorm):
         assert self.scale is not None and self.bias is not None  # the constructor makes both
         factor = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
         edges = np.cumsum([part.shape[-1] for part in parts])[:-1].tolist()
+        # The difference comes first and the factor second: x * f + (b - m * f) would cancel where the mean is large.
         of_parts = zip(wide, *(jnp.split(x, edges) for x in (mean, factor, self.bias[...])), strict=True)
         return [((x - m) * f + b).astype(parts[0].dtype) for x, m, f, b in of_parts]
 
 
 class ConvNorm(nnx.Module):
-    """A convolution with a square kernel, then batch norm; with folded layers the two are one, with a bias."""
+    """A convolution with a square kernel, then batch norm; with folded layers one convolution with a bias."""
 
     def __init__(
         self,
@@ -277,9 +283,9 @@ class ConvNorm(nnx.Module):
 
 
 class LinearNorm(nnx.Module):
-    """A dense layer, then batch norm over all tokens; with folded layers the two are one, with a bias.
+    """A dense layer, then batch norm over all tokens; with folded layers one dense layer with a bias.
 
-    `bn_scale` is what the norm's scale starts from: 0 where a residual branch is to start at zero.
+    `bn_scale` is the norm's initial scale: 0 if a residual branch has to start at zero.
     """
 
     def __init__(self, features_in: int, features_out: int, layers: Layers, *, bn_scale: float = 1.0):
@@ -298,7 +304,7 @@ class LinearNorm(nnx.Module):
 
 
 class NormLinear(nnx.Module):
-    """Batch norm, then a dense layer: a classifier head; with folded layers the two are one."""
+    """Batch norm, then a dense layer: a classifier head; with folded layers the dense layer alone."""
 
     def __init__(self, features: int, num_classes: int, layers: Layers):
         self.bn = None if layers.folded else BatchNorm(features, layers)
@@ -313,7 +319,7 @@ def patch_grid(size: tuple[int, ...], side: int, what: str) -> tuple[int, int]:
     """(rows, columns) of tokens, one for each square of `side` pixels, in an image of (height, width) pixels.
 
     Raises:
-      InputError: either is not a multiple of the side, which the message calls `what`.
+      InputError: height or width is not a multiple of the side, which the message calls `what`.
     """
     height, width = size
     if min(size) < side or height % side or width % side:
@@ -321,20 +327,28 @@ def patch_grid(size: tuple[int, ...], side: int, what: str) -> tuple[int, int]:
     return height // side, width // side
 
 
+def check_stages(**sizes: Any) -> None:
+    """Raises an InputError unless each value, by its name, is a tuple with a positive integer for each stage."""
+    for name, values in sizes.items():
+        are_sizes = isinstance(values, tuple) and len(values) > 0 and all(type(n) is int and n > 0 for n in values)
+        check(are_sizes, f"{name} must be a tuple of an integer of at least 1 for each stage, not {values!r}.")
+    counts = [len(values) for values in sizes.values()]
+    check(len({*counts}) == 1, f"{', '.join(sizes)} must have as many stages as each other, not {counts}.")
+
+
 def mlp_width(dim: int, mlp_ratio: float) -> int:
     """The number of channels between an MLP's two layers.
 
     Raises:
-      InputError: it would be zero.
+      InputError: the number would be zero.
     """
     width = int(dim * mlp_ratio)
-    if width < 1:
-        raise InputError(f"an mlp_ratio of {mlp_ratio} leaves none of {dim} channels: give at least 1 / {dim}.")
+    check(width >= 1, f"an mlp_ratio of {mlp_ratio} leaves none of {dim} channels: give at least 1 / {dim}.")
     return width
 
 
 class Mlp(nnx.Module):
-    """Two dense layers with the exact (erf) GELU between them, `mlp_ratio` times as wide as their input there."""
+    """Two dense layers with the exact (erf) GELU between them, where the width is `mlp_ratio` times the input's."""
 
     def __init__(self, dim: int, mlp_ratio: float, layers: Layers):
         hidden_dim = mlp_width(dim, mlp_ratio)
@@ -349,8 +363,8 @@ class Mlp(nnx.Module):
 def gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
     """The exact GELU, x (1 + erf(x / sqrt 2)) / 2, in x's dtype.
 
-    JAX's own uses erfc, which keeps more digits of results near zero; on a TPU that takes as long as the product before
-    it, and erf hides behind the product.
+    jax.nn.gelu uses erfc, which keeps more digits of results near zero. On a TPU erfc takes as long as the product
+    before it; erf runs while the product does.
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
@@ -359,8 +373,8 @@ def gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
 def draw_drop_path(key: Key[Array, ""] | None, layers: int, batch: int) -> Float[Array, "layers 2 batch"] | None:
     """The random numbers that decide which samples `drop_path` drops, in the two branches of each layer.
 
-    None without a key. They are drawn all at once: splitting a key costs a hundred operations on single numbers, for
-    each branch.
+    Returns None without a key. One call draws all of them, because splitting a key for each branch costs a hundred
+    scalar operations each time.
     """
     return None if key is None else jax.random.uniform(key, (layers, 2, batch))
 
@@ -368,25 +382,26 @@ def draw_drop_path(key: Key[Array, ""] | None, layers: int, batch: int) -> Float
 def drop_path(
     x: Float[Array, "batch *axes"], rate: float, drawn: Float[Array, "batch"] | None
 ) -> Float[Array, "batch *axes"]:
-    """Stochastic depth: drops a residual branch of whole samples, and scales the others up to keep the mean.
+    """Stochastic depth: drops a residual branch for some samples, and scales the other samples up to keep the mean.
 
-    Without numbers drawn from [0, 1), as in evaluation, it does nothing.
+    `drawn` are numbers from [0, 1), one for each sample; with None, as in evaluation, nothing is dropped.
     """
     if drawn is None or rate == 0:
         return x
+    # where, not a product with 0 or 1: a dropped branch that overflowed would turn inf * 0 into NaN.
     kept = drawn.reshape(-1, *(1,) * (x.ndim - 1)) < 1 - rate
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 def of_layer(drawn: Float[Array, "layers ..."] | None, layer: int | slice) -> Any:
-    """The numbers that were drawn for one layer, or for several; None if nothing was drawn."""
+    """The numbers in `drawn` for one layer, or for a slice of layers; None if nothing was drawn."""
     return None if drawn is None else drawn[layer]
 
 
 def run_block(block: nnx.Module, x: Array, *, remat: bool, **options: Any) -> Any:
-    """block(x, **options); with `remat` the backward pass computes the block's inner values again, to save memory.
+    """block(x, **options); with `remat` the backward pass recomputes the block's inner values, to save memory.
 
-    `options` are closed over rather than passed, so that a threshold which is known while tracing stays known.
+    The closure holds `options`, because arguments would be traced: a threshold that is known while tracing stays known.
     """
     if not remat:
         return block(x, **options)

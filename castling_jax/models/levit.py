@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from castling_jax.errors import InputError, check_at_most
+from castling_jax.errors import check, check_at_most
 from castling_jax.models.attention.core import Core
 from castling_jax.models.backbone import Backbone, BackboneConfig
 from castling_jax.models.layers import (
@@ -21,6 +21,7 @@ from castling_jax.models.layers import (
     Layers,
     LinearNorm,
     NormLinear,
+    check_stages,
     draw_drop_path,
     drop_path,
     mlp_width,
@@ -32,7 +33,7 @@ from castling_jax.ops.tokens import select_tokens
 from castling_jax.sizes import image_shape
 
 STEM_STRIDE = 16
-# Value channels for each key channel; and the MLP's ratio where the grid shrinks, whatever mlp_ratio is (as in timm).
+# Value channels for each key channel; the MLP's ratio where the grid shrinks, which ignores mlp_ratio, as in timm.
 VALUE_RATIO, SUBSAMPLING_VALUE_RATIO = 2, 4
 SUBSAMPLING_MLP_RATIO = 2
 
@@ -44,7 +45,7 @@ class LeViTConfig(BackboneConfig):
     Attributes:
       embed_dim: width of each stage.
       depth: number of blocks of each stage.
-      num_heads: heads of each attention of each stage.
+      num_heads: number of heads in each stage.
       key_dim: width of each head's queries and keys.
       distilled: whether there is a second head, for distillation.
     """
@@ -69,7 +70,7 @@ class Stem(nnx.Module):
 
     @jax.named_scope("stem")
     def __call__(self, x, *, training):
-        """The third convolution's output, after its Hardswish, and the fourth's."""
+        """The third convolution's output after Hardswish, a feature map, and the fourth's, the tokens."""
         for conv in (self.conv1, self.conv2, self.conv3):
             x = jax.nn.hard_swish(conv(x, training=training))
         return x, self.conv4(x, training=training)
@@ -87,20 +88,21 @@ class Projection(nnx.Module):
 
 
 class Queries(nnx.Module):
-    """The queries of a subsampling attention: every second token of every second row, then a batch-normed layer."""
+    """The queries of a subsampling attention: a batch-normed layer on every second token of every second row."""
 
     def __init__(self, ln: LinearNorm):
         self.ln = ln
 
     def __call__(self, x, *, grid, training):
+        # Tokens are dropped before the layer, which then has a quarter of the work.
         return self.ln(select_tokens(x, every_second(grid)), training=training)
 
 
 class LevitAttention(nnx.Module):
-    """LeViT's attention; a subsampling one gives its output on the grid of half the height and width, rounded up.
+    """LeViT's attention. The output of a subsampling attention has half the grid's height and width, rounded up.
 
-    The rows of its fused projection are ordered q, k, v (or k, v), then head, then head_dim, so that each is one slice;
-    timm's are ordered head first.
+    The rows of the fused projection are ordered q, k, v (or k, v), then head, then head_dim, so that q, k and v are one
+    slice each. In timm the order is head first.
 
     Args:
       dim: width of the tokens.
@@ -108,11 +110,11 @@ class LevitAttention(nnx.Module):
       num_heads: heads.
       key_dim: width of each head's queries and keys.
       grid: (height, width) of the keys in an image of the model's size; the table of biases has an entry for each
-        offset within it.
+        offset within this grid.
       core: the attention between the projections.
       layers: makes the layers.
-      subsampling: whether the queries are a quarter of the tokens. Other attentions are residual branches, which start
-        at zero.
+      subsampling: whether the queries are a quarter of the tokens. The other attentions are residual branches, and
+        start at zero.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class LevitAttention(nnx.Module):
         self.qkv: Any = None if subsampling else LinearNorm(dim, fused, layers)
         self.kv: Any = LinearNorm(dim, fused, layers) if subsampling else None
         self.q: Any = Queries(LinearNorm(dim, num_heads * key_dim, layers)) if subsampling else None
+        # A subsampling attention has no skip path: if it started at zero, so would all tokens after it.
         bn_scale = 1.0 if subsampling else 0.0
         self.proj = Projection(LinearNorm(num_heads * value_dim, out_dim, layers, bn_scale=bn_scale))
         biases = layers.zeros(num_heads, grid[0] * grid[1])
@@ -149,7 +152,7 @@ class LevitAttention(nnx.Module):
         mask_threshold: ArrayLike | None,
         training: bool,
     ) -> tuple[Float[Array, "batch queries out_channels"], Float[Array, ""]]:
-        """The attention's output, and the mask density: the share of softmax weights kept, 0 without the branch."""
+        """The attention's output, and the mask density: the share of softmax weights that the mask keeps, or 0."""
         if self.q is None:
             with jax.named_scope("qkv"):
                 q, k, v = self._split(self.qkv, x, training)
@@ -158,9 +161,9 @@ class LevitAttention(nnx.Module):
             with jax.named_scope("qkv"):
                 k, v = self._split(self.kv, x, training)
                 q = self.q(x, grid=grid, training=training).reshape(x.shape[0], -1, self.num_heads, k.shape[3])
-            # A query of the new grid stands on one token of the old grid, so its 1/2 V is the value of that token. The
-            # token kernel takes the same values on the new grid: their neighbours there are the tokens that the later
-            # layers work on, at a quarter of the work.
+            # A query of the new grid stands on one token of the old grid, so V in its 1/2 V is the value of that token.
+            # The token kernel convolves the same values over the new grid, whose neighbours are the tokens of the later
+            # layers; over the old grid it would cost four times as much.
             query_values, query_grid = every_second(grid), halved(grid)
         out, density = self.core.kind(
             q,
@@ -175,10 +178,10 @@ class LevitAttention(nnx.Module):
         return self.proj(out.reshape(*out.shape[:2], -1), training=training), density
 
     def _split(self, layer: LinearNorm, x: Float[Array, "batch tokens channels"], training: bool) -> list[jax.Array]:
-        """The parts of a fused layer's result, each [batch, tokens, heads, dim]."""
+        """Cuts a fused layer's result into its parts, each [batch, tokens, heads, dim]."""
         edges = np.cumsum([self.num_heads * dim for dim in self.fused_dims])[:-1].tolist()
         if not self.core.kind.taps and layer.bn is not None:
-            # Taps and kernels read separate arrays; without them XLA slices one normalised result for less.
+            # Taps and kernels read q, k and v as separate arrays. Without them slicing one result is cheaper.
             parts = jnp.split(layer(x, training=training), edges, axis=-1)
         else:
             parts = layer.split(x, edges, training=training)
@@ -192,7 +195,7 @@ class LevitAttention(nnx.Module):
 
 
 class LevitMlp(nnx.Module):
-    """Two batch-normed layers with Hardswish between them; its output starts at zero."""
+    """Two batch-normed layers with Hardswish between them; the output starts at zero."""
 
     def __init__(self, dim: int, mlp_ratio: float, layers: Layers):
         hidden_dim = mlp_width(dim, mlp_ratio)
@@ -234,13 +237,14 @@ class LevitDownsample(nnx.Module):
 
 
 class LevitStage(nnx.Module):
-    """The blocks of one grid, after the layer that shrinks the grid before; `stage` is its number."""
+    """The blocks on one grid. Stages after the first, whose number is 0, begin with the layer that shrinks the grid."""
 
     def __init__(self, config: LeViTConfig, stage: int, grid: tuple[int, int], core: Core, layers: Layers):
         dim, key_dim, rate = config.embed_dim[stage], config.key_dim, config.drop_path_rate  # one rate, as published
         self.remat = config.remat
         downsample = None
         if stage:
+            # Its heads divide the width before among keys of key_dim; config.num_heads counts the blocks' heads only.
             before = config.embed_dim[stage - 1]
             attn = LevitAttention(before, dim, before // key_dim, key_dim, grid, core, layers, subsampling=True)
             downsample = LevitDownsample(attn, LevitMlp(dim, SUBSAMPLING_MLP_RATIO, layers), rate)
@@ -257,11 +261,12 @@ class LevitStage(nnx.Module):
         return len(self.blocks) + (self.downsample is not None)
 
     def __call__(self, x, *, grid, drawn, **inputs):
-        """(tokens, their grid, the layers' mask densities)."""
+        """Returns (tokens, grid of these tokens, mask densities of the layers)."""
         densities: list[jax.Array] = []
         for layer in (self.downsample, *self.blocks):
             if layer is None:
                 continue
+            # `densities` has one entry for each layer so far, so its length is this layer's number.
             of_block = of_layer(drawn, len(densities))
             x, density = run_block(layer, x, remat=self.remat, grid=grid, drawn=of_block, **inputs)
             grid = halved(grid) if layer is self.downsample else grid
@@ -270,24 +275,23 @@ class LevitStage(nnx.Module):
 
 
 class LeViT(Backbone):
-    """LeViT; `distilled` adds a second head, whose logits are averaged with the first's and which inference folds in.
+    """LeViT; `distilled` adds a second head, and the two heads' logits are averaged, which the inference form folds in.
 
     embed_dim, depth and num_heads have an entry for each stage. Every stage but the first begins with a subsampling
-    attention, which has (width of the stage before) // key_dim heads. Images of another size than `image_size` are
-    taken too: attention biases belong to offsets in tokens, so they are looked up as they are; tokens farther apart
-    than any in an image of the model's size have the bias of the farthest.
+    attention, which has (width of the stage before) // key_dim heads. The model also takes images of other sizes than
+    `image_size`: attention biases belong to offsets in tokens and stay as they are. Tokens farther apart than any two
+    in an image of the model's size get the bias of the largest offset.
 
     Raises:
-      InputError: image_size is no multiple of the stem's stride, or the stages' sizes do not fit each other.
+      InputError: image_size is not a multiple of the stem's stride, or the stages' sizes do not fit each other.
     """
 
     stem_maps: ClassVar[int] = 1
 
     def __init__(self, config: LeViTConfig, core: Core, layers: Layers):
         widths, classes = config.embed_dim, config.num_classes
-        _check_stages(embed_dim=widths, depth=config.depth, num_heads=config.num_heads)
-        if widths[0] % 8:
-            raise InputError(f"the first embed_dim must be a multiple of 8, for the stem, not {widths[0]}.")
+        check_stages(embed_dim=widths, depth=config.depth, num_heads=config.num_heads)
+        check(widths[0] % 8 == 0, f"the first embed_dim must be a multiple of 8, for the stem, not {widths[0]}.")
         check_at_most("key_dim", config.key_dim, min(widths), f"the least of {widths}")
         self.in_chans = config.in_chans
         self.stem = Stem(config, layers)
@@ -295,6 +299,7 @@ class LeViT(Backbone):
         stages = []
         for stage in range(len(widths)):
             stages.append(LevitStage(config, stage, grid, core, layers))
+            # After the stage, because a stage is given the grid of its input and halves it itself.
             grid = halved(grid) if stage else grid
         self.stages = nnx.List(stages)
         self.head: Any = NormLinear(widths[-1], classes, layers) if classes else None
@@ -306,7 +311,7 @@ class LeViT(Backbone):
     def _encode(
         self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None
     ) -> tuple[list[jax.Array], jax.Array]:
-        """The feature maps, and the mask densities, subsampling attentions' among them."""
+        """The feature maps, and the mask densities of all attentions, also the subsampling ones."""
         grid = patch_grid(images.shape[1:3], STEM_STRIDE, "the stem's stride")
         stem, x = self.stem(images, training=key is not None)
         x = x.reshape(x.shape[0], math.prod(grid), x.shape[3])
@@ -314,6 +319,7 @@ class LeViT(Backbone):
         features: list[jax.Array] = [stem]
         densities: list[jax.Array] = []
         for stage in self.stages:
+            # Which samples a layer drops depends on its number in the model, not in the stage.
             of_stage = of_layer(drawn, slice(len(densities), len(densities) + stage.layers))
             x, grid, kept = stage(x, grid=grid, mask_threshold=mask_threshold, drawn=of_stage)
             features.append(x.reshape(x.shape[0], *grid, x.shape[2]))
@@ -330,22 +336,13 @@ class LeViT(Backbone):
         return encoded, densities
 
 
-def _check_stages(**sizes: tuple[int, ...]) -> None:
-    for name, values in sizes.items():
-        if not isinstance(values, tuple) or not values or any(type(n) is not int or n < 1 for n in values):
-            raise InputError(f"{name} must be a tuple of an integer of at least 1 for each stage, not {values}.")
-    if len({len(values) for values in sizes.values()}) > 1:
-        counts = ", ".join(str(len(values)) for values in sizes.values())
-        raise InputError(f"embed_dim, depth and num_heads must have as many stages as each other, not {counts}.")
-
-
 def halved(grid: tuple[int, int]) -> tuple[int, int]:
-    """The grid of every second row and column; an odd one is rounded up, as 7 is to 4."""
+    """The grid of every second row and column; an odd side is rounded up, as 7 is to 4."""
     return (grid[0] + 1) // 2, (grid[1] + 1) // 2
 
 
 def every_second(grid: tuple[int, int]) -> Int[np.ndarray, "queries"]:
-    """Every second token of every second row of the grid, the first among them."""
+    """The indices of every second token in every second row of the grid, from the first token on."""
     return np.arange(math.prod(grid)).reshape(grid)[::2, ::2].ravel()
 
 
@@ -357,12 +354,12 @@ def bias_of_offsets(
     Args:
       table: the biases.
       grid: (height, width) of the keys.
-      table_grid: how many offsets (down, across) the table has; a larger offset takes the entry of the largest.
+      table_grid: number of offsets (down, across) in the table; larger offsets get the entry of the largest one.
       stride: the queries stand on every stride-th token of every stride-th row.
     """
     offsets = [_offsets(length, limit, stride=stride) for length, limit in zip(grid, table_grid, strict=True)]
     on_grid = table.reshape(-1, *table_grid)
-    # A TPU looks numbers up one at a time, and adds their gradients one at a time; elsewhere the products are slower.
+    # A TPU gathers numbers, and scatters their gradients, one at a time. Elsewhere a gather beats the products.
     bias = jax.lax.platform_dependent(
         on_grid, tpu=lambda table: _select(table, *offsets), default=lambda table: _look_up(table, *offsets)
     )
@@ -381,7 +378,7 @@ def _select(table: jax.Array, down: np.ndarray, across: np.ndarray) -> jax.Array
 
 
 def _offsets(length: int, limit: int, *, stride: int) -> Int[np.ndarray, "queries keys"]:
-    """The distances of an axis's keys from its queries, cut at limit - 1."""
+    """The distances between queries and keys along one axis, at most limit - 1."""
     places = np.arange(length)
     return np.minimum(np.abs(places[::stride, None] - places), limit - 1)
 
@@ -389,6 +386,6 @@ def _offsets(length: int, limit: int, *, stride: int) -> Int[np.ndarray, "querie
 def fit_bias_table(
     table: Float[np.ndarray, "heads offsets"], grid: tuple[int, int], new_grid: tuple[int, int]
 ) -> Float[np.ndarray, "heads new_offsets"]:
-    """The attention biases as a table for another image size: every offset keeps its bias."""
+    """Turns a table of attention biases into one for another image size: every offset keeps its bias."""
     down, across = (np.minimum(np.arange(new), old - 1) for new, old in zip(new_grid, grid, strict=True))
     return table.reshape(len(table), *grid)[:, down][:, :, across].reshape(len(table), -1)

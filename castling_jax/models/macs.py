@@ -1,4 +1,4 @@
-"""Counting multiply-accumulates and activations of a forward pass, in all and part by part."""
+"""Counts the multiply-accumulates and activations of a forward pass, in total and for each part of the model."""
 
 import dataclasses
 import math
@@ -16,13 +16,13 @@ from castling_jax.sizes import ImageSize, image_shape
 
 BEFORE_ATTENTION = ("patch_embed", "stem", "shortcut", "qkv", "pool", "relative_positions")
 AFTER_ATTENTION = ("token_kernel", "proj", "mlp", "pyramid", "neck", "head")
-OTHER = "other"  # work outside every scope, such as resizing positions to another grid
+OTHER = "other"  # the part of work outside all scopes, such as resizing positions to another grid
 
 
 def parts() -> tuple[str, ...]:
-    """The scopes (jax.named_scope) that models and attention kinds put around their parts, in a forward pass's order.
+    """The names of the scopes (jax.named_scope) around parts of models and attention kinds, in a forward pass's order.
 
-    Where scopes are nested, the innermost one counts.
+    Work in nested scopes belongs to the innermost one.
     """
     attention = dict.fromkeys(part for kind in KINDS.values() for part in kind.parts)
     return (*BEFORE_ATTENTION, *attention, *AFTER_ATTENTION)
@@ -30,7 +30,7 @@ def parts() -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one image takes: multiply-accumulates, and activations, the numbers that the counted operations output."""
+    """The cost of one image: multiply-accumulates, and activations, the numbers that the counted operations output."""
 
     macs: int = 0
     activations: int = 0
@@ -42,13 +42,13 @@ class Cost:
 def count_costs(model: Model, image_size: ImageSize | None = None) -> dict[str, Cost]:
     """The cost of one image's forward pass, for each of `parts` that the model has.
 
-    It is counted in the traced program. Matrix products, convolutions and the attention's taps count, attention's own
-    products among them, as in the papers' figures; elementwise work (norms, softmax, GELU) does not. Activations are
-    the results of these same operations, as fvcore counts them. In a castling model's training form both attentions
+    The counts come from the traced program. Matrix products, convolutions and the attention's taps count, with the
+    products inside attention, as in the papers' figures; elementwise work (norms, softmax, GELU) does not. Activations
+    are the outputs of these same operations, as fvcore counts them. In a castling model's training form both attentions
     count.
 
     Args:
-      model: may hold shapes only.
+      model: the model, which may hold shapes only.
       image_size: pixels a side, or (height, width); None is the model's own.
     """
     size = image_shape(image_size or model.spec.image_size)
@@ -69,7 +69,7 @@ def count_macs(model: Model, image_size: ImageSize | None = None) -> int:
 
 
 def _costs(jaxpr: Jaxpr, outer: str, known: tuple[str, ...]) -> Iterator[tuple[str, Cost]]:
-    """Each counted operation's part, one of those known, and cost; `outer` is the part that calls the program."""
+    """(part, cost) of each counted operation. A part is one of `known`, or `outer`, the part that calls the program."""
     for equation in jaxpr.eqns:
         scopes = str(equation.source_info.name_stack).split("/")
         part = next((name for name in reversed(scopes) if name in known), outer)
@@ -78,15 +78,18 @@ def _costs(jaxpr: Jaxpr, outer: str, known: tuple[str, ...]) -> Iterator[tuple[s
         size = shapes[-1].size if shapes else 0
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
+            # Each number of the result is a sum over the contracted axes, one multiply-accumulate for each term.
             yield part, Cost(size * math.prod(shapes[0].shape[axis] for axis in contracted), size)
         elif name == "conv_general_dilated":
+            # The kernel has the channels of one group, so that grouped convolutions count right without their groups.
             kernel = shapes[1]
             features = equation.params["dimension_numbers"].rhs_spec[0]
             yield part, Cost(size * kernel.size // kernel.shape[features], size)
         elif equation.params.get("name") in ("_depthwise_taps", "convolve_taps"):
+            # These jitted functions are not entered: what a platform computes for the taps may be more than the taps.
             yield part, Cost(size * math.prod(shapes[1].shape[:-1]), size)
         elif equation.params.get("branches_platforms"):
-            # One computation, written for each platform: the default platform's form is counted.
+            # The branches are one computation, written for several platforms: the default branch counts.
             forms = zip(equation.params["branches_platforms"], equation.params["branches"], strict=True)
             for platforms, form in forms:
                 if platforms is None:

@@ -1,4 +1,4 @@
-"""What every model is to the rest of the package, a classifier or a detector."""
+"""The interface of every model, a classifier or a detector."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Key
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, check
 from castling_jax.sizes import ImageSize
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """What a model was made from: enough to make it again, in either form."""
+    """The arguments that a model was made from: enough to make the model again, in either form."""
 
     name: str
     attention: str
@@ -26,7 +26,7 @@ class ModelSpec:
     overrides: tuple[tuple[str, Any], ...]
 
     def arguments(self, **changes: Any) -> dict[str, Any]:
-        """The arguments of `create_model`, plain enough for JSON, with `changes` among them."""
+        """The arguments of `create_model`, in types that JSON has, updated with `changes`."""
         arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         arguments |= dict(arguments.pop("overrides"))
         if "backbone_arguments" in arguments:
@@ -34,7 +34,7 @@ class ModelSpec:
         return arguments | changes
 
     def with_backbone(self, **changes: Any) -> dict[str, Any]:
-        """`arguments` with `changes` among the constructor words of the backbone, which a classifier is itself."""
+        """`arguments` with `changes` to the backbone's constructor words; a classifier is its own backbone."""
         arguments = self.arguments()
         if "backbone" not in arguments:
             return arguments | changes
@@ -42,7 +42,7 @@ class ModelSpec:
 
 
 class Model(nnx.Module):
-    """A network of images of `in_chans` channels; `create_model` sets `spec`.
+    """A network whose input is images with `in_chans` channels; `create_model` sets `spec`.
 
     Attributes:
       task: the task that the model is for, by its name in tasks/registry.py.
@@ -61,7 +61,7 @@ class Model(nnx.Module):
         mask_threshold: ArrayLike | None = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Any, Float[Array, "layers"]]:
-        """What `apply` returns, in float32, and the mask density of each layer of the backbone.
+        """The outputs that `apply` returns, in float32, and the mask density of each layer of the backbone.
 
         Arguments and errors are those of `training_outputs`.
         """
@@ -75,18 +75,18 @@ class Model(nnx.Module):
         mask_threshold: ArrayLike | None = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Any, Float[Array, "layers"]]:
-        """What losses are computed from, in float32, and the mask density of each layer of the backbone.
+        """The outputs that losses read, in float32, and the mask density of each layer of the backbone.
 
         A key turns training mode on: drop-path drops branches, and batch norm normalises by the batch's statistics and
         updates its running ones.
 
         Raises:
-          InputError: images that do not fit the model, or a castling model in training form without a threshold.
+          InputError: the images do not fit the model, or a castling model in training form has no threshold.
         """
         raise NotImplementedError
 
     def results(self, outputs: Any) -> Any:
-        """What `apply` returns of the training outputs."""
+        """Turns the training outputs into the outputs that `apply` returns."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -97,13 +97,10 @@ class Model(nnx.Module):
         return f"{type(self).__name__}({spec.name!r}, {', '.join(words)})"
 
     def _checked(self, images: jax.Array) -> jax.Array:
+        # Integers are refused and not converted, because they are pixels that nobody has normalised.
         if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise InputError(
-                f"images must be floating-point numbers that were normalised, not {images.dtype}: "
-                "castling_jax.preprocess makes them of files and of pixels."
-            )
+            raise InputError(f"images must be floating-point numbers from castling_jax.preprocess, not {images.dtype}.")
         if isinstance(jax.tree.leaves(nnx.state(self, nnx.Param))[0], jax.ShapeDtypeStruct):
             raise InputError("this model holds shapes alone: castling_jax.apply(model, variables, images) computes.")
-        if images.shape[3] != self.in_chans:
-            raise InputError(f"images must have {self.in_chans} channels, not {images.shape[3]}.")
+        check(images.shape[3] == self.in_chans, f"images must have {self.in_chans} channels, not {images.shape[3]}.")
         return images

@@ -10,14 +10,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, check
 from castling_jax.models.attention.core import Core
+from castling_jax.models.attention.heads import check_heads_divide
 from castling_jax.models.backbone import Backbone, BackboneConfig
 from castling_jax.models.layers import (
     TORCH_INIT,
     Layers,
     Mlp,
     Pool,
+    check_stages,
     draw_drop_path,
     drop_path,
     norm_heads,
@@ -41,13 +43,13 @@ class MViTv2Config(BackboneConfig):
 
     Attributes:
       embed_dim: width of the first stage; it doubles from stage to stage.
-      depths: number of blocks of each stage.
-      num_heads: heads of the first stage; they double from stage to stage.
+      depths: number of blocks in each stage.
+      num_heads: number of heads in the first stage; it doubles from stage to stage.
       qkv_bias: whether the projections to q, k and v have a bias.
       stride_q: (height, width) stride of the queries in each stage's first block; None is 1 in the first stage and 2 in
         the others.
-      stride_kv_adaptive: stride of keys and values in the first stage; from stage to stage it is divided by the
-        queries' stride.
+      stride_kv_adaptive: (height, width) stride of keys and values in the first stage; each later stage divides it by
+        the stride of its queries.
     """
 
     embed_dim: int = 96
@@ -60,7 +62,7 @@ class MViTv2Config(BackboneConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Pooling:
-    """Where a block's tokens are: the grid that comes in, and the strides of its queries and of its keys and values."""
+    """The grid of a block's input, the stride of its queries, and the stride of its keys and values."""
 
     grid: Pair
     stride_q: Pair
@@ -68,7 +70,7 @@ class Pooling:
 
 
 class PatchEmbed(nnx.Module):
-    """Overlapping patches, each projected to a token; an edge that is no multiple of the stride is padded."""
+    """Overlapping patches, each projected to a token; a side that is not a multiple of the stride is padded."""
 
     def __init__(self, config: MViTv2Config, layers: Layers):
         self.proj = nnx.Conv(
@@ -92,14 +94,14 @@ class MultiScaleAttention(nnx.Module):
 
     The qkv projection's rows are ordered q, k, v, then head, then head_dim. The relative positions only enter the
     scores: softmax models hold them beside qkv, castling models in `softmax_branch`, which the switch drops, and kinds
-    without a bias of the scores have none. Residual pooling, which adds the pooled queries to the output, is no part of
+    without a bias of the scores have none. Residual pooling adds the pooled queries to the output. It is not part of
     the softmax, so every kind has it.
 
     Args:
       dim: width of the input.
       dim_out: width of the output, a multiple of num_heads.
       num_heads: heads.
-      pooling: the grid that the relative positions are made for, and the strides.
+      pooling: the input's grid, for which the relative positions are made, and the strides.
       core: the attention between the projections.
       layers: makes the layers.
       qkv_bias: whether the qkv projection has a bias.
@@ -126,7 +128,7 @@ class MultiScaleAttention(nnx.Module):
         self.pool_q, self.pool_k, self.pool_v = (Pool(head_dim, layers) for _ in range(3))
         self.norm_q, self.norm_k, self.norm_v = (layers.layer_norm(head_dim) for _ in range(3))
         q_grid, kv_grid = pooled(pooling.grid, pooling.stride_q), pooled(pooling.grid, pooling.stride_kv)
-        # Drawn in every kind and form, so that with one seed everything else starts alike.
+        # Drawn in every kind and form, so that with the same seed all other parameters start with the same numbers.
         rel_pos_h, rel_pos_w = (
             layers.embedding(2 * max(sides) - 1, head_dim) for sides in zip(q_grid, kv_grid, strict=True)
         )
@@ -142,13 +144,14 @@ class MultiScaleAttention(nnx.Module):
         q = self._tokens(self.norm_q, self.pool_q(q, self.stride_q))
         k = self._tokens(self.norm_k, self.pool_k(k, self.stride_kv))
         # Where queries and keys are pooled differently, the 1/2 V term and the token kernel need values at the queries'
-        # tokens, which the paper does not mention. Ours are the same values pooled in the same way, by pool_v and
-        # norm_v, at the queries' stride: where the two grids share a token its value is v's own, the softmax model has
-        # all the parameters, and with equal strides these values are v itself.
+        # tokens. The paper does not define them. Here pool_v and norm_v pool the same values at the queries' stride: a
+        # token that both grids share keeps its value in v, no parameter is new to the softmax model, and with equal
+        # strides these values are v itself.
         query_values = None
         if self.core.needs_query_values and self.stride_q != self.stride_kv:
             query_values = self._tokens(self.norm_v, self.pool_v(v, self.stride_q))
         v = self._tokens(self.norm_v, self.pool_v(v, self.stride_kv))
+        # The bias reads the queries before any scaling or normalisation by the kind, as in MViTv2.
         bias = None
         if (tables := self.core.tables_of(self)) is not None:
             bias = decomposed_bias(q, tables.rel_pos_h[...], tables.rel_pos_w[...], q_grid, kv_grid)
@@ -179,9 +182,9 @@ def decomposed_bias(
     q_grid: Pair,
     kv_grid: Pair,
 ) -> tuple[Float[Array, "batch heads queries key_rows"], Float[Array, "batch heads queries key_columns"]]:
-    """The relative positions' part of the scores (MViTv2, section 4.1), as the two factors of its outer sum.
+    """The relative positions' part of the scores (MViTv2, section 4.1), as the two factors of an outer sum.
 
-    For a query at (y, x) and a key at (row, column) it is q . R_h[y - row] + q . R_w[x - column], with the unscaled q.
+    For a query at (y, x) and a key at (row, column) it is q . R_h[y - row] + q . R_w[x - column], with unscaled q.
     """
     wide = jnp.promote_types(q.dtype, jnp.float32)  # the scores' dtype
     batch, queries, heads, head_dim = q.shape
@@ -197,13 +200,14 @@ def decomposed_bias(
 def relative_positions(
     table: Float[Array, "distances head_dim"], queries: int, keys: int
 ) -> Float[Array, "queries keys head_dim"]:
-    """One axis of the grid: the table's entry for each query and key; a table for another grid's length is resized.
+    """The table's entry for each query and key along one axis; a table for another length of the axis is resized.
 
-    The shorter side is spread over the longer side's steps. This is integer arithmetic; the published code has
-    floating-point ratios, which may round a whole number down.
+    The positions on the shorter side are spread over the steps of the longer side. The arithmetic is in integers: the
+    published code computes with floating-point ratios, which may round a whole number down.
     """
     longer = max(queries, keys)
     table = resize_relative_positions(table, 2 * longer - 1)
+    # (2 longer - 1) distances, from the farthest key behind a query to the farthest key ahead of it.
     query_steps = np.arange(queries) * longer // queries
     key_steps = (keys - 1 - np.arange(keys)) * longer // keys
     distances = query_steps[:, None] + key_steps[None]
@@ -211,7 +215,7 @@ def relative_positions(
 
 
 def pooled(grid: tuple[int, ...], stride: Pair) -> Pair:
-    """The grid after pooling; an edge that is no multiple of the stride is padded."""
+    """The grid after pooling; a side that is not a multiple of the stride is padded."""
     height, width = grid
     return -(-height // stride[0]), -(-width // stride[1])
 
@@ -219,7 +223,7 @@ def pooled(grid: tuple[int, ...], stride: Pair) -> Pair:
 def max_pool(
     x: Float[Array, "batch height width channels"], stride: Pair
 ) -> Float[Array, "batch rows columns channels"]:
-    """The skip path's pooling: the maximum over one token more than the stride, on the grid of the queries."""
+    """The skip path's pooling onto the queries' grid: a maximum over windows one token larger than the stride."""
     if stride == (1, 1):
         return x  # the window is one token, but XLA:TPU would make its gradient a search
     window = tuple(step + 1 if step > 1 else 1 for step in stride)
@@ -228,7 +232,7 @@ def max_pool(
 
 
 class Block(nnx.Module):
-    """A pre-norm block; where the width changes, attention changes it, and the skip path projects the normed input."""
+    """A pre-norm block. Where the width changes, attention changes it, and so does a projection on the skip path."""
 
     def __init__(
         self,
@@ -252,6 +256,7 @@ class Block(nnx.Module):
 
     def __call__(self, x, *, drawn, **inputs):
         normed = self.norm1(stop_at_zero(x))
+        # The projection reads the normed input, as in MViTv2; a skip path without a projection adds the raw input.
         with jax.named_scope("shortcut"):
             skip = x if self.shortcut_proj_attn is None else self.shortcut_proj_attn(normed)
         attended, density = self.attn(normed, **inputs)
@@ -260,7 +265,7 @@ class Block(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Blocks of one width and grid; the first block changes both."""
+    """Blocks with the same width and grid, to which the first block changes its input."""
 
     def __init__(self, blocks: list[Block]):
         self.blocks = nnx.List(blocks)
@@ -278,9 +283,9 @@ class Head(nnx.Module):
 
 
 class MViTv2(Backbone):
-    """MViTv2 without a class token: width and heads double from stage to stage, the mean token is classified.
+    """MViTv2 without a class token: width and heads double from stage to stage, and the head reads the mean token.
 
-    Images of any size are taken: every grid follows, and relative positions are resized to it.
+    The model takes images of any size: the grids follow from it, and relative positions are resized to the grids.
 
     Raises:
       InputError: depths or strides have a wrong form, or the heads do not divide the width.
@@ -289,8 +294,7 @@ class MViTv2(Backbone):
     def __init__(self, config: MViTv2Config, core: Core, layers: Layers):
         depths, width, stride_kv = config.depths, config.embed_dim, config.stride_kv_adaptive
         strides = _stage_strides(config)
-        if width % config.num_heads:
-            raise InputError(f"{config.num_heads} heads do not divide the width {width}.")
+        check_heads_divide(width, config.num_heads)
         self.in_chans = config.in_chans
         self.remat = config.remat
         self.patch_embed = PatchEmbed(config, layers)
@@ -298,17 +302,19 @@ class MViTv2(Backbone):
         rates = (config.drop_path_rate * i / max(sum(depths) - 1, 1) for i in itertools.count())  # linear over depth
         stages = []
         for stage, (depth, stage_stride) in enumerate(zip(depths, strides, strict=True)):
+            # Keys and values shrink less where the queries' grid shrinks, so that their own grid stays the same.
             if min(stage_stride) > 1:
                 stride_kv = (max(stride_kv[0] // stage_stride[0], 1), max(stride_kv[1] // stage_stride[1], 1))
             blocks = []
             for stride_q in [stage_stride] + [(1, 1)] * (depth - 1):
                 pooling = Pooling(grid, stride_q, stride_kv)
                 blocks.append(Block(config, width, stage, pooling, core, layers, drop_path_rate=next(rates)))
+                # After the block, whose `width` is that of its input: only a stage's first block changes it.
                 grid, width = pooled(grid, stride_q), config.embed_dim * 2**stage
             stages.append(Stage(blocks))
         self.stages = nnx.List(stages)
         classes = config.num_classes
-        self.norm: Any = layers.layer_norm(width) if classes else None  # which the feature maps do not go through
+        self.norm: Any = layers.layer_norm(width) if classes else None  # the feature maps are taken before this norm
         self.head: Any = Head(layers.linear(width, classes)) if classes else None
         sides = itertools.accumulate(strides, lambda one, other: (one[0] * other[0], one[1] * other[1]))
         scaled = [(PATCH_STRIDE * height, PATCH_STRIDE * width) for height, width in sides]
@@ -318,7 +324,7 @@ class MViTv2(Backbone):
     def _encode(
         self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """The stages' outputs and the layers' mask densities."""
+        """(outputs of the stages, mask densities of the layers)."""
         if min(images.shape[1:3]) < 1:
             raise InputError(f"an image of {images.shape[1]} x {images.shape[2]} pixels is empty: give at least 1 x 1.")
         x = self.patch_embed(images)
@@ -348,14 +354,13 @@ def _stage_strides(config: MViTv2Config) -> tuple[Pair, ...]:
       InputError: depths or strides have a wrong form.
     """
     depths = config.depths
-    if not isinstance(depths, tuple) or not depths or any(type(n) is not int or n < 1 for n in depths):
-        raise InputError(f"depths must be a list of at least 1 block for each stage, not {depths!r}.")
+    check_stages(depths=depths)
     default = ((1, 1), *((2, 2),) * (len(depths) - 1))
     strides = default if config.stride_q is None else config.stride_q
-    if not isinstance(strides, tuple) or len(strides) != len(depths) or not all(map(_is_pair, strides)):
-        raise InputError(
-            f"stride_q must be a pair of positive numbers for each of {len(depths)} stages, not {strides!r}."
-        )
+    check(
+        isinstance(strides, tuple) and len(strides) == len(depths) and all(map(_is_pair, strides)),
+        f"stride_q must be a pair of positive numbers for each of {len(depths)} stages, not {strides!r}.",
+    )
     if not _is_pair(config.stride_kv_adaptive):
         raise InputError(f"stride_kv_adaptive must be a pair of positive numbers, not {config.stride_kv_adaptive!r}.")
     return strides

@@ -1,6 +1,6 @@
 """PicoDet's necks: path aggregation over the backbone's maps, by LC-PAN or CSP-PAN (Yu et al., 2021).
 
-Modules carry PaddleDetection's names.
+Modules have PaddleDetection's names.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ Map = Float[Array, "batch height width channels"]
 
 
 class SeparableMix(nnx.Module):
-    """LC-PAN's mix of two concatenated maps: two depthwise-separable convolutions, 2c -> 2c -> c channels."""
+    """LC-PAN's way to mix two concatenated maps: two depthwise-separable convolutions, 2c -> 2c -> c channels."""
 
     def __init__(self, channels: int, layers: Layers):
         self.blocks = nnx.List(separable(2 * channels, width, layers) for width in (2 * channels, channels))
@@ -31,9 +31,9 @@ class SeparableMix(nnx.Module):
 
 
 class CspMix(nnx.Module):
-    """CSP-PAN's mix of two concatenated maps: half of the channels go through a block, the other half pass it by.
+    """CSP-PAN's way to mix two concatenated maps: half of the channels go through a block, the other half skip it.
 
-    The block is a 1 x 1 convolution and a depthwise-separable one, without a residual.
+    The block is a 1 x 1 convolution and a depthwise-separable convolution, without a residual.
     """
 
     def __init__(self, channels: int, layers: Layers):
@@ -41,6 +41,7 @@ class CspMix(nnx.Module):
         self.main_conv = pointwise(2 * channels, half, layers)
         self.short_conv = pointwise(2 * channels, half, layers)
         block = nnx.Dict(conv1=pointwise(half, half, layers), conv2=separable(half, half, layers))
+        # A list of one block, because PaddleDetection's names have the block's number.
         self.blocks = nnx.List([block])
         self.final_conv = pointwise(2 * half, channels, layers)
 
@@ -55,15 +56,15 @@ NECKS = {"lc_pan": SeparableMix, "csp_pan": CspMix}
 
 
 class Pan(nnx.Module):
-    """Maps at strides 8, 16, 32 and perhaps 64 in; maps at 8, 16, 32 and 64 of `channels` each out.
+    """Turns maps at strides 8, 16, 32 and perhaps 64 into maps at 8, 16, 32 and 64 with `channels` channels each.
 
-    The fourth map is the last output and the projected third map, each shrunk, added up. Where the backbone has a map
-    at stride 64 of its own, as LeViT has, its projection takes the place of the third map's: no stage is left out.
+    The fourth output is a sum: the third output, shrunk, plus the projected third input, shrunk. A backbone with a map
+    at stride 64, such as LeViT, replaces the second term with the projection of that map, so that no stage is left out.
 
     Args:
-      channels_in: of each map.
-      channels: of the results.
-      neck: one of NECKS, the way in which two concatenated maps are mixed.
+      channels_in: channels of each input map.
+      channels: channels of each output map.
+      neck: one of NECKS, the way to mix two concatenated maps.
       layers: makes the layers.
     """
 
@@ -81,12 +82,14 @@ class Pan(nnx.Module):
     def __call__(self, maps: Sequence[Map], *, training: bool) -> list[Map]:
         p3, p4, p5, *p6 = (conv(x, training=training) for conv, x in zip(self.conv_t, maps, strict=True))
 
+        # Down from the coarsest map: each finer map is mixed with what the coarser ones saw. p5 itself stays as it is.
         coarse = p5
         top_down = [p5]
         for block, lateral in zip(self.top_down_blocks, (p4, p3), strict=True):
             coarse = block(jnp.concatenate([upsample(coarse), lateral], axis=-1), training=training)
             top_down.append(coarse)
 
+        # And up again: `top_down` is finest last, so it is taken from its end, and p5 comes last.
         outputs = [top_down.pop()]
         for downsample, block in zip(self.downsamples, self.bottom_up_blocks, strict=True):
             shrunk = downsample(outputs[-1], training=training)

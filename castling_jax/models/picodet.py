@@ -1,7 +1,7 @@
-"""PicoDet (Yu et al., 2021), an anchor-free detector, on the maps of a backbone with any kind of attention.
+"""PicoDet (Yu et al., 2021), an anchor-free detector, on the feature maps of a backbone with any kind of attention.
 
 Castling-ViT's detectors are "on top of PicoDet", and their code is not published. In our reading the backbone is
-castled, and neck and head are PicoDet's. The neck "lc_pan" comes with the head of PicoDet's second version, and
+castled, and neck and head are PicoDet's. The neck "lc_pan" goes with the head of PicoDet's second version, and
 "csp_pan" with the legacy head.
 """
 
@@ -23,7 +23,9 @@ from castling_jax.models.pyramid import SimpleFeaturePyramid
 from castling_jax.ops.points import STRIDES, decode_boxes, level_points
 from castling_jax.sizes import ImageSize, image_shape
 
-SIDE, SMALLEST = 32, 160  # in 160 pixels, stride 64 has 3 x 3 points, and ATSS needs nine on every level
+# The sides of an image are multiples of SIDE, from SMALLEST on. 160 pixels have 3 x 3 points at stride 64: ATSS, which
+# chooses the points that learn a box, needs nine on every level.
+SIDE, SMALLEST = 32, 160
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,14 +33,14 @@ class PicoDetConfig:
     """PicoDet's constructor words.
 
     Attributes:
-      num_classes: classes of objects.
+      num_classes: number of object classes.
       image_size: pixels a side, or (height, width): multiples of 32 from 160 on. Position embeddings and attention
-        biases are made for it; images of other such sizes are taken too.
-      backbone: a classifier's name.
-      backbone_arguments: its constructor words, as pairs of a word and a value.
+        biases are made for this size; the model also takes images of other such sizes.
+      backbone: name of the classifier whose feature maps the detector reads.
+      backbone_arguments: the backbone's constructor words, as pairs (word, value).
       neck: "lc_pan" or "csp_pan".
-      neck_channels: of neck and head, and of the pyramid below a backbone that has one map.
-      num_convs: depthwise-separable convolutions of each level's head.
+      neck_channels: channels of the neck, the head, and the pyramid that a backbone with one map needs.
+      num_convs: number of depthwise-separable convolutions in each level's head.
     """
 
     num_classes: int = 80
@@ -51,14 +53,14 @@ class PicoDetConfig:
 
 
 class PicoDet(Model):
-    """PicoDet on a backbone without a classifier; `apply` gives scores and boxes of all points, before suppression.
+    """PicoDet on a backbone without a classifier; `apply` gives scores and boxes for all points, before suppression.
 
-    A backbone with maps at strides 8, 16 and 32 (LeViT, MViTv2) gives them to the neck, and that at 64 where it has
-    one. A backbone with one map (DeiT) gives it to ViTDet's simple feature pyramid first, as wide as the neck.
+    The neck reads the backbone's maps at strides 8, 16 and 32, and the map at 64 if there is one (LeViT, MViTv2). A
+    backbone with only one map (DeiT) gets ViTDet's simple feature pyramid, as wide as the neck, which makes three maps.
 
     Raises:
-      InputError: the neck is unknown, the image's size is no multiple of 32 from 160 on, or the backbone has neither
-        the maps nor one at a stride that is a power of two.
+      InputError: the neck is unknown, a side of the image is not a multiple of 32 from 160 on, or the backbone neither
+        has these maps nor only one map, at a stride that is a power of two.
     """
 
     task: ClassVar[str] = "detection"
@@ -77,14 +79,13 @@ class PicoDet(Model):
             scales = [strides[0] / stride for stride in STRIDES[:3]]
             self.pyramid = SimpleFeaturePyramid(widths[0], channels, scales, layers)
         elif not {*STRIDES[:3]} <= {*strides}:
-            raise InputError(
-                f"{config.backbone} has maps at strides of {strides} pixels: a detector needs 8, 16 and 32 among them, "
-                "or one at a power of two."
-            )
-        self.places = tuple(places)  # of the maps that are read
+            needed = "maps at strides of 8, 16 and 32 pixels, or one map at a power of two"
+            raise InputError(f"a detector needs {needed}, not {config.backbone}'s {strides}.")
+        self.places = tuple(places)  # which of the backbone's maps the neck reads
         inputs = [channels] * 3 if self.pyramid else [widths[place] for place in places]
         self.neck = Pan(inputs, channels, config.neck, layers)
         sizes = HeadSizes(channels, config.num_convs, config.num_classes)
+        # A head for each level with weights of its own, as in PicoDet, because the levels' maps differ.
         self.head = nnx.List(HEADS[config.neck](sizes, layers) for _ in STRIDES)
 
     def training_outputs(
@@ -94,20 +95,20 @@ class PicoDet(Model):
         mask_threshold: ArrayLike | None = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[dict[str, Array], Float[Array, "layers"]]:
-        """All that a loss reads, in float32, and the backbone's mask densities.
+        """The outputs that a loss reads, in float32, and the backbone's mask densities.
 
-        Points run level by level, at STRIDES, each level row by row, as `level_points` lists them.
+        Points are ordered by level, as STRIDES, and row by row within a level, as `level_points` lists them.
 
         Returns:
-          A pair of the densities [layers], last, and a dict with
+          A pair (outputs, densities [layers]); outputs is a dict with
 
           "scores" [batch, points, classes]: probabilities.
           "boxes" [batch, points, 4]: x0, y0, x1, y1 in pixels of the images.
-          "reg_logits" [batch, points, 32]: of the box bins, side by side (left, top, right, bottom), 8 bins each.
-          "cls_logits" [batch, points, classes]: with the legacy head alone; "scores" are their sigmoid.
+          "reg_logits" [batch, points, 32]: logits of the box bins, 8 for each side (left, top, right, bottom).
+          "cls_logits" [batch, points, classes]: from the legacy head only; "scores" are their sigmoid.
 
         Raises:
-          InputError: the images' sides are no multiples of 32 from 160 on; and what a backbone raises.
+          InputError: a side of the images is not a multiple of 32 from 160 on, or the backbone refuses the images.
         """
         height, width = images.shape[1:3]
         check_image_size((height, width))
@@ -121,10 +122,11 @@ class PicoDet(Model):
         return {name: outputs[name] for name in ("scores", "boxes")}
 
     def _detect(self, maps: list[Array], image_size: tuple[int, int], *, training: bool) -> dict[str, Array]:
-        """Neck, head and boxes."""
+        """Computes neck, heads and boxes from the maps."""
         maps = self.neck(maps, training=training)
         with jax.named_scope("head"):
             levels = [head(x, training=training) for head, x in zip(self.head, maps, strict=True)]
+        # float32 from here on, whatever the compute dtype: in bfloat16 a coordinate above 256 has steps of 2 pixels.
         outputs = {
             name: jnp.concatenate([_flat(level[name]) for level in levels], axis=1).astype(jnp.float32)
             for name in levels[0]
@@ -144,7 +146,5 @@ def check_image_size(size: tuple[int, ...]) -> None:
     """Raises an InputError unless (height, width) in pixels is a size that a detector takes."""
     height, width = size
     if min(size) < SMALLEST or height % SIDE or width % SIDE:
-        raise InputError(
-            f"a detector takes images whose sides are multiples of {SIDE} from {SMALLEST} pixels on, "
-            f"not {height} x {width}."
-        )
+        allowed = f"images whose sides are multiples of {SIDE} from {SMALLEST} pixels on"
+        raise InputError(f"a detector takes {allowed}, not {height} x {width}.")

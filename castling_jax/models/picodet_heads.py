@@ -1,7 +1,7 @@
-"""PicoDet's heads, one a level: that of the second version, and the legacy one (Yu et al., 2021).
+"""PicoDet's heads, one for each level: the second version's head, and the legacy head (Yu et al., 2021).
 
-A head turns a map into class scores and box bins: the logits of four distributions over distances, left, top, right and
-bottom.
+A head turns a map into class scores and box bins. Box bins are the logits of four distributions over distances: to the
+left, the top, the right and the bottom of a box.
 """
 
 import dataclasses
@@ -17,9 +17,10 @@ from castling_jax.models.layers import ConvNorm, Layers, LinearNorm
 from castling_jax.models.pan import KAIMING_UNIFORM
 from castling_jax.ops.points import BINS, SIDES
 
-HEAD_STD, EXCITATION_STD = 0.01, 0.001  # of the normals that kernels start from
-RARE = jax.nn.initializers.constant(-math.log(99))  # a probability of .01, as most points see no object
-SCORE_EPSILON = 1e-9
+HEAD_STD, EXCITATION_STD = 0.01, 0.001  # standard deviations of the normals that kernels start from
+# Class probabilities start at 0.01, because most points see no object: from 0.5 on their loss would drown the others'.
+RARE = jax.nn.initializers.constant(-math.log(99))
+SCORE_EPSILON = 1e-9  # added under the square root, whose gradient at zero is infinite
 Map = Float[Array, "batch height width channels"]
 
 
@@ -28,9 +29,9 @@ class HeadSizes:
     """The sizes of a head.
 
     Attributes:
-      channels: of its map.
-      num_convs: depthwise-separable convolutions before its outputs.
-      num_classes: classes of objects.
+      channels: channels of the map that the head reads.
+      num_convs: number of depthwise-separable convolutions before the outputs.
+      num_classes: number of object classes.
     """
 
     channels: int
@@ -38,7 +39,7 @@ class HeadSizes:
     num_classes: int
 
     def body(self, layers: Layers) -> nnx.List:
-        """The convolutions."""
+        """The convolutions before the outputs."""
         return nnx.List(separable(self.channels, self.channels, layers) for _ in range(self.num_convs))
 
 
@@ -59,11 +60,11 @@ class LegacyHead(nnx.Module):
 
 
 class Head(nnx.Module):
-    """The second version's head: gives "scores", sqrt(sigmoid(class) sigmoid(alignment)), and "reg_logits".
+    """The second version's head: "scores", which are sqrt(sigmoid(class) sigmoid(alignment)), and "reg_logits".
 
-    The alignment says how well class and box agree: a dense 5 x 5 convolution to one channel, then 1 x 1, each with
-    batch norm. Class and box bins read the excited map: its channels are scaled by a gate, which sees their means, and
-    mixed by a 1 x 1 convolution.
+    The alignment tells how well class and box agree. It comes from a dense 5 x 5 convolution to one channel and a 1 x 1
+    convolution, each with batch norm. Class and box bins come from the excited map: a gate, computed from the channels'
+    means, scales the channels, and a 1 x 1 convolution mixes them.
     """
 
     def __init__(self, sizes: HeadSizes, layers: Layers):
@@ -89,12 +90,13 @@ class Head(nnx.Module):
         excited = jax.nn.hard_swish(self.se.conv(x * gate, training=training))
         alignment = jax.nn.hard_swish(self.align.dense(x, training=training))
         logits = (self.cls(excited), self.align.pointwise(alignment, training=training))
+        # The loss reads the scores, not logits, so the sigmoids must not round to 0 or 1 in bfloat16.
         classes, agreement = (jax.nn.sigmoid(logit.astype(jnp.float32)) for logit in logits)
         return {"scores": jnp.sqrt(classes * agreement + SCORE_EPSILON), "reg_logits": self.reg(excited)}
 
 
 def head_layers(layers: Layers) -> Layers:
-    """Layers that start as a head's do."""
+    """Layers with the initial values of a head's layers."""
     return dataclasses.replace(layers, init_std=HEAD_STD, kernel_init=jax.nn.initializers.normal(HEAD_STD))
 
 

@@ -1,4 +1,4 @@
-"""ViTDet's simple feature pyramid (Li et al., ECCV 2022): maps at several strides from a plain transformer's one."""
+"""ViTDet's simple feature pyramid (Li et al., ECCV 2022): maps at several strides from a plain transformer's map."""
 
 import itertools
 import math
@@ -12,15 +12,16 @@ from jaxtyping import Array, Float
 
 from castling_jax.models.layers import TORCH_INIT, Layers, gelu, torch_bias_init
 
-SCALES = (4.0, 2.0, 1.0, 0.5)  # strides 4, 8, 16 and 32 of patches of 16 pixels
+SCALES = (4.0, 2.0, 1.0, 0.5)  # strides of 4, 8, 16 and 32 pixels from patches of 16 pixels
 Map = Float[Array, "batch height width channels"]
 
 
 class Double(nnx.Module):
-    """A transposed 2 x 2 convolution of stride 2: each position becomes 2 x 2, each by a matrix of its own."""
+    """A transposed 2 x 2 convolution of stride 2: each position becomes 2 x 2 positions, with a matrix for each."""
 
     def __init__(self, features_in: int, features_out: int, layers: Layers):
-        init = torch_bias_init(4 * features_out)  # PyTorch takes a transposed kernel's outputs for its inputs
+        # PyTorch computes fan_in from the second axis of a kernel, which in a transposed one is the outputs' axis.
+        init = torch_bias_init(4 * features_out)
         shape = (2, 2, features_in, features_out)
         self.dtype = layers.dtype
         self.kernel = nnx.Param(init(layers.rngs.params(), shape, layers.param_dtype))
@@ -29,18 +30,20 @@ class Double(nnx.Module):
     def __call__(self, x: Map) -> Map:
         kernel, bias = (parameter[...].astype(self.dtype) for parameter in (self.kernel, self.bias))
         batch, height, width, _ = x.shape
+        # The stride is the kernel's size, so windows do not overlap and a product computes the convolution.
         doubled = jnp.einsum("byxc,ijcd->byixjd", x.astype(self.dtype), kernel) + bias
         return doubled.reshape(batch, 2 * height, 2 * width, -1)
 
 
 class Level(nnx.Module):
-    """One map of the pyramid: the input at `scale`, then a 1 x 1 and a 3 x 3 convolution, each with a layer norm."""
+    """One map of the pyramid: the input resized by `scale`, then 1 x 1 and 3 x 3 convolutions, each with layer norm."""
 
     def __init__(self, channels: int, out_channels: int, scale: float, layers: Layers):
         self.shrink = round(max(1 / scale, 1))
         widths = [channels // 2**i for i in range(round(math.log2(max(scale, 1))) + 1)]
         pairs = list(itertools.pairwise(widths))
         self.doubles = nnx.List(Double(before, after, layers) for before, after in pairs)
+        # Norm and GELU stand only between two doublings, as in ViTDet: `lateral` reads the last one's raw result.
         self.norms = nnx.List(layers.layer_norm(after) for _, after in pairs[:-1])
         options = {"use_bias": False, "kernel_init": TORCH_INIT, **layers.flax}
         self.lateral = nnx.Conv(widths[-1], out_channels, (1, 1), **options)
@@ -59,13 +62,13 @@ class Level(nnx.Module):
 
 
 class SimpleFeaturePyramid(nnx.Module):
-    """Maps at each of `scales`, finest first, from one map.
+    """Turns one map into a map for each of `scales`, in their order.
 
     Args:
-      channels: of the map.
-      out_channels: of each result.
-      scales: sides of the results in sides of the map, powers of two. Larger ones are made by transposed convolutions,
-        each of which halves the channels, smaller ones by max pooling, which rounds sides down.
+      channels: channels of the input map.
+      out_channels: channels of each output map.
+      scales: sides of the output maps, as multiples of the input's sides; powers of two. Transposed convolutions, each
+        of which halves the channels, enlarge the map; max pooling, which rounds sides down, shrinks it.
       layers: makes the layers.
     """
 
@@ -82,9 +85,9 @@ def simple_feature_pyramid(params: dict[str, Any], x: Map, scales: Sequence[floa
 
     Args:
       params: {"levels": {"0": {"doubles": {"0": {"kernel" [2, 2, in, out], "bias"}, ...}, "norms", "lateral",
-        "lateral_norm", "output", "output_norm"}, ...}}: as `nnx.state` has them, with string keys.
-      x: the map.
-      scales: of the levels.
+        "lateral_norm", "output", "output_norm"}, ...}}: the names of `nnx.state`, with string keys.
+      x: the input map.
+      scales: the scale of each level.
     """
     out_channels = params["levels"]["0"]["lateral"]["kernel"].shape[-1]
 

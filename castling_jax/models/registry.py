@@ -1,4 +1,4 @@
-"""Names -> models."""
+"""Creates models by name."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from castling_jax.errors import InputError, check_at_least, check_at_most, check_known
+from castling_jax.errors import InputError, check, check_at_most, check_known
+from castling_jax.fields import FLAG, IMAGE_SIZE, TEXT, Values, integer, number
 from castling_jax.models.attention.kinds import KINDS, make_core
 from castling_jax.models.backbone import Backbone, BackboneConfig
 from castling_jax.models.deit import DeiT, DeiTConfig
@@ -21,9 +22,9 @@ from castling_jax.models.mvitv2 import MViTv2, MViTv2Config
 from castling_jax.models.picodet import PicoDet, PicoDetConfig
 from castling_jax.sizes import ImageSize
 
-# name -> (class, its configuration): DeiT's are Touvron et al.'s, table 1, LeViT's Graham et al.'s, table 1, MViTv2's
-# Li et al.'s, with their drop-path. deit_micro is ours, for small images on a CPU; it is so narrow that it does not
-# learn from DeiT's initial deviation of 0.02.
+# name -> (class, configuration). The sizes are from table 1 of Touvron et al. (DeiT), table 1 of Graham et al. (LeViT)
+# and Li et al. (MViTv2), with the papers' drop-path. deit_micro is ours, for small images on a CPU; it is so narrow
+# that it does not learn if its matrices start from DeiT's standard deviation of 0.02.
 MODELS: dict[str, tuple[type[Backbone], BackboneConfig]] = {
     "deit_tiny": (DeiT, DeiTConfig(embed_dim=192, depth=12, num_heads=3)),
     "deit_small": (DeiT, DeiTConfig(embed_dim=384, depth=12, num_heads=6)),
@@ -53,8 +54,8 @@ MODELS: dict[str, tuple[type[Backbone], BackboneConfig]] = {
     "mvitv2_small": (MViTv2, MViTv2Config(depths=(1, 2, 11, 2), drop_path_rate=0.1)),
     "mvitv2_base": (MViTv2, MViTv2Config(depths=(2, 3, 16, 3), drop_path_rate=0.3)),
 }
-# Detectors, on any of MODELS without its classifier: name -> (class, its configuration), with the widths and depths of
-# PicoDet's S, M and L in PaddleDetection.
+# Detectors on any of MODELS without its classifier: name -> (class, configuration). Widths and depths are those of
+# PicoDet-S, -M and -L in PaddleDetection.
 DENSE_MODELS: dict[str, tuple[type[PicoDet], PicoDetConfig]] = {
     "picodet_s": (PicoDet, PicoDetConfig(neck_channels=96, num_convs=2)),
     "picodet_m": (PicoDet, PicoDetConfig(neck_channels=128, num_convs=4)),
@@ -62,7 +63,7 @@ DENSE_MODELS: dict[str, tuple[type[PicoDet], PicoDetConfig]] = {
 }
 DTYPES = ("float32", "bfloat16")
 ARGUMENTS = ("attention", "form", "dtype", "param_dtype", "rngs")  # of create_model, beside a configuration's fields
-OF_THE_DETECTOR = ("num_classes", "image_size")  # words of a backbone that its detector sets
+OF_THE_DETECTOR = ("num_classes", "image_size")  # a backbone's words that its detector sets
 Config = BackboneConfig | PicoDetConfig
 C = TypeVar("C", BackboneConfig, PicoDetConfig)
 MOST_BLOCKS, LARGEST_SIZE = 256, 2**24  # above any model; what a file says beyond that takes minutes to be refused
@@ -75,49 +76,45 @@ def _dtype_name(dtype: Any) -> str:
         return str(dtype)
 
 
-def _check_values(config: Config) -> None:
-    """Raises an InputError unless fields are of the types they are annotated with, sizes at least 1, and shares valid.
+def _are_sizes(value: Any) -> bool:
+    items = jax.tree.leaves(value)
+    return len(items) <= MOST_BLOCKS and all(type(item) is int and item <= LARGEST_SIZE for item in items)
 
-    A field for a tuple may be an integer here: the model's constructor says how long the tuple has to be.
-    """
+
+# The values of a configuration's field, by its name or else by its type. A field for a tuple takes an integer too: the
+# model's constructor says how long the tuple has to be.
+VALUES: dict[Any, Values] = {
+    "image_size": Values(
+        object,
+        f"an integer from 1 to {LARGEST_SIZE}, or such a height and width",
+        lambda size: IMAGE_SIZE.allows(size) and _are_sizes(size),
+    ),
+    "drop_path_rate": number("[0, 1)"),
+    "mlp_ratio": number(f"(0, {LARGEST_SIZE}]"),
+    int: integer(1, LARGEST_SIZE),
+    float: number("[0, inf)"),
+    bool: FLAG,
+    str: TEXT,
+    tuple: Values(object, f"integers up to {LARGEST_SIZE}, at most {MOST_BLOCKS} of them", _are_sizes),
+}
+
+
+def _check_values(config: Config) -> None:
+    """Raises an InputError unless each field has a value that VALUES allows, and the blocks are not too many."""
     for field in dataclasses.fields(config):
-        word, value, hint = field.name, getattr(config, field.name), cast(Any, field.type)
-        if word == "backbone_arguments":
-            continue  # checked as the backbone's
-        types = {get_origin(kind) or kind for kind in (hint.__args__ if isinstance(hint, UnionType) else (hint,))}
-        if tuple in types:
-            items = jax.tree.leaves(value)
-            check_at_most(f"the entries of {word}", len(items), MOST_BLOCKS, "the blocks of the deepest model")
-            if any(type(item) is not int for item in items):
-                raise InputError(f"{word} must be integers, not {value!r}.")
-            check_at_most(word, max(items, default=0), LARGEST_SIZE, "the largest size")
-            if word == "image_size":
-                check_at_least(word, min(items, default=0), 1)
-                if isinstance(value, tuple) and len(value) != 2:
-                    raise InputError(f"image_size must be an integer or (height, width), not {value!r}.")
-            continue
-        if float in types:
-            types |= {int}
-        if type(value) not in types:
-            allowed = " or ".join(sorted(getattr(kind, "__name__", str(kind)) for kind in types))
-            raise InputError(f"{word} must be {allowed.replace('NoneType', 'None')}, not {value!r}.")
-        if type(value) is int and float not in types:
-            check_at_least(word, value, 1)
-            check_at_most(word, value, LARGEST_SIZE, "the largest size")
+        value, hint = getattr(config, field.name), cast(Any, field.type)
+        kind, *others = hint.__args__ if isinstance(hint, UnionType) else (hint,)
+        # The backbone's arguments are checked with its own configuration.
+        if field.name != "backbone_arguments" and not (value is None and type(None) in others):
+            VALUES.get(field.name, VALUES[get_origin(kind) or kind]).check(field.name, value)
     blocks = sum(jax.tree.leaves([getattr(config, word, ()) for word in ("depth", "depths")]))
     check_at_most("the number of blocks", blocks, MOST_BLOCKS, "that of the deepest model")
-    if not isinstance(config, BackboneConfig):
-        return
-    if not 0 <= config.drop_path_rate < 1:
-        raise InputError(f"drop_path_rate must be in [0, 1), not {config.drop_path_rate}.")
-    if not 0 < config.mlp_ratio <= LARGEST_SIZE:
-        raise InputError(f"mlp_ratio must be above 0 and at most {LARGEST_SIZE}, not {config.mlp_ratio}.")
 
 
 def _plain(value: Any) -> Any:
-    """Tuples for lists, which JSON gives, and for dicts, since a spec must be hashable; Python's integers for NumPy's.
+    """Turns lists and dicts into tuples, because a spec must be hashable, and NumPy's integers into Python's.
 
-    A dict's pairs are sorted by their words.
+    A dict becomes its pairs, sorted by key.
     """
     if isinstance(value, Mapping):
         return tuple(sorted((word, _plain(item)) for word, item in value.items()))
@@ -149,16 +146,16 @@ def create_model(
       image_size: pixels a side, or (height, width); None is the model's own.
       dtype: compute dtype, float32 or bfloat16; outputs are always float32.
       param_dtype: dtype of the parameters.
-      rngs: where the parameters are drawn from; None is nnx.Rngs(0).
+      rngs: the streams that the parameters are drawn from; None is nnx.Rngs(0).
       **overrides: other fields of the model's configuration (DeiTConfig, LeViTConfig, MViTv2Config), which are timm's
         constructor words: embed_dim, depth, num_heads (tuples for LeViT), depths, stride_q, stride_kv_adaptive (for
         MViTv2), key_dim, patch_size, in_chans, mlp_ratio, qkv_bias, distilled, drop_path_rate, window_size (Swin's
         word, for DeiT); and ours: init_std, qkv_pool (for DeiT), remat, token_conv, token_kernel_size, implementation
         and, for castling, mask_kind. A detector (PicoDetConfig) takes backbone, the name of a classifier;
-        backbone_arguments, a dict of that one's words; neck ("lc_pan" or "csp_pan"), neck_channels and num_convs.
+        backbone_arguments, a dict of the classifier's words; neck ("lc_pan" or "csp_pan"), neck_channels and num_convs.
 
     Returns:
-      A Flax NNX module; `model.spec` holds what it was made from.
+      A Flax NNX module; `model.spec` holds the arguments that made it.
 
     Raises:
       InputError: a name or an override is unknown, or sizes do not fit each other.
@@ -169,8 +166,7 @@ def create_model(
         check_known(word, value, DTYPES)
     if not isinstance(rngs, nnx.Rngs | _SameKey | None):
         raise InputError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), not {type(rngs).__name__}.")
-    if rngs is not None and not hasattr(rngs, "params"):
-        raise InputError("rngs must have a stream for params, as nnx.Rngs(0) and nnx.Rngs(params=0) do.")
+    check(rngs is None or hasattr(rngs, "params"), "rngs must have a stream for params, as nnx.Rngs(0) does.")
     overrides = {word: _plain(value) for word, value in overrides.items()}
     size = _plain(image_size)
     if isinstance(size, tuple) and len(size) == 2 and size[0] == size[1]:
@@ -195,10 +191,7 @@ def create_model(
     )
     make_backbone = MODELS[backbone_name][0]
     if core.kind.module is not None and not make_backbone.takes_modules:
-        raise InputError(
-            f"attention={attention!r} replaces the whole multi-head attention, which {backbone_name} does not have: "
-            "choose a plain transformer such as deit_small."
-        )
+        raise InputError(f"attention={attention!r} is for plain transformers such as deit_small, not {backbone_name}.")
     layers = Layers(
         dtype=jnp.dtype(dtypes["dtype"]),
         param_dtype=jnp.dtype(dtypes["param_dtype"]),
@@ -220,7 +213,7 @@ def create_model(
 
 
 def _configured(name: str, config: C, overrides: dict[str, Any], sizes: dict[str, Any]) -> C:
-    """The model's configuration with these fields, checked."""
+    """The model's configuration `config` with these fields replaced and all fields checked."""
     words: list[str] = [field.name for field in dataclasses.fields(config)]
     for word in overrides:
         check_known(f"argument of {name}", word, [*words, *ARGUMENTS])
@@ -262,16 +255,16 @@ def list_models() -> list[str]:
 
 
 def attentions_of(name: str) -> list[str]:
-    """The attentions that the model `name` takes: a module of a kind's own only fits plain transformers.
+    """The attentions that the model `name` takes: kinds with a module of their own only fit plain transformers.
 
-    Those of a detector are all: which of them fit is its backbone's matter.
+    For a detector all attentions are listed, because the backbone decides which of them fit.
     """
     takes_modules = name in DENSE_MODELS or MODELS[name][0].takes_modules
     return [attention for attention, kind in KINDS.items() if kind.module is None or takes_modules]
 
 
 class _SameKey:
-    """Stands in for nnx.Rngs where nothing is drawn: counting the draws is most of the cost of tracing a model."""
+    """Replaces nnx.Rngs where nothing is drawn: its counting of draws takes most of the time of tracing a model."""
 
     def __init__(self) -> None:
         self._key = jax.random.key(0)
@@ -281,5 +274,5 @@ class _SameKey:
 
 
 def abstract_model(name: str, **arguments: Any) -> Model:
-    """`create_model` with shapes in the place of arrays: nothing is allocated or drawn."""
+    """`create_model` with shapes instead of arrays: nothing is allocated or drawn."""
     return nnx.eval_shape(lambda: create_model(name, **({"rngs": cast(nnx.Rngs, _SameKey())} | arguments)))

@@ -1,7 +1,7 @@
-"""Between NNX modules and the plain trees that the rest of the package, and users' programs, work on.
+"""Converts between NNX modules and plain trees, on which the rest of the package and users' programs work.
 
-Variables are {"params": {...}, "batch_stats": {...}}: nested dicts with string keys only, whose leaves are arrays;
-`batch_stats` is there only where the model has batch norm.
+Variables are {"params": {...}, "batch_stats": {...}}: nested dicts with string keys only, whose leaves are arrays. Only
+models with batch norm have `batch_stats`.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Key
 
-from castling_jax.errors import InputError, takes
+from castling_jax.errors import InputError, check, takes
 from castling_jax.models.model import Model
 from castling_jax.ops.mesh import on_auto_axes, split_as
 
@@ -28,7 +28,7 @@ def _string_keys(tree: Any) -> Any:
 
 @takes(model=MODEL)
 def get_variables(model: Model) -> Variables:
-    """The model's variables as nested plain dicts with string keys (block 0 is "0"). The arrays are the model's own."""
+    """The model's variables as nested plain dicts with string keys (block 0 is "0"). The arrays are not copied."""
     trees = {name: nnx.to_pure_dict(nnx.state(model, kind)) for name, kind in COLLECTIONS.items()}
     return {name: _string_keys(tree) for name, tree in trees.items() if tree}
 
@@ -47,7 +47,7 @@ def unflatten(leaves: dict[str, Any]) -> Any:
     """The inverse of `flatten`.
 
     Raises:
-      InputError: a path leads on from an array, as "a/b" does where "a" is one.
+      InputError: a path continues below an array, as "a/b" does if "a" is an array.
     """
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
@@ -63,27 +63,24 @@ def unflatten(leaves: dict[str, Any]) -> Any:
 
 @takes(model=MODEL, variables=VARIABLES)
 def leaves_of(model: Model, variables: Variables) -> dict[str, Any]:
-    """The variables by path, as `flatten` gives them.
+    """The variables by path, as `flatten` returns them, after a check that they are this model's.
 
     Raises:
-      InputError: a variable is missing, unknown or of another shape than the model's.
+      InputError: a variable is missing, unknown or of another shape than in the model.
     """
     expected, given = flatten(get_variables(model)), flatten(variables)
     if missing := sorted(expected.keys() - given.keys()):
         raise InputError(f"the variables lack {missing[0]!r} ({len(missing)} of {len(expected)} arrays are missing).")
     if unknown := sorted(given.keys() - expected.keys()):
-        raise InputError(
-            f"the variables hold {unknown[0]!r}, which the model does not have ({len(unknown)} such arrays)."
-        )
+        raise InputError(f"the variables hold {unknown[0]!r}, which the model does not have ({len(unknown)} arrays).")
     for path, leaf in expected.items():
         shape = getattr(given[path], "shape", type(given[path]).__name__)
-        if shape != leaf.shape:
-            raise InputError(f"{path!r} must have the shape {leaf.shape}, not {shape}.")
+        check(shape == leaf.shape, f"{path!r} must have the shape {leaf.shape}, not {shape}.")
     return given
 
 
 def bind(model: Model, variables: Variables) -> Model:
-    """A copy of the model that holds `variables`; the model itself is left as it is.
+    """A copy of the model that holds `variables`; the model itself does not change.
 
     Raises:
       InputError: a variable is missing, unknown or of another shape.
@@ -113,17 +110,17 @@ def apply(
     """The evaluation-mode forward pass; pure, jit- and grad-able (in reverse mode).
 
     Args:
-      model: gives the architecture; its own parameters are not used.
-      variables: as from `get_variables`.
+      model: the architecture; the parameters in the model are not used.
+      variables: the variables to use, in the form that `get_variables` returns.
       images: normalised pixels, in floating-point numbers, as `castling_jax.preprocess` makes them.
-      mask_threshold: a scalar of at least 0, needed by models in training form whose attention has a mask (castling,
-        taylor); the others ignore it.
+      mask_threshold: a scalar of at least 0. Models in training form need it if their attention has a mask (castling,
+        taylor); other models ignore it.
       return_densities: also return the mask density of each layer.
 
     Returns:
       In float32 a classifier's logits [batch, classes], or a detector's {"scores": [batch, points, classes], "boxes":
-      [batch, points, 4]} (x0, y0, x1, y1 in pixels of the images). With `return_densities` a pair of this and the
-      densities [layers], where a layer without the masked branch has the density 0.
+      [batch, points, 4]} (x0, y0, x1, y1 in pixels of the images). With `return_densities` a pair of these outputs and
+      the densities [layers]; a layer without the masked branch has the density 0.
 
     Raises:
       InputError: variables are missing or of another shape, images do not fit the model, or the threshold is missing,
@@ -148,22 +145,23 @@ def forward_train(
     mask_threshold: ArrayLike | None = None,
     key: Key[Array, ""],
 ) -> tuple[Any, Float[Array, "layers"], Any]:
-    """(outputs, densities, batch_stats) in training mode; pure, as `apply`.
+    """(outputs, densities, batch_stats) in training mode; pure, as `apply` is.
 
-    The outputs are each head's logits [heads, batch, classes], or a detector's `PicoDet.training_outputs`. The key is
-    drop-path's. `batch_stats` are the running statistics of batch norm after this batch, {} without any.
+    The outputs are each head's logits [heads, batch, classes], or a detector's `PicoDet.training_outputs`. `key` is the
+    key of drop-path. `batch_stats` are the running statistics of batch norm after this batch, or {} without batch norm.
     """
     check_images(images)
     leaves = leaves_of(model, variables)
     statistics = flatten(variables.get("batch_stats", {}))
+    # Running statistics are outputs, and keep the sharding that they came with.
     stay = unflatten({path: split_as(leaf, *range(len(leaf.shape))) for path, leaf in statistics.items()})
 
     over_batch = (None,) * model.batch_axis + (0,)
 
     @on_auto_axes(lambda images: (split_as(images, *over_batch), PartitionSpec(), stay))
     def forward(images: Any, leaves: Any, mask_threshold: Any, key: Any) -> Any:
-        # The copy's variables were made here, so what batch norm writes into them neither leaves a trace of jit or
-        # grad nor reaches the model.
+        # Batch norm writes into the copy's variables, which are made here: no tracer leaves jit or grad through them,
+        # and the model does not change.
         bound = _with_leaves(model, leaves)
         outputs, densities = bound.training_outputs(images, mask_threshold=mask_threshold, key=key)
         return outputs, densities, get_variables(bound).get("batch_stats", {})
@@ -181,7 +179,7 @@ def features(
 ) -> list[Float[Array, "batch height width channels"]]:
     """The backbone's tokens on their grid, one map for each stage, finest first.
 
-    Pure, as `apply`, with the same arguments and errors.
+    Pure, as `apply` is, with the same arguments and errors.
     """
     check_images(images)
 
@@ -194,7 +192,7 @@ def features(
 
 
 def check_images(images: jax.Array) -> None:
-    """Raises an InputError unless images are a batch of at least one, with four axes."""
+    """Raises an InputError unless `images` is a batch of at least one image, with four axes."""
     shape = getattr(images, "shape", None)
     if shape is None or len(shape) != 4 or shape[0] < 1:
         what = type(images).__name__ if shape is None else f"of shape {shape}"
@@ -203,5 +201,5 @@ def check_images(images: jax.Array) -> None:
 
 @takes(variables=VARIABLES)
 def count_parameters(variables: Variables) -> int:
-    """How many numbers `params` holds (batch statistics are not parameters)."""
+    """The number of parameters: numbers in `params`, without the batch statistics."""
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))

@@ -1,9 +1,11 @@
 """The bias that is added to attention scores: one array, or two factors whose outer sum is the bias."""
 
+import math
+
 import jax
 from jaxtyping import Array, Float
 
-from castling_jax.errors import InputError
+from castling_jax.errors import check
 from castling_jax.ops.checks import check_array
 
 Bias = (
@@ -14,28 +16,18 @@ Bias = (
 
 def check_bias(q: jax.Array, k: jax.Array, bias: Bias) -> None:
     """Raises an InputError unless the bias, or both its factors, are floating arrays that fit the queries and keys."""
-    for part in bias if isinstance(bias, tuple | list) else (bias,):
+    parts, wanted = (bias, 2) if isinstance(bias, tuple | list) else ((bias,), 1)
+    for part in parts:
         check_array("bias", part)
     (batch, queries, heads, _), keys = q.shape, k.shape[1]
-    if isinstance(bias, tuple | list):
-        if len(bias) != 2 or any(
-            factor.ndim != 4 or factor.shape[0] not in (1, batch) or factor.shape[1:3] != (heads, queries)
-            for factor in bias
-        ):
-            shapes = [factor.shape for factor in bias]
-            raise InputError(
-                f"a factored bias must be a pair [batch, {heads} heads, {queries} queries, key rows or columns], "
-                f"not of shapes {shapes}."
-            )
-        rows, columns = bias
-        if rows.shape[3] * columns.shape[3] != keys:
-            raise InputError(
-                f"a bias for {rows.shape[3]} key rows times {columns.shape[3]} columns does not fit {keys} keys."
-            )
-    elif bias.ndim != 4 or bias.shape[0] not in (1, batch) or bias.shape[1:] != (heads, queries, keys):
-        raise InputError(
-            f"bias must be of shape [1 or {batch}, {heads} heads, {queries} queries, {keys} keys], not {bias.shape}."
-        )
+    shapes = [part.shape for part in parts]
+    fit = [len(shape) == 4 and shape[0] in (1, batch) and shape[1:3] == (heads, queries) for shape in shapes]
+    # The last axis of one array has all keys; the last axes of two factors have the key rows and the key columns.
+    check(
+        len(parts) == wanted and all(fit) and math.prod(shape[3] for shape in shapes) == keys,
+        f"bias must be [1 or {batch}, {heads} heads, {queries} queries, {keys} keys], or a pair of such arrays for key "
+        f"rows and columns, whose product is {keys}, not of shape {' and '.join(map(str, shapes))}.",
+    )
 
 
 def dense_bias(bias: Bias) -> Float[Array, "#batch heads queries keys"]:

@@ -5,7 +5,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from castling_jax.errors import InputError
+from castling_jax.errors import check
 from castling_jax.ops.checks import check_array
 from castling_jax.ops.mesh import on_auto_axes, split_as
 
@@ -89,5 +89,4 @@ def _area(x0: Array, y0: Array, x1: Array, y1: Array) -> Array:
 
 def _check_boxes(name: str, boxes: Array | np.ndarray) -> None:
     check_array(name, boxes)
-    if boxes.ndim < 2 or boxes.shape[-1] != 4:
-        raise InputError(f"{name} must be [..., boxes, 4], not of shape {boxes.shape}.")
+    check(boxes.ndim >= 2 and boxes.shape[-1] == 4, f"{name} must be [..., boxes, 4], not of shape {boxes.shape}.")

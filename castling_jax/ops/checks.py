@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import ArrayLike
 
-from castling_jax.errors import InputError, check_known
+from castling_jax.errors import InputError, check, check_known
 from castling_jax.ops.tokens import QueryValues, tokens_of
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas")
@@ -20,12 +20,10 @@ def check_implementation(implementation: str) -> None:
 
 def check_array(name: str, array: Any, axes: tuple[str, ...] = ()) -> None:
     """Raises an InputError unless `array` has a floating type and, where `axes` are given, as many axes."""
-    if not hasattr(array, "dtype"):
-        raise InputError(f"{name} must be an array, not {type(array).__name__}.")
+    check(hasattr(array, "dtype"), f"{name} must be an array, not {type(array).__name__}.")
     if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
         raise InputError(f"{name} must be of a floating type such as float32 or bfloat16, not {array.dtype}.")
-    if axes and array.ndim != len(axes):
-        raise InputError(f"{name} must be [{', '.join(axes)}], not of shape {array.shape}.")
+    check(not axes or array.ndim == len(axes), f"{name} must be [{', '.join(axes)}], not of shape {array.shape}.")
 
 
 def check_qkv(q: jax.Array, k: jax.Array, *values: jax.Array) -> None:
@@ -34,39 +32,27 @@ def check_qkv(q: jax.Array, k: jax.Array, *values: jax.Array) -> None:
         check_array(name, array, ("batch", "tokens", "heads", "dim"))
         if (array.shape[0], array.shape[2]) != (q.shape[0], q.shape[2]):
             raise InputError(f"{name} must have q's batch and heads: {array.shape} does not fit {q.shape}.")
-    if q.shape[3] != k.shape[3]:
-        raise InputError(f"q and k must have the same key_dim, not {q.shape[3]} and {k.shape[3]}.")
+    check(q.shape[3] == k.shape[3], f"q and k must have the same key_dim, not {q.shape[3]} and {k.shape[3]}.")
     for v in values:
-        if v.shape[1] != k.shape[1]:
-            raise InputError(f"k and v must have the same number of tokens, not {k.shape[1]} and {v.shape[1]}.")
+        check(v.shape[1] == k.shape[1], f"k and v must have equally many tokens, not {k.shape[1]} and {v.shape[1]}.")
 
 
 def check_query_values(q: jax.Array, v: jax.Array, query_values: QueryValues) -> None:
     """Raises an InputError unless every query has a value: its own, a named token's, or v's at its position."""
+    queries, keys, tokens = q.shape[1], v.shape[1], tokens_of(query_values)
     if query_values is None:
-        if q.shape[1] != v.shape[1]:
-            raise InputError(
-                f"{q.shape[1]} queries and {v.shape[1]} keys are different tokens: "
-                "give query_values [batch, queries, heads, value_dim] for the 1/2 V term and the token kernel."
-            )
-        return
-    tokens = tokens_of(query_values)
-    if tokens is not None:
-        if tokens.shape != q.shape[1:2]:
-            raise InputError(
-                f"query_values must be values, or integers that name one key for each of the {q.shape[1]} queries, not "
-                f"integers of shape {tokens.shape}."
-            )
-        if not np.all((tokens >= 0) & (tokens < v.shape[1])):
-            raise InputError(
-                f"query_values must name keys from 0 to {v.shape[1] - 1}, not from {tokens.min()} to {tokens.max()}."
-            )
-        return
-    expected = (*q.shape[:3], v.shape[3])
-    if not hasattr(query_values, "dtype") or jax.numpy.issubdtype(query_values.dtype, jax.numpy.integer):
-        raise InputError("query_values that name keys must be a NumPy array, because they are needed while tracing.")
-    if query_values.shape != expected:
-        raise InputError(f"query_values must have the shape {expected}, not {query_values.shape}.")
+        check(
+            queries == keys,
+            f"{queries} queries and {keys} keys differ: 1/2 V needs query_values [batch, queries, heads, value_dim].",
+        )
+    elif tokens is not None:
+        check(tokens.shape == (queries,), f"query_values must name {queries} keys, one a query, not {tokens.shape}.")
+        if not np.all((tokens >= 0) & (tokens < keys)):
+            raise InputError(f"query_values must name keys from 0 to {keys - 1}, not {tokens.min()} to {tokens.max()}.")
+    else:
+        if not hasattr(query_values, "dtype") or jax.numpy.issubdtype(query_values.dtype, jax.numpy.integer):
+            raise InputError("query_values that name keys must be a NumPy array: they are needed while tracing.")
+        check_shapes(query_values=(query_values, (*q.shape[:3], v.shape[3])))
 
 
 def concrete_threshold(mask_threshold: ArrayLike) -> float | None:
@@ -75,8 +61,7 @@ def concrete_threshold(mask_threshold: ArrayLike) -> float | None:
     Raises:
       InputError: the threshold is not a scalar, or it is concrete and negative or NaN.
     """
-    if np.ndim(mask_threshold) != 0:
-        raise InputError(f"mask_threshold must be a scalar, not of shape {np.shape(mask_threshold)}.")
+    check(np.ndim(mask_threshold) == 0, f"mask_threshold must be a scalar, not of shape {np.shape(mask_threshold)}.")
     if isinstance(mask_threshold, jax.core.Tracer):
         return None
     try:
@@ -98,8 +83,7 @@ def is_known_empty(mask_threshold: ArrayLike) -> bool:
     return known is not None and known >= 1
 
 
-def check_shapes(**expected: tuple[Any, tuple[int, ...]]) -> None:
-    """Raises an InputError unless each array, by its name, has the shape that stands beside it."""
+def check_shapes(**expected: tuple[Any, tuple[Any, ...]]) -> None:
+    """Raises an InputError unless each array, by its name, has the shape beside it, whose sizes may be symbolic."""
     for name, (array, shape) in expected.items():
-        if np.shape(array) != shape:
-            raise InputError(f"{name} must have the shape {shape}, not {np.shape(array)}.")
+        check(np.shape(array) == shape, f"{name} must have the shape {shape}, not {np.shape(array)}.")

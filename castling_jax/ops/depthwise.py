@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, check, check_between
 from castling_jax.ops.checks import check_array
 from castling_jax.ops.mesh import HEAD_AXES, mesh_in_use, on_auto_axes, split_as
 
-SUMMED = 4  # rows and columns of products that a gradient on a CPU adds up before it reduces them
+SUMMED = 4  # a kernel's gradient on a CPU adds SUMMED x SUMMED products elementwise before it reduces them
 
 
 @on_auto_axes(lambda v: split_as(v, 0, 1, 2, 3))
@@ -33,8 +33,8 @@ def depthwise_convolution(
     Args:
       v: values.
       kernel: [taps, heads] over the token axis, or [rows, columns, heads] over the patch grid, of odd sizes.
-      grid: (height, width) of the patch grid in tokens, with a [rows, columns, heads] kernel and with no other.
-      prefix_tokens: leading tokens (class, distillation) that are left out: no tap reads or writes them.
+      grid: (height, width) of the patch grid in tokens, for a [rows, columns, heads] kernel only.
+      prefix_tokens: number of leading tokens (class, distillation) that no tap reads or writes.
 
     Returns:
       The convolved values in v's dtype, zero at the prefix tokens.
@@ -54,34 +54,31 @@ def depthwise_convolution(
 def check_token_kernel(
     kernel: jax.Array, all_tokens: int, heads: int, grid: tuple[int, int] | None, prefix_tokens: int
 ) -> None:
-    """Raises an InputError unless `depthwise_convolution` takes the arguments, with `all_tokens` tokens and `heads`."""
+    """Raises an InputError unless the kernel, grid and prefix fit values with `all_tokens` tokens and `heads` heads."""
     check_array("token_kernel", kernel)
-    if kernel.ndim not in (2, 3) or any(size % 2 == 0 for size in kernel.shape[:-1]):
-        raise InputError(
-            f"a token kernel must be [taps, heads] or [rows, columns, heads] of odd sizes, not {kernel.shape}."
-        )
-    *taps, kernel_heads = kernel.shape
-    if kernel_heads != heads:
-        raise InputError(f"a token kernel for {kernel_heads} heads does not fit values with {heads} heads.")
+    taps = kernel.shape[:-1]
+    check(
+        len(taps) in (1, 2) and all(size % 2 for size in taps),
+        f"a token kernel must be [taps, heads] or [rows, columns, heads] of odd sizes, not {kernel.shape}.",
+    )
+    check(kernel.shape[-1] == heads, f"a token kernel of shape {kernel.shape} does not fit values with {heads} heads.")
     if not all(isinstance(size, int | np.integer) for size in (*jax.tree.leaves(grid), prefix_tokens)):
         raise InputError(f"grid and prefix_tokens must be integers, not {grid!r} and {prefix_tokens!r}.")
-    if not 0 <= prefix_tokens <= all_tokens:
-        raise InputError(f"prefix_tokens must be between 0 and {all_tokens} tokens, not {prefix_tokens}.")
-    if (grid is not None) != (len(taps) == 2):
-        raise InputError(
-            f"grid=(height, width) goes with a [rows, columns, heads] kernel and with no other, "
-            f"not grid={grid} with a kernel of shape {kernel.shape}."
-        )
+    check_between("prefix_tokens", prefix_tokens, 0, all_tokens)
+    check(
+        (grid is None) == (len(taps) == 1),
+        f"only a [rows, columns, heads] kernel needs a grid=(height, width), not {kernel.shape} with grid={grid}.",
+    )
     tokens = all_tokens - prefix_tokens
     if grid is not None and (np.shape(grid) != (2,) or min(grid) < 0 or math.prod(grid) != tokens):
         raise InputError(f"a grid of {grid} does not hold the {tokens} tokens after {prefix_tokens} prefix tokens.")
 
 
-# jit keeps this function's name in the jaxpr, where models/macs.py counts its multiply-adds.
+# jit keeps this function's name in the jaxpr, by which models/macs.py counts its multiply-adds.
 @jax.jit
 def _depthwise_taps(patches: jax.Array, kernel: jax.Array) -> jax.Array:
-    # With gradients, a TPU's convolution takes a seventh of the time of shifted multiply-adds, by the compiler's
-    # estimate. Elsewhere a convolution with one channel per group is slow.
+    # By the compiler's estimate for a TPU, XLA's convolution and its gradients take a seventh of the time of shifted
+    # multiply-adds. Elsewhere a convolution with one channel per group is slow.
     return jax.lax.platform_dependent(patches, kernel, tpu=_convolution, default=_shifted_taps)
 
 
@@ -90,7 +87,7 @@ def _convolution(patches: jax.Array, kernel: jax.Array) -> jax.Array:
     *taps, _ = kernel.shape
     channels = patches.reshape(*patches.shape[:-2], heads * dim)
     repeated = jnp.repeat(kernel.astype(patches.dtype), dim, axis=-1).reshape(*taps, 1, heads * dim)
-    # HIGHEST matters for float32 values, which the default precision would round to bfloat16.
+    # HIGHEST, because the default precision would round float32 values to bfloat16.
     out = convolve_channels(channels, repeated, (1,) * len(taps), precision=jax.lax.Precision.HIGHEST)
     return out.reshape(patches.shape)
 
@@ -121,12 +118,12 @@ def convolve_channels(
     *,
     precision: jax.lax.Precision | None = None,
 ) -> Float[Array, "batch *strided channels"]:
-    """XLA's convolution of each channel with its own taps, of odd sizes, with zero padding by half the taps.
+    """XLA's convolution of each channel with its own taps, in odd numbers, with zero padding by half the taps.
 
-    XLA's partitioner (JAX 0.10 to 0.12) has a fault: where one axis of a mesh splits the batch and `x` is not split
-    over another, it multiplies the kernel's gradient by the number of devices along the other axis. Axes named
-    `tensor` or `model` may be such axes. On a mesh that has one, the gradient is computed as a sum of products instead
-    of a convolution, which is correct, but slower on a TPU.
+    XLA's partitioner (JAX 0.10 to 0.12) has a fault: if one axis of a mesh splits the batch and another axis does not
+    split `x`, it multiplies the kernel's gradient by the number of devices along the other axis. Axes named `tensor` or
+    `model` may be such axes. On a mesh with one of them, the gradient is a sum of products instead of a convolution,
+    which is correct, but slower on a TPU.
     """
     sizes = mesh_in_use((x, kernel)).shape
     split = any(sizes.get(name, 1) > 1 for name in HEAD_AXES)
@@ -173,6 +170,7 @@ def _convolution_gradients(
             slice(start, start + stride * size, stride)
             for start, stride, size in zip(offset, strides, d_out.shape[1:-1], strict=True)
         )
+        # Rounded once, at the end: the sum runs over the batch and all positions.
         d_taps.append(jnp.sum(padded[(slice(None), *window)] * d_out, axis=tuple(range(d_out.ndim - 1))))
     return *backward(d_out), jnp.stack(d_taps).reshape(kernel.shape).astype(kernel.dtype)
 
@@ -180,17 +178,17 @@ def _convolution_gradients(
 _convolve_in_parts.defvjp(_convolve_and_keep, _convolution_gradients)
 
 
-# Compiled on its own so that it keeps its name in a jaxpr, where models/macs.py counts its multiply-adds.
+# jit keeps this function's name in the jaxpr, by which models/macs.py counts its multiply-adds.
 @functools.partial(jax.jit, static_argnums=2)
 def convolve_taps(
     x: Float[Array, "batch height width channels"],
     kernel: Float[Array, "rows columns 1 channels"],
     stride: int,
 ) -> Float[Array, "batch strided_height strided_width channels"]:
-    """`convolve_channels` over a grid with one stride, in the way that is fast on each platform; not for forward mode.
+    """`convolve_channels` over a grid with one stride, fast on each platform. Not for forward-mode differentiation.
 
-    A TPU has a depthwise convolution. On a CPU XLA's takes more than ten times as long as shifted multiply-adds with
-    gradients of their own (docs/performance.md).
+    XLA has a depthwise convolution for TPUs. XLA's convolution on a CPU takes more than ten times as long as shifted
+    multiply-adds with gradients of their own (docs/performance.md).
     """
     return jax.lax.platform_dependent(
         x,
@@ -201,7 +199,7 @@ def convolve_taps(
 
 
 def _every(x: jax.Array, starts: Iterable[int], stride: int, sizes: Iterable[int]) -> jax.Array:
-    """Every stride-th row and column of an image, `sizes` of them, from these on."""
+    """Every stride-th row and column of an image from `starts` on, `sizes` of them."""
     rows, columns = (
         slice(start, start + stride * (size - 1) + 1, stride) for start, size in zip(starts, sizes, strict=True)
     )
@@ -214,7 +212,7 @@ def _shift_and_add(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     sizes = (-(-x.shape[1] // stride), -(-x.shape[2] // stride))
     wide = jnp.promote_types(x.dtype, jnp.float32)
     padded = jnp.pad(x, [(0, 0), *((size // 2, size // 2) for size in taps), (0, 0)]).astype(wide)
-    # A barrier, or the loop over the taps would ask of each number whether it is padding.
+    # Without the barrier XLA fuses the padding into the loop over the taps, which then tests each number for padding.
     padded = jax.lax.optimization_barrier(padded)
     offsets = product(*map(range, taps))
     products = (_every(padded, offset, stride, sizes) * kernel[(*offset, 0)].astype(wide) for offset in offsets)
@@ -226,18 +224,19 @@ def _shift_and_keep(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.A
 
 
 def _shift_gradients(stride: int, kept: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of the input, the convolution with the kernel turned round; of each tap, a sum of products.
+    """Gradients of input and kernel: a convolution with the reversed kernel, and for each tap a sum of products.
 
-    On a CPU XLA's reductions take one number at a time, so SUMMED x SUMMED products are added elementwise first.
+    XLA's reductions on a CPU take one number at a time, so SUMMED x SUMMED products are added elementwise first.
     """
     x, kernel = kept
     *taps, _, _ = kernel.shape
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    # Zeros between the rows and columns of a strided result, up to the input's size.
+    # Zeros between the rows and columns of a strided result expand it to the input's size: the stride is then 1.
     spread = [(0, x.shape[axis] - stride * (d_out.shape[axis] - 1) - 1, stride - 1) for axis in (1, 2)]
     dilated = jax.lax.pad(d_out, jnp.zeros((), d_out.dtype), [(0, 0, 0), *spread, (0, 0, 0)])
     d_x = _shift_and_add(dilated, kernel[::-1, ::-1], 1)
 
+    # The result is padded with zeros to whole blocks of SUMMED x SUMMED positions, and the input as far as a tap reads.
     blocks = tuple(-(-size // SUMMED) for size in d_out.shape[1:3])
     whole = [SUMMED * size for size in blocks]
     ends = [(0, size - length) for size, length in zip(whole, d_out.shape[1:3], strict=True)]
@@ -250,7 +249,7 @@ def _shift_gradients(stride: int, kept: tuple[jax.Array, jax.Array], d_out: jax.
     d_taps = []
     for offset in product(*map(range, taps)):
         products = (
-            # One slice of a slice would be copied for each tap.
+            # Position and tap make one slice: XLA would copy the outer of two nested slices for each tap.
             _every(padded, (offset[0] + stride * row, offset[1] + stride * column), stride * SUMMED, blocks)
             * _every(d_out, (row, column), SUMMED, blocks)
             for row, column in product(range(SUMMED), repeat=2)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from castling_jax.errors import InputError, check_at_least
+from castling_jax.errors import check, check_at_least
 from castling_jax.ops.boxes import iou
-from castling_jax.ops.checks import check_array
+from castling_jax.ops.checks import check_array, check_shapes
 from castling_jax.ops.mesh import on_auto_axes, split_as
 
 
@@ -48,10 +48,8 @@ def non_maximum_suppression(
     """
     check_array("scores", scores)
     check_array("boxes", boxes)
-    if scores.ndim < 2 or boxes.shape != (*scores.shape[:-1], 4):
-        raise InputError(
-            f"boxes must be [..., points, 4] and scores [..., points, classes], not {boxes.shape} and {scores.shape}."
-        )
+    check(scores.ndim >= 2, f"scores must be [..., points, classes], not of shape {scores.shape}.")
+    check_shapes(boxes=(boxes, (*scores.shape[:-1], 4)))
     check_at_least("max_detections", max_detections, 1)
     check_at_least("candidates", candidates, 1)
 

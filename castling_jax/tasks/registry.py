@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from castling_jax.data.sources import Dataset
+from castling_jax.errors import InputError
 from castling_jax.models.model import Model
 from castling_jax.tasks.classification.task import Classification
 from castling_jax.tasks.detection.task import Detection
@@ -14,6 +16,13 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Det
 def task_of(model: Model) -> type[Task]:
     """The task that a model is for."""
     return TASKS[model.task]
+
+
+def check_annotation(model: Model, dataset: Dataset) -> None:
+    """Raises an InputError unless the data set's images are annotated with what the model's task needs."""
+    needed = task_of(model).annotation
+    if dataset.annotation != needed:
+        raise InputError(f"{model.spec.name} needs images with {needed}, and these have {dataset.annotation}.")
 
 
 def task_in(figures: Mapping[str, Any]) -> type[Task]:

@@ -88,19 +88,20 @@ class Answers(Protocol):
 class Task:
     """A task: what a model learns. A run makes one value, which is constant in the compiled step.
 
-      Attributes:
-            name: the task's name in the registry and in summary.json.
-        measures: the task's measures. The first one chooses the best checkpoint, and pictures and tables show it.
-        augmentations: fields of a configuration's `augment` that the task supports; the others must have their
-        defaults.
-    loss_title: name of the loss with its unit, for the axis of a picture.
-        held: arrays that the loss needs beside the batch, such as a teacher's variables. They are an argument of the
-          compiled step; arrays in a closure would become constants of the program.
+    Attributes:
+      name: the task's name in the registry and in summary.json.
+      measures: the task's measures. The first one chooses the best checkpoint, and pictures and tables show it.
+      augmentations: fields of a configuration's `augment` that the task supports; the others must have their defaults.
+      annotation: how the images of the task are annotated, as `Dataset.annotation` states it: "label" or "boxes".
+      loss_title: name of the loss with its unit, for the axis of a picture.
+      held: arrays that the loss needs beside the batch, such as a teacher's variables. They are an argument of the
+        compiled step; arrays in a closure would become constants of the program.
     """
 
     name: ClassVar[str]
     measures: ClassVar[tuple[Measure, ...]]
     augmentations: ClassVar[tuple[str, ...]] = ()
+    annotation: ClassVar[str]
     loss_title: ClassVar[str]
 
     @property

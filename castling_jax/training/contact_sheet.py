@@ -16,8 +16,9 @@ from castling_jax.data.sources import load_dataset
 from castling_jax.models.registry import abstract_model
 from castling_jax.plots import SMALL, png
 from castling_jax.preprocessing import Preprocessing
+from castling_jax.sizes import size_text
 from castling_jax.storage import write_atomically
-from castling_jax.tasks.registry import task_of
+from castling_jax.tasks.registry import check_annotation, task_of
 from castling_jax.tasks.task import Example, Task
 from castling_jax.training.config import default_config
 from castling_jax.training.setup import augmentation, named_splits
@@ -46,6 +47,7 @@ def draw_sheet(config: ConfigDict, *, examples: int) -> Figure:
     train_split, _ = named_splits(config.dataset)
     dataset = load_dataset(config.dataset.name, train_split, data_dir=config.dataset.data_dir)
     model = abstract_model(num_classes=dataset.num_classes, **model_arguments(config))
+    check_annotation(model, dataset)
     task, size = task_of(model).from_config(config, model), model.spec.image_size
     preprocessing = preprocessing_of(config, size)
     evaluation, training = task.eval_transform(preprocessing), augmentation(config, model, preprocessing)
@@ -75,7 +77,7 @@ def draw_sheet(config: ConfigDict, *, examples: int) -> Figure:
         row[0].set_ylabel("batch", fontsize=SMALL)
 
     changed = [f"{name} {value}" for name, value in config.augment.items() if value != default_config().augment[name]]
-    figure.suptitle(f"{config.dataset.name} at {size} x {size}: {', '.join(changed) or 'no augmentation'}", wrap=True)
+    figure.suptitle(f"{config.dataset.name} at {size_text(size)}: {', '.join(changed) or 'no augmentation'}", wrap=True)
     return figure
 
 

@@ -24,7 +24,7 @@ from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model, create_model
 from castling_jax.models.variables import Variables, get_variables
 from castling_jax.preprocessing import Preprocessing
-from castling_jax.tasks.registry import task_of
+from castling_jax.tasks.registry import check_annotation, task_of
 from castling_jax.tasks.task import Answers, Task, Teacher
 from castling_jax.training.config import check_augmentations, check_config
 from castling_jax.training.evaluate import Evaluator, configured_evaluator, evaluate_weights
@@ -192,6 +192,7 @@ def set_up(
             )
         with mistakes:
             model = abstract_model(num_classes=train_set.num_classes, **model_arguments(config))
+            check_annotation(model, train_set)
             preprocessing = preprocessing_of(config, model.spec.image_size)
             transform = augmentation(config, model, preprocessing)
             if isinstance(train_set, ArrayDataset):  # try one example: some augmentations refuse float pixels

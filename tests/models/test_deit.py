@@ -251,7 +251,7 @@ def test_a_model_without_blocks(refuses, depth):
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0])
 def test_a_drop_path_rate_that_is_no_share(refuses, rate):
-    with refuses("drop_path_rate must be in [0, 1)", str(rate)):
+    with refuses("drop_path_rate must be a number in [0, 1)", str(rate)):
         small.small_model(drop_path_rate=rate)
 
 

@@ -226,7 +226,7 @@ def test_a_kind_may_bring_a_module_which_plain_transformers_take(refuses):
     assert logits.shape == (2, 7)
     chex.assert_trees_all_equal(densities, jnp.zeros(2))
     for build, name in ((small.small_levit, "levit_128s"), (small.small_mvit, "mvitv2_tiny")):
-        with refuses("attention='mean' replaces the whole multi-head attention", name, "deit_small"):
+        with refuses("attention='mean' is for plain transformers", name, "deit_small"):
             build(attention="mean")
         assert "mean" not in attentions_of(name)
     assert "mean" in attentions_of("deit_tiny")

@@ -364,14 +364,14 @@ def test_tables_and_tokens_are_split_and_decayed_as_their_like():
 @pytest.mark.parametrize("kind", RIVALS)
 def test_levit_and_mvitv2_refuse(refuses, kind):
     for build, name in ((small.small_levit, "levit_128s"), (small.small_mvit, "mvitv2_tiny")):
-        with refuses(f"attention='{kind}' replaces the whole multi-head attention", name, "deit_small"):
+        with refuses(f"attention='{kind}' is for plain transformers", name, "deit_small"):
             build(attention=kind)
         assert kind not in attentions_of(name)
     assert kind in attentions_of("deit_tiny")
 
 
 def test_a_window_size_that_does_not_fit(refuses):
-    with refuses("window_size must be at least 1, not 0"):
+    with refuses("window_size must be an integer from 1 to 16777216, not 0."):
         rival("window", window_size=0)
     with refuses("unknown argument of levit_128s 'window_size'"):
         small.small_levit(window_size=7)

@@ -72,7 +72,7 @@ def test_errors_of_other_packages_become_one_sentence(refuses, tmp_path):
         ((2, 5, 3, 4), (1, 5, 3, 4), (2, 5, 3, 4), ["k must have q's batch and heads", "(1, 5, 3, 4)"]),
         ((2, 5, 3, 4), (2, 5, 3, 4), (2, 5, 1, 4), ["v must have q's batch and heads", "(2, 5, 1, 4)"]),
         ((2, 5, 3, 4), (2, 5, 3, 8), (2, 5, 3, 4), ["same key_dim", "4 and 8"]),
-        ((2, 5, 3, 4), (2, 5, 3, 4), (2, 6, 3, 4), ["same number of tokens", "5 and 6"]),
+        ((2, 5, 3, 4), (2, 5, 3, 4), (2, 6, 3, 4), ["equally many tokens", "5 and 6"]),
     ],
     ids=["axes", "batch", "heads", "key_dim", "tokens"],
 )
@@ -129,9 +129,9 @@ def test_queries_unlike_keys_need_query_values(refuses, name):
 @pytest.mark.parametrize(
     ("tokens", "said"),
     [
-        ([0, 1], "one key for each of the 5 queries, not integers of shape (2,)"),
-        ([0, 1, 2, 3, 5], "keys from 0 to 4, not from 0 to 5"),
-        ([-1, 0, 1, 2, 3], "keys from 0 to 4, not from -1 to 3"),
+        ([0, 1], "name 5 keys, one a query, not (2,)"),
+        ([0, 1, 2, 3, 5], "keys from 0 to 4, not 0 to 5"),
+        ([-1, 0, 1, 2, 3], "keys from 0 to 4, not -1 to 3"),
     ],
 )
 def test_query_values_by_tokens_that_there_are_not(refuses, tokens, said):
@@ -166,7 +166,7 @@ def test_an_unknown_implementation(refuses, call):
         (jnp.ones((2, 3, 5, 6)), ["5 keys", "(2, 3, 5, 6)"]),
         (jnp.ones((3, 3, 5, 5)), ["1 or 2", "(3, 3, 5, 5)"]),
         (jnp.ones((3, 5, 5)), ["(3, 5, 5)"]),
-        ((jnp.ones((2, 3, 5, 2)), jnp.ones((2, 3, 5, 3))), ["2 key rows times 3 columns", "5 keys"]),
+        ((jnp.ones((2, 3, 5, 2)), jnp.ones((2, 3, 5, 3))), ["pair", "product is 5", "(2, 3, 5, 2) and (2, 3, 5, 3)"]),
         ((jnp.ones((2, 3, 4, 1)), jnp.ones((2, 3, 5, 5))), ["3 heads", "5 queries", "(2, 3, 4, 1)"]),
         ((jnp.ones((2, 3, 5, 5)),), ["pair", "(2, 3, 5, 5)"]),
     ],
@@ -184,11 +184,11 @@ def test_a_bias_that_does_not_fit(refuses, name, bias, fragments, threshold):
         ((3, 2, 3), {"grid": (1, 5)}, ["odd", "(3, 2, 3)"]),
         ((3,), {}, ["[taps, heads]", "(3,)"]),
         ((3, 3, 3, 3), {}, ["[taps, heads]", "(3, 3, 3, 3)"]),
-        ((3, 2), {}, ["2 heads", "3 heads"]),
+        ((3, 2), {}, ["(3, 2)", "3 heads"]),
         ((3, 3, 3), {}, ["grid=None", "(3, 3, 3)"]),
         ((3, 3), {"grid": (1, 5)}, ["grid=(1, 5)", "(3, 3)"]),
         ((3, 3, 3), {"grid": (2, 2)}, ["(2, 2)", "5 tokens"]),
-        ((3, 3), {"prefix_tokens": 6}, ["prefix_tokens", "5 tokens", "6"]),
+        ((3, 3), {"prefix_tokens": 6}, ["prefix_tokens", "from 0 to 5", "6"]),
         ((3, 3), {"prefix_tokens": -1}, ["prefix_tokens", "-1"]),
     ],
 )

@@ -162,9 +162,9 @@ def test_scores_and_boxes_have_a_gradient():
 def test_what_does_not_fit(refuses):
     boxes, scores = map(jnp.asarray, draw(0))
     suppress = functools.partial(ops.non_maximum_suppression, **SETTINGS)
-    with refuses("boxes must be [..., points, 4]", "(40, 4)", "(39, 3)"):
+    with refuses("boxes must have the shape (39, 4), not (40, 4)."):
         suppress(boxes, scores[1:])
-    with refuses("scores [..., points, classes]", "(40,)"):
+    with refuses("scores must be [..., points, classes]", "(40,)"):
         suppress(boxes, scores[:, 0])
     with refuses("scores must be of a floating type", "int32"):
         suppress(boxes, scores.astype(np.int32))

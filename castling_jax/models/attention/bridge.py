@@ -1,4 +1,4 @@
-"""Bridge attention: a few global tokens gather from all tokens, and give back to them."""
+"""Bridge attention: a few global tokens gather information from all tokens and pass it back to them."""
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,9 @@ class BridgeAttention(nnx.Module):
     The tokens have no projections of their own, as in the paper: all matrices act on the six global tokens, and the
     block's residual adds the output to the tokens.
 
-    What is left out: the Former's block between the two equations (attention among the global tokens, and an MLP), and
-    the way of the global tokens from block to block; here each block has its own. The paper has no class token. Here it
-    is a token like all others.
+    Two parts of the paper are left out. One is the Former's block between the two equations: attention among the global
+    tokens, and an MLP. The other is the global tokens' path from block to block: here each block learns its own. The
+    paper has no class token. Here the class token is a token like all others.
 
     Raises:
       InputError: the heads do not divide the width.
@@ -49,11 +49,13 @@ class BridgeAttention(nnx.Module):
         mask_threshold: ArrayLike | None,
     ) -> tuple[Float[Array, "batch tokens channels"], Float[Array, ""]]:
         attention, heads = self.core.kind.function, split_heads(x, self.num_heads)
-        z = self.global_tokens[...].astype(x.dtype)  # the same for all images, and so are their queries
+        # All images share the global tokens, so the queries are projected once and then broadcast over the batch.
+        z = self.global_tokens[...].astype(x.dtype)
         with jax.named_scope("qkv"):
             q = split_heads(self.q(z), self.num_heads)
         gathered = attention(jnp.broadcast_to(q, (len(x), *q.shape[1:])), heads, heads)
         with jax.named_scope("proj"):
+            # This residual is equation 1's own: from here on the global tokens differ from image to image.
             z = z + self.proj(gathered.reshape(len(x), *z.shape[1:]))
         with jax.named_scope("qkv"):
             k, v = (split_heads(part, self.num_heads) for part in split_linear(self.kv, z, 2))

@@ -1,4 +1,4 @@
-"""What a kind of attention is, and the value that carries it from a model's constructor to its blocks."""
+"""A kind of attention, and the value that carries it from a model's constructor to its blocks."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from castling_jax.models.layers import Layers
 from castling_jax.ops.tokens import values_of_queries
 
 TOKEN_KERNEL_SIZES = {"1d": 9, "2d": 3}  # the authors' block has 9 taps over tokens
-# What a kind's function may take by name beside q, k and v, with its default: see `register_attention`.
+# The inputs beside q, k and v that a kind's function may take by name, with defaults: see `register_attention`.
 INPUTS: dict[str, Any] = {
     "token_kernel": None,
     "mask_threshold": None,
@@ -28,24 +28,24 @@ INPUTS: dict[str, Any] = {
     "implementation": "auto",
 }
 
-Output = tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""]]  # with the mask density
+Output = tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""]]  # and the mask density
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of attention. What its function takes by name says what it needs.
+    """A kind of attention. Its function gets the inputs that it has as arguments, by name.
 
     Attributes:
-      name: what `attention` calls it.
+      name: the kind's name, a value of the argument `attention`.
       function: (q, k, v, ...) -> out, or (out, mask density), as `register_attention` describes it.
       taps: whether the values are convolved with a token kernel, where the model has a `token_conv`.
       linear: whether the cost grows with the number of tokens, not with its square.
-      inference: the kind that it becomes at the switch; None: it stays as it is.
+      inference: the kind that replaces this one at the switch; None: the switch keeps this one.
       parts: the named scopes in which `count_costs` finds the work of the function.
-      parameters: (attention module, layers) -> parameters of the kind's own, by name, for the module's num_heads,
-        key_dim and value_dim; the function takes them by these names. None: it has none.
-      module: a module in the place of `MultiHeadAttention`, made and called like it, which may use `function` or not;
-        for plain transformers only. None: MultiHeadAttention.
+      parameters: (attention module, layers) -> the kind's own parameters by name, in the sizes that the module's
+        num_heads, key_dim and value_dim give. The function takes them under these names. None: no own parameters.
+      module: a module that replaces `MultiHeadAttention` in plain transformers, and is made and called like it. It may
+        call `function` or compute without it. None: MultiHeadAttention.
     """
 
     name: str
@@ -59,36 +59,38 @@ class Kind:
 
     @functools.cached_property
     def signature(self) -> dict[str, inspect.Parameter]:
-        """What the function takes beside q, k and v, by name."""
+        """The function's parameters after q, k and v, by name."""
+        # Cached, because every block reads it several times whenever a model is traced.
         return dict(list(inspect.signature(self.function).parameters.items())[3:])
 
     def takes(self, name: str) -> bool:
-        """Whether the function takes this input."""
+        """Whether the function takes the input `name`."""
         return name in self.signature
 
     @property
     def at_inference(self) -> "Kind":
-        """The kind that is left after the switch."""
+        """The kind after the switch."""
         return self.inference or self
 
     @property
     def tables(self) -> Literal["module", "softmax_branch"] | None:
-        """Where the parameters live that only a bias of the scores is made of.
+        """Where an attention module keeps the parameters that serve only the bias of the scores.
 
-        These are LeViT's attention biases and MViTv2's relative positions. They are in the attention module itself, or
-        in its `softmax_branch`, which the switch drops, or nowhere.
+        These parameters are LeViT's attention biases and MViTv2's relative positions. They are in the attention module
+        itself, in its `softmax_branch`, which the switch drops, or nowhere (None).
         """
         if not self.takes("bias"):
             return None
+        # The switch drops the whole branch by its name, so nothing that the inference form reads may be in it.
         return "module" if self.at_inference.takes("bias") else "softmax_branch"
 
     def __call__(self, q: Array, k: Array, v: Array, **inputs: Any) -> Output:
-        """The output, convolved values included, and the mask density, which is 0 for a kind that has no mask.
+        """The output, convolved values included, and the mask density, which is 0 for a kind without a mask.
 
-        `inputs` are some of INPUTS, and all of the kind's own parameters; the function gets those that it takes.
+        `inputs` are some of INPUTS, and all of the kind's own parameters. The function gets the inputs that it takes.
 
         Raises:
-          InputError: the function needs a mask threshold, and there is none.
+          InputError: the function needs a mask threshold, and mask_threshold is None.
         """
         inputs = INPUTS | inputs
         threshold = self.signature.get("mask_threshold")
@@ -100,6 +102,7 @@ class Kind:
         on_grid = token_kernel is not None and token_kernel.ndim == 3
         where = {name: inputs[name] if on_grid else INPUTS[name] for name in ("grid", "prefix_tokens")}
         if self.takes("token_kernel"):
+            # The function adds DWConv(V) itself, as castling's kernels do in one pass over the values.
             inputs |= where
         elif token_kernel is not None:
             values = values_of_queries(v, inputs["query_values"])
@@ -116,14 +119,14 @@ class Core:
     """The attention that a model is built with: one value from the model's constructor down to its blocks.
 
     Attributes:
-      kind: the kind of attention; in inference form the one that is left after the switch.
+      kind: the kind of attention; in inference form the kind after the switch.
       token_conv: the convolution of the values: "1d" over tokens, "2d" over the grid, or None.
       token_kernel_size: taps, or rows and columns, of that convolution; None is 9 for "1d" and 3 for "2d".
       implementation: "auto", "xla" or "pallas", as in `ops`.
       mask_kind: how the threshold empties castling's softmax branch: "threshold" or "fade", as in `ops`.
       window_size: side of the windows of attention="window", in tokens; None is 7.
       pools_qkv: whether multi-head attention pools its queries, keys and values.
-      block: the number of the block in its model, from 0; a plain transformer sets it.
+      block: number of the block in its model, from 0. Only plain transformers set it.
     """
 
     kind: Kind
@@ -137,14 +140,14 @@ class Core:
 
     @property
     def needs_query_values(self) -> bool:
-        """Whether anything reads the values at the queries' positions."""
+        """Whether the function or the token kernel reads the values at the queries' positions."""
         return self.kind.takes("query_values") or (self.kind.taps and self.token_conv is not None)
 
     def add_parameters(self, module: Any, layers: Layers, **tables: nnx.Param) -> None:
         """Gives an attention module its token kernel, its tables and the kind's own parameters.
 
         Args:
-          module: has `num_heads`, and the widths of each head, `key_dim` and `value_dim`.
+          module: the attention module; its `num_heads`, `key_dim` and `value_dim` are set.
           layers: makes the parameters.
           **tables: the backbone's parameters for a bias of the scores. They go where `Kind.tables` says.
         """
@@ -168,11 +171,12 @@ class Core:
         return (size,) if self.token_conv == "1d" else (size, size)
 
     def tables_of(self, module: Any) -> Any:
-        """What holds the module's parameters for a bias of the scores: the module, its branch, or None."""
+        """The holder of the module's parameters for a bias of the scores: the module, its branch, or None."""
         return module if self.kind.tables == "module" else module.softmax_branch
 
     def inputs_of(self, module: Any) -> dict[str, Any]:
-        """What the kind reads beside q, k and v and the place of the tokens: its parameters, and how to run."""
+        """The kind's inputs that do not depend on the images: the module's parameters, and options of this core."""
+        # An argument that is not in INPUTS is one of the kind's own parameters, because `Kind.parameters` names it.
         own = self.kind.signature.keys() - INPUTS.keys() if self.kind.parameters else ()
         token_kernel = None if module.token_kernel is None else module.token_kernel[...]
         return {

@@ -1,4 +1,4 @@
-"""Multi-head self-attention, as plain transformers have it."""
+"""Multi-head self-attention for plain transformers."""
 
 from collections.abc import Sequence
 
@@ -7,27 +7,26 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
-from castling_jax.errors import InputError
+from castling_jax.errors import check
 from castling_jax.models.attention.core import Core
 from castling_jax.models.layers import Layers, Pool, split_linear
 
 
 def split_heads(x: Float[Array, "batch tokens channels"], num_heads: int) -> Float[Array, "batch tokens heads dim"]:
-    """The channels cut into heads."""
+    """Cuts the channels into heads."""
     return x.reshape(*x.shape[:2], num_heads, -1)
 
 
 def check_heads_divide(dim: int, num_heads: int) -> None:
     """Raises an InputError unless the heads divide the width."""
-    if num_heads < 1 or dim % num_heads:
-        raise InputError(f"{num_heads} heads do not divide the width {dim}.")
+    check(num_heads >= 1 and dim % num_heads == 0, f"{num_heads} heads do not divide the width {dim}.")
 
 
 class MultiHeadAttention(nnx.Module):
     """Self-attention with fused qkv, whose rows are ordered q, k, v, then head, then head_dim.
 
-    A subclass may have layers of its own (`add_layers`), and replace `project`, how tokens become q, k and v, or
-    `attend`, how these become the heads' output.
+    A subclass may add layers (`add_layers`), and replace the step from tokens to q, k and v (`project`) or the step
+    from q, k and v to the heads' output (`attend`).
 
     Args:
       dim: width, a multiple of num_heads.
@@ -50,13 +49,14 @@ class MultiHeadAttention(nnx.Module):
         self.qkv = layers.linear(dim, 3 * dim, use_bias=qkv_bias)
         self.proj = layers.linear(dim, dim)
         if core.pools_qkv:
+            # These kernels start at zero, as the taps do, so that a new model starts as DeiT.
             zeros = jax.nn.initializers.zeros
             self.pool_q, self.pool_k, self.pool_v = (Pool(self.key_dim, layers, zeros) for _ in range(3))
         core.add_parameters(self, layers)
         self.add_layers(layers)
 
     def add_layers(self, layers: Layers) -> None:
-        """Adds what a subclass has beside; the width is `num_heads * key_dim`."""
+        """Adds a subclass's own layers; the width is `num_heads * key_dim`."""
 
     def __call__(
         self,
@@ -100,7 +100,7 @@ class MultiHeadAttention(nnx.Module):
 def _add_pooled(
     x: Float[Array, "batch tokens channels"], pool: Pool, grid: tuple[int, int], prefix_tokens: int
 ) -> Float[Array, "batch tokens channels"]:
-    """Tokens and, added to the patches, their convolution over the grid. Its kernel starts at zero, as the taps do."""
+    """Adds to the patches their convolution over the grid; prefix tokens, which have no place there, do not change."""
     patches = x[:, prefix_tokens:]
     pooled = pool(patches.reshape(x.shape[0], *grid, x.shape[2])).reshape(patches.shape)
     return jnp.concatenate([x[:, :prefix_tokens], patches + pooled], axis=1)

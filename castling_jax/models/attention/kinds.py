@@ -1,7 +1,7 @@
 """The table of attention kinds: what happens between the projections, from q, k and v to the output.
 
-A backbone makes q, k and v in its own way (one fused layer, pooled on a grid, every second token), and each backbone
-takes every kind. A new kind is an entry of KINDS; everything else, from `create_model` to the switch, reads it there.
+A backbone makes q, k and v in its own way (one fused layer, pooled on a grid, every second token), and takes every kind
+without a module. A new kind is an entry of KINDS, which all the rest reads, from `create_model` to the switch.
 """
 
 import functools
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from castling_jax import ops
-from castling_jax.errors import InputError, check_known
+from castling_jax.errors import InputError, check, check_known
 from castling_jax.models.attention.bridge import BridgeAttention
 from castling_jax.models.attention.convolutional import ConvolutionalAttention
 from castling_jax.models.attention.core import INPUTS, TOKEN_KERNEL_SIZES, Core, Kind, Output
@@ -49,7 +49,7 @@ def softmax_attention(
     bias = None if bias is None else dense_bias(bias)
     if q.shape[3] == v.shape[3]:
         return jax.nn.dot_product_attention(q, k, v, bias=bias)
-    # JAX's own only takes values as wide as the keys; LeViT's are two and four times as wide.
+    # JAX's function only takes values as wide as the keys; LeViT's values are two or four times as wide.
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) / math.sqrt(q.shape[3])
     weights = jax.nn.softmax(scores if bias is None else scores + bias, axis=-1)
     return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
@@ -61,6 +61,7 @@ def normalized_angular_attention(
     v: Float[Array, "batch keys heads value_dim"],
 ) -> Float[Array, "batch queries heads value_dim"]:
     """l2normalise(Sim(Q, K) V): the exact kernel in the place of linear-angular attention's first two terms."""
+    # Normalised as castling's inference form is, so that the two differ in nothing but the kernel.
     out = ops.angular_attention(q, k, v)
     return normalize_and_convolve(out, out, None, grid=None, prefix_tokens=0)
 
@@ -104,6 +105,7 @@ KINDS = {
         Kind("performer", performer_attention, linear=True, taps=False, parts=("performer",)),
     )
 }
+# Taken here, before anything can be registered: only built-in names are refused, a registered one may be replaced.
 _BUILT_IN = frozenset(KINDS)
 
 
@@ -116,10 +118,10 @@ def make_core(
     implementation: str = "auto",
     mask_kind: str = "threshold",
 ) -> Core:
-    """The core that a model's arguments name; in inference form that of the kind which is left after the switch.
+    """The core for these arguments of a model; in inference form its kind is the kind after the switch.
 
     Raises:
-      InputError: a name is unknown, the kernel's size is even, or the attention has no branch that fades.
+      InputError: a name is unknown, the kernel's size is even, or the attention has no mask to fade.
     """
     check_known("attention", attention, KINDS)
     check_known("form", form, FORMS)
@@ -127,13 +129,12 @@ def make_core(
     check_known("mask_kind", mask_kind, MASK_KINDS)
     if token_conv is not None:
         check_known("token_conv", token_conv, TOKEN_KERNEL_SIZES)
-    if token_kernel_size is not None and token_kernel_size % 2 == 0:
-        raise InputError(
-            f"token_kernel_size must be odd, so that a tap stands on the token itself, not {token_kernel_size}."
-        )
+    odd = token_kernel_size is None or token_kernel_size % 2
+    check(odd, f"token_kernel_size must be odd, so that a tap stands on the token itself, not {token_kernel_size}.")
     kind = KINDS[attention]
     if mask_kind != "threshold" and not kind.takes("mask_kind"):
         raise InputError(f"mask_kind={mask_kind!r} is an option of castling attention, not of {attention!r}.")
+    # From here on nothing asks for the form: in inference form the training kind is gone, with its branch.
     kind = kind.at_inference if form == "inference" else kind
     return Core(kind, token_conv, token_kernel_size, implementation, mask_kind)
 
@@ -150,34 +151,34 @@ def register_attention(
         castling_jax.register_attention("cosine", cosine_attention)
         model = castling_jax.create_model("deit_tiny", attention="cosine")
 
-    Register it in every process that makes a model with it: in a configuration file, or before `load_inference`. A name
-    that you registered before is replaced in the models that are made from then on.
+    Register it in every process that makes a model with it: in a configuration file, or before `load_inference`. If you
+    register a name twice, models that are made later have the second function.
 
     Args:
       name: a new name, written like a Python name. `count_costs` counts the function's work under it.
-      function: (q, k, v) -> out, or (out, mask density) with the share of softmax weights kept. q is [batch, queries,
-        heads, key_dim], k [batch, keys, heads, key_dim], v [batch, keys, heads, value_dim] and out [batch, queries,
-        heads, value_dim]; out is cast to v's dtype. Pure and traceable by JAX. It may also take these, by name:
-        mask_threshold (scalar, required if it has no default), mask_kind ("threshold" or "fade", as the model is built
-        with), bias (of the scores: LeViT's attention biases, MViTv2's relative positions, as in
-        `ops.masked_softmax_attention`; None in DeiT), query_values (values at the queries' positions, where queries and
-        keys are different tokens, as in `ops.linear_angular_attention`), grid (height, width of the queries),
-        prefix_tokens (queries before the grid), implementation, and token_kernel (the taps, which it then applies
-        itself; grid and prefix_tokens are then as `ops.depthwise_convolution` takes them).
-      taps: whether DWConv(V), the convolution of the values with a token kernel, is part of it: it is added to the
-        function's output, unless the function takes `token_kernel`.
-      inference: the attention that it becomes at the switch, registered before; None: it stays as it is. Parameters for
-        `bias` are dropped at the switch if that one does not take `bias`.
+      function: (q, k, v) -> out, or (out, mask density) with the share of softmax weights that a mask keeps. q is
+        [batch, queries, heads, key_dim], k [batch, keys, heads, key_dim], v [batch, keys, heads, value_dim] and out
+        [batch, queries, heads, value_dim]; out is cast to v's dtype. The function is pure, and JAX can trace it. It may
+        also take these inputs, by name: mask_threshold (a scalar, required if it has no default), mask_kind
+        ("threshold" or "fade", from the model's arguments), bias (of the scores: LeViT's attention biases or MViTv2's
+        relative positions, as in `ops.masked_softmax_attention`; None in DeiT), query_values (values at the queries'
+        positions, where queries and keys are different tokens, as in `ops.linear_angular_attention`), grid (height and
+        width of the queries), prefix_tokens (number of queries before the grid), implementation, and token_kernel (the
+        taps). A function that takes token_kernel applies the taps itself, and gets grid and prefix_tokens as
+        `ops.depthwise_convolution` takes them.
+      taps: whether the attention includes DWConv(V), the convolution of the values with a token kernel. It is added to
+        the function's output, unless the function takes `token_kernel`.
+      inference: the attention that replaces this one at the switch, registered before; None: the switch keeps this one.
+        The switch drops the parameters for `bias` if the attention after it does not take `bias`.
 
     Raises:
-      InputError: the name is built in or no name, the function cannot be called so, or `inference` is unknown, changes
-        at the switch itself, or needs other parameters. Later, where the function is called: its output has another
-        shape.
+      InputError: the name is built in or not written like a Python name, the function cannot be called as described, or
+        `inference` is unknown, changes at the switch itself, or needs other parameters. A call of the attention raises
+        it if the function's output has another shape.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise InputError(f"an attention's name must be written like a Python name, such as 'cosine', not {name!r}.")
-    if name in _BUILT_IN:
-        raise InputError(f"the attention {name!r} is built in: choose another name.")
+    check(name not in _BUILT_IN, f"the attention {name!r} is built in: choose another name.")
     _check_function(name, function)
     at_inference = None
     if inference is not None:
@@ -190,9 +191,9 @@ def register_attention(
             (at_inference.takes("bias") and not takes_bias, f"takes a bias, which {name!r} does not take"),
             (at_inference.parameters or at_inference.module, f"has parameters of its own, which {name!r} lacks"),
         ):
-            if misfit:
-                raise InputError(f"inference={inference!r} {why}: name another attention.")
+            check(not misfit, f"inference={inference!r} {why}: name another attention.")
 
+    # `wraps` also hands on the function's signature, from which `Kind` learns the inputs that it takes.
     @functools.wraps(function)
     def checked(q: Array, k: Array, v: Array, **inputs: Any) -> Output | Array:
         with jax.named_scope(name):
@@ -200,10 +201,8 @@ def register_attention(
         out, *density = result if isinstance(result, tuple) and result else (result,)
         expected = (*q.shape[:3], v.shape[3])
         if getattr(out, "shape", None) != expected or len(density) > 1:
-            raise InputError(
-                f"the attention {name!r} must return an array [batch, queries, heads, value_dim], here of shape "
-                f"{expected}, or a pair of it and the mask density, not {_shape_of(result)}."
-            )
+            wanted = f"an array [batch, queries, heads, value_dim], here {expected}, or a pair of it and a mask density"
+            raise InputError(f"the attention {name!r} must return {wanted}, not {_shape_of(result)}.")
         out = out.astype(v.dtype)
         return (out, jnp.asarray(density[0], jnp.float32)) if density else out
 
@@ -211,17 +210,15 @@ def register_attention(
 
 
 def _check_function(name: str, function: Any) -> None:
-    """Raises an InputError unless `function` takes q, k and v, and beside them nothing that nobody gives it."""
+    """Raises an InputError unless `function` takes q, k and v, and its other required arguments are in INPUTS."""
     if not callable(function):
         raise InputError(f"the attention {name!r} must be a function of (q, k, v), not {function!r}.")
     parameters = list(inspect.signature(function).parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(positional) < 3:
-        raise InputError(f"the attention {name!r} must take (q, k, v), not {inspect.signature(function)}.")
+    check(len(positional) >= 3, f"the attention {name!r} must take (q, k, v), not {inspect.signature(function)}.")
     for parameter in parameters[3:]:
-        if parameter.name in INPUTS or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        if parameter.default is parameter.empty:
+        is_one = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)  # not *args, not **kwargs
+        if is_one and parameter.default is parameter.empty:
             check_known(f"input of the attention {name!r}", parameter.name, INPUTS)
 
 

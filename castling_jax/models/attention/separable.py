@@ -1,4 +1,4 @@
-"""Separable self-attention: one latent token in the place of the queries."""
+"""Separable self-attention: one latent token replaces the queries."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ def separable_attention(
     k: Float[Array, "batch tokens channels"],
     v: Float[Array, "batch tokens channels"],
 ) -> Float[Array, "batch tokens channels"]:
-    """relu(V) * sum_j softmax(scores)_j k_j, the softmax over tokens."""
+    """relu(V) * sum_j softmax(scores)_j k_j, with the softmax over tokens."""
+    # In float32, because in bfloat16 the softmax's sum over hundreds of tokens would lose its small terms.
     weights = jax.nn.softmax(scores.astype(jnp.float32), axis=1).astype(k.dtype)
     return jax.nn.relu(v) * jnp.einsum("btl,btc->blc", weights, k)
 
@@ -26,9 +27,10 @@ class SeparableAttention(nnx.Module):
     Each token's score is its inner product with one latent token, x W_I; a softmax over the tokens turns the scores
     into weights of the keys x W_K, whose weighted sum is the context vector. The output is (relu(x W_V) * context) W_O.
 
-    There is one latent token, hence one set of scores and no heads, whatever the model's num_heads. W_I has no bias,
-    which would cancel in the softmax. MobileViTv2 takes the softmax over patches, for each pixel in a patch apart; in
-    a plain transformer a token is a patch. The paper has no class token. Here it is a token like all others.
+    One latent token gives one set of scores, so there are no heads, whatever the model's num_heads. W_I has no bias,
+    which would cancel in the softmax. MobileViTv2 takes the softmax over patches, separately for each pixel in a patch;
+    in a plain transformer a token is a patch. The paper has no class token. Here the class token is a token like all
+    others.
     """
 
     def __init__(self, dim: int, num_heads: int, core: Core, layers: Layers, *, qkv_bias: bool):

@@ -1,4 +1,4 @@
-"""Window attention: softmax within windows of the grid, which every second block shifts."""
+"""Window attention: softmax attention within windows of the grid, which every second block shifts."""
 
 import dataclasses
 import math
@@ -16,17 +16,16 @@ WINDOW_SIZE = 7  # Swin's
 class WindowAttention(MultiHeadAttention):
     """W-MSA in even blocks and SW-MSA in odd ones (Liu et al., Swin Transformer, ICCV 2021, equations 3 and 4).
 
-    A token attends to the tokens of its window of M x M: softmax(Q K^T / sqrt(d) + B) V, with B looked up by the offset
-    of query and key in a learned table of (2M - 1)^2 offsets for each head. Odd blocks shift the windows by M // 2 rows
-    and columns. The grid is rolled for that, and a mask keeps tokens apart that were not neighbours before. Linear in
-    tokens.
+    A token attends to the tokens in its window of M x M tokens: softmax(Q K^T / sqrt(d) + B) V. A learned table gives B
+    for each of the (2M - 1)^2 offsets between query and key, for each head. Odd blocks shift the windows by M // 2 rows
+    and columns: the grid is rolled, and a mask separates tokens that only the roll made neighbours. Linear in tokens.
 
     As in Swin's code, a window is at most as high and as wide as the grid and is not shifted along a side that it
-    spans; a grid that is no multiple of the window is padded at its end. Swin attends to the padding, and here a mask
-    hides it. An image of another size keeps M. Offsets that no training image had then have their initial bias.
+    spans; a grid that is no multiple of the window is padded at its end. Swin attends to the padding; here a mask hides
+    it. An image of another size keeps M. Offsets that no training image had then keep their initial bias.
 
-    Swin has no class token. Here class and distillation token are keys and values of every window, and they attend to
-    all tokens; neither has a relative position, so their scores have no bias.
+    Swin has no class token. Here class and distillation token are keys and values in every window, and their queries
+    attend to all tokens. These tokens have no place on the grid, so their scores have no bias.
     """
 
     def add_layers(self, layers: Layers) -> None:
@@ -47,14 +46,16 @@ class WindowAttention(MultiHeadAttention):
         table = self.relative_position_bias_table[...].astype(jnp.float32)
         bias = jnp.moveaxis(table[windows.offsets], 2, 0)[:, None]
         bias = jnp.where(windows.apart, -jnp.inf, bias)  # [heads, windows, queries, keys]
+        # Zeros in front: the prefix keys come before a window's own keys, and their scores have no bias.
         bias = jnp.pad(bias.reshape(1, -1, *bias.shape[2:]), ((0, 0), (0, 0), (0, 0), (first, 0)))
 
         def keys(x: Array) -> Array:
-            # Every window has the prefix tokens, in front of its own.
+            # Windows are heads here, and the windows of one head lie side by side: so must its copies of the prefix.
             prefix = jnp.repeat(x[:, :first], math.prod(windows.counts), axis=2)
             return jnp.concatenate([prefix, windows.cut(x[:, first:])], axis=1)
 
         out = windows.join(attention(windows.cut(q[:, first:]), keys(k), keys(v), bias=bias))
+        # Prefix queries are in no window: they attend to all tokens in a call of their own.
         if first:
             out = jnp.concatenate([attention(q[:, :first], k, v), out], axis=1)
         return out, jnp.zeros((), jnp.float32)
@@ -62,10 +63,10 @@ class WindowAttention(MultiHeadAttention):
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """How windows lie on a grid: `size` tokens a side, from the first token on, or `shifted` by half their side.
+    """The windows of a grid: `size` tokens a side, from the first token on, or `shifted` by half their side.
 
-    The windows of a head stand beside one another as heads of their own, so that all of them are one call of a softmax
-    whose bias differs from window to window. The head comes first: a mesh that splits heads keeps them apart.
+    Each window of each head counts as a head, so that one call of the softmax computes them all, with a bias for each
+    window. Windows of the same head are adjacent, so that a mesh that splits heads does not split a head's windows.
     """
 
     grid: tuple[int, int]
@@ -79,22 +80,22 @@ class Windows:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Windows along the grid's height and width, the last of which may reach over the end."""
+        """Windows along the grid's height and width; the last one may extend past the end of the grid."""
         return math.ceil(self.grid[0] / self.sides[0]), math.ceil(self.grid[1] / self.sides[1])
 
     @property
     def shifts(self) -> list[int]:
-        """By how many rows and columns the grid is rolled; a window that spans the grid stays where it is."""
+        """The rows and columns that the grid is rolled by: 0 along a side that a window spans."""
         sides = zip(self.sides, self.grid, strict=True)
         return [side // 2 if self.shifted and side < size else 0 for side, size in sides]
 
     @property
     def back(self) -> list[int]:
-        """The roll that brings a shifted window's first token to a window's first place."""
+        """The roll that moves the first token of a shifted window to the first place of a window."""
         return [-shift for shift in self.shifts]
 
     def cut(self, x: Float[Array, "batch tokens heads dim"]) -> Float[Array, "batch window_tokens heads_windows dim"]:
-        """The grid's tokens, zero padded, by their place in their window."""
+        """Cuts the grid's tokens, padded with zeros, into windows."""
         batch, _, heads, dim = x.shape
         (height, width), (rows, columns) = self.sides, self.counts
         padding = (0, rows * height - self.grid[0]), (0, columns * width - self.grid[1])
@@ -112,11 +113,13 @@ class Windows:
 
     @property
     def apart(self) -> Bool[np.ndarray, "windows queries keys"]:
-        """Which of a window's tokens do not see each other: those that only the roll has brought together, and padding.
+        """Which queries and keys of a window the mask separates: only the roll made them neighbours, or one is padding.
 
-        Padding sees padding, so that no row of a softmax is empty; nothing reads what comes of it.
+        Padding attends to padding, so that no row of a softmax is empty; `join` drops the result.
         """
         (height, width), (rows, columns) = self.sides, self.counts
+        # Tokens in one region may attend to each other. Rows and columns are told apart by different numbers, 1 and 2,
+        # so that the four corners of a grid that is rolled along both axes are four regions.
         region = np.zeros((rows * height, columns * width), int)
         region[: self.shifts[0]] += 1  # the rows that the roll brings to the bottom
         region[:, : self.shifts[1]] += 2
@@ -127,7 +130,8 @@ class Windows:
 
     @property
     def offsets(self) -> Int[np.ndarray, "queries keys"]:
-        """The row of the table of offsets, of windows of size x size, for each query and key of a window."""
+        """The row of the table of (2 size - 1)^2 offsets for each query and key of a window."""
         down, across = (np.arange(side)[:, None] - np.arange(side) + self.size - 1 for side in self.sides)
+        # The table's rows belong to the full size, also where the grid is smaller, so that weights fit every grid.
         index = down[:, None, :, None] * (2 * self.size - 1) + across[None, :, None, :]
         return index.reshape(math.prod(self.sides), -1)

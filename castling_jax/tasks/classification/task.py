@@ -51,6 +51,7 @@ class Classification(Task):
         *("crop_scale", "flip", "randaugment", "color_jitter", "shift_pixels", "erasing"),
         *("repeats", "mixup", "cutmix", "mix_switch", "mix_probability", "mix_rows"),
     )
+    annotation = "label"
     loss_title = "cross entropy (nats)"
 
     num_classes: int
