@@ -1,6 +1,6 @@
 # make run: the main job. make test: the everyday checks. make test-slow: the slow tests alone.
 # make format: ruff applies its fixes, formats the code, and lists the faults that it cannot fix.
-# make docs: builds the documentation site; make docs NOTEBOOKS=force executes notebooks 01 to 05 first, to show their outputs.
+# make docs: builds the documentation site; make docs NOTEBOOKS=force executes all notebooks but 06 first, to show their outputs.
 # make faults: kills a run of two processes twenty times, and compares its parameters with those of an uninterrupted run.
 # Each target makes the virtual environment that it needs; PYTHON and VENV choose another.
 PYTHON ?= python3
