@@ -34,8 +34,8 @@ def get_config(attention: str = "castling") -> ConfigDict:
     config.augment.update(flip=0.5, box_crop=True, distort=0.5)
     # The largest grid has 320 tokens; below 1/320 a uniform row of softmax weights is kept whole.
     config.mask.start_threshold = 0.0025
-    config.loss.atss_epochs = 40.0
-    config.train.update(epochs=120, batch_size=8, ema_decay=0.998)
+    config.loss.atss_epochs = 30.0
+    config.train.update(epochs=80, batch_size=8, ema_decay=0.998)
     config.optimizer.update(learning_rate=2e-3, weight_decay=0.05, warmup_epochs=3.0)
     config.evaluation.update(every_epochs=10, batch_size=8)
     return config
