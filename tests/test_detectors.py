@@ -8,18 +8,21 @@ import chex
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 from safetensors.numpy import save_file
 
 import castling_jax
 from castling_jax.convert import to_torch
 from castling_jax.convert.inference_folder import MODEL_FILE, PROGRAM_FILE, read_description, save_inference
+from castling_jax.convert.run_folder import write_config
 from castling_jax.convert.weights import read
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import flatten
 from castling_jax.postprocessing import Suppression
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tools.predict import main as predict_command
+from castling_jax.training.config import default_config
 from castling_jax.training.weights import initial_variables
 from tests.convert.runs import write_run
 from tests.models import small
@@ -105,15 +108,13 @@ def test_the_command_writes_a_table_cocos_results_and_a_picture(folder, photogra
     assert f"{name} {score:.2f}" in capsys.readouterr().out
 
 
-def test_boxes_of_a_classifier_are_refused(tmp_path, photographs, capsys):
+def test_what_the_command_refuses(tmp_path, photographs):
     model = small.small_model()
     save_inference(tmp_path, model, small.random_variables(model), preprocessing=Preprocessing(8), classes=["a"] * 7)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="--json is for a detector's boxes"):
         predict_command([str(tmp_path), str(photographs), f"--json={tmp_path / 'x.json'}"])
-    assert "--json is for a detector's boxes" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"--score must be a number in \[0, 1\], not 2.0\."):
         predict_command([str(tmp_path), str(photographs), "--score=2"])
-    assert "--score must be a number in [0, 1], not 2.0." in capsys.readouterr().err
 
 
 def test_suppression_is_kept_beside_the_weights(folder, tmp_path, refuses):
@@ -176,7 +177,14 @@ def test_a_detector_starts_from_a_classifier(tmp_path, backbone):
 
 
 def test_a_detector_starts_from_a_detector(tmp_path):
-    model = detector()
+    model = detector(num_classes=2)
     write_run(tmp_path / "run", model)
-    read_back = initial_variables(tmp_path / "run", model, reset_head=False)
-    chex.assert_trees_all_equal(read_back, small.random_variables(model, seed=10))
+    config = default_config()
+    config.model.update(name="picodet_s", image_size=(160, 192), neck_channels=16, num_convs=1, **BACKBONE)
+    config.evaluation.iou_threshold = 0.4
+    write_config(epath.Path(tmp_path / "run"), config.to_dict())
+    weights = read(tmp_path / "run")
+    assert (weights.model.spec.name, weights.model.spec.num_classes) == ("picodet_s", 2)
+    assert weights.suppression == Suppression(iou_threshold=0.4)
+    start = initial_variables(tmp_path / "run", model, reset_head=False)
+    chex.assert_trees_all_equal(start, small.random_variables(model, seed=10))
