@@ -44,6 +44,7 @@ class Detection(Task):
       score_threshold: smallest score of a detection, exclusive.
       iou_threshold: IoU of two detections of a class above which the one with the lower score is suppressed.
       max_detections: most detections in an image.
+      exif: whether images are turned as their EXIF orientation says.
     """
 
     name = "detection"
@@ -63,6 +64,7 @@ class Detection(Task):
     score_threshold: float
     iou_threshold: float
     max_detections: int
+    exif: bool
 
     @classmethod
     def from_config(
@@ -93,6 +95,7 @@ class Detection(Task):
             score_threshold=evaluation.score_threshold,
             iou_threshold=evaluation.iou_threshold,
             max_detections=evaluation.max_detections,
+            exif=data.exif,
         )
 
     @staticmethod
@@ -179,7 +182,12 @@ class Detection(Task):
             form: Answered(*(answers[f"{form}_{name}"] for name in ("boxes", "scores", "classes"))) for form in FORMS
         }
         return BoxAnswers(
-            cast(BoxDataset, dataset), answers["image"], **forms, difference=answers["difference"], corrupt=corrupt
+            cast(BoxDataset, dataset),
+            answers["image"],
+            **forms,
+            difference=answers["difference"],
+            corrupt=corrupt,
+            exif=self.exif,
         )
 
 
