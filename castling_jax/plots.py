@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
@@ -23,7 +24,8 @@ DPI = 110
 SMALL = 8  # points
 DENSITY_TITLES = {"threshold": "Softmax weights kept by the mask", "fade": "Softmax branch kept by the fade"}
 MOST_MARKED = 20  # a line with at most so many points has a marker at each
-MOST_NAMED = 30  # a confusion matrix with at most so many classes shows names and counts
+MOST_NAMED = 30  # a picture with at most so many classes shows their names, and a confusion matrix its counts
+MOST_IN_A_COLUMN = 16  # names of a legend beside axes
 MOST_LETTERS = 24  # longer names are cut off
 
 Series = tuple[np.ndarray, np.ndarray]  # steps, and the values at them
@@ -379,12 +381,7 @@ def draw_boxes(
     axis.imshow(image)
     draw_boxes_on(axis, boxes, labels, scores)
     axis.set(xticks=[], yticks=[])
-    if names := sorted(set(labels)):
-        handles = [Rectangle((0, 0), 1, 1, color=_color_of(name)) for name in names]
-        shown = [f"{_shortened(name)} {list(labels).count(name)}" for name in names]
-        legend = figure.legend(handles, shown, loc="outside lower center", ncols=4, frameon=False, fontsize=SMALL)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+    _add_class_legend(figure, {name: f"{_shortened(name)} {list(labels).count(name)}" for name in labels}, columns=4)
     return figure
 
 
@@ -414,6 +411,8 @@ def draw_objects(
 def draw_detections(pictures: Sequence[tuple[Any, Any, Any]]) -> Figure:
     """A sheet of images, each twice: with its true boxes on the left, and with the detected ones on the right.
 
+    Below the images is the colour of each class, since small boxes have no room for its name.
+
     Args:
       pictures: (image, truth, detections) of each: uint8 [height, width, 3], and the arguments of `draw_boxes_on`
         (boxes, labels, scores).
@@ -430,6 +429,8 @@ def draw_detections(pictures: Sequence[tuple[Any, Any, Any]]) -> Figure:
             draw_boxes_on(axis, *boxes)
     for axis, title in zip(axes[0], ("annotated", "detected") * columns, strict=True):
         axis.set_title(title, fontsize="medium", loc="left")
+    names = {name: _shortened(name) for _, *drawn in pictures for _, labels, _ in drawn for name in labels}
+    _add_class_legend(figure, names, columns=4 * columns)
     return figure
 
 
@@ -441,27 +442,25 @@ def draw_precision_recall(precision: Float[np.ndarray, "ious recalls classes"], 
         -1 for a class without objects.
       classes: names of the classes.
     """
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
     class_axis, iou_axis = figure.subplots(1, 2, sharey=True)
     recalls = np.linspace(0, 1, precision.shape[1])
     has_objects = (precision >= 0).all((0, 1))
     for number in np.flatnonzero(has_objects).tolist():
         name, values = classes[number], precision[0, :, number]
-        is_named = has_objects.sum() <= MOST_NAMED
-        label = f"{_shortened(name)} {values.mean():.2f}" if is_named else None
+        label = f"{_shortened(name)} {values.mean():.2f}"
         class_axis.plot(recalls, values, color=_color_of(name), linewidth=1.2, label=label)
     for place in range(0, len(precision), 3):
-        values = precision[place][:, has_objects].mean(-1) if has_objects.any() else np.zeros(len(recalls))
+        values = precision[place][:, has_objects].mean(-1)
         iou_axis.plot(
             recalls, values, color=str(0.08 * place), label=f"IoU {0.5 + 0.05 * place:.2f}: {values.mean():.2f}"
         )
     class_axis.set(xlabel="recall", ylabel="precision", title="AP50 by class", xlim=(0, 1), ylim=(0, 1.02))
     iou_axis.set(xlabel="recall", title="mean over the classes", xlim=(0, 1))
-    for axis in (class_axis, iou_axis):
-        if axis.get_legend_handles_labels()[0]:
-            legend = axis.legend(fontsize=SMALL, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3, frameon=False)
-            for text in legend.get_texts():
-                text.set_parse_math(False)
+    for axis, count in ((class_axis, has_objects.sum()), (iou_axis, 1)):
+        if count <= MOST_NAMED:
+            style = {"ncols": 1 + count // MOST_IN_A_COLUMN, "frameon": False, "fontsize": SMALL}
+            _without_math(axis.legend(loc="upper left", bbox_to_anchor=(1, 1), **style))
     return figure
 
 
@@ -494,6 +493,21 @@ def draw_boxes_on(
             axis.text(
                 left, top, text, color="white", fontsize=SMALL, va="top", bbox=style, clip_on=True, parse_math=False
             )
+
+
+def _add_class_legend(figure: Figure, texts: Mapping[str, str], *, columns: int) -> None:
+    """Adds the colour of each class, with its text, below all axes."""
+    names = sorted(texts)
+    handles, shown = [Rectangle((0, 0), 1, 1, color=_color_of(name)) for name in names], [texts[name] for name in names]
+    if names:
+        style = {"ncols": columns, "frameon": False, "fontsize": SMALL}
+        _without_math(figure.legend(handles, shown, loc="outside lower center", **style))
+
+
+def _without_math(legend: Legend) -> None:
+    """Shows a dollar sign in a class's name as it is."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _color_of(name: str) -> tuple[float, float, float]:

@@ -22,7 +22,6 @@ from castling_jax.plots import (
 from tests.pictures import check_legible
 
 STEPS_PER_EPOCH = 55
-BOXES = (np.float32([[2, 3, 33, 27]]), ["owl"], None)
 
 
 def history_of(lines, *, layers=4, evaluations=1, density=0.5, loss=(2.5, 0.1), rate=1e-3):
@@ -60,6 +59,9 @@ def map_of(figure):
 
 PHOTOGRAPH = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
 
+TRUTH = (np.float32([[2, 3, 33, 27]]), ["owl"], None)
+FOUND = (np.float32([[3, 3, 33, 27], [1, 1, 3, 3]]), ["owl", "a$t$"], np.float32([0.9, 0.4]))
+
 
 def attention_of(prefix, *, heads, rows=3, columns=4):
     """Random weights of two kinds among prefix tokens and a grid of patches; those of one kind can be negative."""
@@ -82,11 +84,11 @@ FIGURES = {
     "draw_predictions": lambda: draw_predictions([PHOTOGRAPH] * 2, [[("a", 0.9), ("b", 0.1)]] * 2),
     "draw_boxes": lambda: draw_boxes(PHOTOGRAPH, np.float32([[2, 3, 33, 27]]), ["owl"], scores=[0.75]),
     "draw_objects": lambda: draw_objects([PHOTOGRAPH] * 4, [[("owl", 0.75, (2, 3, 33, 27))], [], [], []]),
-    "draw_detections": lambda: draw_detections([(PHOTOGRAPH, BOXES, (*BOXES[:2], [0.75]))] * 3),
-    "draw_precision_recall": lambda: draw_precision_recall(
-        np.linspace(1, 0, 101)[None, :, None] * np.linspace(1, 0.2, 10)[:, None, None] * np.ones(3), ["a", "b", "$c"]
-    ),
     "draw_boxes_on": lambda: boxes_on(draw_predictions([PHOTOGRAPH], [[("a", 0.9)]])),
+    "draw_detections": lambda: draw_detections([(PHOTOGRAPH, TRUTH, FOUND)] * 3),
+    "draw_precision_recall": lambda: draw_precision_recall(
+        np.full((10, 101, 30), 0.5), [f"class {i}" for i in range(30)]
+    ),
     "draw_confusion": lambda: draw_confusion(np.diag(range(1000, 1030)), [f"class {i}" for i in range(30)]),
 }
 
@@ -298,3 +300,46 @@ class TestBoxes:
         (axis,) = figure.axes
         draw_boxes_on(axis, self.BOXES, self.LABELS)
         assert len(axis.patches) == 3
+
+
+class TestDetections:
+    def test_truth_is_on_the_left_and_detections_on_the_right(self):
+        figure = draw_detections([(PHOTOGRAPH, TRUTH, FOUND)] * 3)
+        shapes = [len(axis.patches) for axis in figure.axes]
+        assert shapes == [1, 2, 1, 2, 1, 2, 0, 0]
+        assert [axis.get_title(loc="left") for axis in figure.axes[:4]] == ["annotated", "detected"] * 2
+        assert not any(axis.axison for axis in figure.axes)
+        assert [text.get_text() for text in figure.axes[0].texts] == ["owl"]
+        assert [text.get_text() for text in figure.axes[1].texts] == ["owl 0.90"]
+
+    def test_classes_without_room_for_their_names_are_below_the_images(self):
+        figure = draw_detections([(PHOTOGRAPH, TRUTH, FOUND)])
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["a$t$", "owl"]
+        figure.draw_without_rendering()
+        assert not any(legend.get_window_extent().overlaps(axis.bbox) for axis in figure.axes)
+
+    def test_images_without_boxes(self):
+        nothing = (np.zeros((0, 4)), [], None)
+        assert draw_detections([(PHOTOGRAPH, nothing, nothing)]).legends == []
+
+
+class TestPrecisionRecall:
+    def test_curves_are_of_the_classes_with_objects_and_of_their_mean(self):
+        precision = np.random.default_rng(0).random((10, 101, 3))
+        precision[..., 1] = -1
+        by_class, by_iou = draw_precision_recall(precision, ["owl", "cat", "a$t$"]).axes
+        for line, number in zip(by_class.lines, (0, 2), strict=True):
+            np.testing.assert_array_equal(line.get_ydata(), precision[0, :, number])
+            np.testing.assert_allclose(line.get_xdata(), np.arange(101) / 100)
+        for line, place in zip(by_iou.lines, (0, 3, 6, 9), strict=True):
+            np.testing.assert_allclose(line.get_ydata(), precision[place][:, [0, 2]].mean(-1))
+        names = [text.get_text() for text in by_class.get_legend().get_texts()]
+        assert names == [f"owl {precision[0, :, 0].mean():.2f}", f"a$t$ {precision[0, :, 2].mean():.2f}"]
+        titles = [text.get_text().split(":")[0] for text in by_iou.get_legend().get_texts()]
+        assert titles == ["IoU 0.50", "IoU 0.65", "IoU 0.80", "IoU 0.95"]
+
+    def test_many_classes_have_no_legend(self):
+        figure = draw_precision_recall(np.full((10, 101, 80), 0.5), [str(i) for i in range(80)])
+        assert figure.axes[0].get_legend() is None
+        check_legible(figure)

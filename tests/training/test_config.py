@@ -7,6 +7,7 @@ import pytest
 from castling_jax.convert.run_folder import exported_weights, mask_kind, model_arguments, start_threshold
 from castling_jax.data.sources import Unread, load_dataset
 from castling_jax.errors import InputError
+from castling_jax.models.registry import abstract_model
 from castling_jax.tasks.classification.task import Classification
 from castling_jax.training.config import FIELDS, check_augmentations, check_config, default_config
 from castling_jax.training.config_files import join_run, load_config, run_config
@@ -168,6 +169,29 @@ def test_model_arguments_leave_out_what_is_the_models_own():
         "implementation": "auto",
     }
     assert model_arguments(changed("model.token_conv", "none"))["token_conv"] is None
+
+
+def test_model_arguments_of_a_detector_are_its_own_and_its_backbones():
+    config = default_config()
+    backbone = {
+        "embed_dim": (16, 24, 32),
+        "depth": (1, 1, 1),
+        "num_heads": (2, 2, 2),
+        "key_dim": 8,
+        "token_conv": "none",
+    }
+    detector = {"name": "picodet_s", "backbone": "levit_128", "neck": "csp_pan", "neck_channels": 16, "num_convs": 1}
+    config.model.update(detector | backbone | {"image_size": (160, 192)})
+    config.mask.kind = "fade"
+    arguments = model_arguments(config)
+    common = {"attention": "castling", "dtype": "float32", "image_size": (160, 192)}
+    of_the_backbone = backbone | {"token_conv": None, "mask_kind": "fade", "implementation": "auto"}
+    assert arguments == detector | common | {"backbone_arguments": of_the_backbone}
+    spec = abstract_model(num_classes=3, **arguments).spec
+    assert (spec.image_size, spec.num_classes) == ((160, 192), 3)
+    # A run's config.json has lists.
+    saved = model_arguments(json.loads(json.dumps(config.to_dict())))
+    assert abstract_model(num_classes=3, **saved).spec == spec
 
 
 def test_sizes_may_be_a_number_or_one_a_stage():

@@ -42,6 +42,35 @@ def test_first_step_is_adamw_by_hand():
     chex.assert_trees_all_close(updates, expected, rtol=1e-5)
 
 
+def test_sgd_goes_by_pytorchs_rule():
+    """g += decay * p, b = momentum * b + g, p -= rate * b (torch.optim.SGD), in float64, with a rate of each step."""
+    config = default_config().optimizer
+    config.update({"name": "sgd", "momentum": 0.8, "weight_decay": 0.1})
+    rates = [0.1, 0.3, 0.05, 0.2]
+    optimizer = make_optimizer(config, lambda step: jnp.asarray(rates)[step])
+    rng = np.random.default_rng(0)
+    params = {name: rng.standard_normal((2, 3)).astype(np.float32) for name in ("kernel", "bias")}
+    expected, buffers = {name: array.astype(float) for name, array in params.items()}, {"kernel": 0.0, "bias": 0.0}
+    state = optimizer.init(params)
+    for rate in rates:
+        gradients = {name: rng.standard_normal((2, 3)).astype(np.float32) for name in params}
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        for name, decay in (("kernel", 0.1), ("bias", 0.0)):
+            buffers[name] = 0.8 * buffers[name] + gradients[name] + decay * expected[name]
+            expected[name] = expected[name] - rate * buffers[name]
+            np.testing.assert_allclose(params[name], expected[name], rtol=0, atol=1e-6)  # a few roundings of float32
+
+
+def test_sgd_clips_before_it_adds_the_decay():
+    config = default_config().optimizer
+    config.update({"name": "sgd", "weight_decay": 0.5, "clip_norm": 1e-3})
+    params = {"kernel": jnp.full((2, 2), 3.0)}
+    optimizer = make_optimizer(config, optax.constant_schedule(0.1))
+    updates, _ = optimizer.update({"kernel": jnp.full((2, 2), 7.0)}, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.1 * (0.5e-3 + 0.5 * 3.0), rtol=1e-6)
+
+
 @pytest.mark.parametrize("clip_norm", [None, 1e-12])
 def test_gradients_are_clipped_together(clip_norm):
     config = default_config().optimizer

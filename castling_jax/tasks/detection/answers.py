@@ -14,7 +14,7 @@ from hotcoco import COCO, COCOeval
 from jaxtyping import Float, Int
 
 from castling_jax.data.annotations import Annotations, BoxDataset
-from castling_jax.data.decode import decode, image_size
+from castling_jax.data.decode import decode
 from castling_jax.errors import InputError
 from castling_jax.plots import draw_detections, draw_precision_recall, png
 from castling_jax.tasks.task import FORMS
@@ -55,6 +55,7 @@ class BoxAnswers:
       inference_form: the inference form's detections.
       difference: largest difference between the two forms' outputs in each image, as `largest_difference` computes it.
       corrupt: number of corrupt images, which were left out.
+      exif: whether images are turned as their EXIF orientation says; boxes are in pixels of the turned image.
     """
 
     dataset: BoxDataset
@@ -63,11 +64,15 @@ class BoxAnswers:
     inference_form: Answered
     difference: Float[np.ndarray, "images"]
     corrupt: int
+    exif: bool
 
     def figures(self) -> dict[str, float]:
         """COCO's 12 figures of both forms, as NAME_FORM; max_difference (largest); eval_images and eval_corrupt.
 
         A figure about objects that the split does not have, such as large ones, is left out.
+
+        Raises:
+          InputError: the split has no objects at all, so there is nothing to compare the detections with.
         """
         found = {
             f"{FIGURES[name]}_{form}": float(value)
@@ -87,22 +92,24 @@ class BoxAnswers:
         Crowds are not counted.
         """
         shares = self._evaluations["inference_form"].results(per_class=True)["per_class"]
-        table = {}
-        for number, name in enumerate(classes):
-            counts = [int(np.sum(one.classes[~one.crowd] == number)) for one in self._truth]
-            table[name] = {
-                "images": sum(count > 0 for count in counts),
-                "boxes": sum(counts),
-                "mAP": shares.get(str(number)) if sum(counts) else None,
+        found = [one.classes[~one.crowd] for one in self._truth]
+        boxes = np.bincount(np.concatenate(found), minlength=len(classes)).tolist()
+        images = np.bincount(np.concatenate([np.unique(one) for one in found]), minlength=len(classes)).tolist()
+        return {
+            name: {
+                "images": images[number],
+                "boxes": boxes[number],
+                "mAP": shares[str(number)] if boxes[number] else None,
             }
-        return table
+            for number, name in enumerate(classes)
+        }
 
     def files(self, classes: Sequence[str]) -> dict[str, bytes]:
         """detections.json, classes.csv, precision_recall.png and detections.png, all of the inference form.
 
         detections.json has COCO's format for results: image_id, category_id, bbox (x, y, width, height in pixels) and
-        score. classes.csv has the average precision of each class. The pictures show precision over recall, and the
-        split's first images with detections on the right and the true boxes on the left.
+        score. classes.csv has the average precision of each class. The pictures show precision over recall; and
+        the split's first images, with the true boxes on the left and detections from a score of 0.3 on the right.
         """
         table = io.StringIO()
         rows = [[name, *row.values()] for name, row in self.by_class(classes).items()]
@@ -120,16 +127,20 @@ class BoxAnswers:
     @functools.cached_property
     def _evaluations(self) -> dict[str, COCOeval]:
         """COCO's evaluation of each form."""
-        images = [{"id": int(index)} for index in self.image]
+        images = [{"id": int(place)} for place in self._places]
         categories = [{"id": number, "name": str(number)} for number in range(self.dataset.num_classes)]
         columns = {
             name: np.concatenate([getattr(one, name) for one in self._truth])
             for name in ("boxes", "classes", "areas", "crowd")
         }
+        if columns["crowd"].all():
+            raise InputError(
+                f"none of the {len(images):,} images evaluated has an object other than crowds: choose another split."
+            )
         expected = COCO.from_arrays(
             images,
             categories,
-            image_ids=np.repeat(self.image, [len(one.boxes) for one in self._truth]),
+            image_ids=np.repeat(self._places, [len(one.boxes) for one in self._truth]),
             category_ids=columns["classes"],
             boxes=_width_height(columns["boxes"]),
             area=columns["areas"],
@@ -147,22 +158,30 @@ class BoxAnswers:
     def _truth(self) -> list[Annotations]:
         return [self.dataset.annotations(int(index)) for index in self.image]
 
+    @functools.cached_property
+    def _places(self) -> Int[np.ndarray, "images"]:
+        """Each image's place in the order of the images' ids, in which COCO's evaluation takes equal scores."""
+        return np.argsort(np.argsort([one.image_id for one in self._truth], kind="stable"))
+
     def _rows(self, answered: Answered) -> Float[np.ndarray, "detections 7"]:
         """The detections as hotcoco takes them: image, x, y, width, height, score, class."""
         found = answered.classes >= 0
-        images = np.broadcast_to(self.image[:, None], found.shape)[found]
+        images = np.broadcast_to(self._places[:, None], found.shape)[found]
         columns = (images, *_width_height(answered.boxes[found]).T, answered.scores[found], answered.classes[found])
         return np.stack(columns, axis=-1).astype(np.float64)
 
     def _coco_results(self) -> list[dict[str, Any]]:
-        """The inference form's detections as COCO's results, with the ids of the annotations' file."""
-        names = {int(image): one.image_id for image, one in zip(self.image, self._truth, strict=True)}
+        """The inference form's detections as COCO's results, with the ids of the annotations' file.
+
+        Nothing is rounded, since equal scores have another order than those that were rounded.
+        """
+        ids = {int(place): one.image_id for place, one in zip(self._places, self._truth, strict=True)}
         return [
             {
-                "image_id": names[int(image)],
+                "image_id": ids[int(image)],
                 "category_id": int(self.dataset.category_ids[int(number)]),
-                "bbox": [round(value, 3) for value in box],
-                "score": round(score, 5),
+                "bbox": box,
+                "score": score,
             }
             for image, *box, score, number in self._rows(self.inference_form).tolist()
         ]
@@ -172,8 +191,7 @@ class BoxAnswers:
         for place, index in enumerate(self.image[:DRAWN]):
             with contextlib.suppress(InputError):
                 encoded, truth, found = self.dataset[int(index)]["image"], self._truth[place], self.inference_form
-                # The annotations' size tells whether boxes are in pixels of the turned image.
-                image = np.asarray(decode(encoded, exif=image_size(encoded) != truth.size))
+                image = np.asarray(decode(encoded, exif=self.exif))
                 shown = (found.classes[place] >= 0) & (found.scores[place] >= SHOWN_SCORE)
                 yield (
                     image,

@@ -46,6 +46,7 @@ class Detection(Task):
       tal_step: first step, counted from 0, with TAL instead of ATSS.
       max_boxes: number of boxes that an example has room for.
       suppression: how outputs become detections.
+      exif: whether images are turned as their EXIF orientation says.
     """
 
     name = "detection"
@@ -63,6 +64,7 @@ class Detection(Task):
     tal_step: int
     max_boxes: int
     suppression: Suppression
+    exif: bool
 
     @classmethod
     def from_config(
@@ -90,6 +92,7 @@ class Detection(Task):
             tal_step=round(config.loss.atss_epochs * steps_per_epoch),
             max_boxes=config.augment.max_boxes,
             suppression=suppression_of(config),
+            exif=data.exif,
         )
 
     @staticmethod
@@ -165,7 +168,12 @@ class Detection(Task):
             form: Answered(*(answers[f"{form}_{name}"] for name in ("boxes", "scores", "classes"))) for form in FORMS
         }
         return BoxAnswers(
-            cast(BoxDataset, dataset), answers["image"], **forms, difference=answers["difference"], corrupt=corrupt
+            cast(BoxDataset, dataset),
+            answers["image"],
+            **forms,
+            difference=answers["difference"],
+            corrupt=corrupt,
+            exif=self.exif,
         )
 
     @staticmethod
