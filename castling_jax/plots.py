@@ -77,7 +77,7 @@ def draw_training(
     _plot(measure_axis, inference_form, color="tab:blue", linestyle="--", label="inference form")
     measure_axis.set(title=title, ylabel="%" if is_share else measure)
     if is_share:
-        lowest = max(0, min(measure_axis.get_ylim()[0], 90))  # so that 100 % alone has an axis too
+        lowest = max(0, min(measure_axis.get_ylim()[0], 90))  # so that a measure that is always 100 % has an axis too
         measure_axis.set(ylim=(lowest, 100))
     for axis in (loss_axis, measure_axis):
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=2, frameon=False)  # below the curves
@@ -190,8 +190,8 @@ def _draw_density(figure: Figure, axes: tuple[Axes, Axes], series: Series, kind:
     if not percents.size:  # a run may be evaluated before it logs its first densities
         return
     _plot(mean_axis, (steps, percents.mean(axis=1)), color="tab:purple")
-    # Each step's column reaches back to the step before it. The first step has none before it: repeat the next gap, or
-    # start at step 0 if there is one column alone.
+    # Each step's column reaches back to the step before it. The first step has none before it: it repeats the next
+    # step's width or, if it is the only one, starts at step 0.
     first = 2 * steps[0] - steps[1] if len(steps) > 1 else min(0, steps[0] - 1)
     rows = np.arange(percents.shape[1] + 1) - 0.5
     image = layers_axis.pcolormesh(np.append(first, steps), rows, percents.T, vmin=0, vmax=mean_axis.get_ylim()[1])
@@ -293,10 +293,10 @@ def draw_attention(
         _, queries, keys = array.shape
         if keys < patches or not 0 <= query < queries:
             raise InputError(
-                f"{name} has {queries} queries and {keys} keys, which have no query {query} or no grid of {patches}."
+                f"{name} has {queries} queries and {keys} keys, so no query {query} or no grid of {patches} patches."
             )
         patch_weights = np.asarray(array, np.float64)[:, query, keys - patches :]
-        own_patch = query - (keys - patches) if queries == keys else -1
+        own_patch = query - (keys - patches) if queries == keys else -1  # negative: the query stands on no patch
         other_weights = patch_weights if own_patch < 0 else np.delete(patch_weights, own_patch, axis=1)
         largest = np.abs(other_weights).max(initial=0) or 1.0
         # Linear-angular weights can be negative: then white is 0, and red and blue are the signs.
@@ -372,7 +372,7 @@ def draw_boxes(
       image: uint8, or floats in [0, 1].
       boxes: x0, y0, x1, y1 in pixels of the image.
       labels: the class of each box.
-      scores: of each box, such as probabilities; they are written behind the classes.
+      scores: the score of each box, such as a probability; it is written after the class.
     """
     height, width = image.shape[:2]
     side = 7 / max(height, width)  # inches a pixel
@@ -409,13 +409,13 @@ def draw_objects(
 
 
 def draw_detections(pictures: Sequence[tuple[Any, Any, Any]]) -> Figure:
-    """A sheet of images, each twice: with its true boxes on the left, and with the detected ones on the right.
+    """A sheet of images, each drawn twice: with its true boxes on the left, with the detected boxes on the right.
 
     Below the images is the colour of each class, since small boxes have no room for its name.
 
     Args:
-      pictures: (image, truth, detections) of each: uint8 [height, width, 3], and the arguments of `draw_boxes_on`
-        (boxes, labels, scores).
+      pictures: (image, truth, detections) for each image: the image is uint8 [height, width, 3], and the other two are
+        the arguments of `draw_boxes_on` from `boxes` on, (boxes, labels, scores).
     """
     columns = 2 if len(pictures) > 1 else 1
     rows = -(-len(pictures) // columns)
@@ -452,9 +452,8 @@ def draw_precision_recall(precision: Float[np.ndarray, "ious recalls classes"], 
         class_axis.plot(recalls, values, color=_color_of(name), linewidth=1.2, label=label)
     for place in range(0, len(precision), 3):
         values = precision[place][:, has_objects].mean(-1)
-        iou_axis.plot(
-            recalls, values, color=str(0.08 * place), label=f"IoU {0.5 + 0.05 * place:.2f}: {values.mean():.2f}"
-        )
+        grey = str(0.08 * place)  # matplotlib takes such a text as a grey, from "0" (black) to "1" (white)
+        iou_axis.plot(recalls, values, color=grey, label=f"IoU {0.5 + 0.05 * place:.2f}: {values.mean():.2f}")
     class_axis.set(xlabel="recall", ylabel="precision", title="AP50 by class", xlim=(0, 1), ylim=(0, 1.02))
     iou_axis.set(xlabel="recall", title="mean over the classes", xlim=(0, 1))
     for axis, count in ((class_axis, has_objects.sum()), (iou_axis, 1)):
@@ -470,24 +469,25 @@ def draw_boxes_on(
     labels: Sequence[str],
     scores: Sequence[float] | None = None,
 ) -> None:
-    """Draws boxes into the picture of an image that is there already, and its class into each box that has room for it.
+    """Draws boxes on an image that `axis` already shows, and writes the class into each box that has room for it.
 
-    A class has the same colour in every picture. Large boxes are drawn first, so that those in them can be seen.
+    A class has the same colour in every picture. Large boxes are drawn first, so that they do not hide the small ones.
 
     Args:
-      axis: of the image's pixels.
+      axis: the axes with the image, whose units are pixels.
       boxes: x0, y0, x1, y1 in pixels of the image.
       labels: the class of each box.
-      scores: of each box, or none.
+      scores: the score of each box; None writes the classes alone.
     """
-    boxes = np.asarray(boxes, np.float64).reshape(-1, 4) - 0.5  # imshow has a pixel's centre at its number
+    boxes = np.asarray(boxes, np.float64).reshape(-1, 4) - 0.5  # imshow puts the centre of pixel i at i, not at i + 0.5
     inches = axis.get_window_extent().transformed(axis.figure.dpi_scale_trans.inverted()).size
-    points = 72 * min(inches / np.abs([np.diff(axis.get_xlim())[0], np.diff(axis.get_ylim())[0]]))  # a pixel
+    pixels = np.abs([np.diff(axis.get_xlim())[0], np.diff(axis.get_ylim())[0]])
+    points = 72 * min(inches / pixels)  # points (1/72 inch) that a pixel of the image takes
     for index in np.argsort(-np.prod(boxes[:, 2:] - boxes[:, :2], axis=-1), kind="stable"):
         (left, top, right, bottom), color = boxes[index], _color_of(labels[index])
         axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=1.5))
         text = _shortened(labels[index]) + ("" if scores is None else f" {scores[index]:.2f}")
-        # A letter is some 0.6 of its height wide.
+        # A letter is about 0.6 times as wide as high.
         if 0.6 * SMALL * len(text) < points * (right - left) and points * (bottom - top) > 1.3 * SMALL:
             style = {"facecolor": color, "edgecolor": "none", "pad": 0.8}
             axis.text(

@@ -52,7 +52,7 @@ def predict(
         name of shipped weights.
       images: one image or a list. An image is a file, a folder (its images and those in folders below, sorted), or
         anything else that `castling_jax.preprocess` takes: an array, a Pillow image, bytes.
-      top: most classes or objects to return for each image; None is 5 classes, and all objects.
+      top: largest number of classes or objects to return for each image; None returns 5 classes, or all objects.
       score_threshold: smallest score of an object; classifiers do not use it.
       classes: names of the classes. None takes the names that are kept beside the weights.
 
@@ -136,7 +136,7 @@ def stream(weights: Weights, images: Any, forward: Forward, *, batch_size: int =
         lack = "which model it belongs to" if weights.model is None else "how an image becomes its model's input"
         raise InputError(f"'{weights.path}' does not say {lack}, as runs and inference folders do.")
     model = abstract_model(**weights.model.spec.arguments(form="inference"))
-    # On the device once, instead of with every batch.
+    # The variables go to the device once, not with every batch.
     variables = jax.device_put(to_inference(weights.variables))
     transform = task_of(model).eval_transform(weights.preprocessing)
     compute = jax.jit(functools.partial(forward, model))
@@ -152,7 +152,7 @@ def stream(weights: Weights, images: Any, forward: Forward, *, batch_size: int =
         # An image that cannot be read takes no place in the batch: its neighbours are computed all the same.
         good = [example for _, example in prepared if not isinstance(example, InputError)]
         if good:
-            # Padded to one size by copies: another size of batch would compile another program.
+            # Copies of the last image fill the batch, because another batch size would compile another program.
             padded = good + good[-1:] * (batch_size - len(good))
             arrays = jax.device_get(compute(variables, jax.tree.map(lambda *rows: np.stack(rows), *padded)))
             rows = iter(range(len(good)))

@@ -52,9 +52,8 @@ from castling_jax.training.step import make_train_step
 from castling_jax.training.weights import teacher_model
 
 CHANNELS, HEADS, TAPS = 768, 12, 9  # DeiT-B's
-# Classes, training and held-out images of data sets. A step needs no more of them: its last layer and its schedule
-# depend on these numbers alone.
-# Data set -> classes, images to learn from, held-out images, and what an image is annotated with.
+# Data set -> (classes, images to learn from, held-out images, annotation of an image). A step is compiled from these
+# alone: its last layer depends on the classes, and its schedule on the numbers of images.
 PUBLISHED_SIZES = {
     "imagenet2012": (1000, 1_281_167, 50_000, "label"),
     "fashion_mnist": (10, 60_000, 10_000, "label"),
@@ -64,7 +63,7 @@ PUBLISHED_SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a configuration compiles.
+    """The facts that a report states about the program of a configuration.
 
     Attributes:
       model: the model's name.
@@ -74,7 +73,7 @@ class Facts:
       mesh: axis -> devices along it.
       images: images in one call, on all devices together.
       images_per_device: the same on each device.
-      assumed: a sentence for each thing that was taken for granted.
+      assumed: a sentence for each assumption, such as the size of a data set that is not here.
       macs: multiply-accumulates of one image's forward pass.
     """
 
@@ -140,7 +139,7 @@ def _from_file(what: str, devices: list[Any]) -> Case:
     path = str(as_path(path))
     if not Path(path).is_file():
         raise InputError(f"there is no file '{path}'.")
-    # The file may import its neighbours, and what lies in the folder that the command was started in.
+    # The file may import modules beside it, and modules in the folder that the command was started in.
     sys.path[:0] = [str(Path.cwd()), str(Path(path).resolve().parent)]
     spec = importlib.util.spec_from_file_location("case", path)
     if spec is None or spec.loader is None:
@@ -283,7 +282,7 @@ def recipe(
       form: "train" or "inference".
       attention: replaces the configuration's attention.
       image_size: pixels a side; replaces the configuration's.
-      batch: images on each device; replaces the configuration's batch, which counts those of all devices.
+      batch: images on each device; replaces the configuration's batch, which counts the images of all devices.
       remat: whether the backward pass computes blocks again; replaces the configuration's choice.
       mesh: replaces the configuration's mesh; written as `read_mesh` takes it.
       devices: the devices along the mesh's axes.
@@ -301,7 +300,7 @@ def recipe(
         settings.mesh.update(read_mesh(mesh))
     if batch is not None:
         settings.train.batch_size = batch * len(devices)
-    # The evaluation is not compiled: its batch may not fit the mesh, which is told below and refuses nothing.
+    # The evaluation is not compiled. If its batch does not fit the mesh, `assumed` says so below; nothing is refused.
     evaluated = settings.evaluation.batch_size
     settings.evaluation.batch_size = settings.train.batch_size or evaluated
     datasets, assumed = _datasets(settings)
@@ -358,13 +357,13 @@ def _teacher(config: ConfigDict, classes: int) -> tuple[Teacher | None, list[str
     source = teacher_model(options.name or student.spec.name, student)
     model = abstract_model(**source.spec.arguments(form="inference"))
     assumed = (
-        f"the teacher is {model.spec.name} in softmax attention, no weights were read; MFU leaves out its operations"
+        f"the teacher is {model.spec.name} with softmax attention; its weights are not read; MFU leaves out its work"
     )
     return Teacher(model, get_variables(model), options.kind, options.alpha, options.temperature), [assumed]
 
 
 def _datasets(config: ConfigDict) -> tuple[tuple[Dataset, Dataset], list[str]]:
-    """A configuration's data sets, or stand-ins of their published sizes and a sentence that says so."""
+    """A configuration's data sets; or stand-ins of the published sizes, with a sentence that says so."""
     data = config.dataset
     try:
         train_set, eval_set = (load_dataset(data.name, split, data_dir=data.data_dir) for split in named_splits(data))
@@ -373,7 +372,7 @@ def _datasets(config: ConfigDict) -> tuple[tuple[Dataset, Dataset], list[str]]:
         if data.name not in PUBLISHED_SIZES:
             raise
     classes, train, held_out, annotation = PUBLISHED_SIZES[data.name]
-    assumed = f"{data.name} is not here: its published {train:,} images and {classes:,} classes are taken"
+    assumed = f"{data.name} is not on this machine; {train:,} images and {classes:,} classes are assumed, as published"
     return (Unread(train, classes, annotation), Unread(held_out, classes, annotation)), [assumed]
 
 
@@ -394,4 +393,4 @@ def read_mesh(text: str) -> dict[str, int]:
 
 
 CASES: dict[str, Callable[..., Case]] = {"layer": layer, "model": model, "recipe": recipe}
-OF_THE_COMMAND = ("layer", "model")  # the command compiles a recipe by --config
+OF_THE_COMMAND = ("layer", "model")  # the command's words for cases; it compiles a recipe with --config

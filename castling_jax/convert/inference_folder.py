@@ -85,17 +85,18 @@ def save_inference(
     classes: Sequence[str] | None = None,
     suppression: Suppression | None = None,
 ) -> None:
-    """Writes an inference folder, which `load_inference` reads unless it is a StableHLO program.
+    """Writes an inference folder, which `load_inference` reads unless it holds a StableHLO program.
 
     An earlier inference folder is replaced. If writing fails or is killed, nothing remains that looks complete.
 
     Args:
       path: the folder, created if need be.
       model: the model, in training or inference form.
-      variables: the model's variables; they are switched here if the model is in training form.
-      format: one of PAYLOADS: "safetensors", one file; "orbax", a checkpoint; "stablehlo", `export_program`.
-      preprocessing: how an image becomes the model's input; None does not state it.
-      classes: the names of the model's outputs, in their order; None does not state them.
+      variables: the model's variables. If the model is in training form, they are switched to inference form here.
+      format: one of PAYLOADS: "safetensors", one file; "orbax", a checkpoint; "stablehlo", the program from
+        `export_program`.
+      preprocessing: how an image becomes the model's input; with None, model.json does not state it.
+      classes: the names of the model's outputs, in their order; with None, model.json does not state them.
       suppression: how a detector's outputs become detections. A StableHLO program then suppresses by itself; with None
         it returns the scores and boxes of all points.
 
@@ -112,14 +113,14 @@ def save_inference(
         with tempfile.TemporaryDirectory() as here:
             stated: dict[str, Any] = {"preprocessing": preprocessing, "classes": classes, "suppression": suppression}
             save_inference(here, model, variables, format=format, **stated)
-            # The files of an earlier payload would stay among the new ones.
+            # Copying onto an earlier payload would leave old files among the new ones.
             for name in PAYLOADS.values():
                 remove(epath.Path(path) / name)
             copy_folder(epath.Path(here), epath.Path(path), last=MODEL_FILE)
         return
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"'{folder}' is a file: give a folder, which is made if need be.")
+        raise InputError(f"'{folder}' is a file: give a folder, which is created if need be.")
     try_folder(folder)
     if model.spec.form == "train":
         variables = to_inference(variables)
@@ -134,7 +135,7 @@ def save_inference(
     if format == "stablehlo":
         program = export_program(model, unflatten(arrays), suppression)
         description |= {"images": ["batch", *_image_shape(model)], "platforms": PLATFORMS}
-    # Under another name until it is complete: the earlier payload stays in place until then.
+    # The payload has a temporary name until it is complete, and an earlier payload stays in place until then.
     payload = folder / PAYLOADS[format]
     temporary = folder / f".{payload.name}.{os.getpid()}"
     try:
@@ -158,7 +159,7 @@ def save_inference(
             remove(folder / other)
     except Exception as error:  # Orbax, TensorStore and safetensors raise many kinds
         raise InputError(
-            f"'{folder}' could not be written ({reason(error)}); once it can be, the same command goes on."
+            f"'{folder}' could not be written ({reason(error)}); run the same command again once it can be written."
         ) from error
     finally:
         for unfinished in folder.glob(f".{payload.name}.*"):
@@ -197,7 +198,7 @@ def load_inference(path: str | os.PathLike) -> tuple[Model, Variables]:
     if name == PROGRAM_FILE:
         raise InputError(
             f"'{folder}' holds a program and no variables: jax.export.deserialize(bytes of {name}) loads it, and its "
-            "call(images) computes the logits."
+            "call(images) computes the outputs."
         )
     with refusing((OSError, TypeError, ValueError), f"'{payload}' cannot be read"):
         variables = unflatten(read_safetensors(payload)) if name == VARIABLES_FILE else _load_orbax(payload)
@@ -210,7 +211,7 @@ def load_inference(path: str | os.PathLike) -> tuple[Model, Variables]:
 
 
 def read_description(path: str | os.PathLike) -> Description:
-    """Reads an inference folder's model.json alone, for a StableHLO program too.
+    """Reads the model.json of an inference folder, but not the payload, which may be a StableHLO program.
 
     Args:
       path: the folder, as `load_inference` takes it.
@@ -229,11 +230,11 @@ def read_description(path: str | os.PathLike) -> Description:
         written_as, model, sha256 = content["format"], content["model"], content["sha256"]
         name = content.get("file", VARIABLES_FILE)
         if not isinstance(model, dict) or "name" not in model or name not in PAYLOADS.values():
-            raise KeyError("name")
+            raise KeyError("name")  # reported as damage
         if (form := model.get("form")) != "inference":
             raise InputError(f"'{file}' describes a model in the form {form!r}, not 'inference'.")
     if written_as not in range(1, FORMAT + 1):
-        raise InputError(f"'{file.parent}' is of format {written_as}; this version reads formats up to {FORMAT}.")
+        raise InputError(f"'{file.parent}' has format {written_as}; this version reads formats up to {FORMAT}.")
     with about(f"'{file}' is damaged"):
         stated, classes = content.get("preprocessing"), content.get("classes")
         preprocessing = None if stated is None else Preprocessing.from_dict(stated)
@@ -244,9 +245,9 @@ def read_description(path: str | os.PathLike) -> Description:
 
 
 def _where_it_is(folder: epath.Path) -> str:
-    """Where a run's inference folder is, for the end of a sentence; "" if `folder` is not a run's."""
+    """The end of a sentence, which says where a run's inference folder is; "" if `folder` is not a run's."""
     if (folder / INFERENCE / MODEL_FILE).is_file():
-        return f"; that of this run is '{folder / INFERENCE}'"
+        return f"; this run's inference folder is '{folder / INFERENCE}'"
     if (folder / CONFIG_FILE).is_file():
         return "; a run that is not finished has none yet, and python -m castling_jax convert makes one"
     return ""
@@ -259,14 +260,14 @@ def _check_meaning(arguments: dict[str, Any], preprocessing: Preprocessing | Non
     if preprocessing is not None and (preprocessing.image_size, len(preprocessing.channels)) != (size, channels):
         raise InputError(
             f"the preprocessing makes images of {size_text(preprocessing.image_size)} and "
-            f"{len(preprocessing.channels)} channels, and the model takes {size} and {channels}."
+            f"{len(preprocessing.channels)} channels, but the model takes the size {size} and {channels} channels."
         )
     if classes is None:
         return
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise InputError("classes must be a list of texts.")
     if len(classes) != count:
-        raise InputError(f"there are {len(classes):,} names of classes, and the model has {count} classes.")
+        raise InputError(f"there are {len(classes):,} names of classes, but the model has {count} classes.")
 
 
 @takes(model=MODEL, variables=VARIABLES)
@@ -282,7 +283,8 @@ def export_program(model: Model, variables: Variables, suppression: Suppression 
     plain = abstract_model(**model.spec.with_backbone(implementation="xla") | {"form": "inference"})
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *_image_shape(model)), jnp.float32)
-    # An inner jit takes the variables as arguments. As constants they would be cast while tracing, and stored widened.
+    # An inner jit takes the variables as arguments. If they were constants, tracing would cast them to wider types, and
+    # the program would store those.
     forward = jax.jit(functools.partial(compute_outputs, plain, suppression=suppression))
     program = jax.export.export(jax.jit(lambda images: forward(variables, images)), platforms=PLATFORMS)
     return bytes(program(images).serialize())
@@ -301,7 +303,7 @@ def _image_shape(model: Model) -> tuple[int, int, int]:
 
 
 def _save_orbax(path: Path, variables: Variables) -> None:
-    import orbax.checkpoint as ocp  # takes a while to import, and is needed here alone
+    import orbax.checkpoint as ocp  # here, because importing Orbax takes a while
 
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), variables)

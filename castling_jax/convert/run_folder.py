@@ -43,7 +43,7 @@ def read_config(run: epath.Path) -> dict[str, Any]:
             model_arguments(config), exported_weights(config), start_threshold(config["mask"])
             config["dataset"].keys()
     if written_as != FORMAT:
-        raise InputError(f"'{path}' is of format {written_as}; this version reads format {FORMAT}.")
+        raise InputError(f"'{path}' has format {written_as}; this version reads format {FORMAT}.")
     with about(f"'{path}' is damaged"):
         preprocessing_of(config, image_size=1)
     return config

@@ -40,7 +40,7 @@ DEFAULT_SUPPRESSION = Suppression()
 class Weights:
     """Weights from `read`, and what is known about them.
 
-    config, mask_threshold, step and averaged are None unless the weights come from a checkpoint.
+    The fields config, mask_threshold, step and averaged are None unless the weights come from a checkpoint.
 
     Attributes:
       path: the checkpoint's folder, inference folder or file that was read.
@@ -49,12 +49,12 @@ class Weights:
       model: the model in `form`, with shapes only. None for a foreign file.
       config: the fields of the run's config.json, as nested plain dicts.
       mask_threshold: the mask threshold of the checkpoint's last step.
-      step: number of steps that the checkpoint has trained.
+      step: number of training steps before the checkpoint.
       averaged: whether the variables are the moving averages.
       preprocessing: how an image becomes the model's input, for `castling_jax.preprocess`. None for a foreign file, and
         for an inference folder that does not state it.
-      classes: names of the model's outputs, in their order. None for a foreign file, and if an earlier version did not
-        save them.
+      classes: names of the model's outputs, in their order. None for a foreign file, and for weights of an earlier
+        version that did not save them.
       suppression: how a detector's outputs become detections.
     """
 
@@ -84,7 +84,7 @@ class Weights:
             return self.variables
         if self.form == "inference":
             raise InputError(
-                f"'{self.path}' is in inference form, which is folded: give the run's folder or a checkpoint."
+                f"'{self.path}' is in inference form, whose layers are folded: give the run's folder or a checkpoint."
             )
         return to_torch(self.model, self.variables)
 
@@ -101,11 +101,11 @@ def read(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
         - a foreign file: .safetensors, .npz, or PyTorch's.
       step: the checkpoint of a run to read; None is the newest.
       ema: whether to read the moving averages of a checkpoint's variables; None reads the weights that its run exports.
-        For a foreign file as in `read_state_dict`.
+        For a foreign file, see `read_state_dict`.
 
     Raises:
-      InputError: nothing of this kind is at `path`, or it is damaged; the run has no checkpoint of that step; there is
-        no moving average; or an argument has another type.
+      InputError: none of these is at `path`, or it is damaged; the run has no checkpoint of this step; `ema` asks for a
+        moving average and there is none; or an argument has the wrong type.
     """
     where = locate(path)
     if step is not None and (isinstance(step, bool) or not isinstance(step, int | np.integer)):
@@ -115,23 +115,24 @@ def read(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
     reach_bucket(where)
     steps = checkpoint_steps(where / CHECKPOINTS)
     if step is not None and step not in steps:
-        raise InputError(f"'{path}' is no run with a checkpoint of step {step}{_listed(steps)}.")
+        raise InputError(f"'{path}' has no checkpoint of step {step}{_listed(steps)}.")
     if steps:
         return _read_checkpoint(where, where / CHECKPOINTS / str(steps[-1] if step is None else step), ema)
     if STEP.fullmatch(absolute(where).name) and (where / "state").is_dir():
         return _read_checkpoint(absolute(where).parent.parent, where, ema)
-    # After the checkpoints: a finished run has both, and the training form can be switched but not the other way round.
+    # Checkpoints come first: a finished run has both, and only the training form can be turned into the other form.
     if inference := next((folder for folder in (where, where / INFERENCE) if (folder / MODEL_FILE).is_file()), None):
         if ema:
             raise InputError(f"'{inference}' holds no moving average, which only checkpoints do.")
         model, variables = load_inference(inference)
         known = read_description(inference)
-        suppression = known.suppression or DEFAULT_SUPPRESSION
         return Weights(
-            *(inference, variables, model),
+            inference,
+            variables,
+            model,
             preprocessing=known.preprocessing,
             classes=known.classes,
-            suppression=suppression,
+            suppression=known.suppression or DEFAULT_SUPPRESSION,
         )
     if where.is_file():
         return Weights(where, read_state_dict(where, ema=ema))
@@ -143,14 +144,14 @@ def read(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
 
 
 def _listed(steps: list[int]) -> str:
-    return f"; it has those of {', '.join(map(str, steps))}" if steps else ""
+    return f"; its checkpoints are of the steps {', '.join(map(str, steps))}" if steps else ""
 
 
 def _read_checkpoint(run: epath.Path, folder: epath.Path, ema: bool | None) -> Weights:
     config = read_config(run)
     if ema is None:
         ema = exported_weights(config) == "averaged"
-    # Without the optimiser's state, which is twice as large as the parameters.
+    # The optimiser's state is not read: it is twice as large as the parameters.
     try:
         state, about = read_checkpoint(absolute(folder), ("ema",) if ema else ("params", "batch_stats"))
     except InputError as error:
@@ -160,10 +161,10 @@ def _read_checkpoint(run: epath.Path, folder: epath.Path, ema: bool | None) -> W
     if ema and not state:
         raise InputError(f"the checkpoint '{folder}' holds no moving average of its parameters.")
     if (written_as := about.get("format", 1)) > FORMAT:
-        raise InputError(f"'{folder}' is of format {written_as}; this version reads formats up to {FORMAT}.")
+        raise InputError(f"'{folder}' has format {written_as}; this version reads formats up to {FORMAT}.")
     variables = state["ema"] if ema else state
-    # The configuration leaves the number of classes to the data, which checkpoints of earlier versions do not name. In
-    # LeViT's head a batch norm comes before the layer, so the last array has the classes.
+    # The configuration does not state the number of classes, and checkpoints of earlier versions do not name them. The
+    # shape of a classifier's head tells it: the last array, because LeViT's head starts with a batch norm.
     classes = (about.get("data") or {}).get("classes")
     heads = [leaf.shape[-1] for name, leaf in flatten(variables["params"]).items() if name.startswith("head/")]
     is_detector = config["model"]["name"] in DENSE_MODELS
@@ -183,10 +184,13 @@ def _logged_threshold(run: epath.Path, step: int, *, first: float) -> float:
     """The mask threshold at a step, from the log of an earlier version's run, whose checkpoints do not hold it."""
     logged = [line for line in read_metrics(run) if "mask_threshold" in line and line["step"] <= step]
     threshold = logged[-1]["mask_threshold"] if logged else first
-    source = f"as {METRICS_FILE} has it of step {logged[-1]['step']}" if logged else "where the schedule starts"
+    source = f"its value at step {logged[-1]['step']} in {METRICS_FILE}" if logged else "the schedule's first value"
     _LOGGER.warning(
-        "'%s' is an earlier version's run, whose checkpoints do not hold the mask threshold; that of step %d is taken "
-        "to be %g, %s.",
-        *(run, step, threshold, source),
+        "'%s' is an earlier version's run, whose checkpoints do not hold the mask threshold; for step %d it is "
+        "taken to be %g, %s.",
+        run,
+        step,
+        threshold,
+        source,
     )
     return threshold

@@ -16,7 +16,7 @@ from castling_jax.storage import is_remote
 
 REMOTE_READERS = 32  # threads that read small files from a bucket, where each read is a request
 Boxes = Float[np.ndarray, "boxes 4"]
-# What belongs to each box, beside the box itself: its class, whether it is a crowd, and its area.
+# The table of boxes has these columns: a box's corners, its class, whether it is a crowd, and its area.
 COLUMNS = {"boxes": np.float32, "classes": np.int32, "crowd": bool, "areas": np.float32}
 
 
@@ -28,11 +28,12 @@ class Annotations:
       image_id: COCO's number, or the name of VOC's file without its suffix.
       size: (height, width) of the image in pixels.
       boxes: x0, y0, x1, y1 in pixels, clipped to the image.
-      classes: from 0.
-      crowd: whether what is detected in the box counts neither as right nor as wrong, and training passes the box over:
-        COCO's crowds and VOC's difficult objects.
-      areas: in square pixels: COCO's are the areas of the masks, others are width x height.
-      category_ids: the classes' numbers in the file. VOC's file has names alone: there the first class has 1.
+      classes: the class of each box, counted from 0.
+      crowd: True for COCO's crowds and VOC's difficult objects. Training skips such a box, and in an evaluation a
+        detection in it counts neither as right nor as wrong.
+      areas: in square pixels: the area of the mask if COCO's file states it, else width x height.
+      category_ids: the class of each box, by its number in the annotation file. VOC's files have names only, so VOC's
+        classes are numbered from 1.
     """
 
     image_id: int | str
@@ -44,25 +45,25 @@ class Annotations:
     category_ids: Int[np.ndarray, "boxes"]
 
     def example(self, image: bytes) -> dict[str, Any]:
-        """The example that a data set gives: the encoded image, "boxes", "classes", "crowd", and "size", int32 [2]."""
+        """One example of a data set: "image" (encoded), "boxes", "classes", "crowd" and "size" (int32 [2])."""
         columns = {name: getattr(self, name) for name in ("boxes", "classes", "crowd")}
         return {"image": image, **columns, "size": np.array(self.size, np.int32)}
 
 
 @dataclasses.dataclass(frozen=True)
 class BoxDataset:
-    """Image files, and the boxes of all of them in one table: it is small, and worker processes get a copy.
+    """Image files, and one table with the boxes of all images. Each worker process gets a copy of the small table.
 
     Attributes:
-      folder: of the images.
-      files: relative to the folder.
-      image_ids: of the files.
-      sizes: (height, width) of the images in pixels, as the annotations have them.
-      starts: the boxes of image i are those from starts[i] to starts[i + 1].
-      columns: the arrays of COLUMNS, with a row for each box.
-      classes: the names.
-      category_ids: the classes' numbers in the file; -1 for a class that the file does not have.
-      dropped: how many boxes were left out, because none of their area is in the image.
+      folder: the folder that holds the images.
+      files: the images' paths, relative to the folder.
+      image_ids: the id of each image, as in `Annotations`.
+      sizes: (height, width) of each image in pixels, as the annotations state it.
+      starts: the boxes of image i are the rows of `columns` from starts[i] up to, not including, starts[i + 1].
+      columns: the table: an array for each name in COLUMNS, with a row for each box.
+      classes: the classes' names.
+      category_ids: the number of each class in the annotation file; -1 for a class that the file does not have.
+      dropped: number of boxes that were left out, because they have no area inside their image.
     """
 
     annotation = "boxes"
@@ -95,7 +96,7 @@ class BoxDataset:
         return self.annotations(index).example(image)
 
     def annotations(self, index: int) -> Annotations:
-        """The boxes of an image, which is not read."""
+        """The boxes of an image, without reading the image."""
         rows = slice(self.starts[index], self.starts[index + 1])
         columns = {name: column[rows] for name, column in self.columns.items()}
         height, width = self.sizes[index].tolist()
@@ -121,34 +122,35 @@ def box_dataset(
     classes: Sequence[str],
     category_ids: Iterable[int],
 ) -> BoxDataset:
-    """The data set of images and of boxes in any order; boxes are clipped to their images.
+    """Builds a data set from images and their boxes, which may come in any order. Boxes are clipped to their images.
 
     Args:
-      folder: of the images.
-      images: (file, id, (height, width)) of each.
-      image_of: the number of each box's image; boxes of image -1 are passed over.
-      columns: as COLUMNS names them, a row for each box; an area that is NaN becomes width x height.
-      classes: the names.
-      category_ids: of the classes.
+      folder: the folder that holds the images.
+      images: (file, id, (height, width)) of each image.
+      image_of: for each box, the index of its image in `images`; -1 leaves the box out.
+      columns: a sequence for each name in COLUMNS, with a row for each box. An area of NaN becomes width x height.
+      classes: the classes' names.
+      category_ids: the number of each class in the annotation file.
     """
     files, image_ids, _ = zip(*images, strict=True)
     sizes = np.array([size for _, _, size in images], np.int32).reshape(-1, 2)
+    # Sorted by image, the boxes of image -1 come first, and are cut off.
     order = np.argsort(image_of, kind="stable")[np.count_nonzero(np.array(image_of) < 0) :]
-    place = np.array(image_of, np.int64)[order]
+    image_index = np.array(image_of, np.int64)[order]
     columns = {name: np.array(column)[order] for name, column in columns.items()}
-    columns["boxes"], has_area = clip_boxes(columns["boxes"].reshape(-1, 4), sizes[place])
+    columns["boxes"], has_area = clip_boxes(columns["boxes"].reshape(-1, 4), sizes[image_index])
     areas = np.prod(columns["boxes"][:, 2:] - columns["boxes"][:, :2], axis=-1)
     columns["areas"] = np.where(np.isnan(columns["areas"]), areas, columns["areas"])
-    starts = np.searchsorted(place[has_area], np.arange(len(files) + 1))
+    starts = np.searchsorted(image_index[has_area], np.arange(len(files) + 1))
     columns = {name: columns[name][has_area].astype(dtype) for name, dtype in COLUMNS.items()}
     numbers, dropped = np.array(list(category_ids), np.int32), int((~has_area).sum())
     return BoxDataset(folder, files, image_ids, sizes, starts, columns, tuple(classes), numbers, dropped)
 
 
 def clip_boxes(boxes: Boxes, size: Any) -> tuple[Boxes, Bool[np.ndarray, "boxes"]]:
-    """Boxes cut off at the border of their image, and which of them have an area then.
+    """Clips boxes to their image, and tells for each clipped box whether it has an area.
 
-    Those that have none lie outside, or were given without one, with their corners swapped, or with a NaN.
+    A clipped box has no area if the box lies outside the image, has no area itself, has swapped corners or has a NaN.
 
     Args:
       boxes: x0, y0, x1, y1 in pixels.
@@ -160,11 +162,11 @@ def clip_boxes(boxes: Boxes, size: Any) -> tuple[Boxes, Bool[np.ndarray, "boxes"
 
 
 def check_size(size: Size, example: dict[str, Any]) -> None:
-    """Refuses an image of another size than its boxes were drawn in.
+    """Refuses an image whose size is not the one in its annotations.
 
     Args:
-      size: (height, width) of the image as it is seen, upright if EXIF orientations count.
-      example: of a data set; one without a "size" was not annotated.
+      size: (height, width) of the decoded image, after its EXIF orientation if config.dataset.exif is set.
+      example: an example of a data set. An example without a "size" has no annotations, and passes.
 
     Raises:
       InputError: the sizes differ.
@@ -173,14 +175,14 @@ def check_size(size: Size, example: dict[str, Any]) -> None:
     if annotated != size:
         turned = ": config.dataset.exif may turn it" if annotated == size[::-1] else ""
         raise InputError(
-            f"the image has {size[1]} x {size[0]} pixels, and its annotations are of {annotated[1]} x {annotated[0]}"
+            f"the image has {size[1]} x {size[0]} pixels, but its annotations say {annotated[1]} x {annotated[0]}"
             f"{turned}."
         )
 
 
 def read_all(read: Callable[[epath.Path], Any], paths: Sequence[epath.Path]) -> list[Any]:
-    """What `read` makes of each path, in their order; from a bucket, many are read at a time."""
-    if not any(map(is_remote, paths[:1])):
+    """Calls `read` on each path and returns the results in order. From a bucket, many threads read at once."""
+    if not paths or not is_remote(paths[0]):
         return list(map(read, paths))
     with concurrent.futures.ThreadPoolExecutor(REMOTE_READERS) as pool:
         return list(pool.map(read, paths))

@@ -13,6 +13,7 @@ from castling_jax.data.folder import choose, parse_split
 from castling_jax.errors import InputError, check_known, refusing
 from castling_jax.storage import as_path
 
+# The errors that a damaged file causes: any of its values may be missing or have the wrong type.
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
@@ -20,11 +21,11 @@ def coco_splits(path: epath.PathLike) -> list[str]:
     """The splits that have a file of annotations, such as "train2017".
 
     Raises:
-      InputError: there is no folder of annotations.
+      InputError: PATH has no folder `annotations`.
     """
     folder = as_path(path, "the folder of a data set") / "annotations"
     if not folder.is_dir():
-        raise InputError(f"there is no folder '{folder}', which COCO's files would be in.")
+        raise InputError(f"there is no folder '{folder}', where COCO's annotation files should be.")
     found = (re.fullmatch(r"instances_(.+)\.json", entry.name) for entry in folder.iterdir())
     return sorted(match[1] for match in found if match)
 
@@ -32,17 +33,18 @@ def coco_splits(path: epath.PathLike) -> list[str]:
 def coco(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) -> BoxDataset:
     """The images in PATH/SPLIT that PATH/annotations/instances_SPLIT.json lists, in its order.
 
-    The file's categories, in the order of their ids, are the classes. Images without a box are examples too. Masks are
+    The classes are the file's categories, in the order of their ids. Images without a box are examples too. Masks are
     not read.
 
     Args:
-      path: the root.
-      split: one of `coco_splits`; or "10% of train" and "train without 10%", as `folder` takes them.
-      classes: the names of a model's classes, in its order; the file need not have all of them.
+      path: the data set's root folder.
+      split: one of `coco_splits`; or a part of one, such as "10% of train" or "train without 10%", as in `folder`.
+      classes: names of a model's classes, in the order of its outputs; the file need not have all of them. None takes
+        the file's own.
 
     Raises:
       InputError: the file is missing or damaged, lists no images, uses an id twice, has a category that `classes`
-        lacks, or an annotation of a category or an image that it does not list.
+        lacks, or has an annotation whose category or image it does not list.
     """
     root = as_path(path, "the folder of a data set")
     name, percent, is_held_out = parse_split(split)
@@ -51,7 +53,7 @@ def coco(path: epath.PathLike, split: str, classes: Sequence[str] | None = None)
     with refusing(DAMAGE, f"'{file}' is damaged"):
         content = json.loads(file.read_bytes(), object_hook=_without_mask)
         annotations = content["annotations"]
-        images, categories = (_by_id(content[kind], f"{kind} of '{file}'") for kind in ("images", "categories"))
+        images, categories = (_by_id(content[kind], f"{kind} in '{file}'") for kind in ("images", "categories"))
         for kind, known in (("image_id", images), ("category_id", categories)):
             for annotation in annotations:
                 if annotation[kind] not in known:
@@ -59,17 +61,18 @@ def coco(path: epath.PathLike, split: str, classes: Sequence[str] | None = None)
                         f"the annotation {annotation.get('id')} in '{file}' has the {kind} {annotation[kind]!r}, which "
                         "the file does not list."
                     )
-        names = {number: str(category["name"]) for number, category in sorted(categories.items())}
+        names = {category_id: str(category["name"]) for category_id, category in sorted(categories.items())}
         known_names = list(names.values() if classes is None else classes)
         for category_name in names.values():
             if category_name not in known_names:
                 raise InputError(f"'{file}' has the category {category_name!r}, which the model does not have.")
-        class_of = {number: known_names.index(category_name) for number, category_name in names.items()}
-        number_of = {category: number for number, category in class_of.items()}
+        class_of = {category_id: known_names.index(category_name) for category_id, category_name in names.items()}
+        category_id_of = {class_number: category_id for category_id, class_number in class_of.items()}
 
+        # `choose` draws a share from each class of images. Images with boxes have no class, so all count as class 0.
         listed = list(images.values())
         chosen = [listed[index] for index in choose(np.zeros(len(listed), np.int32), percent, is_held_out)]
-        place = {image["id"]: number for number, image in enumerate(chosen)}
+        index_of = {image["id"]: index for index, image in enumerate(chosen)}
         corners = np.array([annotation["bbox"] for annotation in annotations], np.float64).reshape(len(annotations), 4)
         corners[:, 2:] += corners[:, :2]  # from x, y, width, height
         if not chosen:
@@ -77,7 +80,7 @@ def coco(path: epath.PathLike, split: str, classes: Sequence[str] | None = None)
         return box_dataset(
             root / name,
             [(str(image["file_name"]), image["id"], (image["height"], image["width"])) for image in chosen],
-            [place.get(annotation["image_id"], -1) for annotation in annotations],
+            [index_of.get(annotation["image_id"], -1) for annotation in annotations],
             {
                 "boxes": corners,
                 "classes": [class_of[annotation["category_id"]] for annotation in annotations],
@@ -85,18 +88,18 @@ def coco(path: epath.PathLike, split: str, classes: Sequence[str] | None = None)
                 "areas": [annotation.get("area", np.nan) for annotation in annotations],
             },
             known_names,
-            (number_of.get(number, -1) for number in range(len(known_names))),
+            (category_id_of.get(class_number, -1) for class_number in range(len(known_names))),
         )
 
 
 def _without_mask(entry: dict[str, Any]) -> dict[str, Any]:
-    """Frees an object's mask as soon as it is parsed: of COCO's file, the masks are the most."""
+    """Drops a mask as soon as it is parsed, because masks take most of the memory of COCO's file."""
     entry.pop("segmentation", None)
     return entry
 
 
 def _by_id(entries: list[dict[str, Any]], kind: str) -> dict[Any, dict[str, Any]]:
-    """Entries by their id, in their order."""
+    """id -> entry, in the order of the entries."""
     found = {entry["id"]: entry for entry in entries}
     if len(found) < len(entries):
         raise InputError(f"two {kind} have the same id.")

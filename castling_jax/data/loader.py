@@ -20,11 +20,12 @@ from castling_jax.data.sources import Dataset
 from castling_jax.errors import DeterministicError, InputError, printable
 
 LOGGER = logging.getLogger(__name__)
-PART = 32  # images that one thread reads at a time: threads share a batch, and reading ahead takes bounded memory
-PARTS_AHEAD = 4  # parts that are read ahead by each thread
+PART = 32  # images that one thread reads at a time; small, so that threads share a batch and use little memory
+PARTS_AHEAD = 4  # parts that each thread reads ahead
 MAX_THREADS = 16  # in one process; more threads would wait for Python's lock more than they work
-CORRUPT_IN_A_ROW = 100  # after so many the search for a good image stops
-MIN_IMAGES_JUDGED = 10_000  # the share of corrupt images is taken of at least so many images
+CORRUPT_IN_A_ROW = 100  # after so many corrupt images, the search for a good one stops
+# The number of corrupt images is divided by the number of images read, or by this number while that one is smaller.
+MIN_IMAGES_JUDGED = 10_000
 NAMED = 3  # corrupt images that an error message names
 _LOGGED: set[str] = set()  # names of the corrupt images that were logged, in training or in an evaluation
 Batch = dict[str, np.ndarray]
@@ -36,19 +37,20 @@ EvalTransform = Callable[[Example], Example]
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-    """A training transform that is another one in every step, as images of several sizes need it.
+    """Draws one of several training transforms for each step: for example, one that makes images of another size.
 
-    All examples of a step get the same one of `transforms`, which the seed and the step alone decide.
+    All examples of a step get the same transform. It depends on the seed and the step alone.
     """
 
     transforms: Sequence[TrainTransform]
 
     def of_step(self, seed: int, step: int) -> TrainTransform:
-        """The transform of a step. Its draw is apart from those of the examples, (seed, position)."""
+        """The transform of a step."""
+        # Three numbers: an example's generator is seeded by two, (seed, position), so the draws are independent.
         return self._drawn(np.random.default_rng((seed, step, 1)))
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """One of the transforms, drawn for this example alone: for pictures."""
+        """Applies a transform that is drawn for this example alone, as pictures of single examples need it."""
         return self._drawn(rng)(example, rng)
 
     def _drawn(self, rng: np.random.Generator) -> TrainTransform:
@@ -98,15 +100,15 @@ def training_batches(
       InputError: the batch is larger than the dataset.
     """
     if not 1 <= batch_size <= len(dataset):
-        raise InputError(f"a batch must be of 1 to {len(dataset)} images (there are no more), not {batch_size}.")
-    # Shuffled before it is repeated, so that every epoch has each image once; grain gives each epoch its own order.
+        raise InputError(f"a batch must have from 1 to {len(dataset)} images, all of the data set, not {batch_size}.")
+    # Shuffle before repeating, so that every epoch has each image once; grain gives each epoch its own order.
     order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat()
     read = functools.partial(_training_image, dataset, transform, order, seed, repeats, batch_size)
     parts = _Parts(read, batch_size, rows)
     # An "endless" range, kept so small that a position in the stream still fits in 64 bits.
     first, last = first_step * len(parts.rows), sys.maxsize // batch_size
     batches = _batches(parts, range(first, last), workers=workers, max_corrupt_share=max_corrupt_share)
-    # Only evaluation pads and weighs: in training every row is a good image.
+    # Only evaluation needs weights, because it pads: in training every row is a good image.
     return ({name: array for name, array in batch.items() if name != "weight"} for batch in batches)
 
 
@@ -187,16 +189,16 @@ def _first_good(dataset: Dataset, transform: EvalTransform, index: int) -> _Read
             return _Read(transform(dataset[nearby]), 1.0, corrupt)
         except InputError as error:
             corrupt[dataset.describe(nearby)] = str(error)
-    # Not one bad image but a wrong data set or a broken disk: the caller should hear of it now.
+    # So many mean a wrong data set or a broken disk, not a bad image: stop now.
     name, why = next(iter(corrupt.items()))
     raise DeterministicError(f"{len(corrupt)} images in a row are corrupt, the first of them {name}: {why}")
 
 
 class _Parts:
-    """Batches in parts of up to PART rows; the parts of all batches are numbered through, from batch 0 on.
+    """Reads parts of batches, each of up to PART rows, by their numbers. Part 0 is the first part of batch 0.
 
     Args:
-      read: position in the stream -> image.
+      read: position in the stream -> the example there.
       batch_size: images in a batch, over all processes.
       rows: the rows of every batch to read; None reads all.
     """
@@ -224,7 +226,7 @@ def _stacked(values: list[Any]) -> np.ndarray:
 
 
 def _batches(parts: _Parts, numbers: range, *, workers: int, max_corrupt_share: float) -> Iterator[Batch]:
-    """Reads the parts with these numbers ahead, and joins them to whole batches."""
+    """Reads the parts with these numbers ahead of their use, and joins them into whole batches."""
     # Each worker process has one thread; without workers, this process reads with many.
     threads = 1 if workers else min(os.cpu_count() or 1, MAX_THREADS)
     options = grain.ReadOptions(threads, PARTS_AHEAD * threads)
@@ -244,6 +246,7 @@ def _ignore_signals(*_: int) -> None:
 
 
 def _whole(stream: grain.IterDataset, count: int, max_corrupt_share: float) -> Iterator[Batch]:
+    """Joins each `count` parts into a batch, and counts its corrupt images."""
     corrupt = _Corrupt(max_corrupt_share)
     iterator = iter(stream)
     try:
@@ -253,10 +256,10 @@ def _whole(stream: grain.IterDataset, count: int, max_corrupt_share: float) -> I
                 try:
                     parts.append(next(iterator))
                 except StopIteration:
-                    return  # a plain StopIteration inside a generator would become a RuntimeError
+                    return  # Python turns a StopIteration that leaves a generator into a RuntimeError
                 except RuntimeError as error:
                     raise _lost_worker(error) or error from error
-            # `count` parts are one batch. Its corrupt images are no arrays and go to the counter alone.
+            # The corrupt images are a list of names and reasons. They go to the counter, not into the batch.
             unreadable = [item for part in parts for item in part.pop("corrupt")]
             batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             corrupt.add(len(batch["weight"]), unreadable)
@@ -274,19 +277,19 @@ def _lost_worker(error: RuntimeError) -> InputError | None:
     fate = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     return InputError(
         f"one of the processes that read images {fate}, which happens when memory runs out; the same command goes on, "
-        "and needs less memory with fewer config.dataset.workers."
+        "and fewer config.dataset.workers need less memory."
     )
 
 
 class _Corrupt:
-    """Counts the corrupt images among those that this process reads, and logs each one's name once.
+    """Counts the corrupt images that this process reads, and logs the name of each once.
 
     Images are counted when a batch is used, not when it is read, so the order is the same with any number of threads
     and workers.
 
     Args:
-      max_share: largest share of corrupt images among the images read. The share is taken of at least
-        MIN_IMAGES_JUDGED images, so that a few corrupt images at the start do not end a run.
+      max_share: largest share of corrupt images among the images read. Until MIN_IMAGES_JUDGED images are read, the
+        share is taken of that many, so that a few corrupt images at the start do not end a run.
     """
 
     def __init__(self, max_share: float):

@@ -15,12 +15,12 @@ from castling_jax.errors import InputError
 from castling_jax.preprocessing import Preprocessing
 
 Image = Float[np.ndarray, "height width 3"]
-TRIES = 10  # draws of a box to erase, each of which may not fit into the image, before nothing is erased
-ERASED_AREAS = (0.02, 1 / 3)
+TRIES = 10  # draws of a box to erase; if no box fits into the image, nothing is erased
+ERASED_AREAS = (0.02, 1 / 3)  # the box's area / the image's area
 ERASED_RATIOS = (0.3, 1 / 0.3)  # height / width
-# SSD's changes of colour: between which factors, and by how many degrees the hue turns at most.
+# SSD's changes of colour: the smallest and the largest factor, and the largest turn of the hue.
 DISTORTION, HUE_DEGREES = (0.5, 1.5), 18.0
-# NTSC's brightness and two colours of red, green and blue; Pillow's grey is the first row.
+# NTSC's brightness (Y) and two axes of colour (I, Q), each as weights of red, green and blue. Pillow's grey is Y.
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 
 
@@ -40,7 +40,7 @@ def normalize_images(images: Num[Array | np.ndarray, "*batch height width 3"], p
 
     Args:
       images: NumPy or JAX array [..., height, width, 3]: uint8, which is divided by 255 first, or floats in [0, 1].
-      preprocessing: its mean and std are used, which are for pixels in [0, 1]. Nothing is resized.
+      preprocessing: gives mean and std, for pixels in [0, 1]. Its other fields are not used: nothing is resized.
 
     Returns:
       Floats of the same shape: float64 for float64 images, else float32.
@@ -65,7 +65,7 @@ def normalize_images(images: Num[Array | np.ndarray, "*batch height width 3"], p
 def denormalize_images(
     images: Num[Array | np.ndarray, "*batch height width 3"], preprocessing: Preprocessing
 ) -> Float[np.ndarray, "*batch height width 3"]:
-    """Inverts `normalize_images` for pictures: pixels in [0, 1], and values outside are clipped."""
+    """Inverts `normalize_images`, for pictures; values outside [0, 1] are clipped."""
     return np.clip(np.asarray(images) * np.asarray(preprocessing.std) + np.asarray(preprocessing.mean), 0, 1)
 
 
@@ -79,7 +79,7 @@ def color_jitter(image: PillowImage.Image, rng: np.random.Generator, strength: f
 
 
 def as_floats(image: PillowImage.Image | Image) -> Image:
-    """Pillow's image in float32 in [0, 1]; floats stay as they are."""
+    """A Pillow image as float32 in [0, 1]; an array is returned as it is."""
     return image if isinstance(image, np.ndarray) else np.asarray(image, np.float32) / np.float32(255)
 
 
@@ -87,8 +87,8 @@ def random_distortion(image: Image, rng: np.random.Generator, probability: float
     """Changes brightness, contrast, saturation and hue in a random order, each with this probability.
 
     These are SSD's changes (Liu et al., arXiv 1512.02325, section 2.2). The first three are those of Pillow's
-    `ImageEnhance`; the hue turns in the plane of YIQ's colours, which keeps the brightness. All of them are affine in a
-    pixel's channels, so that they are one product, and values beyond [0, 1] are clipped once, at the end.
+    `ImageEnhance`; the hue turns in the plane of I and Q, which keeps the brightness. Each change is an affine map of a
+    pixel's channels, so all of them together are one matrix and one offset. Values are clipped to [0, 1] at the end.
     """
     grey, turn = YIQ[0], np.deg2rad(rng.uniform(-HUE_DEGREES, HUE_DEGREES))
     brightness, contrast, saturation = rng.uniform(*DISTORTION, size=3)
@@ -107,9 +107,11 @@ def random_distortion(image: Image, rng: np.random.Generator, probability: float
     for chosen in rng.permutation(4):
         if is_on[chosen]:
             change, offset = matrices[chosen] @ change, matrices[chosen] @ offset
-            if chosen == 1:  # contrast: towards the image's mean grey as it is by now
+            # Contrast moves pixels towards the image's mean grey before this change, which is the mean grey after it
+            # divided by `contrast`.
+            if chosen == 1:
                 offset = offset + (1 - contrast) / contrast * (grey @ (change @ mean + offset))
-    # Channel by channel: BLAS would start threads in each of the loader's.
+    # Channel by channel, not as a matrix product: BLAS would start threads of its own in each of the loader's threads.
     changed = np.empty_like(image)
     channels = [image[..., channel] for channel in range(3)]
     for channel, (weights, shift) in enumerate(zip(change.astype(np.float32), offset.astype(np.float32), strict=True)):

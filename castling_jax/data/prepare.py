@@ -26,7 +26,7 @@ DEBIAN_ARCHIVES = epath.Path("/usr/share/datasets/fashion-mnist")  # where datas
 # Split -> (start of the file's name, the time in the published file's gzip header). Debian's copies equal the published
 # files except for gzip's header, which lacks name and time.
 FASHION_MNIST = {"train": ("train", 1504176606), "test": ("t10k", 1504176627)}
-LARGEST_SIZE = 224  # largest image size in pixels that a command is suggested for
+LARGEST_SIZE = 224  # largest image size, in pixels, that a suggested command has
 ANY_IMAGES = f"folder:{LARGEST_SIZE}"  # the configuration for images of any kind
 RECIPES = {
     "fashion_mnist": "fashion_mnist",
@@ -53,13 +53,13 @@ def prepare(
     if name == "digits":
         return "digits is in scikit-learn's wheel and needs no preparing."
     if name.startswith(FOLDER):
-        return _count_folder(epath.Path(name.removeprefix(FOLDER)).expanduser())
+        return _describe_folder(epath.Path(name.removeprefix(FOLDER)).expanduser())
     if path_of(name) is not None:
-        return _count_boxes(name)
+        return _describe_boxes(name)
     builder = tfds_builder(name, data_dir=data_dir, file_format="array_record")
     annotated_image(builder)  # refuses a data set without labels and boxes now, before hours of work
     if builder.is_prepared():
-        return f"{name} was prepared before.\n{_count(builder, name, data_dir)}"
+        return f"{name} was prepared before.\n{_describe_tfds(builder, name, data_dir)}"
     try_folder(builder.data_path)
     if builder.name == "fashion_mnist":
         archives_folder = epath.Path(archives) if archives else DEBIAN_ARCHIVES
@@ -70,7 +70,7 @@ def prepare(
     manual = epath.Path(manual_dir) if manual_dir else builder.data_dir_root / "downloads" / "manual"
     _check_manual(builder, manual)
     _download_and_prepare(builder, name, manual)
-    return _count(builder, name, data_dir)
+    return _describe_tfds(builder, name, data_dir)
 
 
 def _check_manual(builder: Any, manual: epath.Path) -> None:
@@ -79,13 +79,13 @@ def _check_manual(builder: Any, manual: epath.Path) -> None:
         missing = [archive for archive in IMAGENET_ARCHIVES if not (manual / archive).exists()]
         if missing:
             raise InputError(
-                f"imagenet2012 is made of {' and '.join(IMAGENET_ARCHIVES)}, which https://image-net.org/"
-                f"download-images gives to those who register, and '{manual}' lacks {' and '.join(missing)}: put them "
-                "there, or name their folder by --manual_dir."
+                f"imagenet2012 is made from {' and '.join(IMAGENET_ARCHIVES)}, which https://image-net.org/"
+                f"download-images gives to registered users, but '{manual}' lacks {' and '.join(missing)}: put them "
+                "there, or give their folder as --manual_dir."
             )
     elif builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not manual.is_dir():
         raise InputError(
-            f"{builder.name} has files to be fetched by hand, into '{manual}' or a folder named by --manual_dir "
+            f"{builder.name} needs files that you fetch by hand, into '{manual}' or the folder that --manual_dir names "
             f"({in_one_sentence(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)})."
         )
 
@@ -95,8 +95,8 @@ def _download_and_prepare(builder: Any, name: str, manual: epath.Path) -> None:
 
     options = tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
     try:
-        builder.download_and_prepare(download_config=options)  # into a folder that gets its name when it is whole
-    except Exception as error:  # of many kinds
+        builder.download_and_prepare(download_config=options)  # TFDS renames the folder once it is whole
+    except Exception as error:  # TFDS raises many kinds
         if _lacks_tensorflow(error):
             debian = ", or apt-get install dataset-fashion-mnist" if builder.name == "fashion_mnist" else ""
             raise InputError(
@@ -117,7 +117,7 @@ def _lacks_tensorflow(error: BaseException | None) -> bool:
 
 
 def _read_from_archives(builder: Any, folder: epath.Path) -> None:
-    """Makes a builder of Fashion-MNIST read its archives from a folder, without TensorFlow.
+    """Makes Fashion-MNIST's builder read its archives from a folder, without TensorFlow.
 
     Raises:
       InputError: an archive is missing, or is not the published one.
@@ -134,7 +134,7 @@ def _read_from_archives(builder: Any, folder: epath.Path) -> None:
     def split_generators(manager: Any) -> dict[str, Any]:
         return {split: _examples(*part) for split, part in parts.items()}
 
-    # TFDS's own generators read through tf.io. All else, such as shuffling and writing, stays TFDS's.
+    # TFDS's own generators read through tf.io. TFDS still does the rest, such as shuffling and writing.
     builder._split_generators = split_generators
 
 
@@ -151,7 +151,7 @@ def _read_archive(path: epath.Path, time: int, checksums: dict[str, str]) -> byt
 
 
 def _parse_idx(data: bytes, magic: int) -> np.ndarray:
-    """The array in an IDX file: its magic number's last byte is the number of dimensions."""
+    """The array in an IDX file. The last byte of the magic number is the number of dimensions."""
     dimensions = magic & 0xFF
     file_magic, *shape = struct.unpack_from(f">{1 + dimensions}I", data)
     if file_magic != magic:
@@ -162,7 +162,7 @@ def _parse_idx(data: bytes, magic: int) -> np.ndarray:
 def _examples(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields TFDS's (key, example) pairs, with PNGs encoded by Pillow.
 
-    The keys are those of TFDS's own builder, which sorts by them, so that the order of the examples is the same.
+    TFDS sorts the examples by these keys. They are the keys of TFDS's own builder, so the order is the same.
     """
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
         encoded = io.BytesIO()
@@ -170,11 +170,12 @@ def _examples(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dic
         yield index, {"image": encoded.getvalue(), "label": int(label)}
 
 
-def _count(builder: Any, name: str, data_dir: epath.PathLike | None) -> str:
-    """Describes a prepared data set, after a test read, and the command that trains on it."""
+def _describe_tfds(builder: Any, name: str, data_dir: epath.PathLike | None) -> str:
+    """Describes a data set and the command that trains on it, after loading a split to see that it can be read."""
     splits = builder.info.splits
     dataset = load_dataset(name, next(iter(splits)), data_dir=data_dir)
     option = f" --config.dataset.data_dir={data_dir}" if data_dir else ""
+    # No configuration suits every data set with boxes: the user writes the name of one in CONFIG's place.
     recipe = RECIPES.get(builder.name, ANY_IMAGES if dataset.annotation == "label" else "CONFIG")
     leftovers = sorted(path.name for path in builder.data_path.parent.glob("incomplete.*"))
     return "\n".join(
@@ -188,11 +189,11 @@ def _count(builder: Any, name: str, data_dir: epath.PathLike | None) -> str:
     )
 
 
-def _count_folder(path: epath.Path) -> str:
+def _describe_folder(path: epath.Path) -> str:
     """Describes a folder of images, and the command that trains on it.
 
     Raises:
-      InputError: what `folder` raises.
+      InputError: as `folder` does.
     """
     classes = folder(path, "train").classes
     lines = [f"{path}: {len(classes)} classes"]
@@ -203,7 +204,7 @@ def _count_folder(path: epath.Path) -> str:
         lines.append(f"  {printable(split)}: {len(dataset):,} images, {counts.min():,} to {counts.max():,} in a class")
         skipped += dataset.skipped
     if skipped:
-        lines.append(f"  skipped, because their names are not those of images: {list_skipped(skipped)}")
+        lines.append(f"  skipped, because their names have no image's suffix: {list_skipped(skipped)}")
     train_split, eval_split = find_splits(f"{FOLDER}{path}")
     name, size = shlex.quote(f"{FOLDER}{path}"), _usual_size(folder(path, "train"))
     return "\n".join(
@@ -215,8 +216,8 @@ def _count_folder(path: epath.Path) -> str:
     )
 
 
-def _count_boxes(name: str) -> str:
-    """The images and boxes of each split that `find_splits` finds.
+def _describe_boxes(name: str) -> str:
+    """Describes the splits that `find_splits` finds: their images and their boxes.
 
     Raises:
       InputError: as `load_dataset` does.

@@ -28,11 +28,11 @@ from castling_jax.errors import InputError, check_known, in_one_sentence, refusi
 from castling_jax.storage import as_path
 
 DIGITS_SPLITS = ("train", "test", "minitrain", "minival")
-FOLDER = "folder:"  # prefix of the name of a folder of images
+FOLDER = "folder:"  # starts the name of a data set that is a folder of images
 HELD_OUT_SPLITS = ("val", "valid", "validation", "test")  # in the order of preference
 HELD_OUT_PERCENT = 10  # percentage of train that is held out if a data set has no HELD_OUT_SPLITS
 UNREADABLE = (ValueError, RuntimeError)  # raised by ArrayRecord and protocol buffers
-# A smaller data set is kept in memory, encoded, because reading a small record takes longer than decoding it.
+# Smaller data sets are kept in memory, encoded, because reading a small record takes longer than decoding it.
 IN_MEMORY_BYTES = 256_000_000
 TFDS_NAME = r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?"
 
@@ -42,7 +42,7 @@ class Dataset(Protocol):
 
     @property
     def annotation(self) -> str:
-        """What each image has: one "label", or "boxes". The latter also have a method `annotations(index)`."""
+        """What each image comes with: "label" or "boxes". With "boxes" there is also a method `annotations(index)`."""
 
     @property
     def num_classes(self) -> int: ...
@@ -56,7 +56,7 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """{"image": encoded bytes, or float32 [height, width, 3] in [0, 1]; "label": the class's number, from 0}.
 
-        With boxes it has no label, but "boxes", "classes", "crowd" and "size", as `Annotations` has them.
+        A data set with boxes has "boxes", "classes", "crowd" and "size", as in `Annotations`, instead of "label".
 
         Raises:
           InputError: the image cannot be read.
@@ -66,15 +66,15 @@ class Dataset(Protocol):
         """A name for an example in messages."""
 
     def contents(self) -> dict[str, str]:
-        """Identifies the images, to notice changes: kind of mark -> mark, such as {"version": "mnist/3.0.1"}."""
+        """Marks that change when the images change: kind of mark -> mark, such as {"version": "mnist/3.0.1"}."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayDataset:
     """Labelled images in memory.
 
-    Images are in [0, 1] and always have three channels, so that every model takes every dataset; grey images repeat
-    theirs.
+    Images are in [0, 1] and always have three channels, so that every model takes every dataset. A grey image repeats
+    its channel.
     """
 
     annotation = "label"
@@ -139,7 +139,7 @@ class TfdsDataset:
         try:
             example = self._example(index)
             file_name = example.get("file_name", example.get("image/filename", b""))
-        except InputError:  # the record itself is damaged, and this is called to say so
+        except InputError:  # the record is damaged, and the caller needs a name for it to say so
             file_name = b""
         return f"{self.name} {self.split} {index}" + (f" '{file_name.decode()}'" if file_name else "")
 
@@ -153,16 +153,17 @@ class TfdsDataset:
 
 @dataclasses.dataclass(frozen=True)
 class TfdsBoxes(TfdsDataset):
-    """Images with boxes, as TFDS has COCO and PASCAL VOC: `label` is the feature that holds an image's objects.
+    """Images with boxes, such as TFDS's COCO and PASCAL VOC; `label` names the feature that holds an image's objects.
 
-    A record is read for its annotations too. Boxes of which no part is in the image are left out, and not counted.
+    `annotations` reads the whole record of an image. Boxes that have no area inside the image are left out, and nothing
+    counts them.
     """
 
     annotation = "boxes"
 
     @property
     def category_ids(self) -> Int[np.ndarray, "classes"]:
-        """TFDS's labels, which are the classes' numbers."""
+        """The number of each class in the annotations, which is TFDS's label."""
         return np.arange(self.num_classes)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -170,7 +171,7 @@ class TfdsBoxes(TfdsDataset):
         return self._annotations(index, example).example(example[self.image])
 
     def annotations(self, index: int) -> Annotations:
-        """The boxes of an image, of which the header is read; `category_ids` are TFDS's labels.
+        """The boxes of an image. Only the image's header is decoded, for the size; `category_ids` are TFDS's labels.
 
         Raises:
           InputError: the record or the image's header cannot be read.
@@ -179,18 +180,19 @@ class TfdsBoxes(TfdsDataset):
 
     def _annotations(self, index: int, example: dict[str, Any]) -> Annotations:
         objects, size = example[self.label], image_size(example[self.image])
+        # TFDS divides the coordinates by the image's height and width.
         top_left_bottom_right = np.asarray(objects["bbox"], np.float64).reshape(-1, 4) * np.tile(size, 2)
         boxes, has_area = clip_boxes(top_left_bottom_right[:, [1, 0, 3, 2]], size)
         classes = np.asarray(objects["label"], np.int32)
         crowd = np.asarray(objects.get("is_crowd", objects.get("is_difficult", np.zeros(len(boxes)))), bool)
         areas = np.asarray(objects.get("area", np.prod(boxes[:, 2:] - boxes[:, :2], axis=-1)), np.float32)
-        columns = [column[has_area] for column in (boxes, classes, crowd, areas, classes)]
+        columns = [column[has_area] for column in (boxes, classes, crowd, areas, classes)]  # the last: category_ids
         return Annotations(int(example.get("image/id", index)), size, *columns)
 
 
 @dataclasses.dataclass(frozen=True)
 class Unread:
-    """The sizes of a data set that is not on this machine: enough to compile a training step."""
+    """Stands in for a data set that is not on this machine. Its sizes are enough to compile a training step."""
 
     length: int
     num_classes: int
@@ -204,7 +206,7 @@ class Unread:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        raise InputError(f"image {index} is not here.")
+        raise InputError(f"image {index} cannot be read, because the data set is not on this machine.")
 
     def describe(self, index: int) -> str:
         return f"image {index}"
@@ -213,7 +215,7 @@ class Unread:
         return {}
 
 
-# How the names of data sets in folders start, and what reads them and finds their splits.
+# What a data set's name starts with -> (the function that loads a split, the function that lists the splits).
 FILES: dict[str, tuple[Callable[..., Dataset], Callable[[epath.PathLike], list[str]]]] = {
     "folder": (folder, folder_splits),
     "coco": (coco, coco_splits),
@@ -235,7 +237,7 @@ def load_dataset(
       name: name of the dataset.
       split: one of its splits; for tensorflow-datasets in its notation, such as "train[:90%]".
       data_dir: folder of tensorflow-datasets; None is its default, ~/tensorflow_datasets.
-      classes: classes for a data set in a folder, as `folder`, `coco` and `voc` take them; others ignore them.
+      classes: names of a model's classes, as in `folder`, `coco` and `voc`; other data sets ignore them.
 
     Raises:
       InputError: the dataset or the split is unknown, is not prepared, is empty, or has neither labels nor boxes.
@@ -249,7 +251,7 @@ def load_dataset(
 
 
 def kind_of(name: str) -> str:
-    """How a data set's name starts: "folder" for folder:PATH."""
+    """The part of a data set's name before the first colon: "folder" for folder:PATH."""
     return name.partition(":")[0]
 
 
@@ -265,7 +267,7 @@ def find_splits(name: str, *, data_dir: epath.PathLike | None = None) -> tuple[s
     Returns:
       "train" and the first of HELD_OUT_SPLITS that the data set has. If it has none, HELD_OUT_PERCENT of train is held
       out, always the same images: "train without 10%" and "10% of train" for a folder, "train[:90%]" and "train[90%:]"
-      for tensorflow-datasets. COCO's splits are named by their years: "train2017" and "val2017".
+      for tensorflow-datasets. COCO's "train2017" and "val2017" count as "train" and "val".
 
     Raises:
       InputError: the dataset is unknown, or the folder is missing.
@@ -279,6 +281,7 @@ def find_splits(name: str, *, data_dir: epath.PathLike | None = None) -> tuple[s
         splits = tfds_builder(name, data_dir=data_dir).info.splits
     named = {split: split for split in splits}
     if kind_of(name) == "coco":
+        # The latest year comes last and wins; a split without a year wins over all years.
         named = {re.sub(r"\d+$", "", split): split for split in sorted(splits)} | named
     train = named.get("train", "train")
     for held_out in HELD_OUT_SPLITS:
@@ -366,27 +369,28 @@ def tfds_builder(name: str, *, data_dir: epath.PathLike | None, **options: Any) 
 
     if not re.fullmatch(TFDS_NAME, name):
         hint = f": did you mean {FOLDER + name!r}?" if "/" in name or epath.Path(name).exists() else "."
-        raise InputError(f"a dataset is named digits, {FOLDER}PATH or NAME[/CONFIG][:VERSION], not {name!r}{hint}")
+        paths = ", ".join(f"{kind}:PATH" for kind in FILES)
+        raise InputError(f"a dataset is named digits, {paths} or NAME[/CONFIG][:VERSION], not {name!r}{hint}")
     try:
         return tfds.builder(name, data_dir=data_dir, **options)
     except tfds.core.DatasetNotFoundError as error:
-        known = ["digits", f"{FOLDER}PATH", *tfds.list_builders(with_community_datasets=False)]
+        known = ["digits", *(f"{kind}:PATH" for kind in FILES), *tfds.list_builders(with_community_datasets=False)]
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else "tensorflow-datasets has none of this name."
         raise InputError(f"unknown dataset {name!r}: {hint}") from error
-    except ModuleNotFoundError as error:  # coco's builder names TensorFlow's types; its prepared files do not
+    except ModuleNotFoundError as error:  # coco's builder needs TensorFlow; reading its prepared files does not
         try:
             return tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
         except tfds.core.DatasetNotFoundError:
-            said = str(error).rpartition(": ")[2]
-            raise InputError(f"to prepare {name} takes a package that is not installed ({said}).") from error
+            detail = str(error).rpartition(": ")[2]
+            raise InputError(f"preparing {name} needs a package that is not installed ({detail}).") from error
     except (AssertionError, ValueError) as error:  # the configuration or the version
         first_line = str(error.__cause__ or error).splitlines()[0]
         raise InputError(f"unknown dataset {name!r} ({in_one_sentence(first_line)}).") from error
 
 
 def annotated_image(builder: Any) -> tuple[str, str]:
-    """The names of a data set's features that hold the image, and its label or its objects with boxes.
+    """The names of two features: the one that holds the image, and the one that holds its label or its objects.
 
     Raises:
       InputError: the data set has no such features.
@@ -395,6 +399,7 @@ def annotated_image(builder: Any) -> tuple[str, str]:
 
     features = builder.info.features
     has_objects = "objects" in features and isinstance(features["objects"], tfds.features.Sequence)
+    # Only objects with several features have keys, and only those can have boxes.
     if has_objects and {"bbox", "label"} <= set(getattr(features["objects"].feature, "keys", tuple)()):
         return "image", "objects"
     names = builder.info.supervised_keys or ("image", "label")
@@ -412,7 +417,7 @@ def prepare_command(name: str, data_dir: epath.PathLike | None) -> str:
 
 
 def _unreadable(builder: Any, name: str, split: str, data_dir: epath.PathLike | None, error: Exception) -> InputError:
-    """Says why a split cannot be read."""
+    """The error that says why a split cannot be read."""
     if not builder.is_prepared():
         return InputError(f"{name} is not prepared in '{builder.data_path}'; run {prepare_command(name, data_dir)}.")
     if isinstance(error, NotImplementedError):

@@ -13,12 +13,13 @@ from castling_jax.data.folder import IMAGE_SUFFIXES, choose, parse_split
 from castling_jax.errors import InputError, check_known, refusing
 from castling_jax.storage import as_path
 
+# The errors that a damaged file causes.
 DAMAGE = (OSError, ElementTree.ParseError, ValueError, OverflowError)
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 class _File(NamedTuple):
-    """What a file of annotations says."""
+    """The content of an image's XML file."""
 
     size: Size
     names: list[str]
@@ -30,28 +31,29 @@ def voc_splits(path: epath.PathLike) -> list[str]:
     """The splits that have a list of images.
 
     Raises:
-      InputError: there is no folder of lists.
+      InputError: PATH has no folder `ImageSets/Main`.
     """
     folder = as_path(path, "the folder of a data set") / "ImageSets" / "Main"
     if not folder.is_dir():
-        raise InputError(f"there is no folder '{folder}', which the lists of VOC's splits would be in.")
+        raise InputError(f"there is no folder '{folder}', where the lists of VOC's splits should be.")
     return sorted(entry.stem for entry in folder.iterdir() if entry.suffix == ".txt")
 
 
 def voc(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) -> BoxDataset:
     """The images that PATH/ImageSets/Main/SPLIT.txt lists, in its order.
 
-    The names of all objects in PATH/Annotations, sorted, are the classes, so that a class means the same in every
-    split. Corners are taken as they stand in the files, as TFDS and PaddleDetection take them: nothing is subtracted
-    from pixels that were counted from 1. Difficult objects are crowds: see `Annotations`.
+    The classes are the names of all objects in PATH/Annotations, sorted, so a class has the same number in every
+    split. Corners keep the values that the files state, as in TFDS and PaddleDetection: VOC counts pixels from 1, and
+    this 1 is not subtracted. Difficult objects become crowds, as `Annotations` explains.
 
     Args:
-      path: the root.
-      split: one of `voc_splits`; or "10% of train" and "train without 10%", as `folder` takes them.
-      classes: the names of a model's classes, in its order. Only the files of the split are then read.
+      path: the data set's root folder.
+      split: one of `voc_splits`; or a part of one, such as "10% of train" or "train without 10%", as in `folder`.
+      classes: names of a model's classes, in the order of its outputs; only the split's own files are read then. None
+        reads all files to find the names.
 
     Raises:
-      InputError: a file is missing or damaged, the list is empty, or an object is of a class that `classes` lacks.
+      InputError: a file is missing or damaged, the list is empty, or an object has a class that `classes` lacks.
     """
     root = as_path(path, "the folder of a data set")
     name, percent, is_held_out = parse_split(split)
@@ -59,6 +61,7 @@ def voc(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) 
     list_path = root / "ImageSets" / "Main" / f"{name}.txt"
     with refusing((OSError, ValueError), f"'{list_path}' cannot be read"):
         listed = [line.strip() for line in list_path.read_text().splitlines() if line.strip()]
+    # `choose` draws a share from each class of images. Images with boxes have no class, so all count as class 0.
     stems = [listed[index] for index in choose(np.zeros(len(listed), np.int32), percent, is_held_out)]
     if not stems:
         raise InputError(f"the split {split!r} of '{root}' holds no images.")
@@ -72,15 +75,15 @@ def voc(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) 
     known = found if classes is None else list(classes)
     for stem in stems:
         for object_name in set(files[stem].names) - set(known):
-            raise InputError(f"'{stem}.xml' in '{root}' has a {object_name!r}, a class that the model does not have.")
+            raise InputError(f"'{stem}.xml' in '{root}' has the class {object_name!r}, which the model does not have.")
 
-    image_of = {epath.Path(file).stem: file for file in image_names if file.lower().endswith(IMAGE_SUFFIXES)}
+    file_of = {epath.Path(file).stem: file for file in image_names if file.lower().endswith(IMAGE_SUFFIXES)}
     read = [files[stem] for stem in stems]
     boxes = np.array([box for file in read for box in file.boxes], np.float64).reshape(-1, 4)
     return box_dataset(
         root / "JPEGImages",
-        [(image_of.get(stem, f"{stem}.jpg"), stem, file.size) for stem, file in zip(stems, read, strict=True)],
-        [number for number, file in enumerate(read) for _ in file.boxes],
+        [(file_of.get(stem, f"{stem}.jpg"), stem, file.size) for stem, file in zip(stems, read, strict=True)],
+        [index for index, file in enumerate(read) for _ in file.boxes],
         {
             "boxes": boxes,
             "classes": [known.index(object_name) for file in read for object_name in file.names],
@@ -97,7 +100,7 @@ def _read(path: epath.Path) -> _File:
         root = ElementTree.fromstring(path.read_bytes())
         objects = root.findall("object")
         height, width = (int(_text(root, f"size/{side}")) for side in ("height", "width"))
-        np.array([height, width], np.int32)  # in which the data set holds them
+        np.array([height, width], np.int32)  # refuses sizes too large for the data set's int32
         return _File(
             (height, width),
             [_text(one, "name") for one in objects],

@@ -14,17 +14,18 @@ from castling_jax.sizes import ImageSize
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """The constructor words that all backbones share; each family adds its own. Words that timm has keep timm's names.
+    """The constructor arguments that all backbones share; each family adds its own. timm's arguments keep their names.
 
     Attributes:
       num_classes: size of the classifier's output; 0 makes a backbone without a classifier, for its feature maps only.
       image_size: pixels a side, or (height, width).
       in_chans: channels of an image.
       mlp_ratio: width of an MLP's hidden layer, as a multiple of its input's width.
-      drop_path_rate: probability that a sample skips a residual branch in training.
+      drop_path_rate: probability that a sample skips a residual branch in training. LeViT has it in every block; DeiT
+        and MViTv2 have it in the last block, and rise to it linearly from 0 in the first.
       remat: whether the backward pass recomputes a block's inner values, to save memory.
       token_conv: the convolution of the values: "1d" over tokens, "2d" over the grid, or None.
-      token_kernel_size: taps, or rows and columns, of that convolution; None is 9 for "1d" and 3 for "2d".
+      token_kernel_size: the convolution's taps along each axis, an odd number; None is 9 for "1d" and 3 for "2d".
       implementation: "auto", "xla" or "pallas", as in `ops`.
       mask_kind: how the mask's threshold empties castling's softmax branch: "threshold" or "fade", as in `ops`.
     """
@@ -76,7 +77,7 @@ class Backbone(Model):
         """Each head's logits in float32, the distillation head last, and the mask density of each layer.
 
         A key turns training mode on: drop-path drops branches, and batch norm normalises by the batch's statistics and
-        updates its running ones.
+        updates its running statistics.
 
         Raises:
           InputError: the images do not fit the model, or a castling model in training form has no threshold.

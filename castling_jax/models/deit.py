@@ -32,7 +32,7 @@ QKV_POOLS = ("3x3",)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeiTConfig(BackboneConfig):
-    """DeiT's constructor words.
+    """DeiT's constructor arguments.
 
     Attributes:
       embed_dim: width of the tokens.

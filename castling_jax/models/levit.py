@@ -40,7 +40,7 @@ SUBSAMPLING_MLP_RATIO = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeViTConfig(BackboneConfig):
-    """LeViT's constructor words.
+    """LeViT's constructor arguments.
 
     Attributes:
       embed_dim: width of each stage.

@@ -34,7 +34,7 @@ class ModelSpec:
         return arguments | changes
 
     def with_backbone(self, **changes: Any) -> dict[str, Any]:
-        """`arguments` with `changes` to the backbone's constructor words; a classifier is its own backbone."""
+        """`arguments` with `changes` to the backbone's constructor arguments; a classifier is its own backbone."""
         arguments = self.arguments()
         if "backbone" not in arguments:
             return arguments | changes

@@ -39,7 +39,7 @@ PATCH_KERNEL, PATCH_STRIDE = 7, 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MViTv2Config(BackboneConfig):
-    """MViTv2's constructor words.
+    """MViTv2's constructor arguments.
 
     Attributes:
       embed_dim: width of the first stage; it doubles from stage to stage.

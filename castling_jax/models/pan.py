@@ -82,14 +82,14 @@ class Pan(nnx.Module):
     def __call__(self, maps: Sequence[Map], *, training: bool) -> list[Map]:
         p3, p4, p5, *p6 = (conv(x, training=training) for conv, x in zip(self.conv_t, maps, strict=True))
 
-        # Down from the coarsest map: each finer map is mixed with what the coarser ones saw. p5 itself stays as it is.
+        # Down from the coarsest map, p5, which stays as it is: each finer map is mixed with the result from above it.
         coarse = p5
         top_down = [p5]
         for block, lateral in zip(self.top_down_blocks, (p4, p3), strict=True):
             coarse = block(jnp.concatenate([upsample(coarse), lateral], axis=-1), training=training)
             top_down.append(coarse)
 
-        # And up again: `top_down` is finest last, so it is taken from its end, and p5 comes last.
+        # And up again, from the finest map to p5: `pop` takes the finest one, which was appended last.
         outputs = [top_down.pop()]
         for downsample, block in zip(self.downsamples, self.bottom_up_blocks, strict=True):
             shrunk = downsample(outputs[-1], training=training)

@@ -1,8 +1,8 @@
 """PicoDet (Yu et al., 2021), an anchor-free detector, on the feature maps of a backbone with any kind of attention.
 
-Castling-ViT's detectors are "on top of PicoDet", and their code is not published. In our reading the backbone is
-castled, and neck and head are PicoDet's. The neck "lc_pan" goes with the head of PicoDet's second version, and
-"csp_pan" with the legacy head.
+Castling-ViT's detectors are "on top of PicoDet", and their code is not published. In our reading, castling replaces the
+attention in the backbone only, and neck and head are PicoDet's own. The neck "lc_pan" goes with the head of PicoDet's
+second version, and "csp_pan" with the legacy head.
 """
 
 import dataclasses
@@ -23,21 +23,21 @@ from castling_jax.models.pyramid import SimpleFeaturePyramid
 from castling_jax.ops.points import STRIDES, decode_boxes, level_points
 from castling_jax.sizes import ImageSize, image_shape
 
-# The sides of an image are multiples of SIDE, from SMALLEST on. 160 pixels have 3 x 3 points at stride 64: ATSS, which
-# chooses the points that learn a box, needs nine on every level.
+# Each side of an image is a multiple of SIDE and at least SMALLEST. 160 pixels give 3 x 3 points at stride 64. ATSS,
+# which chooses the points that learn a box, needs nine points on every level.
 SIDE, SMALLEST = 32, 160
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PicoDetConfig:
-    """PicoDet's constructor words.
+    """PicoDet's constructor arguments.
 
     Attributes:
       num_classes: number of object classes.
-      image_size: pixels a side, or (height, width): multiples of 32 from 160 on. Position embeddings and attention
-        biases are made for this size; the model also takes images of other such sizes.
+      image_size: pixels a side, or (height, width): multiples of 32, at least 160. Position embeddings and attention
+        biases are made for this size; the model also takes images of other sizes that meet the same condition.
       backbone: name of the classifier whose feature maps the detector reads.
-      backbone_arguments: the backbone's constructor words, as pairs (word, value).
+      backbone_arguments: the backbone's constructor arguments, as pairs (name, value).
       neck: "lc_pan" or "csp_pan".
       neck_channels: channels of the neck, the head, and the pyramid that a backbone with one map needs.
       num_convs: number of depthwise-separable convolutions in each level's head.
@@ -59,8 +59,8 @@ class PicoDet(Model):
     backbone with only one map (DeiT) gets ViTDet's simple feature pyramid, as wide as the neck, which makes three maps.
 
     Raises:
-      InputError: the neck is unknown, a side of the image is not a multiple of 32 from 160 on, or the backbone neither
-        has these maps nor only one map, at a stride that is a power of two.
+      InputError: the neck is unknown, `check_image_size` refuses the size, or the backbone has neither these maps nor a
+        single map whose stride is a power of two.
     """
 
     task: ClassVar[str] = "detection"
@@ -74,7 +74,7 @@ class PicoDet(Model):
         strides, widths, channels = backbone.feature_strides, backbone.feature_channels, config.neck_channels
         places = [strides.index(stride) for stride in STRIDES if stride in strides]
         self.pyramid: SimpleFeaturePyramid | None = nnx.data(None)
-        if len(strides) == 1 and isinstance(strides[0], int) and strides[0].bit_count() == 1:
+        if len(strides) == 1 and isinstance(strides[0], int) and strides[0].bit_count() == 1:  # a power of two
             places = [0]
             scales = [strides[0] / stride for stride in STRIDES[:3]]
             self.pyramid = SimpleFeaturePyramid(widths[0], channels, scales, layers)
@@ -85,7 +85,7 @@ class PicoDet(Model):
         inputs = [channels] * 3 if self.pyramid else [widths[place] for place in places]
         self.neck = Pan(inputs, channels, config.neck, layers)
         sizes = HeadSizes(channels, config.num_convs, config.num_classes)
-        # A head for each level with weights of its own, as in PicoDet, because the levels' maps differ.
+        # Each level has a head with weights of its own, as in PicoDet, because the levels' maps differ.
         self.head = nnx.List(HEADS[config.neck](sizes, layers) for _ in STRIDES)
 
     def training_outputs(
@@ -97,7 +97,7 @@ class PicoDet(Model):
     ) -> tuple[dict[str, Array], Float[Array, "layers"]]:
         """The outputs that a loss reads, in float32, and the backbone's mask densities.
 
-        Points are ordered by level, as STRIDES, and row by row within a level, as `level_points` lists them.
+        Points have the order of `level_points`: level by level, finest first, and row by row within a level.
 
         Returns:
           A pair (outputs, densities [layers]); outputs is a dict with
@@ -108,7 +108,7 @@ class PicoDet(Model):
           "cls_logits" [batch, points, classes]: from the legacy head only; "scores" are their sigmoid.
 
         Raises:
-          InputError: a side of the images is not a multiple of 32 from 160 on, or the backbone refuses the images.
+          InputError: `check_image_size` or the backbone refuses the images.
         """
         height, width = images.shape[1:3]
         check_image_size((height, width))
@@ -146,5 +146,5 @@ def check_image_size(size: tuple[int, ...]) -> None:
     """Raises an InputError unless (height, width) in pixels is a size that a detector takes."""
     height, width = size
     if min(size) < SMALLEST or height % SIDE or width % SIDE:
-        allowed = f"images whose sides are multiples of {SIDE} from {SMALLEST} pixels on"
+        allowed = f"images whose sides are multiples of {SIDE} pixels and at least {SMALLEST}"
         raise InputError(f"a detector takes {allowed}, not {height} x {width}.")

@@ -17,10 +17,10 @@ Map = Float[Array, "batch height width channels"]
 
 
 class Double(nnx.Module):
-    """A transposed 2 x 2 convolution of stride 2: each position becomes 2 x 2 positions, with a matrix for each."""
+    """A transposed 2 x 2 convolution of stride 2: each position becomes 2 x 2, by four matrices."""
 
     def __init__(self, features_in: int, features_out: int, layers: Layers):
-        # PyTorch computes fan_in from the second axis of a kernel, which in a transposed one is the outputs' axis.
+        # PyTorch takes fan_in from a kernel's second axis, which in a transposed convolution is the outputs' axis.
         init = torch_bias_init(4 * features_out)
         shape = (2, 2, features_in, features_out)
         self.dtype = layers.dtype
@@ -30,7 +30,7 @@ class Double(nnx.Module):
     def __call__(self, x: Map) -> Map:
         kernel, bias = (parameter[...].astype(self.dtype) for parameter in (self.kernel, self.bias))
         batch, height, width, _ = x.shape
-        # The stride is the kernel's size, so windows do not overlap and a product computes the convolution.
+        # The stride is the kernel's size, so windows do not overlap, and a matrix product computes the convolution.
         doubled = jnp.einsum("byxc,ijcd->byixjd", x.astype(self.dtype), kernel) + bias
         return doubled.reshape(batch, 2 * height, 2 * width, -1)
 
@@ -40,10 +40,11 @@ class Level(nnx.Module):
 
     def __init__(self, channels: int, out_channels: int, scale: float, layers: Layers):
         self.shrink = round(max(1 / scale, 1))
+        # The channels before and after each doubling: scale 4 takes two, from c over c / 2 to c / 4.
         widths = [channels // 2**i for i in range(round(math.log2(max(scale, 1))) + 1)]
         pairs = list(itertools.pairwise(widths))
         self.doubles = nnx.List(Double(before, after, layers) for before, after in pairs)
-        # Norm and GELU stand only between two doublings, as in ViTDet: `lateral` reads the last one's raw result.
+        # Norm and GELU stand only between two doublings, as in ViTDet: `lateral` reads the last doubling's raw result.
         self.norms = nnx.List(layers.layer_norm(after) for _, after in pairs[:-1])
         options = {"use_bias": False, "kernel_init": TORCH_INIT, **layers.flax}
         self.lateral = nnx.Conv(widths[-1], out_channels, (1, 1), **options)

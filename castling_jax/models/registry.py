@@ -54,19 +54,20 @@ MODELS: dict[str, tuple[type[Backbone], BackboneConfig]] = {
     "mvitv2_small": (MViTv2, MViTv2Config(depths=(1, 2, 11, 2), drop_path_rate=0.1)),
     "mvitv2_base": (MViTv2, MViTv2Config(depths=(2, 3, 16, 3), drop_path_rate=0.3)),
 }
-# Detectors on any of MODELS without its classifier: name -> (class, configuration). Widths and depths are those of
-# PicoDet-S, -M and -L in PaddleDetection.
+# name -> (class, configuration) of the detectors. Any of MODELS can be the backbone, without its classifier. Widths and
+# depths are from PicoDet-S, -M and -L in PaddleDetection.
 DENSE_MODELS: dict[str, tuple[type[PicoDet], PicoDetConfig]] = {
     "picodet_s": (PicoDet, PicoDetConfig(neck_channels=96, num_convs=2)),
     "picodet_m": (PicoDet, PicoDetConfig(neck_channels=128, num_convs=4)),
     "picodet_l": (PicoDet, PicoDetConfig(neck_channels=160, num_convs=4)),
 }
 DTYPES = ("float32", "bfloat16")
-ARGUMENTS = ("attention", "form", "dtype", "param_dtype", "rngs")  # of create_model, beside a configuration's fields
-OF_THE_DETECTOR = ("num_classes", "image_size")  # a backbone's words that its detector sets
+ARGUMENTS = ("attention", "form", "dtype", "param_dtype", "rngs")  # of create_model, without a configuration's fields
+SET_BY_DETECTOR = ("num_classes", "image_size")  # arguments of a backbone that its detector sets
 Config = BackboneConfig | PicoDetConfig
 C = TypeVar("C", BackboneConfig, PicoDetConfig)
-MOST_BLOCKS, LARGEST_SIZE = 256, 2**24  # above any model; what a file says beyond that takes minutes to be refused
+# Far above any model's. Without these limits, refusing the absurd sizes of a damaged file would take minutes.
+MOST_BLOCKS, LARGEST_SIZE = 256, 2**24
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -81,8 +82,8 @@ def _are_sizes(value: Any) -> bool:
     return len(items) <= MOST_BLOCKS and all(type(item) is int and item <= LARGEST_SIZE for item in items)
 
 
-# The values of a configuration's field, by its name or else by its type. A field for a tuple takes an integer too: the
-# model's constructor says how long the tuple has to be.
+# The values that a configuration's field takes, by the field's name or else by its type. A field for a tuple takes an
+# integer too: the model's constructor says how long the tuple has to be.
 VALUES: dict[Any, Values] = {
     "image_size": Values(
         object,
@@ -108,7 +109,7 @@ def _check_values(config: Config) -> None:
         if field.name != "backbone_arguments" and not (value is None and type(None) in others):
             VALUES.get(field.name, VALUES[get_origin(kind) or kind]).check(field.name, value)
     blocks = sum(jax.tree.leaves([getattr(config, word, ()) for word in ("depth", "depths")]))
-    check_at_most("the number of blocks", blocks, MOST_BLOCKS, "that of the deepest model")
+    check_at_most("the number of blocks", blocks, MOST_BLOCKS, "the limit")
 
 
 def _plain(value: Any) -> Any:
@@ -142,17 +143,18 @@ def create_model(
       attention: one of KINDS, such as "castling", "linear_angular", "softmax" or "angular" (the exact kernel, quadratic
         in tokens), or an attention that `register_attention` added.
       form: "train" or "inference"; a castling model in inference form has no softmax branch.
-      num_classes: size of the classifier's output, or classes of a detector's objects; None is 1000, or 80.
+      num_classes: size of a classifier's output, or number of a detector's object classes; None is 1000 or 80.
       image_size: pixels a side, or (height, width); None is the model's own.
       dtype: compute dtype, float32 or bfloat16; outputs are always float32.
       param_dtype: dtype of the parameters.
       rngs: the streams that the parameters are drawn from; None is nnx.Rngs(0).
-      **overrides: other fields of the model's configuration (DeiTConfig, LeViTConfig, MViTv2Config), which are timm's
-        constructor words: embed_dim, depth, num_heads (tuples for LeViT), depths, stride_q, stride_kv_adaptive (for
+      **overrides: other fields of the model's configuration (DeiTConfig, LeViTConfig, MViTv2Config). Some are timm's
+        constructor arguments: embed_dim, depth, num_heads (tuples for LeViT), depths, stride_q, stride_kv_adaptive (for
         MViTv2), key_dim, patch_size, in_chans, mlp_ratio, qkv_bias, distilled, drop_path_rate, window_size (Swin's
-        word, for DeiT); and ours: init_std, qkv_pool (for DeiT), remat, token_conv, token_kernel_size, implementation
-        and, for castling, mask_kind. A detector (PicoDetConfig) takes backbone, the name of a classifier;
-        backbone_arguments, a dict of the classifier's words; neck ("lc_pan" or "csp_pan"), neck_channels and num_convs.
+        name, for DeiT). The others are ours: init_std, qkv_pool (for DeiT), remat, token_conv, token_kernel_size,
+        implementation and, for castling, mask_kind. A detector (PicoDetConfig) takes backbone, the name of a
+        classifier; backbone_arguments, a dict of the classifier's arguments; neck ("lc_pan" or "csp_pan"),
+        neck_channels and num_convs.
 
     Returns:
       A Flax NNX module; `model.spec` holds the arguments that made it.
@@ -170,7 +172,7 @@ def create_model(
     overrides = {word: _plain(value) for word, value in overrides.items()}
     size = _plain(image_size)
     if isinstance(size, tuple) and len(size) == 2 and size[0] == size[1]:
-        size = size[0]  # one name for one size
+        size = size[0]  # 224 and (224, 224) are one size, so that their specs are equal
     sizes = {"num_classes": num_classes, "image_size": size}
     sizes = {word: value for word, value in sizes.items() if value is not None}
     config: Config
@@ -178,9 +180,9 @@ def create_model(
         config = backbone_config = _configured(name, MODELS[name][1], overrides, sizes)
         backbone_name = name
     else:
-        config = detector = _configured(name, DENSE_MODELS[name][1], overrides, sizes)
-        backbone_name, backbone_config = detector.backbone, _backbone_config(detector)
-        overrides["backbone"] = detector.backbone
+        config = detector_config = _configured(name, DENSE_MODELS[name][1], overrides, sizes)
+        backbone_name, backbone_config = detector_config.backbone, _backbone_config(detector_config)
+        overrides["backbone"] = backbone_name
     core = make_core(
         attention,
         form,
@@ -199,7 +201,7 @@ def create_model(
         folded=form == "inference",
     )
     backbone = make_backbone(backbone_config, core, layers)
-    model: Model = backbone if name in MODELS else DENSE_MODELS[name][0](detector, backbone, layers)
+    model: Model = backbone if name in MODELS else DENSE_MODELS[name][0](detector_config, backbone, layers)
     model.spec = ModelSpec(
         name=name,
         attention=attention,
@@ -213,7 +215,7 @@ def create_model(
 
 
 def _configured(name: str, config: C, overrides: dict[str, Any], sizes: dict[str, Any]) -> C:
-    """The model's configuration `config` with these fields replaced and all fields checked."""
+    """The configuration `config` of the model `name`, with the overrides and sizes in it and all fields checked."""
     words: list[str] = [field.name for field in dataclasses.fields(config)]
     for word in overrides:
         check_known(f"argument of {name}", word, [*words, *ARGUMENTS])
@@ -229,8 +231,10 @@ def _backbone_config(config: PicoDetConfig) -> BackboneConfig:
     try:
         arguments = dict(config.backbone_arguments)
     except (TypeError, ValueError):
-        raise InputError(f"backbone_arguments must be a dict of words, not {config.backbone_arguments!r}.") from None
-    words = [field.name for field in dataclasses.fields(backbone) if field.name not in OF_THE_DETECTOR]
+        raise InputError(
+            f"backbone_arguments must be a dict of arguments, not {config.backbone_arguments!r}."
+        ) from None
+    words = [field.name for field in dataclasses.fields(backbone) if field.name not in SET_BY_DETECTOR]
     for word in arguments:
         check_known(f"backbone argument of {config.backbone}", word, words)
     configured = _configured(config.backbone, backbone, arguments, {"image_size": config.image_size})
@@ -238,9 +242,9 @@ def _backbone_config(config: PicoDetConfig) -> BackboneConfig:
 
 
 def with_backbone_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a detector as `create_model` takes them: its backbone's own are moved into backbone_arguments.
+    """Moves the arguments of a detector's backbone into backbone_arguments, where `create_model` takes them.
 
-    A configuration has all arguments of a model side by side.
+    A configuration has the arguments of a detector and of its backbone side by side. A classifier's stay as they are.
     """
     if arguments["name"] not in DENSE_MODELS:
         return arguments
@@ -264,7 +268,7 @@ def attentions_of(name: str) -> list[str]:
 
 
 class _SameKey:
-    """Replaces nnx.Rngs where nothing is drawn: its counting of draws takes most of the time of tracing a model."""
+    """Replaces nnx.Rngs where nothing is drawn. nnx.Rngs counts its draws, which takes most of the tracing time."""
 
     def __init__(self) -> None:
         self._key = jax.random.key(0)

@@ -52,7 +52,7 @@ def arcsine_coefficients(order: int | np.integer) -> np.ndarray:
 def angular_kernel_series(
     q: Float[Array, "batch queries heads key_dim"], k: Float[Array, "batch keys heads key_dim"], order: int | np.integer
 ) -> Float[Array, "batch heads queries keys"]:
-    """Sim(q, k) = 1/2 + arcsin(cos theta) / pi as a series with `order` terms of its sum (equation 5).
+    """Sim(q, k) = 1/2 + arcsin(cos theta) / pi as a series up to the power 2 order + 1 of cos theta (equation 5).
 
     With order = 0 only the two linear-angular terms remain, 1/2 + cos(theta) / pi.
 

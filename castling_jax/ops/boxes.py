@@ -9,11 +9,12 @@ from castling_jax.errors import check
 from castling_jax.ops.checks import check_array
 from castling_jax.ops.mesh import on_auto_axes, split_as
 
-# Ratios of areas have at least this denominator. Its square, which is in the derivative, is still a float32.
+# The smallest denominator of a ratio of areas. A derivative divides by its square, 1e-36, which float32 can still hold.
 SMALLEST_AREA = 1e-18
 
 
 def _pairs_split_as(a: Array | np.ndarray) -> PartitionSpec:
+    """How the result, [..., n, m], is split over the mesh: as `a`, [..., n, 4], and not along m."""
     return split_as(a, *range(a.ndim - 1), None)
 
 
@@ -45,7 +46,7 @@ def generalized_box_iou(
 ) -> Float[Array, "... n m"]:
     """IoU - (C - union) / C with the enclosing box's area C, from -1 to 1 (Rezatofighi et al., GIoU, algorithm 1).
 
-    Args, dtype, and what is raised are those of `box_iou`. Two boxes without area get -1, or 0 where they lie on one
+    Arguments, dtype and errors are those of `box_iou`. Two boxes without area get -1, or 0 where they lie on one
     line along an axis, because their enclosing box has no area either.
     """
     _check_boxes("a", a)
@@ -54,24 +55,25 @@ def generalized_box_iou(
 
 
 def corners(boxes: Float[Array | np.ndarray, "... 4"]) -> tuple[Array, Array, Array, Array]:
-    """x0, y0, x1 and y1 in float32 at least, each [...]: an axis of four would fill a TPU's 128 lanes with padding."""
+    """x0, y0, x1 and y1 as separate arrays [...], in float32 at least.
+
+    In one array with a last axis of 4, most of a TPU's 128 lanes would hold padding.
+    """
     wide = jnp.asarray(boxes, jnp.promote_types(boxes.dtype, jnp.float32))
     return wide[..., 0], wide[..., 1], wide[..., 2], wide[..., 3]
 
 
 def iou(a: tuple[Array, ...], b: tuple[Array, ...]) -> Array:
-    """`box_iou` of corners that broadcast."""
+    """`box_iou` of boxes as `corners` returns them; the two broadcast."""
     intersection, union = _intersection_and_union(a, b)
     return _ratio(intersection, union)
 
 
 def generalized_iou(a: tuple[Array, ...], b: tuple[Array, ...]) -> Array:
-    """`generalized_box_iou` of corners that broadcast."""
+    """`generalized_box_iou` of boxes as `corners` returns them; the two broadcast."""
     intersection, union = _intersection_and_union(a, b)
     enclosing = _area(*(jnp.minimum(a[i], b[i]) for i in (0, 1)), *(jnp.maximum(a[i], b[i]) for i in (2, 3)))
-    return intersection / jnp.maximum(union, SMALLEST_AREA) - (enclosing - union) / jnp.maximum(
-        enclosing, SMALLEST_AREA
-    )
+    return _ratio(intersection, union) - _ratio(enclosing - union, enclosing)
 
 
 def _intersection_and_union(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""The points that a detector predicts boxes at, and the boxes that its distances mean (PicoDet, Yu et al. 2021)."""
+"""The points that a detector predicts boxes at, and how its distances become boxes (PicoDet, Yu et al. 2021)."""
 
 import jax
 import jax.numpy as jnp
@@ -8,24 +8,24 @@ from jaxtyping import Array, Float
 from castling_jax.errors import InputError
 from castling_jax.ops.checks import check_shapes
 
-STRIDES = (8, 16, 32, 64)  # of PicoDet's levels, in pixels
+STRIDES = (8, 16, 32, 64)  # the strides of PicoDet's levels, in pixels
 SIDES, BINS = 4, 8  # a box's sides, each with a distribution over distances of 0 to 7 strides
 
 
 def level_points(
     image_size: int | tuple[int, int],
 ) -> tuple[Float[np.ndarray, "points 2"], Float[np.ndarray, " points"], tuple[int, ...]]:
-    """The centres of the cells of every level, level by level and in a level row by row.
+    """The centres of the cells of every level: level by level, and row by row within a level.
 
     A level has ceil(height / stride) rows and ceil(width / stride) columns, as a convolution of stride 2 with padding
-    gives them, so points of the last row or column may lie past the image: at 416 pixels there are 3,598 points.
+    gives them, so points of the last row or column may lie past the image. 416 x 416 pixels have 3,598 points.
 
     Args:
       image_size: side, or (height, width), in pixels.
 
     Returns:
       Points (x, y) = (column + 0.5, row + 0.5) * stride in pixels, the stride of each point, and the number of points
-      of each level. The arrays are NumPy's, float32, so they are constants of a program.
+      of each level. The arrays are NumPy's, float32, so a program that uses them has them as constants.
 
     Raises:
       InputError: `image_size` is not one positive integer or two.
@@ -54,7 +54,7 @@ def decode_boxes(
     Args:
       reg_logits: bins 0, 1, ... of the left side, then of the top, right and bottom side; PicoDet has 4 x 8.
       points: (x, y) in pixels.
-      strides: of the points, in pixels.
+      strides: the stride of each point's level, in pixels.
 
     Returns:
       (x0, y0, x1, y1) in pixels, in float32 at least; x0 <= x <= x1 and y0 <= y <= y1.

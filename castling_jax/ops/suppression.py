@@ -1,4 +1,4 @@
-"""Non-maximum suppression with static shapes: of boxes that overlap, the one with the best score stays."""
+"""Non-maximum suppression with static shapes: where boxes overlap, the box with the best score stays."""
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +23,20 @@ def non_maximum_suppression(
 ) -> dict[str, Array]:
     """Greedy suppression class by class, as torchvision's and PaddleDetection's, for one image or a batch.
 
-    A pair of a point and a class counts if its score is above `score_threshold`. From the best score down, a pair is
-    suppressed if its box has an IoU above `iou_threshold` with a pair of its class that was kept. Both comparisons are
-    strict; of equal scores the lower point comes first, then the lower class. Only the `candidates` best pairs of an
-    image, over all of its classes, take part: this is exact where no more pairs are above the threshold.
+    A pair of a point and a class takes part if its score is above `score_threshold`. From the best score down, a pair
+    is suppressed if its box has an IoU above `iou_threshold` with a kept pair of the same class. Both comparisons are
+    strict; pairs with equal scores are ordered by point, then by class. Only the `candidates` best pairs of an image,
+    over all of its classes, take part. The result is exact if no more pairs than that are above the threshold.
 
     Shapes are static, nothing runs on the host, and the batch may be symbolic (jax.export).
 
     Args:
-      boxes: (x0, y0, x1, y1), one for each point and common to its classes; coordinates may be negative.
+      boxes: (x0, y0, x1, y1): one box for each point, whatever the class; coordinates may be negative.
       scores: the higher the better; NaN is never above a threshold.
-      score_threshold: scores at or under this scalar do not count.
-      iou_threshold: overlaps at or under it do not suppress.
-      max_detections: rows of the result.
-      candidates: most pairs that take part in an image.
+      score_threshold: a scalar; pairs whose score is at or under it do not take part.
+      iou_threshold: a scalar; boxes whose IoU is at or under it do not suppress each other.
+      max_detections: number of rows of the result.
+      candidates: largest number of pairs of an image that take part.
 
     Returns:
       `boxes` [..., max_detections, 4] and `scores` [..., max_detections] in the dtypes that came in, `classes`
@@ -75,10 +75,10 @@ def non_maximum_suppression(
 def _best_pairs(scores: Float[Array, "*batch points classes"], most: int) -> tuple[Array, Array, Array]:
     """Point, class and score of the best pairs, each [*batch, pairs], best first; equal scores in the pairs' order.
 
-    In two stages, which sort 3,598 + 80,000 scores and not 287,840 for PicoDet at 416 pixels and 80 classes: a TPU
-    sorts whole rows, and its compiler takes long over long ones. The result is that of one stage: the best pairs belong
-    to points with the best scores, since each of the first `most` points has a pair that comes before all pairs of the
-    points after them.
+    The first stage chooses the points with the best scores, and the second stage chooses pairs of these points. A TPU
+    sorts whole rows, and its compiler takes long over long rows: PicoDet at 416 pixels and 80 classes has 287,840
+    scores, and the two stages sort only 3,598 and 80,000. The result is the same, because each chosen point has a pair
+    that comes before all pairs of the points that are not chosen.
     """
     points, classes = scores.shape[-2:]
     chosen = jax.lax.top_k(scores.max(-1), min(most, points))[1]
@@ -92,7 +92,7 @@ def _best_pairs(scores: Float[Array, "*batch points classes"], most: int) -> tup
 def _suppresses(
     box: Float[Array, "*batch 4 pairs"], label: Int[Array, "*batch pairs"], iou_threshold: ArrayLike
 ) -> Bool[Array, "*batch pairs pairs"]:
-    """Whether the pair of a row, if it is kept, suppresses the pair of a column, which comes after it."""
+    """Element [i, j]: whether pair i, if it is kept, suppresses pair j. Only a later pair can be suppressed."""
     wide = box.astype(jnp.promote_types(box.dtype, jnp.float32))
     sides = [wide[..., i, :] for i in range(4)]
     overlap = iou(tuple(side[..., :, None] for side in sides), tuple(side[..., None, :] for side in sides))
@@ -102,19 +102,23 @@ def _suppresses(
 
 
 def _keep_greedily(
-    suppresses: Bool[Array, "*batch pairs pairs"], counts: Bool[Array, "*batch pairs"]
+    suppresses: Bool[Array, "*batch pairs pairs"], takes_part: Bool[Array, "*batch pairs"]
 ) -> Bool[Array, "*batch pairs"]:
-    """The pairs that greedy suppression keeps.
+    """Which pairs greedy suppression keeps.
 
-    They are the only set in which each pair is missing exactly if one of the set suppresses it. Each round applies this
-    rule to all pairs at once. After n rounds the n best pairs are right for good, so the loop ends; it ends as soon as
-    no pair changes, which takes as many rounds as the longest chain of pairs that suppress one another, not a round for
-    each pair.
+    A pair is kept exactly if it takes part and no kept pair suppresses it; only one set of pairs follows this rule.
+    Each round applies the rule to all pairs at once. After n rounds the n best pairs are final, so the loop ends. It
+    ends as soon as no pair changes. That takes about as many rounds as the longest chain of pairs, each of which
+    suppresses the next one, and not a round for each pair.
+
+    Args:
+      suppresses: as `_suppresses` returns it.
+      takes_part: whether each pair takes part.
     """
 
     def apply_rule(state: tuple[Array, Array]) -> tuple[Array, Array]:
         kept, _ = state
-        new = counts & ~jnp.any(suppresses & kept[..., :, None], axis=-2)
+        new = takes_part & ~jnp.any(suppresses & kept[..., :, None], axis=-2)
         return new, jnp.any(new != kept)
 
-    return jax.lax.while_loop(lambda state: state[1], apply_rule, (counts, jnp.bool_(True)))[0]
+    return jax.lax.while_loop(lambda state: state[1], apply_rule, (takes_part, jnp.bool_(True)))[0]

@@ -6,10 +6,10 @@
 RUN is a run's folder, RUN/checkpoints/STEP, an inference folder, or a name of shipped weights, such as digits. IMAGES
 are files and folders, whose subfolders are read too. Images are prepared as in the run's evaluation.
 
-Each image has a line: its path, and the most probable classes. A detector names the objects instead whose score is
-high enough. --csv writes the answers as a table, and --sheet draws the first images with their answers. --json writes a
-detector's boxes in COCO's format for results, with the images' paths as their ids. The command names files that it
-cannot read, and then ends with status 1.
+Each image has a line: its path, and the most probable classes. With a detector, the line has the objects whose
+score is high enough. --csv writes the answers as a table, and --sheet draws the first images with their answers. --json
+writes a detector's boxes in COCO's format for results, with the images' paths as their ids. The command names files
+that it cannot read, and then ends with status 1.
 
 examples:
   python -m castling_jax predict runs/flowers holiday.jpg --top=3
@@ -29,7 +29,7 @@ from castling_jax.errors import InputError, printable
 from castling_jax.tools.cli import Parser, command, local_path
 
 ON_A_SHEET = 48  # images
-SHOWN_SCORE = 0.3  # as castling_jax.predictions has it, whose import takes seconds
+SHOWN_SCORE = 0.3  # equal to castling_jax.predictions.SHOWN_SCORE; importing that module takes seconds
 
 
 def make_parser() -> Parser:
@@ -62,7 +62,9 @@ def main(options: Namespace) -> None:
     is_detector = weights.model is not None and weights.model.task == "detection"
     if options.json and not is_detector:
         raise InputError("--json is for a detector's boxes: a classifier's answers go to --csv.")
-    for path in filter(None, (options.csv, options.sheet, options.json)):  # before all images are computed
+    for path in filter(
+        None, (options.csv, options.sheet, options.json)
+    ):  # refuse a bad path now, before the images are computed
         try_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
     files = [path for _, path in each_image(options.images)]
@@ -71,11 +73,11 @@ def main(options: Namespace) -> None:
     results = stream_predictions(weights, files, names, top=options.top, score_threshold=options.score)
     for path, answer in tqdm(results, total=len(files), unit="image", disable=None):
         answers.append((path, answer))
-        # One broken file among thousands is named, and the others are still answered.
+        # One broken file among thousands is named, and the others still get answers.
         if isinstance(answer, InputError):
             tqdm.write(str(answer), file=sys.stderr)
             continue
-        texts = [f"{printable(name)} {_number(score, is_detector)}" for name, score, *_ in answer]
+        texts = [f"{printable(name)} {_score_text(score, is_detector)}" for name, score, *_ in answer]
         if not reader_left:
             try:
                 tqdm.write(f"{printable(path)}: {', '.join(texts) or 'nothing'}", file=sys.stdout)
@@ -101,7 +103,7 @@ def main(options: Namespace) -> None:
         raise InputError(f"{unread:,} of {len(files):,} images cannot be read; they are named above.")
 
 
-def _number(score: float, is_detector: bool) -> str:
+def _score_text(score: float, is_detector: bool) -> str:
     return f"{score:.2f}" if is_detector else f"{100 * score:.1f} %"
 
 

@@ -27,8 +27,8 @@ RUNTIME_FIELDS = (
     "train.on_nonfinite",
     "train.max_skips",
 )
-# A None in these fields is replaced by a value that depends on the data and the run's length. config.json holds the
-# value, and a resumed run keeps it.
+# If one of these fields is None, the run fills it in, from its data or its length. config.json holds the value, and a
+# resumed run keeps it.
 FOUND_FIELDS = (
     "dataset.train_split",
     "dataset.eval_split",
@@ -82,17 +82,17 @@ FIELDS = {
     "model.mlp_ratio": Field(None, number("(0, inf)"), "Hidden channels of an MLP, divided by its input channels."),
     "model.qkv_bias": Field(None, FLAG, "Whether the projections to queries, keys and values have a bias."),
     "model.distilled": Field(None, FLAG, "Whether the model has a second head, which learns from a teacher."),
-    "model.drop_path_rate": Field(None, number("[0, 1)"), "Stochastic depth: the highest share of dropped blocks."),
+    "model.drop_path_rate": Field(None, number("[0, 1)"), "Stochastic depth: highest probability to drop a branch."),
     "model.remat": Field(None, FLAG, "Recompute the blocks in the backward pass: less memory, more time."),
     "model.token_conv": Field(None, TEXT, "Convolution of the values: 1d over tokens, 2d over the grid, or none."),
-    "model.token_kernel_size": Field(None, integer(1), "Taps of that convolution along each axis; odd."),
+    "model.token_kernel_size": Field(None, integer(1), "Taps of token_conv along each axis; an odd number."),
     "model.window_size": Field(None, integer(1), "Side of the windows of window attention, in tokens. None is 7."),
     "model.qkv_pool": Field(None, one_of("3x3"), "Depthwise convolutions of DeiT's queries, keys and values, or none."),
     "model.init_std": Field(None, number("(0, inf)"), "Standard deviation of the initial weights."),
-    "model.backbone": Field(None, TEXT, "The classifier that a detector stands on, such as levit_128s."),
-    "model.neck": Field(None, one_of("lc_pan", "csp_pan"), "A detector's neck, with PicoDet's v2 or legacy head."),
+    "model.backbone": Field(None, TEXT, "The classifier whose feature maps a detector reads."),
+    "model.neck": Field(None, one_of("lc_pan", "csp_pan"), "A detector's neck and head: PicoDet's v2, or legacy."),
     "model.neck_channels": Field(None, integer(1), "Channels of a detector's neck and head."),
-    "model.num_convs": Field(None, integer(1), "Separable convolutions in each level's head of a detector."),
+    "model.num_convs": Field(None, integer(1), "Separable convolutions in each of a detector's heads."),
     "dataset.name": Field("digits", TEXT, "digits, folder:PATH, coco:ROOT, voc:ROOT, or a name in TFDS."),
     "dataset.train_split": Field(None, TEXT, "The split to learn from. None: train, without its held-out part."),
     "dataset.eval_split": Field(None, TEXT, "The held-out split. None: val, validation, test, or a tenth of train."),
@@ -100,13 +100,13 @@ FIELDS = {
     "dataset.data_dir": Field(None, TEXT, "Where tensorflow-datasets keeps its data; None is its own default."),
     "dataset.workers": Field(0, integer(0), "Processes that read and augment images; 0 uses the run's own threads."),
     "dataset.max_corrupt_share": Field(0.001, number("[0, 1]"), "Share of unreadable images above which a run stops."),
-    "dataset.accept_changes": Field(False, FLAG, "Resume although images of the run's classes have changed."),
+    "dataset.accept_changes": Field(False, FLAG, "Resume although images have changed; classes must be the same."),
     "dataset.mean": Field((0.5,) * 3, PIXELS["mean"], "The model sees (image - mean) / std, with the image in [0, 1]."),
     "dataset.std": Field((0.5,) * 3, PIXELS["std"], "The model sees (image - mean) / std."),
     "dataset.crop_ratio": Field(0.875, PIXELS["crop_ratio"], "Share of the short side that evaluation keeps."),
     "dataset.crop_mode": Field("center", PIXELS["crop_mode"], "Evaluation's resizing: center keeps the aspect ratio."),
     "dataset.exif": Field(False, FLAG, "Turn images as their EXIF orientation says; TFDS and torchvision do not."),
-    # What is done to training images, in this order. 0 or None leaves it out.
+    # Augmentations of training images. 0, False or None turns one off.
     "augment.crop_scale": Field(None, CROP_SCALE, "Random resized crop: least and largest share of the image's area."),
     "augment.flip": Field(0.0, number("[0, 1]"), "Probability of a horizontal flip."),
     "augment.randaugment": Field(None, TEXT, "RandAugment, by timm's name: rand-m9-mstd0.5-inc1 and the like."),
@@ -115,12 +115,12 @@ FIELDS = {
     "augment.erasing": Field(0.0, number("[0, 1]"), "Probability of random erasing."),
     "augment.box_crop": Field(False, FLAG, "Detection: SSD's random crop, by its overlap with the image's boxes."),
     "augment.distort": Field(0.0, number("[0, 1]"), "Detection: probability of each of SSD's changes of colour."),
-    "augment.image_sizes": Field(None, IMAGE_SIZES, "Detection: sizes, one drawn for each step. None: the model's."),
-    "augment.max_boxes": Field(100, integer(1), "Detection: boxes of an image to learn from, its first ones."),
-    "augment.repeats": Field(1, integer(1), "Repeated augmentation: how often an example comes in a row."),
+    "augment.image_sizes": Field(None, IMAGE_SIZES, "Detection: each step draws one of them. None: the model's size."),
+    "augment.max_boxes": Field(100, integer(1), "Detection: most boxes to learn from in an image; more are left out."),
+    "augment.repeats": Field(1, integer(1), "Repeated augmentation: how often in a row an example comes."),
     "augment.mixup": Field(0.0, number("[0, inf)"), "Alpha of mixup, which mixes pairs of a batch's images."),
     "augment.cutmix": Field(0.0, number("[0, inf)"), "Alpha of CutMix, which pastes a box of another image."),
-    "augment.mix_switch": Field(0.5, number("[0, 1]"), "Probability of CutMix where mixup is on as well."),
+    "augment.mix_switch": Field(0.5, number("[0, 1]"), "Probability of CutMix instead of mixup, if both are on."),
     "augment.mix_probability": Field(1.0, number("[0, 1]"), "Probability that a batch is mixed at all."),
     "augment.mix_rows": Field(None, integer(1), "Rows of a batch that share one draw of mixing. None: all of them."),
     "train.epochs": Field(100, integer(1), "Passes over the training split; each is a whole number of batches."),
@@ -128,14 +128,14 @@ FIELDS = {
     "train.accumulate_steps": Field(1, integer(1), "Parts of a batch, computed one after another: less memory."),
     "train.ema_decay": Field(None, number("(0, 1)"), "EMA decay; when set, averaged weights are evaluated as well."),
     "train.ema_warmup": Field(True, FLAG, "Whether the decay of step k is at most (1 + k) / (10 + k)."),
-    "train.export": Field(None, one_of(*EXPORTS), "Weights to export. None: averaged where they are kept, else raw."),
-    "train.extended_from": Field(None, EPOCHS, "Epochs after which the run had ended before; --extend writes them."),
+    "train.export": Field(None, one_of(*EXPORTS), "Weights to export. None: averaged if ema_decay is set, else raw."),
+    "train.extended_from": Field(None, EPOCHS, "Epochs at which a run ended before --extend, which fills this in."),
     "train.on_nonfinite": Field("stop", one_of(*ON_NONFINITE), "What to do at a loss or gradient that is not finite."),
     "train.max_skips": Field(10, integer(1), "Skipped steps in a row that end the run."),
     "optimizer.name": Field("adamw", one_of("adamw", "sgd"), "The optimiser: AdamW, or SGD with momentum."),
     "optimizer.learning_rate": Field(1e-3, number("[0, inf)"), "Peak of the learning rate."),
-    "optimizer.reference_batch": Field(None, integer(1), "Batch size that the rates are stated for. None: for any."),
-    "optimizer.scaled_rates": Field("peak", one_of(*SCALED_RATES), "Rates that grow with batch / reference_batch."),
+    "optimizer.reference_batch": Field(None, integer(1), "Batch size that the rates are meant for. None: any."),
+    "optimizer.scaled_rates": Field("peak", one_of(*SCALED_RATES), "Rates to scale by batch_size / reference_batch."),
     "optimizer.initial_learning_rate": Field(1e-6, number("[0, inf)"), "Learning rate at the start of the warm-up."),
     "optimizer.final_learning_rate": Field(1e-5, number("[0, inf)"), "Learning rate at the end of the cosine."),
     "optimizer.warmup_epochs": Field(None, number("[0, inf)"), "Linear warm-up. None: 5, or a tenth of train.epochs."),
@@ -144,7 +144,7 @@ FIELDS = {
     "optimizer.b2": Field(0.999, number("[0, 1)"), "AdamW's decay of the mean square."),
     "optimizer.momentum": Field(0.9, number("[0, 1)"), "SGD's momentum."),
     "optimizer.clip_norm": Field(None, number("(0, inf)"), "Largest norm of all gradients together."),
-    "optimizer.adaptive_clip": Field(None, number("(0, inf)"), "Largest norm of a unit's gradient over its weights'."),
+    "optimizer.adaptive_clip": Field(None, number("(0, inf)"), "Largest gradient norm / weight norm of a unit."),
     "loss.label_smoothing": Field(0.1, number("[0, 1)"), "Classification: share of a label spread over all classes."),
     "loss.atss_epochs": Field(100.0, number("[0, inf)"), "Detection: epochs with ATSS, before TAL assigns the boxes."),
     "distillation.kind": Field(None, one_of(*DISTILLATIONS), "Learn a teacher's decisions, or probabilities (soft)."),
@@ -154,11 +154,11 @@ FIELDS = {
     "distillation.name": Field(None, TEXT, "The teacher's model, with softmax attention; None is the run's own model."),
     "mask.kind": Field("threshold", one_of(*MASK_KINDS), "What empties the softmax branch: a mask, or a fade."),
     "mask.schedule": Field("cosine", one_of(*MASK_SCHEDULES), "How the mask threshold rises to 1."),
-    "mask.start_threshold": Field(None, number("[0, 1]"), "The threshold until mask.begin. None: 0.02, for fade 0."),
+    "mask.start_threshold": Field(None, number("[0, 1]"), "The threshold until mask.begin. None: 0.02, or 0 for fade."),
     "mask.begin": Field(0.2, number("[0, 1]"), "Fraction of training from which the threshold rises."),
     "mask.end": Field(0.8, number("[0, 1]"), "Fraction of training from which the threshold is 1."),
     # Sizes of the mesh's axes; one may be -1, for all devices that the other axes leave.
-    "mesh.replica": Field(1, integer(-1), "Copies of the parameters, one or more a slice of a pod."),
+    "mesh.replica": Field(1, integer(-1), "Copies of the parameters: one or more on each slice of a pod."),
     "mesh.data": Field(-1, integer(-1), "More copies; replica, data and fsdp split the batch."),
     "mesh.fsdp": Field(1, integer(-1), "Splits the parameters' matrices as well."),
     "mesh.tensor": Field(1, integer(-1), "Splits the attention heads."),
@@ -172,7 +172,7 @@ FIELDS = {
     "checkpoint.keep": Field(2, integer(1), "How many of the newest checkpoints stay, besides the best."),
     "logging.every_steps": Field(20, integer(1), "Steps between lines of metrics.jsonl."),
     "logging.tensorboard": Field(True, FLAG, "Whether to write TensorBoard's events."),
-    "logging.progress": Field(True, FLAG, "Whether to tell how the run goes: a bar on a terminal, else lines."),
+    "logging.progress": Field(True, FLAG, "Whether to show progress: a bar on a terminal, else lines."),
 }
 
 
@@ -180,16 +180,16 @@ def check_augmentations(augment: ConfigDict, task: str, taken: Collection[str]) 
     """Refuses augmentations that the task does not have.
 
     Args:
-      augment: as `default_config` has it.
-      task: its name.
-      taken: the names of the task's fields in `augment`.
+      augment: the group `augment` of a configuration.
+      task: the task's name.
+      taken: the fields of `augment` that the task uses.
 
     Raises:
-      InputError: another field than these is not at its default; names all of them.
+      InputError: a field that the task does not use is not at its default; the message names all such fields.
     """
     changed = [name for name, value in augment.items() if value != FIELDS[f"augment.{name}"].default]
     if strange := [f"config.augment.{name}" for name in changed if name not in taken]:
-        raise InputError(f"{task} does not have {', '.join(strange)}: leave that out.")
+        raise InputError(f"{task} does not use {', '.join(strange)}; keep the default.")
 
 
 def default_config() -> ConfigDict:

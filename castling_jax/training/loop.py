@@ -98,8 +98,8 @@ class Loop:
             jax.block_until_ready(sent[0])
             self._console.advance()
 
-            # What is due now depends on the step alone, so that all processes agree. `stops` and the clock do not, and
-            # are agreed on by asking process 0 or the coordination service.
+            # Most of what is due now depends on the step alone, so all processes agree on it. `stops` and the clock do
+            # not: the coordination service decides `stops` for all processes, and process 0's clock counts.
             is_last = step == total_steps
             logs = is_last or step % config.logging.every_steps == 0
             evaluates = is_last or step % (config.evaluation.every_epochs * setup.steps_per_epoch) == 0
@@ -113,10 +113,11 @@ class Loop:
             finite.check()
             self._check_lock()
 
-            # The figures belong to this step, and are no averages since the last line: a resumed run writes the same.
+            # The figures are this step's, not averages since the last line, so a resumed run writes the same figures.
             line: dict[str, Any] = {}
             scored: dict[str, Any] | None = None
             if logs:
+                # `macs` counts with the softmax branch and without it; the branch is not computed from threshold 1 on.
                 line |= self._log(state, result, step) | meter.read(step, macs=macs[threshold >= 1])
                 self._console.logged(step, line)
             if evaluates:

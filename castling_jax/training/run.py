@@ -66,7 +66,7 @@ def run(
       workdir: the run's folder, the same for all processes. The run writes config.json, parameters.txt, data.json,
         metrics.jsonl, tensorboard/, checkpoints/ and, at the end, inference/, training.png, summary.json and, with
         config.dataset.test_split, evaluation/.
-      profile: the steps to trace into workdir/profile; None for none.
+      profile: the steps to trace into workdir/profile; None traces no steps.
       extend: whether to train a finished run further, to a larger config.train.epochs. From there on its learning rate
         follows the schedule for all epochs, and its mask threshold does not fall. config.json keeps the earlier ends.
       callbacks: functions that process 0 calls as callback(step, figures) after each line of metrics.jsonl, with the
@@ -120,7 +120,7 @@ def run(
         stack.enter_context(contextlib.closing(checkpoints))
         _record_data(setup, workdir, checkpoints.saved_data(), data)
         restored = checkpoints.restore(with_shardings(setup.state, setup.shardings))
-        if is_writer:  # only now that nothing can refuse: a refusal leaves an earlier run's files as they were
+        if is_writer:  # after everything that can refuse, because a refusal leaves an earlier run's files as they were
             write_config(workdir, config.to_dict())
             if summary is not None:  # the run is being extended; keep the summary of its earlier end
                 (workdir / SUMMARY_FILE).rename(workdir / f"summary_of_{summary_end}_epochs.json")

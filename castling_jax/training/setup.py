@@ -1,4 +1,4 @@
-"""Builds and checks everything that a configuration describes, before anything is computed; and a run's first state."""
+"""Builds and checks a run's parts from its configuration, before anything is computed; then builds its first state."""
 
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ from castling_jax.training.state import TrainState, create_state
 from castling_jax.training.step import make_train_step, prepare_batch
 from castling_jax.training.weights import initial_variables, read_teacher
 
-LARGEST_BATCH = 128  # images in a batch at most, if config.train.batch_size does not state them
+LARGEST_BATCH = 128  # most images in a batch where config.train.batch_size leaves their number open
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Setup:
     """The parts of a run.
 
     Attributes:
-      config: the configuration; `FOUND_FIELDS` that it left open are filled in.
+      config: the configuration, with values in those of FOUND_FIELDS that were None.
       mesh: the mesh that the run uses.
       train_set: examples to learn from.
       eval_set: held-out examples.
-      test_set: examples that are evaluated once, at the end; None for none.
+      test_set: examples that are evaluated once, at the end; None if there is no test split.
       train_transform: augmentation on the host, (example, random generator) -> example.
       model: the model in training form, with shapes only.
       steps_per_epoch: whole batches in an epoch.
@@ -98,7 +98,7 @@ class Setup:
         return exported_weights(self.config)
 
     def batches(self, first_step: int = 0) -> Iterator[Batch]:
-        """The endless stream of training batches from `first_step` on; this process's rows of each."""
+        """The endless stream of training batches from `first_step` on, with this process's rows of each batch."""
         config = self.config
         return training_batches(
             self.train_set,
@@ -115,7 +115,7 @@ class Setup:
     def images_seen(self, state: TrainState, batch: dict[str, jax.Array], count: int) -> UInt8[np.ndarray, "..."]:
         """The first `count` images of a global batch as the state's next step will see them: augmented and mixed.
 
-        All processes make the call.
+        All processes must call this together.
 
         Returns:
           The images [count, height, width, 3], no longer normalised.
@@ -163,7 +163,7 @@ def set_up(
     Args:
       config: a configuration with the fields of `default_config`.
       devices: the mesh's devices; None takes all.
-      datasets: (examples to learn from, held-out examples), without a test set; None loads those that `config` names.
+      datasets: (examples to learn from, held-out examples), without a test set; None loads those named in `config`.
       teacher: a model to learn from; None takes the one that `config` names, if any.
 
     Raises:
@@ -173,7 +173,7 @@ def set_up(
     config = config.copy_and_resolve_references()
     if jax.config.read("jax_enable_x64"):
         raise InputError(
-            "JAX_ENABLE_X64 must be off: a run computes in float32 or bfloat16, and draws other weights with it."
+            "JAX_ENABLE_X64 must be off: a run computes in float32 or bfloat16, and 64 bits would draw other weights."
         )
     # Blocks that do not depend on each other report their mistakes together; a nested block needs the outer one.
     mistakes = Mistakes()
@@ -248,7 +248,7 @@ def set_up(
 
 
 def augmentation(config: ConfigDict, model: Model, preprocessing: Preprocessing) -> TrainTransform:
-    """What the model's task does to an example in training.
+    """The transform of training examples: the one that the model's task makes from `config.augment`.
 
     Raises:
       InputError: `config.augment` has a field that the task does not have, or that is out of range.
@@ -259,10 +259,10 @@ def augmentation(config: ConfigDict, model: Model, preprocessing: Preprocessing)
 
 
 def named_splits(data: ConfigDict) -> tuple[str, str]:
-    """The splits to learn from and to evaluate on: the ones that `data`, a configuration's group, names or finds.
+    """The splits to learn from and to evaluate on; `find_splits` finds those that the group `data` leaves open.
 
     Raises:
-      InputError: what `find_splits` raises; the two splits would share images; or the split to learn from is given but
+      InputError: as `find_splits` does; the two splits would share images; or the split to learn from is given but
         the data has no held-out split.
     """
     if data.eval_split is not None:
@@ -310,7 +310,7 @@ def _steps(config: ConfigDict, images: int) -> tuple[int, int]:
 
 
 def first_variables(setup: Setup) -> Variables:
-    """A new run's first variables, drawn or read from `init_from`; numpy arrays."""
+    """A new run's first variables, drawn or read from `init_from`, as NumPy arrays."""
     config = setup.config
     if config.init_from:
         variables = initial_variables(
@@ -319,7 +319,7 @@ def first_variables(setup: Setup) -> Variables:
     else:
         arguments = model_arguments(config) | {"num_classes": setup.train_set.num_classes}
         variables = get_variables(create_model(rngs=nnx.Rngs(config.seed), **arguments))
-    # NumPy arrays, from which `place` gives every device its part alone.
+    # NumPy arrays: `place` then sends each device only its own part.
     return jax.tree.map(np.asarray, variables)
 
 
@@ -335,7 +335,7 @@ def first_state(setup: Setup, variables: Variables) -> TrainState:
 
 
 def _teacher(config: ConfigDict, student: Model, mesh: Mesh) -> Teacher | None:
-    """The teacher that `config.distillation` names, on the mesh; None for none."""
+    """The teacher that `config.distillation` names, on the mesh; None if there is none."""
     options = config.distillation
     if options.kind is None:
         return None

@@ -167,7 +167,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(refuses, tmp_path, model
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # as on a full disk, but for the name of the error
     try:
-        with refuses(f"'{tmp_path / 'out'}' could not be written (File too large); once it can be, the same command"):
+        with refuses(
+            f"'{tmp_path / 'out'}' could not be written (File too large); run the same command again once it can"
+        ):
             save_inference(tmp_path / "out", model, variables, format=name)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -487,7 +489,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_compute
 
 def test_a_runs_folder_is_told_of(refuses, tmp_path, model, variables):
     save_inference(tmp_path / "inference", model, variables)
-    with refuses(f"it has no {MODEL_FILE}; that of this run is '{tmp_path / 'inference'}'"):
+    with refuses(f"it has no {MODEL_FILE}; this run's inference folder is '{tmp_path / 'inference'}'"):
         load_inference(tmp_path)
     shutil.rmtree(tmp_path / "inference")
     (tmp_path / "config.json").write_text("{}")

@@ -109,14 +109,14 @@ def test_folders_that_say_nothing_are_read(tmp_path, model):
         ({"preprocessing": {"image_size": 16, "std": [0, 0, 0]}}, "std must be three finite numbers above 0"),
         (
             {"preprocessing": {"image_size": 32}},
-            "of 32 pixels and 3 channels, and the model takes 16 and 3",
+            "of 32 pixels and 3 channels, but the model takes the size 16 and 3 channels",
         ),
-        ({"classes": ["a"]}, "there are 1 names of classes, and the model has 7 classes."),
+        ({"classes": ["a"]}, "there are 1 names of classes, but the model has 7 classes."),
         ({"classes": "abcdefg"}, "classes must be a list of texts."),
         ({"classes": [1, 2, 3, 4, 5, 6, 7]}, "classes must be a list of texts."),
-        ({"format": 3}, "is of format 3; this version reads formats up to 2."),
-        ({"format": "2"}, "is of format 2; this version reads formats up to 2."),
-        ({"format": 0}, "is of format 0; this version reads formats up to 2."),
+        ({"format": 3}, "has format 3; this version reads formats up to 2."),
+        ({"format": "2"}, "has format 2; this version reads formats up to 2."),
+        ({"format": 0}, "has format 0; this version reads formats up to 2."),
     ],
 )
 def test_what_does_not_fit_the_model_is_one_sentence(refuses, tmp_path, model, changes, sentence):
@@ -132,10 +132,10 @@ def test_nothing_is_written_of_what_does_not_fit(refuses, tmp_path, model):
     variables = small.random_variables(model)
     with refuses("makes images of 8 pixels"):
         save_inference(tmp_path / "out", model, variables, preprocessing=Preprocessing(8))
-    with refuses("there are 2 names of classes, and the model has 7 classes."):
+    with refuses("there are 2 names of classes, but the model has 7 classes."):
         save_inference(tmp_path / "out", model, variables, classes=("a", "b"))
     grey = small.small_model(image_size=16, in_chans=1, attention="softmax", depth=1)
-    with refuses("3 channels, and the model takes 16 and 1"):
+    with refuses("3 channels, but the model takes the size 16 and 1"):
         save_inference(tmp_path / "out", grey, small.random_variables(grey), preprocessing=PREPROCESSING)
     assert not (tmp_path / "out").exists()
 

@@ -65,10 +65,10 @@ def test_the_newest_checkpoint_or_the_one_named_is_read_and_nothing_touched(run,
 
 
 def test_a_step_that_is_not_there(refuses, run, tmp_path):
-    with refuses(f"'{run}' is no run with a checkpoint of step 3; it has those of 2, 10"):
+    with refuses(f"'{run}' has no checkpoint of step 3; its checkpoints are of the steps 2, 10"):
         read(run, step=3)
     for path in (run / "checkpoints/2", run / "config.json", tmp_path):
-        with refuses(f"'{path}' is no run with a checkpoint of step 2"):
+        with refuses(f"'{path}' has no checkpoint of step 2"):
             read(path, step=2)
 
 
@@ -98,10 +98,10 @@ def test_an_earlier_versions_threshold_is_the_logs_or_the_schedules_first(run, t
     assert read(copy).mask_threshold == 0.25
     assert read(copy).classes is None
     assert "an earlier version's run" in caplog.text
-    assert "that of step 10 is taken to be 0.25, as metrics.jsonl has it of step 10" in caplog.text
+    assert "for step 10 it is taken to be 0.25, its value at step 10 in metrics.jsonl" in caplog.text
     (copy / "metrics.jsonl").unlink()
     assert read(copy).mask_threshold == 0.02
-    assert "where the schedule starts" in caplog.text
+    assert "the schedule's first value" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "about"])
@@ -165,14 +165,14 @@ def test_configs_and_checkpoints_of_another_format(refuses, run, tmp_path):
     fields = read_config(copy)
     assert "format" not in fields
     change_config(copy, format=2, model=None)
-    with refuses(f"'{copy / 'config.json'}' is of format 2; this version reads format 1"):
+    with refuses(f"'{copy / 'config.json'}' has format 2; this version reads format 1"):
         read(copy)
     (copy / "config.json").write_text(json.dumps(fields))  # an earlier version did not state it
     assert read(copy).config == fields
     step = copy / "checkpoints" / "10"
     without_manifest(step, format=3)
     write_manifest(epath.Path(step))
-    with refuses(f"'{step}' is of format 3; this version reads formats up to 2"):
+    with refuses(f"'{step}' has format 3; this version reads formats up to 2"):
         read(copy)
 
 
@@ -189,7 +189,7 @@ def test_an_inference_folder(refuses, run, model, tmp_path):
         chex.assert_trees_all_equal(weights.variables, load_inference(tmp_path / "inference")[1])
         with refuses(f"'{tmp_path / 'inference'}' holds no moving average"):
             read(path, ema=True)
-        with refuses(str(weights.path), "in inference form, which is folded"):
+        with refuses(str(weights.path), "in inference form, whose layers are folded"):
             weights.state_dict()
     copy = shutil.copytree(run, tmp_path / "run")
     save_inference(copy / "inference", model, variables)

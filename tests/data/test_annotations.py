@@ -188,7 +188,7 @@ class TestVoc:
             assert load_dataset(name, split).classes == ("ant", "bee")
         given = load_dataset(name, "val", classes=["bee", "cow", "ant"])
         assert given.annotations(0).classes.tolist() == [2]
-        with refuses("'image 1.xml'", "has a 'ant', a class that the model does not have"):
+        with refuses("'image 1.xml'", "has the class 'ant', which the model does not have"):
             load_dataset(name, "val", classes=["bee"])
 
     def test_images_of_other_kinds(self, tmp_path):
@@ -254,7 +254,7 @@ def test_unreadable_images_are_skipped_counted_and_named(kind, tmp_path, caplog)
     assert batch["weight"].tolist() == [0, 0, 0, 1]
     for path, said in zip(
         paths,
-        ("cannot be read (No such file", "98 x 99 pixels, and its annotations are of 40 x 50", "cannot be decoded"),
+        ("cannot be read (No such file", "98 x 99 pixels, but its annotations say 40 x 50", "cannot be decoded"),
         strict=False,
     ):
         assert any(f"'{path}'" in message and said in message for message in caplog.messages), caplog.messages
@@ -267,7 +267,7 @@ def test_a_turned_photograph_needs_dataset_exif(refuses):
     Image.new("RGB", (80, 60)).save(file, "JPEG", exif=exif)
     example = {"image": file.getvalue(), "size": np.array([80, 60])}
     assert eval_transform(Preprocessing(32, exif=True))(example)["size"].tolist() == [80, 60]
-    with refuses("the image has 80 x 60 pixels, and its annotations are of 60 x 80: config.dataset.exif may turn it"):
+    with refuses("the image has 80 x 60 pixels, but its annotations say 60 x 80: config.dataset.exif may turn it"):
         eval_transform(Preprocessing(32))(example)
     check_size((3, 4), {})  # an image of nobody's data set
 
@@ -362,7 +362,7 @@ class TestTfds:
         assert len(pickle.loads(pickle.dumps(dataset))) == 4
 
     def test_cocos_own_builder_needs_tensorflow_and_its_files_do_not(self, coco_dir, tmp_path, refuses):
-        with refuses("to prepare coco/2017 takes a package that is not installed (No module named 'tensorflow')"):
+        with refuses("preparing coco/2017 needs a package that is not installed (No module named 'tensorflow')"):
             load_dataset("coco/2017", "train", data_dir=tmp_path)
         (version,) = (coco_dir / "tiny_coco").iterdir()
         here = tmp_path / "coco" / "2017" / "1.1.0"

@@ -397,12 +397,12 @@ def test_the_spec_makes_the_detector_again_through_json():
     [
         ({"backbone": "resnet50"}, "unknown backbone 'resnet50' (known: deit_tiny, "),
         ({"neck": "fpn"}, "unknown neck 'fpn' (known: lc_pan, csp_pan)."),
-        ({"image_size": 128}, "sides are multiples of 32 from 160 pixels on, not 128 x 128."),
-        ({"image_size": (160, 176)}, "sides are multiples of 32 from 160 pixels on, not 160 x 176."),
+        ({"image_size": 128}, "sides are multiples of 32 pixels and at least 160, not 128 x 128."),
+        ({"image_size": (160, 176)}, "sides are multiples of 32 pixels and at least 160, not 160 x 176."),
         ({"image_size": (416,)}, "to 16777216, or such a height and width, not (416,)."),
         ({"backbone_arguments": {"depths": 3}}, "unknown backbone argument of levit_128s 'depths'"),
         ({"backbone_arguments": {"image_size": 32}}, "unknown backbone argument of levit_128s 'image_size'"),
-        ({"backbone_arguments": 3}, "backbone_arguments must be a dict of words, not 3."),
+        ({"backbone_arguments": 3}, "backbone_arguments must be a dict of arguments, not 3."),
         ({"embed_dim": 32}, "unknown argument of picodet_s 'embed_dim'"),
         ({"num_convs": 0}, "num_convs must be an integer from 1 to 16777216, not 0."),
         ({"neck": 3}, "neck must be a text, not 3."),
@@ -420,5 +420,5 @@ def test_refusals(refuses, arguments, said):
 
 def test_images_of_another_size(refuses):
     model = small_picodet()
-    with refuses("sides are multiples of 32 from 160 pixels on, not 160 x 150."):
+    with refuses("sides are multiples of 32 pixels and at least 160, not 160 x 150."):
         castling_jax.apply(model, small.random_variables(model), jnp.zeros((1, 160, 150, 3)), mask_threshold=1)

@@ -340,7 +340,7 @@ def test_a_runs_fields_become_a_configuration(refuses):
 def test_a_config_file_of_another_format_is_refused(refuses, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"format": 2} | default_config().to_dict()))
-    with refuses(f"'{path}' is of format 2; this version reads format 1; choose another --workdir or remove it."):
+    with refuses(f"'{path}' has format 2; this version reads format 1; choose another --workdir or remove it."):
         join_run(default_config(), path)
 
 
@@ -385,9 +385,9 @@ def test_a_configuration_that_cannot_be_made(refuses, tmp_path, line, said):
 
 def test_augmentations_that_the_task_does_not_have_are_refused(refuses):
     check_augmentations(changed("augment.flip", 0.5).augment, "classification", Classification.augmentations)
-    with refuses("classification does not have config.augment.box_crop: leave that out"):
+    with refuses("classification does not use config.augment.box_crop; keep the default"):
         check_augmentations(changed("augment.box_crop", True).augment, "classification", Classification.augmentations)
-    with refuses("classification does not have config.augment.box_crop"):
+    with refuses("classification does not use config.augment.box_crop"):
         set_up(changed("augment.box_crop", True))
     # Each field is some task's: a new one that none names would be refused everywhere.
     taken = {*Classification.augmentations, "box_crop", "distort", "image_sizes", "max_boxes"}

@@ -286,7 +286,9 @@ def test_a_disk_that_is_full_at_the_end_costs_no_training(whole_run, tmp_path, r
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as on a full disk; the model takes 60,000 bytes
     try:
-        with refuses("inference' could not be written (File too large); once it can be, the same command goes on."):
+        with refuses(
+            "inference' could not be written (File too large); run the same command again once it can be written."
+        ):
             train(small_config(), workdir)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

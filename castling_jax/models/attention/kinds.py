@@ -60,8 +60,8 @@ def normalized_angular_attention(
     k: Float[Array, "batch keys heads key_dim"],
     v: Float[Array, "batch keys heads value_dim"],
 ) -> Float[Array, "batch queries heads value_dim"]:
-    """l2normalise(Sim(Q, K) V): the exact kernel in the place of linear-angular attention's first two terms."""
-    # Normalised as castling's inference form is, so that the two differ in nothing but the kernel.
+    """l2normalise(Sim(Q, K) V), with the exact kernel; linear-angular attention has only two terms of its series."""
+    # Normalised like castling's inference form, so that the two differ only in the kernel.
     out = ops.angular_attention(q, k, v)
     return normalize_and_convolve(out, out, None, grid=None, prefix_tokens=0)
 
@@ -105,7 +105,7 @@ KINDS = {
         Kind("performer", performer_attention, linear=True, taps=False, parts=("performer",)),
     )
 }
-# Taken here, before anything can be registered: only built-in names are refused, a registered one may be replaced.
+# Copied before anything can be registered: `register_attention` refuses these names, but replaces registered ones.
 _BUILT_IN = frozenset(KINDS)
 
 
@@ -118,7 +118,7 @@ def make_core(
     implementation: str = "auto",
     mask_kind: str = "threshold",
 ) -> Core:
-    """The core for these arguments of a model; in inference form its kind is the kind after the switch.
+    """The core for these arguments of a model. In inference form it has the kind that the switch leaves.
 
     Raises:
       InputError: a name is unknown, the kernel's size is even, or the attention has no mask to fade.
