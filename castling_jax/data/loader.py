@@ -24,7 +24,7 @@ PART = 32  # images that one thread reads at a time; small, so that threads shar
 PARTS_AHEAD = 4  # parts that each thread reads ahead
 MAX_THREADS = 16  # in one process; more threads would wait for Python's lock more than they work
 CORRUPT_IN_A_ROW = 100  # after so many corrupt images, the search for a good one stops
-# The number of corrupt images is divided by the number of images read, or by this number while that one is smaller.
+# The share of corrupt images is taken of the images read, or of this number while fewer are read.
 MIN_IMAGES_JUDGED = 10_000
 NAMED = 3  # corrupt images that an error message names
 _LOGGED: set[str] = set()  # names of the corrupt images that were logged, in training or in an evaluation
@@ -100,7 +100,7 @@ def training_batches(
       InputError: the batch is larger than the dataset.
     """
     if not 1 <= batch_size <= len(dataset):
-        raise InputError(f"a batch must have from 1 to {len(dataset)} images, all of the data set, not {batch_size}.")
+        raise InputError(f"a batch must have from 1 to {len(dataset)} images (the whole data set), not {batch_size}.")
     # Shuffle before repeating, so that every epoch has each image once; grain gives each epoch its own order.
     order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat()
     read = functools.partial(_training_image, dataset, transform, order, seed, repeats, batch_size)

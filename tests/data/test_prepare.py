@@ -121,12 +121,12 @@ def test_imagenet_names_its_archives(tmp_path, refuses):
     with refuses("ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar", f"'{tmp_path}/downloads/manual' lacks"):
         prepare.prepare("imagenet2012", data_dir=tmp_path)
     (tmp_path / "ILSVRC2012_img_train.tar").touch()
-    with refuses(f"'{tmp_path}' lacks ILSVRC2012_img_val.tar: put them there, or name their folder by --manual_dir."):
+    with refuses(f"'{tmp_path}' lacks ILSVRC2012_img_val.tar: put them there, or give their folder as --manual_dir."):
         prepare.prepare("imagenet2012", data_dir=tmp_path, manual_dir=tmp_path)
 
 
 def test_other_files_to_be_fetched_by_hand(tmp_path, refuses):
-    with refuses("diabetic_retinopathy_detection has files to be fetched by hand", "--manual_dir"):
+    with refuses("diabetic_retinopathy_detection needs files that you fetch by hand", "--manual_dir"):
         prepare.prepare("diabetic_retinopathy_detection", data_dir=tmp_path)
 
 
