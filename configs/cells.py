@@ -4,8 +4,8 @@ python main.py --config=configs/cells.py --config.dataset.name=voc:PATH/BCCD
 python main.py --config=configs/cells.py:softmax --config.dataset.name=voc:PATH/BCCD
 
 The data set has 364 photographs of 640 x 480 pixels with some 4,900 boxes of three classes. The detector learns from
-scratch on the split train. The run evaluates it on val on the way, and once on test, at the end. The number of epochs was
-chosen on val.
+scratch on the split train. The run evaluates it on val on the way, and once on test, at the end. The number of
+epochs was chosen on val.
 """
 
 from ml_collections import ConfigDict
