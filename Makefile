@@ -21,7 +21,7 @@ test: $(VENV)/dev-installed
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/dev-installed
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup -m slow
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m slow
 
 format: $(VENV)/dev-installed
 	$(BIN)/ruff check --fix --exit-zero .

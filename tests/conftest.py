@@ -10,7 +10,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="castling_jax_tests_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # small programs too: most are small
 # Compiling is most of what is left, and LLVM's optimisation half of that.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
@@ -31,6 +31,13 @@ with install_import_hook(["castling_jax.ops", "castling_jax.tasks.detection"], "
     import castling_jax.tasks.detection
 
 GOLDEN = Path(__file__).parent / "golden"
+# The files whose slow tests take longest. `make test-slow` begins with them, so that its processes end together.
+LONG = {"test_configs", "test_loop", "test_main", "test_maps", "test_meshes", "test_notebooks", "test_pod"}
+LONG |= {"test_sharding", "test_snippets", "test_tpu", "test_zero_gradients"}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 class Golden(dict):

@@ -26,6 +26,8 @@ SMALL = {
     "levit": {"embed_dim": (16, 24), "depth": (1, 1), "num_heads": (2, 3), "key_dim": 8, "image_size": 32},
     "mvitv2": {"depths": (1, 1), "embed_dim": 16, "image_size": 32},
 }
+# A block in each stage, of the full width.
+ONE_BLOCK = {"deit": {"depth": 1}, "levit": {"depth": (1, 1, 1)}, "mvitv2": {"depths": (1, 1, 1, 1)}}
 
 
 def module_of(name):
@@ -76,8 +78,9 @@ def test_a_teacher_has_to_be_given(refuses):
         set_up(config, datasets=datasets(config))
 
 
-def set_up_without_teacher(name, argument):
+def set_up_without_teacher(name, argument, **fields):
     config = load(name, argument)
+    config.model.update(fields)
     config.distillation.kind = None  # whose teacher would have to be there
     return config, set_up(config, datasets=datasets(config))
 
@@ -90,11 +93,12 @@ def test_every_configuration_is_set_up(name, argument):
     assert jax.tree.structure(made.state) == jax.tree.structure(made.shardings)
 
 
-# A variant's program is that of the family's first, of other sizes.
+# A variant's program is that of the family's first, of other sizes; and a block's is that of the others in its stage.
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "argument"), [one for one in ALL if one[1] in arguments_of(one[0])[: len(TRAINED)]])
 def test_the_step_of_each_kind_is_lowered(name, argument):
-    _, made = set_up_without_teacher(name, argument)
+    family = load(name, argument).model.name.split("_")[0]
+    _, made = set_up_without_teacher(name, argument, **ONE_BLOCK.get(family, {}))
     example = made.task.example_shapes(made.model.spec.image_size)
     batch = batch_shapes(example, made.config.train.batch_size, made.mesh)
     threshold = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(made.mesh))

@@ -228,7 +228,6 @@ def trained(tmp_path_factory, run_command):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pages")
 @pytest.mark.parametrize("document", pages(runnable))
 def test_the_commands_of_a_page_run_one_after_another(document, trained, run_command):
     for line in shell_lines(document):

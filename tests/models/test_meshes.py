@@ -47,13 +47,13 @@ def test_a_loop_of_ones_own(family):
     for mesh, difference in found.items():
         assert difference <= AFTER_STEPS[family], (mesh, difference)
     # The compiler splits the same program: Explicit axes add nothing of their own.
-    assert found["explicit"] == found["explicit, not set"] == found["auto"]
+    assert len(set(found.values())) == 1, found
 
 
+# MViTv2's functions are those of the others here, and its layers run on such a mesh above.
 SMALL = {
     "deit_micro": ["depth=1"],
     "levit_128s": ["embed_dim=[16,24,32]", "depth=[1,1,1]", "num_heads=[2,2,2]", "key_dim=8", "image_size=64"],
-    "mvitv2_tiny": ["embed_dim=8", "depths=[1,1]", "image_size=32"],
 }
 
 

@@ -150,8 +150,13 @@ def test_agrees_with_the_plain_operations(kind, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bias", ["shared", "each", "factored", "factored, one shared"])
-@pytest.mark.parametrize("shape", [(2, 33, 20, 2, 16, 64), (1, 12, 20, 12, 16, 32)])
+@pytest.mark.parametrize(
+    ("shape", "bias"),
+    [
+        *(((2, 33, 20, 2, 16, 64), bias) for bias in ("shared", "each", "factored", "factored, one shared")),
+        *(((1, 12, 20, 12, 16, 32), bias) for bias in ("shared", "factored")),
+    ],
+)
 def test_bias(kind, shape, bias):
     compare(kind, shape, 0.1, bias=bias)
 

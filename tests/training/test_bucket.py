@@ -38,6 +38,7 @@ def server(monkeypatch):
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # programs are to be kept in the bucket
+        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")  # but each of them is a request
         yield server
 
 

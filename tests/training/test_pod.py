@@ -14,8 +14,7 @@ from castling_jax.bench.faults import LAUNCHER, SMALL, Pod
 from castling_jax.convert.checkpoint import CHECKPOINTS, checkpoint_steps
 from castling_jax.convert.run_folder import read_metrics
 
-# One process of pytest runs them all: each has the run of `alone` to compare with.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pod")]
+pytestmark = pytest.mark.slow
 TOTAL = 6 * 22  # steps of SMALL
 
 
