@@ -35,19 +35,10 @@ def get_config(argument: str = "s") -> ConfigDict:
     check_known("backbone", backbone, MODELS)
     check_known("attention", attention, KINDS)
     config = default_config()
-    config.model.update(
-        name=f"picodet_{size}", backbone=backbone, attention=attention, image_size=416, dtype="bfloat16"
-    )
-    config.dataset.update(
-        name="coco/2017",
-        train_split="train",
-        eval_split="validation",
-        workers=8,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        crop_mode="squash",
-        crop_ratio=1.0,
-    )
+    config.model.update(name=f"picodet_{size}", backbone=backbone, attention=attention, image_size=416)
+    config.model.dtype = "bfloat16"
+    config.dataset.update(name="coco/2017", train_split="train", eval_split="validation", workers=8)
+    config.dataset.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_mode="squash", crop_ratio=1.0)
     config.augment.update(flip=0.5, box_crop=True, distort=0.5, image_sizes=(352, 384, 416, 448, 480))
     config.mask.start_threshold = 0.8 / LARGEST_GRID  # 0.02 would mask nearly all weights from the first step on
     config.loss.atss_epochs = 100.0

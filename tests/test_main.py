@@ -99,7 +99,7 @@ def run(workdir, *arguments):
         (
             "--config=digit",
             "unknown configuration 'digit': did you mean 'digits'? (known: castle_pretrained, deit, deit_384, digits, "
-            "fashion_mnist, folder, levit, mvitv2)",
+            "fashion_mnist, folder, levit, mvitv2, picodet)",
         ),
         (
             "--config.train.epochs=many",

@@ -165,7 +165,7 @@ def test_answers_are_detections_in_the_pixels_of_the_images():
     inference_form = {"boxes": train_form["boxes"] + np.float32(2.24), "scores": scores * np.float32(0.5)}
     outputs = dict(zip(FORMS, (train_form, inference_form), strict=True))
     batch = {"image": np.zeros((2, height, width, 3), np.float32), "size": sizes, "weight": np.ones(2, np.float32)}
-    answers = jax.device_get(jax.jit(task(max_detections=12).answer)(outputs, outputs, batch))
+    answers = jax.device_get(jax.jit(task(suppression=Suppression(max_detections=12)).answer)(outputs, outputs, batch))
     assert answers.keys() == {f"{form}_{name}" for form in FORMS for name in ("boxes", "scores", "classes")} | {
         "difference"
     }
@@ -219,7 +219,7 @@ def evaluate(monkeypatch):
         evaluator = make_evaluator(
             small_model(),
             dataset,
-            task(num_classes=4, max_detections=30),
+            task(num_classes=4, suppression=Suppression(max_detections=30)),
             transform=Detection.eval_transform(Preprocessing(160, crop_mode="squash", crop_ratio=1.0)),
             batch_size=batch_size,
             mesh=make_mesh({"replica": 1, "data": -1, "fsdp": 1, "tensor": 1}),
@@ -338,8 +338,8 @@ def test_a_task_is_what_the_configuration_says():
             0.875,
             "set config.dataset.crop_mode = 'squash' and crop_ratio = 1.0, not 'squash' and 0.875",
         ),
-        ("augment.image_sizes", (160, 170), "multiples of 32 from 160 pixels on, not 170 x 170"),
-        ("augment.image_sizes", (128,), "multiples of 32 from 160 pixels on, not 128 x 128"),
+        ("augment.image_sizes", (160, 170), "multiples of 32 pixels and at least 160, not 170 x 170"),
+        ("augment.image_sizes", (128,), "multiples of 32 pixels and at least 160, not 128 x 128"),
     ],
 )
 def test_fields_that_do_not_fit_a_detector_are_refused(refuses, field, value, sentence):
