@@ -28,6 +28,7 @@ SMALL = {
 }
 # A block in each stage, of the full width.
 ONE_BLOCK = {"deit": {"depth": 1}, "levit": {"depth": (1, 1, 1)}, "mvitv2": {"depths": (1, 1, 1, 1)}}
+ONE_BLOCK |= {"levit_128s": ONE_BLOCK["levit"], "mvitv2_tiny": ONE_BLOCK["mvitv2"]}
 
 
 def module_of(name):
@@ -38,6 +39,8 @@ def arguments_of(name):
     """What a configuration can be asked for."""
     if name == "folder":
         return ["224", "28", "256,levit_128s,softmax"]
+    if name == "picodet":
+        return ["s", "l,mvitv2_tiny,softmax"]
     variants = getattr(module_of(name), "VARIANTS", None)
     if variants is None:
         return [None]
@@ -56,6 +59,8 @@ def datasets(config):
     """Of their published numbers of images and classes, with nothing in them."""
     if config.dataset.name == "imagenet2012":
         return Unread(IMAGENET["train"], 1000), Unread(IMAGENET["validation"], 1000)
+    if config.model.name.startswith("picodet"):
+        return Unread(118_287, 80, "boxes"), Unread(5_000, 80, "boxes")
     return Unread(60_000, 10), Unread(10_000, 10)
 
 
@@ -97,7 +102,8 @@ def test_every_configuration_is_set_up(name, argument):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "argument"), [one for one in ALL if one[1] in arguments_of(one[0])[: len(TRAINED)]])
 def test_the_step_of_each_kind_is_lowered(name, argument):
-    family = load(name, argument).model.name.split("_")[0]
+    model = load(name, argument).model
+    family = model.backbone or model.name.split("_")[0]
     _, made = set_up_without_teacher(name, argument, **ONE_BLOCK.get(family, {}))
     example = made.task.example_shapes(made.model.spec.image_size)
     batch = batch_shapes(example, made.config.train.batch_size, made.mesh)
