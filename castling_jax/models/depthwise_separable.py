@@ -54,11 +54,6 @@ class Activated(nnx.Module):
         return x
 
 
-def pointwise(features_in: int, features_out: int, layers: Layers) -> Activated:
-    """A 1 x 1 convolution with batch norm and Hardswish."""
-    return Activated(conv=LinearNorm(features_in, features_out, layers))
-
-
 def separable(features_in: int, features_out: int, layers: Layers, *, stride: int = 1) -> Activated:
     """A depthwise convolution and a 1 x 1 convolution, each with batch norm and Hardswish."""
     return Activated(

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from castling_jax.models.depthwise_separable import pointwise, separable, upsample
-from castling_jax.models.layers import Layers
+from castling_jax.models.depthwise_separable import Activated, separable, upsample
+from castling_jax.models.layers import Layers, LinearNorm
 
 KAIMING_UNIFORM = jax.nn.initializers.variance_scaling(2.0, "fan_in", "uniform")
 Map = Float[Array, "batch height width channels"]
@@ -38,12 +38,12 @@ class CspMix(nnx.Module):
 
     def __init__(self, channels: int, layers: Layers):
         half = channels // 2
-        self.main_conv = pointwise(2 * channels, half, layers)
-        self.short_conv = pointwise(2 * channels, half, layers)
-        block = nnx.Dict(conv1=pointwise(half, half, layers), conv2=separable(half, half, layers))
+        self.main_conv = Activated(conv=LinearNorm(2 * channels, half, layers))
+        self.short_conv = Activated(conv=LinearNorm(2 * channels, half, layers))
+        block = nnx.Dict(conv1=Activated(conv=LinearNorm(half, half, layers)), conv2=separable(half, half, layers))
         # A list of one block, because PaddleDetection's names have the block's number.
         self.blocks = nnx.List([block])
-        self.final_conv = pointwise(2 * half, channels, layers)
+        self.final_conv = Activated(conv=LinearNorm(2 * half, channels, layers))
 
     def __call__(self, x: Map, *, training: bool) -> Map:
         main, short = self.main_conv(x, training=training), self.short_conv(x, training=training)
@@ -71,7 +71,7 @@ class Pan(nnx.Module):
     def __init__(self, channels_in: Sequence[int], channels: int, neck: str, layers: Layers):
         layers = dataclasses.replace(layers, kernel_init=KAIMING_UNIFORM)
         mix = NECKS[neck]
-        self.conv_t = nnx.List(pointwise(width, channels, layers) for width in channels_in)
+        self.conv_t = nnx.List(Activated(conv=LinearNorm(width, channels, layers)) for width in channels_in)
         self.top_down_blocks = nnx.List(mix(channels, layers) for _ in range(2))
         self.downsamples = nnx.List(separable(channels, channels, layers, stride=2) for _ in range(2))
         self.bottom_up_blocks = nnx.List(mix(channels, layers) for _ in range(2))

@@ -116,12 +116,12 @@ class PicoDet(Model):
         maps = [maps[place] for place in self.places]
         if self.pyramid is not None:
             maps = self.pyramid(maps[0])
-        return self._detect(maps, (height, width), training=key is not None), densities
+        return self._detect(maps, training=key is not None), densities
 
     def results(self, outputs: dict[str, Array]) -> dict[str, Array]:
         return {name: outputs[name] for name in ("scores", "boxes")}
 
-    def _detect(self, maps: list[Array], image_size: tuple[int, int], *, training: bool) -> dict[str, Array]:
+    def _detect(self, maps: list[Array], *, training: bool) -> dict[str, Array]:
         """Computes neck, heads and boxes from the maps."""
         maps = self.neck(maps, training=training)
         with jax.named_scope("head"):
@@ -133,7 +133,9 @@ class PicoDet(Model):
         }
         if "scores" not in outputs:
             outputs["scores"] = jax.nn.sigmoid(outputs["cls_logits"])
-        points, strides, _ = level_points(image_size)
+        # The finest map tells the image's size, because every side of an image is a multiple of its stride.
+        rows, columns = maps[0].shape[1:3]
+        points, strides, _ = level_points((STRIDES[0] * rows, STRIDES[0] * columns))
         return outputs | {"boxes": decode_boxes(outputs["reg_logits"], points, strides)}
 
 

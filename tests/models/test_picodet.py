@@ -80,7 +80,7 @@ def test_golden_outputs(case):
     @jax.jit
     def run(variables, maps):
         detector = bind(model, variables)
-        return detector.neck(maps, training=False), detector._detect(maps, tuple(file.meta["image"]), training=False)
+        return detector.neck(maps, training=False), detector._detect(maps, training=False)
 
     necks, outputs = run(variables, maps)
     for i, neck in enumerate(necks):
@@ -103,7 +103,7 @@ def test_golden_gradients(case):
     @jax.jit
     def gradients(maps, cotangents):
         def total(maps):
-            outputs = bind(model, variables)._detect(maps, tuple(file.meta["image"]), training=False)
+            outputs = bind(model, variables)._detect(maps, training=False)
             return sum(jnp.vdot(outputs[name], cotangent) for name, cotangent in cotangents.items())
 
         return jax.grad(total)(maps)

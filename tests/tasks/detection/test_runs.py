@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from castling_jax.models import picodet
-from castling_jax.models.depthwise_separable import pointwise
+from castling_jax.models.depthwise_separable import Activated
+from castling_jax.models.layers import LinearNorm
 from castling_jax.training import loop
 from castling_jax.training.config import default_config
 from castling_jax.training.preemption import Preempted
@@ -39,7 +40,7 @@ class Neck(nnx.Module):
     """A 1 x 1 convolution of each map, and a pool for the fourth one."""
 
     def __init__(self, channels_in, channels, neck, layers):
-        self.convs = nnx.List(pointwise(width, channels, layers) for width in channels_in)
+        self.convs = nnx.List(Activated(conv=LinearNorm(width, channels, layers)) for width in channels_in)
 
     def __call__(self, maps, *, training):
         outputs = [conv(x, training=training) for conv, x in zip(self.convs, maps, strict=True)]
@@ -50,7 +51,7 @@ class Head(nnx.Module):
     """A 1 x 1 convolution to the scores and the boxes' bins."""
 
     def __init__(self, sizes, layers):
-        self.conv = pointwise(sizes.channels, sizes.num_classes + 32, layers)
+        self.conv = Activated(conv=LinearNorm(sizes.channels, sizes.num_classes + 32, layers))
 
     def __call__(self, x, *, training):
         x = self.conv(x, training=training)
