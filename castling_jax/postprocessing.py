@@ -5,6 +5,7 @@ from typing import Any
 
 from castling_jax.fields import integer, number
 
+SHOWN_SCORE = 0.3  # smallest score of a detection that a person is shown
 VALUES = {"score_threshold": number("[0, 1)"), "iou_threshold": number("[0, 1]"), "max_detections": integer(1)}
 
 

@@ -3,6 +3,7 @@
 import collections
 import functools
 import itertools
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from castling_jax.fields import integer, number
 from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, features
+from castling_jax.postprocessing import SHOWN_SCORE
 from castling_jax.storage import as_path
 from castling_jax.tasks.registry import task_of
 from castling_jax.tasks.task import Batch, Example
@@ -30,7 +32,6 @@ from castling_jax.tasks.task import Batch, Example
 BATCH = 32
 BATCHES_AHEAD = 2  # batches that are read while another one is computed
 THREADS = 8
-SHOWN_SCORE = 0.3  # smallest score of an object that a person is shown
 Answer = list[tuple[Any, ...]]
 Forward = Callable[[Model, Variables, Batch], Any]
 
@@ -80,17 +81,16 @@ def stream_predictions(
     weights: Weights, images: Any, names: Sequence[str], *, top: int | None, score_threshold: float
 ) -> Iterator[tuple[Any, Answer | InputError]]:
     """Yields (image, its answer as `predict` returns it, or the InputError of an image that cannot be read)."""
-    if weights.model is None:
-        raise InputError(f"'{weights.path}' does not say which model it belongs to, as runs and inference folders do.")
-    task = task_of(weights.model)
 
     def forward(model: Model, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
-        return task.predict(model, variables, batch, weights.suppression)
+        return task_of(model).predict(model, variables, batch, weights.suppression)
 
     for image, found in stream(weights, images, forward):
+        assert weights.model is not None  # `stream` refuses weights without it
         if isinstance(found, InputError):
             yield image, found
         else:
+            task = task_of(weights.model)
             yield image, task.list_predictions(found, names, top=top, score_threshold=score_threshold)
 
 
@@ -160,8 +160,7 @@ def stream(weights: Weights, images: Any, forward: Forward, *, batch_size: int =
             if isinstance(example, InputError):
                 yield image, example
             else:
-                row = next(rows)
-                yield image, jax.tree.map(lambda array: array[row], arrays)  # noqa: B023  (used before the next row)
+                yield image, jax.tree.map(operator.itemgetter(next(rows)), arrays)
 
     def start(name: str, image: Any) -> Future[Any]:
         """Prepares a file in another thread, but an image in memory here, because its owner may change it next."""

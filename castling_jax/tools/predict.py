@@ -29,7 +29,7 @@ from castling_jax.errors import InputError, printable
 from castling_jax.tools.cli import Parser, command, local_path
 
 ON_A_SHEET = 48  # images
-SHOWN_SCORE = 0.3  # equal to castling_jax.predictions.SHOWN_SCORE; importing that module takes seconds
+SHOWN_SCORE = 0.3  # equal to castling_jax.postprocessing.SHOWN_SCORE, whose import --help must not wait for
 
 
 def make_parser() -> Parser:

@@ -17,10 +17,10 @@ from castling_jax.data.annotations import Annotations, BoxDataset
 from castling_jax.data.decode import decode
 from castling_jax.errors import InputError
 from castling_jax.plots import draw_detections, draw_precision_recall, png
+from castling_jax.postprocessing import SHOWN_SCORE
 from castling_jax.tasks.task import FORMS
 
 DETECTIONS_FILE = "detections.json"
-SHOWN_SCORE = 0.3  # smallest score of a detection in a picture
 DRAWN = 12  # images in a picture
 # hotcoco's names -> ours; AP is averaged over the IoUs 0.50, 0.55, ..., 0.95, and s, m, l are COCO's sizes of objects.
 FIGURES = {
