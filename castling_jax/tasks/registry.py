@@ -18,11 +18,27 @@ def task_of(model: Model) -> type[Task]:
     return TASKS[model.task]
 
 
-def check_annotation(model: Model, dataset: Dataset) -> None:
-    """Raises an InputError unless the data set's images are annotated with what the model's task needs."""
-    needed = task_of(model).annotation
-    if dataset.annotation != needed:
-        raise InputError(f"{model.spec.name} needs images with {needed}, and these have {dataset.annotation}.")
+def unused_fields(model: Model) -> frozenset[str]:
+    """Fields of a configuration that other tasks or other models use, and a run of this model does not."""
+    return frozenset(name for task in TASKS.values() for name in task.fields) - task_of(model).used_fields(model)
+
+
+def check_dataset(model: Model, dataset: Dataset, *, evaluated: bool) -> None:
+    """Checks that the model's task can use a data set.
+
+    Args:
+      model: the model.
+      dataset: the data set.
+      evaluated: whether the task's figures are measured on it.
+
+    Raises:
+      InputError: the images are annotated otherwise than the task needs, or nothing can be measured on them.
+    """
+    task = task_of(model)
+    if dataset.annotation != task.annotation:
+        raise InputError(f"{model.spec.name} needs images with {task.annotation}, and these have {dataset.annotation}.")
+    if evaluated:
+        task.check_evaluated(dataset)
 
 
 def task_in(figures: Mapping[str, Any]) -> type[Task]:

@@ -91,7 +91,7 @@ class Task:
     Attributes:
       name: the task's name in the registry and in summary.json.
       measures: the task's measures. The first one chooses the best checkpoint, and pictures and tables show it.
-      augmentations: fields of a configuration's `augment` that the task supports; the others must have their defaults.
+      fields: fields of a configuration that not every task uses, but this one does.
       annotation: how the images of the task are annotated, as `Dataset.annotation` states it: "label" or "boxes".
       loss_title: name of the loss with its unit, for the axis of a picture.
       held: arrays that the loss needs beside the batch, such as a teacher's variables. They are an argument of the
@@ -100,7 +100,7 @@ class Task:
 
     name: ClassVar[str]
     measures: ClassVar[tuple[Measure, ...]]
-    augmentations: ClassVar[tuple[str, ...]] = ()
+    fields: ClassVar[tuple[str, ...]] = ()
     annotation: ClassVar[str]
     loss_title: ClassVar[str]
 
@@ -129,6 +129,15 @@ class Task:
           InputError: the task does not support a field of the configuration.
         """
         raise NotImplementedError
+
+    @classmethod
+    def used_fields(cls, model: Model) -> frozenset[str]:
+        """Those of `fields` that have an effect on a run of the model."""
+        return frozenset(cls.fields)
+
+    @classmethod
+    def check_evaluated(cls, dataset: Dataset) -> None:
+        """Raises an InputError if nothing can be measured on the split. By default any split will do."""
 
     @staticmethod
     def train_transform(

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Collection
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -176,20 +177,20 @@ FIELDS = {
 }
 
 
-def check_augmentations(augment: ConfigDict, task: str, taken: Collection[str]) -> None:
-    """Refuses augmentations that the task does not have.
+def check_unused(config: ConfigDict, unused: Collection[str], user: str) -> None:
+    """Refuses values in fields that have no effect.
 
     Args:
-      augment: the group `augment` of a configuration.
-      task: the task's name.
-      taken: the fields of `augment` that the task uses.
+      config: a configuration.
+      unused: names of the fields.
+      user: what does not use them.
 
     Raises:
-      InputError: a field that the task does not use is not at its default; the message names all such fields.
+      InputError: a field of `unused` is not at its default; the message names all such fields.
     """
-    changed = [name for name, value in augment.items() if value != FIELDS[f"augment.{name}"].default]
-    if strange := [f"config.augment.{name}" for name in changed if name not in taken]:
-        raise InputError(f"{task} does not use {', '.join(strange)}; keep the default.")
+    values = _values(config)
+    if changed := [f"config.{name}" for name in FIELDS if name in unused and values[name] != FIELDS[name].default]:
+        raise InputError(f"{user} does not use {', '.join(changed)}: keep the default.")
 
 
 def default_config() -> ConfigDict:
@@ -205,7 +206,7 @@ def check_config(config: ConfigDict) -> None:
     """
     if not isinstance(config, ConfigDict):
         raise InputError(f"a configuration must be a ConfigDict, as load_config gives it, not {type(config).__name__}.")
-    values = {path.replace("/", "."): value for path, value in flatten(config.to_dict()).items()}
+    values = _values(config)
     mistakes = Mistakes()
     for name in values:
         with mistakes:
@@ -238,3 +239,8 @@ def check_config(config: ConfigDict) -> None:
             if jitter := config.augment.color_jitter:
                 raise InputError(f"config.augment.color_jitter must be 0 where randaugment is set, not {jitter}.")
     mistakes.report()
+
+
+def _values(config: ConfigDict) -> dict[str, Any]:
+    """Field -> value."""
+    return {path.replace("/", "."): value for path, value in flatten(config.to_dict()).items()}

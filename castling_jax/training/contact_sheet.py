@@ -18,7 +18,7 @@ from castling_jax.plots import SMALL, png
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.sizes import size_text
 from castling_jax.storage import write_atomically
-from castling_jax.tasks.registry import check_annotation, task_of
+from castling_jax.tasks.registry import check_dataset, task_of
 from castling_jax.tasks.task import Example, Task
 from castling_jax.training.config import default_config
 from castling_jax.training.setup import augmentation, named_splits
@@ -47,7 +47,7 @@ def draw_sheet(config: ConfigDict, *, examples: int) -> Figure:
     train_split, _ = named_splits(config.dataset)
     dataset = load_dataset(config.dataset.name, train_split, data_dir=config.dataset.data_dir)
     model = abstract_model(num_classes=dataset.num_classes, **model_arguments(config))
-    check_annotation(model, dataset)
+    check_dataset(model, dataset, evaluated=False)
     task, size = task_of(model).from_config(config, model), model.spec.image_size
     preprocessing = preprocessing_of(config, size)
     evaluation, training = task.eval_transform(preprocessing), augmentation(config, model, preprocessing)

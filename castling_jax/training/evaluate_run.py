@@ -19,7 +19,7 @@ from castling_jax.data.sources import Dataset, load_dataset, path_of
 from castling_jax.errors import InputError, printable, refusing
 from castling_jax.storage import absolute, write_atomically
 from castling_jax.tables import aligned
-from castling_jax.tasks.registry import check_annotation, measures_of, task_of
+from castling_jax.tasks.registry import check_dataset, measures_of, task_of
 from castling_jax.tasks.task import Answers
 from castling_jax.training.config import FIELDS
 from castling_jax.training.config_files import run_config
@@ -211,7 +211,7 @@ def _load(config: ConfigDict, checkpoint: Weights) -> Dataset:
     data, model = config.dataset, checkpoint.model
     assert model is not None
     dataset = load_dataset(data.name, summary_split(config), data_dir=data.data_dir, classes=checkpoint.classes)
-    check_annotation(model, dataset)
+    check_dataset(model, dataset, evaluated=True)
     remedy = "choose data of these classes by --config.dataset.name"
     if checkpoint.classes is not None:
         check_same_classes(checkpoint.classes, list(dataset.classes), remedy=remedy)

@@ -24,9 +24,9 @@ from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model, create_model
 from castling_jax.models.variables import Variables, get_variables
 from castling_jax.preprocessing import Preprocessing
-from castling_jax.tasks.registry import check_annotation, task_of
+from castling_jax.tasks.registry import check_dataset, task_of, unused_fields
 from castling_jax.tasks.task import Answers, Task, Teacher
-from castling_jax.training.config import check_augmentations, check_config
+from castling_jax.training.config import check_config, check_unused
 from castling_jax.training.evaluate import Evaluator, configured_evaluator, evaluate_weights
 from castling_jax.training.optimizers import make_optimizer
 from castling_jax.training.schedules import default_warmup, learning_rate_schedule, mask_threshold_schedule
@@ -192,7 +192,8 @@ def set_up(
             )
         with mistakes:
             model = abstract_model(num_classes=train_set.num_classes, **model_arguments(config))
-            check_annotation(model, train_set)
+            for split in filter(None, (train_set, eval_set, test_set)):
+                check_dataset(model, split, evaluated=split is not train_set)
             preprocessing = preprocessing_of(config, model.spec.image_size)
             transform = augmentation(config, model, preprocessing)
             if isinstance(train_set, ArrayDataset):  # try one example: some augmentations refuse float pixels
@@ -251,11 +252,10 @@ def augmentation(config: ConfigDict, model: Model, preprocessing: Preprocessing)
     """The transform of training examples: the one that the model's task makes from `config.augment`.
 
     Raises:
-      InputError: `config.augment` has a field that the task does not have, or that is out of range.
+      InputError: `config` sets a field that the model does not use, or a field of `config.augment` is out of range.
     """
-    task = task_of(model)
-    check_augmentations(config.augment, task.name, task.augmentations)
-    return task.train_transform(config.augment, preprocessing)
+    check_unused(config, unused_fields(model), f"this {model.spec.name}")
+    return task_of(model).train_transform(config.augment, preprocessing)
 
 
 def named_splits(data: ConfigDict) -> tuple[str, str]:

@@ -8,8 +8,8 @@ from castling_jax.convert.run_folder import exported_weights, mask_kind, model_a
 from castling_jax.data.sources import Unread, load_dataset
 from castling_jax.errors import InputError
 from castling_jax.models.registry import abstract_model
-from castling_jax.tasks.classification.task import Classification
-from castling_jax.training.config import FIELDS, check_augmentations, check_config, default_config
+from castling_jax.tasks.registry import TASKS
+from castling_jax.training.config import FIELDS, check_config, check_unused, default_config
 from castling_jax.training.config_files import join_run, load_config, run_config
 from castling_jax.training.config_help import fields_page
 from castling_jax.training.console import describe_boxes
@@ -383,15 +383,17 @@ def test_a_configuration_that_cannot_be_made(refuses, tmp_path, line, said):
         load_config(str(tmp_path / "own.py"))
 
 
-def test_augmentations_that_the_task_does_not_have_are_refused(refuses):
-    check_augmentations(changed("augment.flip", 0.5).augment, "classification", Classification.augmentations)
-    with refuses("classification does not use config.augment.box_crop; keep the default"):
-        check_augmentations(changed("augment.box_crop", True).augment, "classification", Classification.augmentations)
-    with refuses("classification does not use config.augment.box_crop"):
-        set_up(changed("augment.box_crop", True))
-    # Each field is some task's: a new one that none names would be refused everywhere.
-    taken = {*Classification.augmentations, "box_crop", "distort", "image_sizes", "max_boxes"}
-    assert taken == set(default_config().augment)
+def test_fields_that_the_model_does_not_use_are_refused(refuses):
+    config = changed("augment.box_crop", True)
+    config.loss.atss_epochs = 2.0
+    with refuses("this deit_tiny does not use config.augment.box_crop, config.loss.atss_epochs: keep the default."):
+        set_up(config)
+    check_unused(config, {"augment.flip", "loss.label_smoothing"}, "nobody")
+    # A field that no task names is not refused by any.
+    named = {name for task in TASKS.values() for name in task.fields}
+    groups = ("augment.", "loss.", "distillation.", "evaluation.")
+    every_task = {"evaluation.every_epochs", "evaluation.batch_size"}
+    assert named == {name for name in FIELDS if name.startswith(groups)} - every_task
 
 
 @pytest.mark.parametrize("value", [(), (0,), (32, 48.0), 32, (True,), "32"])

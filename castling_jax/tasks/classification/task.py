@@ -47,9 +47,11 @@ class Classification(Task):
         Measure("accuracy", "held-out accuracy", "top-1"),
         Measure(f"top{TOP}_accuracy", f"  top {TOP}", f"top-{TOP}"),
     )
-    augmentations = (
-        *("crop_scale", "flip", "randaugment", "color_jitter", "shift_pixels", "erasing"),
-        *("repeats", "mixup", "cutmix", "mix_switch", "mix_probability", "mix_rows"),
+    fields = (
+        *("augment.crop_scale", "augment.flip", "augment.randaugment", "augment.color_jitter", "augment.shift_pixels"),
+        *("augment.erasing", "augment.repeats", "augment.mixup", "augment.cutmix", "augment.mix_switch"),
+        *("augment.mix_probability", "augment.mix_rows", "loss.label_smoothing", "distillation.kind"),
+        *("distillation.alpha", "distillation.temperature", "distillation.teacher", "distillation.name"),
     )
     annotation = "label"
     loss_title = "cross entropy (nats)"

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,10 +133,7 @@ class BoxAnswers:
             name: np.concatenate([getattr(one, name) for one in self._truth])
             for name in ("boxes", "classes", "areas", "crowd")
         }
-        if columns["crowd"].all():
-            raise InputError(
-                f"none of the {len(images):,} images evaluated has an object other than crowds: choose another split."
-            )
+        check_objects(self.dataset, self.image)  # again, since the images that have objects may all be corrupt
         expected = COCO.from_arrays(
             images,
             categories,
@@ -202,6 +199,17 @@ class BoxAnswers:
                         found.scores[place][shown],
                     ),
                 )
+
+
+def check_objects(dataset: BoxDataset, images: Collection[int]) -> None:
+    """Raises an InputError if these images of a split have no object other than crowds to compare detections with."""
+    for index in images:
+        with contextlib.suppress(InputError):  # a corrupt image, which an evaluation leaves out
+            if not dataset.annotations(int(index)).crowd.all():
+                return
+    raise InputError(
+        f"none of the {len(images):,} images evaluated has an object that is no crowd: choose another split."
+    )
 
 
 def _width_height(boxes: Float[np.ndarray, "boxes 4"]) -> Float[np.ndarray, "boxes 4"]:

@@ -26,7 +26,7 @@ from castling_jax.plots import draw_boxes_on
 from castling_jax.postprocessing import Suppression
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.sizes import ImageSize, image_shape
-from castling_jax.tasks.detection.answers import Answered, BoxAnswers
+from castling_jax.tasks.detection.answers import Answered, BoxAnswers, check_objects
 from castling_jax.tasks.detection.assign import assign_atss, assign_simota, assign_tal
 from castling_jax.tasks.detection.losses import Assigned, Outputs, detection_losses, legacy_detection_losses
 from castling_jax.tasks.detection.transforms import eval_transform, train_transform
@@ -55,7 +55,11 @@ class Detection(Task):
         Measure("AP50", "  AP at IoU 0.50", "AP50"),
         Measure("AP75", "  AP at IoU 0.75", "AP75"),
     )
-    augmentations = ("flip", "box_crop", "distort", "image_sizes", "max_boxes", "repeats")
+    fields = (
+        *("augment.flip", "augment.box_crop", "augment.distort", "augment.image_sizes", "augment.max_boxes"),
+        *("augment.repeats", "loss.atss_epochs", "evaluation.score_threshold", "evaluation.iou_threshold"),
+        "evaluation.max_detections",
+    )
     annotation = "boxes"
     loss_title = "varifocal + GIoU + distribution focal loss"
 
@@ -70,7 +74,7 @@ class Detection(Task):
     def from_config(
         cls, config: ConfigDict, model: Model, teacher: Teacher | None = None, *, steps_per_epoch: int = 1
     ) -> "Detection":
-        legacy = dict(model.spec.overrides).get("neck") == "csp_pan"
+        legacy = _is_legacy(model)
         if teacher is not None:
             raise InputError("a detector does not learn from a teacher: leave out config.distillation.")
         if legacy and config.train.accumulate_steps > 1:
@@ -94,6 +98,14 @@ class Detection(Task):
             suppression=suppression_of(config),
             exif=data.exif,
         )
+
+    @classmethod
+    def used_fields(cls, model: Model) -> frozenset[str]:
+        return super().used_fields(model) - ({"loss.atss_epochs"} if _is_legacy(model) else set())
+
+    @classmethod
+    def check_evaluated(cls, dataset: Dataset) -> None:
+        check_objects(cast(BoxDataset, dataset), range(len(dataset)))
 
     @staticmethod
     def train_transform(
@@ -193,6 +205,10 @@ class Detection(Task):
             if label >= 0 and score >= score_threshold
         ]
         return listed[:top]
+
+
+def _is_legacy(model: Model) -> bool:
+    return dict(model.spec.overrides).get("neck") == "csp_pan"
 
 
 def _in_the_image(boxes: Array, batch: Batch) -> Array:

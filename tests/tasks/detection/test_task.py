@@ -17,6 +17,7 @@ from castling_jax.tasks.detection.task import Detection
 from castling_jax.tasks.task import FORMS, Teacher
 from castling_jax.training.config import default_config
 from castling_jax.training.evaluate import make_evaluator
+from castling_jax.training.setup import set_up
 from castling_jax.training.sharding import make_mesh
 from tests.conftest import Golden
 from tests.data.box_files import SIZES, coco_content, write_coco
@@ -360,3 +361,27 @@ def test_a_detector_has_no_teacher(refuses):
     teacher = Teacher(picodet(), {}, "hard", 0.5, 3.0)
     with refuses("a detector does not learn from a teacher: leave out config.distillation."):
         Detection.from_config(configured(), picodet(), teacher)
+
+
+def test_what_a_detector_does_not_use_is_refused_before_anything_is_read(refuses, tmp_path):
+    for split, counts in (("train", (3, 0, 2, 1)), ("val", (1, 0, 0, 0)), ("test", (0, 0, 0, 0))):
+        write_coco(tmp_path, split, coco_content(counts=counts))
+
+    def prepared(**model):
+        config = configured(**model)
+        config.dataset.name = f"coco:{tmp_path}"
+        return config
+
+    config = prepared()
+    config.loss.label_smoothing = 0.2
+    config.distillation.update(kind="hard", teacher="nowhere")
+    with refuses("this picodet_s does not use config.loss.label_smoothing, config.distillation.kind, "):
+        set_up(config)
+    config = prepared(neck="csp_pan")
+    config.loss.atss_epochs = 2.0
+    with refuses("this picodet_s does not use config.loss.atss_epochs: keep the default."):
+        set_up(config)
+    config = prepared()
+    config.dataset.test_split = "test"
+    with refuses("none of the 4 images evaluated has an object that is no crowd"):
+        set_up(config)
