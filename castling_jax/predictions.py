@@ -27,12 +27,12 @@ from castling_jax.models.variables import Variables, features
 from castling_jax.postprocessing import SHOWN_SCORE
 from castling_jax.storage import as_path
 from castling_jax.tasks.registry import task_of
-from castling_jax.tasks.task import Batch, Example
+from castling_jax.tasks.task import Batch, Example, Predictions
 
 BATCH = 32
 BATCHES_AHEAD = 2  # batches that are read while another one is computed
 THREADS = 8
-Answer = list[tuple[Any, ...]]
+Answer = Any  # as the task's `Predictions.answer` returns it
 Forward = Callable[[Model, Variables, Batch], Any]
 
 
@@ -82,16 +82,33 @@ def stream_predictions(
 ) -> Iterator[tuple[Any, Answer | InputError]]:
     """Yields (image, its answer as `predict` returns it, or the InputError of an image that cannot be read)."""
 
-    def forward(model: Model, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
-        return task_of(model).predict(model, variables, batch, weights.suppression)
-
+    predictions = predictions_of(weights)
+    forward = functools.partial(predictions.compute, suppression=weights.suppression)
     for image, found in stream(weights, images, forward):
-        assert weights.model is not None  # `stream` refuses weights without it
         if isinstance(found, InputError):
             yield image, found
         else:
-            task = task_of(weights.model)
-            yield image, task.list_predictions(found, names, top=top, score_threshold=score_threshold)
+            yield image, predictions.answer(found, names, top=top, score_threshold=score_threshold)
+
+
+def predictions_of(weights: Weights) -> type[Predictions]:
+    """What the weights' model says about images.
+
+    Raises:
+      InputError: the weights do not state their model.
+    """
+    return task_of(model_of(weights)).predictions
+
+
+def model_of(weights: Weights) -> Model:
+    """The weights' model.
+
+    Raises:
+      InputError: the weights do not state it.
+    """
+    if weights.model is None:
+        raise InputError(f"'{weights.path}' does not say which model it belongs to, as runs and inference folders do.")
+    return weights.model
 
 
 def class_names(weights: Weights, classes: Sequence[str] | None = None) -> list[str]:
@@ -132,10 +149,10 @@ def stream(weights: Weights, images: Any, forward: Forward, *, batch_size: int =
     Raises:
       InputError: there are no images, or the weights do not state their model or its preprocessing.
     """
-    if weights.model is None or weights.preprocessing is None:
-        lack = "which model it belongs to" if weights.model is None else "how an image becomes its model's input"
+    model = abstract_model(**model_of(weights).spec.arguments(form="inference"))
+    if weights.preprocessing is None:
+        lack = "how an image becomes its model's input"
         raise InputError(f"'{weights.path}' does not say {lack}, as runs and inference folders do.")
-    model = abstract_model(**weights.model.spec.arguments(form="inference"))
     # The variables go to the device once, not with every batch.
     variables = jax.device_put(to_inference(weights.variables))
     transform = task_of(model).eval_transform(weights.preprocessing)

@@ -10,11 +10,13 @@ from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from castling_jax.data.sources import Dataset
+from castling_jax.errors import InputError
 from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables
 from castling_jax.postprocessing import Suppression
@@ -94,6 +96,7 @@ class Task:
       fields: fields of a configuration that not every task uses, but this one does.
       annotation: how the images of the task are annotated, as `Dataset.annotation` states it: "label" or "boxes".
       loss_title: name of the loss with its unit, for the axis of a picture.
+      predictions: what the trained model says about images.
       held: arrays that the loss needs beside the batch, such as a teacher's variables. They are an argument of the
         compiled step; arrays in a closure would become constants of the program.
     """
@@ -103,6 +106,7 @@ class Task:
     fields: ClassVar[tuple[str, ...]] = ()
     annotation: ClassVar[str]
     loss_title: ClassVar[str]
+    predictions: ClassVar[type["Predictions"]]
 
     @property
     def held(self) -> Any:
@@ -214,14 +218,18 @@ class Task:
         """
         raise NotImplementedError
 
+
+class Predictions:
+    """What a trained model says about images without annotations, and how a person gets to see it."""
+
     @staticmethod
-    def predict(model: Model, variables: Variables, batch: Batch, suppression: Suppression) -> dict[str, jax.Array]:
-        """Computes the predictions for images, on the device; no labels are needed.
+    def compute(model: Model, variables: Variables, batch: Batch, suppression: Suppression) -> dict[str, jax.Array]:
+        """Computes the predictions for images, on the device.
 
         Args:
           model: the model in inference form.
           variables: the model's variables.
-          batch: examples from `eval_transform`, stacked.
+          batch: examples from the task's `eval_transform`, stacked.
           suppression: how a detector's outputs become detections.
 
         Returns:
@@ -230,18 +238,42 @@ class Task:
         raise NotImplementedError
 
     @staticmethod
-    def list_predictions(
+    def answer(
         found: Mapping[str, np.ndarray], names: Sequence[str], *, top: int | None, score_threshold: float
-    ) -> list[tuple[Any, ...]]:
-        """The predictions for one image, best first, each with the name of its class and its score.
+    ) -> Any:
+        """The answer for one image, as `castling_jax.predict` returns it.
 
         Args:
-          found: the image's rows of `predict`'s arrays.
+          found: the image's rows of `compute`'s arrays.
           names: names of the classes.
           top: most predictions to list; None takes the task's own number.
           score_threshold: smallest score of a detection.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def text(answer: Any) -> str:
+        """The answer in a line."""
+        raise NotImplementedError
+
+    @staticmethod
+    def table(answers: Sequence[tuple[Any, Any]]) -> list[list[Any]]:
+        """A table of (image, its answer or the InputError of an image that cannot be read), with a header."""
+        raise NotImplementedError
+
+    @staticmethod
+    def draw(images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Any]) -> Figure:
+        """A sheet of images with their answers."""
+        raise NotImplementedError
+
+    @staticmethod
+    def coco_results(answers: Sequence[tuple[Any, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+        """COCO's results for (image, answer), with the images' paths as ids and the classes counted from 1.
+
+        Raises:
+          InputError: the task finds no boxes.
+        """
+        raise InputError("--json is for a detector's boxes: other answers go to --csv.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,20 +52,17 @@ def main(options: Namespace) -> None:
     from castling_jax.convert.weights import read
     from castling_jax.data.decode import decode
     from castling_jax.fields import number
-    from castling_jax.plots import draw_objects, draw_predictions
-    from castling_jax.predictions import class_names, each_image, stream_predictions
+    from castling_jax.predictions import class_names, each_image, predictions_of, stream_predictions
     from castling_jax.storage import try_file, write_atomically
 
     number("[0, 1]").check("--score", options.score)
     weights = read(options.run)
     names = class_names(weights)
-    is_detector = weights.model is not None and weights.model.task == "detection"
-    if options.json and not is_detector:
-        raise InputError("--json is for a detector's boxes: a classifier's answers go to --csv.")
-    for path in filter(
-        None, (options.csv, options.sheet, options.json)
-    ):  # refuse a bad path now, before the images are computed
-        try_file(path)
+    predictions = predictions_of(weights)
+    if options.json:
+        predictions.coco_results([], names)  # refuses other models than detectors
+    for path in filter(None, (options.csv, options.sheet, options.json)):
+        try_file(path)  # refuses a bad path now, before the images are computed
         path.parent.mkdir(parents=True, exist_ok=True)
     files = [path for _, path in each_image(options.images)]
     answers: list[tuple[Any, Any]] = []
@@ -77,10 +74,9 @@ def main(options: Namespace) -> None:
         if isinstance(answer, InputError):
             tqdm.write(str(answer), file=sys.stderr)
             continue
-        texts = [f"{printable(name)} {_score_text(score, is_detector)}" for name, score, *_ in answer]
         if not reader_left:
             try:
-                tqdm.write(f"{printable(path)}: {', '.join(texts) or 'nothing'}", file=sys.stdout)
+                tqdm.write(f"{printable(path)}: {predictions.text(answer)}", file=sys.stdout)
                 sys.stdout.flush()
             except BrokenPipeError:  # as in predict ... | head: the files are still written
                 reader_left = True
@@ -88,60 +84,19 @@ def main(options: Namespace) -> None:
     good = [(path, answer) for path, answer in answers if not isinstance(answer, InputError)]
     if options.csv:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(_object_rows(answers) if is_detector else _class_rows(answers))
+        csv.writer(text, lineterminator="\n").writerows(predictions.table(answers))
         write_atomically(options.csv, text.getvalue().encode(errors="backslashreplace"))
     if options.json:
-        write_atomically(options.json, json.dumps(_coco_results(good, names)).encode())
+        write_atomically(options.json, json.dumps(predictions.coco_results(good, names)).encode())
     if options.sheet and good:
         assert weights.preprocessing is not None  # `stream` refuses weights without it
         shown = good[:ON_A_SHEET]
         pictures = [np.asarray(decode(path.read_bytes(), exif=weights.preprocessing.exif)) for path, _ in shown]
-        figure = (draw_objects if is_detector else draw_predictions)(pictures, [answer for _, answer in shown])
+        figure = predictions.draw(pictures, [answer for _, answer in shown])
         figure.savefig(options.sheet, dpi=110, format="png")
     unread = len(answers) - len(good)
     if unread:
         raise InputError(f"{unread:,} of {len(files):,} images cannot be read; they are named above.")
-
-
-def _score_text(score: float, is_detector: bool) -> str:
-    return f"{score:.2f}" if is_detector else f"{100 * score:.1f} %"
-
-
-def _class_rows(answers: list[tuple[Any, Any]]) -> list[list[Any]]:
-    """A table with a line for each image: its most probable classes, or why it cannot be read."""
-    count = max((len(answer) for _, answer in answers if not isinstance(answer, InputError)), default=0)
-    header = [f"{kind}_{place}" for place in range(1, count + 1) for kind in ("class", "share")]
-    rows = [["image", *header, "error"]]
-    for path, answer in answers:
-        unread = isinstance(answer, InputError)
-        words = [""] * len(header) if unread else [word for pair in answer for word in pair]
-        rows.append([path, *words, answer if unread else ""])
-    return rows
-
-
-def _object_rows(answers: list[tuple[Any, Any]]) -> list[list[Any]]:
-    """A table with a line for each object, and one for each image without any or that cannot be read."""
-    rows = [["image", "class", "score", "x0", "y0", "x1", "y1", "error"]]
-    for path, answer in answers:
-        if isinstance(answer, InputError):
-            rows.append([path, *[""] * 6, str(answer)])
-            continue
-        rows += [[path, name, score, *box, ""] for name, score, box in answer] or [[path, *[""] * 7]]
-    return rows
-
-
-def _coco_results(answers: list[tuple[Any, Any]], names: list[str]) -> list[dict[str, Any]]:
-    """COCO's results, with the images' paths as ids and the classes counted from 1."""
-    return [
-        {
-            "image_id": str(path),
-            "category_id": names.index(name) + 1,
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "score": score,
-        }
-        for path, answer in answers
-        for name, score, (x0, y0, x1, y1) in answer
-    ]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Classification as a task: mixed and smoothed labels, distillation from a teacher, and top-1 and top-5 accuracy."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -16,12 +16,12 @@ from castling_jax.data.sources import Dataset
 from castling_jax.data.transforms import EvalTransform
 from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables, apply
-from castling_jax.postprocessing import Suppression
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.sizes import ImageSize, image_shape
 from castling_jax.tasks.classification.answers import TOP, ClassAnswers
 from castling_jax.tasks.classification.losses import cross_entropy, distillation_loss
 from castling_jax.tasks.classification.mixing import mix
+from castling_jax.tasks.classification.predictions import ClassPredictions
 from castling_jax.tasks.classification.transforms import train_transform
 from castling_jax.tasks.task import Batch, Example, Loss, Measure, Task, Teacher
 
@@ -55,6 +55,7 @@ class Classification(Task):
     )
     annotation = "label"
     loss_title = "cross entropy (nats)"
+    predictions = ClassPredictions
 
     num_classes: int
     label_smoothing: float = 0.0
@@ -136,20 +137,6 @@ class Classification(Task):
 
     def collect(self, answers: dict[str, np.ndarray], dataset: Dataset, corrupt: int) -> ClassAnswers:
         return ClassAnswers(self.num_classes, **answers, corrupt=corrupt)
-
-    @staticmethod
-    def predict(model: Model, variables: Variables, batch: Batch, suppression: Suppression) -> dict[str, jax.Array]:
-        return {"probabilities": jax.nn.softmax(apply(model, variables, batch["image"]))}
-
-    @staticmethod
-    def list_predictions(
-        found: Mapping[str, np.ndarray], names: Sequence[str], *, top: int | None, score_threshold: float
-    ) -> list[tuple[Any, ...]]:
-        """[(class, probability), ...]; equal probabilities keep the order of the classes."""
-        probabilities = found["probabilities"]
-        # A stable sort of the negated values: reversing a sort would reverse the ties as well.
-        order = np.argsort(-probabilities, kind="stable")[: TOP if top is None else top]
-        return [(names[index], float(probabilities[index])) for index in order]
 
 
 def mixing_options(augment: ConfigDict) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Detection as a task: assigned boxes, PicoDet's losses, suppressed detections, and COCO's average precision."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -12,14 +12,12 @@ from matplotlib.axes import Axes
 from ml_collections import ConfigDict
 
 from castling_jax.convert.inference import largest_difference
-from castling_jax.convert.inference_folder import compute_outputs
 from castling_jax.convert.run_folder import suppression_of
 from castling_jax.data.annotations import BoxDataset
 from castling_jax.data.sources import Dataset
 from castling_jax.errors import InputError
 from castling_jax.models.model import Model
 from castling_jax.models.picodet import check_image_size
-from castling_jax.models.variables import Variables
 from castling_jax.ops.points import level_points
 from castling_jax.ops.suppression import non_maximum_suppression
 from castling_jax.plots import draw_boxes_on
@@ -29,6 +27,7 @@ from castling_jax.sizes import ImageSize, image_shape
 from castling_jax.tasks.detection.answers import Answered, BoxAnswers, check_objects
 from castling_jax.tasks.detection.assign import assign_atss, assign_simota, assign_tal
 from castling_jax.tasks.detection.losses import Assigned, Outputs, detection_losses, legacy_detection_losses
+from castling_jax.tasks.detection.predictions import BoxPredictions, in_the_image
 from castling_jax.tasks.detection.transforms import eval_transform, train_transform
 from castling_jax.tasks.task import FORMS, Batch, Example, Loss, Measure, Task, Teacher
 
@@ -62,6 +61,7 @@ class Detection(Task):
     )
     annotation = "boxes"
     loss_title = "varifocal + GIoU + distribution focal loss"
+    predictions = BoxPredictions
 
     num_classes: int
     legacy: bool
@@ -169,7 +169,7 @@ class Detection(Task):
         answers: dict[str, jax.Array] = {}
         for form in FORMS:
             found = non_maximum_suppression(**outputs[form], **self.suppression.to_dict())
-            boxes = _in_the_image(found["boxes"], batch)
+            boxes = in_the_image(found["boxes"], batch)
             answers |= {f"{form}_boxes": boxes, f"{form}_scores": found["scores"], f"{form}_classes": found["classes"]}
         # Image by image: the largest difference over the images of a split is the split's.
         difference = jax.vmap(lambda one, other: largest_difference(one, other, max(height, width)))
@@ -188,34 +188,9 @@ class Detection(Task):
             exif=self.exif,
         )
 
-    @staticmethod
-    def predict(model: Model, variables: Variables, batch: Batch, suppression: Suppression) -> dict[str, jax.Array]:
-        found = compute_outputs(model, variables, batch["image"], suppression=suppression)
-        return found | {"boxes": _in_the_image(found["boxes"], batch)}
-
-    @staticmethod
-    def list_predictions(
-        found: Mapping[str, np.ndarray], names: Sequence[str], *, top: int | None, score_threshold: float
-    ) -> list[tuple[Any, ...]]:
-        """[(class, score, (x0, y0, x1, y1)), ...], boxes in pixels of the image itself; all of them if top is None."""
-        rows = zip(found["classes"], found["scores"], found["boxes"], strict=True)
-        listed = [
-            (names[label], float(score), tuple(map(float, box)))
-            for label, score, box in rows
-            if label >= 0 and score >= score_threshold
-        ]
-        return listed[:top]
-
 
 def _is_legacy(model: Model) -> bool:
     return dict(model.spec.overrides).get("neck") == "csp_pan"
-
-
-def _in_the_image(boxes: Array, batch: Batch) -> Array:
-    """Boxes [batch, boxes, 4] in pixels of the model's input -> clipped boxes in pixels of the images."""
-    height, width = batch["image"].shape[1:3]
-    edges = jnp.tile(batch["size"][:, ::-1], 2)[:, None].astype(jnp.float32)  # x, y, x, y
-    return jnp.clip(boxes * (edges / jnp.array([width, height, width, height], jnp.float32)), 0, edges)
 
 
 def _for_each(losses: Any, outputs: Outputs, assigned: Assigned, points: Any, strides: Any) -> dict[str, jax.Array]:
