@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import ArrayLike
 
-from castling_jax.models.attention.core import Core
+from castling_jax.models.attention.core import Core, Places
 from castling_jax.models.attention.heads import MultiHeadAttention
 from castling_jax.models.attention.kinds import make_core
 from castling_jax.models.layers import Layers
@@ -96,16 +96,16 @@ def _our_layer(name: str, module: Any) -> Layer:
     return Layer(name, name, not module.core.kind.linear, functools.partial(_prepare_jax, run, parameters))
 
 
-def place_of(tokens: int) -> dict[str, Any]:
+def places_of(tokens: int) -> Places:
     """Where a layer's tokens stand: on the largest square grid, the rest before it; 197 tokens are 1 and 14 x 14."""
     side = math.isqrt(tokens)
-    return {"grid": (side, side), "prefix_tokens": tokens - side * side}
+    return Places((side, side), tokens - side * side)
 
 
 def run_module(graphdef: Any, parameters: Any, x: jax.Array, threshold: ArrayLike = MASK_THRESHOLD) -> jax.Array:
-    """The output of a module from `make_module`, with the tokens where `place_of` puts them."""
+    """The output of a module from `make_module`, with the tokens where `places_of` puts them."""
     threshold = jnp.asarray(threshold, jnp.float32)
-    return nnx.merge(graphdef, parameters)(x, mask_threshold=threshold, **place_of(x.shape[1]))[0]
+    return nnx.merge(graphdef, parameters)(x, places=places_of(x.shape[1]), mask_threshold=threshold)[0]
 
 
 def _prepare_jax(run: Callable[..., jax.Array], parameters: Any, x: np.ndarray, backward: bool) -> Callable[[], Any]:

@@ -32,12 +32,19 @@ _HUGGING_FACE = (
     (r"embeddings\.distillation_token$", "dist_token"),
     (r"embeddings\.position_embeddings$", "pos_embed"),
     (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.", r"blocks.\1.attn.\2."),
-    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
-    (r"encoder\.layer\.(\d+)\.intermediate\.dense\.", r"blocks.\1.mlp.fc1."),
-    (r"encoder\.layer\.(\d+)\.output\.dense\.", r"blocks.\1.mlp.fc2."),
-    (r"encoder\.layer\.(\d+)\.layernorm_before\.", r"blocks.\1.norm1."),
-    (r"encoder\.layer\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
+    *(
+        (rf"{layers}\.(\d+)\.{theirs}\.", rf"{blocks}.\1.{ours}.")
+        for layers, blocks in ((r"encoder\.layer", "blocks"), (r"decoder\.decoder_layers", "decoder_blocks"))
+        for theirs, ours in (
+            (r"attention\.attention\.(query|key|value)", r"attn.\2"),
+            (r"attention\.output\.dense", "attn.proj"),
+            (r"intermediate\.dense", "mlp.fc1"),
+            (r"output\.dense", "mlp.fc2"),
+            ("layernorm_before", "norm1"),
+            ("layernorm_after", "norm2"),
+        )
+    ),
+    (r"decoder\.(?=mask_token|decoder_)", ""),  # ViTMAE's decoder
     (r"layernorm\.", "norm."),
     (r"(cls_)?classifier\.", "head."),
     (r"distillation_classifier\.", "head_dist."),

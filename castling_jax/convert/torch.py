@@ -20,6 +20,7 @@ from castling_jax.convert.names import listed, timm_state_dict
 from castling_jax.errors import InputError, printable, takes
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.levit import LeViT, fit_bias_table
+from castling_jax.models.mae import MAE
 from castling_jax.models.model import Model
 from castling_jax.models.position import resize_position_embedding, resize_relative_positions
 from castling_jax.models.variables import MODEL, VARIABLES, Variables, flatten, get_variables, leaves_of, unflatten
@@ -35,6 +36,8 @@ _LEAF_NAMES = {
 _SOFTMAX_ONLY = ("attention_biases", "rel_pos_h", "rel_pos_w")
 _TAPS = ("/token_kernel",)  # timm has no such parameter
 _POOLS = tuple(f"/pool_{part}/kernel" for part in "qkv")  # timm has these in MViTv2, but not in a DeiT
+# A masked autoencoder's arrays beside its encoder's, under its authors' names.
+_DECODER = ("mask_token", "decoder_")
 # Factors of a layer's output in DeiT III, CaiT and BEiT, under timm's, the authors' and Hugging Face's names.
 _LAYER_SCALE = re.compile(r"(^|\.)(ls[12]?\.gamma|gamma_[12]|lambda_[12]|layer_scale[12]?\.\w+)$")
 
@@ -70,12 +73,15 @@ def from_torch(
     """
     check_form(model)
     remaining = timm_state_dict(state_dict, "a state dict", ema=ema)
+    if not isinstance(model, MAE) and (decoder := [name for name in remaining if name.startswith(_DECODER)]):
+        logging.getLogger(__name__).warning("%d arrays of a masked autoencoder's decoder are left out.", len(decoder))
+        remaining = {name: value for name, value in remaining.items() if name not in decoder}
     leaves: dict[str, jax.Array] = {}
     missing, misshapen, at_zero, unused = [], [], [], []
     taken: dict[str, np.ndarray] = {}
     at_zero_here = _TAPS + _POOLS * ("qkv_pool" in dict(model.spec.overrides))
     for path, leaf in flatten(get_variables(model)).items():
-        name, shape = _torch_name(path), _torch_shape(path, leaf.shape)
+        name, shape = _torch_name(model, path), _torch_shape(path, leaf.shape)
         value = remaining.pop(name, None)
         fitted = value if value is None or value.shape == shape else _fit(model, path, value, leaf.shape)
         if value is not None and fitted is not None and fitted.shape == shape:
@@ -87,8 +93,8 @@ def from_torch(
         elif value is None and path.endswith(at_zero_here):
             leaves[path] = jnp.zeros(leaf.shape, leaf.dtype)
             at_zero.append(path)
-        elif reset_head and name.split(".")[0] in ("head", "head_dist"):
-            leaves[path] = jnp.zeros(leaf.shape, leaf.dtype)
+        elif reset_head and name.split(".")[0] in ("head", "head_dist", "fc_norm"):
+            leaves[path] = (jnp.ones if path.endswith("/scale") else jnp.zeros)(leaf.shape, leaf.dtype)
         elif value is None:
             missing.append(repr(name))
         else:
@@ -96,6 +102,8 @@ def from_torch(
     # Without a place for a bias of the scores, the state dict's tables are expected leftovers, not unknown names.
     if KINDS[model.spec.attention].tables is None:
         unused = sorted(name for name in remaining if name.split(".")[-1] in _SOFTMAX_ONLY)
+    if reset_head and dict(model.spec.overrides).get("global_pool") == "avg":
+        unused += [name for name in remaining if name.startswith("norm.")]  # fc_norm, of the head, takes its place
     unknown = [repr(name) for name in sorted(remaining.keys() - unused)]
     check_fit(model.spec.name, missing, unknown, misshapen, _hints(model.spec.name, unknown, misshapen))
     check_weights(taken)
@@ -161,7 +169,7 @@ def to_torch(model: Model, variables: Variables) -> dict[str, np.ndarray]:
         value, order = _to_torch_layout(path, np.asarray(leaf, np.float32)), _row_order(model, path)
         value = value if order is None else value[np.argsort(order)]
         # Contiguous, because safetensors writes the memory of a transposed view in its original order.
-        state_dict[_torch_name(path)] = np.array(value, order="C")
+        state_dict[_torch_name(model, path)] = np.array(value, order="C")
     return state_dict
 
 
@@ -171,9 +179,11 @@ def check_form(model: Model) -> None:
         raise InputError('a model in inference form is folded: convert with form="train", then use to_inference.')
 
 
-def _torch_name(path: str) -> str:
+def _torch_name(model: Model, path: str) -> str:
     _, *modules, leaf = path.split("/")
-    modules = [module for module in modules if module != SOFTMAX_BRANCH]
+    # In its authors' names, a masked autoencoder's encoder has no level of its own.
+    left_out = (SOFTMAX_BRANCH, "backbone") if isinstance(model, MAE) else (SOFTMAX_BRANCH,)
+    modules = [module for module in modules if module not in left_out]
     return ".".join([*modules, _LEAF_NAMES.get(leaf, leaf)])
 
 
@@ -222,7 +232,8 @@ def _to_torch_layout(path: str, value: np.ndarray) -> np.ndarray:
 
 def _fit(model: Any, path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Resizes a table of positions for a square grid of another image size to the model's; others stay as they are."""
-    if path == "params/pos_embed" and value.ndim == 3 and value.shape[0] == 1:
+    model = getattr(model, "backbone", model)
+    if path.endswith("pos_embed") and value.ndim == 3 and value.shape[0] == 1:
         side = math.isqrt(max(value.shape[1] - model.prefix_tokens, 0))
         if side and side * side == value.shape[1] - model.prefix_tokens:
             resized = resize_position_embedding(jnp.asarray(value), (side, side), model.grid, model.prefix_tokens)

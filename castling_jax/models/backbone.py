@@ -42,6 +42,23 @@ class BackboneConfig:
     mask_kind: str = "threshold"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """The constructor arguments that all models on a backbone without a classifier share.
+
+    Attributes:
+      num_classes: number of classes.
+      image_size: pixels a side, or (height, width).
+      backbone: name of the classifier whose feature maps the model reads.
+      backbone_arguments: the backbone's constructor arguments, as pairs (name, value).
+    """
+
+    num_classes: int
+    image_size: ImageSize
+    backbone: str
+    backbone_arguments: tuple[tuple[str, Any], ...] = ()
+
+
 class Backbone(Model):
     """A classifier; or, with 0 classes, the feature maps that a detector's or a segmenter's head reads.
 

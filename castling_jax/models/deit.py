@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Key
 
 from castling_jax.errors import InputError, check_known
-from castling_jax.models.attention.core import Core
+from castling_jax.models.attention.core import Core, Places
 from castling_jax.models.attention.heads import MultiHeadAttention
 from castling_jax.models.backbone import Backbone, BackboneConfig
 from castling_jax.models.layers import (
@@ -24,10 +24,12 @@ from castling_jax.models.layers import (
     run_block,
     torch_bias_init,
 )
-from castling_jax.models.position import resize_position_embedding
+from castling_jax.models.position import resize_position_embedding, sincos_position_embedding
 from castling_jax.sizes import image_shape
 
 QKV_POOLS = ("3x3",)
+GLOBAL_POOLS = ("token", "avg")
+XAVIER_PATCHES = jax.nn.initializers.glorot_uniform(in_axis=(0, 1, 2))  # a patch's pixels count as inputs of a matrix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,10 @@ class DeiTConfig(BackboneConfig):
       qkv_bias: whether the projection to q, k and v has a bias.
       distilled: whether there is a distillation token, with a head of its own.
       window_size: side of the windows in tokens, for attention="window" only; None is 7.
-      init_std: standard deviation of the normal that the dense layers' matrices start from.
+      init_std: standard deviation of the normal that the dense layers' matrices start from; None as in `Layers`.
+      fixed_positions: whether the position embedding is the one of sines and cosines, and is not trained.
+      global_pool: what the classifier reads: "token", the class token, or "avg", the mean of the patches, which has a
+        layer norm of its own instead of the last block's (timm's word; MAE's fine-tuning has "avg").
       qkv_pool: "3x3" adds to the queries, keys and values their depthwise convolutions over the patches, with one
         kernel for each of the three, which the heads share. None: no such convolutions, as in DeiT. They are our
         reading of the authors' README, whose block has the form of MViTv2's MultiScaleAttention. Its norms are left
@@ -57,7 +62,9 @@ class DeiTConfig(BackboneConfig):
     distilled: bool = False
     token_conv: str | None = "1d"
     window_size: int | None = None
-    init_std: float = DEIT_STD
+    init_std: float | None = DEIT_STD
+    fixed_positions: bool = False
+    global_pool: str = "token"
     qkv_pool: str | None = None
 
 
@@ -72,7 +79,7 @@ class PatchEmbed(nnx.Module):
             patch,
             strides=patch,
             padding="VALID",
-            kernel_init=TORCH_INIT,
+            kernel_init=TORCH_INIT if config.init_std is not None else XAVIER_PATCHES,
             bias_init=torch_bias_init(config.in_chans * config.patch_size**2),
             **layers.flax,
         )
@@ -125,7 +132,12 @@ class DeiT(Backbone):
         self.cls_token = layers.embedding(1, 1, dim)
         self.dist_token = layers.embedding(1, 1, dim) if config.distilled else None
         tokens = self.prefix_tokens + self.grid[0] * self.grid[1]
-        self.pos_embed = layers.embedding(1, tokens, dim)
+        self.fixed_positions = config.fixed_positions
+        if config.fixed_positions:
+            positions = sincos_position_embedding(self.grid, dim, self.prefix_tokens)
+            self.pos_embed = nnx.Param(jnp.asarray(positions, layers.param_dtype))
+        else:
+            self.pos_embed = layers.embedding(1, tokens, dim)
         rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]  # linear over depth
         if config.qkv_pool is not None:
             check_known("qkv_pool", config.qkv_pool, QKV_POOLS)
@@ -137,7 +149,12 @@ class DeiT(Backbone):
         self.blocks = nnx.List(
             Block(config, core, layers, drop_path_rate=rate) for core, rate in zip(cores, rates, strict=True)
         )
-        self.norm = layers.layer_norm(dim)
+        check_known("global_pool", config.global_pool, GLOBAL_POOLS)
+        averages = config.global_pool == "avg"
+        if averages and config.distilled:
+            raise InputError("global_pool='avg' has one head, and distilled=True needs two.")
+        self.norm = None if averages else layers.layer_norm(dim)
+        self.fc_norm = layers.layer_norm(dim) if averages and classes else None
         self.head: Any = layers.linear(dim, classes) if classes else None
         self.head_dist = layers.linear(dim, classes) if classes and config.distilled else None
         self.feature_strides = (config.patch_size,)
@@ -147,13 +164,41 @@ class DeiT(Backbone):
         self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None
     ) -> tuple[tuple[jax.Array, tuple[int, int]], jax.Array]:
         """((all tokens after the last norm, prefix first; the patches' grid), mask densities)."""
+        x, grid = self.embed(images)
+        x, densities = self.transform(x, Places(grid, self.prefix_tokens), mask_threshold, key)
+        return (x, grid), densities
+
+    def embed(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> tuple[Float[Array, "batch tokens embed_dim"], tuple[int, int]]:
+        """The tokens with their positions, prefix first, and the patches' grid."""
         grid = patch_grid(images.shape[1:3], self.patch_size, "the patch")
         tokens = self.patch_embed(images)
         prefix = [token[...] for token in (self.cls_token, self.dist_token) if token is not None]
         prefix = [jnp.broadcast_to(token, (images.shape[0], *token.shape[1:])).astype(tokens.dtype) for token in prefix]
         # The cast to the compute dtype comes after resizing, so that the positions are rounded once.
-        positions = resize_position_embedding(self.pos_embed[...], self.grid, grid, self.prefix_tokens)
-        x = jnp.concatenate([*prefix, tokens], axis=1) + positions.astype(tokens.dtype)
+        embedding = jax.lax.stop_gradient(self.pos_embed[...]) if self.fixed_positions else self.pos_embed[...]
+        positions = resize_position_embedding(embedding, self.grid, grid, self.prefix_tokens)
+        return jnp.concatenate([*prefix, tokens], axis=1) + positions.astype(tokens.dtype), grid
+
+    def transform(
+        self,
+        x: Float[Array, "batch tokens embed_dim"],
+        places: Places,
+        mask_threshold: ArrayLike | None,
+        key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, "batch tokens embed_dim"], Float[Array, "layers"]]:
+        """All blocks and the last norm.
+
+        Args:
+          x: tokens from `embed`, prefix first.
+          places: where the tokens stand.
+          mask_threshold: as in `training_outputs`.
+          key: as in `training_outputs`.
+
+        Returns:
+          The tokens, and the mask density of each layer.
+        """
         # A Python loop, not a scan over stacked blocks: each block keeps its parameters under a name of its own, as in
         # timm's checkpoints, and blocks may differ.
         drawn = draw_drop_path(key, len(self.blocks), x.shape[0])
@@ -163,19 +208,18 @@ class DeiT(Backbone):
                 block,
                 x,
                 remat=self.remat,
-                grid=grid,
-                prefix_tokens=self.prefix_tokens,
+                places=places,
                 mask_threshold=mask_threshold,
                 drawn=of_layer(drawn, i),
             )
             densities.append(density)
-        return (self.norm(x), grid), jnp.stack(densities)
+        return x if self.norm is None else self.norm(x), jnp.stack(densities)
 
     def _classify(self, encoded, densities, *, training):
         x, _ = encoded
         with jax.named_scope("head"):
             # Each head reads its own prefix token. `results` averages their logits, as timm does.
-            logits = [self.head(x[:, 0])]
+            logits = [self.head(x[:, 0] if self.fc_norm is None else self.fc_norm(x[:, 1:].mean(axis=1)))]
             if self.head_dist is not None:
                 logits.append(self.head_dist(x[:, 1]))
         return jnp.stack(logits).astype(jnp.float32), densities

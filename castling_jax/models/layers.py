@@ -40,7 +40,8 @@ class Layers:
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
       rngs: the streams that the parameters are drawn from.
-      init_std: standard deviation of the normal that the dense layers' matrices start from.
+      init_std: standard deviation of the normal that the dense layers' matrices start from. None takes Xavier's uniform
+        distribution (Glorot and Bengio, 2010) instead, as MAE does.
       kernel_init: initializer of layers with batch norm.
       folded: whether batch norm is folded into the layer beside it, as in inference form.
     """
@@ -48,7 +49,7 @@ class Layers:
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     rngs: nnx.Rngs
-    init_std: float = DEIT_STD
+    init_std: float | None = DEIT_STD
     kernel_init: jax.nn.initializers.Initializer = TORCH_INIT
     folded: bool = False
 
@@ -59,7 +60,8 @@ class Layers:
 
     def linear(self, features_in: int, features_out: int, **arguments: Any) -> nnx.Linear:
         """A dense layer with the ViT family's initial values: a normal of `init_std`, and zero bias."""
-        kernel_init = jax.nn.initializers.normal(self.init_std)
+        initializers = jax.nn.initializers
+        kernel_init = initializers.glorot_uniform() if self.init_std is None else initializers.normal(self.init_std)
         return nnx.Linear(features_in, features_out, kernel_init=kernel_init, **arguments, **self.flax)
 
     def layer_norm(self, features: int) -> nnx.LayerNorm:

@@ -1,6 +1,8 @@
 """The interface of every model, a classifier or a detector."""
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
@@ -46,11 +48,15 @@ class Model(nnx.Module):
 
     Attributes:
       task: the task that the model is for, by its name in tasks/registry.py.
+      backbone_defaults: constructor arguments that its backbone has unless the user gives others.
       batch_axis: the axis of `training_outputs` that runs over the images.
+      draws: whether the model draws something in evaluation too, and takes a key there.
     """
 
     task: ClassVar[str]
     batch_axis: ClassVar[int] = 0
+    draws: ClassVar[bool] = False
+    backbone_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     spec: ModelSpec
     in_chans: int
 

@@ -6,7 +6,7 @@ second version, and "csp_pan" with the legacy head.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from castling_jax.errors import InputError, check_known
-from castling_jax.models.backbone import Backbone
+from castling_jax.models.backbone import Backbone, DenseConfig
 from castling_jax.models.layers import Layers
 from castling_jax.models.model import Model
 from castling_jax.models.pan import NECKS, Pan
@@ -29,15 +29,13 @@ SIDE, SMALLEST = 32, 160
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PicoDetConfig:
+class PicoDetConfig(DenseConfig):
     """PicoDet's constructor arguments.
 
+    The sides of the images are multiples of 32, and at least 160. Position embeddings and attention biases are made for
+    `image_size`; the model also takes images of other sizes that meet the same condition.
+
     Attributes:
-      num_classes: number of object classes.
-      image_size: pixels a side, or (height, width): multiples of 32, at least 160. Position embeddings and attention
-        biases are made for this size; the model also takes images of other sizes that meet the same condition.
-      backbone: name of the classifier whose feature maps the detector reads.
-      backbone_arguments: the backbone's constructor arguments, as pairs (name, value).
       neck: "lc_pan" or "csp_pan".
       neck_channels: channels of the neck, the head, and the pyramid that a backbone with one map needs.
       num_convs: number of depthwise-separable convolutions in each level's head.
@@ -46,7 +44,6 @@ class PicoDetConfig:
     num_classes: int = 80
     image_size: ImageSize = 416
     backbone: str = "levit_128s"
-    backbone_arguments: tuple[tuple[str, Any], ...] = ()
     neck: str = "lc_pan"
     neck_channels: int
     num_convs: int

@@ -1,10 +1,11 @@
-"""Resizes learned position embeddings to other patch grids."""
+"""Position embeddings: fixed ones, and the resizing of any to another patch grid."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, check
 
 
 def resize_position_embedding(
@@ -36,6 +37,30 @@ def resize_position_embedding(
         patches.reshape(1, *old_grid, channels).astype(jnp.float32), (1, *new_grid, channels), "cubic"
     )
     return jnp.concatenate([prefix, resized.reshape(1, -1, channels).astype(embedding.dtype)], axis=1)
+
+
+def sincos_position_embedding(
+    grid: tuple[int, int], channels: int, prefix_tokens: int
+) -> Float[np.ndarray, "1 tokens channels"]:
+    """Fixed positions of sines and cosines (He et al., MAE, appendix A.1, and its authors' code), in float32.
+
+    The first half of the channels tells a patch's column, and the second half its row. In each half, sines come before
+    cosines, and their frequencies fall from 1 to 1 / 10,000. Prefix tokens have the position 0.
+
+    Args:
+      grid: (height, width) in tokens.
+      channels: a multiple of 4.
+      prefix_tokens: number of leading tokens, which have no place on the grid.
+
+    Raises:
+      InputError: 4 does not divide the channels.
+    """
+    check(channels % 4 == 0, f"sine-cosine positions need a multiple of 4 channels, not {channels}.")
+    frequencies = 10_000 ** (-np.arange(channels // 4) / (channels / 4))
+    row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    angles = [place[:, None] * frequencies for place in (column, row)]
+    patches = np.concatenate([function(angle) for angle in angles for function in (np.sin, np.cos)], axis=1)
+    return np.pad(patches, ((prefix_tokens, 0), (0, 0)))[None].astype(np.float32)
 
 
 def resize_relative_positions(

@@ -13,10 +13,11 @@ from flax import nnx
 from castling_jax.errors import InputError, check, check_at_most, check_known
 from castling_jax.fields import FLAG, IMAGE_SIZE, TEXT, Values, integer, number
 from castling_jax.models.attention.kinds import KINDS, make_core
-from castling_jax.models.backbone import Backbone, BackboneConfig
+from castling_jax.models.backbone import Backbone, BackboneConfig, DenseConfig
 from castling_jax.models.deit import DeiT, DeiTConfig
 from castling_jax.models.layers import Layers
 from castling_jax.models.levit import LeViT, LeViTConfig
+from castling_jax.models.mae import MAE, MAEConfig
 from castling_jax.models.model import Model, ModelSpec
 from castling_jax.models.mvitv2 import MViTv2, MViTv2Config
 from castling_jax.models.picodet import PicoDet, PicoDetConfig
@@ -54,18 +55,18 @@ MODELS: dict[str, tuple[type[Backbone], BackboneConfig]] = {
     "mvitv2_small": (MViTv2, MViTv2Config(depths=(1, 2, 11, 2), drop_path_rate=0.1)),
     "mvitv2_base": (MViTv2, MViTv2Config(depths=(2, 3, 16, 3), drop_path_rate=0.3)),
 }
-# name -> (class, configuration) of the detectors. Any of MODELS can be the backbone, without its classifier. Widths and
-# depths are from PicoDet-S, -M and -L in PaddleDetection.
-DENSE_MODELS: dict[str, tuple[type[PicoDet], PicoDetConfig]] = {
+# name -> (class, configuration) of the models on a backbone, which is one of MODELS without its classifier. PicoDet's
+# widths and depths are from PicoDet-S, -M and -L in PaddleDetection.
+DENSE_MODELS: dict[str, tuple[type[Any], DenseConfig]] = {
     "picodet_s": (PicoDet, PicoDetConfig(neck_channels=96, num_convs=2)),
     "picodet_m": (PicoDet, PicoDetConfig(neck_channels=128, num_convs=4)),
     "picodet_l": (PicoDet, PicoDetConfig(neck_channels=160, num_convs=4)),
+    "mae": (MAE, MAEConfig()),
 }
 DTYPES = ("float32", "bfloat16")
 ARGUMENTS = ("attention", "form", "dtype", "param_dtype", "rngs")  # of create_model, without a configuration's fields
-SET_BY_DETECTOR = ("num_classes", "image_size")  # arguments of a backbone that its detector sets
-Config = BackboneConfig | PicoDetConfig
-C = TypeVar("C", BackboneConfig, PicoDetConfig)
+SET_BY_MODEL = ("num_classes", "image_size")  # arguments of a backbone that the model on it sets
+C = TypeVar("C", BackboneConfig, DenseConfig)
 # Far above any model's. Without these limits, refusing the absurd sizes of a damaged file would take minutes.
 MOST_BLOCKS, LARGEST_SIZE = 256, 2**24
 
@@ -100,7 +101,7 @@ VALUES: dict[Any, Values] = {
 }
 
 
-def _check_values(config: Config) -> None:
+def _check_values(config: BackboneConfig | DenseConfig) -> None:
     """Raises an InputError unless each field has a value that VALUES allows, and the blocks are not too many."""
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), cast(Any, field.type)
@@ -136,14 +137,15 @@ def create_model(
     rngs: nnx.Rngs | None = None,
     **overrides: Any,
 ) -> Model:
-    """Builds a model with fresh parameters: a classifier, or a detector on one of the classifiers.
+    """Builds a model with fresh parameters: a classifier; or a detector or a masked autoencoder on one of them.
 
     Args:
       name: one of `list_models`.
       attention: one of KINDS, such as "castling", "linear_angular", "softmax" or "angular" (the exact kernel, quadratic
         in tokens), or an attention that `register_attention` added.
       form: "train" or "inference"; a castling model in inference form has no softmax branch.
-      num_classes: size of a classifier's output, or number of a detector's object classes; None is 1000 or 80.
+      num_classes: size of a classifier's output, or number of a detector's object classes; None is 1000 or 80. A masked
+        autoencoder ignores it.
       image_size: pixels a side, or (height, width); None is the model's own.
       dtype: compute dtype, float32 or bfloat16; outputs are always float32.
       param_dtype: dtype of the parameters.
@@ -152,9 +154,11 @@ def create_model(
         constructor arguments: embed_dim, depth, num_heads (tuples for LeViT), depths, stride_q, stride_kv_adaptive (for
         MViTv2), key_dim, patch_size, in_chans, mlp_ratio, qkv_bias, distilled, drop_path_rate, window_size (Swin's
         name, for DeiT). The others are ours: init_std, qkv_pool (for DeiT), remat, token_conv, token_kernel_size,
-        implementation and, for castling, mask_kind. A detector (PicoDetConfig) takes backbone, the name of a
+        fixed_positions, global_pool (for DeiT), implementation and,
+        for castling, mask_kind. A detector (PicoDetConfig) takes backbone, the name of a
         classifier; backbone_arguments, a dict of the classifier's arguments; neck ("lc_pan" or "csp_pan"),
-        neck_channels and num_convs.
+        neck_channels and num_convs. A masked autoencoder (MAEConfig) takes backbone, backbone_arguments, mask_ratio,
+        decoder_embed_dim, decoder_depth and decoder_num_heads.
 
     Returns:
       A Flax NNX module; `model.spec` holds the arguments that made it.
@@ -175,13 +179,14 @@ def create_model(
         size = size[0]  # 224 and (224, 224) are one size, so that their specs are equal
     sizes = {"num_classes": num_classes, "image_size": size}
     sizes = {word: value for word, value in sizes.items() if value is not None}
-    config: Config
+    config: BackboneConfig | DenseConfig
     if name in MODELS:
         config = backbone_config = _configured(name, MODELS[name][1], overrides, sizes)
         backbone_name = name
     else:
-        config = detector_config = _configured(name, DENSE_MODELS[name][1], overrides, sizes)
-        backbone_name, backbone_config = detector_config.backbone, _backbone_config(detector_config)
+        make, dense = DENSE_MODELS[name]
+        config = dense_config = _configured(name, dense, overrides, sizes)
+        backbone_name, backbone_config = dense_config.backbone, _backbone_config(make, dense_config)
         overrides["backbone"] = backbone_name
     core = make_core(
         attention,
@@ -201,7 +206,7 @@ def create_model(
         folded=form == "inference",
     )
     backbone = make_backbone(backbone_config, core, layers)
-    model: Model = backbone if name in MODELS else DENSE_MODELS[name][0](detector_config, backbone, layers)
+    model: Model = backbone if name in MODELS else make(dense_config, backbone, layers)
     model.spec = ModelSpec(
         name=name,
         attention=attention,
@@ -224,8 +229,8 @@ def _configured(name: str, config: C, overrides: dict[str, Any], sizes: dict[str
     return config
 
 
-def _backbone_config(config: PicoDetConfig) -> BackboneConfig:
-    """The configuration of a detector's backbone, which has no classifier."""
+def _backbone_config(model: type[Model], config: DenseConfig) -> BackboneConfig:
+    """The configuration of the model's backbone, which has no classifier."""
     check_known("backbone", config.backbone, MODELS)
     backbone = MODELS[config.backbone][1]
     try:
@@ -234,34 +239,35 @@ def _backbone_config(config: PicoDetConfig) -> BackboneConfig:
         raise InputError(
             f"backbone_arguments must be a dict of arguments, not {config.backbone_arguments!r}."
         ) from None
-    words = [field.name for field in dataclasses.fields(backbone) if field.name not in SET_BY_DETECTOR]
+    words = [field.name for field in dataclasses.fields(backbone) if field.name not in SET_BY_MODEL]
     for word in arguments:
         check_known(f"backbone argument of {config.backbone}", word, words)
-    configured = _configured(config.backbone, backbone, arguments, {"image_size": config.image_size})
+    defaults = {word: value for word, value in model.backbone_defaults.items() if word in words}
+    configured = _configured(config.backbone, backbone, defaults | arguments, {"image_size": config.image_size})
     return dataclasses.replace(configured, num_classes=0)
 
 
 def with_backbone_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Moves the arguments of a detector's backbone into backbone_arguments, where `create_model` takes them.
+    """Moves the arguments of a backbone into backbone_arguments, where `create_model` takes them.
 
-    A configuration has the arguments of a detector and of its backbone side by side. A classifier's stay as they are.
+    A configuration has the arguments of a model and of its backbone side by side. A classifier's stay as they are.
     """
     if arguments["name"] not in DENSE_MODELS:
         return arguments
-    own = {field.name for field in dataclasses.fields(PicoDetConfig)} | {"name", *ARGUMENTS}
+    own = {field.name for field in dataclasses.fields(DENSE_MODELS[arguments["name"]][1])} | {"name", *ARGUMENTS}
     kept = {word: value for word, value in arguments.items() if word in own}
     return kept | {"backbone_arguments": {word: arguments[word] for word in arguments.keys() - own}}
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` takes: classifiers, then detectors."""
+    """The names that `create_model` takes: classifiers, then models on one of them."""
     return [*MODELS, *DENSE_MODELS]
 
 
 def attentions_of(name: str) -> list[str]:
     """The attentions that the model `name` takes: kinds with a module of their own only fit plain transformers.
 
-    For a detector all attentions are listed, because the backbone decides which of them fit.
+    For a model on a backbone all attentions are listed, because the backbone decides which of them fit.
     """
     takes_modules = name in DENSE_MODELS or MODELS[name][0].takes_modules
     return [attention for attention, kind in KINDS.items() if kind.module is None or takes_modules]

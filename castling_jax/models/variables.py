@@ -106,6 +106,7 @@ def apply(
     *,
     mask_threshold: ArrayLike | None = None,
     return_densities: bool = False,
+    key: Key[Array, ""] | None = None,
 ) -> Any:
     """The evaluation-mode forward pass; pure, jit- and grad-able (in reverse mode).
 
@@ -116,21 +117,25 @@ def apply(
       mask_threshold: a scalar of at least 0. Models in training form need it if their attention has a mask (castling,
         taylor); other models ignore it.
       return_densities: also return the mask density of each layer.
+      key: what draws a masked autoencoder's hidden patches; None is a fixed key. Other models take none.
 
     Returns:
-      In float32 a classifier's logits [batch, classes], or a detector's {"scores": [batch, points, classes], "boxes":
-      [batch, points, 4]} (x0, y0, x1, y1 in pixels of the images). With `return_densities` a pair of these outputs and
-      the densities [layers]; a layer without the masked branch has the density 0.
+      In float32 a classifier's logits [batch, classes]; a detector's {"scores": [batch, points, classes], "boxes":
+      [batch, points, 4]} (x0, y0, x1, y1 in pixels of the images); or a masked autoencoder's {"reconstruction": [batch,
+      patches, patch pixels], "mask": [batch, patches]}, 1 for hidden patches. With `return_densities` a pair of these
+      outputs and the densities [layers]; a layer without the masked branch has the density 0.
 
     Raises:
       InputError: variables are missing or of another shape, images do not fit the model, or the threshold is missing,
         negative or NaN.
     """
     check_images(images)
+    check(key is None or model.draws, "key is for masked autoencoders, and this model draws nothing.")
 
     @on_auto_axes(lambda images: (split_as(images, 0), PartitionSpec()))
     def forward(images: Any, leaves: Any, mask_threshold: Any) -> Any:
-        return _with_leaves(model, leaves)(images, mask_threshold=mask_threshold)
+        draws = {} if key is None else {"key": key}
+        return _with_leaves(model, leaves)(images, mask_threshold=mask_threshold, **draws)
 
     outputs, densities = forward(images, leaves_of(model, variables), mask_threshold)
     return (outputs, densities) if return_densities else outputs
@@ -147,8 +152,9 @@ def forward_train(
 ) -> tuple[Any, Float[Array, "layers"], Any]:
     """(outputs, densities, batch_stats) in training mode; pure, as `apply` is.
 
-    The outputs are each head's logits [heads, batch, classes], or a detector's `PicoDet.training_outputs`. `key` is the
-    key of drop-path. `batch_stats` are the running statistics of batch norm after this batch, or {} without batch norm.
+    The outputs are each head's logits [heads, batch, classes], or those of another model's `training_outputs`. `key`
+    draws drop-path's branches and a masked autoencoder's hidden patches. `batch_stats` are the running statistics of
+    batch norm after this batch, or {} without batch norm.
     """
     check_images(images)
     leaves = leaves_of(model, variables)

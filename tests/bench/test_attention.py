@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from castling_jax.bench import attention, rivals
+from castling_jax.models.attention.core import Places
 from castling_jax.models.deit import DeiT, DeiTConfig
 from castling_jax.models.registry import MODELS
 from castling_jax.tools import benchmark
@@ -190,8 +191,8 @@ def test_command_line_says_what_is_wrong_without_a_traceback():
 
 
 def test_tokens_stand_on_the_largest_square():
-    assert rivals.place_of(197) == {"grid": (14, 14), "prefix_tokens": 1}
-    assert rivals.place_of(64) == {"grid": (8, 8), "prefix_tokens": 0}
+    assert rivals.places_of(197) == Places((14, 14), 1)
+    assert rivals.places_of(64) == Places((8, 8), 0)
 
 
 def test_an_unknown_attention_is_refused(refuses):

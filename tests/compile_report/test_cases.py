@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from castling_jax.compile_report.cases import CHANNELS, HEADS, load_case, read_mesh
+from castling_jax.models.attention.core import Places
 from castling_jax.models.attention.heads import MultiHeadAttention
 from castling_jax.models.attention.kinds import make_core
 from castling_jax.models.registry import abstract_model
@@ -37,7 +38,7 @@ def test_layer_is_the_models_attention(attention, form):
         getattr(module.proj, part)[...] = weights["proj"][part]
     if attention != "softmax":
         module.token_kernel[...] = weights["token_kernel"]
-    expected, _ = jax.jit(lambda x: module(x, grid=(1, 5), prefix_tokens=0, mask_threshold=threshold))(x)
+    expected, _ = jax.jit(lambda x: module(x, places=Places((1, 5), 0), mask_threshold=threshold))(x)
     out = jax.jit(lambda *arguments: jax.tree.leaves(case.function(*arguments))[0])(weights, x, *cotangent, threshold)
     # Sums of 768 products in float32, in another order.
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)

@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from castling_jax import ops
+from castling_jax.models.attention.core import Places
 from castling_jax.models.attention.heads import MultiHeadAttention
 from castling_jax.models.attention.kinds import make_core
 from tests.models import small
@@ -20,7 +21,7 @@ def attention_module(dim=24, num_heads=3, *, attention="castling", form="train",
 def call(module, x, threshold=None, grid=(4, 4), prefix_tokens=1):
     @jax.jit
     def function(x, threshold):
-        return module(x, grid=grid, prefix_tokens=prefix_tokens, mask_threshold=threshold)
+        return module(x, places=Places(grid, prefix_tokens), mask_threshold=threshold)
 
     return function(x, threshold)
 

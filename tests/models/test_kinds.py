@@ -14,7 +14,7 @@ import castling_jax
 from castling_jax.convert.inference_folder import save_inference
 from castling_jax.data.sources import ArrayDataset
 from castling_jax.models import description
-from castling_jax.models.attention.core import Kind
+from castling_jax.models.attention.core import Kind, Places
 from castling_jax.models.attention.heads import MultiHeadAttention
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.macs import Cost, count_costs
@@ -95,7 +95,7 @@ def test_a_registered_attention_computes_its_function_and_the_taps():
     taps = rng.normal(size=(9, 3))
     module.token_kernel[...] = jnp.asarray(taps, jnp.float32)
     x = rng.normal(size=(2, 17, 24))
-    out, density = module(jnp.asarray(x, jnp.float32), grid=(4, 4), prefix_tokens=1, mask_threshold=None)
+    out, density = module(jnp.asarray(x, jnp.float32), places=Places((4, 4), 1), mask_threshold=None)
     qkv = x @ np.asarray(module.qkv.kernel[...], np.float64)
     q, k, v = np.moveaxis(qkv.reshape(2, 17, 3, 3, 8), 2, 0)
     by_hand = cosine_in_float64(q, k, v) + reference.convolve_tokens(v, taps)
@@ -211,7 +211,7 @@ class MeanOfTokens(nnx.Module):
     def __init__(self, dim, num_heads, core, layers, *, qkv_bias):
         self.proj = layers.linear(dim, dim)
 
-    def __call__(self, x, *, grid, prefix_tokens, mask_threshold):
+    def __call__(self, x, *, places, mask_threshold):
         return jnp.broadcast_to(self.proj(x.mean(axis=1, keepdims=True)), x.shape), jnp.zeros(())
 
 

@@ -17,6 +17,7 @@ from castling_jax.compile_report.cases import load_case
 from castling_jax.convert.torch import from_torch, to_torch
 from castling_jax.data.sources import ArrayDataset
 from castling_jax.models import description, macs
+from castling_jax.models.attention.core import Places
 from castling_jax.models.attention.kinds import KINDS, make_core
 from castling_jax.models.registry import abstract_model, attentions_of
 from castling_jax.models.variables import bind, flatten, get_variables, unflatten
@@ -48,7 +49,7 @@ def outputs_of(kind, grid, prefix_tokens, *, dtype="float32", **core):
     module, parameters = random_module(kind, dtype=dtype, **core)
     tokens = prefix_tokens + math.prod(grid)
     x = np.random.default_rng(1).normal(size=(2, tokens, DIM))
-    run = jax.jit(functools.partial(module, grid=grid, prefix_tokens=prefix_tokens, mask_threshold=None))
+    run = jax.jit(functools.partial(module, places=Places(grid, prefix_tokens), mask_threshold=None))
     out, density = run(jnp.asarray(x, dtype))
     assert float(density) == 0
     chex.assert_type(out, dtype)
@@ -206,7 +207,7 @@ def test_tokens_that_are_zero_have_finite_gradients(kind):
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))
     def gradients(params, x):
-        out, _ = nnx.merge(graphdef, params)(x, grid=(3, 3), prefix_tokens=1, mask_threshold=None)
+        out, _ = nnx.merge(graphdef, params)(x, places=Places((3, 3), 1), mask_threshold=None)
         return jnp.sum(jnp.sin(out + 1))
 
     for gradient in jax.tree.leaves(gradients(params, jnp.zeros((2, 10, DIM)))):
@@ -220,7 +221,7 @@ def costs_of(kind, grid, prefix_tokens=0):
     """The multiply-accumulates of a layer, part by part."""
     module, _ = random_module(kind, window_size=2)
     x = jax.ShapeDtypeStruct((1, prefix_tokens + math.prod(grid), DIM), jnp.float32)
-    program = functools.partial(module, grid=grid, prefix_tokens=prefix_tokens, mask_threshold=None)
+    program = functools.partial(module, places=Places(grid, prefix_tokens), mask_threshold=None)
     found = dict.fromkeys(macs.parts(), 0)
     for part, cost in macs._costs(jax.make_jaxpr(program)(x).jaxpr, macs.OTHER, macs.parts()):
         found[part] += cost.macs

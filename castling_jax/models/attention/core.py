@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from castling_jax import ops
 from castling_jax.errors import InputError
@@ -25,8 +26,25 @@ INPUTS: dict[str, Any] = {
     "query_values": None,
     "grid": None,
     "prefix_tokens": 0,
+    "kept": None,
     "implementation": "auto",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the tokens of a plain transformer stand.
+
+    Attributes:
+      grid: (height, width) of the patches, in tokens.
+      prefix_tokens: number of tokens before the patches, which have no place on the grid.
+      kept: in masked pre-training the places of the patches that are left, counted row by row; None if all are there.
+    """
+
+    grid: tuple[int, int]
+    prefix_tokens: int
+    kept: Int[Array, "batch patches"] | None = None
+
 
 Output = tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""]]  # and the mask density
 
@@ -101,17 +119,35 @@ class Kind:
         # A kernel over the tokens runs through prefix and patches alike: it takes no grid.
         on_grid = token_kernel is not None and token_kernel.ndim == 3
         where = {name: inputs[name] if on_grid else INPUTS[name] for name in ("grid", "prefix_tokens")}
-        if self.takes("token_kernel"):
+        if self.takes("token_kernel") and (inputs["kept"] is None or not on_grid):
             # The function adds DWConv(V) itself, as castling's kernels do in one pass over the values.
             inputs |= where
         elif token_kernel is not None:
+            inputs["token_kernel"] = None
             values = values_of_queries(v, inputs["query_values"])
         out = self.function(q, k, v, **{name: value for name, value in inputs.items() if self.takes(name)})
         if isinstance(out, tuple):
             out, density = out
         if values is not None:
-            out = out + ops.depthwise_convolution(values, token_kernel, **where)
+            kept = inputs["kept"] if on_grid else None
+            out = out + _convolve(values, token_kernel, kept, **where)
         return out, density
+
+
+def _convolve(
+    v: Array, token_kernel: Array, kept: Array | None, *, grid: tuple[int, int] | None, prefix_tokens: int
+) -> Array:
+    """DWConv(V). Patches that are not kept, as in masked pre-training, count as zeros."""
+    if kept is None:
+        return ops.depthwise_convolution(v, token_kernel, grid=grid, prefix_tokens=prefix_tokens)
+    assert grid is not None  # only a kernel over the grid needs the patches in their places
+    places = jnp.concatenate([jnp.arange(prefix_tokens) + jnp.zeros_like(kept[:, :1]), prefix_tokens + kept], axis=1)
+    whole = jnp.zeros((v.shape[0], prefix_tokens + grid[0] * grid[1], *v.shape[2:]), v.dtype)
+    scatter = jax.vmap(lambda whole, places, v: whole.at[places].set(v, unique_indices=True))
+    convolved = ops.depthwise_convolution(
+        scatter(whole, places, v), token_kernel, grid=grid, prefix_tokens=prefix_tokens
+    )
+    return jnp.take_along_axis(convolved, places[:, :, None, None], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

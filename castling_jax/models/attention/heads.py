@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
 from castling_jax.errors import check
-from castling_jax.models.attention.core import Core
+from castling_jax.models.attention.core import Core, Places
 from castling_jax.models.layers import Layers, Pool, split_linear
 
 
@@ -62,45 +62,42 @@ class MultiHeadAttention(nnx.Module):
         self,
         x: Float[Array, "batch tokens channels"],
         *,
-        grid: tuple[int, int],
-        prefix_tokens: int,
+        places: Places,
         mask_threshold: ArrayLike | None,
     ) -> tuple[Float[Array, "batch tokens channels"], Float[Array, ""]]:
-        """The output and the mask density; `grid` is (height, width) of the tokens after the prefix tokens."""
+        """The output and the mask density."""
         with jax.named_scope("qkv"):
-            q, k, v = (split_heads(part, self.num_heads) for part in self.project(x, grid, prefix_tokens))
-        out, density = self.attend(q, k, v, grid, prefix_tokens, mask_threshold)
+            q, k, v = (split_heads(part, self.num_heads) for part in self.project(x, places))
+        out, density = self.attend(q, k, v, places, mask_threshold)
         with jax.named_scope("proj"):
             return self.proj(out.reshape(x.shape)), density
 
     def project(
-        self, x: Float[Array, "batch tokens channels"], grid: tuple[int, int], prefix_tokens: int
+        self, x: Float[Array, "batch tokens channels"], places: Places
     ) -> Sequence[Float[Array, "batch _ channels"]]:
         """Queries, keys and values, all heads side by side."""
         parts = split_linear(self.qkv, x, 3)
         if not self.core.pools_qkv:
             return parts
         pools = (self.pool_q, self.pool_k, self.pool_v)
-        return [_add_pooled(part, pool, grid, prefix_tokens) for part, pool in zip(parts, pools, strict=True)]
+        return [_add_pooled(part, pool, places) for part, pool in zip(parts, pools, strict=True)]
 
     def attend(
         self,
         q: Float[Array, "batch tokens heads dim"],
         k: Float[Array, "batch keys heads dim"],
         v: Float[Array, "batch keys heads dim"],
-        grid: tuple[int, int],
-        prefix_tokens: int,
+        places: Places,
         mask_threshold: ArrayLike | None,
     ) -> tuple[Float[Array, "batch tokens heads dim"], Float[Array, ""]]:
         """The heads' output before the projection, and the mask density."""
-        place = {"grid": grid, "prefix_tokens": prefix_tokens}
-        return self.core.kind(q, k, v, mask_threshold=mask_threshold, **place, **self.core.inputs_of(self))
+        return self.core.kind(q, k, v, mask_threshold=mask_threshold, **vars(places), **self.core.inputs_of(self))
 
 
 def _add_pooled(
-    x: Float[Array, "batch tokens channels"], pool: Pool, grid: tuple[int, int], prefix_tokens: int
+    x: Float[Array, "batch tokens channels"], pool: Pool, places: Places
 ) -> Float[Array, "batch tokens channels"]:
     """Adds to the patches their convolution over the grid; prefix tokens, which have no place there, do not change."""
-    patches = x[:, prefix_tokens:]
-    pooled = pool(patches.reshape(x.shape[0], *grid, x.shape[2])).reshape(patches.shape)
-    return jnp.concatenate([x[:, :prefix_tokens], patches + pooled], axis=1)
+    prefix, patches = jnp.split(x, [places.prefix_tokens], axis=1)
+    pooled = pool(patches.reshape(x.shape[0], *places.grid, x.shape[2])).reshape(patches.shape)
+    return jnp.concatenate([prefix, patches + pooled], axis=1)

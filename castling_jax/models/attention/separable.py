@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
-from castling_jax.models.attention.core import Core
+from castling_jax.models.attention.core import Core, Places
 from castling_jax.models.layers import Layers, split_linear
 
 
@@ -43,8 +43,7 @@ class SeparableAttention(nnx.Module):
         self,
         x: Float[Array, "batch tokens channels"],
         *,
-        grid: tuple[int, int],
-        prefix_tokens: int,
+        places: Places,
         mask_threshold: ArrayLike | None,
     ) -> tuple[Float[Array, "batch tokens channels"], Float[Array, ""]]:
         with jax.named_scope("qkv"):

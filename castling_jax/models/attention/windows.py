@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from castling_jax.models.attention.core import Places
 from castling_jax.models.attention.heads import MultiHeadAttention
 from castling_jax.models.layers import Layers
 
@@ -37,12 +38,11 @@ class WindowAttention(MultiHeadAttention):
         q: Float[Array, "batch tokens heads dim"],
         k: Float[Array, "batch tokens heads dim"],
         v: Float[Array, "batch tokens heads dim"],
-        grid: tuple[int, int],
-        prefix_tokens: int,
+        places: Places,
         mask_threshold: ArrayLike | None,
     ) -> tuple[Float[Array, "batch tokens heads dim"], Float[Array, ""]]:
-        attention, first = self.core.kind.function, prefix_tokens
-        windows = Windows(grid, self.window_size, shifted=self.core.block % 2 == 1)
+        attention, first = self.core.kind.function, places.prefix_tokens
+        windows = Windows(places.grid, self.window_size, shifted=self.core.block % 2 == 1)
         table = self.relative_position_bias_table[...].astype(jnp.float32)
         bias = jnp.moveaxis(table[windows.offsets], 2, 0)[:, None]
         bias = jnp.where(windows.apart, -jnp.inf, bias)  # [heads, windows, queries, keys]
