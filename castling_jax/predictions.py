@@ -25,6 +25,7 @@ from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, features
 from castling_jax.postprocessing import SHOWN_SCORE
+from castling_jax.preprocessing import Preprocessing
 from castling_jax.storage import as_path
 from castling_jax.tasks.registry import task_of
 from castling_jax.tasks.task import Batch, Example, Predictions
@@ -69,8 +70,9 @@ def predict(
     number("[0, 1]").check("score_threshold", score_threshold)
     weights = read(path)
     names = class_names(weights, classes)
+    predictions = predictions_of(weights, names, top=top, score_threshold=score_threshold)
     answers = []
-    for _, answer in stream_predictions(weights, images, names, top=top, score_threshold=score_threshold):
+    for _, answer in stream_predictions(weights, images, predictions):
         if isinstance(answer, InputError):
             raise answer
         answers.append(answer)
@@ -78,37 +80,41 @@ def predict(
 
 
 def stream_predictions(
-    weights: Weights, images: Any, names: Sequence[str], *, top: int | None, score_threshold: float
+    weights: Weights, images: Any, predictions: Predictions
 ) -> Iterator[tuple[Any, Answer | InputError]]:
     """Yields (image, its answer as `predict` returns it, or the InputError of an image that cannot be read)."""
-
-    predictions = predictions_of(weights)
-    forward = functools.partial(predictions.compute, suppression=weights.suppression)
-    for image, found in stream(weights, images, forward):
-        if isinstance(found, InputError):
-            yield image, found
-        else:
-            yield image, predictions.answer(found, names, top=top, score_threshold=score_threshold)
+    for image, found in stream(weights, images, predictions.compute):
+        yield image, found if isinstance(found, InputError) else predictions.answer(found)
 
 
-def predictions_of(weights: Weights) -> type[Predictions]:
+def predictions_of(
+    weights: Weights, names: Sequence[str], *, top: int | None = None, score_threshold: float = SHOWN_SCORE
+) -> Predictions:
     """What the weights' model says about images.
 
-    Raises:
-      InputError: the weights do not state their model.
-    """
-    return task_of(model_of(weights)).predictions
-
-
-def model_of(weights: Weights) -> Model:
-    """The weights' model.
+    Args:
+      weights: the weights.
+      names: names of the model's classes.
+      top: as in `predict`.
+      score_threshold: as in `predict`.
 
     Raises:
-      InputError: the weights do not state it.
+      InputError: the weights do not state their model or its preprocessing.
     """
-    if weights.model is None:
-        raise InputError(f"'{weights.path}' does not say which model it belongs to, as runs and inference folders do.")
-    return weights.model
+    model, preprocessing = known_of(weights)
+    return task_of(model).predictions(names, preprocessing, weights.suppression, top, score_threshold)
+
+
+def known_of(weights: Weights) -> tuple[Model, Preprocessing]:
+    """The weights' model and its preprocessing.
+
+    Raises:
+      InputError: the weights do not state them.
+    """
+    if weights.model is None or weights.preprocessing is None:
+        lack = "which model it belongs to" if weights.model is None else "how an image becomes its model's input"
+        raise InputError(f"'{weights.path}' does not say {lack}, as runs and inference folders do.")
+    return weights.model, weights.preprocessing
 
 
 def class_names(weights: Weights, classes: Sequence[str] | None = None) -> list[str]:
@@ -149,13 +155,11 @@ def stream(weights: Weights, images: Any, forward: Forward, *, batch_size: int =
     Raises:
       InputError: there are no images, or the weights do not state their model or its preprocessing.
     """
-    model = abstract_model(**model_of(weights).spec.arguments(form="inference"))
-    if weights.preprocessing is None:
-        lack = "how an image becomes its model's input"
-        raise InputError(f"'{weights.path}' does not say {lack}, as runs and inference folders do.")
+    source, preprocessing = known_of(weights)
+    model = abstract_model(**source.spec.arguments(form="inference"))
     # The variables go to the device once, not with every batch.
     variables = jax.device_put(to_inference(weights.variables))
-    transform = task_of(model).eval_transform(weights.preprocessing)
+    transform = task_of(model).eval_transform(preprocessing)
     compute = jax.jit(functools.partial(forward, model))
 
     def prepare(name: str, image: Any) -> Example | InputError:

@@ -7,7 +7,7 @@ from PIL import Image
 import castling_jax
 from castling_jax.convert.inference_folder import save_inference
 from castling_jax.convert.weights import read
-from castling_jax.predictions import mean_features, predict, stream, stream_predictions
+from castling_jax.predictions import mean_features, predict, predictions_of, stream, stream_predictions
 from castling_jax.preprocessing import Preprocessing
 from tests.models import small
 
@@ -69,7 +69,8 @@ def test_images_of_every_kind_are_the_same(weights, images):
 
 def answers_of(weights, images):
     read_weights = read(weights)
-    return stream_predictions(read_weights, images, read_weights.classes, top=7, score_threshold=0)
+    predictions = predictions_of(read_weights, read_weights.classes, top=7)
+    return stream_predictions(read_weights, images, predictions)
 
 
 def test_corrupt_files_are_named_and_the_others_go_on(weights, images, tmp_path, refuses):

@@ -219,55 +219,54 @@ class Task:
         raise NotImplementedError
 
 
+@dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What a trained model says about images without annotations, and how a person gets to see it."""
+    """What a trained model says about images without annotations, and how a person gets to see it.
 
-    @staticmethod
-    def compute(model: Model, variables: Variables, batch: Batch, suppression: Suppression) -> dict[str, jax.Array]:
+    Attributes:
+      names: names of the classes.
+      preprocessing: how an image became the model's input.
+      suppression: how a detector's outputs become detections.
+      top: most predictions to list for an image; None takes the task's own number.
+      score_threshold: smallest score of a detection.
+    """
+
+    names: Sequence[str]
+    preprocessing: Preprocessing
+    suppression: Suppression
+    top: int | None
+    score_threshold: float
+
+    def compute(self, model: Model, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
         """Computes the predictions for images, on the device.
 
         Args:
           model: the model in inference form.
           variables: the model's variables.
           batch: examples from the task's `eval_transform`, stacked.
-          suppression: how a detector's outputs become detections.
 
         Returns:
           Arrays with the images along the first axis.
         """
         raise NotImplementedError
 
-    @staticmethod
-    def answer(
-        found: Mapping[str, np.ndarray], names: Sequence[str], *, top: int | None, score_threshold: float
-    ) -> Any:
-        """The answer for one image, as `castling_jax.predict` returns it.
-
-        Args:
-          found: the image's rows of `compute`'s arrays.
-          names: names of the classes.
-          top: most predictions to list; None takes the task's own number.
-          score_threshold: smallest score of a detection.
-        """
+    def answer(self, found: Mapping[str, np.ndarray]) -> Any:
+        """The answer that `castling_jax.predict` returns for an image, from its rows of `compute`'s arrays."""
         raise NotImplementedError
 
-    @staticmethod
-    def text(answer: Any) -> str:
+    def text(self, answer: Any) -> str:
         """The answer in a line."""
         raise NotImplementedError
 
-    @staticmethod
-    def table(answers: Sequence[tuple[Any, Any]]) -> list[list[Any]]:
+    def table(self, answers: Sequence[tuple[Any, Any]]) -> list[list[Any]]:
         """A table of (image, its answer or the InputError of an image that cannot be read), with a header."""
         raise NotImplementedError
 
-    @staticmethod
-    def draw(images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Any]) -> Figure:
+    def draw(self, images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Any]) -> Figure:
         """A sheet of images with their answers."""
         raise NotImplementedError
 
-    @staticmethod
-    def coco_results(answers: Sequence[tuple[Any, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    def coco_results(self, answers: Sequence[tuple[Any, Any]]) -> list[dict[str, Any]]:
         """COCO's results for (image, answer), with the images' paths as ids and the classes counted from 1.
 
         Raises:

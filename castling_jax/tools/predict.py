@@ -58,16 +58,16 @@ def main(options: Namespace) -> None:
     number("[0, 1]").check("--score", options.score)
     weights = read(options.run)
     names = class_names(weights)
-    predictions = predictions_of(weights)
+    predictions = predictions_of(weights, names, top=options.top, score_threshold=options.score)
     if options.json:
-        predictions.coco_results([], names)  # refuses other models than detectors
+        predictions.coco_results([])  # refuses other models than detectors
     for path in filter(None, (options.csv, options.sheet, options.json)):
         try_file(path)  # refuses a bad path now, before the images are computed
         path.parent.mkdir(parents=True, exist_ok=True)
     files = [path for _, path in each_image(options.images)]
     answers: list[tuple[Any, Any]] = []
     reader_left = False
-    results = stream_predictions(weights, files, names, top=options.top, score_threshold=options.score)
+    results = stream_predictions(weights, files, predictions)
     for path, answer in tqdm(results, total=len(files), unit="image", disable=None):
         answers.append((path, answer))
         # One broken file among thousands is named, and the others still get answers.
@@ -87,7 +87,7 @@ def main(options: Namespace) -> None:
         csv.writer(text, lineterminator="\n").writerows(predictions.table(answers))
         write_atomically(options.csv, text.getvalue().encode(errors="backslashreplace"))
     if options.json:
-        write_atomically(options.json, json.dumps(predictions.coco_results(good, names)).encode())
+        write_atomically(options.json, json.dumps(predictions.coco_results(good)).encode())
     if options.sheet and good:
         assert weights.preprocessing is not None  # `stream` refuses weights without it
         shown = good[:ON_A_SHEET]

@@ -12,7 +12,6 @@ from castling_jax.errors import InputError, printable
 from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables, apply
 from castling_jax.plots import draw_predictions
-from castling_jax.postprocessing import Suppression
 from castling_jax.tasks.classification.answers import TOP
 from castling_jax.tasks.task import Batch, Predictions
 
@@ -20,25 +19,19 @@ from castling_jax.tasks.task import Batch, Predictions
 class ClassPredictions(Predictions):
     """An answer is [(class, probability), ...], the most probable first; equal ones keep the order of the classes."""
 
-    @staticmethod
-    def compute(model: Model, variables: Variables, batch: Batch, suppression: Suppression) -> dict[str, jax.Array]:
+    def compute(self, model: Model, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
         return {"probabilities": jax.nn.softmax(apply(model, variables, batch["image"]))}
 
-    @staticmethod
-    def answer(
-        found: Mapping[str, np.ndarray], names: Sequence[str], *, top: int | None, score_threshold: float
-    ) -> list[tuple[str, float]]:
+    def answer(self, found: Mapping[str, np.ndarray]) -> list[tuple[str, float]]:
         probabilities = found["probabilities"]
         # A stable sort of the negated values: reversing a sort would reverse the ties as well.
-        order = np.argsort(-probabilities, kind="stable")[: TOP if top is None else top]
-        return [(names[index], float(probabilities[index])) for index in order]
+        order = np.argsort(-probabilities, kind="stable")[: TOP if self.top is None else self.top]
+        return [(self.names[index], float(probabilities[index])) for index in order]
 
-    @staticmethod
-    def text(answer: list[tuple[str, float]]) -> str:
+    def text(self, answer: list[tuple[str, float]]) -> str:
         return ", ".join(f"{printable(name)} {100 * share:.1f} %" for name, share in answer)
 
-    @staticmethod
-    def table(answers: Sequence[tuple[Any, Any]]) -> list[list[Any]]:
+    def table(self, answers: Sequence[tuple[Any, Any]]) -> list[list[Any]]:
         count = max((len(answer) for _, answer in answers if not isinstance(answer, InputError)), default=0)
         header = [f"{kind}_{place}" for place in range(1, count + 1) for kind in ("class", "share")]
         rows = [["image", *header, "error"]]
@@ -48,6 +41,5 @@ class ClassPredictions(Predictions):
             rows.append([path, *words, answer if unread else ""])
         return rows
 
-    @staticmethod
-    def draw(images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Any]) -> Figure:
+    def draw(self, images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Any]) -> Figure:
         return draw_predictions(images, answers)

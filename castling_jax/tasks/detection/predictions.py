@@ -14,7 +14,6 @@ from castling_jax.errors import InputError, printable
 from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables
 from castling_jax.plots import draw_objects
-from castling_jax.postprocessing import Suppression
 from castling_jax.tasks.task import Batch, Predictions
 
 Found = tuple[str, float, tuple[float, ...]]
@@ -23,29 +22,23 @@ Found = tuple[str, float, tuple[float, ...]]
 class BoxPredictions(Predictions):
     """An answer is [(class, score, (x0, y0, x1, y1)), ...], best first; boxes are in pixels of the image itself."""
 
-    @staticmethod
-    def compute(model: Model, variables: Variables, batch: Batch, suppression: Suppression) -> dict[str, jax.Array]:
-        found = compute_outputs(model, variables, batch["image"], suppression=suppression)
+    def compute(self, model: Model, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
+        found = compute_outputs(model, variables, batch["image"], suppression=self.suppression)
         return found | {"boxes": in_the_image(found["boxes"], batch)}
 
-    @staticmethod
-    def answer(
-        found: Mapping[str, np.ndarray], names: Sequence[str], *, top: int | None, score_threshold: float
-    ) -> list[Found]:
+    def answer(self, found: Mapping[str, np.ndarray]) -> list[Found]:
         rows = zip(found["classes"], found["scores"], found["boxes"], strict=True)
         listed: list[Found] = [
-            (names[label], float(score), tuple(map(float, box)))
+            (self.names[label], float(score), tuple(map(float, box)))
             for label, score, box in rows
-            if label >= 0 and score >= score_threshold
+            if label >= 0 and score >= self.score_threshold
         ]
-        return listed[:top]
+        return listed[: self.top]
 
-    @staticmethod
-    def text(answer: list[Found]) -> str:
+    def text(self, answer: list[Found]) -> str:
         return ", ".join(f"{printable(name)} {score:.2f}" for name, score, _ in answer) or "nothing"
 
-    @staticmethod
-    def table(answers: Sequence[tuple[Any, Any]]) -> list[list[Any]]:
+    def table(self, answers: Sequence[tuple[Any, Any]]) -> list[list[Any]]:
         """A line for each object, and one for each image without any or that cannot be read."""
         rows = [["image", "class", "score", "x0", "y0", "x1", "y1", "error"]]
         for path, answer in answers:
@@ -55,16 +48,14 @@ class BoxPredictions(Predictions):
             rows += [[path, name, score, *box, ""] for name, score, box in answer] or [[path, *[""] * 7]]
         return rows
 
-    @staticmethod
-    def draw(images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Any]) -> Figure:
+    def draw(self, images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Any]) -> Figure:
         return draw_objects(images, answers)
 
-    @staticmethod
-    def coco_results(answers: Sequence[tuple[Any, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    def coco_results(self, answers: Sequence[tuple[Any, Any]]) -> list[dict[str, Any]]:
         return [
             {
                 "image_id": str(path),
-                "category_id": names.index(name) + 1,
+                "category_id": self.names.index(name) + 1,
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "score": score,
             }
