@@ -408,6 +408,27 @@ def draw_objects(
     return figure
 
 
+def draw_reconstructions(answers: Sequence[Mapping[str, Any]]) -> Figure:
+    """A sheet of images: each as it is, with its hidden patches in grey, and with them filled in.
+
+    Args:
+      answers: "original", "masked" and "reconstruction" of each image, uint8 [height, width, 3].
+    """
+    names = ("original", "masked", "reconstruction")
+    columns = min(len(answers), 3)
+    rows = -(-len(answers) // columns)
+    figure = Figure(figsize=(4.2 * columns, 1.5 * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, 3 * columns, squeeze=False)
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    for triple, answer in zip(axes.reshape(-1, 3), answers, strict=False):
+        for axis, name in zip(triple, names, strict=True):
+            axis.imshow(answer[name])
+    for axis, title in zip(axes[0], names * columns, strict=True):
+        axis.set_title(title, fontsize="small")
+    return figure
+
+
 def draw_detections(pictures: Sequence[tuple[Any, Any, Any]]) -> Figure:
     """A sheet of images, each drawn twice: with its true boxes on the left, with the detected boxes on the right.
 

@@ -99,7 +99,8 @@ def run(workdir, *arguments):
         (
             "--config=digit",
             "unknown configuration 'digit': did you mean 'digits'? (known: castle_pretrained, cells, deit, deit_384, "
-            "digits, fashion_mnist, folder, levit, mvitv2, picodet)",
+            "digits, fashion_mnist, folder, levit, mae, mae_finetune, "
+            "mvitv2, picodet)",
         ),
         (
             "--config.train.epochs=many",

@@ -16,6 +16,7 @@ from castling_jax.plots import (
     draw_objects,
     draw_precision_recall,
     draw_predictions,
+    draw_reconstructions,
     draw_taps,
     draw_training,
 )
@@ -83,6 +84,9 @@ FIGURES = {
     "draw_taps": lambda: draw_taps([np.random.default_rng(0).normal(size=(9, 3))] * 12),
     "draw_predictions": lambda: draw_predictions([PHOTOGRAPH] * 2, [[("a", 0.9), ("b", 0.1)]] * 2),
     "draw_boxes": lambda: draw_boxes(PHOTOGRAPH, np.float32([[2, 3, 33, 27]]), ["owl"], scores=[0.75]),
+    "draw_reconstructions": lambda: draw_reconstructions(
+        [{"original": PHOTOGRAPH, "masked": PHOTOGRAPH, "reconstruction": PHOTOGRAPH}] * 4
+    ),
     "draw_objects": lambda: draw_objects([PHOTOGRAPH] * 4, [[("owl", 0.75, (2, 3, 33, 27))], [], [], []]),
     "draw_boxes_on": lambda: boxes_on(draw_predictions([PHOTOGRAPH], [[("a", 0.9)]])),
     "draw_detections": lambda: draw_detections([(PHOTOGRAPH, TRUTH, FOUND)] * 3),

@@ -37,6 +37,7 @@ class MAEConfig(DenseConfig):
 
     Attributes:
       mask_ratio: share of the patches that are hidden.
+      norm_pix_loss: whether the model predicts each patch with mean 0 and variance 1, the authors' word.
       decoder_embed_dim: width of the decoder.
       decoder_depth: number of the decoder's blocks.
       decoder_num_heads: heads of the decoder's attention.
@@ -46,6 +47,7 @@ class MAEConfig(DenseConfig):
     image_size: ImageSize = 224
     backbone: str = "deit_base"
     mask_ratio: float = 0.75
+    norm_pix_loss: bool = True
     decoder_embed_dim: int = 512
     decoder_depth: int = 8
     decoder_num_heads: int = 16
@@ -82,6 +84,7 @@ class MAE(Model):
             )
         self.backbone = backbone
         self.in_chans = backbone.in_chans
+        self.norm_pix_loss = config.norm_pix_loss
         self.visible = int(math.prod(backbone.grid) * (1 - config.mask_ratio))
         if not 0 < self.visible < math.prod(backbone.grid):
             raise InputError(

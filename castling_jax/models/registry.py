@@ -158,7 +158,7 @@ def create_model(
         for castling, mask_kind. A detector (PicoDetConfig) takes backbone, the name of a
         classifier; backbone_arguments, a dict of the classifier's arguments; neck ("lc_pan" or "csp_pan"),
         neck_channels and num_convs. A masked autoencoder (MAEConfig) takes backbone, backbone_arguments, mask_ratio,
-        decoder_embed_dim, decoder_depth and decoder_num_heads.
+        norm_pix_loss, decoder_embed_dim, decoder_depth and decoder_num_heads.
 
     Returns:
       A Flax NNX module; `model.spec` holds the arguments that made it.

@@ -8,9 +8,10 @@ from castling_jax.errors import InputError
 from castling_jax.models.model import Model
 from castling_jax.tasks.classification.task import Classification
 from castling_jax.tasks.detection.task import Detection
+from castling_jax.tasks.reconstruction.task import Reconstruction
 from castling_jax.tasks.task import Measure, Task
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Detection)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Detection, Reconstruction)}
 
 
 def task_of(model: Model) -> type[Task]:
@@ -35,7 +36,7 @@ def check_dataset(model: Model, dataset: Dataset, *, evaluated: bool) -> None:
       InputError: the images are annotated otherwise than the task needs, or nothing can be measured on them.
     """
     task = task_of(model)
-    if dataset.annotation != task.annotation:
+    if task.annotation not in (dataset.annotation, None):
         raise InputError(f"{model.spec.name} needs images with {task.annotation}, and these have {dataset.annotation}.")
     if evaluated:
         task.check_evaluated(dataset)

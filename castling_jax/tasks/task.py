@@ -94,7 +94,8 @@ class Task:
       name: the task's name in the registry and in summary.json.
       measures: the task's measures. The first one chooses the best checkpoint, and pictures and tables show it.
       fields: fields of a configuration that not every task uses, but this one does.
-      annotation: how the images of the task are annotated, as `Dataset.annotation` states it: "label" or "boxes".
+      annotation: how the images of the task are annotated, as `Dataset.annotation` states it: "label" or "boxes". None
+        if annotations are not used.
       loss_title: name of the loss with its unit, for the axis of a picture.
       predictions: what the trained model says about images.
       held: arrays that the loss needs beside the batch, such as a teacher's variables. They are an argument of the
@@ -104,7 +105,7 @@ class Task:
     name: ClassVar[str]
     measures: ClassVar[tuple[Measure, ...]]
     fields: ClassVar[tuple[str, ...]] = ()
-    annotation: ClassVar[str]
+    annotation: ClassVar[str | None]
     loss_title: ClassVar[str]
     predictions: ClassVar[type["Predictions"]]
 

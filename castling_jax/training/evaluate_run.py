@@ -102,6 +102,8 @@ class Evaluation:
         """A line for each class or, if there are many, for the worst CLASSES_SHOWN."""
         measure = measures_of(self.figures)[0]
         rows = [(name, row["images"], row[measure.name]) for name, row in self.by_class.items() if row["images"]]
+        if not rows:
+            return ""
         title = f"  {measure.name} of each class, inference form:"
         if len(rows) > CLASSES_SHOWN:
             title = f"  the {CLASSES_SHOWN} classes of the lowest {measure.name}, inference form:"

@@ -36,7 +36,8 @@ RULES = (
     (r"(head|head_dist)/(linear/|fc/)?kernel|shortcut_proj_attn/kernel", P("fsdp", None)),
     (r"(patch_embed/proj|stem/conv[34]/linear)/kernel", P("fsdp")),
     (r"(stem/conv[12]/linear|pool_[qkv])/kernel", P()),
-    (r"cls_token|dist_token|global_tokens|pos_embed|rel_pos_[hw]", P()),
+    (r"decoder_(embed|pred)/kernel", P("fsdp", None)),
+    (r"cls_token|dist_token|mask_token|global_tokens|(decoder_)?pos_embed|rel_pos_[hw]", P()),
     (r"(neck|pyramid|head)/.+/kernel", P()),  # a detector's, small beside its backbone
     (r"bias|scale|mean|var", P()),
 )

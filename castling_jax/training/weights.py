@@ -12,7 +12,6 @@ from castling_jax.convert.torch import from_torch
 from castling_jax.convert.weights import read
 from castling_jax.errors import InputError
 from castling_jax.models.model import Model
-from castling_jax.models.picodet import PicoDet
 from castling_jax.models.registry import abstract_model, create_model
 from castling_jax.models.variables import Variables, flatten, get_variables, leaves_of, unflatten
 
@@ -23,30 +22,32 @@ def initial_variables(
     """The variables that a run of `model` starts from: another run's, or weights under timm's names.
 
     A castling model can start from a softmax model's weights: both of its branches use the same q, k and v, and its
-    taps start at zero. A detector can start from a classifier's weights, which become its backbone's; all else is drawn
-    with the key of `seed`.
+    taps start at zero. A model on a backbone can start from a classifier's or a masked autoencoder's weights, which
+    become its backbone's; all else is drawn with the key of `seed`. A classifier that starts from a masked autoencoder
+    has a new head.
 
     Args:
       path: weights in training form, as `read` takes them; for a run, the weights that it exports.
       model: the model to train, in training form.
       reset_head: as in `from_torch`.
       ema: as in `read`.
-      seed: seed of a detector's neck and head, where the weights have none.
+      seed: seed of what is beside the backbone, where the weights have none.
 
     Raises:
       InputError: the weights cannot be read, are in inference form, or do not fit the model.
     """
     weights = read(path, ema=ema)
-    if not isinstance(model, PicoDet):
-        # Through timm's names even from a run of ours, so that attentions, image sizes and classes may differ.
-        return from_torch(model, weights.state_dict(), reset_head=reset_head)
-    if isinstance(weights.model, PicoDet):
+    spec, source = model.spec, weights.model
+    if source is not None and source.task == model.task and "backbone" in dict(spec.overrides):
         leaves_of(model, weights.variables)
         return weights.variables
+    if "backbone" not in dict(spec.overrides):
+        # Through timm's names even from a run of ours, so that attentions, image sizes and classes may differ.
+        is_headless = source is not None and source.task == "reconstruction"
+        return from_torch(model, weights.state_dict(), reset_head=reset_head or is_headless)
     # The backbone as a classifier of any number of classes, whose head is left out.
-    spec = model.spec
     names = {"name": dict(spec.overrides)["backbone"], "image_size": spec.image_size, "attention": spec.attention}
-    arguments = dict(dict(spec.overrides).get("backbone_arguments", ()))
+    arguments = {**model.backbone_defaults, **dict(dict(spec.overrides).get("backbone_arguments", ()))}
     classifier = abstract_model(**names, num_classes=1, dtype=spec.dtype, param_dtype=spec.param_dtype, **arguments)
     pretrained = flatten(from_torch(classifier, weights.state_dict(), reset_head=True))
     drawn = flatten(get_variables(create_model(rngs=nnx.Rngs(seed), **spec.arguments())))

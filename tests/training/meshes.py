@@ -30,6 +30,10 @@ FAMILIES: dict[str, dict] = {
         **{"key_dim": 8, "distilled": True},
     },
 }
+FAMILIES["mae"] = {
+    **{"name": "mae", "backbone": "deit_micro", "image_size": 16, "backbone_arguments": {"depth": 1}},
+    **{"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+}
 RIVALS = ("bridge", "convolutional", "separable", "window")
 FAMILIES |= {kind: {"name": "deit_micro", "depth": 2, "attention": kind, "window_size": 3} for kind in RIVALS}
 BATCH = 16
@@ -57,6 +61,7 @@ def steps(family: str, mesh_name: str, *, accumulate_steps: int = 1, threshold: 
     from castling_jax.models.registry import create_model
     from castling_jax.models.variables import flatten, get_variables
     from castling_jax.tasks.classification.task import Classification
+    from castling_jax.tasks.reconstruction.task import Reconstruction
     from castling_jax.training import sharding
     from castling_jax.training.state import create_state
     from castling_jax.training.step import make_train_step
@@ -74,6 +79,8 @@ def steps(family: str, mesh_name: str, *, accumulate_steps: int = 1, threshold: 
     rng = np.random.default_rng(0)
     batch = {"image": rng.standard_normal((BATCH, size, size, 3), np.float32), "label": np.arange(BATCH) % 10}
     task = Classification(num_classes=10, label_smoothing=0.1)
+    if family == "mae":
+        task = Reconstruction(patch_size=2, norm_pix_loss=True)
     step = make_train_step(model, optimizer, task, accumulate_steps=accumulate_steps, shardings=shardings)
     with jax.set_mesh(mesh):
         state, metrics = step(state, sharding.shard_batch(batch, mesh, batch_size=BATCH), threshold)
@@ -157,6 +164,7 @@ CASES = {
     "deit": functools.partial(compare, "deit", [mesh for mesh in MESHES if mesh != "1"]),
     "accumulated": functools.partial(compare, "plain", ["1", "8 data"], accumulate_steps=2),
     "pallas": functools.partial(compare, "pallas", ["8 data", "8 all but replica"]),
+    "mae": functools.partial(compare, "mae", ["2 data", "4 replica x fsdp", "8 all but replica"]),
     "levit": functools.partial(compare, "levit", ["4 replica x fsdp", "8 all but replica"]),
     **{kind: functools.partial(compare, kind, ["8 all but replica"]) for kind in RIVALS},
     "collectives": lambda: {mesh: collectives(mesh) for mesh in ("8 data", "8 fsdp", "4 replica x fsdp")},

@@ -6,9 +6,9 @@ import optax
 import pytest
 
 from castling_jax.models.registry import abstract_model
-from castling_jax.models.variables import flatten, get_variables
+from castling_jax.models.variables import flatten, get_variables, unflatten
 from castling_jax.training.config import default_config
-from castling_jax.training.optimizers import adaptive_clip, decay_mask, make_optimizer
+from castling_jax.training.optimizers import adaptive_clip, decay_mask, layer_rates, make_optimizer
 
 
 def test_relative_positions_are_decayed_and_attention_biases_are_not():
@@ -110,3 +110,59 @@ def test_adaptive_clip_goes_by_each_units_weights():
     expected = gradients * np.minimum(1, limit / np.linalg.norm(gradients, axis=0))
     (moments,) = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (6, 4)][:1]  # 0.1 of the gradient, first
     np.testing.assert_allclose(moments, 0.1 * expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "depth", "layers"),
+    [
+        (
+            "deit_micro",
+            {},
+            4,
+            {"cls_token": 0, "pos_embed": 0, "patch_embed/proj/bias": 0, "blocks/0/norm1/bias": 1}
+            | {"blocks/3/mlp/fc1/kernel": 4, "norm/scale": 5, "head/kernel": 5},
+        ),
+        (
+            "levit_128s",
+            {},
+            9 + 2,  # its two downsampling attentions count as layers
+            {"stem/conv1/bn/scale": 0, "stages/0/blocks/1/mlp/ln1/bn/bias": 2}
+            | {"stages/1/downsample/mlp/ln1/bn/bias": 3, "stages/1/blocks/0/mlp/ln1/bn/bias": 4, "head/bn/scale": 12},
+        ),
+        (
+            "picodet_s",
+            {"backbone": "deit_micro", "image_size": 160},
+            4,
+            {"backbone/pos_embed": 0, "backbone/blocks/2/norm1/bias": 3, "backbone/norm/bias": 5}
+            | {"neck/top_down_blocks/1/blocks/0/pointwise/linear/kernel": 5},
+        ),
+        (
+            "mae",
+            {"backbone": "deit_micro", "image_size": 8},
+            4,
+            {"backbone/blocks/3/norm1/bias": 4, "decoder_blocks/0/norm1/bias": 5, "mask_token": 5},
+        ),
+    ],
+)
+def test_early_layers_learn_at_lower_rates(name, arguments, depth, layers):
+    """The layers are counted by hand here, as BEiT's get_num_layer_for_vit counts them."""
+    rates = flatten(layer_rates(get_variables(abstract_model(name, **arguments))["params"], 0.5))
+    for path, layer in layers.items():
+        assert rates[path] == 0.5 ** (depth + 1 - layer), path
+
+
+def test_layer_decay_scales_the_whole_update():
+    """AdamW's update, weight decay included, as if each layer had a learning rate of its own."""
+    config = default_config().optimizer
+    rng = np.random.default_rng(0)
+    paths = ("patch_embed/kernel", "blocks/0/kernel", "blocks/0/bias", "blocks/1/kernel", "head/kernel")
+    params, gradients = (
+        unflatten({path: rng.standard_normal((2, 3)).astype(np.float32) for path in paths}) for _ in range(2)
+    )
+    updates = []
+    for decay in (None, 0.75):
+        config.layer_decay = decay
+        optimizer = make_optimizer(config, optax.constant_schedule(0.01))
+        updates.append(optimizer.update(gradients, optimizer.init(params), params)[0])
+    expected = jax.tree.map(lambda update, rate: update * rate, updates[0], layer_rates(params, 0.75))
+    chex.assert_trees_all_close(updates[1], expected, rtol=1e-6)

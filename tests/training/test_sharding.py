@@ -132,6 +132,12 @@ def test_every_parameter_of_a_detector_has_a_rule(backbone, neck):
     assert specs_of("picodet_s", abstract_mesh(), backbone=backbone, neck=neck)
 
 
+def test_every_parameter_of_a_masked_autoencoder_has_a_rule():
+    specs = specs_of("mae", abstract_mesh(), backbone="deit_tiny", backbone_arguments={"global_pool": "avg"})
+    assert specs["params/decoder_blocks/0/mlp/fc1/kernel"] == P("fsdp", "tensor")
+    assert specs["params/decoder_pred/kernel"] == P("fsdp", None)
+
+
 def test_a_parameter_without_a_rule_is_refused(refuses):
     leaf = jax.ShapeDtypeStruct((3, 4), "float32")
     with refuses("'params/blocks/0/attn/temperature' (3, 4) has no sharding rule", "RULES"):
@@ -157,7 +163,7 @@ ROUNDING = {"loss": 1e-6, "gradient_norm": 2e-6, "mask_density": 1e-6, "gradient
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["deit", "accumulated", "pallas", "levit"])
+@pytest.mark.parametrize("case", ["deit", "accumulated", "pallas", "levit", "mae"])
 def test_every_mesh_trains_as_one_device_does(case):
     for mesh, found in run_case(case).items():
         for name, tolerance in ROUNDING.items():

@@ -1,8 +1,6 @@
 """Runs of detectors: on several devices, killed and resumed, and until they know their images by heart."""
 
 import json
-import os
-import signal
 
 import jax
 import pytest
@@ -11,15 +9,14 @@ from flax import nnx
 from castling_jax.models import picodet
 from castling_jax.models.depthwise_separable import Activated
 from castling_jax.models.layers import LinearNorm
-from castling_jax.training import loop
 from castling_jax.training.config import default_config
-from castling_jax.training.preemption import Preempted
 from castling_jax.training.setup import set_up
 from tests.data.box_files import write_coco
 from tests.models.meshes import run_on_devices
 from tests.tasks.detection.coco128 import write_coco128
 from tests.tasks.detection.meshes import CASES
-from tests.training.test_loop import train, without_times
+from tests.tasks.interrupted import check_resumed
+from tests.training.test_loop import train
 
 pytestmark = pytest.mark.slow
 
@@ -86,24 +83,7 @@ def test_a_run_of_two_sizes_that_is_killed_goes_on_to_the_same_parameters(tmp_pa
     batches = set_up(config).batches()
     sizes = [next(batches)["image"].shape[1] for _ in range(6)]
     assert {*sizes[:3]} == {*sizes[3:]} == {160, 192}
-    expected = train(config, tmp_path / "alone")
-
-    def interrupted(batches):
-        interrupted.count += 1
-        if interrupted.count == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return next(batches)
-
-    interrupted.count = 0
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "next", interrupted, raising=False)
-        with pytest.raises(Preempted) as told:
-            train(config, tmp_path / "run")
-    assert told.value.step == 3
-    resumed = train(config, tmp_path / "run")
-    assert resumed["parameters_sha256"] == expected["parameters_sha256"]
-    assert {**resumed, "train_seconds": 0} == {**expected, "train_seconds": 0}
-    assert without_times(tmp_path / "run") == without_times(tmp_path / "alone")
+    check_resumed(config, tmp_path, monkeypatch, after=3)
 
 
 def test_a_detector_learns_sixteen_photographs_by_heart(tmp_path):
