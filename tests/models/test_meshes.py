@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.models.meshes import meshes_of, run_case, run_on_devices
+from tests.models.meshes import FEW, meshes_of, run_case, run_on_devices
 
 # Shares of each array's largest number. Devices sum in another order: float32's rounding, 6e-8, through some tens of
 # operations; in LeViT also through batch norms over 4 images, whose deviations are small beside what is subtracted.
