@@ -15,10 +15,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # smal
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import contextlib
+import gc
 import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from jaxtyping import config as jaxtyping_config
@@ -51,6 +53,14 @@ class Golden(dict):
     def group(self, prefix: str) -> dict[str, np.ndarray]:
         """The arrays whose names start with `prefix`/, without it."""
         return {key.removeprefix(f"{prefix}/"): value for key, value in self.items() if key.startswith(f"{prefix}/")}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Forgets a file's compiled programs at its end: a process with all tests' programs would take more than 5 GB."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
