@@ -15,6 +15,7 @@ from experiments.results import RESULTS
 
 ROOT = Path(__file__).parents[1]
 STUDIES = Path("experiments", "studies")  # relative to a checkout
+START = "the run that this arm starts from"  # as the value of a field: that run's folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Arm:
       seeds: seeds of the runs. A seed gives the same order of examples in every arm, so arms are compared seed by seed.
       learning_rates: rates of the runs, each with every seed; the report uses the one with the best validation
         accuracy.
+      start: one of the study's `starts`, a run that comes before this arm's, with the same seed. None for none.
     """
 
     name: str
     changes: Mapping[str, Any]
     seeds: tuple[int, ...]
     learning_rates: tuple[float, ...]
+    start: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Study:
       test_split: the split that each finished run is tested on, once. None tests on the held-out split, for a study
         that only prepares another one, such as a choice of learning rates.
       about_data: a sentence about the data for every page that shows the study's figures.
+      starts: name -> builder of the configuration of a run that arms start from, such as a pre-training. It is trained
+        once for each seed, by the first run that needs it, and has no result of its own.
     """
 
     config: Callable[[], ConfigDict]
@@ -53,12 +58,18 @@ class Study:
     control: str
     test_split: str | None
     about_data: str
+    starts: Mapping[str, Callable[[], ConfigDict]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
         check_known("control", self.control, names)
         if len(set(names)) < len(names):
             raise InputError(f"two arms of a study have one name: {', '.join(names)}.")
+        for arm in self.arms:
+            if arm.start is not None:
+                check_known("start", arm.start, self.starts)
+            if (START in arm.changes.values()) != (arm.start is not None):
+                raise InputError(f"the arm {arm.name!r} must name its start, and use START in a field, or neither.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +91,8 @@ class Trial:
         """Path of the finished run's result."""
         return RESULTS / self.study / f"{self.name}.json"
 
-    def config(self, study: Study) -> ConfigDict:
-        """The run's configuration.
+    def config(self, study: Study, start: Path | None = None) -> ConfigDict:
+        """The run's configuration; `start` is the folder of the run that it starts from.
 
         Raises:
           InputError: the arm changes an unknown field.
@@ -89,9 +100,17 @@ class Trial:
         config = study.config()
         for field, value in self.arm.changes.items():
             check_known("config field", field, FIELDS)
-            config.update_from_flattened_dict({field: value})
-        config.seed = self.seed
+            config.update_from_flattened_dict({field: str(start) if value == START else value})
         config.optimizer.learning_rate = self.learning_rate
+        return self._seeded(config)
+
+    def start_config(self, study: Study) -> ConfigDict:
+        """The configuration of the run that this one starts from."""
+        assert self.arm.start is not None
+        return self._seeded(study.starts[self.arm.start]())
+
+    def _seeded(self, config: ConfigDict) -> ConfigDict:
+        config.seed = self.seed
         config.logging.progress = config.logging.tensorboard = False
         return config
 

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import fcntl
 import json
 import platform
 import subprocess
@@ -27,8 +28,9 @@ from castling_jax.training.preemption import Preempted
 from castling_jax.training.run import run
 from castling_jax.training.summary import Summary
 from experiments.results import pack
-from experiments.study import ROOT, Trial, code_hash, load_study, trials_of
+from experiments.study import ROOT, Study, Trial, code_hash, load_study, trials_of
 
+STARTS = "starts"  # the folder of runs that others start from, beside theirs
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -42,7 +44,8 @@ def train_one(trial: Trial, workdir: Path) -> dict[str, Any]:
       InputError: the library refuses the configuration, or an image of the test split is corrupt.
     """
     study = load_study(trial.study)
-    config = trial.config(study)
+    start = None if trial.arm.start is None else _train_start(trial, study, workdir.parent / STARTS)
+    config = trial.config(study, None if start is None else Path(start.workdir))
     # The run's own test at its end writes the answers to all images, which the result needs.
     config.dataset.test_split = study.test_split or config.dataset.eval_split
     summary = run(config, workdir)
@@ -61,6 +64,7 @@ def train_one(trial: Trial, workdir: Path) -> dict[str, Any]:
         "images": len(correct),
         "steps": figures["steps"],
         "seconds": figures["train_seconds"],
+        **({} if start is None else {"start": trial.arm.start, "start_seconds": start.figures["train_seconds"]}),
         "parameters": figures["parameters_inference_form"],
         "macs": figures["macs_inference_form"],
         "code": code_hash(trial.study),
@@ -69,6 +73,16 @@ def train_one(trial: Trial, workdir: Path) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
         "machine": f"{platform.machine()}, {_processor()}, {jax.devices()[0].device_kind}",
     }
+
+
+def _train_start(trial: Trial, study: Study, folder: Path) -> Summary:
+    """The finished run that the trial starts from; trains or resumes it if need be."""
+    workdir = folder / f"{trial.arm.start}-seed{trial.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    # Two runs of one study may need the same start at once: the second one waits, and finds it finished.
+    with workdir.with_suffix(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return run(trial.start_config(study), workdir)
 
 
 def _correct_answers(summary: Summary) -> Bool[np.ndarray, "images"]:

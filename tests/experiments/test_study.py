@@ -4,10 +4,13 @@ import sys
 import pytest
 
 from castling_jax.convert.run_folder import model_arguments
+from castling_jax.convert.weights import read
 from castling_jax.models.registry import abstract_model
 from castling_jax.training.config import check_config
+from experiments import train_one
 from experiments.study import (
     ROOT,
+    START,
     STUDIES,
     Arm,
     Study,
@@ -48,6 +51,37 @@ def test_what_is_wrong_with_a_study_is_said(refuses):
         Trial("tiny", arm, 0.1, 0).config(STUDY)
     with refuses("unknown study 'nope'"):
         load_study("nope")
+    starts = {"softmax": STUDY.config}
+    with refuses("unknown start 'softmx'"):
+        Study(STUDY.config, (Arm("a", {"init_from": START}, (0,), (0.1,), "softmx"),), "a", "test", "", starts)
+    for changes, start in (({"init_from": START}, None), ({}, "softmax")):
+        with refuses("the arm 'a' must name its start, and use START in a field, or neither"):
+            Study(STUDY.config, (Arm("a", changes, (0,), (0.1,), start),), "a", "test", "", starts)
+
+
+@pytest.mark.slow
+def test_an_arm_starts_from_a_run_that_is_trained_once(tmp_path, monkeypatch):
+    """Softmax for an epoch; then castling, from there."""
+
+    def softmax():
+        config = STUDY.config()
+        config.model.attention = "softmax"
+        return config
+
+    arm = Arm("castled", {"init_from": START}, (3,), (2e-3,), start="softmax")
+    study = Study(STUDY.config, (arm,), "castled", "test", "", {"softmax": softmax})
+    monkeypatch.setattr(train_one, "load_study", lambda name: study)
+    monkeypatch.setattr(train_one, "code_hash", lambda name: "")
+    (trial,) = trials_of("tiny", study)
+    result = train_one.train_one(trial, tmp_path / trial.name)
+    begun, castled = (read(tmp_path / name) for name in ("starts/softmax-seed3", trial.name))
+    assert (begun.model.spec.attention, castled.model.spec.attention) == ("softmax", "castling")
+    assert begun.config["seed"] == castled.config["seed"] == 3
+    assert castled.config["init_from"] == str(tmp_path / "starts" / "softmax-seed3")
+    # Another run of the study finds the start finished.
+    monkeypatch.setattr("castling_jax.training.loop.Loop.run", None)
+    again = train_one._train_start(trial, study, tmp_path / "starts")
+    assert (result["start"], result["start_seconds"]) == ("softmax", again.figures["train_seconds"])
 
 
 @pytest.mark.parametrize("name", study_names())
