@@ -14,14 +14,15 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 run: $(VENV)/requirements-installed
 	$(BIN)/python main.py
 
+# A test process that dies ends the tests: a replacement has been seen to wait without end.
 test: $(VENV)/dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --max-worker-restart 0 -m "not slow"
 
 test-slow: $(VENV)/dev-installed
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m slow
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -m slow
 
 format: $(VENV)/dev-installed
 	$(BIN)/ruff check --fix --exit-zero .
