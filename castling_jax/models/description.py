@@ -39,6 +39,7 @@ PART_NAMES = {
     "pyramid": "pyramid of one map",
     "neck": "neck",
     "head": "heads",
+    "decoder": "decoder, without its blocks",
     "other": "other",
 }
 SIZE_HEADER = ("parameters", "MACs", "activations")

@@ -15,7 +15,7 @@ from castling_jax.models.variables import apply, get_variables
 from castling_jax.sizes import ImageSize, image_shape
 
 BEFORE_ATTENTION = ("patch_embed", "stem", "shortcut", "qkv", "pool", "relative_positions")
-AFTER_ATTENTION = ("token_kernel", "proj", "mlp", "pyramid", "neck", "head")
+AFTER_ATTENTION = ("token_kernel", "proj", "mlp", "pyramid", "neck", "head", "decoder")
 OTHER = "other"  # the part of work outside all scopes, such as resizing positions to another grid
 
 

@@ -149,7 +149,9 @@ class MAE(Model):
             raise InputError(
                 f"the images have {grid} patches, and this masked autoencoder is for {self.backbone.grid}."
             )
-        noise = jax.random.uniform(mask_key, (len(images), math.prod(grid)))
+        # A key for each image: an exported program takes any number of images, and one draw needs a known number.
+        keys = jax.vmap(lambda number: jax.random.fold_in(mask_key, number))(jnp.arange(images.shape[0]))
+        noise = jax.vmap(lambda key: jax.random.uniform(key, (math.prod(grid),)))(keys)
         return self.reconstruct(tokens, noise, mask_threshold, key)
 
     def reconstruct(

@@ -136,7 +136,7 @@ def table(before: Variables, after: Variables) -> str:
     old, new, fates = flatten(before), flatten(after), plan(before)
     lines: Counter[tuple[str, str, str, str]] = Counter()
     for path in sorted(old.keys() | new.keys()):
-        pattern = re.sub(r"/blocks/\d+/", "/blocks/*/", path)
+        pattern = re.sub(r"blocks/\d+/", "blocks/*/", path)
         lines[pattern, _shape(old.get(path)), _shape(new.get(path)), _fate(path, old, new, fates)] += 1
     rows = [("", "source", "inference form", "")]
     for (pattern, shape, new_shape, fate), times in lines.items():

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 import castling_jax
@@ -13,6 +14,7 @@ from castling_jax.models.variables import flatten
 from castling_jax.probe import probe, save_features
 from castling_jax.training.config import default_config
 from castling_jax.training.evaluate_run import evaluate_checkpoint
+from castling_jax.training.export import convert
 from castling_jax.training.setup import first_variables, set_up
 from castling_jax.training.weights import initial_variables
 from tests.tasks.interrupted import check_resumed
@@ -66,6 +68,16 @@ def test_it_learns(pretrained):
         figures["reconstruction_loss_inference_form"], rel=1e-6
     )
     assert "loss" in str(evaluation)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "stablehlo"])
+def test_it_is_exported_and_described(pretrained, tmp_path, capsys, format):
+    convert(epath.Path(pretrained), epath.Path(tmp_path / "out"), format=format, ema=None, bfloat16=False, check=True)
+    printed = capsys.readouterr().out
+    assert "params/decoder_blocks/*/attn/proj/kernel" in printed
+    assert "read back, give" in printed
+    model = read(pretrained).model
+    assert "decoder, without its blocks" in castling_jax.describe(model)
 
 
 def test_predictions_are_images(pretrained):
