@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from castling_jax.data.sources import Dataset
+from castling_jax.data.sources import Dataset, Unread
 from castling_jax.errors import InputError
 from castling_jax.models.model import Model
 from castling_jax.tasks.classification.task import Classification
@@ -38,7 +38,7 @@ def check_dataset(model: Model, dataset: Dataset, *, evaluated: bool) -> None:
     task = task_of(model)
     if task.annotation not in (dataset.annotation, None):
         raise InputError(f"{model.spec.name} needs images with {task.annotation}, and these have {dataset.annotation}.")
-    if evaluated:
+    if evaluated and not isinstance(dataset, Unread):
         task.check_evaluated(dataset)
 
 

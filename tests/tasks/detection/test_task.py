@@ -10,10 +10,12 @@ import pytest
 from matplotlib.figure import Figure
 
 from castling_jax.data.coco import coco
+from castling_jax.data.sources import Unread
 from castling_jax.models.registry import abstract_model
 from castling_jax.postprocessing import Suppression
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.detection.task import Detection
+from castling_jax.tasks.registry import check_dataset
 from castling_jax.tasks.task import FORMS, Teacher
 from castling_jax.training.config import default_config
 from castling_jax.training.evaluate import make_evaluator
@@ -385,3 +387,5 @@ def test_what_a_detector_does_not_use_is_refused_before_anything_is_read(refuses
     config.dataset.test_split = "test"
     with refuses("none of the 4 images evaluated has an object that is no crowd"):
         set_up(config)
+    # The compile report has no data to look at.
+    check_dataset(picodet(), Unread(8, 3, "boxes"), evaluated=True)
