@@ -29,6 +29,7 @@ SMALL = {
 # A block in each stage, of the full width.
 ONE_BLOCK = {"deit": {"depth": 1}, "levit": {"depth": (1, 1, 1)}, "mvitv2": {"depths": (1, 1, 1, 1)}}
 ONE_BLOCK |= {"levit_128s": ONE_BLOCK["levit"], "mvitv2_tiny": ONE_BLOCK["mvitv2"]}
+ONE_BLOCK |= {f"deit_{size}": {"depth": 1, "decoder_depth": 1} for size in ("small", "base")}  # as MAE's encoder
 
 
 def module_of(name):
