@@ -211,7 +211,7 @@ def test_a_teacher_is_compiled_with_the_step_and_not_read():
     case = load_case("recipe", options, jax.devices()[:1])
     plain = abstract_model("deit_small", attention="softmax", form="inference")
     chex.assert_trees_all_equal_shapes_and_dtypes(case.held["teacher"], get_variables(plain))
-    assert any("the teacher is deit_small in softmax attention" in sentence for sentence in case.facts.assumed)
+    assert any("the teacher is deit_small with softmax attention" in sentence for sentence in case.facts.assumed)
     with jax.set_mesh(case.mesh):
         jaxpr = jax.make_jaxpr(case.function)(*case.arguments)
     taught = len(jax.tree.leaves(case.held["teacher"]))
