@@ -37,7 +37,7 @@ RULES = (
     (r"(patch_embed/proj|stem/conv[34]/linear)/kernel", P("fsdp")),
     (r"(stem/conv[12]/linear|pool_[qkv])/kernel", P()),
     (r"cls_token|dist_token|global_tokens|pos_embed|rel_pos_[hw]", P()),
-    (r"(neck|pyramid|head)/.+/kernel", P()),  # a detector's, small beside its backbone
+    (r"(neck|pyramid|head)/.+/kernel", P()),  # a detector's or a segmenter's, small beside its backbone
     (r"bias|scale|mean|var", P()),
 )
 

@@ -132,6 +132,12 @@ def test_every_parameter_of_a_detector_has_a_rule(backbone, neck):
     assert specs_of("picodet_s", abstract_mesh(), backbone=backbone, neck=neck)
 
 
+@pytest.mark.parametrize("backbone", ["deit_tiny", "levit_128s"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_parameter_of_a_segmenter_has_a_rule(backbone, form):
+    assert specs_of("pyramid_segmenter", abstract_mesh(), backbone=backbone, form=form)
+
+
 def test_a_parameter_without_a_rule_is_refused(refuses):
     leaf = jax.ShapeDtypeStruct((3, 4), "float32")
     with refuses("'params/blocks/0/attn/temperature' (3, 4) has no sharding rule", "RULES"):
