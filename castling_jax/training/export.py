@@ -22,7 +22,6 @@ from castling_jax.convert.plan import Fate, plan
 from castling_jax.convert.run_folder import CONFIG_FILE, preprocessing_of
 from castling_jax.convert.weights import read
 from castling_jax.data.loader import evaluation_batches
-from castling_jax.data.sources import load_dataset
 from castling_jax.errors import InputError, printable
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.model import Model
@@ -37,7 +36,7 @@ from castling_jax.tasks.registry import task_of
 from castling_jax.tasks.task import Task
 from castling_jax.training.card import CARD_FILE, model_card
 from castling_jax.training.config_files import run_config
-from castling_jax.training.setup import named_splits
+from castling_jax.training.setup import load_split, named_splits
 from castling_jax.training.summary import SUMMARY_FILE
 
 CHECK_IMAGES = 128
@@ -171,8 +170,7 @@ def _fate(path: str, old: dict[str, Any], new: dict[str, Any], fates: dict[str, 
 
 def held_out_images(task: type[Task], preprocessing: Preprocessing, config: ConfigDict) -> jax.Array:
     """Up to CHECK_IMAGES held-out images, [batch, height, width, 3], preprocessed for the task."""
-    data = config.dataset
-    dataset = load_dataset(data.name, data.eval_split, data_dir=data.data_dir)
+    dataset = load_split(config, config.dataset.eval_split)
     transform = task.eval_transform(preprocessing)
     batches = evaluation_batches(dataset, batch_size=min(CHECK_IMAGES, len(dataset)), transform=transform)
     return jnp.asarray(next(batches)["image"])
