@@ -130,12 +130,15 @@ def draw_density(
     return figure
 
 
-def draw_confusion(counts: Int[np.ndarray, "classes classes"], classes: Sequence[str]) -> Figure:
+def draw_confusion(
+    counts: Int[np.ndarray, "classes classes"], classes: Sequence[str], *, unit: str = "images"
+) -> Figure:
     """A confusion matrix: the share of each class's images that got each answer, with counts where there is room.
 
     Args:
       counts: number of images by label (row) and answer (column).
       classes: names of the classes.
+      unit: what is counted. Pixels are so many that percentages stand in the place of their counts.
     """
     count = len(classes)
     side = min(3 + 0.45 * count, 16)  # inches
@@ -143,7 +146,7 @@ def draw_confusion(counts: Int[np.ndarray, "classes classes"], classes: Sequence
     axis = figure.subplots()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     image = axis.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, label="% of the class's images", shrink=0.8)
+    figure.colorbar(image, label=f"% of the class's {unit}", shrink=0.8)
     axis.set(xlabel="answer", ylabel="class", title="Answers of the inference form")
     if count > MOST_NAMED:
         return figure
@@ -152,7 +155,8 @@ def draw_confusion(counts: Int[np.ndarray, "classes classes"], classes: Sequence
     axis.set_yticks(range(count), names, parse_math=False)
     for row, column in np.argwhere(counts):
         color = "white" if shares[row, column] > 0.5 else "black"
-        axis.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=color, fontsize=SMALL)
+        text = f"{counts[row, column]:,}" if unit == "images" else f"{100 * shares[row, column]:.1f}"
+        axis.text(column, row, text, ha="center", va="center", color=color, fontsize=SMALL)
     return figure
 
 
@@ -432,6 +436,47 @@ def draw_detections(pictures: Sequence[tuple[Any, Any, Any]]) -> Figure:
     names = {name: _shortened(name) for _, *drawn in pictures for _, labels, _ in drawn for name in labels}
     _add_class_legend(figure, names, columns=4 * columns)
     return figure
+
+
+def draw_segmentation(pictures: Sequence[Sequence[np.ndarray]], classes: Sequence[str]) -> Figure:
+    """A sheet of images, each drawn once for each of its masks: the true one first, if there are two.
+
+    Below the images is the colour of each class that they show.
+
+    Args:
+      pictures: for each image, the image, uint8 [height, width, 3], and one or two masks, uint8 [height, width]; a mask
+        may have fewer pixels than the image.
+      classes: names of the classes.
+    """
+    titles = ("annotated", "answered") if len(pictures[0]) == 3 else ("",)
+    columns = min(len(pictures), 2 if len(titles) == 2 else 3)
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(3.6 * len(titles) * columns, 3.0 * rows), layout="constrained")
+    axes = figure.subplots(rows, len(titles) * columns, squeeze=False)
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    for group, (image, *masks) in zip(axes.reshape(-1, len(titles)), pictures, strict=False):
+        height, width = image.shape[:2]
+        for axis, mask in zip(group, masks, strict=True):
+            axis.imshow(image)
+            axis.imshow(
+                color_labels(mask, classes), extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest"
+            )
+    for axis, title in zip(axes[0], titles * columns, strict=True):
+        axis.set_title(title, fontsize="medium", loc="left")
+    shown = {label for _, *masks in pictures for mask in masks for label in np.unique(mask).tolist()}
+    names = [classes[label] for label in sorted(shown) if label < len(classes)]
+    _add_class_legend(figure, {name: _shortened(name) for name in names[:MOST_NAMED]}, columns=3 * columns)
+    return figure
+
+
+def color_labels(
+    mask: UInt8[np.ndarray, "height width"], classes: Sequence[str]
+) -> Float[np.ndarray, "height width 4"]:
+    """A mask as a layer to draw over its image, RGBA: each class in its colour; pixels without a class are clear."""
+    palette = np.zeros((256, 4))
+    palette[: len(classes)] = [(*_color_of(name), 0.6) for name in classes]
+    return palette[mask]
 
 
 def draw_precision_recall(precision: Float[np.ndarray, "ious recalls classes"], classes: Sequence[str]) -> Figure:

@@ -8,9 +8,10 @@ from castling_jax.errors import InputError
 from castling_jax.models.model import Model
 from castling_jax.tasks.classification.task import Classification
 from castling_jax.tasks.detection.task import Detection
+from castling_jax.tasks.segmentation.task import Segmentation
 from castling_jax.tasks.task import Measure, Task
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Detection)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Detection, Segmentation)}
 
 
 def task_of(model: Model) -> type[Task]:

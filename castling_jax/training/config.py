@@ -40,6 +40,7 @@ FOUND_FIELDS = (
 ON_NONFINITE = ("stop", "skip")
 EXPORTS = ("raw", "averaged")
 
+SCALE_RANGE = numbers(2, "two numbers with 0 < first <= second", lambda scale: 0 < scale[0] <= scale[1])
 CROP_SCALE = numbers(2, "two numbers with 0 < first <= second <= 1", lambda scale: 0 < scale[0] <= scale[1] <= 1)
 
 IMAGE_SIZES = Values(
@@ -90,10 +91,11 @@ FIELDS = {
     "model.window_size": Field(None, integer(1), "Side of the windows of window attention, in tokens. None is 7."),
     "model.qkv_pool": Field(None, one_of("3x3"), "Depthwise convolutions of DeiT's queries, keys and values, or none."),
     "model.init_std": Field(None, number("(0, inf)"), "Standard deviation of the initial weights."),
-    "model.backbone": Field(None, TEXT, "The classifier whose feature maps a detector reads."),
+    "model.backbone": Field(None, TEXT, "The classifier whose feature maps a detector or segmenter reads."),
     "model.neck": Field(None, one_of("lc_pan", "csp_pan"), "A detector's neck and head: PicoDet's v2, or legacy."),
     "model.neck_channels": Field(None, integer(1), "Channels of a detector's neck and head."),
     "model.num_convs": Field(None, integer(1), "Separable convolutions in each of a detector's heads."),
+    "model.head_channels": Field(None, integer(1), "Channels of a segmenter's head."),
     "dataset.name": Field("digits", TEXT, "digits, folder:PATH, coco:, voc: or masks:ROOT, or a name in TFDS."),
     "dataset.train_split": Field(None, TEXT, "The split to learn from. None: train, without its held-out part."),
     "dataset.eval_split": Field(None, TEXT, "The held-out split. None: val, validation, test, or a tenth of train."),
@@ -115,8 +117,11 @@ FIELDS = {
     "augment.color_jitter": Field(0.0, number("[0, inf)"), "Largest change of brightness, contrast and saturation."),
     "augment.shift_pixels": Field(0, integer(0), "Largest random shift along each axis in pixels."),
     "augment.erasing": Field(0.0, number("[0, 1]"), "Probability of random erasing."),
+    "augment.scale_range": Field(None, SCALE_RANGE, "Segmentation: least and largest factor of the random scale."),
     "augment.box_crop": Field(False, FLAG, "Detection: SSD's random crop, by its overlap with the image's boxes."),
-    "augment.distort": Field(0.0, number("[0, 1]"), "Detection: probability of each of SSD's changes of colour."),
+    "augment.distort": Field(
+        0.0, number("[0, 1]"), "Detection, segmentation: probability of each of SSD's colour changes."
+    ),
     "augment.image_sizes": Field(None, IMAGE_SIZES, "Detection: each step draws one of them. None: the model's size."),
     "augment.max_boxes": Field(100, integer(1), "Detection: most boxes to learn from in an image; more are left out."),
     "augment.repeats": Field(1, integer(1), "Repeated augmentation: how often in a row an example comes."),
@@ -149,6 +154,7 @@ FIELDS = {
     "optimizer.adaptive_clip": Field(None, number("(0, inf)"), "Largest gradient norm / weight norm of a unit."),
     "loss.label_smoothing": Field(0.1, number("[0, 1)"), "Classification: share of a label spread over all classes."),
     "loss.atss_epochs": Field(100.0, number("[0, inf)"), "Detection: epochs with ATSS, before TAL assigns the boxes."),
+    "loss.dice": Field(0.0, number("[0, inf)"), "Segmentation: weight of the dice loss beside the cross entropy."),
     "distillation.kind": Field(None, one_of(*DISTILLATIONS), "Learn a teacher's decisions, or probabilities (soft)."),
     "distillation.alpha": Field(0.5, number("(0, 1)"), "The teacher's share of the loss."),
     "distillation.temperature": Field(3.0, number("(0, inf)"), "Temperature of the soft loss."),
