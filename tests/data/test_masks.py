@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from castling_jax.data.masks import IGNORED, has_labels, largest_size, read_labels, table_of
+from castling_jax.data.prepare import prepare
 from castling_jax.data.sources import find_splits, load_dataset
 from tests.data.mask_files import NAMES, SIZES, VOID, labels, png, write_masks
 from tests.data.tfds_builders import encoded, prepared
@@ -84,6 +85,16 @@ class TestFolder:
         for mask in (tmp_path / "train_labels").iterdir():
             mask.write_bytes(png(np.full((4, 4), VOID, np.uint8)))
         assert not has_labels(load(tmp_path))
+
+
+def test_prepare_describes_the_splits(tmp_path):
+    for split in ("train", "val"):
+        write_masks(tmp_path, split)
+    lines = prepare(f"masks:{tmp_path}").splitlines()
+    assert lines == [
+        f"{tmp_path}: 3 classes",
+        *(f"  {split}: 4 images, masks of up to 32 x 32 pixels" for split in ("train", "val")),
+    ]
 
 
 class TestRefusals:
