@@ -28,7 +28,10 @@ MOST_NAMED = 30  # a picture with at most so many classes shows their names, and
 MOST_IN_A_COLUMN = 16  # names of a legend beside axes
 MOST_LETTERS = 24  # longer names are cut off
 
+GOLDEN_RATIO = 0.618034  # multiples of it, without their whole part, are spread evenly, however many they are
+
 Series = tuple[np.ndarray, np.ndarray]  # steps, and the values at them
+Color = tuple[float, float, float]
 
 
 def png(figure: Figure, metadata: dict[str, Any] | None = None) -> bytes:
@@ -459,24 +462,20 @@ def draw_segmentation(pictures: Sequence[Sequence[np.ndarray]], classes: Sequenc
         height, width = image.shape[:2]
         for axis, mask in zip(group, masks, strict=True):
             axis.imshow(image)
-            axis.imshow(
-                color_labels(mask, classes), extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest"
-            )
+            axis.imshow(color_labels(mask), extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
     for axis, title in zip(axes[0], titles * columns, strict=True):
         axis.set_title(title, fontsize="medium", loc="left")
     shown = {label for _, *masks in pictures for mask in masks for label in np.unique(mask).tolist()}
-    names = [classes[label] for label in sorted(shown) if label < len(classes)]
-    _add_class_legend(figure, {name: _shortened(name) for name in names[:MOST_NAMED]}, columns=3 * columns)
+    labels = [label for label in sorted(shown) if label < len(classes)][:MOST_NAMED]
+    entries = [(_shortened(classes[label]), _color_of_label(label)) for label in labels]
+    _add_legend(figure, entries, columns=3 * columns)
     return figure
 
 
-def color_labels(
-    mask: UInt8[np.ndarray, "height width"], classes: Sequence[str]
-) -> Float[np.ndarray, "height width 4"]:
+def color_labels(mask: UInt8[np.ndarray, "height width"]) -> Float[np.ndarray, "height width 4"]:
     """A mask as a layer to draw over its image, RGBA: each class in its colour; pixels without a class are clear."""
-    palette = np.zeros((256, 4))
-    palette[: len(classes)] = [(*_color_of(name), 0.6) for name in classes]
-    return palette[mask]
+    colors = [(*_color_of_label(label), 0.6) for label in range(254)]
+    return np.array([*colors, (0, 0, 0, 0), (0, 0, 0, 0)])[mask]  # 254 and 255 are no classes
 
 
 def draw_precision_recall(precision: Float[np.ndarray, "ious recalls classes"], classes: Sequence[str]) -> Figure:
@@ -542,11 +541,15 @@ def draw_boxes_on(
 
 def _add_class_legend(figure: Figure, texts: Mapping[str, str], *, columns: int) -> None:
     """Adds the colour of each class, with its text, below all axes."""
-    names = sorted(texts)
-    handles, shown = [Rectangle((0, 0), 1, 1, color=_color_of(name)) for name in names], [texts[name] for name in names]
-    if names:
+    _add_legend(figure, [(texts[name], _color_of(name)) for name in sorted(texts)], columns=columns)
+
+
+def _add_legend(figure: Figure, entries: Sequence[tuple[str, Color]], *, columns: int) -> None:
+    """Adds texts with their colours below all axes."""
+    handles, texts = [Rectangle((0, 0), 1, 1, color=color) for _, color in entries], [text for text, _ in entries]
+    if entries:
         style = {"ncols": columns, "frameon": False, "fontsize": SMALL}
-        _without_math(figure.legend(handles, shown, loc="outside lower center", **style))
+        _without_math(figure.legend(handles, texts, loc="outside lower center", **style))
 
 
 def _without_math(legend: Legend) -> None:
@@ -555,7 +558,12 @@ def _without_math(legend: Legend) -> None:
         text.set_parse_math(False)
 
 
-def _color_of(name: str) -> tuple[float, float, float]:
+def _color_of_label(label: int) -> Color:
+    """A class's colour by its number: neighbouring numbers are far apart in hue, as many classes cover one picture."""
+    return colorsys.hls_to_rgb(label * GOLDEN_RATIO % 1, (0.4, 0.6, 0.25)[label % 3], 0.85)
+
+
+def _color_of(name: str) -> Color:
     """A class's colour, by its name alone; dark enough for white letters on it."""
     hue = int.from_bytes(hashlib.sha256(name.encode()).digest()[:2]) / 2**16
     red, green, blue = colorsys.hls_to_rgb(hue, 0.38, 0.85)

@@ -35,7 +35,7 @@ def get_config(attention: str = "castling") -> ConfigDict:
     config.augment.update(scale_range=(0.75, 2.0), flip=0.5, distort=0.5)
     # The largest grid has 320 tokens; below 1/320 a uniform row of softmax weights is kept whole.
     config.mask.start_threshold = 0.0025
-    config.train.update(epochs=100, batch_size=8, ema_decay=0.998)
+    config.train.update(epochs=80, batch_size=8, ema_decay=0.998)
     config.optimizer.update(learning_rate=2e-3, weight_decay=0.05, warmup_epochs=5.0)
     config.evaluation.update(every_epochs=10, batch_size=8)
     return config

@@ -107,7 +107,7 @@ class Segmentation(Task):
 
     def draw(self, axis: Axes, example: Example) -> None:
         if "mask" in example:  # a transformed example; evaluation's has no mask
-            axis.imshow(color_labels(np.asarray(example["mask"]), list(map(str, range(self.num_classes)))))
+            axis.imshow(color_labels(np.asarray(example["mask"])))
 
     def loss(self, outputs: Outputs, batch: Batch, held: Any) -> Loss:
         labels = batch["mask"].astype(jnp.int32)
