@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from castling_jax.data.sources import Dataset
+from castling_jax.data.sources import Dataset, Unread
 from castling_jax.errors import InputError
 from castling_jax.models.model import Model
 from castling_jax.tasks.classification.task import Classification
@@ -38,7 +38,7 @@ def check_dataset(model: Model, dataset: Dataset, *, evaluated: bool) -> None:
     task = task_of(model)
     if dataset.annotation != task.annotation:
         raise InputError(f"{model.spec.name} needs images with {task.annotation}, and these have {dataset.annotation}.")
-    if evaluated:
+    if evaluated and not isinstance(dataset, Unread):  # an absent data set's images are not known
         task.check_evaluated(dataset)
 
 

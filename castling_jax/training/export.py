@@ -46,7 +46,7 @@ from castling_jax.training.config_files import run_config
 from castling_jax.training.setup import load_split, named_splits
 from castling_jax.training.summary import SUMMARY_FILE
 
-CHECK_IMAGES = 128
+CHECK_BATCHES = 4  # of `Predictions.batch_size`: 128 images, and fewer where an image has many outputs
 # How far logits of order one may differ if the arithmetic is the same except for the order of sums.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
 LOST_DETECTIONS = 0.01  # share of detections that rounding may turn over in another program
@@ -177,10 +177,11 @@ def _fate(path: str, old: dict[str, Any], new: dict[str, Any], fates: dict[str, 
 
 
 def held_out_images(task: type[Task], preprocessing: Preprocessing, config: ConfigDict) -> jax.Array:
-    """Up to CHECK_IMAGES held-out images, [batch, height, width, 3], preprocessed for the task."""
+    """Up to CHECK_BATCHES batches of held-out images, [batch, height, width, 3], preprocessed for the task."""
     dataset = load_split(config, config.dataset.eval_split)
     transform = task.eval_transform(preprocessing)
-    batches = evaluation_batches(dataset, batch_size=min(CHECK_IMAGES, len(dataset)), transform=transform)
+    count = min(CHECK_BATCHES * task.predictions.batch_size, len(dataset))
+    batches = evaluation_batches(dataset, batch_size=count, transform=transform)
     return jnp.asarray(next(batches)["image"])
 
 
