@@ -28,7 +28,10 @@ MOST_NAMED = 30  # a picture with at most so many classes shows their names, and
 MOST_IN_A_COLUMN = 16  # names of a legend beside axes
 MOST_LETTERS = 24  # longer names are cut off
 
+GOLDEN_RATIO = 0.618034  # multiples of it, without their whole part, are spread evenly, however many they are
+
 Series = tuple[np.ndarray, np.ndarray]  # steps, and the values at them
+Color = tuple[float, float, float]
 
 
 def png(figure: Figure, metadata: dict[str, Any] | None = None) -> bytes:
@@ -130,12 +133,15 @@ def draw_density(
     return figure
 
 
-def draw_confusion(counts: Int[np.ndarray, "classes classes"], classes: Sequence[str]) -> Figure:
+def draw_confusion(
+    counts: Int[np.ndarray, "classes classes"], classes: Sequence[str], *, unit: str = "images"
+) -> Figure:
     """A confusion matrix: the share of each class's images that got each answer, with counts where there is room.
 
     Args:
       counts: number of images by label (row) and answer (column).
       classes: names of the classes.
+      unit: what is counted. Pixels are so many that percentages stand in the place of their counts.
     """
     count = len(classes)
     side = min(3 + 0.45 * count, 16)  # inches
@@ -143,7 +149,7 @@ def draw_confusion(counts: Int[np.ndarray, "classes classes"], classes: Sequence
     axis = figure.subplots()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     image = axis.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, label="% of the class's images", shrink=0.8)
+    figure.colorbar(image, label=f"% of the class's {unit}", shrink=0.8)
     axis.set(xlabel="answer", ylabel="class", title="Answers of the inference form")
     if count > MOST_NAMED:
         return figure
@@ -152,7 +158,8 @@ def draw_confusion(counts: Int[np.ndarray, "classes classes"], classes: Sequence
     axis.set_yticks(range(count), names, parse_math=False)
     for row, column in np.argwhere(counts):
         color = "white" if shares[row, column] > 0.5 else "black"
-        axis.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=color, fontsize=SMALL)
+        text = f"{counts[row, column]:,}" if unit == "images" else f"{100 * shares[row, column]:.1f}"
+        axis.text(column, row, text, ha="center", va="center", color=color, fontsize=SMALL)
     return figure
 
 
@@ -455,6 +462,43 @@ def draw_detections(pictures: Sequence[tuple[Any, Any, Any]]) -> Figure:
     return figure
 
 
+def draw_segmentation(pictures: Sequence[Sequence[np.ndarray]], classes: Sequence[str]) -> Figure:
+    """A sheet of images, each drawn once for each of its masks: the true one first, if there are two.
+
+    Below the images is the colour of each class that they show.
+
+    Args:
+      pictures: for each image, the image, uint8 [height, width, 3], and one or two masks, uint8 [height, width]; a mask
+        may have fewer pixels than the image.
+      classes: names of the classes.
+    """
+    titles = ("annotated", "answered") if len(pictures[0]) == 3 else ("",)
+    columns = min(len(pictures), 2 if len(titles) == 2 else 3)
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(3.6 * len(titles) * columns, 3.0 * rows), layout="constrained")
+    axes = figure.subplots(rows, len(titles) * columns, squeeze=False)
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    for group, (image, *masks) in zip(axes.reshape(-1, len(titles)), pictures, strict=False):
+        height, width = image.shape[:2]
+        for axis, mask in zip(group, masks, strict=True):
+            axis.imshow(image)
+            axis.imshow(color_labels(mask), extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
+    for axis, title in zip(axes[0], titles * columns, strict=True):
+        axis.set_title(title, fontsize="medium", loc="left")
+    shown = {label for _, *masks in pictures for mask in masks for label in np.unique(mask).tolist()}
+    labels = [label for label in sorted(shown) if label < len(classes)][:MOST_NAMED]
+    entries = [(_shortened(classes[label]), _color_of_label(label)) for label in labels]
+    _add_legend(figure, entries, columns=3 * columns)
+    return figure
+
+
+def color_labels(mask: UInt8[np.ndarray, "height width"]) -> Float[np.ndarray, "height width 4"]:
+    """A mask as a layer to draw over its image, RGBA: each class in its colour; pixels without a class are clear."""
+    colors = [(*_color_of_label(label), 0.6) for label in range(254)]
+    return np.array([*colors, (0, 0, 0, 0), (0, 0, 0, 0)])[mask]  # 254 and 255 are no classes
+
+
 def draw_precision_recall(precision: Float[np.ndarray, "ious recalls classes"], classes: Sequence[str]) -> Figure:
     """Precision over recall: at IoU 0.50 for each class, and the mean over the classes at several IoUs.
 
@@ -518,11 +562,15 @@ def draw_boxes_on(
 
 def _add_class_legend(figure: Figure, texts: Mapping[str, str], *, columns: int) -> None:
     """Adds the colour of each class, with its text, below all axes."""
-    names = sorted(texts)
-    handles, shown = [Rectangle((0, 0), 1, 1, color=_color_of(name)) for name in names], [texts[name] for name in names]
-    if names:
+    _add_legend(figure, [(texts[name], _color_of(name)) for name in sorted(texts)], columns=columns)
+
+
+def _add_legend(figure: Figure, entries: Sequence[tuple[str, Color]], *, columns: int) -> None:
+    """Adds texts with their colours below all axes."""
+    handles, texts = [Rectangle((0, 0), 1, 1, color=color) for _, color in entries], [text for text, _ in entries]
+    if entries:
         style = {"ncols": columns, "frameon": False, "fontsize": SMALL}
-        _without_math(figure.legend(handles, shown, loc="outside lower center", **style))
+        _without_math(figure.legend(handles, texts, loc="outside lower center", **style))
 
 
 def _without_math(legend: Legend) -> None:
@@ -531,7 +579,12 @@ def _without_math(legend: Legend) -> None:
         text.set_parse_math(False)
 
 
-def _color_of(name: str) -> tuple[float, float, float]:
+def _color_of_label(label: int) -> Color:
+    """A class's colour by its number: neighbouring numbers are far apart in hue, as many classes cover one picture."""
+    return colorsys.hls_to_rgb(label * GOLDEN_RATIO % 1, (0.4, 0.6, 0.25)[label % 3], 0.85)
+
+
+def _color_of(name: str) -> Color:
     """A class's colour, by its name alone; dark enough for white letters on it."""
     hue = int.from_bytes(hashlib.sha256(name.encode()).digest()[:2]) / 2**16
     red, green, blue = colorsys.hls_to_rgb(hue, 0.38, 0.85)

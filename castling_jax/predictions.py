@@ -1,4 +1,4 @@
-"""A trained model's predictions for images: classes, objects or features. Images are streamed in any number."""
+"""A trained model's predictions for images: classes, objects, masks or features. Images are streamed in any number."""
 
 import collections
 import functools
@@ -45,7 +45,7 @@ def predict(
     score_threshold: float = SHOWN_SCORE,
     classes: Sequence[str] | None = None,
 ) -> list[Answer]:
-    """The most probable classes of images, or the objects in them, by the inference form of a trained model.
+    """The most probable classes of images, the objects in them, or their pixels' classes, by a model's inference form.
 
     Images are prepared as in the run's evaluation, so the numbers are the same.
 
@@ -60,7 +60,8 @@ def predict(
 
     Returns:
       For each image [(class, probability), ...], the most probable first; from a detector
-      [(class, score, (x0, y0, x1, y1)), ...] in pixels of the image itself, best first.
+      [(class, score, (x0, y0, x1, y1)), ...] in pixels of the image itself, best first; from a segmenter the number of
+      each pixel's class, uint8 [height, width], at the image's own size.
 
     Raises:
       InputError: weights or an image cannot be read, a folder holds no images, or the classes have no names.
@@ -83,7 +84,7 @@ def stream_predictions(
     weights: Weights, images: Any, predictions: Predictions
 ) -> Iterator[tuple[Any, Answer | InputError]]:
     """Yields (image, its answer as `predict` returns it, or the InputError of an image that cannot be read)."""
-    for image, found in stream(weights, images, predictions.compute):
+    for image, found in stream(weights, images, predictions.compute, batch_size=predictions.batch_size):
         yield image, found if isinstance(found, InputError) else predictions.answer(found)
 
 

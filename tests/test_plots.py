@@ -17,6 +17,7 @@ from castling_jax.plots import (
     draw_precision_recall,
     draw_predictions,
     draw_reconstructions,
+    draw_segmentation,
     draw_taps,
     draw_training,
 )
@@ -60,6 +61,7 @@ def map_of(figure):
 
 PHOTOGRAPH = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
 
+MASK = np.repeat(np.uint8([0, 1, 255]), 10)[:, None].repeat(40, 1)
 TRUTH = (np.float32([[2, 3, 33, 27]]), ["owl"], None)
 FOUND = (np.float32([[3, 3, 33, 27], [1, 1, 3, 3]]), ["owl", "a$t$"], np.float32([0.9, 0.4]))
 
@@ -90,6 +92,7 @@ FIGURES = {
     "draw_objects": lambda: draw_objects([PHOTOGRAPH] * 4, [[("owl", 0.75, (2, 3, 33, 27))], [], [], []]),
     "draw_boxes_on": lambda: boxes_on(draw_predictions([PHOTOGRAPH], [[("a", 0.9)]])),
     "draw_detections": lambda: draw_detections([(PHOTOGRAPH, TRUTH, FOUND)] * 3),
+    "draw_segmentation": lambda: draw_segmentation([(PHOTOGRAPH, MASK, MASK[::2, ::2])] * 3, ["owl", "sky"]),
     "draw_precision_recall": lambda: draw_precision_recall(
         np.full((10, 101, 30), 0.5), [f"class {i}" for i in range(30)]
     ),
@@ -304,6 +307,23 @@ class TestBoxes:
         (axis,) = figure.axes
         draw_boxes_on(axis, self.BOXES, self.LABELS)
         assert len(axis.patches) == 3
+
+
+class TestSegmentation:
+    def test_the_true_mask_is_on_the_left_and_the_answer_on_the_right(self):
+        figure = draw_segmentation([(PHOTOGRAPH, MASK, MASK[::2, ::2])] * 3, ["owl", "sky"])
+        assert [axis.get_title(loc="left") for axis in figure.axes[:4]] == ["annotated", "answered"] * 2
+        truth, answer = (axis.images[1] for axis in figure.axes[:2])
+        assert truth.get_extent() == answer.get_extent()  # a mask of fewer pixels covers the image all the same
+        layer = np.asarray(truth.get_array())
+        assert (layer[MASK == 255, 3] == 0).all()  # no class: the image shows through
+        assert len(np.unique(layer[MASK < 255], axis=0)) == 2
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["owl", "sky"]
+
+    def test_one_mask_an_image(self):
+        figure = draw_segmentation([(PHOTOGRAPH, np.zeros_like(MASK))] * 2, ["owl", "sky"])
+        assert [len(axis.images) for axis in figure.axes] == [2, 2]
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["owl"]
 
 
 class TestDetections:

@@ -83,7 +83,10 @@ def test_what_is_proposed_exists():
 def test_sentences(refuses):
     with refuses("unknown form 'eval': did you mean 'inference'? (known: train, inference)"):
         castling_jax.create_model("deit_micro", form="eval")
-    with refuses("unknown model 'resnet50' (known: deit_tiny, ", "mvitv2_base, picodet_s, picodet_m, picodet_l)."):
+    with refuses(
+        "unknown model 'resnet50' (known: deit_tiny, ",
+        "mvitv2_base, picodet_s, picodet_m, picodet_l, pyramid_segmenter, mae).",
+    ):
         castling_jax.create_model("resnet50")
     with refuses("unknown argument of deit_tiny 'img_size': did you mean 'image_size'?"):
         castling_jax.create_model("deit_tiny", img_size=32)

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from castling_jax.bench.rivals import make_module, run_module
 from castling_jax.convert.run_folder import model_arguments
-from castling_jax.data.sources import Dataset, Unread, load_dataset
+from castling_jax.data.sources import Dataset, Unread
 from castling_jax.errors import InputError, check_at_least, check_known
 from castling_jax.models.attention.core import Kind
 from castling_jax.models.attention.kinds import FORMS, KINDS, make_core
@@ -35,7 +35,7 @@ from castling_jax.training.config import default_config
 from castling_jax.training.optimizers import make_optimizer
 from castling_jax.training.overrides import load_overridden
 from castling_jax.training.schedules import learning_rate_schedule
-from castling_jax.training.setup import named_splits, set_up
+from castling_jax.training.setup import load_split, named_splits, set_up
 from castling_jax.training.sharding import (
     AXES,
     batch_shapes,
@@ -58,6 +58,7 @@ PUBLISHED_SIZES = {
     "imagenet2012": (1000, 1_281_167, 50_000, "label"),
     "fashion_mnist": (10, 60_000, 10_000, "label"),
     "coco/2017": (80, 118_287, 5_000, "boxes"),
+    "scene_parse150": (150, 20_210, 2_000, "mask"),
 }
 
 
@@ -366,7 +367,7 @@ def _datasets(config: ConfigDict) -> tuple[tuple[Dataset, Dataset], list[str]]:
     """A configuration's data sets; or stand-ins of the published sizes, with a sentence that says so."""
     data = config.dataset
     try:
-        train_set, eval_set = (load_dataset(data.name, split, data_dir=data.data_dir) for split in named_splits(data))
+        train_set, eval_set = (load_split(config, split) for split in named_splits(data))
         return (train_set, eval_set), []
     except InputError:
         if data.name not in PUBLISHED_SIZES:

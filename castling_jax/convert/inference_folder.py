@@ -277,7 +277,8 @@ def export_program(model: Model, variables: Variables, suppression: Suppression 
     One program serves all PLATFORMS and any number of images. `jax.export.deserialize(data).call(images)` turns images
     [batch, height, width, channels] in float32 into what `apply` returns: float32 logits, or a dict of a detector's
     scores and boxes. With `suppression`, a detector's program returns `ops.non_maximum_suppression`'s dict of
-    detections instead. The program needs only jax and flatbuffers, and a jax not older than the one that exported it.
+    detections instead. A segmenter's program returns the class of each pixel, int32 [batch, height, width]. The program
+    needs only jax and flatbuffers, and a jax not older than the one that exported it.
     """
     # A program for several platforms cannot contain a kernel for one of them.
     plain = abstract_model(**model.spec.with_backbone(implementation="xla") | {"form": "inference"})
@@ -285,7 +286,7 @@ def export_program(model: Model, variables: Variables, suppression: Suppression 
     images = jax.ShapeDtypeStruct((batch, *_image_shape(model)), jnp.float32)
     # An inner jit takes the variables as arguments. If they were constants, tracing would cast them to wider types, and
     # the program would store those.
-    forward = jax.jit(functools.partial(compute_outputs, plain, suppression=suppression))
+    forward = jax.jit(functools.partial(program_outputs, plain, suppression=suppression))
     program = jax.export.export(jax.jit(lambda images: forward(variables, images)), platforms=PLATFORMS)
     return bytes(program(images).serialize())
 
@@ -293,9 +294,17 @@ def export_program(model: Model, variables: Variables, suppression: Suppression 
 def compute_outputs(
     model: Model, variables: Variables, images: jax.Array, *, suppression: Suppression | None = None
 ) -> Any:
-    """What an exported program computes: the model's outputs or, with a suppression, a detector's detections."""
+    """The model's outputs or, with a suppression, a detector's detections."""
     outputs = apply(model, variables, images)
     return outputs if suppression is None else non_maximum_suppression(**outputs, **suppression.to_dict())
+
+
+def program_outputs(
+    model: Model, variables: Variables, images: jax.Array, *, suppression: Suppression | None = None
+) -> Any:
+    """What an exported program computes: `compute_outputs`; for a segmenter, each pixel's class."""
+    outputs = compute_outputs(model, variables, images, suppression=suppression)
+    return outputs["logits"].argmax(-1).astype(jnp.int32) if model.task == "segmentation" else outputs
 
 
 def _image_shape(model: Model) -> tuple[int, int, int]:

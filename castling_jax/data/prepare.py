@@ -17,6 +17,7 @@ from PIL import Image
 from castling_jax.data.annotations import BoxDataset
 from castling_jax.data.decode import image_size
 from castling_jax.data.folder import folder, folder_splits, list_skipped
+from castling_jax.data.masks import MaskDataset, largest_size
 from castling_jax.data.sources import FOLDER, Dataset, annotated_image, find_splits, load_dataset, path_of, tfds_builder
 from castling_jax.errors import InputError, in_one_sentence, printable
 from castling_jax.storage import try_folder
@@ -48,16 +49,16 @@ def prepare(
       A text that describes the prepared data set to the user.
 
     Raises:
-      InputError: the data set is unknown, has neither labels nor boxes, or lacks something that it needs.
+      InputError: the data set is unknown, has no annotations, or lacks something that it needs.
     """
     if name == "digits":
         return "digits is in scikit-learn's wheel and needs no preparing."
     if name.startswith(FOLDER):
         return _describe_folder(epath.Path(name.removeprefix(FOLDER)).expanduser())
     if path_of(name) is not None:
-        return _describe_boxes(name)
+        return _describe_annotated(name)
     builder = tfds_builder(name, data_dir=data_dir, file_format="array_record")
-    annotated_image(builder)  # refuses a data set without labels and boxes now, before hours of work
+    annotated_image(builder)  # refuses a data set without annotations now, before hours of work
     if builder.is_prepared():
         return f"{name} was prepared before.\n{_describe_tfds(builder, name, data_dir)}"
     try_folder(builder.data_path)
@@ -175,7 +176,7 @@ def _describe_tfds(builder: Any, name: str, data_dir: epath.PathLike | None) -> 
     splits = builder.info.splits
     dataset = load_dataset(name, next(iter(splits)), data_dir=data_dir)
     option = f" --config.dataset.data_dir={data_dir}" if data_dir else ""
-    # No configuration suits every data set with boxes: the user writes the name of one in CONFIG's place.
+    # No configuration suits every data set with boxes or masks: the user writes the name of one in CONFIG's place.
     recipe = RECIPES.get(builder.name, ANY_IMAGES if dataset.annotation == "label" else "CONFIG")
     leftovers = sorted(path.name for path in builder.data_path.parent.glob("incomplete.*"))
     return "\n".join(
@@ -216,8 +217,8 @@ def _describe_folder(path: epath.Path) -> str:
     )
 
 
-def _describe_boxes(name: str) -> str:
-    """Describes the splits that `find_splits` finds: their images and their boxes.
+def _describe_annotated(name: str) -> str:
+    """Describes the splits that `find_splits` finds: their images and their boxes or masks.
 
     Raises:
       InputError: as `load_dataset` does.
@@ -225,12 +226,17 @@ def _describe_boxes(name: str) -> str:
     lines, classes = [], None
     for split in find_splits(name):
         dataset = load_dataset(name, split, classes=classes)
-        assert isinstance(dataset, BoxDataset)
-        classes, counts = dataset.classes, dataset.box_counts
-        lines.append(
-            f"  {printable(split)}: {len(dataset):,} images, {counts.sum():,} boxes, at most {counts.max():,} in an "
-            f"image; {dataset.dropped:,} boxes without an area in their image are left out"
-        )
+        classes = dataset.classes
+        if isinstance(dataset, MaskDataset):
+            height, width = largest_size(dataset)
+            said = f"masks of up to {width} x {height} pixels"
+        else:
+            assert isinstance(dataset, BoxDataset)
+            said = (
+                f"{dataset.box_counts.sum():,} boxes, at most {dataset.box_counts.max():,} in an image; "
+                f"{dataset.dropped:,} boxes without an area in their image are left out"
+            )
+        lines.append(f"  {printable(split)}: {len(dataset):,} images, {said}")
     return "\n".join([f"{path_of(name)}: {len(classes or ()):,} classes", *lines])
 
 

@@ -4,6 +4,7 @@ digits                 scikit-learn's handwritten digits, part of its wheel
 folder:PATH            images in PATH/SPLIT/CLASS/, or in PATH/CLASS/
 coco:ROOT              boxes: ROOT/annotations/instances_SPLIT.json, and images in ROOT/SPLIT
 voc:ROOT               boxes: ROOT/Annotations/*.xml, ROOT/JPEGImages, and lists in ROOT/ImageSets/Main/SPLIT.txt
+masks:ROOT             masks: images in ROOT/SPLIT, PNGs of labels of the same names in ROOT/SPLIT_labels
 NAME[/CONFIG][:VERSION]  a data set of tensorflow-datasets, prepared by castling_jax prepare
 """
 
@@ -23,6 +24,16 @@ from castling_jax.data.annotations import Annotations, clip_boxes
 from castling_jax.data.coco import coco, coco_splits
 from castling_jax.data.decode import image_size
 from castling_jax.data.folder import folder, folder_splits
+from castling_jax.data.masks import (
+    IGNORED,
+    MOST_CLASSES,
+    Table,
+    check_not_coloured,
+    masks,
+    masks_splits,
+    numbers_in,
+    table_of,
+)
 from castling_jax.data.voc import voc, voc_splits
 from castling_jax.errors import InputError, check_known, in_one_sentence, refusing
 from castling_jax.storage import as_path
@@ -34,6 +45,12 @@ HELD_OUT_PERCENT = 10  # percentage of train that is held out if a data set has 
 UNREADABLE = (ValueError, RuntimeError)  # raised by ArrayRecord and protocol buffers
 # Smaller data sets are kept in memory, encoded, because reading a small record takes longer than decoding it.
 IN_MEMORY_BYTES = 256_000_000
+# Data set of tensorflow-datasets -> (the feature that holds its masks, names or number of its classes, the number of
+# the first class in the masks). Smaller numbers are pixels without a class. Other data sets' classes start at 0.
+TFDS_MASKS: dict[str, tuple[str, int | tuple[str, ...], int]] = {
+    "scene_parse150": ("annotation", 150, 1),  # ADE20K: 0 is everything else
+    "oxford_iiit_pet": ("segmentation_mask", ("pet", "background", "border"), 1),
+}
 TFDS_NAME = r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?"
 
 
@@ -42,7 +59,10 @@ class Dataset(Protocol):
 
     @property
     def annotation(self) -> str:
-        """What each image comes with: "label" or "boxes". With "boxes" there is also a method `annotations(index)`."""
+        """What each image comes with: "label", "boxes" or "mask".
+
+        With "boxes" there is also a method `annotations(index)`, with "mask" there are those of `MaskedImages`.
+        """
 
     @property
     def num_classes(self) -> int: ...
@@ -56,7 +76,8 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """{"image": encoded bytes, or float32 [height, width, 3] in [0, 1]; "label": the class's number, from 0}.
 
-        A data set with boxes has "boxes", "classes", "crowd" and "size", as in `Annotations`, instead of "label".
+        Instead of "label", a data set with boxes has "boxes", "classes", "crowd" and "size", as in `Annotations`; one
+        with masks has "mask" (encoded) and "table", as in `MaskDataset`.
 
         Raises:
           InputError: the image cannot be read.
@@ -191,6 +212,26 @@ class TfdsBoxes(TfdsDataset):
 
 
 @dataclasses.dataclass(frozen=True)
+class TfdsMasks(TfdsDataset):
+    """Images with masks; `label` names the feature that is the mask.
+
+    Attributes:
+      table: the class of each number in the masks, as in `MaskDataset`.
+    """
+
+    annotation = "mask"
+
+    table: Table
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self._example(index)
+        return {"image": example[self.image], "mask": example[self.label], "table": self.table}
+
+    def mask(self, index: int) -> bytes:
+        return self._example(index)[self.label]
+
+
+@dataclasses.dataclass(frozen=True)
 class Unread:
     """Stands in for a data set that is not on this machine. Its sizes are enough to compile a training step."""
 
@@ -220,6 +261,7 @@ FILES: dict[str, tuple[Callable[..., Dataset], Callable[[epath.PathLike], list[s
     "folder": (folder, folder_splits),
     "coco": (coco, coco_splits),
     "voc": (voc, voc_splits),
+    "masks": (masks, masks_splits),
 }
 
 
@@ -229,7 +271,13 @@ def _numbers(count: int) -> tuple[str, ...]:
 
 
 def load_dataset(
-    name: str, split: str, *, data_dir: epath.PathLike | None = None, classes: Sequence[str] | None = None
+    name: str,
+    split: str,
+    *,
+    data_dir: epath.PathLike | None = None,
+    classes: Sequence[str] | None = None,
+    annotation: str | None = None,
+    ignore_label: int = IGNORED,
 ) -> Dataset:
     """Loads a split of a dataset by its name; the module's docstring lists the names.
 
@@ -237,17 +285,20 @@ def load_dataset(
       name: name of the dataset.
       split: one of its splits; for tensorflow-datasets in its notation, such as "train[:90%]".
       data_dir: folder of tensorflow-datasets; None is its default, ~/tensorflow_datasets.
-      classes: names of a model's classes, as in `folder`, `coco` and `voc`; other data sets ignore them.
+      classes: names of a model's classes, as in `folder`, `coco`, `voc` and `masks`; other data sets ignore them.
+      annotation: "label" or "mask", for a data set of tensorflow-datasets that has both; None takes labels.
+      ignore_label: the number of a mask's pixels without a class.
 
     Raises:
-      InputError: the dataset or the split is unknown, is not prepared, is empty, or has neither labels nor boxes.
+      InputError: the dataset or the split is unknown, is not prepared, is empty, or has no annotations.
     """
     if name == "digits":
         return digits(split)
     if (path := path_of(name)) is not None:
         read, _ = FILES[kind_of(name)]
-        return read(path, split, classes)
-    return tfds_dataset(name, split, data_dir=None if data_dir is None else as_path(data_dir, "data_dir"))
+        return read(path, split, classes, **({"ignore_label": ignore_label} if read is masks else {}))
+    data_dir = None if data_dir is None else as_path(data_dir, "data_dir")
+    return tfds_dataset(name, split, data_dir=data_dir, annotation=annotation, ignore_label=ignore_label)
 
 
 def kind_of(name: str) -> str:
@@ -256,7 +307,7 @@ def kind_of(name: str) -> str:
 
 
 def path_of(name: str) -> str | None:
-    """The PATH of folder:PATH, coco:PATH and voc:PATH; None for data sets that are not files in a folder."""
+    """The PATH of folder:PATH and of the other names in FILES; None for data sets that are not files in a folder."""
     kind, colon, path = name.partition(":")
     return path if colon and kind in FILES else None
 
@@ -318,30 +369,43 @@ def digits(split: str) -> ArrayDataset:
     return ArrayDataset(np.repeat(images[..., None], 3, axis=-1), labels[indices], num_classes=10)
 
 
-def tfds_dataset(name: str, split: str, *, data_dir: epath.PathLike | None = None) -> TfdsDataset:
-    """Loads a split of a tensorflow-datasets data set, with labels or boxes; TensorFlow is not needed.
+def tfds_dataset(
+    name: str,
+    split: str,
+    *,
+    data_dir: epath.PathLike | None = None,
+    annotation: str | None = None,
+    ignore_label: int = IGNORED,
+) -> TfdsDataset:
+    """Loads a split of a tensorflow-datasets data set, with labels, boxes or masks; TensorFlow is not needed.
 
     Args:
       name: NAME[/CONFIG][:VERSION]; a data set that is in data_dir need not be known to tensorflow-datasets.
       split: the split in TFDS's notation.
       data_dir: folder of the data sets; None is TFDS's default.
+      annotation: as in `load_dataset`.
+      ignore_label: as in `load_dataset`.
 
     Raises:
-      InputError: the name or the split is unknown, or the data set is not prepared or has neither labels nor boxes.
+      InputError: the name or the split is unknown, or the data set is not prepared or has no annotations.
     """
     import tensorflow_datasets as tfds  # takes a second
 
     builder = tfds_builder(name, data_dir=data_dir)
-    image, label = annotated_image(builder)
+    image, label = annotated_image(builder, annotation)
+    feature = builder.info.features[label]
+    is_mask = isinstance(feature, tfds.features.Image)
     try:
         # Images stay encoded: the loader decodes only the part that a crop needs, and TFDS's decoder needs TensorFlow.
-        source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
+        encoded = dict.fromkeys((image, label) if is_mask else (image,), tfds.decode.SkipDecoding())
+        source = builder.as_data_source(split, decoders=encoded)
     except Exception as error:  # TFDS raises many kinds
         raise _unreadable(builder, name, split, data_dir, error) from error
     if 0 < builder.info.dataset_size <= IN_MEMORY_BYTES:
         with contextlib.suppress(*UNREADABLE):  # with a damaged record, all records are read one by one instead
             source = source.__getitems__(range(len(source)))
-    feature = builder.info.features[label]
+    if is_mask:
+        return _tfds_masks(name, split, source, image, label, builder, ignore_label)
     is_boxes = isinstance(feature, tfds.features.Sequence)
     names = tuple((feature["label"] if is_boxes else feature).names)  # TFDS gives numbers to classes without names
     kind = TfdsBoxes if is_boxes else TfdsDataset
@@ -389,8 +453,29 @@ def tfds_builder(name: str, *, data_dir: epath.PathLike | None, **options: Any) 
         raise InputError(f"unknown dataset {name!r} ({in_one_sentence(first_line)}).") from error
 
 
-def annotated_image(builder: Any) -> tuple[str, str]:
-    """The names of two features: the one that holds the image, and the one that holds its label or its objects.
+def _tfds_masks(
+    name: str, split: str, source: Any, image: str, label: str, builder: Any, ignore_label: int
+) -> TfdsMasks:
+    """The masks in a split. Classes that TFDS_MASKS does not know are the numbers in this split's masks."""
+    _, classes, first = TFDS_MASKS.get(builder.name, (label, (), 0))
+    names = _numbers(classes) if isinstance(classes, int) else classes
+    table = table_of(range(len(names) or MOST_CLASSES), ignore_label, first=first)
+    dataset = TfdsMasks(name, split, source, image, label, names, builder.info.full_name, table)
+    if not len(dataset):
+        raise InputError(f"the split {split!r} of {name} holds no images.")
+    check_not_coloured(dataset)
+    if names:
+        return dataset
+    names = tuple(numbers_in(dataset))
+    return dataclasses.replace(dataset, classes=names, table=table_of(range(len(names)), ignore_label))
+
+
+def annotated_image(builder: Any, annotation: str | None = None) -> tuple[str, str]:
+    """The names of two features: the one that holds the image, and the one that holds its label, objects or mask.
+
+    Args:
+      builder: a builder of tensorflow-datasets.
+      annotation: as in `load_dataset`.
 
     Raises:
       InputError: the data set has no such features.
@@ -402,6 +487,10 @@ def annotated_image(builder: Any) -> tuple[str, str]:
     # Only objects with several features have keys, and only those can have boxes.
     if has_objects and {"bbox", "label"} <= set(getattr(features["objects"].feature, "keys", tuple)()):
         return "image", "objects"
+    mask = TFDS_MASKS[builder.name][0] if builder.name in TFDS_MASKS else _only_mask(features)
+    has_label = isinstance(dict(features).get("label"), tfds.features.ClassLabel)
+    if mask is not None and (annotation == "mask" or not has_label):
+        return "image", mask
     names = builder.info.supervised_keys or ("image", "label")
     image, label = (features[name] if isinstance(name, str) and name in features else None for name in names[:2])
     if not isinstance(image, tfds.features.Image) or np.dtype(image.np_dtype).kind != "u":
@@ -409,6 +498,14 @@ def annotated_image(builder: Any) -> tuple[str, str]:
     if not isinstance(label, tfds.features.ClassLabel):
         raise InputError(f"the labels of the dataset {builder.name} are not classes.")
     return names[0], names[1]
+
+
+def _only_mask(features: Any) -> str | None:
+    """The one image beside the feature "image", which has to be its mask; None if there is none, or several."""
+    import tensorflow_datasets as tfds
+
+    images = [name for name in features if isinstance(features[name], tfds.features.Image)]
+    return next(name for name in images if name != "image") if "image" in images and len(images) == 2 else None
 
 
 def prepare_command(name: str, data_dir: epath.PathLike | None) -> str:

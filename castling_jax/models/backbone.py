@@ -58,6 +58,11 @@ class DenseConfig:
     backbone: str
     backbone_arguments: tuple[tuple[str, Any], ...] = ()
 
+    @property
+    def backbone_image_size(self) -> ImageSize:
+        """Size of the images that the backbone sees."""
+        return self.image_size
+
 
 class Backbone(Model):
     """A classifier; or, with 0 classes, the feature maps that a detector's or a segmenter's head reads.

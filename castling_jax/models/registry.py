@@ -21,6 +21,7 @@ from castling_jax.models.mae import MAE, MAEConfig
 from castling_jax.models.model import Model, ModelSpec
 from castling_jax.models.mvitv2 import MViTv2, MViTv2Config
 from castling_jax.models.picodet import PicoDet, PicoDetConfig
+from castling_jax.models.segmenter import PyramidSegmenter, SegmenterConfig
 from castling_jax.sizes import ImageSize
 
 # name -> (class, configuration). The sizes are from table 1 of Touvron et al. (DeiT), table 1 of Graham et al. (LeViT)
@@ -61,6 +62,7 @@ DENSE_MODELS: dict[str, tuple[type[Any], DenseConfig]] = {
     "picodet_s": (PicoDet, PicoDetConfig(neck_channels=96, num_convs=2)),
     "picodet_m": (PicoDet, PicoDetConfig(neck_channels=128, num_convs=4)),
     "picodet_l": (PicoDet, PicoDetConfig(neck_channels=160, num_convs=4)),
+    "pyramid_segmenter": (PyramidSegmenter, SegmenterConfig()),
     "mae": (MAE, MAEConfig()),
 }
 DTYPES = ("float32", "bfloat16")
@@ -137,15 +139,15 @@ def create_model(
     rngs: nnx.Rngs | None = None,
     **overrides: Any,
 ) -> Model:
-    """Builds a model with fresh parameters: a classifier; or a detector or a masked autoencoder on one of them.
+    """Builds a model with fresh parameters: a classifier; or a detector, a segmenter or a masked autoencoder on one.
 
     Args:
       name: one of `list_models`.
       attention: one of KINDS, such as "castling", "linear_angular", "softmax" or "angular" (the exact kernel, quadratic
         in tokens), or an attention that `register_attention` added.
       form: "train" or "inference"; a castling model in inference form has no softmax branch.
-      num_classes: size of a classifier's output, or number of a detector's object classes; None is 1000 or 80. A masked
-        autoencoder ignores it.
+      num_classes: size of a classifier's output, or number of a detector's or segmenter's classes; None is 1000, 80
+        or 150. A masked autoencoder ignores it.
       image_size: pixels a side, or (height, width); None is the model's own.
       dtype: compute dtype, float32 or bfloat16; outputs are always float32.
       param_dtype: dtype of the parameters.
@@ -157,8 +159,9 @@ def create_model(
         fixed_positions, global_pool (for DeiT), implementation and,
         for castling, mask_kind. A detector (PicoDetConfig) takes backbone, the name of a
         classifier; backbone_arguments, a dict of the classifier's arguments; neck ("lc_pan" or "csp_pan"),
-        neck_channels and num_convs. A masked autoencoder (MAEConfig) takes backbone, backbone_arguments, mask_ratio,
-        norm_pix_loss, decoder_embed_dim, decoder_depth and decoder_num_heads.
+        neck_channels and num_convs. A segmenter (SegmenterConfig) takes backbone, backbone_arguments and
+        head_channels. A masked autoencoder (MAEConfig) takes backbone, backbone_arguments, mask_ratio, norm_pix_loss,
+        decoder_embed_dim, decoder_depth and decoder_num_heads.
 
     Returns:
       A Flax NNX module; `model.spec` holds the arguments that made it.
@@ -243,7 +246,9 @@ def _backbone_config(model: type[Model], config: DenseConfig) -> BackboneConfig:
     for word in arguments:
         check_known(f"backbone argument of {config.backbone}", word, words)
     defaults = {word: value for word, value in model.backbone_defaults.items() if word in words}
-    configured = _configured(config.backbone, backbone, defaults | arguments, {"image_size": config.image_size})
+    configured = _configured(
+        config.backbone, backbone, defaults | arguments, {"image_size": config.backbone_image_size}
+    )
     return dataclasses.replace(configured, num_classes=0)
 
 
@@ -286,3 +291,13 @@ class _SameKey:
 def abstract_model(name: str, **arguments: Any) -> Model:
     """`create_model` with shapes instead of arrays: nothing is allocated or drawn."""
     return nnx.eval_shape(lambda: create_model(name, **({"rngs": cast(nnx.Rngs, _SameKey())} | arguments)))
+
+
+def backbone_classifier(model: Model) -> Model:
+    """The backbone of a model on a backbone, as a classifier of one class, with shapes only."""
+    spec = model.spec
+    make, config = DENSE_MODELS[spec.name]
+    config = dataclasses.replace(config, image_size=spec.image_size, **dict(spec.overrides))
+    arguments = {**make.backbone_defaults, **dict(config.backbone_arguments)}
+    shapes = {"image_size": config.backbone_image_size, "dtype": spec.dtype, "param_dtype": spec.param_dtype}
+    return abstract_model(config.backbone, attention=spec.attention, num_classes=1, **shapes, **arguments)

@@ -121,8 +121,9 @@ def apply(
 
     Returns:
       In float32 a classifier's logits [batch, classes]; a detector's {"scores": [batch, points, classes], "boxes":
-      [batch, points, 4]} (x0, y0, x1, y1 in pixels of the images); or a masked autoencoder's {"reconstruction": [batch,
-      patches, patch pixels], "mask": [batch, patches]}, 1 for hidden patches. With `return_densities` a pair of these
+      [batch, points, 4]} (x0, y0, x1, y1 in pixels of the images); a segmenter's {"logits": [batch, height, width,
+      classes]}; or a masked autoencoder's {"reconstruction": [batch, patches, patch pixels], "mask": [batch, patches]},
+      1 for hidden patches. With `return_densities` a pair of these
       outputs and the densities [layers]; a layer without the masked branch has the density 0.
 
     Raises:

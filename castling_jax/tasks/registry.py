@@ -9,9 +9,10 @@ from castling_jax.models.model import Model
 from castling_jax.tasks.classification.task import Classification
 from castling_jax.tasks.detection.task import Detection
 from castling_jax.tasks.reconstruction.task import Reconstruction
+from castling_jax.tasks.segmentation.task import Segmentation
 from castling_jax.tasks.task import Measure, Task
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Detection, Reconstruction)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Detection, Reconstruction, Segmentation)}
 
 
 def task_of(model: Model) -> type[Task]:
@@ -38,7 +39,7 @@ def check_dataset(model: Model, dataset: Dataset, *, evaluated: bool) -> None:
     task = task_of(model)
     if task.annotation not in (dataset.annotation, None):
         raise InputError(f"{model.spec.name} needs images with {task.annotation}, and these have {dataset.annotation}.")
-    if evaluated and not isinstance(dataset, Unread):
+    if evaluated and not isinstance(dataset, Unread):  # an absent data set's images are not known
         task.check_evaluated(dataset)
 
 

@@ -94,8 +94,8 @@ class Task:
       name: the task's name in the registry and in summary.json.
       measures: the task's measures. The first one chooses the best checkpoint, and pictures and tables show it.
       fields: fields of a configuration that not every task uses, but this one does.
-      annotation: how the images of the task are annotated, as `Dataset.annotation` states it: "label" or "boxes". None
-        if annotations are not used.
+      annotation: how the images of the task are annotated, as `Dataset.annotation` states it: "label", for one. None if
+        annotations are not used.
       loss_title: name of the loss with its unit, for the axis of a picture.
       predictions: what the trained model says about images.
       held: arrays that the loss needs beside the batch, such as a teacher's variables. They are an argument of the
@@ -161,6 +161,11 @@ class Task:
     def eval_transform(preprocessing: Preprocessing) -> Callable[[Example], Example]:
         """Returns the host's transform of an example for evaluation; it can be pickled."""
         raise NotImplementedError
+
+    @classmethod
+    def split_transform(cls, preprocessing: Preprocessing, dataset: Dataset) -> Callable[[Example], Example]:
+        """`eval_transform` for the examples of a split, whose annotations the answers are compared with."""
+        return cls.eval_transform(preprocessing)
 
     def example_shapes(self, image_size: ImageSize) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a transformed example's arrays; sharding and the compile report have no data."""
@@ -230,7 +235,10 @@ class Predictions:
       suppression: how a detector's outputs become detections.
       top: most predictions to list for an image; None takes the task's own number.
       score_threshold: smallest score of a detection.
+      batch_size: number of images that are computed together.
     """
+
+    batch_size: ClassVar[int] = 32
 
     names: Sequence[str]
     preprocessing: Preprocessing
@@ -274,6 +282,14 @@ class Predictions:
           InputError: the task finds no boxes.
         """
         raise InputError("--json is for a detector's boxes: other answers go to --csv.")
+
+    def label_map(self, answer: Any) -> UInt8[np.ndarray, "height width"]:
+        """The class of each pixel of an image.
+
+        Raises:
+          InputError: the task does not give pixels classes.
+        """
+        raise InputError("--labels is for a segmenter's masks: other answers go to --csv.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,8 @@ formats:
                                                  # them, or any program that does what model.json's preprocessing says
 
                 A detector's program returns a dict: boxes [batch, detections, 4] in pixels of the model's input,
-                scores, classes (-1 for none) and count; with --no-nms the scores and boxes of all points.
+                scores, classes (-1 for none) and count; with --no-nms the scores and boxes of all points. A segmenter's
+                program returns the class of each pixel of its input, int32 [batch, height, width].
 
 examples:
   python -m castling_jax convert runs/digits exported --check

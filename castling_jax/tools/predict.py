@@ -2,21 +2,26 @@
 
     python -m castling_jax predict RUN IMAGES... [--top=5] [--csv=FILE] [--sheet=FILE.png]
     python -m castling_jax predict RUN IMAGES... [--score=0.3] [--json=FILE] [--sheet=FILE.png]
+    python -m castling_jax predict RUN IMAGES... [--labels=FOLDER] [--sheet=FILE.png]
 
 RUN is a run's folder, RUN/checkpoints/STEP, an inference folder, or a name of shipped weights, such as digits. IMAGES
 are files and folders, whose subfolders are read too. Images are prepared as in the run's evaluation.
 
 Each image has a line: its path, and the most probable classes. With a detector, the line has the objects whose
-score is high enough. --csv writes the answers as a table, and --sheet draws the first images with their answers. --json
-writes a detector's boxes in COCO's format for results, with the images' paths as their ids. The command names files
-that it cannot read, and then ends with status 1.
+score is high enough; with a segmenter, the classes that cover most of the image. --csv writes the answers as a table,
+and --sheet draws the first images with their answers. --json writes a detector's boxes in COCO's format for results,
+with the images' paths as their ids. --labels writes a segmenter's masks into a folder: a PNG for each image, of its
+size and name, with the class's number in each pixel. The command names files that it cannot read, and then ends with
+status 1.
 
 examples:
   python -m castling_jax predict runs/flowers holiday.jpg --top=3
   python -m castling_jax predict runs/flowers photos/ --csv=answers.csv --sheet=answers.png
   python -m castling_jax predict runs/cells photos/ --score=0.5 --json=boxes.json --sheet=boxes.png
+  python -m castling_jax predict runs/streets photos/ --labels=masks --sheet=masks.png
 """
 
+import collections
 import csv
 import io
 import json
@@ -25,7 +30,7 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from castling_jax.errors import InputError, printable
+from castling_jax.errors import InputError, check, printable
 from castling_jax.tools.cli import Parser, command, local_path
 
 ON_A_SHEET = 48  # images
@@ -40,6 +45,7 @@ def make_parser() -> Parser:
     parser.add_argument("--score", type=float, default=SHOWN_SCORE, help="smallest score of a detector's object")
     parser.add_argument("--csv", metavar="FILE", type=local_path, help="write the answers as a table")
     parser.add_argument("--json", metavar="FILE", type=local_path, help="write a detector's boxes in COCO's format")
+    parser.add_argument("--labels", metavar="FOLDER", type=local_path, help="write a segmenter's masks, as PNGs")
     parser.add_argument("--sheet", metavar="FILE", type=local_path, help=f"draw the first {ON_A_SHEET} images, as PNG")
     return parser
 
@@ -47,13 +53,14 @@ def make_parser() -> Parser:
 @command(make_parser)
 def main(options: Namespace) -> None:
     import numpy as np
+    from PIL import Image
     from tqdm import tqdm
 
     from castling_jax.convert.weights import read
     from castling_jax.data.decode import decode
     from castling_jax.fields import number
     from castling_jax.predictions import class_names, each_image, predictions_of, stream_predictions
-    from castling_jax.storage import try_file, write_atomically
+    from castling_jax.storage import try_file, try_folder, write_atomically
 
     number("[0, 1]").check("--score", options.score)
     weights = read(options.run)
@@ -61,10 +68,17 @@ def main(options: Namespace) -> None:
     predictions = predictions_of(weights, names, top=options.top, score_threshold=options.score)
     if options.json:
         predictions.coco_results([])  # refuses other models than detectors
+    if options.labels:
+        predictions.label_map(None)  # refuses other models than segmenters
+        try_folder(options.labels)
     for path in filter(None, (options.csv, options.sheet, options.json)):
         try_file(path)  # refuses a bad path now, before the images are computed
         path.parent.mkdir(parents=True, exist_ok=True)
     files = [path for _, path in each_image(options.images)]
+    if options.labels:
+        twice = [name for name, count in collections.Counter(path.stem for path in files).items() if count > 1]
+        check(not twice, f"--labels has one name for several images, {''.join(twice[:1])!r}: give them one by one.")
+        options.labels.mkdir(parents=True, exist_ok=True)
     answers: list[tuple[Any, Any]] = []
     reader_left = False
     results = stream_predictions(weights, files, predictions)
@@ -74,6 +88,10 @@ def main(options: Namespace) -> None:
         if isinstance(answer, InputError):
             tqdm.write(str(answer), file=sys.stderr)
             continue
+        if options.labels:
+            file = io.BytesIO()
+            Image.fromarray(predictions.label_map(answer)).save(file, "PNG")
+            write_atomically(options.labels / f"{path.stem}.png", file.getvalue())
         if not reader_left:
             try:
                 tqdm.write(f"{printable(path)}: {predictions.text(answer)}", file=sys.stdout)

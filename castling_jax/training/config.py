@@ -40,6 +40,7 @@ FOUND_FIELDS = (
 ON_NONFINITE = ("stop", "skip")
 EXPORTS = ("raw", "averaged")
 
+SCALE_RANGE = numbers(2, "two numbers with 0 < first <= second", lambda scale: 0 < scale[0] <= scale[1])
 CROP_SCALE = numbers(2, "two numbers with 0 < first <= second <= 1", lambda scale: 0 < scale[0] <= scale[1] <= 1)
 
 IMAGE_SIZES = Values(
@@ -91,16 +92,17 @@ FIELDS = {
     "model.qkv_pool": Field(None, one_of("3x3"), "Depthwise convolutions of DeiT's queries, keys and values, or none."),
     "model.init_std": Field(None, number("(0, inf)"), "Standard deviation of the initial weights."),
     "model.global_pool": Field(None, one_of("token", "avg"), "What DeiT's classifier reads: class token or mean."),
-    "model.backbone": Field(None, TEXT, "The classifier that a detector or a masked autoencoder is built on."),
+    "model.backbone": Field(None, TEXT, "The classifier that a detector, a segmenter or an autoencoder is built on."),
     "model.neck": Field(None, one_of("lc_pan", "csp_pan"), "A detector's neck and head: PicoDet's v2, or legacy."),
     "model.neck_channels": Field(None, integer(1), "Channels of a detector's neck and head."),
     "model.num_convs": Field(None, integer(1), "Separable convolutions in each of a detector's heads."),
+    "model.head_channels": Field(None, integer(1), "Channels of a segmenter's head."),
     "model.mask_ratio": Field(None, number("(0, 1)"), "Share of the patches that a masked autoencoder hides."),
     "model.norm_pix_loss": Field(None, FLAG, "Whether a masked autoencoder predicts patches with mean 0, variance 1."),
     "model.decoder_embed_dim": Field(None, integer(1), "Channels of a masked autoencoder's decoder."),
     "model.decoder_depth": Field(None, integer(1), "Number of the decoder's blocks."),
     "model.decoder_num_heads": Field(None, integer(1), "Heads of the decoder's attention."),
-    "dataset.name": Field("digits", TEXT, "digits, folder:PATH, coco:ROOT, voc:ROOT, or a name in TFDS."),
+    "dataset.name": Field("digits", TEXT, "digits, folder:PATH, coco:, voc: or masks:ROOT, or a name in TFDS."),
     "dataset.train_split": Field(None, TEXT, "The split to learn from. None: train, without its held-out part."),
     "dataset.eval_split": Field(None, TEXT, "The held-out split. None: val, validation, test, or a tenth of train."),
     "dataset.test_split": Field(None, TEXT, "The split for the summary, tested once at the end. None: eval_split."),
@@ -108,6 +110,7 @@ FIELDS = {
     "dataset.workers": Field(0, integer(0), "Processes that read and augment images; 0 uses the run's own threads."),
     "dataset.max_corrupt_share": Field(0.001, number("[0, 1]"), "Share of unreadable images above which a run stops."),
     "dataset.accept_changes": Field(False, FLAG, "Resume although images have changed; classes must be the same."),
+    "dataset.ignore_label": Field(255, integer(0, 255), "Segmentation: the number of pixels without a class in masks."),
     "dataset.mean": Field((0.5,) * 3, PIXELS["mean"], "The model sees (image - mean) / std, with the image in [0, 1]."),
     "dataset.std": Field((0.5,) * 3, PIXELS["std"], "The model sees (image - mean) / std."),
     "dataset.crop_ratio": Field(0.875, PIXELS["crop_ratio"], "Share of the short side that evaluation keeps."),
@@ -120,8 +123,9 @@ FIELDS = {
     "augment.color_jitter": Field(0.0, number("[0, inf)"), "Largest change of brightness, contrast and saturation."),
     "augment.shift_pixels": Field(0, integer(0), "Largest random shift along each axis in pixels."),
     "augment.erasing": Field(0.0, number("[0, 1]"), "Probability of random erasing."),
+    "augment.scale_range": Field(None, SCALE_RANGE, "Segmentation: least and largest factor of the random scale."),
     "augment.box_crop": Field(False, FLAG, "Detection: SSD's random crop, by its overlap with the image's boxes."),
-    "augment.distort": Field(0.0, number("[0, 1]"), "Detection: probability of each of SSD's changes of colour."),
+    "augment.distort": Field(0.0, number("[0, 1]"), "Dense tasks: probability of each of SSD's changes of colour."),
     "augment.image_sizes": Field(None, IMAGE_SIZES, "Detection: each step draws one of them. None: the model's size."),
     "augment.max_boxes": Field(100, integer(1), "Detection: most boxes to learn from in an image; more are left out."),
     "augment.repeats": Field(1, integer(1), "Repeated augmentation: how often in a row an example comes."),
@@ -155,6 +159,7 @@ FIELDS = {
     "optimizer.adaptive_clip": Field(None, number("(0, inf)"), "Largest gradient norm / weight norm of a unit."),
     "loss.label_smoothing": Field(0.1, number("[0, 1)"), "Classification: share of a label spread over all classes."),
     "loss.atss_epochs": Field(100.0, number("[0, inf)"), "Detection: epochs with ATSS, before TAL assigns the boxes."),
+    "loss.dice": Field(0.0, number("[0, inf)"), "Segmentation: weight of the dice loss beside the cross entropy."),
     "distillation.kind": Field(None, one_of(*DISTILLATIONS), "Learn a teacher's decisions, or probabilities (soft)."),
     "distillation.alpha": Field(0.5, number("(0, 1)"), "The teacher's share of the loss."),
     "distillation.temperature": Field(3.0, number("(0, inf)"), "Temperature of the soft loss."),

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from castling_jax.convert.run_folder import model_arguments, preprocessing_of
 from castling_jax.data.pixels import denormalize_images
-from castling_jax.data.sources import load_dataset
 from castling_jax.models.registry import abstract_model
 from castling_jax.plots import SMALL, png
 from castling_jax.preprocessing import Preprocessing
@@ -21,7 +20,7 @@ from castling_jax.storage import write_atomically
 from castling_jax.tasks.registry import check_dataset, task_of
 from castling_jax.tasks.task import Example, Task
 from castling_jax.training.config import default_config
-from castling_jax.training.setup import augmentation, named_splits
+from castling_jax.training.setup import augmentation, load_split, named_splits
 
 COLUMNS = 8  # even: mixing pairs images, and would make the middle one of an odd number its own partner
 BATCHES = 3  # rows of prepared batches
@@ -45,7 +44,7 @@ def draw_sheet(config: ConfigDict, *, examples: int) -> Figure:
       InputError: there is no such data set, or its images do not fit the configuration.
     """
     train_split, _ = named_splits(config.dataset)
-    dataset = load_dataset(config.dataset.name, train_split, data_dir=config.dataset.data_dir)
+    dataset = load_split(config, train_split)
     model = abstract_model(num_classes=dataset.num_classes, **model_arguments(config))
     check_dataset(model, dataset, evaluated=False)
     task, size = task_of(model).from_config(config, model), model.spec.image_size

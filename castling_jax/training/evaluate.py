@@ -123,7 +123,7 @@ def configured_evaluator(config: ConfigDict, model: Model, dataset: Dataset, mes
         model,
         dataset,
         task,
-        transform=task.eval_transform(preprocessing_of(config, model.spec.image_size)),
+        transform=task.split_transform(preprocessing_of(config, model.spec.image_size), dataset),
         batch_size=config.evaluation.batch_size,
         mesh=mesh,
         workers=config.dataset.workers,

@@ -15,7 +15,7 @@ from castling_jax.convert.checkpoint import CHECKPOINTS
 from castling_jax.convert.run_folder import exported_weights
 from castling_jax.convert.weights import Weights, read
 from castling_jax.data.fingerprint import check_same_classes
-from castling_jax.data.sources import Dataset, load_dataset, path_of
+from castling_jax.data.sources import Dataset, path_of
 from castling_jax.errors import InputError, printable, refusing
 from castling_jax.storage import absolute, write_atomically
 from castling_jax.tables import aligned
@@ -24,7 +24,7 @@ from castling_jax.tasks.task import Answers
 from castling_jax.training.config import FIELDS
 from castling_jax.training.config_files import run_config
 from castling_jax.training.evaluate import configured_evaluator, evaluate_weights
-from castling_jax.training.setup import named_splits
+from castling_jax.training.setup import load_split, named_splits
 from castling_jax.training.sharding import check_batch, make_mesh, place, state_shardings, whole_over_fsdp
 from castling_jax.training.summary import describe_each_weights, describe_measures
 
@@ -210,9 +210,9 @@ def _changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
 
 def _load(config: ConfigDict, checkpoint: Weights) -> Dataset:
     """Loads the split to evaluate; its classes must be the run's."""
-    data, model = config.dataset, checkpoint.model
+    model = checkpoint.model
     assert model is not None
-    dataset = load_dataset(data.name, summary_split(config), data_dir=data.data_dir, classes=checkpoint.classes)
+    dataset = load_split(config, summary_split(config), checkpoint.classes)
     check_dataset(model, dataset, evaluated=True)
     remedy = "choose data of these classes by --config.dataset.name"
     if checkpoint.classes is not None:

@@ -21,10 +21,10 @@ from castling_jax.data.sources import HELD_OUT_SPLITS, ArrayDataset, Dataset, fi
 from castling_jax.errors import InputError, Mistakes, check_at_most
 from castling_jax.models.macs import count_macs
 from castling_jax.models.model import Model
-from castling_jax.models.registry import abstract_model, create_model
+from castling_jax.models.registry import DENSE_MODELS, MODELS, abstract_model, create_model
 from castling_jax.models.variables import Variables, get_variables
 from castling_jax.preprocessing import Preprocessing
-from castling_jax.tasks.registry import check_dataset, task_of, unused_fields
+from castling_jax.tasks.registry import TASKS, check_dataset, task_of, unused_fields
 from castling_jax.tasks.task import Answers, Task, Teacher
 from castling_jax.training.config import check_config, check_unused
 from castling_jax.training.evaluate import Evaluator, configured_evaluator, evaluate_weights
@@ -178,7 +178,7 @@ def set_up(
     # Blocks that do not depend on each other report their mistakes together; a nested block needs the outer one.
     mistakes = Mistakes()
     with mistakes:
-        train_set, eval_set, test_set = (*datasets, None) if datasets else _load_splits(config.dataset)
+        train_set, eval_set, test_set = (*datasets, None) if datasets else _load_splits(config)
         _fit_to_data(config, len(train_set))
         with mistakes:
             total_steps, steps_per_epoch = _steps(config, len(train_set))
@@ -282,14 +282,27 @@ def named_splits(data: ConfigDict) -> tuple[str, str]:
     return data.train_split or train_split, eval_split
 
 
-def _load_splits(data: ConfigDict) -> tuple[Dataset, Dataset, Dataset | None]:
-    """Loads the data sets to learn from, to evaluate on and to test on; writes the splits' names into `data`."""
+def load_split(config: ConfigDict, split: str, classes: Sequence[str] | None = None) -> Dataset:
+    """A split of the configuration's data set, with the annotations that its model learns from.
+
+    Raises:
+      InputError: as `load_dataset` does.
+    """
+    data, model = config.dataset, {**MODELS, **DENSE_MODELS}.get(config.model.name)
+    annotation = None if model is None else TASKS[model[0].task].annotation  # an unknown name is refused elsewhere
+    options = {"annotation": annotation, "ignore_label": data.ignore_label}
+    return load_dataset(data.name, split, data_dir=data.data_dir, classes=classes, **options)
+
+
+def _load_splits(config: ConfigDict) -> tuple[Dataset, Dataset, Dataset | None]:
+    """Loads the data sets to learn from, to evaluate on and to test on; writes the splits' names into `config`."""
+    data = config.dataset
     data.train_split, data.eval_split = named_splits(data)
-    load = functools.partial(load_dataset, data.name, data_dir=data.data_dir)
-    train_set = load(data.train_split)
-    if train_set.annotation == "boxes":  # each split's file may list other classes, or list them in another order
-        load = functools.partial(load, classes=train_set.classes)
-    return train_set, load(data.eval_split), None if data.test_split is None else load(data.test_split)
+    train_set = load_split(config, data.train_split)
+    # Each split's files may have other classes than the split to learn from, or have them in another order.
+    classes = train_set.classes if train_set.annotation in ("boxes", "mask") else None
+    test_set = None if data.test_split is None else load_split(config, data.test_split, classes)
+    return train_set, load_split(config, data.eval_split, classes), test_set
 
 
 def _fit_to_data(config: ConfigDict, images: int) -> None:

@@ -38,7 +38,7 @@ RULES = (
     (r"(stem/conv[12]/linear|pool_[qkv])/kernel", P()),
     (r"decoder_(embed|pred)/kernel", P("fsdp", None)),
     (r"cls_token|dist_token|mask_token|global_tokens|(decoder_)?pos_embed|rel_pos_[hw]", P()),
-    (r"(neck|pyramid|head)/.+/kernel", P()),  # a detector's, small beside its backbone
+    (r"(neck|pyramid|head)/.+/kernel", P()),  # a detector's or a segmenter's, small beside its backbone
     (r"bias|scale|mean|var", P()),
 )
 

@@ -12,7 +12,7 @@ from castling_jax.convert.torch import from_torch
 from castling_jax.convert.weights import read
 from castling_jax.errors import InputError
 from castling_jax.models.model import Model
-from castling_jax.models.registry import abstract_model, create_model
+from castling_jax.models.registry import abstract_model, backbone_classifier, create_model
 from castling_jax.models.variables import Variables, flatten, get_variables, leaves_of, unflatten
 
 
@@ -46,10 +46,7 @@ def initial_variables(
         is_headless = source is not None and source.task == "reconstruction"
         return from_torch(model, weights.state_dict(), reset_head=reset_head or is_headless)
     # The backbone as a classifier of any number of classes, whose head is left out.
-    names = {"name": dict(spec.overrides)["backbone"], "image_size": spec.image_size, "attention": spec.attention}
-    arguments = {**model.backbone_defaults, **dict(dict(spec.overrides).get("backbone_arguments", ()))}
-    classifier = abstract_model(**names, num_classes=1, dtype=spec.dtype, param_dtype=spec.param_dtype, **arguments)
-    pretrained = flatten(from_torch(classifier, weights.state_dict(), reset_head=True))
+    pretrained = flatten(from_torch(backbone_classifier(model), weights.state_dict(), reset_head=True))
     drawn = flatten(get_variables(create_model(rngs=nnx.Rngs(seed), **spec.arguments())))
     return unflatten({path: pretrained.get(path.replace("/backbone/", "/", 1), leaf) for path, leaf in drawn.items()})
 

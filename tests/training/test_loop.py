@@ -261,7 +261,7 @@ def test_other_configurations_run_is_refused_and_left_alone(whole_run):
 
 
 def test_other_data_is_refused_or_accepted(whole_run, tmp_path, monkeypatch, capsys, refuses):
-    def fewer(name, split, data_dir=None):
+    def fewer(name, split, data_dir=None, **_):
         digits = load_dataset(name, split, data_dir=data_dir)
         return dataclasses.replace(digits, images=digits.images[5:], labels=digits.labels[5:])
 
@@ -451,7 +451,7 @@ def test_a_run_starts_from_another_and_goes_on_without_it(whole_run, tmp_path, m
 
 @pytest.mark.slow
 def test_levit_trains_castles_and_is_restored(tmp_path, monkeypatch):
-    def large_digits(name, split, data_dir=None):
+    def large_digits(name, split, data_dir=None, **_):
         digits = load_dataset(name, split, data_dir=data_dir)
         images = digits.images[::4].repeat(4, axis=1).repeat(4, axis=2)
         return dataclasses.replace(digits, images=images, labels=digits.labels[::4])

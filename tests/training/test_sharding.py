@@ -138,6 +138,12 @@ def test_every_parameter_of_a_masked_autoencoder_has_a_rule():
     assert specs["params/decoder_pred/kernel"] == P("fsdp", None)
 
 
+@pytest.mark.parametrize("backbone", ["deit_tiny", "levit_128s"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_parameter_of_a_segmenter_has_a_rule(backbone, form):
+    assert specs_of("pyramid_segmenter", abstract_mesh(), backbone=backbone, form=form)
+
+
 def test_a_parameter_without_a_rule_is_refused(refuses):
     leaf = jax.ShapeDtypeStruct((3, 4), "float32")
     with refuses("'params/blocks/0/attn/temperature' (3, 4) has no sharding rule", "RULES"):

@@ -10,6 +10,7 @@ from PIL import Image
 import castling_jax
 from castling_jax.convert.weights import read
 from castling_jax.data.sources import digits
+from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import flatten
 from castling_jax.probe import probe, save_features
 from castling_jax.training.config import default_config
@@ -105,15 +106,16 @@ def test_its_backbone_starts_a_classifier(pretrained, attention, pool):
             np.testing.assert_array_equal(leaf, weights[f"backbone/{path}"], err_msg=path)
 
 
-def test_its_backbone_starts_a_detector(pretrained):
-    model = castling_jax.create_model(
-        "picodet_s",
-        backbone="deit_micro",
-        image_size=160,
-        neck_channels=16,
-        num_convs=1,
-        backbone_arguments=SIZES | {"patch_size": 2, "token_conv": "2d"},
-    )
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("picodet_s", {"image_size": 160, "neck_channels": 16, "num_convs": 1}),
+        ("pyramid_segmenter", {"image_size": 40, "head_channels": 16}),  # padded to 64 pixels for its backbone
+    ],
+)
+def test_its_backbone_starts_other_models(pretrained, name, sizes):
+    backbone = SIZES | {"patch_size": 2, "token_conv": "2d"}
+    model = abstract_model(name, backbone="deit_micro", backbone_arguments=backbone, **sizes)
     variables = flatten(initial_variables(pretrained, model, reset_head=False)["params"])
     weights = flatten(read(pretrained).variables["params"])
     for path in weights:

@@ -1,0 +1,73 @@
+"""A segmenter's predictions: the class of each pixel, at the image's own size."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.figure import Figure
+
+from castling_jax.data.decode import Size
+from castling_jax.errors import InputError, printable
+from castling_jax.models.model import Model
+from castling_jax.models.variables import Variables, apply
+from castling_jax.plots import draw_segmentation
+from castling_jax.tasks.task import Batch, Predictions
+
+NAMED = 5  # classes in a line of text
+Labels = UInt8[np.ndarray, "height width"]
+
+
+class MaskPredictions(Predictions):
+    """An answer is a map of labels, uint8 [height, width], at the image's own size; a label is its class's number."""
+
+    batch_size = 4  # the logits of a batch come to the host
+
+    def compute(self, model: Model, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
+        return apply(model, variables, batch["image"]) | {"size": batch["size"]}
+
+    def answer(self, found: Mapping[str, np.ndarray]) -> Labels:
+        height, width = found["size"].tolist()
+        return resized(found["logits"], (height, width)).argmax(-1).astype(np.uint8)
+
+    def text(self, answer: Labels) -> str:
+        return ", ".join(f"{printable(name)} {100 * share:.1f} %" for name, share in self._shares(answer)[:NAMED])
+
+    def table(self, answers: Sequence[tuple[Any, Any]]) -> list[list[Any]]:
+        """A line for each class in an image, with its share of the pixels, and one for an image that is unreadable."""
+        rows: list[list[Any]] = [["image", "class", "share", "error"]]
+        for path, answer in answers:
+            if isinstance(answer, InputError):
+                rows.append([path, "", "", str(answer)])
+            else:
+                rows += [[path, name, share, ""] for name, share in self._shares(answer)]
+        return rows
+
+    def draw(self, images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Any]) -> Figure:
+        return draw_segmentation(list(zip(images, answers, strict=True)), self.names)
+
+    def label_map(self, answer: Labels) -> Labels:
+        return answer
+
+    def _shares(self, answer: Labels) -> list[tuple[str, float]]:
+        """(class, its share of the pixels) of each class in an answer, the largest share first."""
+        counts = np.bincount(answer.ravel(), minlength=len(self.names))
+        order = np.argsort(-counts, kind="stable")
+        return [(self.names[label], float(counts[label] / answer.size)) for label in order if counts[label]]
+
+
+def resized(logits: Float[np.ndarray, "height width classes"], size: Size) -> Float[np.ndarray, "rows columns classes"]:
+    """Logits resized bilinearly on the host, as an evaluation resizes them on the device.
+
+    The size differs from image to image, and JAX would compile a program for each.
+    """
+    for axis, side in enumerate(size):
+        length = logits.shape[axis]
+        # Half-pixel centres: pixel i of the result is at i + 0.5 of `side` pixels.
+        place = np.clip((np.arange(side) + 0.5) * length / side - 0.5, 0, length - 1)
+        low = np.floor(place).astype(int)
+        share = (place - low).astype(np.float32).reshape(-1, *(1,) * (2 - axis))
+        below, above = (np.take(logits, index, axis) for index in (low, np.minimum(low + 1, length - 1)))
+        logits = below + share * (above - below)
+    return logits

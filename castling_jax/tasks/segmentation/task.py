@@ -1,0 +1,165 @@
+"""Segmentation as a task: pixels with and without a class, cross entropy and dice, and mIoU at the images' own size."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from matplotlib.axes import Axes
+from ml_collections import ConfigDict
+
+from castling_jax.convert.inference import largest_difference
+from castling_jax.data.masks import IGNORED, INVALID, MaskedImages, decode_mask, has_labels, largest_size
+from castling_jax.data.sources import Dataset
+from castling_jax.errors import InputError, check
+from castling_jax.models.model import Model
+from castling_jax.plots import color_labels
+from castling_jax.preprocessing import Preprocessing
+from castling_jax.sizes import ImageSize, image_shape
+from castling_jax.tasks.segmentation.answers import MaskAnswers
+from castling_jax.tasks.segmentation.losses import pixel_cross_entropy, soft_dice_loss
+from castling_jax.tasks.segmentation.predictions import MaskPredictions
+from castling_jax.tasks.segmentation.transforms import EvalTransform, train_transform
+from castling_jax.tasks.task import FORMS, Batch, Example, Loss, Measure, Task, Teacher
+
+THUMBNAIL = 256  # most pixels along a side of a thumbnail of an answer
+Outputs = Mapping[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation(Task):
+    """Batches are {"image", "mask" [batch, height, width]}, where a mask has a class or IGNORED for each pixel.
+
+    Attributes:
+      num_classes: number of classes.
+      dice: weight of the dice loss, beside the cross entropy's weight of 1.
+      exif: whether images are turned as their EXIF orientation says.
+    """
+
+    name = "segmentation"
+    measures = (
+        Measure("mIoU", "held-out mIoU", "mIoU"),
+        Measure("pixel_accuracy", "  right pixels", "right pixels"),
+    )
+    fields = (
+        *("augment.scale_range", "augment.flip", "augment.distort", "augment.repeats"),
+        *("loss.dice", "dataset.ignore_label"),
+    )
+    annotation = "mask"
+    loss_title = "cross entropy of a pixel (nats)"
+    predictions = MaskPredictions
+
+    num_classes: int
+    dice: float
+    exif: bool
+
+    @classmethod
+    def from_config(
+        cls, config: ConfigDict, model: Model, teacher: Teacher | None = None, *, steps_per_epoch: int = 1
+    ) -> "Segmentation":
+        if teacher is not None:
+            raise InputError("a segmenter does not learn from a teacher: leave out config.distillation.")
+        data = config.dataset
+        if (data.crop_mode, data.crop_ratio) != ("squash", 1.0):
+            raise InputError(
+                "a segmenter sees whole images: set config.dataset.crop_mode = 'squash' and crop_ratio = 1.0, not "
+                f"{data.crop_mode!r} and {data.crop_ratio}."
+            )
+        return cls(model.spec.num_classes, config.loss.dice, data.exif)
+
+    @classmethod
+    def check_evaluated(cls, dataset: Dataset) -> None:
+        masks = cast(MaskedImages, dataset)
+        check(has_labels(masks), f"none of the {len(masks):,} masks to evaluate on has a pixel with a class.")
+
+    @staticmethod
+    def train_transform(
+        augment: ConfigDict, preprocessing: Preprocessing
+    ) -> Callable[[Example, np.random.Generator], Example]:
+        return train_transform(augment, preprocessing)
+
+    @staticmethod
+    def eval_transform(preprocessing: Preprocessing) -> Callable[[Example], Example]:
+        return EvalTransform(preprocessing)
+
+    @classmethod
+    def split_transform(cls, preprocessing: Preprocessing, dataset: Dataset) -> Callable[[Example], Example]:
+        return EvalTransform(preprocessing, largest_size(cast(MaskedImages, dataset)))
+
+    def example_shapes(self, image_size: ImageSize) -> dict[str, jax.ShapeDtypeStruct]:
+        size = image_shape(image_size)
+        return {
+            "image": jax.ShapeDtypeStruct((*size, 3), jnp.float32),
+            "mask": jax.ShapeDtypeStruct(size, jnp.uint8),
+        }
+
+    def prepare(self, batch: Batch, key: jax.Array, step: jax.Array) -> Batch:
+        return batch
+
+    def caption(self, example: Example) -> str:
+        mask = example["mask"]
+        labels = example["table"][decode_mask(mask)] if isinstance(mask, bytes) else np.asarray(mask)
+        count = len(np.unique(labels[labels < INVALID]))
+        return f"{count} class" + "es" * (count != 1)
+
+    def draw(self, axis: Axes, example: Example) -> None:
+        if "mask" in example:  # a transformed example; evaluation's has no mask
+            axis.imshow(color_labels(np.asarray(example["mask"])))
+
+    def loss(self, outputs: Outputs, batch: Batch, held: Any) -> Loss:
+        labels = batch["mask"].astype(jnp.int32)
+        total, weight = pixel_cross_entropy(outputs["logits"], labels)
+        if not self.dice:
+            return {"cross_entropy": total}, weight
+        # An image's dice weighs as much as its pixels that have a class, so that one division serves both terms.
+        return {"cross_entropy": total, "dice": self.dice * weight * soft_dice_loss(outputs["logits"], labels)}, weight
+
+    def answer(
+        self, outputs: Mapping[str, Outputs], exact: Mapping[str, Outputs], batch: Batch
+    ) -> dict[str, jax.Array]:
+        labels = batch["mask"].astype(jnp.int32)
+        answers: dict[str, jax.Array] = {}
+        for form in FORMS:
+            logits = at_own_size(outputs[form]["logits"], batch["size"], labels.shape[1:])
+            answers[form] = jax.vmap(confusion_matrix, (0, 0, None))(labels, logits.argmax(-1), self.num_classes)
+        answers["loss"], _ = pixel_cross_entropy(logits, labels)  # the inference form's, which comes last
+        step = -(-max(batch["image"].shape[1:3]) // THUMBNAIL)
+        thumbnail = outputs["inference_form"]["logits"][:, ::step, ::step].argmax(-1).astype(jnp.uint8)
+        difference = jax.vmap(lambda one, other: largest_difference(one, other, 1))(*(exact[form] for form in FORMS))
+        return answers | {"thumbnail": thumbnail, "difference": difference}
+
+    def collect(self, answers: dict[str, np.ndarray], dataset: Dataset, corrupt: int) -> MaskAnswers:
+        return MaskAnswers(dataset, **answers, corrupt=corrupt, exif=self.exif)
+
+
+def at_own_size(
+    logits: Float[Array, "batch height width classes"], sizes: Int[Array, "batch 2"], room: tuple[int, ...]
+) -> Float[Array, "batch rows columns classes"]:
+    """Each image's logits, resized bilinearly to the image's own size, at the top left of arrays of one shape.
+
+    Args:
+      logits: logits at the model's size.
+      sizes: (height, width) of each image, at most `room`.
+      room: (rows, columns) of the result; beyond an image its values mean nothing.
+    """
+    height, width, classes = logits.shape[1:]
+
+    def one(logits: Array, size: Array) -> Array:
+        scale = size.astype(jnp.float32) / jnp.array([height, width], jnp.float32)
+        return jax.image.scale_and_translate(
+            logits, (*room, classes), (0, 1), scale, jnp.zeros(2), "linear", antialias=False
+        )
+
+    return jax.vmap(one)(logits, sizes)
+
+
+def confusion_matrix(
+    labels: Int[Array, "height width"], answers: Int[Array, "height width"], num_classes: int
+) -> Int[Array, "classes classes"]:
+    """Number of pixels by class (row) and answer (column), int32; pixels whose label is IGNORED are left out."""
+    # Each pair (label, answer) becomes one number, so that bincount counts pairs; beyond its length nothing is counted.
+    pairs = jnp.where(labels == IGNORED, num_classes**2, labels * num_classes + answers)
+    return jnp.bincount(pairs.ravel(), length=num_classes**2).reshape(num_classes, num_classes)

@@ -1,0 +1,102 @@
+"""The augmentations of segmentation: an image of any size and its mask in, the model's size out."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from castling_jax.data.decode import Size
+from castling_jax.data.geometry import View, size_of
+from castling_jax.data.masks import IGNORED, read_labels
+from castling_jax.data.pixels import as_floats, normalize_images, random_distortion
+from castling_jax.preprocessing import Preprocessing
+
+Example = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTransform:
+    """The augmentations of training, in their order. It can be pickled.
+
+    Attributes:
+      preprocessing: the size of the result, its normalisation, and how an image is resized.
+      scale_range: least and largest factor of the random scale; at 1 the image has the size that evaluation gives it.
+        None does not scale.
+      flip: the probability of a horizontal flip.
+      distort: the probability of each change of colour.
+    """
+
+    preprocessing: Preprocessing
+    scale_range: tuple[float, float] | None
+    flip: float
+    distort: float
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """An example of a data set -> {"image": float32 [height, width, 3], "mask": uint8 [height, width]}.
+
+        The scaled image is cropped at random where it is larger than the result. Where it is smaller, it is at the top
+        left, and beyond it the image has the mean colour and the mask IGNORED.
+
+        Raises:
+          InputError: image or mask cannot be decoded, or `read_labels` refuses the mask.
+        """
+        image, options = example["image"], self.preprocessing
+        size = size_of(image, options)
+        labels = read_labels(example, size)
+
+        # Nothing is drawn for what is turned off: to turn one thing on leaves the other draws as they were.
+        scale = 1.0 if self.scale_range is None else float(rng.uniform(*self.scale_range))
+        down, across = (_random_part(*sides, scale, rng) for sides in zip(size, options.shape, strict=True))
+        box = (down[0], across[0], down[1], across[1])
+        view = View(box, (down[2], across[2]), flip=bool(self.flip and rng.random() < self.flip))
+        floats = as_floats(view.image(image, options, reduced=True))
+        if self.distort:
+            floats = random_distortion(floats, rng, self.distort)
+        beyond = [(0, whole - seen) for whole, seen in zip(options.shape, view.size, strict=True)]
+        return {
+            "image": np.pad(normalize_images(floats, options), (*beyond, (0, 0))),
+            "mask": np.pad(view.mask(labels), beyond, constant_values=IGNORED),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalTransform:
+    """Evaluation's transform of an example: a plain resize of the image; the mask keeps its size. It can be pickled.
+
+    Attributes:
+      preprocessing: the size that the model sees, and its normalisation.
+      mask_size: (height, width) that every mask is padded to, because a batch has one shape; None leaves masks out.
+    """
+
+    preprocessing: Preprocessing
+    mask_size: Size | None = None
+
+    def __call__(self, example: Example) -> Example:
+        """{"image": float32 [height, width, 3], "size": int32 [2], (height, width) of the image itself; "mask": uint8}.
+
+        Raises:
+          InputError: image or mask cannot be decoded, or `read_labels` refuses the mask.
+        """
+        size = size_of(example["image"], self.preprocessing)
+        view = View((0, 0, *size), self.preprocessing.shape)
+        seen = as_floats(view.image(example["image"], self.preprocessing))
+        result = {"image": normalize_images(seen, self.preprocessing), "size": np.array(size, np.int32)}
+        if self.mask_size is not None:
+            beyond = [(0, whole - side) for whole, side in zip(self.mask_size, size, strict=True)]
+            result["mask"] = np.pad(read_labels(example, size), beyond, constant_values=IGNORED)
+        return result
+
+
+def train_transform(augment: ConfigDict, preprocessing: Preprocessing) -> TrainTransform:
+    """What is done to an example in training, as the group `augment` of a configuration says."""
+    scale_range = None if augment.scale_range is None else tuple(augment.scale_range)
+    return TrainTransform(preprocessing, scale_range, augment.flip, augment.distort)
+
+
+def _random_part(side: int, model_side: int, scale: float, rng: np.random.Generator) -> tuple[int, int, int]:
+    """Along one axis: (first pixel that is seen, number of pixels that are seen, pixels of the result for them)."""
+    if scale < 1:  # the whole image, smaller than the result
+        return 0, side, max(round(scale * model_side), 1)
+    seen = max(round(side / scale), 1)
+    return int(rng.integers(side - seen + 1)), seen, model_side

@@ -1,0 +1,223 @@
+"""Data sets of masks: folders of images and label PNGs, and tensorflow-datasets; and what they refuse."""
+
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from castling_jax.data.masks import IGNORED, has_labels, largest_size, read_labels, table_of
+from castling_jax.data.prepare import prepare
+from castling_jax.data.sources import find_splits, load_dataset
+from tests.data.mask_files import NAMES, SIZES, VOID, labels, png, write_masks
+from tests.data.tfds_builders import encoded, prepared
+
+MASKS = [labels(size, number) for number, size in enumerate(SIZES)]
+
+
+def load(root, split="train", **options):
+    return load_dataset(f"masks:{root}", split, ignore_label=VOID, **options)
+
+
+def truth(mask):
+    return np.where(mask == VOID, IGNORED, mask)
+
+
+class TestFolder:
+    def test_images_and_labels(self, tmp_path):
+        """Half of the masks have a palette, whose indices count."""
+        dataset = load(write_masks(tmp_path))
+        assert (dataset.annotation, dataset.classes, dataset.num_classes, len(dataset)) == ("mask", NAMES, 3, 4)
+        for index, mask in enumerate(MASKS):
+            example = dataset[index]
+            assert example["image"] == (tmp_path / "train" / f"{index:03}.png").read_bytes()
+            np.testing.assert_array_equal(read_labels(example, mask.shape), truth(mask))
+        assert dataset.describe(2) == f"'{tmp_path}/train/002.png'"
+        assert largest_size(dataset) == (32, 32)
+        assert largest_size(load(tmp_path, "75% of train")) in {(32, 30), (32, 32), (24, 30)}
+        assert len(pickle.loads(pickle.dumps(dataset))) == 4
+
+    def test_folders_below_and_other_formats(self, tmp_path):
+        write_masks(tmp_path)
+        for folder in ("train", "train_labels"):
+            (tmp_path / folder / "aachen").mkdir()
+            (tmp_path / folder / "002.png").rename(tmp_path / folder / "aachen" / "002.png")
+        Image.open(tmp_path / "train" / "000.png").save(tmp_path / "train" / "000.jpg")
+        (tmp_path / "train" / "000.png").unlink()
+        dataset = load(tmp_path)
+        assert dataset.files == ("000.jpg", "001.png", "003.png", "aachen/002.png")
+        np.testing.assert_array_equal(read_labels(dataset[3], SIZES[2]), truth(MASKS[2]))
+
+    def test_classes_without_names_are_the_numbers_in_the_split_train(self, tmp_path):
+        write_masks(tmp_path, "train", names=None)
+        write_masks(tmp_path, "val", names=None, sizes=SIZES[:1])
+        for mask in (tmp_path / "val_labels").iterdir():  # a split that has the first class alone
+            mask.write_bytes(png(np.zeros(SIZES[0], np.uint8)))
+        for split in ("train", "val", "50% of train"):
+            assert load(tmp_path, split).classes == ("0", "1", "2")
+        (tmp_path / "train_labels" / "001.png").write_bytes(b"damaged")
+        assert load(tmp_path, "val").classes == ("0", "1", "2")
+        # 255 is the label of void unless the caller says otherwise, and 11 then is a class.
+        assert load_dataset(f"masks:{tmp_path}", "train").num_classes == VOID + 1
+        assert load(tmp_path, "val", classes=["a", "b"]).classes == ("a", "b")
+
+    def test_classes_are_found_by_name_among_a_models(self, tmp_path):
+        dataset = load(write_masks(tmp_path), classes=["car", "tree", "road", "sky"])
+        assert dataset.classes == ("car", "tree", "road", "sky")
+        expected = np.array([3, 2, 0, *[IGNORED] * 9])[MASKS[0]]
+        np.testing.assert_array_equal(read_labels(dataset[0], SIZES[0]), expected)
+
+    def test_splits(self, tmp_path):
+        write_masks(tmp_path, "train")
+        assert find_splits(f"masks:{tmp_path}") == ("train without 10%", "10% of train")
+        rest, held_out = (load(tmp_path, split) for split in find_splits(f"masks:{tmp_path}"))
+        assert sorted([*rest.files, *held_out.files]) == list(load(tmp_path).files)
+        write_masks(tmp_path, "val", seed=9)
+        (tmp_path / "notes").mkdir()
+        assert find_splits(f"masks:{tmp_path}") == ("train", "val")
+        assert load(tmp_path, "val").contents() == load(tmp_path).contents()
+        (tmp_path / "val" / "000.png").rename(tmp_path / "val" / "0.png")
+        (tmp_path / "val_labels" / "000.png").rename(tmp_path / "val_labels" / "0.png")
+        assert load(tmp_path, "val").contents() != load(tmp_path).contents()
+
+    def test_a_split_without_any_class(self, tmp_path):
+        assert has_labels(load(write_masks(tmp_path)))
+        for mask in (tmp_path / "train_labels").iterdir():
+            mask.write_bytes(png(np.full((4, 4), VOID, np.uint8)))
+        assert not has_labels(load(tmp_path))
+
+
+def test_prepare_describes_the_splits(tmp_path):
+    for split in ("train", "val"):
+        write_masks(tmp_path, split)
+    lines = prepare(f"masks:{tmp_path}").splitlines()
+    assert lines == [
+        f"{tmp_path}: 3 classes",
+        *(f"  {split}: 4 images, masks of up to 32 x 32 pixels" for split in ("train", "val")),
+    ]
+
+
+class TestRefusals:
+    def test_folders(self, tmp_path, refuses):
+        with refuses(f"there is no folder '{tmp_path}/nowhere'"):
+            load(tmp_path / "nowhere")
+        write_masks(tmp_path)
+        with refuses(f"unknown split of '{tmp_path}' 'tran': did you mean 'train'?"):
+            load(tmp_path, "tran")
+        with refuses(f"'{tmp_path}/classes.txt' has the class 'car', which the model does not have."):
+            load(tmp_path, classes=["sky", "road"])
+        (tmp_path / "classes.txt").write_bytes(b"\xff\xfe")
+        with refuses(f"'{tmp_path}/classes.txt' cannot be read"):
+            load(tmp_path)
+        (tmp_path / "classes.txt").write_text("\n".join(f"class {number}" for number in range(255)))
+        with refuses("the number of classes must be at most what masks of 8 bits have room for, 254, not 255."):
+            load(tmp_path)
+
+    def test_pairs(self, tmp_path, refuses):
+        write_masks(tmp_path)
+        (tmp_path / "train_labels" / "001.png").rename(tmp_path / "moved.png")
+        with refuses(f"'{tmp_path}/train_labels' has no label PNG of the name '001'."):
+            load(tmp_path)
+        (tmp_path / "train_labels" / "003.png").unlink()
+        with refuses(f"'{tmp_path}/train_labels' has no label PNG of the name '001' (2 are missing)."):
+            load(tmp_path)
+        for number in (1, 2, 3):
+            (tmp_path / "train" / f"{number:03}.png").unlink()
+        with refuses(f"'{tmp_path}/train' has no image of the name '002'."):
+            load(tmp_path)
+        for folder in ("train", "train_labels"):
+            for file in (tmp_path / folder).iterdir():
+                file.unlink()
+        with refuses(f"the split 'train' of '{tmp_path}' holds no images."):
+            load(tmp_path)
+
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "I;16"])
+    def test_masks_of_colours_or_wide_numbers(self, tmp_path, refuses, mode):
+        write_masks(tmp_path)
+        if mode == "I;16":
+            Image.fromarray(MASKS[0].astype(np.uint16)).save(tmp_path / "train_labels" / "000.png")
+            kind = "numbers of 16 bits or more"
+        else:
+            (tmp_path / "train_labels" / "000.png").write_bytes(png(MASKS[0], mode))
+            kind = "colours and not numbers of classes"
+        with refuses(f"the first mask: the pixels are {kind}: write masks of 8 bits, as docs/howto/segmentation.md"):
+            load(tmp_path)
+
+    def test_masks_without_any_class(self, tmp_path, refuses):
+        write_masks(tmp_path, names=None)
+        for mask in (tmp_path / "train_labels").iterdir():
+            mask.write_bytes(png(np.full((4, 4), VOID, np.uint8)))
+        with refuses("none of the 4 masks has a pixel with a class."):
+            load(tmp_path)
+
+    def test_one_mask(self, tmp_path, refuses):
+        """What a transform refuses, and training counts as corrupt."""
+        dataset = load(write_masks(tmp_path))
+        with refuses("the mask has 30 x 24 pixels, but its image has 24 x 30."):
+            read_labels(dataset[0], (30, 24))
+        with refuses("the mask cannot be decoded ("):
+            read_labels(dataset[0] | {"mask": b"no image"}, SIZES[0])
+        with refuses("the mask has the label 7, but the classes have the labels 0 to 2: config.dataset.ignore_label"):
+            read_labels(dataset[0] | {"mask": png(np.uint8([[0, 7]]))}, (1, 2))
+        with refuses("the pixels are colours and not numbers of classes"):
+            read_labels(dataset[0] | {"mask": png(MASKS[0], "RGB")}, SIZES[0])
+        (tmp_path / "train_labels" / "000.png").unlink()
+        with refuses("the mask cannot be read (No such file or directory)"):
+            dataset[0]
+
+
+def test_tables():
+    table = table_of(range(3), 7, first=1)
+    assert table[:8].tolist() == [IGNORED, 0, 1, 2, 254, 254, 254, IGNORED]
+    assert table_of(range(3))[255] == IGNORED
+    assert table_of([2, 0], 0).tolist()[:2] == [IGNORED, 0]
+
+
+class TestTfds:
+    """Written by TFDS itself, or mocked under the names of its own data sets."""
+
+    def test_any_data_set_with_one_more_image(self, tmp_path):
+        import tensorflow_datasets as tfds
+
+        features = {"image": tfds.features.Image(), "seg": tfds.features.Image(shape=(None, None, 1))}
+        examples = [{"image": encoded(i, size=SIZES[i]), "seg": png(MASKS[i])} for i in range(4)]
+        prepared(tmp_path, name="tiny_streets", features=features, supervised=None, splits={"train": examples})
+        dataset = load_dataset("tiny_streets", "train", data_dir=tmp_path, ignore_label=VOID)
+        assert (dataset.annotation, dataset.classes) == ("mask", ("0", "1", "2"))
+        number_of = {encoded(number, size=size): number for number, size in enumerate(SIZES)}
+        numbers = [number_of[dataset[i]["image"]] for i in range(4)]
+        assert sorted(numbers) == [0, 1, 2, 3]
+        for index, number in enumerate(numbers):
+            np.testing.assert_array_equal(read_labels(dataset[index], SIZES[number]), truth(MASKS[number]))
+        assert dataset.contents() == {"version": "tiny_streets/1.2.0"}
+
+    @pytest.mark.parametrize(
+        ("name", "feature", "classes", "stored", "expected"),
+        [
+            ("scene_parse150", "annotation", 150, [[0, 1, 150]], [[IGNORED, 0, 149]]),
+            ("oxford_iiit_pet", "segmentation_mask", 3, [[1, 2, 3]], [[0, 1, 2]]),
+        ],
+    )
+    def test_known_data_sets_whose_classes_start_at_one(self, refuses, name, feature, classes, stored, expected):
+        import tensorflow_datasets as tfds
+
+        def source(self, split, decoders=None, **options):
+            assert all(isinstance(decoders[name], tfds.decode.SkipDecoding) for name in ("image", feature))
+            return [{"image": encoded(0, size=(1, 3)), feature: png(np.uint8(stored)), "label": 3}]
+
+        with tfds.testing.mock_data(as_data_source_fn=source):
+            dataset = load_dataset(name, "train", annotation="mask")
+        assert (dataset.annotation, dataset.num_classes) == ("mask", classes)
+        np.testing.assert_array_equal(read_labels(dataset[0], (1, 3)), expected)
+        with refuses(f"the mask has the label {classes + 1}, but the classes have the labels 1 to {classes}"):
+            read_labels(dataset[0] | {"mask": png(np.uint8([[classes + 1]]))}, (1, 1))
+
+    def test_pets_are_labelled_for_a_classifier(self):
+        import tensorflow_datasets as tfds
+
+        def source(self, split, decoders=None, **options):
+            return [{"image": encoded(0), "label": 3}]
+
+        with tfds.testing.mock_data(as_data_source_fn=source):
+            dataset = load_dataset("oxford_iiit_pet", "train")
+        assert (dataset.annotation, dataset.num_classes, dataset[0]["label"]) == ("label", 37, 3)
