@@ -396,7 +396,7 @@ def draw_objects(
     images: Sequence[UInt8[np.ndarray, "height width 3"]],
     answers: Sequence[Sequence[tuple[str, float, tuple[float, float, float, float]]]],
 ) -> Figure:
-    """A sheet of images with the objects that a detector found.
+    """A sheet of images with the objects that a detector found, and below them the colour of each class.
 
     Args:
       images: the images; their sizes may differ.
@@ -412,6 +412,7 @@ def draw_objects(
         draw_boxes_on(axis, np.array(boxes), names, scores)
     for axis in axes:
         axis.set_axis_off()
+    _add_class_legend(figure, {name: _shortened(name) for answer in answers for name, *_ in answer}, columns=4)
     return figure
 
 
@@ -586,6 +587,6 @@ def _color_of_label(label: int) -> Color:
 
 def _color_of(name: str) -> Color:
     """A class's colour, by its name alone; dark enough for white letters on it."""
-    hue = int.from_bytes(hashlib.sha256(name.encode()).digest()[:2]) / 2**16
+    hue = int.from_bytes(hashlib.sha256(name.encode(errors="surrogatepass")).digest()[:2]) / 2**16
     red, green, blue = colorsys.hls_to_rgb(hue, 0.38, 0.85)
     return red, green, blue

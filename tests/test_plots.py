@@ -298,7 +298,7 @@ class TestBoxes:
 
     def test_no_boxes_and_odd_names(self):
         assert draw_boxes(PHOTOGRAPH, np.zeros((0, 4)), []).legends == []
-        figure = draw_boxes(PHOTOGRAPH, self.BOXES[:1], ["$a\n" * 30])
+        figure = draw_boxes(PHOTOGRAPH, self.BOXES[:1], ["$a\n\ud800" * 30])
         check_legible(figure)
         assert "\n" not in figure.axes[0].texts[0].get_text()
 
@@ -342,6 +342,14 @@ class TestDetections:
         assert [text.get_text() for text in legend.get_texts()] == ["a$t$", "owl"]
         figure.draw_without_rendering()
         assert not any(legend.get_window_extent().overlaps(axis.bbox) for axis in figure.axes)
+
+    def test_classes_without_room_for_their_names_are_below_the_objects(self):
+        tiny = ("gnat", 0.5, (1, 1, 3, 3))
+        figure = draw_objects([PHOTOGRAPH] * 2, [[("owl", 0.75, (2, 3, 33, 27)), tiny], [tiny]])
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["gnat", "owl"]
+        assert figure.axes[1].patches[0].get_edgecolor() == legend.get_patches()[0].get_facecolor()
+        assert draw_objects([PHOTOGRAPH], [[]]).legends == []
 
     def test_images_without_boxes(self):
         nothing = (np.zeros((0, 4)), [], None)

@@ -67,8 +67,8 @@ _PATCHES = "embedding/kernel"  # a name by which big_vision's weights are recogn
 _STACKED = "Transformer/encoderblock/"  # a model that scans over its blocks stacks each array of all blocks
 
 
-def timm_state_dict(state_dict: object, what: str, *, ema: bool | None = None) -> dict[str, np.ndarray]:
-    """The weights under timm 1.0's names, without their wrappers.
+def state_arrays(state_dict: object, what: str, *, ema: bool | None = None) -> dict[str, np.ndarray]:
+    """The weights under the names that they have, without their wrappers.
 
     Args:
       state_dict: names -> NumPy, JAX or PyTorch arrays (also Parameters); or a dict that contains one such dict, or
@@ -83,11 +83,16 @@ def timm_state_dict(state_dict: object, what: str, *, ema: bool | None = None) -
       InputError: it is no dict, it holds no weights or several sets of weights, there is no moving average, or an array
         does not hold numbers.
     """
-    arrays = {
+    return {
         name: _as_array(name, value, what)
         for name, value in _unwrapped(state_dict, what, ema).items()
         if name.split(".")[-1] not in _IGNORED
     }
+
+
+def timm_state_dict(state_dict: object, what: str, *, ema: bool | None = None) -> dict[str, np.ndarray]:
+    """`state_arrays` under timm 1.0's names."""
+    arrays = state_arrays(state_dict, what, ema=ema)
     patches = [name for name in arrays if name == _PATCHES or name.endswith(f"/{_PATCHES}")]
     if patches:
         return _from_big_vision(arrays, prefix=min(patches, key=len).removesuffix(_PATCHES))

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from castling_jax.convert.names import state_arrays
 from castling_jax.convert.torch import check_fit, check_form, check_weights
 from castling_jax.errors import takes
 from castling_jax.models.model import Model
@@ -57,19 +58,19 @@ def from_paddle(model: Model, state_dict: Mapping[str, Any]) -> Variables:
 
     Args:
       model: a PicoDet in training form.
-      state_dict: names to arrays; kernels are [out, in, height, width], as in Paddle.
+      state_dict: names to NumPy, JAX or PyTorch arrays; kernels are [out, in, height, width], as in Paddle.
 
     Returns:
       {"params": ..., "batch_stats": ...}: arrays in the model's dtypes. The neck's and the head's arrays are copies.
 
     Raises:
-      InputError: the model is in inference form, names are missing or unknown, shapes do not fit, or arrays hold other
-        things than finite floating-point numbers; the message lists them.
+      InputError: the model is in inference form, the state dict is no mapping to arrays, names are missing or unknown,
+        shapes do not fit, or arrays hold other things than finite floating-point numbers; the message lists them.
     """
     check_form(model)
     remaining = {
-        name: np.asarray(value)
-        for name, value in state_dict.items()
+        name: value
+        for name, value in state_arrays(state_dict, "a state dict").items()
         if name not in UNREAD and not name.startswith("backbone.")
     }
     leaves, taken = {}, {}

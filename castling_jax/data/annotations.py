@@ -11,7 +11,7 @@ from etils import epath
 from jaxtyping import Bool, Float, Int
 
 from castling_jax.data.decode import Size
-from castling_jax.errors import InputError, refusing
+from castling_jax.errors import InputError, check, refusing
 from castling_jax.storage import is_remote
 
 REMOTE_READERS = 32  # threads that read small files from a bucket, where each read is a request
@@ -91,7 +91,8 @@ class BoxDataset:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        with refusing(OSError, "the file cannot be read"):
+        # A name in an annotation file may be none that a disk can have, which Python refuses with a ValueError.
+        with refusing((OSError, ValueError), "the file cannot be read"):
             image = (self.folder / self.files[index]).read_bytes()
         return self.annotations(index).example(image)
 
@@ -109,7 +110,7 @@ class BoxDataset:
     def contents(self) -> dict[str, str]:
         table = b"".join(array.tobytes() for array in (self.starts, *self.columns.values()))
         return {
-            "file names": hashlib.sha256("\n".join(self.files).encode()).hexdigest(),
+            "file names": hashlib.sha256("\n".join(self.files).encode(errors="surrogatepass")).hexdigest(),
             "annotations": hashlib.sha256(table).hexdigest(),
         }
 
@@ -131,7 +132,11 @@ def box_dataset(
       columns: a sequence for each name in COLUMNS, with a row for each box. An area of NaN becomes width x height.
       classes: the classes' names.
       category_ids: the number of each class in the annotation file.
+
+    Raises:
+      InputError: there are no classes.
     """
+    check(classes, f"the annotations of '{folder}' name no class, and a detector needs one.")
     files, image_ids, _ = zip(*images, strict=True)
     sizes = np.array([size for _, _, size in images], np.int32).reshape(-1, 2)
     # Sorted by image, the boxes of image -1 come first, and are cut off.

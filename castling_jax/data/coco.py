@@ -1,6 +1,7 @@
 """COCO's files: ROOT/annotations/instances_SPLIT.json, and images in ROOT/SPLIT (cocodataset.org, "data format")."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from etils import epath
 
 from castling_jax.data.annotations import BoxDataset, box_dataset
 from castling_jax.data.folder import choose, parse_split
-from castling_jax.errors import InputError, check_known, refusing
+from castling_jax.errors import InputError, check, check_known, refusing
 from castling_jax.storage import as_path
 
 # The errors that a damaged file causes: any of its values may be missing or have the wrong type.
@@ -43,8 +44,8 @@ def coco(path: epath.PathLike, split: str, classes: Sequence[str] | None = None)
         the file's own.
 
     Raises:
-      InputError: the file is missing or damaged, lists no images, uses an id twice, has a category that `classes`
-        lacks, or has an annotation whose category or image it does not list.
+      InputError: the file is missing or damaged, lists no images, uses an id or a category's name twice, has a category
+        that `classes` lacks, or has an annotation whose category or image it does not list.
     """
     root = as_path(path, "the folder of a data set")
     name, percent, is_held_out = parse_split(split)
@@ -62,6 +63,7 @@ def coco(path: epath.PathLike, split: str, classes: Sequence[str] | None = None)
                         "the file does not list."
                     )
         names = {category_id: str(category["name"]) for category_id, category in sorted(categories.items())}
+        check(len({*names.values()}) == len(names), f"two categories in '{file}' have the same name.")
         known_names = list(names.values() if classes is None else classes)
         for category_name in names.values():
             if category_name not in known_names:
@@ -73,8 +75,7 @@ def coco(path: epath.PathLike, split: str, classes: Sequence[str] | None = None)
         listed = list(images.values())
         chosen = [listed[index] for index in choose(np.zeros(len(listed), np.int32), percent, is_held_out)]
         index_of = {image["id"]: index for index, image in enumerate(chosen)}
-        corners = np.array([annotation["bbox"] for annotation in annotations], np.float64).reshape(len(annotations), 4)
-        corners[:, 2:] += corners[:, :2]  # from x, y, width, height
+        rows = [_row(annotation, file) for annotation in annotations]
         if not chosen:
             raise InputError(f"the split {split!r} of '{root}' holds no images.")
         return box_dataset(
@@ -82,14 +83,23 @@ def coco(path: epath.PathLike, split: str, classes: Sequence[str] | None = None)
             [(str(image["file_name"]), image["id"], (image["height"], image["width"])) for image in chosen],
             [index_of.get(annotation["image_id"], -1) for annotation in annotations],
             {
-                "boxes": corners,
+                "boxes": np.array([box for box, _, _ in rows]),
                 "classes": [class_of[annotation["category_id"]] for annotation in annotations],
-                "crowd": [bool(annotation.get("iscrowd")) for annotation in annotations],
-                "areas": [annotation.get("area", np.nan) for annotation in annotations],
+                "crowd": np.array([is_crowd for _, is_crowd, _ in rows], bool),
+                "areas": np.array([area for _, _, area in rows], np.float64),
             },
             known_names,
             (category_id_of.get(class_number, -1) for class_number in range(len(known_names))),
         )
+
+
+def _row(annotation: dict[str, Any], file: epath.Path) -> tuple[list[float], bool, float]:
+    """An annotation's corners, whether it is a crowd, and its area: NaN if the file states none."""
+    with refusing(DAMAGE, f"the annotation {annotation.get('id')} in '{file}' is damaged"):
+        x, y, width, height = map(float, annotation["bbox"])
+        # Some tools write null for 0 and for an unknown area. Unlike bool, int refuses a text such as "no".
+        is_crowd, area = bool(int(annotation.get("iscrowd") or 0)), annotation.get("area")
+        return [x, y, x + width, y + height], is_crowd, math.nan if area is None else float(area)
 
 
 def _without_mask(entry: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from castling_jax.data.folder import IMAGE_SUFFIXES, choose, parse_split
 from castling_jax.errors import InputError, check_known, refusing
 from castling_jax.storage import as_path
 
-# The errors that a damaged file causes.
-DAMAGE = (OSError, ElementTree.ParseError, ValueError, OverflowError)
+# The errors that a damaged file causes; LookupError comes from an unknown encoding.
+DAMAGE = (OSError, ElementTree.ParseError, ValueError, OverflowError, LookupError)
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 

@@ -37,7 +37,7 @@ class CspMix(nnx.Module):
     """
 
     def __init__(self, channels: int, layers: Layers):
-        half = channels // 2
+        half = max(channels // 2, 1)
         self.main_conv = Activated(conv=LinearNorm(2 * channels, half, layers))
         self.short_conv = Activated(conv=LinearNorm(2 * channels, half, layers))
         block = nnx.Dict(conv1=Activated(conv=LinearNorm(half, half, layers)), conv2=separable(half, half, layers))

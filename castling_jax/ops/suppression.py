@@ -48,7 +48,8 @@ def non_maximum_suppression(
     """
     check_array("scores", scores)
     check_array("boxes", boxes)
-    check(scores.ndim >= 2, f"scores must be [..., points, classes], not of shape {scores.shape}.")
+    has_classes = scores.ndim >= 2 and scores.shape[-1] > 0
+    check(has_classes, f"scores must be [..., points, classes], at least one class, not of shape {scores.shape}.")
     check_shapes(boxes=(boxes, (*scores.shape[:-1], 4)))
     check_at_least("max_detections", max_detections, 1)
     check_at_least("candidates", candidates, 1)

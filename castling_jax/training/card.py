@@ -17,9 +17,18 @@ from castling_jax.training.config import default_config
 from castling_jax.training.summary import SUMMARY_FILE
 
 CARD_FILE = "README.md"
+LOADED = (
+    "`castling_jax.load_inference(FOLDER)` returns (model, variables), and `castling_jax.predict(FOLDER, images)` "
+    "returns the model's answers to images."
+)
+# Formats that castling_jax does not load.
+USES = {
+    "stablehlo": '`jax.export.deserialize(open("program.stablehlo", "rb").read()).call(images)` returns the outputs. '
+    "It needs only jax and flatbuffers. `model.json` says how an image becomes the input."
+}
 
 
-def model_card(weights: Weights, model: Model) -> str:
+def model_card(weights: Weights, model: Model, format: str) -> str:
     """The card of an exported model, in Markdown.
 
     The license of the data and the model's intended use are marked TODO, for a person to write.
@@ -28,6 +37,7 @@ def model_card(weights: Weights, model: Model) -> str:
       weights: the source of the export, from `castling_jax.convert.read`. If it belongs to a finished run, the card
         shows the figures in the run's summary.
       model: the exported model.
+      format: the export's format, one of `castling_jax.convert.inference_folder.PAYLOADS`.
     """
     spec, pixels, classes = model.spec, weights.preprocessing, weights.classes
     figures, sides = _summary(weights), " x ".join(map(str, image_shape(spec.image_size)))
@@ -35,8 +45,7 @@ def model_card(weights: Weights, model: Model) -> str:
         f"# {spec.name}, {spec.attention} attention",
         "",
         f"Inference form for images of {sides} pixels and {spec.num_classes:,} classes, "
-        f"made with castling_jax. `castling_jax.load_inference(FOLDER)` returns (model, variables), "
-        "and `castling_jax.predict(FOLDER, images)` returns the most probable classes of images.",
+        f"made with castling_jax. {USES.get(format, LOADED)}",
         "",
     ]
     rows = {

@@ -65,11 +65,11 @@ class Console:
 
     def logged(self, step: int, line: dict[str, Any]) -> None:
         """Prints the figures of a step; a skipped step has no loss."""
-        loss, speed = line.get("loss", math.nan), line["images_per_second"]
-        self._bar.set_postfix({"loss": f"{loss:.3f}", "images/s": f"{speed:,.0f}"})
+        loss, speed = line.get("loss", math.nan), rate_text(line["images_per_second"])
+        self._bar.set_postfix({"loss": f"{loss:.3f}", "images/s": speed})
         if self._shows_progress and self._bar.disable:
             total, left = self._setup.total_steps, datetime.timedelta(seconds=round(line["eta_seconds"]))
-            self.say(f"step {step:,} of {total:,}: loss {loss:.4f}, {speed:,.0f} images/s, {left} left")
+            self.say(f"step {step:,} of {total:,}: loss {loss:.4f}, {speed} images/s, {left} left")
 
     def evaluated(self, step: int, loss: float, density: Any, figures: dict[str, Any], threshold: float) -> None:
         """Prints the figures of an evaluation, with the loss and the mask density of the step before it."""
@@ -107,10 +107,18 @@ def describe_images(setup: Setup) -> dict[str, str]:
     return lines
 
 
+def rate_text(rate: float) -> str:
+    """A rate with at least two significant digits: a large model on a CPU may need seconds for an image."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 def describe_boxes(dataset: BoxDataset, most: int) -> str:
     """A line on the boxes to learn from: how many there are, and how many of them training does not take."""
-    counts = dataset.box_counts
+    crowd = dataset.columns["crowd"]
+    counts = np.diff(np.concatenate([[0], np.cumsum(~crowd)])[dataset.starts])
     said = f"{counts.sum():,} to learn from, at most {counts.max():,} in an image"
+    if crowd.any():
+        said += f"; {crowd.sum():,} that are crowds or difficult objects are passed over"
     if dataset.dropped:
         said += f"; {dataset.dropped:,} that have no area in their image are left out"
     if beyond := np.maximum(counts - most, 0).sum():

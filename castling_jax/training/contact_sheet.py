@@ -15,7 +15,7 @@ from castling_jax.data.pixels import denormalize_images
 from castling_jax.models.registry import abstract_model
 from castling_jax.plots import SMALL, png
 from castling_jax.preprocessing import Preprocessing
-from castling_jax.sizes import size_text
+from castling_jax.sizes import image_shape, size_text
 from castling_jax.storage import write_atomically
 from castling_jax.tasks.registry import check_dataset, task_of
 from castling_jax.tasks.task import Example, Task
@@ -58,7 +58,9 @@ def draw_sheet(config: ConfigDict, *, examples: int) -> Figure:
     ]
 
     rows = examples + BATCHES * task.changes_batches
-    figure = Figure(figsize=(1.5 * COLUMNS, 1.75 * rows + 0.9), layout="constrained")
+    height, width = image_shape(size)
+    row_height = 1.5 * height / width + 0.25  # inches
+    figure = Figure(figsize=(1.5 * COLUMNS, row_height * rows + 0.9), layout="constrained")
     axes = figure.subplots(rows, COLUMNS, squeeze=False)
     for row, (example, drawn) in enumerate(zip(sources[:examples], draws, strict=False)):
         for axis, seen in zip(axes[row], [evaluation(example), *drawn], strict=True):

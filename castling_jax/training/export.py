@@ -116,7 +116,7 @@ def convert(
         if param_dtype != spec.param_dtype:
             print(f"  {compare_cast(source.model, source.variables, model, variables, images)}")
     if not (out / CARD_FILE).exists():  # a card that a person has filled in stays
-        write_atomically(out / CARD_FILE, model_card(source, model).encode(errors="backslashreplace"))
+        write_atomically(out / CARD_FILE, model_card(source, model, format).encode(errors="backslashreplace"))
     size = _bytes(out / PAYLOADS[format]) + _bytes(out / MODEL_FILE)
     print(f"\nWrote {out}: {PAYLOADS[format]}, {MODEL_FILE} and {CARD_FILE}, {size / 1e6:,.2f} MB.")
 

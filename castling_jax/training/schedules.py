@@ -50,7 +50,8 @@ def learning_rate_schedule(
     warmup_steps = round(warmup_epochs * steps_per_epoch)
     shortest = min((*earlier_ends, total_steps))  # every schedule of an extended run needs steps after its warm-up
     if warmup_steps >= shortest:
-        raise InputError(f"config.optimizer.warmup_epochs = {warmup_epochs} leaves nothing of the {shortest} steps.")
+        epochs = f"{shortest / steps_per_epoch:g} epochs ({shortest} steps)"
+        raise InputError(f"config.optimizer.warmup_epochs must be below the run's {epochs}, not {warmup_epochs}.")
     if optimizer.learning_rate == 0:  # the user wants no learning, so the initial and final rates must not count
         return optax.constant_schedule(0.0)
     *earlier, schedule = (

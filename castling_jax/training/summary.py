@@ -6,7 +6,6 @@ import html
 import json
 import sys
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -15,7 +14,14 @@ import numpy as np
 from etils import epath
 
 from castling_jax.convert.inference_folder import load_inference
-from castling_jax.convert.run_folder import INFERENCE, METRICS_FILE
+from castling_jax.convert.run_folder import (
+    CONFIG_FILE,
+    INFERENCE,
+    METRICS_FILE,
+    mask_kind,
+    model_arguments,
+    read_config,
+)
 from castling_jax.errors import InputError, printable
 from castling_jax.models.macs import count_macs
 from castling_jax.models.model import Model
@@ -25,7 +31,7 @@ from castling_jax.plots import draw_training, png
 from castling_jax.sizes import image_shape
 from castling_jax.storage import write_atomically
 from castling_jax.tables import aligned
-from castling_jax.tasks.registry import measures_of, task_in
+from castling_jax.tasks.registry import measures_of, task_in, task_of
 from castling_jax.training.metrics import read_history
 from castling_jax.training.timing import interleaved_seconds, medians, significant
 
@@ -104,7 +110,7 @@ def finish(workdir: epath.Path, figures: dict[str, Any]) -> Summary:
         "files": {
             "checkpoints": str(workdir / "checkpoints"),
             "inference": str(workdir / INFERENCE),
-            "picture": str(save_picture(workdir, figures)),
+            "picture": str(save_picture(workdir)),
             "metrics": str(workdir / METRICS_FILE),
         },
     }
@@ -119,21 +125,26 @@ def finish(workdir: epath.Path, figures: dict[str, Any]) -> Summary:
     return Summary(workdir, summary)
 
 
-def save_picture(workdir: epath.Path, figures: Mapping[str, Any] = MappingProxyType({})) -> epath.Path:
-    """Draws WORKDIR/training.png from the metrics; the run's `figures` name its task and its mask kind.
+def save_picture(workdir: epath.Path) -> epath.Path:
+    """Draws WORKDIR/training.png from the metrics; config.json tells the task and the mask kind.
+
+    Without config.json, it is drawn as a classifier's with a threshold.
 
     Raises:
-      InputError: there are no metrics in workdir.
+      InputError: there are no metrics in workdir, or config.json is damaged.
     """
     history = read_history(workdir)
     if not len(history["step"]):
         raise InputError(f"'{workdir}' has no metrics to draw: {METRICS_FILE} is missing or empty.")
     path = workdir / TRAINING_FILE
-    task = task_in(figures)
-    measure, mask_kind = task.measures[0], _mask_kind(figures)
+    task, kind = task_in({}), "threshold"
+    if (workdir / CONFIG_FILE).exists():
+        config = read_config(workdir)
+        task, kind = task_of(abstract_model(**model_arguments(config))), mask_kind(config)
+    measure = task.measures[0]
     figure = draw_training(
         history,
-        mask_kind=mask_kind,
+        mask_kind=kind,
         measure=measure.name,
         title=measure.title[0].upper() + measure.title[1:],
         is_share=measure.is_share,

@@ -88,6 +88,28 @@ class TestCoco:
         assert len(dataset) == 4  # images without a box too
         assert dataset[1]["boxes"].shape == (0, 4)
 
+    def test_numbers_may_be_texts_and_unknown_ones_null(self, tmp_path):
+        """A crowd of "0" is none: taken for one, it would hide its box from the training."""
+
+        def change(images, annotations, categories):
+            box = {"image_id": 100, "category_id": 7, "bbox": ["1", 2, 3.5, "4"]}
+            crowds = ({}, {"iscrowd": "0"}, {"iscrowd": None}, {"iscrowd": False}, {"iscrowd": "1"}, {"iscrowd": True})
+            annotations[:] = [box | {"area": None} | crowd for crowd in crowds]
+
+        dataset = load_dataset(f"coco:{write_coco(tmp_path, content=changed(coco_content(), change))}", "train2017")
+        same_boxes(dataset.annotations(0), [(1, 2, 4.5, 6, 1, crowd, 14, 7) for crowd in (0, 0, 0, 0, 1, 1)])
+
+    @pytest.mark.parametrize("name", ["\ud800.jpg", "\x00.jpg"])
+    def test_a_name_that_no_file_can_have_is_an_unreadable_image(self, tmp_path, refuses, name):
+        content = coco_content()
+        file = write_coco(tmp_path, content=content) / "annotations" / "instances_train2017.json"
+        content["images"][1]["file_name"] = name
+        file.write_text(json.dumps(content))
+        dataset = load_dataset(f"coco:{tmp_path}", "train2017")
+        assert dataset.contents().keys() == {"file names", "annotations"}
+        with refuses("the file cannot be read"):
+            dataset[1]
+
     def test_another_models_classes_are_matched_by_name(self, tmp_path):
         name = f"coco:{write_coco(tmp_path)}"
         own, given = (
@@ -106,15 +128,22 @@ class TestCoco:
         [
             (lambda i, a, c: a[2].update(category_id=3), ("annotation", "has the category_id 3", "does not list")),
             (lambda i, a, c: a[1].update(image_id=1), ("has the image_id 1, which the file does not list",)),
-            (lambda i, a, c: a[0].update(bbox=[1, 2, 3]), ("is damaged",)),
-            (lambda i, a, c: a[0].update(bbox=["left", 1, 2, 3]), ("is damaged",)),
-            (lambda i, a, c: a[0].pop("bbox"), ("is damaged", "'bbox'")),
+            (lambda i, a, c: a[0].update(id=77, bbox=[1, 2, 3]), ("the annotation 77 in", "is damaged", "got 3")),
+            (lambda i, a, c: a[0].update(id=77, bbox=["left", 1, 2, 3]), ("annotation 77", "is damaged", "'left'")),
+            (lambda i, a, c: a[0].update(id=77, bbox=[1, 2, None, 3]), ("annotation 77", "is damaged", "NoneType")),
+            (lambda i, a, c: a[0].update(id=77, bbox=7), ("annotation 77", "is damaged", "int")),
+            (lambda i, a, c: a[0].update(id=77, bbox=[1, 2, 3, 10**400]), ("annotation 77", "is damaged", "too large")),
+            (lambda i, a, c: (a[0].update(id=77), a[0].pop("bbox")), ("annotation 77", "is damaged", "'bbox'")),
+            (lambda i, a, c: a[0].update(id=77, iscrowd="no"), ("annotation 77", "is damaged", "'no'")),
+            (lambda i, a, c: a.insert(0, None), ("is damaged",)),
+            (lambda i, a, c: c[0].update(name="dog"), ("two categories", "have the same name")),
             (lambda i, a, c: i.append(i[0]), ("two images", "have the same id")),
             (lambda i, a, c: c.append(c[0]), ("two categories", "have the same id")),
             (lambda i, a, c: (i.clear(), a.clear()), ("the split 'train2017'", "holds no images")),
+            (lambda i, a, c: (a.clear(), c.clear()), ("train2017' name no class",)),
             (lambda i, a, c: i[0].update(width=None), ("is damaged",)),
             (lambda i, a, c: i[0].update(width=10**12), ("is damaged",)),
-            (lambda i, a, c: a[0].update(area="large"), ("is damaged",)),
+            (lambda i, a, c: a[0].update(id=77, area="large"), ("annotation 77", "is damaged", "'large'")),
             (lambda i, a, c: c[0].pop("name"), ("is damaged", "'name'")),
         ],
     )
@@ -202,6 +231,7 @@ class TestVoc:
         [
             ("", "no element found"),
             ("<annotation><size>", "no element found"),
+            ('<?xml version="1.0" encoding="none"?><annotation/>', "unknown encoding"),
             ("<annotation/>", "it has no size/height"),
             (voc_file((5, 5), [("cat", 0, 1, 2, 3, "x")]), "could not convert string to float"),
             (voc_file((5, 5), [("", 0, 1, 2, 3, 4)]), "it has no name"),
@@ -224,6 +254,10 @@ class TestVoc:
         with refuses("the split 'none'", "holds no images"):
             load_dataset(f"voc:{tmp_path}", "none")
         assert find_splits(f"voc:{tmp_path}") == ("train without 10%", "10% of train")
+        for number in range(4):
+            (tmp_path / "Annotations" / f"image {number}.xml").write_text(voc_file(SIZES[number], []))
+        with refuses(f"the annotations of '{tmp_path}/JPEGImages' name no class"):
+            load_dataset(f"voc:{tmp_path}", "train")
         (tmp_path / "Annotations" / "image 3.xml").unlink()
         with refuses("image 3.xml' is missing or damaged", "No such file"):
             load_dataset(f"voc:{tmp_path}", "train")

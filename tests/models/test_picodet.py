@@ -144,6 +144,15 @@ def test_every_neck_and_head_goes_there_and_back(backbone, neck):
     assert fourth == (backbone == LEVIT) != ("neck.first_top_conv.dwconv.weight" in state_dict)
 
 
+def test_a_single_channel_is_not_halved():
+    model = small_picodet(neck="csp_pan", neck_channels=1)
+    images = jax.ShapeDtypeStruct((1, 160, 192, 3), jnp.float32)
+    outputs = jax.eval_shape(
+        lambda v, x: castling_jax.apply(model, v, x, mask_threshold=1), get_variables(model), images
+    )
+    assert outputs["boxes"].shape == (1, 639, 4)
+
+
 def test_a_state_dict_that_does_not_fit(refuses):
     model = small_picodet()
     state_dict = convert.to_paddle(model, small.random_variables(model))
@@ -162,6 +171,17 @@ def test_a_state_dict_that_does_not_fit(refuses):
         convert.from_paddle(small_picodet(form="inference"), state_dict)
     with refuses("from_paddle takes a detector, as create_model makes it, as model, not DeiT"):
         convert.from_paddle(small.small_model(), state_dict)
+    for wrong, said in (
+        ([1], "a state dict must be a dict of names to arrays, not list."),
+        (state_dict | {name: "x"}, f"a state dict holds str under {name!r}"),
+        (state_dict | {3: np.zeros(3)}, "a state dict holds numpy.ndarray under 3"),
+        # Finite in float64, infinite in the model's float32.
+        (state_dict | {name: np.full((3, 16, 1, 1), 1e300)}, f"{name!r} has 48 of 48 numbers that are not finite"),
+    ):
+        with refuses(said):
+            convert.from_paddle(model, wrong)
+    wrapped = convert.from_paddle(model, {"state_dict": state_dict, "epoch": 3})
+    chex.assert_trees_all_equal(wrapped, convert.from_paddle(model, state_dict))
 
 
 # Sizes

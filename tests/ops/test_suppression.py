@@ -166,6 +166,8 @@ def test_what_does_not_fit(refuses):
         suppress(boxes, scores[1:])
     with refuses("scores must be [..., points, classes]", "(40,)"):
         suppress(boxes, scores[:, 0])
+    with refuses("at least one class, not of shape (40, 0)."):
+        suppress(boxes, scores[:, :0])
     with refuses("scores must be of a floating type", "int32"):
         suppress(boxes, scores.astype(np.int32))
     for name in ("max_detections", "candidates"):

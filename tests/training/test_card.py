@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from castling_jax.convert.inference_folder import save_inference
+from castling_jax.convert.inference_folder import PAYLOADS, save_inference
 from castling_jax.convert.weights import read
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tools import convert
@@ -37,7 +37,7 @@ def run(tmp_path):
 
 def test_a_card_has_the_runs_figures_and_marks_what_a_person_must_write(run):
     weights = read(run / "inference")
-    card = model_card(weights, weights.model)
+    card = model_card(weights, weights.model, "safetensors")
     assert "| accuracy, training form / inference form | 91.00 % / 90.50 % of 360 images of the split test |" in card
     assert "| data | digits\\n# not a title |" in card
     assert "| SHA-256 of the trained parameters | abc |" in card
@@ -45,10 +45,19 @@ def test_a_card_has_the_runs_figures_and_marks_what_a_person_must_write(run):
     assert card.count("TODO") == 2
 
 
+def test_a_card_says_how_its_format_is_used(run):
+    weights = read(run / "inference")
+    for format in PAYLOADS:
+        card = model_card(weights, weights.model, format)
+        assert (
+            ("load_inference" in card) == (format != "stablehlo") != (f'open("{PAYLOADS["stablehlo"]}", "rb")' in card)
+        )
+
+
 def test_without_a_summary_there_are_no_figures(run):
     (run / "summary.json").unlink()
     weights = read(run / "inference")
-    assert "accuracy" not in model_card(weights, weights.model)
+    assert "accuracy" not in model_card(weights, weights.model, "safetensors")
 
 
 def test_a_persons_own_card_stays(run, tmp_path):

@@ -423,9 +423,13 @@ def test_splits_with_boxes_have_the_classes_of_training(tmp_path):
 
 def test_a_run_says_how_many_boxes_there_are_and_which_it_does_not_take(tmp_path):
     content = coco_content(counts=(3, 0, 2, 1))
-    content["annotations"][0]["bbox"][2] = 0
+    # The first image has two boxes and a crowd, the third one a box and one without area, the last one a crowd.
+    first, third, last = ([a for a in content["annotations"] if a["image_id"] == number] for number in (100, 94, 91))
+    for one in content["annotations"]:
+        one["iscrowd"] = int(one in (first[0], last[0]))
+    third[0]["bbox"][2] = 0
     dataset = load_dataset(f"coco:{write_coco(tmp_path, content=content)}", "train2017")
-    assert describe_boxes(dataset, 100).startswith("5 to learn from, at most ")
-    assert "; 1 that have no area in their image are left out" in describe_boxes(dataset, 100)
-    beyond = sum(max(count - 1, 0) for count in dataset.box_counts)
-    assert describe_boxes(dataset, 1).endswith(f"; {beyond} are beyond the 1 of an image that training takes")
+    said = "3 to learn from, at most 2 in an image; 2 that are crowds or difficult objects are passed over"
+    said += "; 1 that have no area in their image are left out"
+    assert describe_boxes(dataset, 2) == said
+    assert describe_boxes(dataset, 1) == f"{said}; 1 are beyond the 1 of an image that training takes"

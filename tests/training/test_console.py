@@ -8,6 +8,7 @@ from PIL import Image
 
 from castling_jax.training import summary
 from castling_jax.training.config import default_config
+from castling_jax.training.console import rate_text
 from castling_jax.training.run import run
 
 
@@ -27,6 +28,13 @@ def told(config, workdir, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert captured.out == ""
     return captured.err
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"), [(0.1377, "0.14"), (1.5, "1.5"), (9.97, "10"), (12.4, "12"), (4321, "4,321")]
+)
+def test_slow_steps_have_a_rate_too(rate, said):
+    assert rate_text(rate) == said
 
 
 @pytest.mark.slow

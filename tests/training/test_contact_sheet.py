@@ -2,10 +2,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from castling_jax.convert.run_folder import write_config
 from castling_jax.errors import InputError
 from castling_jax.tasks.classification.task import Classification
 from castling_jax.tools import plots
-from castling_jax.training import contact_sheet
+from castling_jax.training import contact_sheet, summary
+from castling_jax.training.config import default_config
 from castling_jax.training.config_files import load_config
 from castling_jax.training.metrics import MetricsWriter
 from castling_jax.training.summary import save_picture
@@ -31,6 +33,24 @@ def test_a_run_that_has_evaluated_before_it_logged_is_drawn(tmp_path):
     writer.write(5, evaluation)
     writer.close()
     assert save_picture(tmp_path).exists()
+
+
+def test_a_detectors_picture_is_drawn_anew_as_a_detectors(tmp_path, monkeypatch):
+    """By the command too, at any time: before the first evaluation nothing but config.json tells the task."""
+    writer = MetricsWriter(tmp_path, first_step=0)
+    writer.write(5, {"loss": 1.0, "learning_rate": 1e-3, "mask_threshold": 0.5})
+    writer.close()
+    config = default_config()
+    config.model.update(name="picodet_s", backbone="deit_micro", patch_size=16, image_size=160)
+    config.mask.kind = "fade"
+    write_config(tmp_path, config.to_dict())
+    drawn = []
+    draw = summary.draw_training
+    monkeypatch.setattr(summary, "draw_training", lambda *_, **options: drawn.append(draw(*_, **options)) or drawn[0])
+    plots.main([str(tmp_path)])
+    texts = [axis.get_title() for axis in drawn[0].axes] + [axis.get_ylabel() for axis in drawn[0].axes]
+    for said in ("Held-out mAP", "varifocal + GIoU + distribution focal loss", "Softmax branch kept by the fade"):
+        assert said in texts, texts
 
 
 def test_run_without_metrics_is_refused(tmp_path):
@@ -79,6 +99,15 @@ def test_the_contact_sheet_is_legible():
     config = load_config("digits")
     config.augment.mixup = 0.8
     check_legible(contact_sheet.draw_sheet(config, examples=1))
+
+
+def test_wide_images_leave_no_gaps():
+    config = load_config("digits")
+    config.model.image_size = (8, 32)
+    figure = contact_sheet.draw_sheet(config, examples=6)
+    figure.draw_without_rendering()
+    shown = sum(axis.bbox.height for axis in figure.axes[:: contact_sheet.COLUMNS])
+    assert shown > 0.4 * figure.bbox.height  # rows as high as they are wide would make it a fifth
 
 
 def test_labels_of_mixed_images_are_their_heaviest():

@@ -49,9 +49,9 @@ def test_a_rate_of_zero_is_zero_throughout():
 def test_warmup_must_leave_some_steps():
     optimizer = default_config().optimizer
     optimizer.warmup_epochs = 5.0
-    with pytest.raises(InputError, match="warmup_epochs = 5.0 leaves nothing of the 50 steps"):
+    with pytest.raises(InputError, match=r"warmup_epochs must be below the run's 5 epochs \(50 steps\), not 5.0\."):
         learning_rate_schedule(optimizer, batch_size=8, total_steps=50, steps_per_epoch=10)
-    with pytest.raises(InputError, match="leaves nothing of the 40 steps"):
+    with pytest.raises(InputError, match=r"the run's 4 epochs \(40 steps\), not 5.0\."):
         learning_rate_schedule(optimizer, batch_size=8, total_steps=100, steps_per_epoch=10, earlier_ends=[40])
 
 
