@@ -264,14 +264,15 @@ def interrupt(workdir, *, lines, launcher=False, ignored=False, times=1, group=F
     ignored: SIGINT was inherited so. group: the launcher's processes are told too, as by a terminal.
     """
     script = ["scripts/launch.py", "--simulate=2"] if launcher else ["main.py"]
+    # A shell sets it, not a function in a fork of this process, whose threads could leave the fork waiting for a lock.
+    shell = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"] if ignored else []
     output = workdir.parent / "said.txt"
     with output.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, *(ROOT / script[0], *script[1:]), f"--workdir={workdir}", *SMALL, *FREQUENT],
+            [*shell, sys.executable, *(ROOT / script[0], *script[1:]), f"--workdir={workdir}", *SMALL, *FREQUENT],
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
         )
     try:
         metrics = workdir / "metrics.jsonl"
