@@ -33,9 +33,10 @@ with install_import_hook(["castling_jax.ops", "castling_jax.tasks.detection"], "
     import castling_jax.tasks.detection
 
 GOLDEN = Path(__file__).parent / "golden"
-# The files whose slow tests take longest. `make test-slow` begins with them, so that its processes end together.
+# The files whose tests take longest. The tests begin with them, so that their processes end together.
 LONG = {"test_configs", "test_loop", "test_main", "test_maps", "test_meshes", "test_notebooks", "test_pod"}
-LONG |= {"test_sharding", "test_snippets", "test_tpu", "test_zero_gradients"}
+LONG |= {"test_detectors", "test_picodet", "test_sharding", "test_snippets", "test_step", "test_tpu"}
+LONG |= {"test_zero_gradients"}
 
 
 def pytest_collection_modifyitems(items):

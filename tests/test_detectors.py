@@ -64,10 +64,13 @@ def photographs(tmp_path_factory):
     return path
 
 
+apply = jax.jit(castling_jax.apply, static_argnums=0)
+
+
 def expected(folder, file):
     """The detections in an image by the public functions, in pixels of the image itself."""
     weights = read(folder)
-    outputs = castling_jax.apply(weights.model, weights.variables, castling_jax.preprocess(file, PREPROCESSING))
+    outputs = apply(weights.model, weights.variables, castling_jax.preprocess(file, PREPROCESSING))
     found = castling_jax.ops.non_maximum_suppression(**outputs, **SUPPRESSION.to_dict())
     width, height = Image.open(file).size
     boxes = np.asarray(found["boxes"][0], np.float64) * np.array([width / 192, height / 160] * 2)

@@ -24,7 +24,8 @@ from tests.test_docs import DOCUMENTS, ROOT
 BLOCK = re.compile(r"^(?:<!-- not run: (.+) -->\n)?^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"^    (python .*)", re.MULTILINE)  # command lines in docs/performance.md
 OTHERS = re.compile(r"text|tree|\{[\w-]+\}.*")  # languages of blocks that are no programs
-SLOW_PYTHON = {"README.md", "own_loop.md", "models.md"}  # they compile whole models
+# They compile whole models.
+SLOW_PYTHON = {"README.md", "detection.md", "models.md", "own_loop.md", "pretraining.md", "segmentation.md"}
 # The beginning of a command line -> why no test runs it from here.
 NOT_RUN = {
     "make": "these tests run inside `make test`, and .ci/run runs `make docs`",
