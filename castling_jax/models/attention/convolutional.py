@@ -34,13 +34,12 @@ class ConvolutionalAttention(MultiHeadAttention):
         self, x: Float[Array, "batch tokens channels"], places: Places
     ) -> Sequence[Float[Array, "batch _ channels"]]:
         batch, _, channels = x.shape
-        prefix, patches = jnp.split(x, [places.prefix_tokens], axis=1)
-        patches = patches.reshape(batch, *places.grid, channels)
+        patches = x[:, places.prefix_tokens :].reshape(batch, *places.grid, channels)
         pools = (self.pool_q, self.norm_q), (self.pool_k, self.norm_k), (self.pool_v, self.norm_v)
         inputs = []
         for (pool, norm), stride in zip(pools, STRIDES, strict=True):
             # The convolution has no bias: a black region may give zeros, at which layer norm's derivative is 1000.
             pooled = norm(stop_at_zero(pool(patches, stride))).reshape(batch, -1, channels)
-            inputs.append(jnp.concatenate([prefix, pooled], axis=1))
+            inputs.append(jnp.concatenate([x[:, : places.prefix_tokens], pooled], axis=1))
         # One fused layer, as in multi-head attention, so that weights keep their names; each part has its own input.
         return split_linear(self.qkv, inputs, 3)

@@ -98,6 +98,6 @@ def _add_pooled(
     x: Float[Array, "batch tokens channels"], pool: Pool, places: Places
 ) -> Float[Array, "batch tokens channels"]:
     """Adds to the patches their convolution over the grid; prefix tokens, which have no place there, do not change."""
-    prefix, patches = jnp.split(x, [places.prefix_tokens], axis=1)
+    patches = x[:, places.prefix_tokens :]
     pooled = pool(patches.reshape(x.shape[0], *places.grid, x.shape[2])).reshape(patches.shape)
-    return jnp.concatenate([prefix, patches + pooled], axis=1)
+    return jnp.concatenate([x[:, : places.prefix_tokens], patches + pooled], axis=1)
