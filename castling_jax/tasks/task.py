@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from castling_jax.data.sources import Dataset
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, check
 from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables
 from castling_jax.postprocessing import Suppression
@@ -309,3 +309,17 @@ class Teacher:
     kind: str
     alpha: float
     temperature: float
+
+
+def check_no_teacher(teacher: Teacher | None, learner: str) -> None:
+    """Refuses a teacher for a model that learns from the data alone; `learner` names such a model."""
+    check(teacher is None, f"{learner} does not learn from a teacher: leave out config.distillation.")
+
+
+def check_whole_images(data: ConfigDict, model: str) -> None:
+    """Refuses a group `dataset` of a configuration that cuts images, for `model`, which sees them whole."""
+    if (data.crop_mode, data.crop_ratio) != ("squash", 1.0):
+        raise InputError(
+            f"{model} sees whole images: set config.dataset.crop_mode = 'squash' and crop_ratio = 1.0, not "
+            f"{data.crop_mode!r} and {data.crop_ratio}."
+        )

@@ -29,7 +29,17 @@ from castling_jax.tasks.detection.assign import assign_atss, assign_simota, assi
 from castling_jax.tasks.detection.losses import Assigned, Outputs, detection_losses, legacy_detection_losses
 from castling_jax.tasks.detection.predictions import BoxPredictions, in_the_image
 from castling_jax.tasks.detection.transforms import eval_transform, train_transform
-from castling_jax.tasks.task import FORMS, Batch, Example, Loss, Measure, Task, Teacher
+from castling_jax.tasks.task import (
+    FORMS,
+    Batch,
+    Example,
+    Loss,
+    Measure,
+    Task,
+    Teacher,
+    check_no_teacher,
+    check_whole_images,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,19 +85,14 @@ class Detection(Task):
         cls, config: ConfigDict, model: Model, teacher: Teacher | None = None, *, steps_per_epoch: int = 1
     ) -> "Detection":
         legacy = _is_legacy(model)
-        if teacher is not None:
-            raise InputError("a detector does not learn from a teacher: leave out config.distillation.")
+        check_no_teacher(teacher, "a detector")
         if legacy and config.train.accumulate_steps > 1:
             raise InputError(
                 "config.train.accumulate_steps must be 1 with neck='csp_pan', whose losses are divided by two numbers "
                 f"of the whole batch, not {config.train.accumulate_steps}."
             )
         data = config.dataset
-        if (data.crop_mode, data.crop_ratio) != ("squash", 1.0):
-            raise InputError(
-                "a detector sees whole images: set config.dataset.crop_mode = 'squash' and crop_ratio = 1.0, not "
-                f"{data.crop_mode!r} and {data.crop_ratio}."
-            )
+        check_whole_images(data, "a detector")
         for size in config.augment.image_sizes or ():
             check_image_size(image_shape(size))
         return cls(

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from castling_jax.convert.inference import largest_difference
 from castling_jax.data.sources import Dataset
 from castling_jax.data.transforms import EvalTransform
-from castling_jax.errors import check
 from castling_jax.models.mae import MAE
 from castling_jax.models.model import Model
 from castling_jax.preprocessing import Preprocessing
@@ -22,7 +21,7 @@ from castling_jax.tasks.classification.transforms import TrainTransform, train_t
 from castling_jax.tasks.reconstruction.answers import ReconstructionAnswers
 from castling_jax.tasks.reconstruction.losses import reconstruction_loss
 from castling_jax.tasks.reconstruction.predictions import ReconstructionPredictions
-from castling_jax.tasks.task import FORMS, Batch, Example, Loss, Measure, Task, Teacher
+from castling_jax.tasks.task import FORMS, Batch, Example, Loss, Measure, Task, Teacher, check_no_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Reconstruction(Task):
     def from_config(
         cls, config: ConfigDict, model: Model, teacher: Teacher | None = None, *, steps_per_epoch: int = 1
     ) -> "Reconstruction":
-        check(teacher is None, "a masked autoencoder does not learn from a teacher: leave out config.distillation.")
+        check_no_teacher(teacher, "a masked autoencoder")
         autoencoder = cast(MAE, model)
         return cls(autoencoder.backbone.patch_size, autoencoder.norm_pix_loss)
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from castling_jax.convert.inference import largest_difference
 from castling_jax.data.masks import IGNORED, INVALID, MaskedImages, decode_mask, has_labels, largest_size
 from castling_jax.data.sources import Dataset
-from castling_jax.errors import InputError, check
+from castling_jax.errors import check
 from castling_jax.models.model import Model
 from castling_jax.plots import color_labels
 from castling_jax.preprocessing import Preprocessing
@@ -23,7 +23,17 @@ from castling_jax.tasks.segmentation.answers import MaskAnswers
 from castling_jax.tasks.segmentation.losses import pixel_cross_entropy, soft_dice_loss
 from castling_jax.tasks.segmentation.predictions import MaskPredictions
 from castling_jax.tasks.segmentation.transforms import EvalTransform, train_transform
-from castling_jax.tasks.task import FORMS, Batch, Example, Loss, Measure, Task, Teacher
+from castling_jax.tasks.task import (
+    FORMS,
+    Batch,
+    Example,
+    Loss,
+    Measure,
+    Task,
+    Teacher,
+    check_no_teacher,
+    check_whole_images,
+)
 
 THUMBNAIL = 256  # most pixels along a side of a thumbnail of an answer
 Outputs = Mapping[str, Array]
@@ -60,14 +70,9 @@ class Segmentation(Task):
     def from_config(
         cls, config: ConfigDict, model: Model, teacher: Teacher | None = None, *, steps_per_epoch: int = 1
     ) -> "Segmentation":
-        if teacher is not None:
-            raise InputError("a segmenter does not learn from a teacher: leave out config.distillation.")
+        check_no_teacher(teacher, "a segmenter")
         data = config.dataset
-        if (data.crop_mode, data.crop_ratio) != ("squash", 1.0):
-            raise InputError(
-                "a segmenter sees whole images: set config.dataset.crop_mode = 'squash' and crop_ratio = 1.0, not "
-                f"{data.crop_mode!r} and {data.crop_ratio}."
-            )
+        check_whole_images(data, "a segmenter")
         return cls(model.spec.num_classes, config.loss.dice, data.exif)
 
     @classmethod
