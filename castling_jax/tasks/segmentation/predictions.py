@@ -54,7 +54,7 @@ class MaskPredictions(Predictions):
         """(class, its share of the pixels) of each class in an answer, the largest share first."""
         counts = np.bincount(answer.ravel(), minlength=len(self.names))
         order = np.argsort(-counts, kind="stable")
-        return [(self.names[label], float(counts[label] / answer.size)) for label in order if counts[label]]
+        return [(self.names[label], float(counts[label] / answer.size)) for label in order.tolist() if counts[label]]
 
 
 def resized(logits: Float[np.ndarray, "height width classes"], size: Size) -> Float[np.ndarray, "rows columns classes"]:
