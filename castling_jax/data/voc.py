@@ -1,5 +1,6 @@
 """PASCAL VOC's files: ROOT/ImageSets/Main/SPLIT.txt, ROOT/Annotations/NAME.xml and ROOT/JPEGImages/NAME.jpg."""
 
+import collections
 from collections.abc import Sequence
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -10,7 +11,7 @@ from etils import epath
 from castling_jax.data.annotations import BoxDataset, box_dataset, read_all
 from castling_jax.data.decode import Size
 from castling_jax.data.folder import IMAGE_SUFFIXES, choose, parse_split
-from castling_jax.errors import InputError, check_known, refusing
+from castling_jax.errors import InputError, check, check_known, refusing
 from castling_jax.storage import as_path
 
 # The errors that a damaged file causes; LookupError comes from an unknown encoding.
@@ -53,7 +54,8 @@ def voc(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) 
         reads all files to find the names.
 
     Raises:
-      InputError: a file is missing or damaged, the list is empty, or an object has a class that `classes` lacks.
+      InputError: a file is missing or damaged, the list is empty or has an image twice, or an object has a class that
+        `classes` lacks.
     """
     root = as_path(path, "the folder of a data set")
     name, percent, is_held_out = parse_split(split)
@@ -61,6 +63,8 @@ def voc(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) 
     list_path = root / "ImageSets" / "Main" / f"{name}.txt"
     with refusing((OSError, ValueError), f"'{list_path}' cannot be read"):
         listed = [line.strip() for line in list_path.read_text().splitlines() if line.strip()]
+    for stem, count in collections.Counter(listed).items():
+        check(count == 1, f"'{list_path}' lists the image {stem!r} {count} times.")
     # `choose` draws a share from each class of images. Images with boxes have no class, so all count as class 0.
     stems = [listed[index] for index in choose(np.zeros(len(listed), np.int32), percent, is_held_out)]
     if not stems:
@@ -105,8 +109,15 @@ def _read(path: epath.Path) -> _File:
             (height, width),
             [_text(one, "name") for one in objects],
             [[float(_text(one, f"bndbox/{corner}")) for corner in CORNERS] for one in objects],
-            [one.findtext("difficult", "0").strip() == "1" for one in objects],
+            [_is_difficult(one) for one in objects],
         )
+
+
+def _is_difficult(element: ElementTree.Element) -> bool:
+    text = element.findtext("difficult", "0").strip()
+    if text not in ("0", "1"):
+        raise ValueError(f"an object's difficult is {text!r}, not 0 or 1")
+    return text == "1"
 
 
 def _text(element: ElementTree.Element, path: str) -> str:

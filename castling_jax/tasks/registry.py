@@ -25,22 +25,21 @@ def unused_fields(model: Model) -> frozenset[str]:
     return frozenset(name for task in TASKS.values() for name in task.fields) - task_of(model).used_fields(model)
 
 
-def check_dataset(model: Model, dataset: Dataset, *, evaluated: bool) -> None:
+def check_dataset(model: Model, dataset: Dataset) -> None:
     """Checks that the model's task can use a data set.
 
     Args:
       model: the model.
-      dataset: the data set.
-      evaluated: whether the task's figures are measured on it.
+      dataset: a split of the data set.
 
     Raises:
-      InputError: the images are annotated otherwise than the task needs, or nothing can be measured on them.
+      InputError: the images are annotated otherwise than the task needs, or not at all.
     """
     task = task_of(model)
     if task.annotation not in (dataset.annotation, None):
         raise InputError(f"{model.spec.name} needs images with {task.annotation}, and these have {dataset.annotation}.")
-    if evaluated and not isinstance(dataset, Unread):  # an absent data set's images are not known
-        task.check_evaluated(dataset)
+    if not isinstance(dataset, Unread):  # an absent data set's images are not known
+        task.check_annotated(dataset)
 
 
 def task_in(figures: Mapping[str, Any]) -> type[Task]:

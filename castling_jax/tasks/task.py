@@ -141,8 +141,8 @@ class Task:
         return frozenset(cls.fields)
 
     @classmethod
-    def check_evaluated(cls, dataset: Dataset) -> None:
-        """Raises an InputError if nothing can be measured on the split. By default any split will do."""
+    def check_annotated(cls, dataset: Dataset) -> None:
+        """Raises an InputError if no image of a split has what the task learns. By default any split will do."""
 
     @staticmethod
     def train_transform(
@@ -186,11 +186,16 @@ class Task:
         """Whether `prepare` changes the images: a contact sheet then shows prepared batches too."""
         return False
 
-    def caption(self, example: Example) -> str:
-        """The text beside an example in a contact sheet; the example comes from the data set or from `prepare`."""
+    def caption(self, example: Example, classes: Sequence[str]) -> str:
+        """The text beside an example in a contact sheet.
+
+        Args:
+          example: an example of the data set, or one that `prepare` returned.
+          classes: names of the classes.
+        """
         raise NotImplementedError
 
-    def draw(self, axis: Axes, example: Example) -> None:
+    def draw(self, axis: Axes, example: Example, classes: Sequence[str]) -> None:
         """Draws an example's annotations, such as boxes, over its image in `axis`. By default nothing is drawn."""
 
     def loss(self, outputs: Any, batch: Batch, held: Any) -> Loss:

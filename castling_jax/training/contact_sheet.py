@@ -46,7 +46,7 @@ def draw_sheet(config: ConfigDict, *, examples: int) -> Figure:
     train_split, _ = named_splits(config.dataset)
     dataset = load_split(config, train_split)
     model = abstract_model(num_classes=dataset.num_classes, **model_arguments(config))
-    check_dataset(model, dataset, evaluated=False)
+    check_dataset(model, dataset)
     task, size = task_of(model).from_config(config, model), model.spec.image_size
     preprocessing = preprocessing_of(config, size)
     evaluation, training = task.eval_transform(preprocessing), augmentation(config, model, preprocessing)
@@ -65,16 +65,16 @@ def draw_sheet(config: ConfigDict, *, examples: int) -> Figure:
     for row, (example, drawn) in enumerate(zip(sources[:examples], draws, strict=False)):
         for axis, seen in zip(axes[row], [evaluation(example), *drawn], strict=True):
             _show(axis, seen["image"], preprocessing)
-            task.draw(axis, seen)
-        axes[row, 0].set_ylabel(task.caption(example), fontsize=SMALL)
+            task.draw(axis, seen, dataset.classes)
+        axes[row, 0].set_ylabel(task.caption(example, dataset.classes), fontsize=SMALL)
     axes[0, 0].set_title("evaluation", fontsize="medium")
     axes[0, 1].set_title("training", fontsize="medium", loc="left")
     batches = _prepared(task, [drawn[0] for drawn in draws[:COLUMNS]], config.seed)
     for row, batch in zip(axes[examples:], batches, strict=False):  # no rows for a task that does not change batches
         for axis, seen in zip(row, batch, strict=True):
             _show(axis, seen["image"], preprocessing)
-            task.draw(axis, seen)
-            axis.set_xlabel(task.caption(seen), fontsize=SMALL)
+            task.draw(axis, seen, dataset.classes)
+            axis.set_xlabel(task.caption(seen, dataset.classes), fontsize=SMALL)
         row[0].set_ylabel("batch", fontsize=SMALL)
 
     changed = [f"{name} {value}" for name, value in config.augment.items() if value != default_config().augment[name]]

@@ -213,7 +213,7 @@ def _load(config: ConfigDict, checkpoint: Weights) -> Dataset:
     model = checkpoint.model
     assert model is not None
     dataset = load_split(config, summary_split(config), checkpoint.classes)
-    check_dataset(model, dataset, evaluated=True)
+    check_dataset(model, dataset)
     remedy = "choose data of these classes by --config.dataset.name"
     if checkpoint.classes is not None:
         check_same_classes(checkpoint.classes, list(dataset.classes), remedy=remedy)

@@ -193,7 +193,7 @@ def set_up(
         with mistakes:
             model = abstract_model(num_classes=train_set.num_classes, **model_arguments(config))
             for split in filter(None, (train_set, eval_set, test_set)):
-                check_dataset(model, split, evaluated=split is not train_set)
+                check_dataset(model, split)
             preprocessing = preprocessing_of(config, model.spec.image_size)
             transform = augmentation(config, model, preprocessing)
             if isinstance(train_set, ArrayDataset):  # try one example: some augmentations refuse float pixels

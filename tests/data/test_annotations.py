@@ -235,6 +235,7 @@ class TestVoc:
             ("<annotation/>", "it has no size/height"),
             (voc_file((5, 5), [("cat", 0, 1, 2, 3, "x")]), "could not convert string to float"),
             (voc_file((5, 5), [("", 0, 1, 2, 3, 4)]), "it has no name"),
+            (voc_file((5, 5), [("cat", "true", 1, 2, 3, 4)]), "an object's difficult is 'true', not 0 or 1"),
             (voc_file((5, "wide"), []), "invalid literal for int"),
             (voc_file((5, 10**12), []), "out of bounds"),
         ],
@@ -251,6 +252,8 @@ class TestVoc:
         write_voc(tmp_path, {"train": (0, 3), "none": ()})
         with refuses("unknown split", "'tran'", "did you mean 'train'"):
             load_dataset(f"voc:{tmp_path}", "tran")
+        with refuses("train.txt' lists the image 'image 0' 2 times."):
+            load_dataset(f"voc:{write_voc(tmp_path / 'twice', {'train': (0, 3, 0)})}", "train")
         with refuses("the split 'none'", "holds no images"):
             load_dataset(f"voc:{tmp_path}", "none")
         assert find_splits(f"voc:{tmp_path}") == ("train without 10%", "10% of train")

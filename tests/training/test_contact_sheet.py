@@ -112,8 +112,10 @@ def test_wide_images_leave_no_gaps():
 
 def test_labels_of_mixed_images_are_their_heaviest():
     task = Classification(num_classes=4)
-    assert task.caption({"target": np.array([0.01, 0.61, 0.01, 0.37])}) == "1: 0.61, 3: 0.37"
-    assert task.caption({"target": np.array([0.91, 0.03, 0.03, 0.03])}) == "0: 0.91"
+    classes = ["cat", "dog", "owl", "fox\n"]
+    assert task.caption({"target": np.array([0.01, 0.61, 0.01, 0.37])}, classes) == "dog: 0.61, fox\\n: 0.37"
+    assert task.caption({"target": np.array([0.91, 0.03, 0.03, 0.03])}, classes) == "cat: 0.91"
+    assert task.caption({"label": 2}, classes) == "owl"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Classification as a task: mixed and smoothed labels, distillation from a teacher, and top-1 and top-5 accuracy."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from castling_jax.data.sources import Dataset
 from castling_jax.data.transforms import EvalTransform
+from castling_jax.errors import printable
 from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables, apply
 from castling_jax.preprocessing import Preprocessing
@@ -101,13 +102,13 @@ class Classification(Task):
     def changes_batches(self) -> bool:
         return bool(self.mixing["mixup"] or self.mixing["cutmix"])
 
-    def caption(self, example: Example) -> str:
+    def caption(self, example: Example, classes: Sequence[str]) -> str:
         if "label" in example:
-            return f"class {example['label']}"
+            return printable(classes[example["label"]])
         target = example["target"]
         # A mixed image has two classes; all others have the smallest target, which label smoothing gives them.
         heaviest = [label for label in np.argsort(-target)[:2] if target[label] > target.min()]
-        return ", ".join(f"{label}: {target[label]:.2f}" for label in heaviest)
+        return ", ".join(f"{printable(classes[label])}: {target[label]:.2f}" for label in heaviest)
 
     def loss(self, outputs: Float[Array, "heads batch classes"], batch: Batch, held: Variables) -> Loss:
         if self.teacher is None:

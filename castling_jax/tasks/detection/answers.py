@@ -202,14 +202,12 @@ class BoxAnswers:
 
 
 def check_objects(dataset: BoxDataset, images: Collection[int]) -> None:
-    """Raises an InputError if these images of a split have no object other than crowds to compare detections with."""
+    """Raises an InputError if these images of a split have no object other than crowds."""
     for index in images:
         with contextlib.suppress(InputError):  # a corrupt image, which an evaluation leaves out
             if not dataset.annotations(int(index)).crowd.all():
                 return
-    raise InputError(
-        f"none of the {len(images):,} images evaluated has an object that is no crowd: choose another split."
-    )
+    raise InputError(f"none of the {len(images):,} images has an object that is no crowd: choose another split.")
 
 
 def _width_height(boxes: Float[np.ndarray, "boxes 4"]) -> Float[np.ndarray, "boxes 4"]:

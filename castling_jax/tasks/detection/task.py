@@ -1,7 +1,7 @@
 """Detection as a task: assigned boxes, PicoDet's losses, suppressed detections, and COCO's average precision."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -109,7 +109,7 @@ class Detection(Task):
         return super().used_fields(model) - ({"loss.atss_epochs"} if _is_legacy(model) else set())
 
     @classmethod
-    def check_evaluated(cls, dataset: Dataset) -> None:
+    def check_annotated(cls, dataset: Dataset) -> None:
         check_objects(cast(BoxDataset, dataset), range(len(dataset)))
 
     @staticmethod
@@ -134,14 +134,14 @@ class Detection(Task):
         # One flag for each example, because accumulation cuts every array of a batch into parts.
         return batch | {"by_tal": jnp.broadcast_to(step >= self.tal_step, len(batch["image"]))}
 
-    def caption(self, example: Example) -> str:
+    def caption(self, example: Example, classes: Sequence[str]) -> str:
         count = int(np.sum(example["valid"])) if "valid" in example else len(example["boxes"])
         return f"{count} box" + "es" * (count != 1)
 
-    def draw(self, axis: Axes, example: Example) -> None:
+    def draw(self, axis: Axes, example: Example, classes: Sequence[str]) -> None:
         if "valid" in example:  # a transformed example; evaluation's has no boxes
-            boxes, classes = (np.asarray(example[name])[example["valid"]] for name in ("boxes", "classes"))
-            draw_boxes_on(axis, boxes, [f"class {number}" for number in classes])
+            boxes, labels = (np.asarray(example[name])[example["valid"]] for name in ("boxes", "classes"))
+            draw_boxes_on(axis, boxes, [classes[label] for label in labels])
 
     def loss(self, outputs: Mapping[str, Array], batch: Batch, held: Any) -> Loss:
         height, width = batch["image"].shape[1:3]

@@ -1,7 +1,7 @@
 """Reconstruction as a task: images with hidden patches, whose pixels a masked autoencoder predicts. No labels."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import jax
@@ -75,7 +75,7 @@ class Reconstruction(Task):
     def prepare(self, batch: Batch, key: jax.Array, step: jax.Array) -> Batch:
         return batch
 
-    def caption(self, example: Example) -> str:
+    def caption(self, example: Example, classes: Sequence[str]) -> str:
         return ""
 
     def loss(self, outputs: Mapping[str, Array], batch: Batch, held: Any) -> Loss:

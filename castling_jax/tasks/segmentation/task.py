@@ -1,7 +1,7 @@
 """Segmentation as a task: pixels with and without a class, cross entropy and dice, and mIoU at the images' own size."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -76,9 +76,9 @@ class Segmentation(Task):
         return cls(model.spec.num_classes, config.loss.dice, data.exif)
 
     @classmethod
-    def check_evaluated(cls, dataset: Dataset) -> None:
+    def check_annotated(cls, dataset: Dataset) -> None:
         masks = cast(MaskedImages, dataset)
-        check(has_labels(masks), f"none of the {len(masks):,} masks to evaluate on has a pixel with a class.")
+        check(has_labels(masks), f"none of the {len(masks):,} masks has a pixel with a class: choose another split.")
 
     @staticmethod
     def train_transform(
@@ -104,13 +104,13 @@ class Segmentation(Task):
     def prepare(self, batch: Batch, key: jax.Array, step: jax.Array) -> Batch:
         return batch
 
-    def caption(self, example: Example) -> str:
+    def caption(self, example: Example, classes: Sequence[str]) -> str:
         mask = example["mask"]
         labels = example["table"][decode_mask(mask)] if isinstance(mask, bytes) else np.asarray(mask)
         count = len(np.unique(labels[labels < INVALID]))
         return f"{count} class" + "es" * (count != 1)
 
-    def draw(self, axis: Axes, example: Example) -> None:
+    def draw(self, axis: Axes, example: Example, classes: Sequence[str]) -> None:
         if "mask" in example:  # a transformed example; evaluation's has no mask
             axis.imshow(color_labels(np.asarray(example["mask"])))
 

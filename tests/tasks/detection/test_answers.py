@@ -208,7 +208,7 @@ def test_a_split_without_objects_is_refused(tmp_path, refuses):
             lambda found=found: found.by_class("abc"),
             lambda found=found: found.files("abc"),
         ):
-            with refuses("none of the 4 images evaluated has an object that is no crowd: choose another split."):
+            with refuses("none of the 4 images has an object that is no crowd: choose another split."):
                 compute()
 
 

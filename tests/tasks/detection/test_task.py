@@ -145,11 +145,11 @@ def test_shapes_are_those_of_a_transformed_example(tmp_path):
         name: (x.shape, x.dtype) for name, x in transformed.items()
     }
     # As a contact sheet shows them: first as the data set has them, then transformed.
-    assert task().caption(transformed) == task().caption(example) == "3 boxes"
-    assert task().caption(transformed | {"valid": np.arange(6) < 1}) == "1 box"
+    assert task().caption(transformed, "abc") == task().caption(example, "abc") == "3 boxes"
+    assert task().caption(transformed | {"valid": np.arange(6) < 1}, "abc") == "1 box"
     axis = Figure().subplots()
     axis.imshow(np.zeros((160, 192, 3)))
-    task().draw(axis, transformed)
+    task().draw(axis, transformed, ["red", "white", "blue"])
     assert len(axis.patches) == 3
 
 
@@ -384,8 +384,10 @@ def test_what_a_detector_does_not_use_is_refused_before_anything_is_read(refuses
     with refuses("this picodet_s does not use config.loss.atss_epochs: keep the default."):
         set_up(config)
     config = prepared()
-    config.dataset.test_split = "test"
-    with refuses("none of the 4 images evaluated has an object that is no crowd"):
-        set_up(config)
+    for split in ("train_split", "test_split"):
+        config = prepared()
+        config.dataset[split] = "test"
+        with refuses("none of the 4 images has an object that is no crowd"):
+            set_up(config)
     # The compile report has no data to look at.
-    check_dataset(picodet(), Unread(8, 3, "boxes"), evaluated=True)
+    check_dataset(picodet(), Unread(8, 3, "boxes"))

@@ -194,11 +194,11 @@ def test_shapes_are_those_of_a_transformed_example(tmp_path):
         name: (x.shape, x.dtype) for name, x in transformed.items()
     }
     # As a contact sheet shows them: first as the data set has them, then transformed.
-    assert task().caption(dataset[0]) == task().caption(transformed) == "3 classes"
-    assert task().caption({"mask": np.full((2, 2), 1, np.uint8)}) == "1 class"
+    assert task().caption(dataset[0], "abc") == task().caption(transformed, "abc") == "3 classes"
+    assert task().caption({"mask": np.full((2, 2), 1, np.uint8)}, "abc") == "1 class"
     axis = Figure().subplots()
-    task().draw(axis, transformed)
-    task().draw(axis, Segmentation.eval_transform(PREPROCESSING)(dataset[0]))  # has no mask, and nothing is drawn
+    task().draw(axis, transformed, "abc")
+    task().draw(axis, Segmentation.eval_transform(PREPROCESSING)(dataset[0]), "abc")  # has no mask, and nothing is drawn
     assert len(axis.images) == 1
 
 
@@ -255,7 +255,7 @@ def test_what_a_segmenter_does_not_use_is_refused_before_anything_is_read(refuse
         set_up(config)
     for mask in (tmp_path / "test_labels").iterdir():
         mask.write_bytes(png(np.full((4, 4), VOID, np.uint8)))
-    with refuses("none of the 4 masks to evaluate on has a pixel with a class."):
+    with refuses("none of the 4 masks has a pixel with a class: choose another split."):
         set_up(prepared(test_split="test"))
     for field in ("scale_range", "distort"):
         config = default_config()
