@@ -41,7 +41,8 @@ class View:
         Raises:
           InputError: the image cannot be decoded.
         """
-        if self.box == (0, 0, *self.size):  # an image of the right size is taken as it is: resizing could only round it
+        # An image of the right size is taken as it is, because resizing could only round it.
+        if self.box == (0, 0, *self.size) and size_of(image, preprocessing) == self.size:
             seen = image if is_float(image) else decode(image, exif=preprocessing.exif)
         elif is_float(image):
             seen = self._resized_floats(image, preprocessing.interpolation)

@@ -8,6 +8,7 @@ from castling_jax.preprocessing import Preprocessing
 PREPROCESSING = Preprocessing(32)
 VIEWS = {
     "whole": View((0, 0, 60, 80), (60, 80)),
+    "corner": View((0, 0, 50, 60), (50, 60)),
     "crop": View((10, 20, 30, 40), (60, 80)),
     "fractions": View((3.25, 7.5, 48.5, 61.25), (97, 49)),
     "flipped": View((10, 5, 40, 60), (80, 120), flip=True),
@@ -56,6 +57,13 @@ def test_a_view_without_a_change_gives_what_it_got():
     np.testing.assert_array_equal(view.mask(image[..., 0]), image[..., 0])
     boxes = np.random.default_rng(1).uniform(0, 60, (5, 4)).astype(np.float32)
     np.testing.assert_array_equal(view.boxes(boxes), boxes)
+
+
+@pytest.mark.parametrize("as_floats", [False, True])
+def test_the_corner_of_a_larger_image_is_cut_out(as_floats):
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    image = image.astype(np.float32) / 255 if as_floats else image
+    np.testing.assert_allclose(VIEWS["corner"].image(image, PREPROCESSING), image[:50, :60], atol=1e-6)
 
 
 def test_twice_mirrored_boxes_are_the_boxes():
