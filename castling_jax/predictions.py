@@ -137,7 +137,9 @@ def class_names(weights: Weights, classes: Sequence[str] | None = None) -> list[
 
 def mean_features(model: Model, variables: Variables, batch: Batch) -> Float[jax.Array, "batch channels"]:
     """The mean of the last stage's patch tokens, in float32, without a DeiT's class token."""
-    return features(model, variables, batch["image"])[-1].astype(jnp.float32).mean((1, 2))
+    images = batch["image"]  # [batch, windows, height, width, 3] if a segmenter sees them in windows
+    last = features(model, variables, images.reshape(-1, *images.shape[-3:]))[-1].astype(jnp.float32)
+    return last.reshape(len(images), -1, last.shape[-1]).mean(1)
 
 
 def stream(weights: Weights, images: Any, forward: Forward, *, batch_size: int = BATCH) -> Iterator[tuple[Any, Any]]:
@@ -157,6 +159,8 @@ def stream(weights: Weights, images: Any, forward: Forward, *, batch_size: int =
       InputError: there are no images, or the weights do not state their model or its preprocessing.
     """
     source, preprocessing = known_of(weights)
+    if preprocessing.crop_mode == "slide":  # images differ in the number of their windows
+        batch_size = 1
     model = abstract_model(**source.spec.arguments(form="inference"))
     # The variables go to the device once, not with every batch.
     variables = jax.device_put(to_inference(weights.variables))

@@ -14,7 +14,7 @@ VALUES = {
     "mean": numbers(3, "three finite numbers", lambda _: True),
     "std": numbers(3, "three finite numbers above 0", lambda values: min(values) > 0),
     "crop_ratio": number("(0, 1]"),
-    "crop_mode": one_of("center", "squash"),
+    "crop_mode": one_of("center", "squash", "slide"),
     "interpolation": one_of("bicubic", "bilinear"),  # Pillow's, antialiased
     "exif": FLAG,
 }
@@ -33,8 +33,10 @@ class Preprocessing:
       mean: each channel's mean, subtracted.
       std: each channel's standard deviation, a divisor.
       crop_ratio: share of the resized image's side that is kept.
-      crop_mode: timm's name for the way an image is resized: "center" keeps its aspect ratio and covers the size, so
-        that what is beyond the size on one axis is cut off; "squash" gives it the aspect ratio of image_size.
+      crop_mode: how an image of another aspect ratio becomes the model's input, by timm's names: "center" keeps its
+        aspect ratio and covers the size, so that what is beyond the size on one axis is cut off; "squash" gives it the
+        aspect ratio of image_size. "slide" is for segmenters: the image covers the size as with "center", and the model
+        sees all of it, in windows of image_size.
       interpolation: "bicubic" or "bilinear".
       exif: whether an image is turned as its EXIF orientation says.
 

@@ -1,6 +1,7 @@
 """A segmenter's way out: maps of labels at the images' own size, the command's files, and exported programs."""
 
 import csv
+import dataclasses
 import subprocess
 import sys
 
@@ -14,10 +15,12 @@ from castling_jax.convert.inference_folder import PROGRAM_FILE, program_outputs,
 from castling_jax.convert.weights import read
 from castling_jax.models.registry import abstract_model
 from castling_jax.preprocessing import Preprocessing
+from castling_jax.tasks.segmentation.transforms import EvalTransform
 from castling_jax.tools.predict import main as predict_command
 from castling_jax.training.export import compare_forms, compare_written
 from tests.models import small
-from tests.models.test_segmenter import hats, small_segmenter
+from tests.models.test_segmenter import small_segmenter
+from tests.tasks.segmentation.test_windows import joined_by_hand
 from tests.test_detectors import ALONE
 
 CLASSES = ["ant", "bee", "cat", "dog", "elk"]
@@ -43,14 +46,19 @@ def photographs(tmp_path_factory):
     return path
 
 
-def test_predictions_are_the_classes_of_the_images_own_pixels(folder, photographs):
+@pytest.mark.parametrize("crop_mode", ["squash", "slide"])
+def test_predictions_are_the_classes_of_the_images_own_pixels(tmp_path, photographs, crop_mode):
+    model, preprocessing = small_segmenter("deit_micro"), dataclasses.replace(PREPROCESSING, crop_mode=crop_mode)
+    folder = tmp_path / "inference"
+    save_inference(folder, model, small.random_variables(model), preprocessing=preprocessing, classes=CLASSES)
     weights = read(folder)
     answers = castling_jax.predict(folder, photographs)
     for file, size, answer in zip(sorted(photographs.iterdir()), SIZES, answers, strict=True):
         assert (answer.shape, answer.dtype) == (size, np.uint8)
-        images = castling_jax.preprocess(file, PREPROCESSING)
-        logits = np.asarray(castling_jax.apply(weights.model, weights.variables, images)["logits"][0], np.float64)
-        resized = np.einsum("Yy,yxc,Xx->YXc", hats(40, size[0]), logits, hats(72, size[1]))
+        seen = EvalTransform(preprocessing)({"image": file.read_bytes()})
+        images = seen["image"].reshape(-1, 40, 72, 3)
+        logits = castling_jax.apply(weights.model, weights.variables, images)["logits"]
+        resized = joined_by_hand(logits, seen["windows"], size)
         best, second = np.sort(resized, axis=-1)[..., :-3:-1].transpose(2, 0, 1)
         # Where the two best logits are no more apart than float32's rounding, either is right.
         assert ((answer == resized.argmax(-1)) | (best - second < 1e-4)).all()

@@ -222,10 +222,9 @@ def numbers_in(dataset: MaskedImages) -> list[str]:
     return list(map(str, range(found + 1)))
 
 
-def largest_size(dataset: MaskedImages) -> Size:
-    """The largest height and the largest width of the masks, by their headers; damaged ones are passed over."""
-    heights, widths = zip((1, 1), *_of_each(image_size, dataset), strict=True)
-    return max(heights), max(widths)
+def sizes_of(dataset: MaskedImages) -> list[Size]:
+    """(height, width) of each mask, by its header; damaged ones are passed over."""
+    return _of_each(image_size, dataset)
 
 
 def has_labels(dataset: MaskedImages) -> bool:

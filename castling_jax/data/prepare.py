@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import math
 import shlex
 import struct
 from collections import Counter
@@ -17,7 +18,7 @@ from PIL import Image
 from castling_jax.data.annotations import BoxDataset
 from castling_jax.data.decode import image_size
 from castling_jax.data.folder import folder, folder_splits, list_skipped
-from castling_jax.data.masks import MaskDataset, largest_size
+from castling_jax.data.masks import MaskDataset, sizes_of
 from castling_jax.data.sources import FOLDER, Dataset, annotated_image, find_splits, load_dataset, path_of, tfds_builder
 from castling_jax.errors import InputError, in_one_sentence, printable
 from castling_jax.storage import try_folder
@@ -228,7 +229,7 @@ def _describe_annotated(name: str) -> str:
         dataset = load_dataset(name, split, classes=classes)
         classes = dataset.classes
         if isinstance(dataset, MaskDataset):
-            height, width = largest_size(dataset)
+            height, width = max(sizes_of(dataset), key=math.prod, default=(0, 0))
             said = f"masks of up to {width} x {height} pixels"
         else:
             assert isinstance(dataset, BoxDataset)

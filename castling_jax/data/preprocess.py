@@ -29,14 +29,16 @@ def preprocess(images: Any, preprocessing: Preprocessing) -> Float[np.ndarray, "
       float32 pixels, in the order of the images.
 
     Raises:
-      InputError: there is no image, an image cannot be read or decoded or is of another kind, or `preprocessing` is
-        None because the weights do not state it.
+      InputError: there is no image, an image cannot be read or decoded or is of another kind, the crop_mode is "slide",
+        or `preprocessing` is None because the weights do not state it.
     """
     if not isinstance(preprocessing, Preprocessing):
         raise InputError(
             f"preprocess needs a Preprocessing, not {type(preprocessing).__name__}: castling_jax.convert.read(PATH)"
             ".preprocessing is one, where the weights state it."
         )
+    if preprocessing.crop_mode == "slide":
+        raise InputError("preprocess cannot have a model see windows of an image (crop_mode 'slide'): predict does.")
     transform = EvalTransform(preprocessing)
     prepared = []
     for name, image in named_images(images):

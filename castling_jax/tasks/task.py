@@ -321,10 +321,22 @@ def check_no_teacher(teacher: Teacher | None, learner: str) -> None:
     check(teacher is None, f"{learner} does not learn from a teacher: leave out config.distillation.")
 
 
-def check_whole_images(data: ConfigDict, model: str) -> None:
-    """Refuses a group `dataset` of a configuration that cuts images, for `model`, which sees them whole."""
-    if (data.crop_mode, data.crop_ratio) != ("squash", 1.0):
+def check_crop(data: ConfigDict, modes: Sequence[str], learner: str) -> None:
+    """Refuses a group `dataset` of a configuration that cuts images, for `learner`, which sees whole images.
+
+    Args:
+      data: the group.
+      modes: the values of crop_mode that the learner supports.
+      learner: what names such a model.
+    """
+    if data.crop_mode not in modes or data.crop_ratio != 1.0:
+        allowed = " or ".join(map(repr, modes))
         raise InputError(
-            f"{model} sees whole images: set config.dataset.crop_mode = 'squash' and crop_ratio = 1.0, not "
+            f"{learner} sees whole images: set config.dataset.crop_mode = {allowed} and crop_ratio = 1.0, not "
             f"{data.crop_mode!r} and {data.crop_ratio}."
         )
+
+
+def check_no_windows(data: ConfigDict) -> None:
+    """Refuses a group `dataset` of a configuration that has the model see an image in several windows."""
+    check(data.crop_mode != "slide", "config.dataset.crop_mode = 'slide' is for segmenters: take 'center' or 'squash'.")

@@ -91,5 +91,6 @@ def _prepared(task: Task, examples: list[Example], seed: int) -> Iterator[list[E
 
 
 def _show(axis: Any, image: np.ndarray, preprocessing: Preprocessing) -> None:
-    axis.imshow(denormalize_images(image, preprocessing))
+    """Shows an image; of one that a segmenter sees in several windows, the first."""
+    axis.imshow(denormalize_images(image.reshape(-1, *image.shape[-3:])[0], preprocessing))
     axis.set(xticks=[], yticks=[])

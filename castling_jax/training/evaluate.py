@@ -64,10 +64,12 @@ def make_evaluator(
     # Replicated, because every process collects all answers; they are a few numbers for each image.
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def answer_batch(variables: Variables, batch: Batch, threshold: jax.Array) -> Batch:
-        outputs = exact = outputs_of(forms, variables, batch["image"], threshold)
+        # A segmenter may see an image in several windows, [batch, windows, height, width, 3].
+        images = batch["image"].reshape(-1, *batch["image"].shape[-3:])
+        outputs = exact = outputs_of(forms, variables, images, threshold)
         if exact_forms is not forms:
             with jax.default_matmul_precision("highest"):  # a TPU would multiply float32 numbers in bfloat16
-                exact = outputs_of(exact_forms, variables, batch["image"], threshold)
+                exact = outputs_of(exact_forms, variables, images, threshold)
         return {"weight": batch["weight"]} | task.answer(outputs, exact, batch)
 
     def evaluate(variables: Variables, threshold: float) -> Answers:

@@ -1,5 +1,6 @@
 """Exports a trained model's inference form: tabulates what happens to each parameter, writes the files, checks them."""
 
+import dataclasses
 import functools
 import os
 import re
@@ -179,6 +180,8 @@ def _fate(path: str, old: dict[str, Any], new: dict[str, Any], fates: dict[str, 
 def held_out_images(task: type[Task], preprocessing: Preprocessing, config: ConfigDict) -> jax.Array:
     """Up to CHECK_BATCHES batches of held-out images, [batch, height, width, 3], preprocessed for the task."""
     dataset = load_split(config, config.dataset.eval_split)
+    if preprocessing.crop_mode == "slide":  # a window is an image like any other
+        preprocessing = dataclasses.replace(preprocessing, crop_mode="squash")
     transform = task.eval_transform(preprocessing)
     count = min(CHECK_BATCHES * task.predictions.batch_size, len(dataset))
     batches = evaluation_batches(dataset, batch_size=count, transform=transform)

@@ -24,7 +24,7 @@ from castling_jax.tasks.classification.losses import cross_entropy, distillation
 from castling_jax.tasks.classification.mixing import mix
 from castling_jax.tasks.classification.predictions import ClassPredictions
 from castling_jax.tasks.classification.transforms import train_transform
-from castling_jax.tasks.task import Batch, Example, Loss, Measure, Task, Teacher
+from castling_jax.tasks.task import Batch, Example, Loss, Measure, Task, Teacher, check_no_windows
 
 NO_MIXING = MappingProxyType({"mixup": 0.0, "cutmix": 0.0, "switch": 0.5, "probability": 1.0})
 
@@ -75,6 +75,7 @@ class Classification(Task):
     def from_config(
         cls, config: ConfigDict, model: Model, teacher: Teacher | None = None, *, steps_per_epoch: int = 1
     ) -> "Classification":
+        check_no_windows(config.dataset)
         return cls(model.spec.num_classes, config.loss.label_smoothing, mixing_options(config.augment), teacher)
 
     @staticmethod

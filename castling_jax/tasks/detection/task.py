@@ -37,8 +37,8 @@ from castling_jax.tasks.task import (
     Measure,
     Task,
     Teacher,
+    check_crop,
     check_no_teacher,
-    check_whole_images,
 )
 
 
@@ -92,7 +92,7 @@ class Detection(Task):
                 f"of the whole batch, not {config.train.accumulate_steps}."
             )
         data = config.dataset
-        check_whole_images(data, "a detector")
+        check_crop(data, ("squash",), "a detector")
         for size in config.augment.image_sizes or ():
             check_image_size(image_shape(size))
         return cls(

@@ -21,7 +21,17 @@ from castling_jax.tasks.classification.transforms import TrainTransform, train_t
 from castling_jax.tasks.reconstruction.answers import ReconstructionAnswers
 from castling_jax.tasks.reconstruction.losses import reconstruction_loss
 from castling_jax.tasks.reconstruction.predictions import ReconstructionPredictions
-from castling_jax.tasks.task import FORMS, Batch, Example, Loss, Measure, Task, Teacher, check_no_teacher
+from castling_jax.tasks.task import (
+    FORMS,
+    Batch,
+    Example,
+    Loss,
+    Measure,
+    Task,
+    Teacher,
+    check_no_teacher,
+    check_no_windows,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +66,7 @@ class Reconstruction(Task):
         cls, config: ConfigDict, model: Model, teacher: Teacher | None = None, *, steps_per_epoch: int = 1
     ) -> "Reconstruction":
         check_no_teacher(teacher, "a masked autoencoder")
+        check_no_windows(config.dataset)
         autoencoder = cast(MAE, model)
         return cls(autoencoder.backbone.patch_size, autoencoder.norm_pix_loss)
 

@@ -5,14 +5,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
-from castling_jax.data.decode import Size
 from castling_jax.errors import InputError, printable
 from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables, apply
 from castling_jax.plots import draw_segmentation
+from castling_jax.tasks.segmentation.windows import join_on_host
 from castling_jax.tasks.task import Batch, Predictions
 
 NAMED = 5  # classes in a line of text
@@ -25,11 +25,14 @@ class MaskPredictions(Predictions):
     batch_size = 4  # the logits of a batch come to the host
 
     def compute(self, model: Model, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
-        return apply(model, variables, batch["image"]) | {"size": batch["size"]}
+        images, windows = batch["image"], batch["windows"]
+        logits = apply(model, variables, images.reshape(-1, *images.shape[-3:]))["logits"]
+        by_image = logits.reshape(*windows.shape[:2], *logits.shape[1:])
+        return {"logits": by_image, "windows": windows, "size": batch["size"]}
 
     def answer(self, found: Mapping[str, np.ndarray]) -> Labels:
         height, width = found["size"].tolist()
-        return resized(found["logits"], (height, width)).argmax(-1).astype(np.uint8)
+        return join_on_host(found["logits"], found["windows"], (height, width)).argmax(-1).astype(np.uint8)
 
     def text(self, answer: Labels) -> str:
         return ", ".join(f"{printable(name)} {100 * share:.1f} %" for name, share in self._shares(answer)[:NAMED])
@@ -55,19 +58,3 @@ class MaskPredictions(Predictions):
         counts = np.bincount(answer.ravel(), minlength=len(self.names))
         order = np.argsort(-counts, kind="stable")
         return [(self.names[label], float(counts[label] / answer.size)) for label in order.tolist() if counts[label]]
-
-
-def resized(logits: Float[np.ndarray, "height width classes"], size: Size) -> Float[np.ndarray, "rows columns classes"]:
-    """Logits resized bilinearly on the host, as an evaluation resizes them on the device.
-
-    The size differs from image to image, and JAX would compile a program for each.
-    """
-    for axis, side in enumerate(size):
-        length = logits.shape[axis]
-        # Half-pixel centres: pixel i of the result is at i + 0.5 of `side` pixels.
-        place = np.clip((np.arange(side) + 0.5) * length / side - 0.5, 0, length - 1)
-        low = np.floor(place).astype(int)
-        share = (place - low).astype(np.float32).reshape(-1, *(1,) * (2 - axis))
-        below, above = (np.take(logits, index, axis) for index in (low, np.minimum(low + 1, length - 1)))
-        logits = below + share * (above - below)
-    return logits

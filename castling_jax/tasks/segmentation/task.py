@@ -7,12 +7,12 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 from matplotlib.axes import Axes
 from ml_collections import ConfigDict
 
 from castling_jax.convert.inference import largest_difference
-from castling_jax.data.masks import IGNORED, INVALID, MaskedImages, decode_mask, has_labels, largest_size
+from castling_jax.data.masks import IGNORED, INVALID, MaskedImages, decode_mask, has_labels, sizes_of
 from castling_jax.data.sources import Dataset
 from castling_jax.errors import check
 from castling_jax.models.model import Model
@@ -23,6 +23,7 @@ from castling_jax.tasks.segmentation.answers import MaskAnswers
 from castling_jax.tasks.segmentation.losses import pixel_cross_entropy, soft_dice_loss
 from castling_jax.tasks.segmentation.predictions import MaskPredictions
 from castling_jax.tasks.segmentation.transforms import EvalTransform, train_transform
+from castling_jax.tasks.segmentation.windows import join, windows_of
 from castling_jax.tasks.task import (
     FORMS,
     Batch,
@@ -31,11 +32,12 @@ from castling_jax.tasks.task import (
     Measure,
     Task,
     Teacher,
+    check_crop,
     check_no_teacher,
-    check_whole_images,
 )
 
-THUMBNAIL = 256  # most pixels along a side of a thumbnail of an answer
+STRIP = 64  # rows of an image that an evaluation holds at a time
+THUMBNAIL = 256  # pixels along a side of a thumbnail of an answer
 Outputs = Mapping[str, Array]
 
 
@@ -72,7 +74,7 @@ class Segmentation(Task):
     ) -> "Segmentation":
         check_no_teacher(teacher, "a segmenter")
         data = config.dataset
-        check_whole_images(data, "a segmenter")
+        check_crop(data, ("squash", "slide"), "a segmenter")
         return cls(model.spec.num_classes, config.loss.dice, data.exif)
 
     @classmethod
@@ -92,7 +94,10 @@ class Segmentation(Task):
 
     @classmethod
     def split_transform(cls, preprocessing: Preprocessing, dataset: Dataset) -> Callable[[Example], Example]:
-        return EvalTransform(preprocessing, largest_size(cast(MaskedImages, dataset)))
+        sizes = sizes_of(cast(MaskedImages, dataset)) or [(1, 1)]
+        heights, widths = zip(*sizes, strict=True)
+        most = max(len(windows_of(size, preprocessing)) for size in set(sizes))
+        return EvalTransform(preprocessing, (max(heights), max(widths)), most)
 
     def example_shapes(self, image_size: ImageSize) -> dict[str, jax.ShapeDtypeStruct]:
         size = image_shape(image_size)
@@ -125,40 +130,49 @@ class Segmentation(Task):
     def answer(
         self, outputs: Mapping[str, Outputs], exact: Mapping[str, Outputs], batch: Batch
     ) -> dict[str, jax.Array]:
-        labels = batch["mask"].astype(jnp.int32)
+        windows = batch["windows"]
+
+        def by_image(x: Array) -> Array:
+            return x.reshape(*windows.shape[:2], *x.shape[1:])
+
         answers: dict[str, jax.Array] = {}
         for form in FORMS:
-            logits = at_own_size(outputs[form]["logits"], batch["size"], labels.shape[1:])
-            answers[form] = jax.vmap(confusion_matrix, (0, 0, None))(labels, logits.argmax(-1), self.num_classes)
-        answers["loss"], _ = pixel_cross_entropy(logits, labels)  # the inference form's, which comes last
-        step = -(-max(batch["image"].shape[1:3]) // THUMBNAIL)
-        thumbnail = outputs["inference_form"]["logits"][:, ::step, ::step].argmax(-1).astype(jnp.uint8)
-        difference = jax.vmap(lambda one, other: largest_difference(one, other, 1))(*(exact[form] for form in FORMS))
-        return answers | {"thumbnail": thumbnail, "difference": difference}
+            answers[form], answers["loss"] = self._counts(by_image(outputs[form]["logits"]), windows, batch["mask"])
+        # The loss is the inference form's, which comes last.
+        answers["thumbnail"] = self._thumbnail(by_image(outputs["inference_form"]["logits"]), windows, batch["size"])
+        both = (jax.tree.map(by_image, exact[form]) for form in FORMS)
+        answers["difference"] = jax.vmap(lambda one, other: largest_difference(one, other, 1))(*both)
+        return answers
 
     def collect(self, answers: dict[str, np.ndarray], dataset: Dataset, corrupt: int) -> MaskAnswers:
         return MaskAnswers(dataset, **answers, corrupt=corrupt, exif=self.exif)
 
+    def _counts(self, logits: Array, windows: Array, masks: Array) -> tuple[Array, Array]:
+        """(confusion matrix, sum of the cross entropies) of each image at its own size.
 
-def at_own_size(
-    logits: Float[Array, "batch height width classes"], sizes: Int[Array, "batch 2"], room: tuple[int, ...]
-) -> Float[Array, "batch rows columns classes"]:
-    """Each image's logits, resized bilinearly to the image's own size, at the top left of arrays of one shape.
+        Computed in strips of STRIP rows: whole, 150 classes of an image of 2,000 x 1,500 pixels take 1.8 GB.
+        """
+        rows = -masks.shape[1] % STRIP
+        padded = jnp.pad(masks, ((0, 0), (0, rows), (0, 0)), constant_values=IGNORED).astype(jnp.int32)
+        strips = jnp.moveaxis(padded.reshape(len(masks), -1, STRIP, masks.shape[2]), 1, 0)
 
-    Args:
-      logits: logits at the model's size.
-      sizes: (height, width) of each image, at most `room`.
-      room: (rows, columns) of the result; beyond an image its values mean nothing.
-    """
-    height, width, classes = logits.shape[1:]
+        def add(total: Any, strip: tuple[Array, Array]) -> tuple[Any, None]:
+            top, labels = strip
+            seen = join(logits, windows.at[..., 0].add(-top), labels.shape[1:])
+            matrices = jax.vmap(confusion_matrix, (0, 0, None))(labels, seen.argmax(-1), self.num_classes)
+            losses, _ = pixel_cross_entropy(seen, labels)
+            return (total[0] + matrices, total[1] + losses), None
 
-    def one(logits: Array, size: Array) -> Array:
-        scale = size.astype(jnp.float32) / jnp.array([height, width], jnp.float32)
-        return jax.image.scale_and_translate(
-            logits, (*room, classes), (0, 1), scale, jnp.zeros(2), "linear", antialias=False
-        )
+        count = self.num_classes
+        zeros = jnp.zeros((len(masks), count, count), jnp.int32), jnp.zeros(len(masks))
+        total, _ = jax.lax.scan(add, zeros, (STRIP * jnp.arange(len(strips), dtype=jnp.float32), strips))
+        return total
 
-    return jax.vmap(one)(logits, sizes)
+    @staticmethod
+    def _thumbnail(logits: Array, windows: Array, sizes: Array) -> Array:
+        """Each image's answer, squashed to THUMBNAIL pixels a side."""
+        scale = THUMBNAIL / jnp.tile(sizes.astype(jnp.float32), 2)
+        return join(logits, windows * scale[:, None], (THUMBNAIL, THUMBNAIL)).argmax(-1).astype(jnp.uint8)
 
 
 def confusion_matrix(

@@ -11,6 +11,7 @@ from castling_jax.data.geometry import View, size_of
 from castling_jax.data.masks import IGNORED, read_labels
 from castling_jax.data.pixels import as_floats, normalize_images, random_distortion
 from castling_jax.preprocessing import Preprocessing
+from castling_jax.tasks.segmentation.windows import windows_of
 
 Example = dict[str, Any]
 
@@ -47,7 +48,11 @@ class TrainTransform:
 
         # Nothing is drawn for what is turned off: to turn one thing on leaves the other draws as they were.
         scale = 1.0 if self.scale_range is None else float(rng.uniform(*self.scale_range))
-        down, across = (_random_part(*sides, scale, rng) for sides in zip(size, options.shape, strict=True))
+        # Pixels of the image for one of the result; a longer side goes beyond the result, unless it is squashed.
+        rates = [side / seen for side, seen in zip(size, options.shape, strict=True)]
+        excess = [rate / min(rates) if options.crop_mode == "slide" else 1.0 for rate in rates]
+        sides = zip(size, options.shape, excess, strict=True)
+        down, across = (_random_part(side, seen, scale * more, rng) for side, seen, more in sides)
         box = (down[0], across[0], down[1], across[1])
         view = View(box, (down[2], across[2]), flip=bool(self.flip and rng.random() < self.flip))
         floats = as_floats(view.image(image, options, reduced=True))
@@ -62,26 +67,41 @@ class TrainTransform:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """Evaluation's transform of an example: a plain resize of the image; the mask keeps its size. It can be pickled.
+    """Evaluation's transform of an example: what the model sees of the image, and the mask as it is. It can be pickled.
 
     Attributes:
-      preprocessing: the size that the model sees, and its normalisation.
+      preprocessing: the size that the model sees, and its normalisation; with crop_mode "slide", in windows.
       mask_size: (height, width) that every mask is padded to, because a batch has one shape; None leaves masks out.
+      most_windows: the number of windows of every example, for the same reason: an image with fewer repeats one, which
+        then lies beyond the mask and does not count. None for as many as the image has.
     """
 
     preprocessing: Preprocessing
     mask_size: Size | None = None
+    most_windows: int | None = None
 
     def __call__(self, example: Example) -> Example:
-        """{"image": float32 [height, width, 3], "size": int32 [2], (height, width) of the image itself; "mask": uint8}.
+        """An example of a data set -> arrays.
+
+        Returns:
+          "image": float32 [height, width, 3]; [windows, height, width, 3] with crop_mode "slide".
+          "windows": float32 [windows, 4], the part of the image that each shows, as `windows_of` returns it.
+          "size": int32 [2], (height, width) of the image itself.
+          "mask": uint8, if there is a mask_size.
 
         Raises:
           InputError: image or mask cannot be decoded, or `read_labels` refuses the mask.
         """
-        size = size_of(example["image"], self.preprocessing)
-        view = View((0, 0, *size), self.preprocessing.shape)
-        seen = as_floats(view.image(example["image"], self.preprocessing))
-        result = {"image": normalize_images(seen, self.preprocessing), "size": np.array(size, np.int32)}
+        options = self.preprocessing
+        size = size_of(example["image"], options)
+        windows = windows_of(size, options)
+        seen = [as_floats(View(window, options.shape).image(example["image"], options)) for window in windows]
+        if self.most_windows is not None and self.mask_size is not None:
+            lacking = self.most_windows - len(windows)
+            windows += [(self.mask_size[0] + 1.0, 0.0, 1.0, 1.0)] * lacking
+            seen += seen[:1] * lacking
+        images = normalize_images(np.stack(seen) if options.crop_mode == "slide" else seen[0], options)
+        result = {"image": images, "windows": np.array(windows, np.float32), "size": np.array(size, np.int32)}
         if self.mask_size is not None:
             beyond = [(0, whole - side) for whole, side in zip(self.mask_size, size, strict=True)]
             result["mask"] = np.pad(read_labels(example, size), beyond, constant_values=IGNORED)

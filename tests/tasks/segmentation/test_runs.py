@@ -52,8 +52,9 @@ def write_splits(root):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_parameters_and_learns(tmp_path, monkeypatch):
-    """Thirty epochs of two steps; the run is killed after 23 steps."""
+    """Thirty epochs of two steps, with windows; the run is killed after 23 steps."""
     config = configured(write_splits(tmp_path / "data"))
+    config.dataset.crop_mode = "slide"
     config.augment.update(scale_range=(0.8, 1.25), flip=0.5, distort=0.2)
     config.loss.dice = 0.5
     config.train.update(epochs=30, batch_size=2)
@@ -99,8 +100,10 @@ def test_a_run_that_is_killed_goes_on_to_the_same_parameters_and_learns(tmp_path
     assert "  training form " in str(again)
 
 
-def test_a_contact_sheet_shows_the_masks(tmp_path):
+@pytest.mark.parametrize("crop_mode", ["squash", "slide"])
+def test_a_contact_sheet_shows_the_masks(tmp_path, crop_mode):
     config = configured(write_splits(tmp_path))
+    config.dataset.crop_mode = crop_mode
     config.augment.update(scale_range=(0.5, 2.0), flip=0.5)
     figure = draw_sheet(config, examples=2)
     first = [axis for axis in figure.axes if axis.images][:2]

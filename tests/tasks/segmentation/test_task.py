@@ -1,6 +1,7 @@
 """Segmentation as a task: its loss as the step divides it, answers at the images' own size, figures counted by hand."""
 
 import csv
+import dataclasses
 import io
 
 import jax.numpy as jnp
@@ -10,12 +11,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from castling_jax.data.masks import IGNORED, read_labels
+from castling_jax.data.preprocess import preprocess
 from castling_jax.data.sources import Unread, load_dataset
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.registry import task_of
 from castling_jax.tasks.segmentation.losses import pixel_cross_entropy, soft_dice_loss
-from castling_jax.tasks.segmentation.predictions import resized
-from castling_jax.tasks.segmentation.task import Segmentation, at_own_size
+from castling_jax.tasks.segmentation.task import Segmentation
 from castling_jax.tasks.task import FORMS, Teacher
 from castling_jax.training.config import default_config
 from castling_jax.training.evaluate import make_evaluator
@@ -23,7 +24,8 @@ from castling_jax.training.setup import set_up
 from castling_jax.training.sharding import make_mesh
 from tests.data.mask_files import NAMES, SIZES, VOID, labels, png, write_masks
 from tests.models.small import random_variables, small_model
-from tests.models.test_segmenter import hats, small_segmenter
+from tests.models.test_segmenter import small_segmenter
+from tests.tasks.segmentation.test_windows import joined_by_hand
 
 SIZE = (16, 24)
 PREPROCESSING = Preprocessing(SIZE, crop_mode="squash", crop_ratio=1.0)
@@ -50,19 +52,6 @@ def test_the_loss_is_a_sum_over_pixels_and_one_division(dice):
         np.testing.assert_allclose(terms["dice"], expected, rtol=1e-6)
 
 
-def test_logits_are_resized_to_each_images_own_size():
-    """Larger and smaller than the model's input; on the device, on the host, and from PyTorch's definition."""
-    logits = np.random.default_rng(0).standard_normal((3, *SIZE, 4), np.float32)
-    sizes = [(16, 24), (31, 40), (9, 13)]
-    found = at_own_size(jnp.asarray(logits), jnp.int32(sizes), (33, 40))
-    assert found.shape == (3, 33, 40, 4)
-    for one, size, theirs in zip(logits, sizes, np.asarray(found), strict=True):
-        expected = np.einsum("Yy,yxc,Xx->YXc", hats(16, size[0]), np.float64(one), hats(24, size[1]))
-        # Positions of float32, and some roundings of numbers of order one.
-        np.testing.assert_allclose(theirs[: size[0], : size[1]], expected, rtol=0, atol=2e-5)
-        np.testing.assert_allclose(resized(one, size), expected, rtol=0, atol=2e-6)
-
-
 def segment_by_colour(model, variables, images, **_):
     """Stands in for a segmenter's `apply`, whose compilation takes a while: other logits in each form."""
     scale = 3.0 if model.spec.form == "inference" else 2.0
@@ -75,12 +64,12 @@ def evaluate(monkeypatch):
     """(data set, batch size, options of `make_evaluator`) -> answers."""
     monkeypatch.setattr("castling_jax.training.evaluate.apply", segment_by_colour)
 
-    def run(dataset, batch_size, **options):
+    def run(dataset, batch_size, *, preprocessing=PREPROCESSING, **options):
         evaluator = make_evaluator(
             small_model(),
             dataset,
             task(),
-            transform=Segmentation.split_transform(PREPROCESSING, dataset),
+            transform=Segmentation.split_transform(preprocessing, dataset),
             batch_size=batch_size,
             mesh=make_mesh({"replica": 1, "data": -1, "fsdp": 1, "tensor": 1}),
             **options,
@@ -90,19 +79,20 @@ def evaluate(monkeypatch):
     return run
 
 
-def counted_by_hand(dataset, form, indices=range(4)):
+def counted_by_hand(dataset, form, indices=range(4), preprocessing=PREPROCESSING):
     """Intersections and unions of the classes, right pixels and pixels, pixel by pixel; and the sum of the losses."""
     both, either = np.zeros(3), np.zeros(3)
     right = pixels = 0
     loss = 0.0
     model = small_model(form="inference" if form == "inference_form" else "train")
-    transform = Segmentation.eval_transform(PREPROCESSING)
+    transform = Segmentation.eval_transform(preprocessing)
     for index in indices:
         example = dataset[index]
         size = np.asarray(Image.open(io.BytesIO(example["image"]))).shape[:2]
         truth = read_labels(example, size)
-        logits = np.asarray(segment_by_colour(model, None, transform(example)["image"][None])["logits"], np.float64)[0]
-        logits = np.einsum("Yy,yxc,Xx->YXc", hats(SIZE[0], size[0]), logits, hats(SIZE[1], size[1]))
+        seen = transform(example)
+        logits = segment_by_colour(model, None, seen["image"].reshape(-1, *SIZE, 3))["logits"]
+        logits = joined_by_hand(logits, seen["windows"], size)
         answer = logits.argmax(-1)
         counts = truth != IGNORED
         for label in range(3):
@@ -118,11 +108,14 @@ def counted_by_hand(dataset, form, indices=range(4)):
     return both, either, right, pixels, loss
 
 
-def test_figures_are_those_of_a_count_by_hand(tmp_path, evaluate):
+@pytest.mark.parametrize("crop_mode", ["squash", "slide"])
+def test_figures_are_those_of_a_count_by_hand(tmp_path, evaluate, crop_mode):
     dataset = load_dataset(f"masks:{write_masks(tmp_path)}", "train", ignore_label=VOID)
-    figures = evaluate(dataset, 2).figures()
+    preprocessing = dataclasses.replace(PREPROCESSING, crop_mode=crop_mode)
+    answers = evaluate(dataset, 2, preprocessing=preprocessing)
+    figures = answers.figures()
     for form in FORMS:
-        both, either, right, pixels, loss = counted_by_hand(dataset, form)
+        both, either, right, pixels, loss = counted_by_hand(dataset, form, preprocessing=preprocessing)
         # At a pixel whose two best logits are nearly equal, float32 and float64 may differ in the answer.
         assert figures[f"mIoU_{form}"] == pytest.approx(np.mean(both / either), abs=1 / pixels)
         assert figures[f"pixel_accuracy_{form}"] == pytest.approx(right / pixels, abs=1 / pixels)
@@ -130,6 +123,7 @@ def test_figures_are_those_of_a_count_by_hand(tmp_path, evaluate):
     assert (figures["eval_images"], figures["eval_corrupt"]) == (4, 0)
     # 2 x and 3 x the same numbers: a third of the larger one's largest, which is above 1.
     assert figures["max_difference"] == pytest.approx(1 / 3, rel=1e-5)
+    assert "segmentation.png" in answers.files(NAMES)
 
 
 def test_an_evaluation_does_not_depend_on_the_size_of_its_batches(tmp_path, evaluate):
@@ -198,7 +192,9 @@ def test_shapes_are_those_of_a_transformed_example(tmp_path):
     assert task().caption({"mask": np.full((2, 2), 1, np.uint8)}, "abc") == "1 class"
     axis = Figure().subplots()
     task().draw(axis, transformed, "abc")
-    task().draw(axis, Segmentation.eval_transform(PREPROCESSING)(dataset[0]), "abc")  # has no mask, and nothing is drawn
+    task().draw(
+        axis, Segmentation.eval_transform(PREPROCESSING)(dataset[0]), "abc"
+    )  # has no mask, and nothing is drawn
     assert len(axis.images) == 1
 
 
@@ -226,8 +222,18 @@ def test_a_task_is_what_the_configuration_says():
 def test_images_are_seen_whole(refuses, field, value):
     config = configured()
     config.dataset[field] = value
-    with refuses("a segmenter sees whole images: set config.dataset.crop_mode = 'squash' and crop_ratio = 1.0, not"):
+    with refuses("a segmenter sees whole images: set config.dataset.crop_mode = 'squash' or 'slide' and crop_ratio"):
         Segmentation.from_config(config, small_segmenter())
+
+
+def test_windows_are_for_segmenters(refuses):
+    config = configured()
+    config.dataset.crop_mode = "slide"
+    assert Segmentation.from_config(config, small_segmenter()).num_classes == 5
+    with refuses("config.dataset.crop_mode = 'slide' is for segmenters: take 'center' or 'squash'."):
+        task_of(small_model()).from_config(config, small_model())
+    with refuses("preprocess cannot have a model see windows of an image (crop_mode 'slide'): predict does."):
+        preprocess(np.zeros((4, 4, 3), np.uint8), dataclasses.replace(PREPROCESSING, crop_mode="slide"))
 
 
 def test_a_segmenter_has_no_teacher(refuses):

@@ -97,7 +97,7 @@ def test_evaluation_keeps_the_masks_size():
     assert (result["mask"][20:] == IGNORED).all()
     assert (result["mask"][:, 30:] == IGNORED).all()
     without = EvalTransform(Preprocessing((32, 48), **PLAIN))({"image": example_of(mask)["image"]})
-    assert without.keys() == {"image", "size"}
+    assert without.keys() == {"image", "windows", "size"}
 
 
 def test_wrong_masks_are_refused(refuses):
