@@ -62,6 +62,8 @@ def datasets(config):
         return Unread(IMAGENET["train"], 1000), Unread(IMAGENET["validation"], 1000)
     if config.model.name.startswith("picodet"):
         return Unread(118_287, 80, "boxes"), Unread(5_000, 80, "boxes")
+    if config.dataset.name == "scene_parse150":
+        return Unread(20_210, 150, "mask"), Unread(2_000, 150, "mask")
     if config.model.name == "pyramid_segmenter":
         return Unread(367, 11, "mask"), Unread(101, 11, "mask")
     return Unread(60_000, 10), Unread(10_000, 10)

@@ -98,7 +98,7 @@ def run(workdir, *arguments):
         ("--config=configs/nope.py", "there is no configuration file 'configs/nope.py'."),
         (
             "--config=digit",
-            "unknown configuration 'digit': did you mean 'digits'? (known: camvid, castle_pretrained, cells, deit, "
+            "unknown configuration 'digit': did you mean 'digits'? (known: ade20k, camvid, castle_pretrained, cells, deit, "
             "deit_384, digits, fashion_mnist, folder, levit, mae, mae_finetune, mvitv2, picodet)",
         ),
         (
