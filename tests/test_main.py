@@ -98,8 +98,8 @@ def run(workdir, *arguments):
         ("--config=configs/nope.py", "there is no configuration file 'configs/nope.py'."),
         (
             "--config=digit",
-            "unknown configuration 'digit': did you mean 'digits'? (known: ade20k, camvid, castle_pretrained, cells, deit, "
-            "deit_384, digits, fashion_mnist, folder, levit, mae, mae_finetune, mvitv2, picodet)",
+            "unknown configuration 'digit': did you mean 'digits'? (known: ade20k, camvid, castle_pretrained, cells, "
+            "deit, deit_384, digits, fashion_mnist, folder, levit, mae, mae_finetune, mvitv2, picodet)",
         ),
         (
             "--config.train.epochs=many",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.models.meshes import FEW, meshes_of, run_case, run_on_devices
+from tests.models.meshes import meshes_of, run_case, run_on_devices
 
 # Shares of each array's largest number. Devices sum in another order: float32's rounding, 6e-8, through some tens of
 # operations; in LeViT also through batch norms over 4 images, whose deviations are small beside what is subtracted.
@@ -26,7 +26,7 @@ def test_a_model_on_a_mesh_is_the_model(case, family):
 @pytest.mark.slow
 def test_a_detector_on_a_mesh_is_the_detector():
     for what, found in run_case("detect", "picodet").items():
-        assert found.keys() == set(FEW)
+        assert found.keys() == set(meshes_of("picodet", what))
         assert max(found.values()) <= ROUNDING["levit"], (what, found)
 
 
@@ -35,7 +35,7 @@ def test_a_detector_on_a_mesh_is_the_detector():
 def test_gradients_where_an_axis_splits_nothing(family):
     """XLA multiplies the gradient of a depthwise convolution's kernel by that axis' size, here 2."""
     found = run_case("replicated", family)["replicated"]
-    assert found.keys() == {"Auto", "Explicit"}
+    assert "Explicit" in found
     # Shares of a norm are of rounding; gradients that cancel to near zero, as a key's bias', have more of it.
     assert all(share < 1e-2 for share in found.values()), found
 
@@ -53,7 +53,7 @@ def test_a_loop_of_ones_own(family):
 # MViTv2's functions are those of the others here, and its layers run on such a mesh above.
 SMALL = {
     "deit_micro": ["depth=1"],
-    "levit_128s": ["embed_dim=[16,24,32]", "depth=[1,1,1]", "num_heads=[2,2,2]", "key_dim=8", "image_size=64"],
+    "levit_128s": ["embed_dim=[16,24]", "depth=[1,1]", "num_heads=[2,2]", "key_dim=8", "image_size=64"],
 }
 
 
