@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from importlib import metadata
 
 # Before anything imports jax. The tests' processes share what one of them has compiled: that is most of their time.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,6 +14,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # small programs too: most are small
 # Compiling is most of what is left, and LLVM's optimisation half of that.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+if metadata.version("jaxlib").startswith("0.10."):
+    # Of the other half, these emitters take half again. Later versions of XLA have no others.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import contextlib
 import gc
