@@ -1,31 +1,28 @@
 """Times attention layers, whole models and the reading of images, on the machine at hand."""
 
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import math
 import os
 import platform
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import castling_jax
+from castling_jax.bench.calls import PASSES, Row, batch_of, time_group
 from castling_jax.bench.decode_speed import describe_reading, measure_reading
+from castling_jax.bench.models import draw_models, measure_models
 from castling_jax.bench.rivals import (
     INFERENCE,
-    MASK_THRESHOLD,
-    OURS,
     SOFTMAX,
     Layer,
     equimo_layers,
@@ -34,45 +31,17 @@ from castling_jax.bench.rivals import (
     torch_layers,
 )
 from castling_jax.errors import InputError
-from castling_jax.models.registry import create_model
-from castling_jax.models.variables import apply, get_variables
+from castling_jax.models.description import parse_overrides
 from castling_jax.plots import SMALL, png, write_plain_numbers
 from castling_jax.storage import make_folder
 from castling_jax.tables import Row as TableRow
 from castling_jax.tables import aligned
 from castling_jax.training.malloc import keep_freed_memory
-from castling_jax.training.timing import interleaved_seconds, significant, spread
+from castling_jax.training.timing import significant
 
-JSON_FILE, PICTURE_FILE = "benchmark.json", "benchmark.png"
-TOKENS_A_CALL = 2048
+JSON_FILE, PICTURE_FILE, MODELS_PICTURE = "benchmark.json", "benchmark.png", "models.png"
 SLOPE_POINTS = 3  # how many of the longest sequences a slope is fitted to
 AGREEMENT = 1e-4  # largest mean difference between a peer's output and ours, as a share of the mean output
-PASSES = {False: "forward", True: "forward and backward"}
-
-Row = dict[str, Any]
-
-
-def batch_of(tokens: int) -> int:
-    """The power of two that makes about TOKENS_A_CALL tokens a call, and at least 1."""
-    return 2 ** max(0, int(math.log2(TOKENS_A_CALL / tokens)))
-
-
-def time_group(calls: dict[str, Callable[[], object]], repeats: int) -> list[Row]:
-    """Times calls in turns.
-
-    Returns:
-      A row for each call: name, milliseconds {min, median, max}, and, where softmax is one of the calls,
-      ratio_to_softmax {min, median, max} of each repeat's time to softmax's in the same repeat.
-    """
-    seconds = interleaved_seconds(calls, repeats=repeats)
-    rows = []
-    for name, values in seconds.items():
-        row: Row = {"name": name, "milliseconds": spread([1e3 * value for value in values])}
-        # Ratios within a repeat: other work on the machine slowed both calls.
-        if SOFTMAX in seconds:
-            row["ratio_to_softmax"] = spread([a / b for a, b in zip(values, seconds[SOFTMAX], strict=True)])
-        rows.append(row)
-    return rows
 
 
 def peers_that_agree(ours: list[Layer], peers: list[Layer], channels: int, tokens: int) -> tuple[list[Layer], list]:
@@ -127,58 +96,6 @@ def measure_layers(
 
 def _tokens(batch: int, tokens: int, channels: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(batch, tokens, channels)).astype(np.float32)
-
-
-def measure_models(name: str, image_sizes: list[int], repeats: int, rivals: list[str]) -> list[Row]:
-    """Times a whole model's forward pass, castling in both forms against softmax.
-
-    Args:
-      name: the model's name.
-      image_sizes: pixels a side.
-      repeats: timed calls of each model.
-      rivals: other attentions to time too.
-
-    Returns:
-      `time_group`'s rows with model, image_size, tokens and batch added.
-
-    Raises:
-      InputError: the model is unknown, does not take an attention, or does not take an image size.
-    """
-    rows = []
-    for size in (bar := tqdm(sorted(image_sizes), unit="size")):
-        bar.set_description(f"{name}, {size} pixels")
-        calls: dict[str, Callable[[], object]] = {}
-        for label, (attention, form) in (OURS | {rival: (rival, "inference") for rival in rivals}).items():
-            model = create_model(name, attention=attention, form=form, image_size=size)
-            variables = get_variables(model)
-            positions = variables["params"].get("pos_embed")
-            tokens = (size // 16) ** 2 if positions is None else positions.shape[1]
-            images = np.random.default_rng(0).normal(size=(batch_of(tokens), size, size, 3)).astype(np.float32)
-            run_model, threshold = jax.jit(partial(apply, model)), jnp.float32(MASK_THRESHOLD)
-            calls[label] = partial(run_model, variables, jnp.asarray(images), mask_threshold=threshold)
-        calls |= _timm_model(f"{name}_patch16_224", images)
-        case = {"model": name, "image_size": size, "tokens": tokens, "batch": len(images)}
-        rows += [case | row for row in time_group(calls, repeats)]
-    return rows
-
-
-def _timm_model(name: str, images: np.ndarray) -> dict[str, Callable[[], object]]:
-    """timm's softmax model, or nothing where timm is not installed or does not have it."""
-    if not importlib.util.find_spec("timm"):
-        return {}
-    import timm
-    import torch
-
-    if not timm.is_model(name):
-        return {}
-    model = timm.create_model(name, img_size=images.shape[1]).eval()
-    tensor = torch.tensor(np.moveaxis(images, 3, 1).copy())
-
-    def run() -> torch.Tensor:
-        with torch.inference_mode():
-            return model(tensor)
-
-    return {"softmax, timm": run}
 
 
 def slopes(rows: list[Row]) -> dict[str, dict[str, float]]:
@@ -241,10 +158,10 @@ def draw(results: dict[str, Any]) -> Figure:
             axis.xaxis.minorticks_off()
             write_plain_numbers(axis.yaxis)
             axis.grid(alpha=0.3)
-    machine, settings = results["machine"], results["settings"]
+    settings = results["settings"]
     figure.suptitle(
         f"{settings['channels']} channels, {settings['heads']} heads, float32, projections included; "
-        f"{machine['processor']}, {_cores(machine)}, JAX {results['versions']['jax']}"
+        f"{_machine_line(results)}"
     )
     return figure
 
@@ -257,30 +174,38 @@ def describe(results: dict[str, Any]) -> str:
         ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
     ]
     layers = [(f"attention layer, {row['pass']}", row) for row in results["layers"]]
-    models = [(f"{row['model']} at {row['image_size']} pixels, forward", row) for row in results["models"]]
+    models = [(f"{row['model']} at {row['image_size']} pixels, {row['pass']}", row) for row in results["models"]]
     lines += describe_reading(results["reading"])
     for title, group in itertools.groupby(layers + models, key=lambda pair: pair[0]):
-        lines += ["", title, *aligned(_rows(row for _, row in group), "rrlr")]
+        lines += ["", title, *aligned(_rows([row for _, row in group]), "rrlr")]
     for kind, exponents in results["slopes"].items():
         lines += ["", f"slope in tokens, {kind}, over the {SLOPE_POINTS} longest"]
         lines += aligned((name, f"{slope:.2f}") for name, slope in exponents.items())
     return "\n".join([*lines, *([""] if results["notes"] else []), *results["notes"]])
 
 
-def _rows(measured: Iterable[Row]) -> Iterator[TableRow]:
-    """The table of one pass or model, with the sizes where they change and the ratios where there are any."""
-    yield "tokens", "batch", "", "median ms", "ratio to softmax: min", "median", "max"
+def _rows(measured: list[Row]) -> Iterator[TableRow]:
+    """The table of one pass or model: the sizes where they change, the ratios where there are any, models' memory."""
+    has_memory = any("temporary_mib" in row for row in measured)
+    memory_header = ["MiB an image"] * has_memory
+    yield "tokens", "batch", "", "median ms", "ratio to softmax: min", "median", "max", *memory_header
     last = None
     for row in measured:
         sizes = f"{row['tokens']:,}", str(row["batch"])
         ratios = [f"{value:.3f}" for value in row.get("ratio_to_softmax", {}).values()] or [""] * 3
         shown = sizes if sizes != last else ("", "")
-        yield *shown, row["name"], significant(row["milliseconds"]["median"]), *ratios
+        memory = [f"{row['temporary_mib'] / row['batch']:.1f}" if "temporary_mib" in row else ""] * has_memory
+        yield *shown, row["name"], significant(row["milliseconds"]["median"]), *ratios, *memory
         last = sizes
 
 
 def _cores(machine: dict[str, Any]) -> str:
     return "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
+
+
+def _machine_line(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    return f"{machine['processor']}, {_cores(machine)}, JAX {results['versions']['jax']}"
 
 
 def describe_machine() -> dict[str, Any]:
@@ -309,7 +234,25 @@ def find_versions() -> dict[str, str]:
 
 
 def measure_attention(arguments: Namespace) -> dict[str, Any]:
-    """Times layers and, with --models, models: their rows, slopes and notes."""
+    """Times layers, unless --no-layers, and, with --models, models: their rows, slopes and notes."""
+    rows: list[Row] = []
+    notes: list[str] = []
+    if not arguments.no_layers:
+        rows, notes = _measure_all_layers(arguments)
+    models = []
+    if arguments.models:
+        models = measure_models(
+            arguments.model,
+            arguments.image_sizes,
+            arguments.repeats,
+            arguments.attentions,
+            backward=arguments.backward,
+            overrides=parse_overrides(arguments.set),
+        )
+    return {"layers": rows, "slopes": slopes(rows), "models": models, "reading": [], "notes": notes}
+
+
+def _measure_all_layers(arguments: Namespace) -> tuple[list[Row], list[str]]:
     layers, weights = our_layers(arguments.channels, arguments.heads)
     rivals = rival_layers(arguments.attentions, arguments.channels, arguments.heads)
     notes: list[str] = []
@@ -326,10 +269,7 @@ def measure_attention(arguments: Namespace) -> dict[str, Any]:
         backward=arguments.backward,
         max_score_gib=arguments.max_score_gib,
     )
-    models = []
-    if arguments.models:
-        models = measure_models(arguments.model, arguments.image_sizes, arguments.repeats, arguments.attentions)
-    return {"layers": rows, "slopes": slopes(rows), "models": models, "reading": [], "notes": notes + left_out}
+    return rows, notes + left_out
 
 
 def run(arguments: Namespace) -> dict[str, Any]:
@@ -361,4 +301,7 @@ def run(arguments: Namespace) -> dict[str, Any]:
     (arguments.out / JSON_FILE).write_text(json.dumps(results, indent=2))
     if results["layers"]:
         (arguments.out / PICTURE_FILE).write_bytes(png(draw(results)))
+    if results["models"]:
+        title = f"{' '.join([arguments.model, *arguments.set])}; {_machine_line(results)}"
+        (arguments.out / MODELS_PICTURE).write_bytes(png(draw_models(results["models"], title)))
     return results

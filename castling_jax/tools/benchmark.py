@@ -10,8 +10,13 @@ the repeats is printed too, rather than the milliseconds. The batch falls as the
 tokens, or one sequence where that is longer. --attentions=window,bridge adds layers of other attentions, and models too
 with --models; tokens stand on the largest square grid, and the rest stand before it. The command writes
 DIR/benchmark.json (every figure, the machine, versions) and DIR/benchmark.png (time over tokens).
---models times a whole model too, castling in both forms: --models --model=deit_micro --image-sizes=8,64,128.
-On two CPU cores it takes about five minutes, and with --backward and --models about twenty.
+--models times a whole model too, castling in both forms, and states the memory that the compiled program takes beside
+its parameters, images and results: --models --model=deit_micro --image-sizes=8,64,128. It draws DIR/models.png. --set
+gives the model other arguments, and --no-layers times models alone:
+
+    python -m castling_jax benchmark --no-layers --models --model=pyramid_segmenter --set backbone=deit_small
+
+On two CPU cores the layers take about five minutes, and with --backward and --models all take twenty or more.
 
     python -m castling_jax benchmark --loader [--out=DIR]
 
@@ -38,9 +43,17 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--attentions", type=names, default="", help="other attentions to time, with commas, such as window,bridge"
     )
-    parser.add_argument("--backward", action="store_true", help="time the gradients of weights and input too")
-    parser.add_argument("--models", action="store_true", help="time the forward pass of whole models too")
+    parser.add_argument("--backward", action="store_true", help="time the gradients too")
+    parser.add_argument("--models", action="store_true", help="time whole models too")
+    parser.add_argument("--no-layers", action="store_true", help="time models alone")
     parser.add_argument("--model", default="deit_tiny", help="the model's name")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another argument of create_model, such as backbone=deit_small; may be repeated",
+    )
     parser.add_argument("--image-sizes", type=integers, default="224,384,512", help="its image sizes, with commas")
     parser.add_argument(
         "--keep-memory",
@@ -74,13 +87,15 @@ def names(text: str) -> list[str]:
 
 @command(make_parser)
 def main(options: Namespace) -> None:
-    from castling_jax.bench.attention import JSON_FILE, PICTURE_FILE, describe, run
+    from castling_jax.bench.attention import JSON_FILE, MODELS_PICTURE, PICTURE_FILE, describe, run
 
     results = run(options)
     print(describe(results))
     print(f"\n{options.out / JSON_FILE}")
     if results["layers"]:
         print(options.out / PICTURE_FILE)
+    if results["models"]:
+        print(options.out / MODELS_PICTURE)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from castling_jax.bench import attention, rivals
+from castling_jax.bench.models import draw_models
 from castling_jax.models.attention.core import Places
 from castling_jax.models.deit import DeiT, DeiTConfig
 from castling_jax.models.registry import MODELS
@@ -71,12 +72,12 @@ def test_ratios_are_to_softmax_of_the_same_run(finished):
 @pytest.mark.slow
 def test_models_are_timed_in_both_forms(finished):
     _, results = finished
-    rows = [(row["model"], row["image_size"], row["tokens"], row["batch"], row["name"]) for row in results["models"]]
-    assert rows == [
-        ("deit_nano", 8, 17, 64, "softmax"),
-        ("deit_nano", 8, 17, 64, "castling, inference form"),
-        ("deit_nano", 8, 17, 64, "castling, training form"),
-        ("deit_nano", 8, 17, 64, "bridge"),
+    rows = [(row["model"], row["image_size"], row["tokens"], row["batch"]) for row in results["models"]]
+    assert set(rows) == {("deit_nano", 8, 17, 64)}
+    names = ["softmax", "castling, inference form", "castling, training form", "bridge"]
+    assert [(row["pass"], row["name"]) for row in results["models"]] == [
+        *(("forward", name) for name in names),
+        *(("forward and backward", name) for name in names if name != "castling, inference form"),
     ]
 
 
@@ -92,9 +93,32 @@ def test_files_hold_the_figures_and_a_picture(finished):
 
 
 @pytest.mark.slow
-def test_the_picture_is_legible(finished):
-    _, results = finished
+def test_the_pictures_are_legible(finished):
+    out, results = finished
     check_legible(attention.draw(results))
+    check_legible(draw_models(results["models"], "deit_nano"))
+    assert (out / "models.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_models_alone_are_timed_with_the_memory_that_they_need(tmp_path, capsys):
+    """Softmax weights of 4 heads at 256 tokens, a MiB an image, are in softmax's program and not in castling's."""
+    backbone = {"patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 4}
+    changes = {"backbone": "deit_micro", "backbone_arguments": backbone, "head_channels": 8, "num_classes": 2}
+    overrides = [f"--set={name}={value}" for name, value in changes.items()]
+    options = ["--no-layers", "--models", "--backward", "--no-peers", "--repeats=1"]
+    benchmark.main([*options, "--model=pyramid_segmenter", "--image-sizes=16,64", *overrides, f"--out={tmp_path}"])
+    assert {file.name for file in tmp_path.iterdir()} == {"benchmark.json", "models.png"}
+    results = json.loads((tmp_path / "benchmark.json").read_text())
+    assert not results["layers"]
+    memory = {
+        row["name"]: row["temporary_mib"] / row["batch"]
+        for row in results["models"]
+        if (row["pass"], row["image_size"]) == ("forward", 64)
+    }
+    assert memory["softmax"] > 4 * 257**2 * 4 / 2**20
+    assert memory["castling, inference form"] < memory["softmax"]
+    assert "pyramid_segmenter at 64 pixels, forward and backward" in capsys.readouterr().out
 
 
 @pytest.mark.slow
