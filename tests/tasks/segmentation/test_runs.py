@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from castling_jax.bench.faults import Pod
 from castling_jax.training import loop
 from castling_jax.training.config import default_config
 from castling_jax.training.contact_sheet import draw_sheet
 from castling_jax.training.evaluate_run import evaluate_checkpoint
 from castling_jax.training.preemption import Preempted
-from tests.data.mask_files import NAMES, VOID, write_masks
+from tests.data.mask_files import NAMES, SIZES, VOID, write_masks
 from tests.models.meshes import run_on_devices
 from tests.tasks.segmentation.meshes import CASES
 from tests.training.test_loop import train, without_times
@@ -111,6 +112,34 @@ def test_a_contact_sheet_shows_the_masks(tmp_path, crop_mode):
     assert "3 classes" in {axis.get_ylabel() for axis in figure.axes}
     layer = np.asarray(first[1].images[1].get_array())
     assert layer.shape == (32, 32, 4)
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_count_the_same_pixels(tmp_path):
+    """Five images in batches of two, in windows; nothing is learnt, so both runs have the same parameters."""
+    for split in ("train", "val"):
+        write_masks(tmp_path / "data", split, sizes=[*SIZES, (40, 17)])
+    sizes = {"backbone": "deit_micro", "embed_dim": 16, "depth": 1, "num_heads": 1, "head_channels": 8}
+    changes = {f"model.{name}": value for name, value in ({"image_size": 32} | sizes).items()}
+    changes |= {"dataset.name": f"masks:{tmp_path / 'data'}", "dataset.test_split": "val", "dataset.crop_mode": "slide"}
+    changes |= {"train.epochs": 1, "train.batch_size": 2, "optimizer.learning_rate": 0.0, "evaluation.batch_size": 2}
+    changes |= {
+        "optimizer.warmup_epochs": 0.0,
+        "logging.tensorboard": False,
+        "logging.progress": False,
+    }
+    flags = ("--config=camvid", *(f"--config.{name}={value}" for name, value in changes.items()))
+    tables, figures = [], []
+    for processes in (1, 2):
+        pod = Pod(tmp_path / f"run {processes}", processes=processes, flags=flags)
+        assert pod.wait() == 0, pod.output()
+        (folder,) = (pod.workdir / "evaluation").iterdir()
+        tables.append((folder / "classes.csv").read_text())
+        figures.append(json.loads((folder / "figures.json").read_text()))
+    assert tables[0] == tables[1]
+    assert figures[0]["eval_images"] == figures[1]["eval_images"] == 5
+    # Sums of float32 in another order.
+    assert figures[0]["eval_loss"] == pytest.approx(figures[1]["eval_loss"], rel=1e-6)
 
 
 @pytest.mark.slow
