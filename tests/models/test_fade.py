@@ -40,8 +40,8 @@ def test_a_fading_model_goes_from_the_whole_softmax_to_its_inference_form(build)
         )
 
     (start, densities), (whole, _) = run(0.0)
-    # At 0 both are the whole softmax; the fade multiplies by 1.
-    chex.assert_trees_all_equal(start, whole)
+    # At 0 both are the whole softmax; the fade multiplies by 1. Logits around 1 are rounded where they are fused.
+    chex.assert_trees_all_close(start, whole, rtol=0, atol=1e-6)
     assert np.all(densities == 1)
     (half, densities), _ = run(0.25)
     np.testing.assert_array_equal(densities, 0.75)
