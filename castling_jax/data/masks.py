@@ -17,7 +17,7 @@ from PIL import Image
 
 from castling_jax.data.decode import Size, decoding, image_size
 from castling_jax.data.folder import choose, image_files, parse_split, read_list
-from castling_jax.errors import InputError, about, check_at_most, check_known, refusing
+from castling_jax.errors import InputError, about, check, check_at_most, check_known, refusing
 from castling_jax.storage import as_path
 
 IGNORED = 255  # the label of a pixel without a class, whatever number the files have for it
@@ -134,6 +134,7 @@ def masks(
     dataset = _mask_dataset(root / name, chosen, numbers)
     check_not_coloured(dataset)
     names = read_list(root / CLASSES_FILE) if (root / CLASSES_FILE).exists() else None
+    check(names != [], f"'{root / CLASSES_FILE}' lists no class: it needs a name for each, one a line.")
     if names is None and classes is None:
         # The classes must be the same in every split.
         train = root / "train" if "train" in splits else root / name

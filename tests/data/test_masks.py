@@ -118,6 +118,9 @@ class TestRefusals:
         (tmp_path / "classes.txt").write_bytes(b"\xff\xfe")
         with refuses(f"'{tmp_path}/classes.txt' cannot be read"):
             load(tmp_path)
+        (tmp_path / "classes.txt").write_text("\n")
+        with refuses(f"'{tmp_path}/classes.txt' lists no class: it needs a name for each, one a line."):
+            load(tmp_path)
         (tmp_path / "classes.txt").write_text("sky\nroad\nroad\n")
         with refuses(f"'{tmp_path}/classes.txt' lists 'road' 2 times, and it may list a name once."):
             load(tmp_path)
