@@ -61,7 +61,8 @@ def predict(
     Returns:
       For each image [(class, probability), ...], the most probable first; from a detector
       [(class, score, (x0, y0, x1, y1)), ...] in pixels of the image itself, best first; from a segmenter the number of
-      each pixel's class, uint8 [height, width], at the image's own size.
+      each pixel's class, uint8 [height, width], at the image's own size; from a masked autoencoder "original",
+      "masked" and "reconstruction", uint8 [height, width, 3] at the model's size, and "loss", in a dict.
 
     Raises:
       InputError: weights or an image cannot be read, a folder holds no images, or the classes have no names.

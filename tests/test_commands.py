@@ -186,6 +186,10 @@ def test_fields_of_every_type_are_read():
     config = load_overridden("digits", [*words, "--config.dataset.exif", "--config.dataset.test_split=test"])
     assert (config.augment.crop_scale, config.reset_head, config.model.image_size) == ((0.5, 1.0), False, 16)
     assert (config.dataset.exif, config.dataset.test_split) == (True, "test")
+    nones = [f"--config.{name}=None" for name in ("dataset.test_split", "augment.scale_range", "model.norm_pix_loss")]
+    config = load_overridden("camvid", [*nones, "--config.model.backbone=deit_tiny", "--config.seed=7"])
+    assert (config.dataset.test_split, config.augment.scale_range, config.model.norm_pix_loss) == (None, None, None)
+    assert (config.model.backbone, config.seed) == ("deit_tiny", 7)
     assert load_overridden("digits", []).model.image_size is None  # nothing is kept for the next one
 
 

@@ -99,6 +99,14 @@ def test_what_the_command_refuses(folder, photographs, tmp_path):
     assert not (tmp_path / "masks").exists()
 
 
+def test_no_image_is_replaced_by_an_answer(folder, photographs):
+    before = {file: file.read_bytes() for file in photographs.iterdir()}
+    for option in (f"--labels={photographs}", f"--sheet={photographs / '1.png'}", f"--csv={photographs / '0.png'}"):
+        with pytest.raises(SystemExit, match="is one of the images, which it would replace."):
+            predict_command([str(folder), str(photographs), option])
+    assert {file: file.read_bytes() for file in photographs.iterdir()} == before
+
+
 @pytest.mark.slow
 def test_an_exported_program_runs_without_this_package_and_gives_classes(tmp_path, photographs):
     model = small_segmenter("deit_micro")

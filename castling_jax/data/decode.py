@@ -90,7 +90,7 @@ def read_crop(
     factor = 1 << min(int(min(height / size[0], width / size[1])), 8).bit_length() >> 1
     shrunk = 1.0
     if reduced and factor > 1:
-        with _decoding():
+        with decoding():
             drafted = opened.draft(None, (across // factor, down // factor))
         if drafted is not None:  # Pillow chose the scale; its box has the exact size, before rounding to pixels
             shrunk = across / drafted[1][2]
@@ -99,15 +99,15 @@ def read_crop(
 
 
 @contextlib.contextmanager
-def _decoding() -> Iterator[None]:
-    """Turns any exception inside the block into a one-sentence InputError; Pillow's readers raise all kinds."""
+def decoding(what: str = "an image") -> Iterator[None]:
+    """Turns any exception inside the block into an InputError about `what`; Pillow's readers raise all kinds."""
     try:
         yield
     except UnidentifiedImageError as error:
-        raise InputError("an image cannot be decoded: it has no format that Pillow knows.") from error
+        raise InputError(f"{what} cannot be decoded: it has no format that Pillow knows.") from error
     except Exception as error:
         detail = in_one_sentence(error) or type(error).__name__
-        raise InputError(f"an image cannot be decoded: {detail}.") from error
+        raise InputError(f"{what} cannot be decoded: {detail}.") from error
 
 
 def _open(image: Encoded) -> Image.Image:
@@ -115,7 +115,7 @@ def _open(image: Encoded) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, bytes):
-        with _decoding():
+        with decoding():
             return Image.open(io.BytesIO(image))
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)) or not image.size:
         raise InputError(
@@ -136,7 +136,7 @@ def _orientation(opened: Image.Image) -> int:
 
 
 def _load(opened: Image.Image, exif: bool) -> Image.Image:
-    with _decoding():
+    with decoding():
         # Before any conversion, which drops EXIF.
         turn = TURNS.get(_orientation(opened)) if exif else None
         if opened.mode == "F":

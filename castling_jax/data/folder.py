@@ -14,7 +14,7 @@ from etils import epath
 from jaxtyping import Bool, Int
 from PIL import features
 
-from castling_jax.errors import InputError, check_known, printable, refusing
+from castling_jax.errors import InputError, check, check_known, printable, refusing
 from castling_jax.storage import as_path, is_remote
 
 # If PATH contains none of these folders, in upper or lower case, its folders are the classes.
@@ -168,6 +168,20 @@ def image_files(path: epath.Path, prefix: str, skipped: collections.Counter[str]
             yield from image_files(path / entry.name, f"{prefix}{entry.name}/", skipped)
         else:
             skipped[PurePath(entry.name).suffix.lower() or "no suffix"] += 1
+
+
+def read_list(path: epath.Path) -> list[str]:
+    """The names in a text file that has one a line; empty lines are passed over.
+
+    Raises:
+      InputError: the file cannot be read, or has a name twice.
+    """
+    with refusing((OSError, ValueError), f"'{path}' cannot be read"):
+        text = path.read_bytes().decode("utf-8-sig")  # some editors begin a file with a byte order mark
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    for name, count in collections.Counter(names).items():
+        check(count == 1, f"'{path}' lists {name!r} {count} times, and it may list a name once.")
+    return names
 
 
 def rest_of(split: str) -> str | None:

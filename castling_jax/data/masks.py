@@ -15,9 +15,9 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
-from castling_jax.data.decode import Size, image_size
-from castling_jax.data.folder import choose, image_files, parse_split
-from castling_jax.errors import InputError, about, check_at_most, check_known, refusing
+from castling_jax.data.decode import Size, decoding, image_size
+from castling_jax.data.folder import choose, image_files, parse_split, read_list
+from castling_jax.errors import InputError, about, check, check_at_most, check_known, refusing
 from castling_jax.storage import as_path
 
 IGNORED = 255  # the label of a pixel without a class, whatever number the files have for it
@@ -133,7 +133,8 @@ def masks(
     numbers = table_of(range(MOST_CLASSES), ignore_label)
     dataset = _mask_dataset(root / name, chosen, numbers)
     check_not_coloured(dataset)
-    names = _read_names(root / CLASSES_FILE)
+    names = read_list(root / CLASSES_FILE) if (root / CLASSES_FILE).exists() else None
+    check(names != [], f"'{root / CLASSES_FILE}' lists no class: it needs a name for each, one a line.")
     if names is None and classes is None:
         # The classes must be the same in every split.
         train = root / "train" if "train" in splits else root / name
@@ -153,9 +154,10 @@ def decode_mask(mask: bytes) -> Labels:
     Raises:
       InputError: the mask cannot be decoded, or has colours or more than 8 bits.
     """
-    with refusing(Exception, "the mask cannot be decoded"):
+    with decoding("the mask"):
         opened = Image.open(io.BytesIO(mask))
-        _check_mode(opened)
+    _check_mode(opened)
+    with decoding("the mask"):
         return np.asarray(opened).astype(np.uint8)
 
 
@@ -274,11 +276,14 @@ def _pairs(folder: epath.Path) -> list[tuple[str, str]]:
     """(image, mask) for each image in a split's folder, sorted.
 
     Raises:
-      InputError: an image has no mask, or a mask no image.
+      InputError: an image has no mask, a mask no image, or two images have one name.
     """
     skipped: collections.Counter[str] = collections.Counter()
-    images = {_stem(file): file for file in image_files(folder, "", skipped)}
-    found = {_stem(file): file for file in image_files(_labels_folder(folder), "", skipped) if file.endswith(".png")}
+    files = list(image_files(folder, "", skipped))
+    labels = [file for file in image_files(_labels_folder(folder), "", skipped) if file.lower().endswith(".png")]
+    images, found = ({_stem(file): file for file in each} for each in (files, labels))
+    if twins := set(files) - set(images.values()):
+        raise InputError(f"'{folder}' has two images of the name {min(map(_stem, twins))!r}, and a mask is for one.")
     for lonely, kind, where in (
         (images.keys() - found.keys(), "label PNG", _labels_folder(folder)),
         (found.keys() - images.keys(), "image", folder),
@@ -291,11 +296,3 @@ def _pairs(folder: epath.Path) -> list[tuple[str, str]]:
 
 def _stem(file: str) -> str:
     return str(PurePosixPath(file).with_suffix(""))
-
-
-def _read_names(path: epath.Path) -> list[str] | None:
-    """The lines of a file of names that are not empty; None if there is no such file."""
-    if not path.exists():
-        return None
-    with refusing((OSError, ValueError), f"'{path}' cannot be read"):
-        return [line.strip() for line in path.read_text().splitlines() if line.strip()]

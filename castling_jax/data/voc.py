@@ -1,6 +1,5 @@
 """PASCAL VOC's files: ROOT/ImageSets/Main/SPLIT.txt, ROOT/Annotations/NAME.xml and ROOT/JPEGImages/NAME.jpg."""
 
-import collections
 from collections.abc import Sequence
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -10,8 +9,8 @@ from etils import epath
 
 from castling_jax.data.annotations import BoxDataset, box_dataset, read_all
 from castling_jax.data.decode import Size
-from castling_jax.data.folder import IMAGE_SUFFIXES, choose, parse_split
-from castling_jax.errors import InputError, check, check_known, refusing
+from castling_jax.data.folder import IMAGE_SUFFIXES, choose, parse_split, read_list
+from castling_jax.errors import InputError, check_known, refusing
 from castling_jax.storage import as_path
 
 # The errors that a damaged file causes; LookupError comes from an unknown encoding.
@@ -61,10 +60,7 @@ def voc(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) 
     name, percent, is_held_out = parse_split(split)
     check_known(f"split of '{root}'", name, voc_splits(path))
     list_path = root / "ImageSets" / "Main" / f"{name}.txt"
-    with refusing((OSError, ValueError), f"'{list_path}' cannot be read"):
-        listed = [line.strip() for line in list_path.read_text().splitlines() if line.strip()]
-    for stem, count in collections.Counter(listed).items():
-        check(count == 1, f"'{list_path}' lists the image {stem!r} {count} times.")
+    listed = read_list(list_path)
     # `choose` draws a share from each class of images. Images with boxes have no class, so all count as class 0.
     stems = [listed[index] for index in choose(np.zeros(len(listed), np.int32), percent, is_held_out)]
     if not stems:

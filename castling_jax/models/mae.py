@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Key
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, about
 from castling_jax.models.attention.core import Places
 from castling_jax.models.attention.heads import MultiHeadAttention
 from castling_jax.models.attention.kinds import make_core
@@ -80,7 +80,8 @@ class MAE(Model):
         attention = backbone.blocks[0].attn
         if type(attention) is not MultiHeadAttention or attention.core.pools_qkv:
             raise InputError(
-                "this attention needs all patches of an image, and a masked autoencoder hides most of them."
+                "this attention needs all patches of an image, and a masked autoencoder hides most of them: choose "
+                "one that takes any tokens, such as castling, and no qkv_pool."
             )
         self.backbone = backbone
         self.in_chans = backbone.in_chans
@@ -88,7 +89,8 @@ class MAE(Model):
         self.visible = int(math.prod(backbone.grid) * (1 - config.mask_ratio))
         if not 0 < self.visible < math.prod(backbone.grid):
             raise InputError(
-                f"mask_ratio = {config.mask_ratio} shows {self.visible} of {math.prod(backbone.grid)} patches."
+                f"mask_ratio = {config.mask_ratio} shows {self.visible} of {math.prod(backbone.grid)} patches: at "
+                "least one must be visible and one hidden."
             )
         layers = dataclasses.replace(layers, init_std=None)
         dim, prefix = config.decoder_embed_dim, backbone.prefix_tokens
@@ -99,11 +101,12 @@ class MAE(Model):
         core = make_core("softmax", "train", token_conv=None)
         self.decoder_embed = layers.linear(width, dim)
         self.mask_token = layers.embedding(1, 1, dim)
-        positions = sincos_position_embedding(backbone.grid, dim, prefix)
-        self.decoder_pos_embed = nnx.Param(jnp.asarray(positions, layers.param_dtype))
-        self.decoder_blocks = nnx.List(
-            Block(block, core, layers, drop_path_rate=0.0) for _ in range(config.decoder_depth)
-        )
+        with about("a masked autoencoder's decoder"):
+            positions = sincos_position_embedding(backbone.grid, dim, prefix)
+            self.decoder_pos_embed = nnx.Param(jnp.asarray(positions, layers.param_dtype))
+            self.decoder_blocks = nnx.List(
+                Block(block, core, layers, drop_path_rate=0.0) for _ in range(config.decoder_depth)
+            )
         self.decoder_norm = layers.layer_norm(dim)
         self.decoder_pred = layers.linear(dim, backbone.patch_size**2 * self.in_chans)
 

@@ -71,10 +71,16 @@ def main(options: Namespace) -> None:
     if options.labels:
         predictions.label_map(None)  # refuses other models than segmenters
         try_folder(options.labels)
-    for path in filter(None, (options.csv, options.sheet, options.json)):
+    written = list(filter(None, (options.csv, options.sheet, options.json)))
+    for path in written:
         try_file(path)  # refuses a bad path now, before the images are computed
-        path.parent.mkdir(parents=True, exist_ok=True)
     files = [path for _, path in each_image(options.images)]
+    masks = [options.labels / f"{path.stem}.png" for path in files] if options.labels else []
+    images = set(map(os.path.realpath, files))
+    for path in [*written, *masks]:
+        check(os.path.realpath(path) not in images, f"'{path}' is one of the images, which it would replace.")
+    for path in written:
+        path.parent.mkdir(parents=True, exist_ok=True)
     if options.labels:
         twice = [name for name, count in collections.Counter(path.stem for path in files).items() if count > 1]
         check(not twice, f"--labels has one name for several images, {''.join(twice[:1])!r}: give them one by one.")

@@ -209,11 +209,13 @@ def _changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
 
 
 def _load(config: ConfigDict, checkpoint: Weights) -> Dataset:
-    """Loads the split to evaluate; its classes must be the run's."""
+    """Loads the split to evaluate; its classes must be the run's, if the run's task reads labels."""
     model = checkpoint.model
     assert model is not None
     dataset = load_split(config, summary_split(config), checkpoint.classes)
     check_dataset(model, dataset)
+    if task_of(model).annotation is None:
+        return dataset
     remedy = "choose data of these classes by --config.dataset.name"
     if checkpoint.classes is not None:
         check_same_classes(checkpoint.classes, list(dataset.classes), remedy=remedy)

@@ -40,6 +40,10 @@ def parse_overrides(name: str, words: Sequence[str]) -> tuple[ConfigDict, dict[s
     with mistakes:
         config = load_config(name)
     mistakes.report()
+    # absl would take None for a text or refuse it; a field whose default is None takes None.
+    nones = [field for word in words if (field := _set_to_none(word))]
+    words = [word for word in words if not _set_to_none(word)]
+    config.update_from_flattened_dict(dict.fromkeys(nones))
     known = flags.FlagValues()  # not absl's global flags, which would keep the first configuration
     config_flags.DEFINE_config_dict("config", config, flag_values=known, sys_argv=list(words))
     try:
@@ -52,7 +56,13 @@ def parse_overrides(name: str, words: Sequence[str]) -> tuple[ConfigDict, dict[s
             check_config(config)
         mistakes.report()
         raise InputError(str(error).strip()) from error
-    return config, config_flags.get_override_values(known["config"])
+    return config, dict.fromkeys(nones) | config_flags.get_override_values(known["config"])
+
+
+def _set_to_none(word: str) -> str | None:
+    """The field that --config.GROUP.FIELD=None sets, if its default is None."""
+    name, _, value = word.partition("config.")[2].partition("=")
+    return name if value == "None" and FIELDS[name].default is None else None
 
 
 def _parse_one(known: flags.FlagValues, word: str) -> None:

@@ -290,6 +290,8 @@ def load_split(config: ConfigDict, split: str, classes: Sequence[str] | None = N
     """
     data, model = config.dataset, {**MODELS, **DENSE_MODELS}.get(config.model.name)
     annotation = None if model is None else TASKS[model[0].task].annotation  # an unknown name is refused elsewhere
+    if annotation is None:
+        classes = None  # no label is read, so images of any classes will do
     options = {"annotation": annotation, "ignore_label": data.ignore_label}
     return load_dataset(data.name, split, data_dir=data.data_dir, classes=classes, **options)
 

@@ -37,6 +37,15 @@ class TestFolder:
         assert len(sizes_of(load(tmp_path, "75% of train"))) == 3
         assert len(pickle.loads(pickle.dumps(dataset))) == 4
 
+    def test_names_from_a_windows_editor(self, tmp_path):
+        """A byte order mark, line ends of two bytes, and a suffix in capitals."""
+        write_masks(tmp_path)
+        (tmp_path / "classes.txt").write_bytes("\r\n".join(NAMES).encode("utf-8-sig"))
+        (tmp_path / "train_labels" / "000.png").rename(tmp_path / "train_labels" / "000.PNG")
+        dataset = load(tmp_path)
+        assert dataset.classes == NAMES
+        np.testing.assert_array_equal(read_labels(dataset[0], SIZES[0]), truth(MASKS[0]))
+
     def test_folders_below_and_other_formats(self, tmp_path):
         write_masks(tmp_path)
         for folder in ("train", "train_labels"):
@@ -109,12 +118,23 @@ class TestRefusals:
         (tmp_path / "classes.txt").write_bytes(b"\xff\xfe")
         with refuses(f"'{tmp_path}/classes.txt' cannot be read"):
             load(tmp_path)
+        (tmp_path / "classes.txt").write_text("\n")
+        with refuses(f"'{tmp_path}/classes.txt' lists no class: it needs a name for each, one a line."):
+            load(tmp_path)
+        (tmp_path / "classes.txt").write_text("sky\nroad\nroad\n")
+        with refuses(f"'{tmp_path}/classes.txt' lists 'road' 2 times, and it may list a name once."):
+            load(tmp_path)
         (tmp_path / "classes.txt").write_text("\n".join(f"class {number}" for number in range(255)))
         with refuses("the number of classes must be at most what masks of 8 bits have room for, 254, not 255."):
             load(tmp_path)
 
     def test_pairs(self, tmp_path, refuses):
         write_masks(tmp_path)
+        twin = tmp_path / "train" / "002.jpg"
+        Image.open(tmp_path / "train" / "002.png").save(twin)
+        with refuses(f"'{tmp_path}/train' has two images of the name '002', and a mask is for one."):
+            load(tmp_path)
+        twin.unlink()
         (tmp_path / "train_labels" / "001.png").rename(tmp_path / "moved.png")
         with refuses(f"'{tmp_path}/train_labels' has no label PNG of the name '001'."):
             load(tmp_path)
@@ -155,7 +175,7 @@ class TestRefusals:
         dataset = load(write_masks(tmp_path))
         with refuses("the mask has 30 x 24 pixels, but its image has 24 x 30."):
             read_labels(dataset[0], (30, 24))
-        with refuses("the mask cannot be decoded ("):
+        with refuses("the mask cannot be decoded: it has no format that Pillow knows."):
             read_labels(dataset[0] | {"mask": b"no image"}, SIZES[0])
         with refuses("the mask has the label 7, but the classes have the labels 0 to 2: config.dataset.ignore_label"):
             read_labels(dataset[0] | {"mask": png(np.uint8([[0, 7]]))}, (1, 2))

@@ -182,10 +182,14 @@ def test_a_step_draws_its_mask_from_its_key():
     [
         ({"backbone": "levit_128s"}, "needs a plain transformer such as deit_base, not levit_128s"),
         ({"backbone": "deit_tiny", "attention": "window"}, "needs all patches"),
-        ({"backbone": "deit_tiny", "backbone_arguments": {"qkv_pool": "3x3"}}, "needs all patches"),
-        ({"mask_ratio": 0.0}, "mask_ratio = 0.0 shows 196 of 196 patches"),
+        ({"backbone": "deit_tiny", "backbone_arguments": {"qkv_pool": "3x3"}}, "such as castling, and no qkv_pool."),
+        ({"mask_ratio": 0.0}, "shows 196 of 196 patches: at least one must be visible and one hidden."),
         ({"mask_ratio": 0.999}, "mask_ratio = 0.999 shows 0 of 196 patches"),
-        ({"decoder_embed_dim": 18, "decoder_num_heads": 3}, "a multiple of 4 channels, not 18"),
+        ({"decoder_num_heads": 5}, "a masked autoencoder's decoder: 5 heads do not divide the width 512."),
+        (
+            {"decoder_embed_dim": 18, "decoder_num_heads": 3},
+            "a masked autoencoder's decoder: sine-cosine positions need a multiple of 4 channels, not 18",
+        ),
     ],
 )
 def test_what_a_masked_autoencoder_refuses(refuses, arguments, sentence):

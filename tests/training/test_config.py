@@ -13,7 +13,7 @@ from castling_jax.training.config import FIELDS, check_config, check_unused, def
 from castling_jax.training.config_files import join_run, load_config, run_config
 from castling_jax.training.config_help import fields_page
 from castling_jax.training.console import describe_boxes
-from castling_jax.training.setup import _load_splits, named_splits, set_up
+from castling_jax.training.setup import _load_splits, load_split, named_splits, set_up
 from tests.data.box_files import coco_content, write_coco
 
 ROOT = Path(__file__).parents[2]
@@ -419,6 +419,15 @@ def test_splits_with_boxes_have_the_classes_of_training(tmp_path):
     data.eval_split, data.train_split = "25% of train2017", None
     assert [len(split) for split in _load_splits(config)[:2]] == [3, 1]
     assert data.train_split == "train2017 without 25%"
+
+
+def test_splits_without_a_use_for_labels_may_have_any_classes(tmp_path, refuses):
+    write_coco(tmp_path)
+    config = changed("dataset.name", f"coco:{tmp_path}")
+    with refuses("does not have"):
+        load_split(config, "train2017", ["zebra"])
+    config.model.update(name="mae", backbone="deit_micro")
+    assert load_split(config, "train2017", ["zebra"]).classes == ("dog", "cat", "owl")
 
 
 def test_a_run_says_how_many_boxes_there_are_and_which_it_does_not_take(tmp_path):

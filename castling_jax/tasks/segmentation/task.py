@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from castling_jax.convert.inference import largest_difference
 from castling_jax.data.masks import IGNORED, INVALID, MaskedImages, decode_mask, has_labels, sizes_of
 from castling_jax.data.sources import Dataset
-from castling_jax.errors import check
+from castling_jax.errors import InputError, check
 from castling_jax.models.model import Model
 from castling_jax.plots import color_labels
 from castling_jax.preprocessing import Preprocessing
@@ -79,6 +79,11 @@ class Segmentation(Task):
 
     @classmethod
     def check_annotated(cls, dataset: Dataset) -> None:
+        if dataset.num_classes < 2:
+            raise InputError(
+                f"a segmenter tells at least two classes apart, and the data set has {dataset.num_classes}: a pixel's "
+                "class is 0, 1, 2 and so on, and config.dataset.ignore_label is no class."
+            )
         masks = cast(MaskedImages, dataset)
         check(has_labels(masks), f"none of the {len(masks):,} masks has a pixel with a class: choose another split.")
 

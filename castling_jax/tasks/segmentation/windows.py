@@ -70,12 +70,11 @@ def join_on_host(
     for seen, window in zip(logits, windows.astype(np.float64), strict=True):
         shown = []
         for axis, (start, length) in enumerate(zip(window[:2], window[2:], strict=True)):
-            # Half-pixel centres: pixel i of the image is at i + 0.5.
-            centres = np.arange(size[axis]) + 0.5
-            (inside,) = np.nonzero((centres >= start) & (centres <= start + length))
-            place = (centres[inside] - start) * seen.shape[axis] / length - 0.5
-            seen = _interpolated(seen, place, axis)
-            shown.append(slice(inside[0], inside[-1] + 1))
+            # Half-pixel centres: pixel i of the image is at i + 0.5. A window narrower than a pixel may show none.
+            inside = slice(math.ceil(start - 0.5), math.floor(start + length - 0.5) + 1)
+            centres = np.arange(size[axis])[inside] + 0.5
+            seen = _interpolated(seen, (centres - start) * seen.shape[axis] / length - 0.5, axis)
+            shown.append(inside)
         total[tuple(shown)] += seen
         count[tuple(shown)] += 1
     return total / count

@@ -71,6 +71,19 @@ def test_it_learns(pretrained):
     assert "loss" in str(evaluation)
 
 
+def test_it_is_evaluated_on_images_of_other_classes(pretrained, tmp_path):
+    """No label is read: not a folder's, and not the classes in masks."""
+    for root in (tmp_path / "folder" / "cats", tmp_path / "masks" / "val", tmp_path / "masks" / "val_labels"):
+        root.mkdir(parents=True)
+        for number in range(3):
+            Image.new("L", (8, 8), 2 * number).save(root / f"{number}.png")
+    (tmp_path / "masks" / "classes.txt").write_text("".join(f"class {number}\n" for number in range(5)))
+    mesh = {"replica": 1, "data": -1, "fsdp": 1, "tensor": 1}
+    for name, split in (("folder", "train without 10%"), ("masks", "val")):
+        changes = {"dataset.name": f"{name}:{tmp_path / name}", "dataset.eval_split": split}
+        assert evaluate_checkpoint(pretrained, mesh, changes).figures["eval_images"] == 3 - (name == "folder")
+
+
 @pytest.mark.parametrize("format", ["safetensors", "stablehlo"])
 def test_it_is_exported_and_described(pretrained, tmp_path, capsys, format):
     convert(epath.Path(pretrained), epath.Path(tmp_path / "out"), format=format, ema=None, bfloat16=False, check=True)

@@ -263,6 +263,11 @@ def test_what_a_segmenter_does_not_use_is_refused_before_anything_is_read(refuse
         mask.write_bytes(png(np.full((4, 4), VOID, np.uint8)))
     with refuses("none of the 4 masks has a pixel with a class: choose another split."):
         set_up(prepared(test_split="test"))
+    for number, mask in enumerate((tmp_path / "train_labels").iterdir()):  # black and white, and white is no class
+        mask.write_bytes(png(np.full((4, 4), VOID * (number > 0), np.uint8)))
+    (tmp_path / "classes.txt").unlink()
+    with refuses("a segmenter tells at least two classes apart, and the data set has 1: a pixel's class is 0, 1, 2"):
+        set_up(prepared())
     for field in ("scale_range", "distort"):
         config = default_config()
         config.augment[field] = {"scale_range": (0.5, 2.0), "distort": 0.5}[field]

@@ -73,6 +73,17 @@ def test_logits_are_joined_at_each_images_own_size(preprocessing):
         np.testing.assert_allclose(on_host, expected, rtol=0, atol=3e-5)
 
 
+def test_windows_narrower_than_a_pixel():
+    """An image of 3 x 2 pixels in windows of 10 x 200: each is 0.1 pixels high, and most show no pixel's centre."""
+    size, preprocessing = (3, 2), Preprocessing((10, 200), **PLAIN | {"crop_mode": "slide"})
+    windows = windows_of(size, preprocessing)
+    logits = np.random.default_rng(0).standard_normal((len(windows), 10, 200, 3), np.float32)
+    expected = joined_by_hand(logits, windows, size)
+    # As above; a window's position of float32 is off by 2e-7 pixels, which are 2e-5 of its rows.
+    on_host = join_on_host(logits, np.array(windows, np.float32), size)
+    np.testing.assert_allclose(on_host, expected, rtol=0, atol=1e-4)
+
+
 def test_windows_show_their_parts_of_the_image():
     """An image of one level a column: a window begins with the level of its first column."""
     pixels = np.tile(np.arange(0, 240, 4, dtype=np.uint8), (20, 1))[..., None].repeat(3, -1)
