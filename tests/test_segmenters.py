@@ -5,21 +5,28 @@ import dataclasses
 import subprocess
 import sys
 
+import chex
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 import castling_jax
 from castling_jax.convert.inference_folder import PROGRAM_FILE, program_outputs, save_inference
+from castling_jax.convert.run_folder import write_config
 from castling_jax.convert.weights import read
 from castling_jax.models.registry import abstract_model
+from castling_jax.models.variables import flatten
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.segmentation.transforms import EvalTransform
 from castling_jax.tools.predict import main as predict_command
+from castling_jax.training.config import default_config
 from castling_jax.training.export import compare_forms, compare_written
+from castling_jax.training.weights import initial_variables
+from tests.convert.runs import write_run
 from tests.models import small
-from tests.models.test_segmenter import small_segmenter
+from tests.models.test_segmenter import BACKBONES, small_segmenter
 from tests.tasks.segmentation.test_windows import joined_by_hand
 from tests.test_detectors import ALONE
 
@@ -142,3 +149,21 @@ def test_the_check_of_a_conversion_compares_logits(folder, photographs):
     weights = read(folder)
     said = compare_written(folder, "safetensors", weights.model, weights.variables, images, None)
     assert said.startswith("the written files, read back, give the same outputs")
+
+
+def test_a_segmenter_starts_from_one_of_other_classes(tmp_path, refuses):
+    folder = write_run(tmp_path / "run", small_segmenter("deit_micro", num_classes=2))
+    config = default_config()
+    config.model.update(name="pyramid_segmenter", backbone="deit_micro", image_size=(40, 72), head_channels=12)
+    config.model.update(BACKBONES["deit_micro"])
+    write_config(epath.Path(folder), config.to_dict())
+    variables, model = read(folder).variables, small_segmenter("deit_micro", num_classes=3)
+    with refuses(f"'{folder}' has 2 classes and the model 3: set config.reset_head = True"):
+        initial_variables(folder, model, reset_head=False)
+    start = initial_variables(folder, model, reset_head=True)
+    chex.assert_trees_all_equal_shapes(start, castling_jax.get_variables(model))
+    before, after = flatten(variables), flatten(start)
+    renewed = {path for path, leaf in before.items() if not np.array_equal(leaf, after[path])}
+    assert renewed == {"params/head/classifier/bias", "params/head/classifier/kernel"}
+    same = initial_variables(folder, small_segmenter("deit_micro", num_classes=2), reset_head=True)
+    chex.assert_trees_all_equal(same, variables)

@@ -67,7 +67,7 @@ EPOCHS = Values(
 FIELDS = {
     "seed": Field(0, integer(0, 2**32 - 1), "Seed of all random draws: parameters, order of examples, augmentations."),
     "init_from": Field(None, TEXT, "Where a new run starts: timm's weights (.safetensors, .npz, .pth), or a run."),
-    "reset_head": Field(False, FLAG, "Start the classifier anew where init_from has another number of classes."),
+    "reset_head": Field(False, FLAG, "Start the head anew where init_from has another number of classes."),
     "init_ema": Field(None, FLAG, "Whether to read init_from's moving average. None: what its run exports, else raw."),
     # Arguments of create_model. None takes the model's default.
     "model.name": Field("deit_tiny", TEXT, "The model, by its name in create_model."),

@@ -22,25 +22,40 @@ def initial_variables(
     """The variables that a run of `model` starts from: another run's, or weights under timm's names.
 
     A castling model can start from a softmax model's weights: both of its branches use the same q, k and v, and its
-    taps start at zero. A model on a backbone can start from a classifier's or a masked autoencoder's weights, which
-    become its backbone's; all else is drawn with the key of `seed`. A classifier that starts from a masked autoencoder
-    has a new head.
+    taps start at zero. A detector or a segmenter can start from another one, for other classes with `reset_head`. A
+    model on a backbone can start from a classifier's or a masked autoencoder's weights, which become its backbone's;
+    all else is drawn with the key of `seed`. A classifier that starts from a masked autoencoder has a new head.
 
     Args:
       path: weights in training form, as `read` takes them; for a run, the weights that it exports.
       model: the model to train, in training form.
-      reset_head: as in `from_torch`.
+      reset_head: whether the layers whose sizes depend on the classes start anew, as in `from_torch`.
       ema: as in `read`.
       seed: seed of what is beside the backbone, where the weights have none.
 
     Raises:
-      InputError: the weights cannot be read, are in inference form, or do not fit the model.
+      InputError: the weights cannot be read, are in inference form, or do not fit the model; or they have other
+        classes, and `reset_head` is not set.
     """
     weights = read(path, ema=ema)
     spec, source = model.spec, weights.model
     if source is not None and source.task == model.task and "backbone" in dict(spec.overrides):
-        leaves_of(model, weights.variables)
-        return weights.variables
+        leaves = flatten(weights.variables)
+        drawn = flatten(get_variables(create_model(rngs=nnx.Rngs(seed), **spec.arguments())))
+        of_classes = {
+            name: leaf
+            for name, leaf in drawn.items()
+            if "/head/" in name and name in leaves and leaves[name].shape != leaf.shape
+        }
+        if of_classes and not reset_head:
+            raise InputError(
+                f"'{path}' has {source.spec.num_classes:,} classes and the model {spec.num_classes:,}: set "
+                "config.reset_head = True, which starts the layers of other sizes in the head anew."
+            )
+        leaves |= of_classes
+        variables = unflatten(leaves)
+        leaves_of(model, variables)
+        return variables
     if "backbone" not in dict(spec.overrides):
         # Through timm's names even from a run of ours, so that attentions, image sizes and classes may differ.
         is_headless = source is not None and source.task == "reconstruction"
