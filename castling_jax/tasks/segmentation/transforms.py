@@ -98,7 +98,7 @@ class EvalTransform:
         seen = [as_floats(View(window, options.shape).image(example["image"], options)) for window in windows]
         if self.most_windows is not None and self.mask_size is not None:
             lacking = self.most_windows - len(windows)
-            windows += [(self.mask_size[0] + 1.0, 0.0, 1.0, 1.0)] * lacking
+            windows += [(self.mask_size[0] + 1, 0, 1, 1)] * lacking
             seen += seen[:1] * lacking
         images = normalize_images(np.stack(seen) if options.crop_mode == "slide" else seen[0], options)
         result = {"image": images, "windows": np.array(windows, np.float32), "size": np.array(size, np.int32)}

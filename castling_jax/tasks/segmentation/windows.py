@@ -15,16 +15,17 @@ STEP = 2 / 3  # largest distance between two windows, as a share of a window; MM
 
 
 def windows_of(size: Size, preprocessing: Preprocessing) -> list[Box]:
-    """The parts of an image that the model sees: (top, left, height, width) of each, in pixels of the image.
+    """The parts of an image that the model sees: (top, left, height, width) of each, in whole pixels of the image.
 
-    With crop_mode "squash" it is the whole image. With "slide" the image keeps its aspect ratio, and a window is as
-    large as fits into it: the windows lie along the longer side, evenly from end to end.
+    With crop_mode "squash" it is the whole image. With "slide" the image keeps its aspect ratio, to a pixel, and a
+    window is as large as fits into it: the windows lie along the longer side, evenly from end to end.
     """
     if preprocessing.crop_mode == "squash":
         return [(0, 0, *size)]
     # Pixels of the image for one pixel of a window.
     scale = min(side / seen for side, seen in zip(size, preprocessing.shape, strict=True))
-    height, width = (min(scale * seen, side) for side, seen in zip(size, preprocessing.shape, strict=True))
+    # Whole pixels: at a fraction, rounding would decide whether a window shows the pixel whose centre is its edge.
+    height, width = (max(round(scale * seen), 1) for seen in preprocessing.shape)
     tops, lefts = _starts(size[0], height), _starts(size[1], width)
     return [(top, left, height, width) for top, left in itertools.product(tops, lefts)]
 
@@ -67,23 +68,21 @@ def join_on_host(
 ) -> Float[np.ndarray, "rows columns classes"]:
     """`join` for one image on the host: sizes differ from image to image, and JAX would compile a program for each."""
     total, count = np.zeros((*size, logits.shape[-1]), np.float32), np.zeros((*size, 1), np.float32)
-    for seen, window in zip(logits, windows.astype(np.float64), strict=True):
+    for seen, window in zip(logits, windows.astype(int), strict=True):
         shown = []
         for axis, (start, length) in enumerate(zip(window[:2], window[2:], strict=True)):
-            # Half-pixel centres: pixel i of the image is at i + 0.5. A window narrower than a pixel may show none.
-            inside = slice(math.ceil(start - 0.5), math.floor(start + length - 0.5) + 1)
-            centres = np.arange(size[axis])[inside] + 0.5
-            seen = _interpolated(seen, (centres - start) * seen.shape[axis] / length - 0.5, axis)
-            shown.append(inside)
+            # Half-pixel centres: pixel i of the window's part of the image is at i + 0.5.
+            seen = _interpolated(seen, (np.arange(length) + 0.5) * seen.shape[axis] / length - 0.5, axis)
+            shown.append(slice(start, start + length))
         total[tuple(shown)] += seen
         count[tuple(shown)] += 1
     return total / count
 
 
-def _starts(side: int, length: float) -> list[float]:
-    """Where windows of a length start that lie evenly along a side, at most STEP of a window apart."""
+def _starts(side: int, length: int) -> list[int]:
+    """Where windows of a length start that lie evenly along a side, at most STEP of a window apart, to a pixel."""
     count = 1 + math.ceil((side - length) / (STEP * length) - 1e-6)  # less than rounding could add
-    return np.linspace(0, side - length, count).tolist()
+    return sorted({round(start) for start in np.linspace(0, side - length, count)})
 
 
 def _interpolated(
