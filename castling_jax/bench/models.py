@@ -86,6 +86,8 @@ def draw_models(rows: Sequence[Row], title: str) -> Figure:
     for kind, axes in zip(passes, figure.subplots(len(passes), 2, squeeze=False), strict=True):
         for name in names:
             shown = [row for row in rows if (row["name"], row["pass"]) == (name, kind)]
+            if not shown:  # the inference form has no gradients
+                continue
             sizes = [row["image_size"] for row in shown]
             style = {"color": colors[name], "marker": "o", "markersize": 4, "label": name}
             times = [row["milliseconds"]["median"] / row["batch"] for row in shown]
