@@ -28,7 +28,7 @@ from castling_jax.postprocessing import SHOWN_SCORE
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.storage import as_path
 from castling_jax.tasks.registry import task_of
-from castling_jax.tasks.task import Batch, Example, Predictions
+from castling_jax.tasks.task import Batch, Example, Predictions, seen_images
 
 BATCH = 32
 BATCHES_AHEAD = 2  # batches that are read while another one is computed
@@ -138,9 +138,8 @@ def class_names(weights: Weights, classes: Sequence[str] | None = None) -> list[
 
 def mean_features(model: Model, variables: Variables, batch: Batch) -> Float[jax.Array, "batch channels"]:
     """The mean of the last stage's patch tokens, in float32, without a DeiT's class token."""
-    images = batch["image"]  # [batch, windows, height, width, 3] if a segmenter sees them in windows
-    last = features(model, variables, images.reshape(-1, *images.shape[-3:]))[-1].astype(jnp.float32)
-    return last.reshape(len(images), -1, last.shape[-1]).mean(1)
+    last = features(model, variables, seen_images(batch))[-1].astype(jnp.float32)
+    return last.reshape(len(batch["image"]), -1, last.shape[-1]).mean(1)
 
 
 def stream(weights: Weights, images: Any, forward: Forward, *, batch_size: int = BATCH) -> Iterator[tuple[Any, Any]]:

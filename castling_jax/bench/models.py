@@ -18,7 +18,6 @@ from castling_jax.bench.rivals import INFERENCE, MASK_THRESHOLD, OURS
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import Variables, apply, flatten, get_variables
 from castling_jax.plots import SMALL, write_plain_numbers
-from castling_jax.sizes import image_shape
 
 
 def measure_models(
@@ -59,8 +58,7 @@ def measure_models(
             model = create_model(name, attention=attention, form=form, image_size=size, **(overrides or {}))
             variables = get_variables(model)
             tokens = _tokens(variables, size)
-            height, width = image_shape(size)
-            pixels = np.random.default_rng(0).normal(size=(batch_of(tokens), height, width, 3)).astype(np.float32)
+            pixels = np.random.default_rng(0).normal(size=(batch_of(tokens), size, size, 3)).astype(np.float32)
             function = _gradients if with_backward else apply
             arguments = variables, jnp.asarray(pixels)
             run = partial(function, model, mask_threshold=jnp.float32(MASK_THRESHOLD))

@@ -316,6 +316,11 @@ class Teacher:
     temperature: float
 
 
+def seen_images(batch: Batch) -> Float[Array, "rows height width 3"]:
+    """The images of a batch as the model takes them: an image that it sees in several windows has a row for each."""
+    return batch["image"].reshape(-1, *batch["image"].shape[-3:])
+
+
 def check_no_teacher(teacher: Teacher | None, learner: str) -> None:
     """Refuses a teacher for a model that learns from the data alone; `learner` names such a model."""
     check(teacher is None, f"{learner} does not learn from a teacher: leave out config.distillation.")

@@ -18,7 +18,7 @@ from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, get_variables
 from castling_jax.tasks.registry import task_of
-from castling_jax.tasks.task import Answers, Batch, Task
+from castling_jax.tasks.task import Answers, Batch, Task, seen_images
 from castling_jax.training.sharding import (
     process_rows,
     replicated,
@@ -64,8 +64,7 @@ def make_evaluator(
     # Replicated, because every process collects all answers; they are a few numbers for each image.
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def answer_batch(variables: Variables, batch: Batch, threshold: jax.Array) -> Batch:
-        # A segmenter may see an image in several windows, [batch, windows, height, width, 3].
-        images = batch["image"].reshape(-1, *batch["image"].shape[-3:])
+        images = seen_images(batch)
         outputs = exact = outputs_of(forms, variables, images, threshold)
         if exact_forms is not forms:
             with jax.default_matmul_precision("highest"):  # a TPU would multiply float32 numbers in bfloat16

@@ -2,6 +2,7 @@
 
 import os
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,18 +42,20 @@ def initial_variables(
     spec, source = model.spec, weights.model
     if source is not None and source.task == model.task and "backbone" in dict(spec.overrides):
         leaves = flatten(weights.variables)
-        drawn = flatten(get_variables(create_model(rngs=nnx.Rngs(seed), **spec.arguments())))
-        of_classes = {
-            name: leaf
-            for name, leaf in drawn.items()
+        expected = flatten(get_variables(model))
+        of_classes = [
+            name
+            for name, leaf in expected.items()
             if "/head/" in name and name in leaves and leaves[name].shape != leaf.shape
-        }
+        ]
         if of_classes and not reset_head:
             raise InputError(
                 f"'{path}' has {source.spec.num_classes:,} classes and the model {spec.num_classes:,}: set "
                 "config.reset_head = True, which starts the layers of other sizes in the head anew."
             )
-        leaves |= of_classes
+        if of_classes:
+            drawn = _drawn(model, seed)
+            leaves |= {name: drawn[name] for name in of_classes}
         variables = unflatten(leaves)
         leaves_of(model, variables)
         return variables
@@ -62,8 +65,13 @@ def initial_variables(
         return from_torch(model, weights.state_dict(), reset_head=reset_head or is_headless)
     # The backbone as a classifier of any number of classes, whose head is left out.
     pretrained = flatten(from_torch(backbone_classifier(model), weights.state_dict(), reset_head=True))
-    drawn = flatten(get_variables(create_model(rngs=nnx.Rngs(seed), **spec.arguments())))
+    drawn = _drawn(model, seed)
     return unflatten({path: pretrained.get(path.replace("/backbone/", "/", 1), leaf) for path, leaf in drawn.items()})
+
+
+def _drawn(model: Model, seed: int) -> dict[str, Any]:
+    """Random variables of a model, by path."""
+    return flatten(get_variables(create_model(rngs=nnx.Rngs(seed), **model.spec.arguments())))
 
 
 def teacher_model(name: str, student: Model, *, distilled: bool = False, num_classes: int | None = None) -> Model:

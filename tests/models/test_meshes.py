@@ -35,7 +35,7 @@ def test_a_detector_on_a_mesh_is_the_detector():
 def test_gradients_where_an_axis_splits_nothing(family):
     """XLA multiplies the gradient of a depthwise convolution's kernel by that axis' size, here 2."""
     found = run_case("replicated", family)["replicated"]
-    assert "Explicit" in found
+    assert found.keys() == ({"Auto", "Explicit"} if family in ("convolution", "deit") else {"Explicit"})
     # Shares of a norm are of rounding; gradients that cancel to near zero, as a key's bias', have more of it.
     assert all(share < 1e-2 for share in found.values()), found
 

@@ -13,7 +13,7 @@ from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables, apply
 from castling_jax.plots import draw_segmentation
 from castling_jax.tasks.segmentation.windows import join_on_host
-from castling_jax.tasks.task import Batch, Predictions
+from castling_jax.tasks.task import Batch, Predictions, seen_images
 
 NAMED = 5  # classes in a line of text
 Labels = UInt8[np.ndarray, "height width"]
@@ -25,8 +25,8 @@ class MaskPredictions(Predictions):
     batch_size = 4  # the logits of a batch come to the host
 
     def compute(self, model: Model, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
-        images, windows = batch["image"], batch["windows"]
-        logits = apply(model, variables, images.reshape(-1, *images.shape[-3:]))["logits"]
+        windows = batch["windows"]
+        logits = apply(model, variables, seen_images(batch))["logits"]
         by_image = logits.reshape(*windows.shape[:2], *logits.shape[1:])
         return {"logits": by_image, "windows": windows, "size": batch["size"]}
 

@@ -73,12 +73,12 @@ class EvalTransform:
       preprocessing: the size that the model sees, and its normalisation; with crop_mode "slide", in windows.
       mask_size: (height, width) that every mask is padded to, because a batch has one shape; None leaves masks out.
       most_windows: the number of windows of every example, for the same reason: an image with fewer repeats one, which
-        then lies beyond the mask and does not count. None for as many as the image has.
+        then lies beyond the mask and does not count. 0 for as many as the image has.
     """
 
     preprocessing: Preprocessing
     mask_size: Size | None = None
-    most_windows: int | None = None
+    most_windows: int = 0
 
     def __call__(self, example: Example) -> Example:
         """An example of a data set -> arrays.
@@ -96,10 +96,10 @@ class EvalTransform:
         size = size_of(example["image"], options)
         windows = windows_of(size, options)
         seen = [as_floats(View(window, options.shape).image(example["image"], options)) for window in windows]
-        if self.most_windows is not None and self.mask_size is not None:
-            lacking = self.most_windows - len(windows)
-            windows += [(self.mask_size[0] + 1, 0, 1, 1)] * lacking
-            seen += seen[:1] * lacking
+        lacking = max(self.most_windows - len(windows), 0)
+        rows, _ = self.mask_size or size
+        windows += [(rows + 1, 0, 1, 1)] * lacking
+        seen += seen[:1] * lacking
         images = normalize_images(np.stack(seen) if options.crop_mode == "slide" else seen[0], options)
         result = {"image": images, "windows": np.array(windows, np.float32), "size": np.array(size, np.int32)}
         if self.mask_size is not None:
