@@ -1,6 +1,8 @@
 """DeiT, the plain vision transformer (Touvron et al., ICML 2021), with any kind of attention."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -25,6 +27,7 @@ from castling_jax.models.layers import (
     torch_bias_init,
 )
 from castling_jax.models.position import resize_position_embedding, sincos_position_embedding
+from castling_jax.ops.encoder_block import BlockWeights
 from castling_jax.sizes import image_shape
 
 QKV_POOLS = ("3x3",)
@@ -102,10 +105,34 @@ class Block(nnx.Module):
         self.norm2 = layers.layer_norm(dim)
         self.mlp = Mlp(dim, config.mlp_ratio, layers)
 
-    def __call__(self, x, *, drawn, **inputs):
-        attended, density = self.attn(self.norm1(x), **inputs)
+    def __call__(self, x, *, places, mask_threshold, drawn):
+        # Without numbers for drop-path the model is not in training.
+        if drawn is None and (operation := self._operation(places)) is not None:
+            return operation(x, self._weights()), jnp.zeros((), jnp.float32)
+        attended, density = self.attn(self.norm1(x), places=places, mask_threshold=mask_threshold)
         x = x + drop_path(attended, self.drop_path_rate, of_layer(drawn, 0))
         return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, of_layer(drawn, 1)), density
+
+    def _operation(self, places: Places) -> Callable[[jax.Array, BlockWeights], jax.Array] | None:
+        """The attention kind's operation for a whole block at inference, if there is one and the block has no more."""
+        attn = self.attn
+        if attn.core.kind.block is None or attn.core.pools_qkv or places.kept is not None:
+            return None
+        # A kernel over the tokens runs through prefix and patches alike: it takes no grid.
+        on_grid = attn.token_kernel is not None and attn.token_kernel.ndim == 3
+        where = {"grid": places.grid, "prefix_tokens": places.prefix_tokens} if on_grid else {}
+        options = {"num_heads": attn.num_heads, "epsilon": self.norm1.epsilon}
+        return functools.partial(attn.core.kind.block, implementation=attn.core.implementation, **options, **where)
+
+    def _weights(self) -> BlockWeights:
+        attn, mlp = self.attn, self.mlp
+        layers = {"qkv": attn.qkv, "proj": attn.proj, "fc1": mlp.fc1, "fc2": mlp.fc2}
+        arrays = {f"{name}_kernel": layer.kernel for name, layer in layers.items()}
+        arrays |= {f"{name}_bias": layer.bias for name, layer in layers.items()}
+        for name, norm in {"norm1": self.norm1, "norm2": self.norm2}.items():
+            arrays |= {f"{name}_scale": norm.scale, f"{name}_bias": norm.bias}
+        arrays["token_kernel"] = attn.token_kernel
+        return BlockWeights(**{name: None if array is None else array[...] for name, array in arrays.items()})
 
 
 class DeiT(Backbone):
@@ -163,7 +190,7 @@ class DeiT(Backbone):
     def _encode(
         self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None
     ) -> tuple[tuple[jax.Array, tuple[int, int]], jax.Array]:
-        """((all tokens after the last norm, prefix first; the patches' grid), mask densities)."""
+        """((all tokens before the last norm, prefix first; the patches' grid), mask densities)."""
         x, grid = self.embed(images)
         x, densities = self.transform(x, Places(grid, self.prefix_tokens), mask_threshold, key)
         return (x, grid), densities
@@ -188,7 +215,7 @@ class DeiT(Backbone):
         mask_threshold: ArrayLike | None,
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "batch tokens embed_dim"], Float[Array, "layers"]]:
-        """All blocks and the last norm.
+        """All blocks, without the last norm: `normed`.
 
         Args:
           x: tokens from `embed`, prefix first.
@@ -213,17 +240,22 @@ class DeiT(Backbone):
                 drawn=of_layer(drawn, i),
             )
             densities.append(density)
-        return x if self.norm is None else self.norm(x), jnp.stack(densities)
+        return x, jnp.stack(densities)
+
+    def normed(self, x: Float[Array, "batch tokens embed_dim"]) -> Float[Array, "batch tokens embed_dim"]:
+        """The last norm, of those tokens that are read."""
+        return x if self.norm is None else self.norm(x)
 
     def _classify(self, encoded, densities, *, training):
         x, _ = encoded
         with jax.named_scope("head"):
             # Each head reads its own prefix token. `results` averages their logits, as timm does.
-            logits = [self.head(x[:, 0] if self.fc_norm is None else self.fc_norm(x[:, 1:].mean(axis=1)))]
+            prefix = self.normed(x[:, : self.prefix_tokens])
+            logits = [self.head(prefix[:, 0] if self.fc_norm is None else self.fc_norm(x[:, 1:].mean(axis=1)))]
             if self.head_dist is not None:
-                logits.append(self.head_dist(x[:, 1]))
+                logits.append(self.head_dist(prefix[:, 1]))
         return jnp.stack(logits).astype(jnp.float32), densities
 
     def _maps(self, encoded, densities):
         x, grid = encoded
-        return [x[:, self.prefix_tokens :].reshape(x.shape[0], *grid, x.shape[2])], densities
+        return [self.normed(x[:, self.prefix_tokens :]).reshape(x.shape[0], *grid, x.shape[2])], densities

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from castling_jax.errors import InputError, check
 from castling_jax.ops.depthwise import convolve_channels
+from castling_jax.ops.gelu import gelu
 
 # The matrices, tokens and position embeddings of DeiT and MViTv2 start from timm's trunc_normal_(std=0.02). timm cuts
 # at -2 and 2, a hundred deviations away, which is a plain normal; JAX's truncated_normal cuts at two deviations.
@@ -360,16 +361,6 @@ class Mlp(nnx.Module):
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         return self.fc2(gelu(self.fc1(x)))
-
-
-def gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """The exact GELU, x (1 + erf(x / sqrt 2)) / 2, in x's dtype.
-
-    jax.nn.gelu uses erfc, which keeps more digits of results near zero. On a TPU erfc takes as long as the product
-    before it; erf runs while the product does.
-    """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 def draw_drop_path(key: Key[Array, ""] | None, layers: int, batch: int) -> Float[Array, "layers 2 batch"] | None:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from castling_jax.models.layers import TORCH_INIT, Layers, gelu, torch_bias_init
+from castling_jax.models.layers import TORCH_INIT, Layers, torch_bias_init
+from castling_jax.ops.gelu import gelu
 
 SCALES = (4.0, 2.0, 1.0, 0.5)  # strides of 4, 8, 16 and 32 pixels from patches of 16 pixels
 Map = Float[Array, "batch height width channels"]

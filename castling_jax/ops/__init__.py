@@ -48,10 +48,12 @@ from castling_jax.ops.angular import (
 from castling_jax.ops.boxes import box_iou, generalized_box_iou
 from castling_jax.ops.castling import castling_attention
 from castling_jax.ops.depthwise import depthwise_convolution
+from castling_jax.ops.encoder_block import BlockWeights, linear_angular_block
 from castling_jax.ops.masked_softmax import masked_softmax_attention
 from castling_jax.ops.suppression import non_maximum_suppression
 
 __all__ = [
+    "BlockWeights",
     "angular_attention",
     "angular_kernel",
     "angular_kernel_series",
@@ -60,6 +62,7 @@ __all__ = [
     "depthwise_convolution",
     "generalized_box_iou",
     "linear_angular_attention",
+    "linear_angular_block",
     "masked_softmax_attention",
     "non_maximum_suppression",
 ]

@@ -1,4 +1,4 @@
-"""Division by the L2 norm, and its convention for zero vectors."""
+"""Layer norm, and division by the L2 norm with its convention for zero vectors."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,19 @@ from jaxtyping import Array, Float
 # that start at zero, a patch of zeros has q = k = v = 0. There the derivative of x / |x| is 1 / 0, and an epsilon under
 # the root would only make it huge.
 ZERO_SQUARED_NORM = 1e-20
+
+
+def layer_norm(
+    x: Float[Array, "*axes channels"],
+    scale: Float[Array, "*#axes channels"],
+    bias: Float[Array, "*#axes channels"],
+    epsilon: float,
+) -> Float[Array, "*axes channels"]:
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the channels, in x's dtype (Ba et al., 2016)."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + epsilon) * scale + bias).astype(x.dtype)
 
 
 def inverse_norms(squared_norms: Float[Array, "*axes"]) -> Float[Array, "*axes"]:

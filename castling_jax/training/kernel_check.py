@@ -13,8 +13,10 @@ from jaxtyping import Array, Key
 
 from castling_jax.errors import InputError
 from castling_jax.models.model import Model
-from castling_jax.models.variables import forward_train, get_variables
+from castling_jax.models.registry import abstract_model
+from castling_jax.models.variables import apply, forward_train, get_variables
 from castling_jax.ops.angular import add_linear_angular
+from castling_jax.ops.encoder_block import linear_angular_block
 from castling_jax.ops.kernel_calls import Call, recorded_calls
 from castling_jax.ops.masked_softmax import masked_softmax_first
 from castling_jax.sizes import image_shape
@@ -56,7 +58,7 @@ def compare_kernels(setup: Setup) -> None:
                 raise InputError(f"{str(error).rstrip('.')}: {remedy}.") from error
     if jax.process_index() == 0:
         print(
-            f"Compared {len(calls)} attention kernels with XLA in {time.perf_counter() - start:.1f} s: the largest "
+            f"Compared {len(calls)} kernels with XLA in {time.perf_counter() - start:.1f} s: the largest "
             f"difference is {worst:.0%} of what rounding explains.",
             flush=True,
         )
@@ -75,7 +77,8 @@ def check_kernel(call: Call, chip: str) -> float:
     Raises:
       InputError: it is above 1; the message names the kernel and the array.
     """
-    dtype, worst = call.arrays["q"].dtype.name, 0.0
+    first = next(iter(call.arrays.values()))
+    dtype, worst = first.dtype.name, 0.0
     both = jax.device_get(jax.jit(functools.partial(_differences, call))(jax.random.key(0)))  # (outputs, gradients)
     for differences, limit in zip(both, TOLERANCES[dtype], strict=True):
         for what, difference in differences.items():
@@ -83,14 +86,18 @@ def check_kernel(call: Call, chip: str) -> float:
                 raise InputError(
                     f"the kernel of {call.operation} differs from XLA on this {chip} by {difference:.1e} of the "
                     f"largest number in the {what}, where {dtype}'s rounding explains {limit:.0e} "
-                    f"(q {call.arrays['q'].shape}, k {call.arrays['k'].shape})."
+                    f"({_shapes(call)})."
                 )
             worst = max(worst, float(difference) / limit)
     return worst
 
 
+def _shapes(call: Call) -> str:
+    return ", ".join(f"{name} {call.arrays[name].shape}" for name in ("x", "q", "k") if name in call.arrays)
+
+
 def kernel_calls(models: list[Model], mesh: Mesh) -> list[Call]:
-    """The kernels that the models call in training on a small batch, with the softmax branch and with an empty mask.
+    """The kernels that the models call on a small batch: in training, with an empty mask too, and in inference form.
 
     The mesh has to be set.
     """
@@ -107,16 +114,18 @@ def kernel_calls(models: list[Model], mesh: Mesh) -> list[Call]:
                 lambda v, x, t, key, run=run: run(v, x, mask_threshold=t, key=key), variables, images, threshold, key
             )
             jax.eval_shape(lambda v, x, key, run=run: run(v, x, mask_threshold=1.0, key=key), variables, images, key)
+            inference = abstract_model(**model.spec.arguments(form="inference"))
+            jax.eval_shape(functools.partial(apply, inference), get_variables(inference), images)
     return calls
 
 
 def _differences(call: Call, key: Key[Array, ""]) -> tuple[Differences, Differences]:
     """The differences of the kernel's (outputs, gradients) from XLA's, as shares of XLA's largest number."""
     arrays = _draw(call.arrays, key)
-    actual = _outputs_and_gradients(call, arrays, "pallas", key)
     # XLA gets the same rounded numbers, but computes in float32: the difference is then the kernel's error alone.
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
     with jax.default_matmul_precision("highest"):
+        actual = _outputs_and_gradients(call, arrays, "pallas", key)
         expected = _outputs_and_gradients(call, wide, "xla", key)
 
     def share(one: jax.Array, other: jax.Array) -> jax.Array:
@@ -146,6 +155,10 @@ def _draw(shapes: dict[str, Any], key: Key[Array, ""]) -> dict[str, Any]:
     arrays = jax.tree.unflatten(
         tree, [jax.random.normal(key, leaf.shape, jnp.float32) for key, leaf in zip(keys, leaves, strict=True)]
     )
+    if "weights" in arrays:
+        # Numbers of the usual size after each product: the matrices come as [inputs, outputs].
+        arrays["weights"] = jax.tree.map(lambda x: x / math.sqrt(x.shape[0]) if x.ndim == 2 else x, arrays["weights"])
+        return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), arrays, shapes)
     tilt = math.sqrt(2 * math.sqrt(shapes["q"].shape[3]))
     signs = 1 - 2 * (jnp.arange(shapes["k"].shape[1]) % 2)
     arrays["q"] = (NOISE * arrays["q"]).at[..., 0].set(tilt)
@@ -166,7 +179,7 @@ def _outputs_and_gradients(
     outputs, pullback = jax.vjp(lambda arrays: _run(call, arrays, implementation), arrays)
     leaves, tree = jax.tree.flatten(outputs)
     keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
-    dtype = call.arrays["v"].dtype  # both implementations get the same numbers
+    dtype = next(iter(call.arrays.values())).dtype  # both implementations get the same numbers
     cotangents = [
         jax.random.normal(key, leaf.shape, dtype).astype(leaf.dtype) if leaf.ndim else jnp.zeros_like(leaf)
         for key, leaf in zip(keys, leaves, strict=True)
@@ -177,6 +190,8 @@ def _outputs_and_gradients(
 
 def _run(call: Call, arrays: dict[str, Any], implementation: str) -> dict[str, Any]:
     """The call's outputs by name, from these arrays and this implementation."""
+    if call.operation == "linear_angular_block":
+        return {"output": linear_angular_block(**arrays, implementation=implementation, **call.options)}
     arrays = dict.fromkeys(("token_kernel", "query_values", "auxiliary", "bias")) | arrays
     q, k, v = arrays["q"], arrays["k"], arrays["v"]
     if call.operation == "masked_softmax_attention":

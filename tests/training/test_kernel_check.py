@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from castling_jax.models.registry import abstract_model
-from castling_jax.ops.tpu import linear_angular, masked_softmax
+from castling_jax.ops.tpu import encoder_block, linear_angular, masked_softmax
 from castling_jax.training import kernel_check
 from castling_jax.training.config import default_config
 from castling_jax.training.run import run
@@ -40,7 +40,7 @@ def calls_of(name, **arguments):
 def test_sound_kernels_pass(capsys):
     kernel_check.compare_kernels(set_up(small_config()))
     said = capsys.readouterr().out
-    assert re.fullmatch(r"Compared 3 attention kernels with XLA in .* s: the largest difference is \d+% of .*\n", said)
+    assert re.fullmatch(r"Compared 4 kernels with XLA in .* s: the largest difference is \d+% of .*\n", said)
     assert int(re.search(r"(\d+)%", said)[1]) < 10  # of what is allowed on a TPU; a CPU's float32 is nearer
 
 
@@ -72,8 +72,9 @@ wrong_backward.defvjp(lambda x: (x, None), lambda _, gradient: (gradient * 1.01,
             wrong_backward,
             ["masked_softmax_attention", "in the gradient of"],
         ),
+        (encoder_block, "_fused", lambda x: x.at[:, -1].set(0), ["linear_angular_block", "the output", "(x (2,"]),
     ],
-    ids=["forward", "nan", "backward"],
+    ids=["forward", "nan", "backward", "block"],
 )
 def test_a_broken_kernel_stops_the_run_and_leaves_nothing(tmp_path, monkeypatch, refuses, module, name, change, said):
     monkeypatch.setattr(module, name, broken(getattr(module, name), change))
@@ -94,9 +95,13 @@ def test_where_no_kernel_runs_nothing_is_compared(implementation, monkeypatch, c
 @pytest.mark.slow
 def test_the_kernels_of_each_family_are_found():
     deit = calls_of("deit_tiny", depth=3, dtype="bfloat16")
-    assert [call.operation for call in deit] == ["masked_softmax_attention"] + 2 * ["linear_angular_attention"]
-    assert all(call.arrays["q"].shape == (2, 197, 3, 64) for call in deit)
-    assert all(call.arrays["q"].dtype == jnp.bfloat16 for call in deit)
+    *attention, block = deit
+    assert [call.operation for call in attention] == ["masked_softmax_attention"] + 2 * ["linear_angular_attention"]
+    assert all(call.arrays["q"].shape == (2, 197, 3, 64) for call in attention)
+    assert all(call.arrays["q"].dtype == jnp.bfloat16 for call in attention)
+    assert block.operation == "linear_angular_block"
+    assert block.arrays["x"].shape == (2, 197, 192)
+    assert block.arrays["x"].dtype == jnp.bfloat16
     levit = calls_of("levit_128s", depth=(1, 1, 1))
     assert len(levit) == 15  # three stages and two steps between them, each with the branch and without
     assert any(call.options.get("query_tokens") for call in levit)

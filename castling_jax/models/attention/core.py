@@ -62,6 +62,8 @@ class Kind:
       parts: the named scopes in which `count_costs` finds the work of the function.
       parameters: (attention module, layers) -> the kind's own parameters by name, in the sizes that the module's
         num_heads, key_dim and value_dim give. The function takes them under these names. None: no own parameters.
+      block: an operation for a whole encoder block with this attention at inference, with the arguments and the result
+        of `ops.linear_angular_block`. None: the block's layers run one after the other.
       module: a module that replaces `MultiHeadAttention` in plain transformers, and is made and called like it. It may
         call `function` or compute without it. None: MultiHeadAttention.
     """
@@ -73,6 +75,7 @@ class Kind:
     inference: "Kind | None" = None
     parts: tuple[str, ...] = ()
     parameters: Callable[[Any, Layers], dict[str, nnx.Param]] | None = None
+    block: Callable[..., Array] | None = None
     module: Callable[..., Any] | None = None
 
     @functools.cached_property

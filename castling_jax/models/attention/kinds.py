@@ -66,7 +66,13 @@ def normalized_angular_attention(
     return normalize_and_convolve(out, out, None, grid=None, prefix_tokens=0)
 
 
-_LINEAR_ANGULAR = Kind("linear_angular", ops.linear_angular_attention, linear=True, parts=("linear_angular",))
+_LINEAR_ANGULAR = Kind(
+    "linear_angular",
+    ops.linear_angular_attention,
+    linear=True,
+    parts=("linear_angular",),
+    block=ops.linear_angular_block,
+)
 _CASTLING = Kind(
     "castling", ops.castling_attention, inference=_LINEAR_ANGULAR, parts=("masked_softmax", "linear_angular")
 )

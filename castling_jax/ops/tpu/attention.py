@@ -1,6 +1,5 @@
-"""The way from the public operations to the kernels: which arguments they take, on which platform and mesh they run."""
+"""The attention operations on kernels: which arguments each kernel takes."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,20 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from castling_jax.errors import InputError
 from castling_jax.ops.bias import Bias
 from castling_jax.ops.depthwise import depthwise_convolution
 from castling_jax.ops.kernel_calls import record
-from castling_jax.ops.mesh import HEAD_AXES, axes_of_kind, mesh_in_use
+from castling_jax.ops.mesh import axes_of_kind
 from castling_jax.ops.tokens import MAX_MULTIPLIED, values_of_queries
 from castling_jax.ops.tpu import linear_angular, linear_angular_blocks, masked_softmax, masked_softmax_blocks
+from castling_jax.ops.tpu.dispatch import check_dtypes, on_platform, over_mesh, split_over_mesh
 from castling_jax.ops.tpu.factors import append_factors, join_factors
 from castling_jax.ops.tpu.layout import fast_memory_bytes
-
-INSTEAD = 'use implementation="xla", which has no such limits'
 
 
 def linear_angular_attention(
@@ -57,8 +55,8 @@ def linear_angular_attention(
     """
     arguments = q, k, v, token_kernel, query_values, auxiliary
     try:
-        split = _split_over_mesh(q, k, v)
-        _check_arrays(q, k, v)
+        split = split_over_mesh(q, k, v, heads=q.shape[2])
+        check_dtypes("q, k and v", q, k, v)
     except InputError:
         if fallback is None:
             raise
@@ -101,8 +99,8 @@ def linear_angular_attention(
     if split is not None:
         mesh, tokens = split
         taps = PartitionSpec(None, tokens[2]) if grid is None else PartitionSpec(None, None, tokens[2])
-        run = _over_mesh(run, mesh, (tokens, tokens, tokens, taps, tokens, tokens), tokens)
-    return _on_platform(run, *arguments, fallback=fallback)
+        run = over_mesh(run, mesh, (tokens, tokens, tokens, taps, tokens, tokens), tokens)
+    return on_platform(run, *arguments, fallback=fallback)
 
 
 def masked_softmax_attention(
@@ -134,8 +132,8 @@ def masked_softmax_attention(
     """
     threshold = jnp.asarray(mask_threshold, jnp.float32)
     try:
-        split = _split_over_mesh(q, k, v)
-        _check_arrays(q, k, v)
+        split = split_over_mesh(q, k, v, heads=q.shape[2])
+        check_dtypes("q, k and v", q, k, v)
     except InputError:
         if fallback is None:
             raise
@@ -159,8 +157,8 @@ def masked_softmax_attention(
             lambda factor: PartitionSpec(None if factor.shape[0] == 1 else tokens[0], tokens[2]), bias
         )
         out_specs = tokens, PartitionSpec(), (tokens, tokens, tokens)
-        run = _over_mesh(run, mesh, (tokens, tokens, tokens, PartitionSpec(), biases), out_specs)
-    return _on_platform(run, q, k, v, threshold, bias, fallback=fallback)
+        run = over_mesh(run, mesh, (tokens, tokens, tokens, PartitionSpec(), biases), out_specs)
+    return on_platform(run, q, k, v, threshold, bias, fallback=fallback)
 
 
 def _masked_softmax(q, k, v, threshold, bias, *, return_qkv: bool, interpret: bool):
@@ -188,82 +186,3 @@ def _masked_softmax(q, k, v, threshold, bias, *, return_qkv: bool, interpret: bo
 
 def _flat(*arrays: jax.Array) -> list[jax.Array]:
     return [x.reshape(*x.shape[:2], -1) for x in arrays]
-
-
-def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-    if any(jax.typeof(x).manual_axis_type.varying for x in (q, k, v)):
-        raise InputError(f"the kernels run in a jax.shard_map only with check_vma=False: pass that, or {INSTEAD}.")
-    dtypes = {x.dtype.name for x in (q, k, v)}
-    if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
-        raise InputError(
-            f"the kernels take q, k and v in one dtype, float32 or bfloat16, not in {' and '.join(sorted(dtypes))}: "
-            f"{INSTEAD}."
-        )
-
-
-def _split_over_mesh(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Mesh | AbstractMesh, PartitionSpec] | None:
-    """The mesh in use, and how [batch, tokens, heads, dim] is split over it; None where the mesh has no axis to split.
-
-    Manual axes, those of a shard_map around the call, have split the arrays already and are left out.
-    """
-    mesh = mesh_in_use((q, k, v))
-    free = axes_of_kind(mesh, AxisType.Auto)
-    if not free:
-        return None
-    if not _can_split_over(mesh, free):
-        raise InputError(
-            f"jax.vmap maps a dimension that the mesh splits, and the kernels need its axes {', '.join(free)} for the "
-            f"batch and heads: map a dimension that the mesh does not split, or {INSTEAD}."
-        )
-    head_axes = tuple(name for name in free if name in HEAD_AXES)
-    batch_axes = tuple(name for name in free if name not in HEAD_AXES)
-    for dimension, size, axes in (("batch", q.shape[0], batch_axes), ("heads", q.shape[2], head_axes)):
-        parts = math.prod(mesh.shape[name] for name in axes)
-        if size % parts:
-            raise InputError(
-                f"the mesh splits the {dimension} into {parts} parts (its axes {', '.join(axes)}), and {size} is not a "
-                f"multiple of {parts}: choose another mesh or {dimension}, or {INSTEAD}."
-            )
-    return mesh, PartitionSpec(batch_axes, None, head_axes)
-
-
-def _can_split_over(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> bool:
-    """False under a vmap of a dimension that is split over one of the axes."""
-    # JAX has no function that tells, but shard_map refuses such axes.
-    size, spec = math.prod(mesh.shape[name] for name in axes), PartitionSpec(axes)
-    try:
-        jax.eval_shape(
-            jax.shard_map(lambda x: x, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False),
-            jax.ShapeDtypeStruct((size,), jnp.float32),
-        )
-    except ValueError:
-        return False
-    return True
-
-
-def _over_mesh(run: Callable[..., Any], mesh: Mesh | AbstractMesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`run` on each device's part of the batch and of the heads, because the compiler cannot split a kernel."""
-
-    def sharded(*arguments, interpret):
-        # An argument of None has no leaf in the arguments' tree, so its specification must be None too.
-        specs = tuple(None if x is None else spec for x, spec in zip(arguments, in_specs, strict=True))
-        part = functools.partial(run, interpret=interpret)
-        # Without the check, because Pallas does not say over which axes its outputs vary.
-        part = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
-        # jit, because without it shard_map would take the mesh with the types its axes had before `on_auto_axes`.
-        return jax.jit(part)(*arguments)
-
-    return sharded
-
-
-def _on_platform(kernel: Callable[..., Any], *arguments: Any, fallback: Callable[..., Any] | None) -> Any:
-    """Runs the kernel compiled where the program is lowered for a TPU; elsewhere runs `fallback`, or interprets it."""
-
-    def on_tpu(*arguments):
-        return kernel(*arguments, interpret=False)
-
-    if fallback is not None:
-        return jax.lax.platform_dependent(*arguments, tpu=on_tpu, default=fallback)
-    if jax.default_backend() == "gpu":
-        raise InputError(f'implementation="pallas" is for TPUs, and this is a GPU: {INSTEAD}.')
-    return jax.lax.platform_dependent(*arguments, tpu=on_tpu, cpu=lambda *arguments: kernel(*arguments, interpret=True))

@@ -47,7 +47,7 @@ def needed_bytes(q, k, v, taps, *, query_tokens, grid) -> int:
 
 def _staying_bytes(layout: Heads, q, k, positions: TapPositions, query_tokens) -> int:
     """Size of what stays in fast memory: padded copies of two arrays, and two buffers of the selection of tokens."""
-    copies = 2 * positions.scratch_bytes(q.shape[1], _window_heads(layout) * layout.value_dim)
+    copies = 2 * positions.scratch_bytes(q.shape[1], window_heads(layout) * layout.value_dim)
     return copies + (0 if query_tokens is None else 2 * q.shape[1] * k.shape[1] * k.dtype.itemsize)
 
 
@@ -100,7 +100,7 @@ def _forward(q, k, v, query_values, taps, auxiliary, heads, positions, query_tok
         functools.partial(_forward_kernel, layout=layout, positions=positions),
         inputs=_inputs(layout, q, k, v, query_values, taps, auxiliary, None, query_tokens),
         outputs={"out": (out, _token_blocks(q, layout, layout.value_dim))},
-        scratch={"padded": positions.scratch(q.shape[1], _window_heads(layout) * layout.value_dim)},
+        scratch={"padded": positions.scratch(q.shape[1], window_heads(layout) * layout.value_dim)},
         grid=(q.shape[0], layout.steps),
         compiler_params=_parameters(layout, q, k, positions, query_tokens),
         interpret=interpret,
@@ -117,7 +117,7 @@ def _backward(heads, positions, query_tokens, interpret, residuals, cotangent):
     # Images are worked on in parallel, so that each has its own sum for the taps.
     d_taps = jax.ShapeDtypeStruct((q.shape[0], *taps.shape), jnp.float32)
     d_taps_blocks = pl.BlockSpec((1, taps.shape[0], layout.step_heads * layout.value_dim), lambda b, h: (b, 0, h))
-    padded = positions.scratch(q.shape[1], _window_heads(layout) * layout.value_dim)
+    padded = positions.scratch(q.shape[1], window_heads(layout) * layout.value_dim)
     gradients = call(
         functools.partial(_backward_kernel, layout=layout, positions=positions),
         inputs=inputs,
@@ -166,7 +166,7 @@ def _inputs(layout, q, k, v, query_values, taps, auxiliary, cotangent, query_tok
         "k": (k, _token_blocks(k, layout, layout.key_dim)),
         "v": (v, _token_blocks(k, layout, layout.value_dim)),
         "taps": (taps, pl.BlockSpec((taps.shape[0], layout.step_heads * layout.value_dim), lambda b, h: (0, h))),
-        **{name: whole(x) for name, x in head_sums(layout, _window_heads(layout), q.dtype).items()},
+        **{name: whole(x) for name, x in head_sums(layout, window_heads(layout), q.dtype).items()},
         "cotangent": (cotangent, out_blocks),
         "selection": ABSENT if query_tokens is None else whole(selection(np.array(query_tokens), k.shape[1], k.dtype)),
         "query_values": (query_values, out_blocks),
@@ -174,7 +174,7 @@ def _inputs(layout, q, k, v, query_values, taps, auxiliary, cotangent, query_tok
     }
 
 
-def _window_heads(layout: Heads) -> int:
+def window_heads(layout: Heads) -> int:
     """The number of heads in a window of the keys and values."""
     return len(layout.windows(layout.key_dim, layout.value_dim)[0][0])
 
@@ -227,20 +227,28 @@ def _query_values(dot, v, refs: Refs, values: slice):
     return v.astype(jnp.float32) if refs.selection is None else dot(refs.selection[...], v, NN)
 
 
+def attend(dot, refs: Refs, lanes: tuple[slice, slice], q, k, v, *, query_values, auxiliary=None):
+    """l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) for a window's heads, in float32.
+
+    `refs` has the matrices of `head_sums`; `lanes` are those of the window's keys and values.
+    """
+    key_sums, value_sums = refs.key_sums[...], refs.value_sums[...]
+    normal_k = k * head_inverse_norms(dot, k, key_sums)
+    key_values = dot(normal_k, v, TN) * _cross_of(*lanes, refs.cross)
+    normal_q = q * head_inverse_norms(dot, q, key_sums)
+    core = 0.5 * query_values + dot(normal_q, key_values, NN)
+    if auxiliary is not None:
+        core += auxiliary
+    return core * head_inverse_norms(dot, core, value_sums)
+
+
 def _forward_kernel(refs: Refs, *, layout: Heads, positions: TapPositions):
     dot = product(refs.q.dtype)
     for _, [keys, values] in layout.windows(layout.key_dim, layout.value_dim):
-        key_sums, value_sums, cross = refs.key_sums[...], refs.value_sums[...], _cross_of(keys, values, refs.cross)
-        q, k, v = refs.q[0, :, keys], refs.k[0, :, keys], refs.v[0, :, values]
-        wide_q, wide_k = q.astype(jnp.float32), k.astype(jnp.float32)
+        q, k, v = refs.q[0, :, keys].astype(jnp.float32), refs.k[0, :, keys].astype(jnp.float32), refs.v[0, :, values]
         query_values = _query_values(dot, v, refs, values)
-        normal_k = wide_k * head_inverse_norms(dot, wide_k, key_sums)
-        key_values = dot(normal_k, v, TN) * cross
-        normal_q = wide_q * head_inverse_norms(dot, wide_q, key_sums)
-        core = 0.5 * query_values + dot(normal_q, key_values, NN)
-        if refs.auxiliary is not None:
-            core += refs.auxiliary[0, :, values].astype(jnp.float32)
-        out = core * head_inverse_norms(dot, core, value_sums)
+        auxiliary = None if refs.auxiliary is None else refs.auxiliary[0, :, values].astype(jnp.float32)
+        out = attend(dot, refs, (keys, values), q, k, v, query_values=query_values, auxiliary=auxiliary)
         for tap, window in enumerate(positions.windows(refs.padded, query_values)):
             out += window * refs.taps[tap : tap + 1, values]
         refs.out[0, :, values] = out.astype(refs.out.dtype)

@@ -22,11 +22,13 @@ class TapPositions:
       rows: rows of taps; 1 over the token axis.
       columns: columns of taps.
       grid_width: tokens in a row of the grid. Taps that reach beyond a row's ends read zeros. None over the token axis.
+      prefix: tokens before the grid, which `convolve` leaves out.
     """
 
     rows: int
     columns: int
     grid_width: int | None
+    prefix: int = 0
 
     @property
     def count(self) -> int:
@@ -53,6 +55,14 @@ class TapPositions:
         # float32 for bfloat16 values too: a float32 register has one row a sublane, so that a shift by a row is a plain
         # read at an offset. bfloat16 packs two rows into a sublane.
         return pltpu.VMEM((self.copies, tokens + 2 * self.pad, width), jnp.float32)
+
+    def convolve(self, padded_ref, x: jax.Array, taps: jax.Array) -> jax.Array:
+        """DWConv(x) for x [tokens, width] and taps [taps, width]; zero at the prefix tokens, which no tap reads."""
+        if self.prefix:
+            is_patch = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) >= self.prefix
+            x = jnp.where(is_patch, x, 0.0)
+        out = sum(window * taps[tap : tap + 1] for tap, window in enumerate(self.windows(padded_ref, x)))
+        return jnp.where(is_patch, out, 0.0) if self.prefix else out
 
     def windows(
         self, padded_ref, x: jax.Array, leading: jax.Array | None = None, trailing: jax.Array | None = None
@@ -85,19 +95,22 @@ class TapPositions:
         # The product with 1 / grid_width replaces an integer division, which is slow on a TPU. It is exact up to 2^20
         # tokens.
         lanes = math.gcd(x.shape[1], LANES)
-        token = jax.lax.broadcasted_iota(jnp.int32, (x.shape[0], lanes), 0).astype(jnp.float32)
+        token = jax.lax.broadcasted_iota(jnp.int32, (x.shape[0], lanes), 0).astype(jnp.float32) - self.prefix
         grid_column = token - self.grid_width * jnp.floor((token + 0.5) * (1 / self.grid_width))
         grid_column = jnp.concatenate([grid_column] * (x.shape[1] // lanes), axis=1)
         return jnp.where(grid_column >= across if across > 0 else grid_column < self.grid_width + across, x, 0.0)
 
 
-def tap_positions(kernel: jax.Array | None, grid: tuple[int, int] | None) -> TapPositions:
-    """Where the taps of a token kernel stand: [taps, heads], or [rows, columns, heads] on a grid; None is one tap."""
+def tap_positions(kernel: jax.Array | None, grid: tuple[int, int] | None, prefix_tokens: int = 0) -> TapPositions:
+    """Where the taps of a token kernel stand: [taps, heads], or [rows, columns, heads] on a grid; None is one tap.
+
+    `prefix_tokens` come before the grid.
+    """
     if kernel is None:
         return TapPositions(1, 1, None)
     if grid is None:
         return TapPositions(1, kernel.shape[0], None)
-    return TapPositions(kernel.shape[0], kernel.shape[1], grid[1])
+    return TapPositions(kernel.shape[0], kernel.shape[1], grid[1], prefix_tokens)
 
 
 def spread_taps(kernel: jax.Array | None, heads: int, value_dim: int) -> jax.Array:
