@@ -132,7 +132,8 @@ class Block(nnx.Module):
         for name, norm in {"norm1": self.norm1, "norm2": self.norm2}.items():
             arrays |= {f"{name}_scale": norm.scale, f"{name}_bias": norm.bias}
         arrays["token_kernel"] = attn.token_kernel
-        return BlockWeights(**{name: None if array is None else array[...] for name, array in arrays.items()})
+        values: dict[str, Any] = {name: None if array is None else array[...] for name, array in arrays.items()}
+        return BlockWeights(**values)
 
 
 class DeiT(Backbone):

@@ -125,6 +125,13 @@ def test_too_little_fast_memory(refuses, monkeypatch):
     ops.linear_angular_block(x, weights, num_heads=4, implementation="auto")
 
 
+def test_too_many_tokens(refuses):
+    x, weights = draw((1, 12, 64, 4, 64), (9,))
+    x = jax.ShapeDtypeStruct((1, 20_000, 64), jnp.float32)
+    with refuses("at most 787,200 numbers an image, not 20,000 tokens of 64 channels"):
+        jax.eval_shape(lambda x: ops.linear_angular_block(x, weights, num_heads=4, implementation="pallas"), x)
+
+
 def test_a_mesh_that_splits_heads(refuses):
     x, weights = draw((2, 16, 64, 4, 256), (9,))
     mesh = jax.sharding.AbstractMesh((1, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)

@@ -29,6 +29,9 @@ from castling_jax.ops.tpu.taps import TapPositions, spread_taps, tap_positions
 # Images of few tokens share a grid step: while one waits for the matrix unit, another uses the vector unit.
 TOKENS_A_STEP = 400
 ROWS = 256  # tokens whose MLP is computed at once
+# The attention's rows are unrolled, so that compiling takes longer the more numbers they have: 1,025 tokens of DeiT-B
+# take one to two minutes.
+MAX_NUMBERS = 1025 * 768
 HIDDEN_CHUNK = 768  # channels of the MLP's hidden layer that exist at once
 MATRICES = ("qkv_kernel", "proj_kernel", "fc1_kernel", "fc2_kernel")
 
@@ -71,7 +74,7 @@ def linear_angular_block(
     options = {"num_heads": num_heads, "epsilon": epsilon, "grid": grid, "prefix_tokens": prefix_tokens}
     record("linear_angular_block", {"x": x, "weights": weights}, **options)
 
-    run = functools.partial(_fused, num_heads=num_heads, epsilon=epsilon, positions=positions)
+    run: Callable[..., Array] = functools.partial(_fused, num_heads=num_heads, epsilon=epsilon, positions=positions)
     if split is not None:
         mesh, tokens = split
         run = over_mesh(run, mesh, (tokens, PartitionSpec()), tokens)
@@ -103,6 +106,12 @@ def _that_fit(x: Array, weights: BlockWeights, num_heads: int, positions: TapPos
     The matrix unit rounds float32 factors to bfloat16 itself. A cast of all weights before the kernel would take a
     twelfth of a DeiT-B's time.
     """
+    _, tokens, channels = x.shape
+    if tokens * channels > MAX_NUMBERS:
+        raise InputError(
+            f"the block's kernel takes at most {MAX_NUMBERS:,} numbers an image, not {tokens:,} tokens of {channels:,} "
+            f"channels: {INSTEAD}."
+        )
     cast = weights._replace(**{name: getattr(weights, name).astype(x.dtype) for name in MATRICES})
     needed, room = 0, fast_memory_bytes()
     for candidate in (weights, cast):
@@ -110,8 +119,8 @@ def _that_fit(x: Array, weights: BlockWeights, num_heads: int, positions: TapPos
         if needed <= room:
             return candidate
     raise InputError(
-        f"the block's kernel needs {needed / 2**20:,.0f} MiB of fast memory for {x.shape[1]:,} tokens of "
-        f"{x.shape[2]:,} channels, and there are {room / 2**20:,.0f} MiB: {INSTEAD}."
+        f"the block's kernel needs {needed / 2**20:,.0f} MiB of fast memory for {tokens:,} tokens of {channels:,} "
+        f"channels, and there are {room / 2**20:,.0f} MiB: {INSTEAD}."
     )
 
 

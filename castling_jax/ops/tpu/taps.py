@@ -1,6 +1,7 @@
 """The convolution of the values inside a kernel: shifted reads of a padded copy in fast memory."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -61,7 +62,8 @@ class TapPositions:
         if self.prefix:
             is_patch = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) >= self.prefix
             x = jnp.where(is_patch, x, 0.0)
-        out = sum(window * taps[tap : tap + 1] for tap, window in enumerate(self.windows(padded_ref, x)))
+        products = (window * taps[tap : tap + 1] for tap, window in enumerate(self.windows(padded_ref, x)))
+        out = functools.reduce(jnp.add, products)
         return jnp.where(is_patch, out, 0.0) if self.prefix else out
 
     def windows(
