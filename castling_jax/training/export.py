@@ -110,6 +110,7 @@ def convert(
         format=format,
         preprocessing=source.preprocessing,
         classes=source.classes,
+        category_ids=source.category_ids,
         suppression=suppression,
     )
     if check:

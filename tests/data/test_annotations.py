@@ -403,6 +403,7 @@ def test_a_change_of_the_annotations_is_noticed(tmp_path, refuses):
     file.write_text(json.dumps(content))
     now = load_dataset(name, "train2017")
     kept = fingerprint(before, before)
+    assert (kept["classes"], kept["category_ids"]) == (["dog", "cat", "owl"], [2, 7, 90])
     assert compare_data(kept, fingerprint(before, before), accept_changes=False) == ""
     with refuses("the training split has other annotations"):
         compare_data(kept, fingerprint(now, before), accept_changes=False)
