@@ -61,6 +61,7 @@ def main(options: Namespace) -> None:
     from castling_jax.convert.weights import read
     from castling_jax.data.decode import decode
     from castling_jax.fields import number
+    from castling_jax.plots import png
     from castling_jax.predictions import class_names, each_image, predictions_of, stream_predictions
     from castling_jax.storage import try_file, try_folder, write_atomically
 
@@ -119,7 +120,7 @@ def main(options: Namespace) -> None:
         shown = good[:ON_A_SHEET]
         pictures = [np.asarray(decode(path.read_bytes(), exif=weights.preprocessing.exif)) for path, _ in shown]
         figure = predictions.draw(pictures, [answer for _, answer in shown])
-        figure.savefig(options.sheet, dpi=110, format="png")
+        write_atomically(options.sheet, png(figure))
     unread = len(answers) - len(good)
     if unread:
         raise InputError(f"{unread:,} of {len(files):,} images cannot be read; they are named above.")
