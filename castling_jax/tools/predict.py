@@ -44,7 +44,8 @@ def make_parser() -> Parser:
     parser.add_argument("run", help="a run's folder, a checkpoint's, an inference folder, or a name of shipped weights")
     parser.add_argument("images", nargs="+", help="files and folders")
     parser.add_count("--top", None, "most classes (5 if not given) or objects (all) to name for each image")
-    parser.add_argument("--score", type=float, default=SHOWN_SCORE, help="smallest score of a detector's object")
+    least = "smallest score of a detector's object; under the run's evaluation.score_threshold none are found"
+    parser.add_argument("--score", type=float, default=SHOWN_SCORE, help=least)
     parser.add_argument("--csv", metavar="FILE", type=local_path, help="write the answers as a table")
     parser.add_argument("--json", metavar="FILE", type=local_path, help="write a detector's boxes in COCO's format")
     parser.add_argument("--labels", metavar="FOLDER", type=local_path, help="write a segmenter's masks, as PNGs")
