@@ -216,6 +216,12 @@ def test_a_detector_starts_from_a_classifier(tmp_path, backbone):
     assert any(not np.array_equal(necks[0][path], necks[1][path]) for path in necks[0])
 
 
+def test_a_run_of_another_backbone_is_named(tmp_path, refuses):
+    run = write_run(tmp_path / "run", small.small_levit(image_size=32, distilled=True, num_classes=2))
+    with refuses(f"'{run}', a levit_128s: the state dict does not fit deit_micro"):
+        initial_variables(run, detector(backbone="deit_micro", backbone_arguments={"depth": 1}), reset_head=False)
+
+
 def test_a_detector_starts_from_a_detector(tmp_path):
     model = detector(num_classes=2)
     write_run(tmp_path / "run", model)
