@@ -77,7 +77,7 @@ def coco(path: epath.PathLike, split: str, classes: Sequence[str] | None = None)
     for kind, known in (("image_id", images), ("category_id", categories)):
         for place, annotation in enumerate(annotations):
             value = annotation.get(kind)
-            if not isinstance(value, int | float | str) or value not in known:
+            if type(value) not in (int, float, str) or value not in known:
                 raise _wrong("annotation", annotation, kind, "one that the file lists", file, place)
     if not chosen:
         raise InputError(f"the split {split!r} of '{root}' holds no images.")
@@ -110,7 +110,7 @@ def _image(image: _Entry, file: epath.Path) -> tuple[str, int | str, tuple[int, 
 
 def _name(category: _Entry, file: epath.Path) -> str:
     name = category.get("name")
-    if not isinstance(name, str | int) or isinstance(name, bool) or not str(name).strip():
+    if type(name) not in (int, str) or not str(name).strip():
         raise _wrong("category", category, "name", "a text that is not empty", file)
     return str(name)
 
@@ -136,7 +136,7 @@ def _row(annotation: _Entry, place: int, file: epath.Path) -> tuple[list[float],
 
 def _number(value: Any, *, bad: float = math.nan) -> float:
     """The number that a JSON value is, or that it is the text of; `bad` for any other value."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if type(value) not in (int, float, str):  # not isinstance: True is an int
         return bad
     try:
         return float(value)
@@ -170,10 +170,9 @@ def _by_id(content: _Entry, kind: str, file: epath.Path) -> dict[Any, _Entry]:
     found: dict[Any, _Entry] = {}
     for place, entry in enumerate(_entries(content, kind, file)):
         value: Any = entry.get("id")
-        is_number = isinstance(value, int) and not isinstance(value, bool)
-        if kind == "images" and not (is_number or isinstance(value, str)):
+        if kind == "images" and type(value) not in (int, str):
             raise _wrong(one, entry, "id", "a whole number or a text", file, place)
-        if kind == "categories" and not (is_number and 0 <= value <= LARGEST_INT):
+        if kind == "categories" and not (type(value) is int and 0 <= value <= LARGEST_INT):
             raise _wrong(one, entry, "id", f"a whole number from 0 to {LARGEST_INT}", file, place)
         if value in found:
             raise InputError(f"two {kind} in '{file}' have the same id, {_shown(value)}.")
