@@ -104,7 +104,9 @@ def predictions_of(
       InputError: the weights do not state their model or its preprocessing.
     """
     model, preprocessing = known_of(weights)
-    return task_of(model).predictions(names, preprocessing, weights.suppression, top, score_threshold)
+    return task_of(model).predictions(
+        names, preprocessing, weights.suppression, top, score_threshold, weights.category_ids
+    )
 
 
 def known_of(weights: Weights) -> tuple[Model, Preprocessing]:

@@ -1,5 +1,6 @@
 """A detector's way out: predictions, exported programs, and the files beside them; and its start from a classifier."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from castling_jax.convert.weights import read
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import flatten
 from castling_jax.postprocessing import Suppression
+from castling_jax.predictions import predictions_of
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.detection.predictions import BoxPredictions
 from castling_jax.tools.predict import main as predict_command
@@ -29,6 +31,7 @@ from tests.convert.runs import write_run
 from tests.models import small
 
 CLASSES = ["ant", "bee", "cat", "dog"]
+IDS = [2, 7, 41, 90]
 BACKBONE = {"embed_dim": (16, 24, 32), "depth": (1, 1, 1), "num_heads": (2, 2, 2), "key_dim": 8}
 PREPROCESSING = Preprocessing((160, 192), crop_mode="squash", crop_ratio=1.0)
 SUPPRESSION = Suppression(score_threshold=0.1, iou_threshold=0.5, max_detections=20)
@@ -57,7 +60,7 @@ def folder(tmp_path_factory):
     """An inference folder with random variables."""
     path = tmp_path_factory.mktemp("detector")
     model = detector()
-    stated = {"preprocessing": PREPROCESSING, "classes": CLASSES, "suppression": SUPPRESSION}
+    stated = {"preprocessing": PREPROCESSING, "classes": CLASSES, "suppression": SUPPRESSION, "category_ids": IDS}
     save_inference(path, model, small.random_variables(model), **stated)
     return path
 
@@ -112,7 +115,12 @@ def test_the_command_writes_a_table_cocos_results_and_a_picture(folder, photogra
     results = json.loads((tmp_path / "boxes.json").read_text())
     assert {result["image_id"] for result in results} == {str(file) for file in photographs.iterdir()}
     name, score, (x0, y0, x1, y1) = answers[0][0]
-    first = {"category_id": 1 + CLASSES.index(name), "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
+    first = {
+        "category_id": IDS[CLASSES.index(name)],
+        "category_name": name,
+        "bbox": [x0, y0, x1 - x0, y1 - y0],
+        "score": score,
+    }
     assert results[0] == first | {"image_id": results[0]["image_id"]}
     assert Image.open(tmp_path / "boxes.png").size[0] > 300
     assert f"{name} {score:.2f}" in capsys.readouterr().out
@@ -139,6 +147,28 @@ def test_suppression_is_kept_beside_the_weights(folder, tmp_path, refuses):
             read_description(tmp_path)
     (tmp_path / MODEL_FILE).write_text(json.dumps({k: v for k, v in content.items() if k != "suppression"}))
     assert read(tmp_path).suppression == Suppression()
+
+
+def test_category_ids_are_kept_beside_the_classes(folder, tmp_path, refuses):
+    assert read_description(folder).category_ids == read(folder).category_ids == IDS
+    content = json.loads((folder / MODEL_FILE).read_text())
+    for name in (MODEL_FILE, "variables.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    for broken, said in (
+        ([1, 2], "there are 2 ids of classes"),
+        (["a"] * 4, "category_ids must be a list of integers"),
+    ):
+        (tmp_path / MODEL_FILE).write_text(json.dumps(content | {"category_ids": broken}))
+        with refuses("model.json' is damaged", said):
+            read_description(tmp_path)
+    # A folder of an earlier version has no ids: the classes are counted from 1.
+    (tmp_path / MODEL_FILE).write_text(json.dumps({k: v for k, v in content.items() if k != "category_ids"}))
+    weights = read(tmp_path)
+    answers = [("a.jpg", [("dog", 0.5, (1.0, 2.0, 4.0, 6.0))])]
+    for ids, dog in ((weights.category_ids, 4), (IDS, 90)):
+        predictions = predictions_of(dataclasses.replace(weights, category_ids=ids), CLASSES)
+        expected = {"image_id": "a.jpg", "category_id": dog, "category_name": "dog", "bbox": [1, 2, 3, 4], "score": 0.5}
+        assert predictions.coco_results(answers) == [expected]
 
 
 @pytest.mark.slow
@@ -184,6 +214,12 @@ def test_a_detector_starts_from_a_classifier(tmp_path, backbone):
     assert not any(path.startswith("head") for path in leaves)
     necks = [flatten(one["params"]["neck"]) for one in (start, other)]
     assert any(not np.array_equal(necks[0][path], necks[1][path]) for path in necks[0])
+
+
+def test_a_run_of_another_backbone_is_named(tmp_path, refuses):
+    run = write_run(tmp_path / "run", small.small_levit(image_size=32, distilled=True, num_classes=2))
+    with refuses(f"'{run}', a levit_128s: the state dict does not fit deit_micro"):
+        initial_variables(run, detector(backbone="deit_micro", backbone_arguments={"depth": 1}), reset_head=False)
 
 
 def test_a_detector_starts_from_a_detector(tmp_path):

@@ -1,4 +1,5 @@
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -301,6 +302,12 @@ class TestBoxes:
         figure = draw_boxes(PHOTOGRAPH, self.BOXES[:1], ["$a\n\ud800" * 30])
         check_legible(figure)
         assert "\n" not in figure.axes[0].texts[0].get_text()
+
+    def test_a_letter_that_the_font_lacks_is_no_warning(self):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert plots.png(draw_boxes(PHOTOGRAPH, self.BOXES[:1], ["\N{CAT} \N{CJK UNIFIED IDEOGRAPH-732B}"]))
+        assert not [str(one.message) for one in caught if "Glyph" in str(one.message)]
 
     def test_boxes_on_given_axes(self):
         figure = draw_predictions([PHOTOGRAPH], [[("owl", 0.5)]])

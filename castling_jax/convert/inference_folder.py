@@ -64,6 +64,8 @@ class Description:
       preprocessing: how an image becomes the model's input; None if the file does not state it.
       classes: the names of the model's outputs, in their order; None if the file does not state them.
       suppression: how a detector's outputs become detections; None if the file does not state it.
+      category_ids: the number of each class in the annotations that a detector learnt from; None if the file does not
+        state them.
     """
 
     model: dict[str, Any]
@@ -72,6 +74,7 @@ class Description:
     preprocessing: Preprocessing | None
     classes: list[str] | None
     suppression: Suppression | None
+    category_ids: list[int] | None
 
 
 @takes(model=MODEL, variables=VARIABLES)
@@ -84,6 +87,7 @@ def save_inference(
     preprocessing: Preprocessing | None = None,
     classes: Sequence[str] | None = None,
     suppression: Suppression | None = None,
+    category_ids: Sequence[int] | None = None,
 ) -> None:
     """Writes an inference folder, which `load_inference` reads unless it holds a StableHLO program.
 
@@ -99,6 +103,8 @@ def save_inference(
       classes: the names of the model's outputs, in their order; with None, model.json does not state them.
       suppression: how a detector's outputs become detections. A StableHLO program then suppresses by itself; with None
         it returns the scores and boxes of all points.
+      category_ids: the number of each class in the annotations that a detector learnt from; with None, model.json does
+        not state them.
 
     Raises:
       InputError: the variables are not the model's, the preprocessing or the classes do not fit the model, the format
@@ -107,11 +113,13 @@ def save_inference(
     check_known("format", format, PAYLOADS)
     path = as_path(path)
     classes = None if classes is None else list(classes)
-    _check_meaning(model.spec.arguments(), preprocessing, classes)
+    category_ids = None if category_ids is None else list(category_ids)
+    _check_meaning(model.spec.arguments(), preprocessing, classes, category_ids)
     if is_remote(path):
         reach_bucket(path)
         with tempfile.TemporaryDirectory() as here:
             stated: dict[str, Any] = {"preprocessing": preprocessing, "classes": classes, "suppression": suppression}
+            stated |= {"category_ids": category_ids}
             save_inference(here, model, variables, format=format, **stated)
             # Copying onto an earlier payload would leave old files among the new ones.
             for name in PAYLOADS.values():
@@ -131,7 +139,7 @@ def save_inference(
     description: dict[str, Any] = {"format": FORMAT, "model": arguments, "file": PAYLOADS[format]}
     description |= {"preprocessing": preprocessing and preprocessing.to_dict(), "classes": classes}
     if model.task == "detection":
-        description["suppression"] = suppression and suppression.to_dict()
+        description |= {"suppression": suppression and suppression.to_dict(), "category_ids": category_ids}
     if format == "stablehlo":
         program = export_program(model, unflatten(arrays), suppression)
         description |= {"images": ["batch", *_image_shape(model)], "platforms": PLATFORMS}
@@ -236,12 +244,12 @@ def read_description(path: str | os.PathLike) -> Description:
     if written_as not in range(1, FORMAT + 1):
         raise InputError(f"'{file.parent}' has format {written_as}; this version reads formats up to {FORMAT}.")
     with about(f"'{file}' is damaged"):
-        stated, classes = content.get("preprocessing"), content.get("classes")
+        stated, classes, category_ids = map(content.get, ("preprocessing", "classes", "category_ids"))
         preprocessing = None if stated is None else Preprocessing.from_dict(stated)
-        _check_meaning(model, preprocessing, classes)
+        _check_meaning(model, preprocessing, classes, category_ids)
         with refusing(TypeError, "suppression"):
             suppression = Suppression(**content["suppression"]) if content.get("suppression") else None
-    return Description(model, name, sha256, preprocessing, classes, suppression)
+    return Description(model, name, sha256, preprocessing, classes, suppression, category_ids)
 
 
 def _where_it_is(folder: epath.Path) -> str:
@@ -253,8 +261,10 @@ def _where_it_is(folder: epath.Path) -> str:
     return ""
 
 
-def _check_meaning(arguments: dict[str, Any], preprocessing: Preprocessing | None, classes: Any) -> None:
-    """Raises an InputError unless preprocessing and classes, if stated, fit a model with these arguments."""
+def _check_meaning(
+    arguments: dict[str, Any], preprocessing: Preprocessing | None, classes: Any, category_ids: Any
+) -> None:
+    """Raises an InputError unless preprocessing, classes and their ids, if stated, fit a model with these arguments."""
     size, channels, count = arguments.get("image_size"), arguments.get("in_chans", 3), arguments.get("num_classes")
     size = tuple(size) if isinstance(size, list) else size
     if preprocessing is not None and (preprocessing.image_size, len(preprocessing.channels)) != (size, channels):
@@ -262,12 +272,13 @@ def _check_meaning(arguments: dict[str, Any], preprocessing: Preprocessing | Non
             f"the preprocessing makes images of {size_text(preprocessing.image_size)} and "
             f"{len(preprocessing.channels)} channels, but the model takes the size {size} and {channels} channels."
         )
-    if classes is None:
-        return
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise InputError("classes must be a list of texts.")
-    if len(classes) != count:
-        raise InputError(f"there are {len(classes):,} names of classes, but the model has {count} classes.")
+    for name, listed, kind, words in (("names", classes, str, "texts"), ("ids", category_ids, int, "integers")):
+        if listed is None:
+            continue
+        if not isinstance(listed, list) or not all(isinstance(value, kind) for value in listed):
+            raise InputError(f"{'classes' if kind is str else 'category_ids'} must be a list of {words}.")
+        if len(listed) != count:
+            raise InputError(f"there are {len(listed):,} {name} of classes, but the model has {count} classes.")
 
 
 @takes(model=MODEL, variables=VARIABLES)

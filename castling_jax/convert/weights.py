@@ -56,6 +56,8 @@ class Weights:
       classes: names of the model's outputs, in their order. None for a foreign file, and for weights of an earlier
         version that did not save them.
       suppression: how a detector's outputs become detections.
+      category_ids: the number of each class in the annotations that a detector learnt from. None for other models, and
+        for weights of an earlier version that did not save them.
     """
 
     path: epath.Path
@@ -68,6 +70,7 @@ class Weights:
     preprocessing: Preprocessing | None = None
     classes: list[str] | None = None
     suppression: Suppression = DEFAULT_SUPPRESSION
+    category_ids: list[int] | None = None
 
     @property
     def form(self) -> str | None:
@@ -133,6 +136,7 @@ def read(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
             preprocessing=known.preprocessing,
             classes=known.classes,
             suppression=known.suppression or DEFAULT_SUPPRESSION,
+            category_ids=known.category_ids,
         )
     if where.is_file():
         return Weights(where, read_state_dict(where, ema=ema))
@@ -165,7 +169,8 @@ def _read_checkpoint(run: epath.Path, folder: epath.Path, ema: bool | None) -> W
     variables = state["ema"] if ema else state
     # The configuration does not state the number of classes, and checkpoints of earlier versions do not name them. The
     # shape of a classifier's head tells it: the last array, because LeViT's head starts with a batch norm.
-    classes = (about.get("data") or {}).get("classes")
+    data = about.get("data") or {}
+    classes = data.get("classes")
     heads = [leaf.shape[-1] for name, leaf in flatten(variables["params"]).items() if name.startswith("head/")]
     is_detector = config["model"]["name"] in DENSE_MODELS
     num_classes = len(classes or ()) if is_detector else heads[-1]
@@ -177,7 +182,8 @@ def _read_checkpoint(run: epath.Path, folder: epath.Path, ema: bool | None) -> W
         threshold = _logged_threshold(run, step, first=start_threshold(config["mask"]))
     preprocessing = preprocessing_of(config, model.spec.image_size)
     suppression = suppression_of(config)
-    return Weights(folder, variables, model, config, threshold, step, ema, preprocessing, classes, suppression)
+    known = (preprocessing, classes, suppression, data.get("category_ids"))
+    return Weights(folder, variables, model, config, threshold, step, ema, *known)
 
 
 def _logged_threshold(run: epath.Path, step: int, *, first: float) -> float:

@@ -14,6 +14,9 @@ from castling_jax.data.decode import Size
 from castling_jax.errors import InputError, check, refusing
 from castling_jax.storage import is_remote
 
+LARGEST_INT = 2**31 - 1  # sizes and ids are kept as int32
+LARGEST_AREA = float(np.finfo(np.float32).max)
+LOOKED_FOR = 100  # images of which at least one must exist
 REMOTE_READERS = 32  # threads that read small files from a bucket, where each read is a request
 Boxes = Float[np.ndarray, "boxes 4"]
 # The table of boxes has these columns: a box's corners, its class, whether it is a crowd, and its area.
@@ -122,6 +125,8 @@ def box_dataset(
     columns: dict[str, Any],
     classes: Sequence[str],
     category_ids: Iterable[int],
+    *,
+    naming: str,
 ) -> BoxDataset:
     """Builds a data set from images and their boxes, which may come in any order. Boxes are clipped to their images.
 
@@ -132,12 +137,20 @@ def box_dataset(
       columns: a sequence for each name in COLUMNS, with a row for each box. An area of NaN becomes width x height.
       classes: the classes' names.
       category_ids: the number of each class in the annotation file.
+      naming: what the name of an image's file must be, for the message where no image is there.
 
     Raises:
-      InputError: there are no classes.
+      InputError: there are no classes, or the first images are all missing.
     """
     check(classes, f"the annotations of '{folder}' name no class, and a detector needs one.")
     files, image_ids, _ = zip(*images, strict=True)
+    # A missing image is skipped and counted. If all are missing, the names or the folder are wrong.
+    looked_for = files[:LOOKED_FOR]
+    if not any((folder / file).exists() for file in looked_for):
+        raise InputError(
+            f"none of the first {len(looked_for):,} images of the annotations is in '{folder}', such as "
+            f"{files[0]!r}: {naming}."
+        )
     sizes = np.array([size for _, _, size in images], np.int32).reshape(-1, 2)
     # Sorted by image, the boxes of image -1 come first, and are cut off.
     order = np.argsort(image_of, kind="stable")[np.count_nonzero(np.array(image_of) < 0) :]

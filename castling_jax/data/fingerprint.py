@@ -15,10 +15,13 @@ NAMED = 3  # classes that an error message names
 
 def fingerprint(train_set: Dataset, eval_set: Dataset, test_set: Dataset | None = None) -> Fingerprint:
     """{"classes": names, "training": {"images": count, ...}, "held-out": {"images": count, ...}}, and "test" with a
-    test set."""
+    test set. Data with boxes also has "category_ids", the number of each class in the annotations; nothing compares it.
+    """
     splits = {"training": train_set, "held-out": eval_set} | ({} if test_set is None else {"test": test_set})
+    category_ids = getattr(train_set, "category_ids", None)
     return {
         "classes": list(train_set.classes),
+        **({} if category_ids is None else {"category_ids": category_ids.tolist()}),
         **{name: {"images": len(split), **split.contents()} for name, split in splits.items()},
     }
 

@@ -166,22 +166,26 @@ def _training_image(
         # The position, not the example, seeds the augmentation: every repeat and epoch draws anew, on any process.
         return transform_of_step(example, np.random.default_rng((seed, position)))
 
-    return _first_good(dataset, augmented, int(order[position // repeats]))
+    return first_good(dataset, augmented, int(order[position // repeats]))
 
 
 def _evaluation_image(dataset: Dataset, transform: EvalTransform, position: int) -> _Read:
     """Reads the image at a position of the padded dataset."""
     if position >= len(dataset):  # padding: any good image has the right shapes
-        read = _first_good(dataset, transform, len(dataset) - 1)
+        read = first_good(dataset, transform, len(dataset) - 1)
         return _Read(read.example, 0.0, {})
-    read = _first_good(dataset, transform, position)
+    read = first_good(dataset, transform, position)
     # The search for a good image may have passed more corrupt ones; those are counted at their own positions.
     corrupt = dict(itertools.islice(read.corrupt.items(), 1))
     return _Read(read.example, 0.0 if corrupt else 1.0, corrupt)
 
 
-def _first_good(dataset: Dataset, transform: EvalTransform, index: int) -> _Read:
-    """Reads the example at an index or, if that one is corrupt, the next good one."""
+def first_good(dataset: Dataset, transform: EvalTransform, index: int) -> _Read:
+    """Reads the example at an index or, if that one is corrupt, the next good one.
+
+    Raises:
+      DeterministicError: all examples are corrupt, or CORRUPT_IN_A_ROW from the index on.
+    """
     corrupt: dict[str, str] = {}
     for offset in range(min(len(dataset), CORRUPT_IN_A_ROW)):
         nearby = (index + offset) % len(dataset)

@@ -1,5 +1,7 @@
 """PASCAL VOC's files: ROOT/ImageSets/Main/SPLIT.txt, ROOT/Annotations/NAME.xml and ROOT/JPEGImages/NAME.jpg."""
 
+import contextlib
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -7,14 +9,14 @@ from xml.etree import ElementTree
 import numpy as np
 from etils import epath
 
-from castling_jax.data.annotations import BoxDataset, box_dataset, read_all
+from castling_jax.data.annotations import LARGEST_INT, BoxDataset, box_dataset, read_all
 from castling_jax.data.decode import Size
 from castling_jax.data.folder import IMAGE_SUFFIXES, choose, parse_split, read_list
 from castling_jax.errors import InputError, check_known, refusing
 from castling_jax.storage import as_path
 
 # The errors that a damaged file causes; LookupError comes from an unknown encoding.
-DAMAGE = (OSError, ElementTree.ParseError, ValueError, OverflowError, LookupError)
+DAMAGE = (OSError, ElementTree.ParseError, ValueError, LookupError)
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -53,8 +55,8 @@ def voc(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) 
         reads all files to find the names.
 
     Raises:
-      InputError: a file is missing or damaged, the list is empty or has an image twice, or an object has a class that
-        `classes` lacks.
+      InputError: a file is missing or damaged, the list is empty, has an image twice or a line that is no image's name,
+        an object has a class that `classes` lacks, or no image is in PATH/JPEGImages.
     """
     root = as_path(path, "the folder of a data set")
     name, percent, is_held_out = parse_split(split)
@@ -67,8 +69,13 @@ def voc(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) 
         raise InputError(f"the split {split!r} of '{root}' holds no images.")
 
     with refusing(OSError, f"'{root}' needs the folders Annotations and JPEGImages"):
-        annotated = [entry.stem for entry in (root / "Annotations").iterdir() if entry.suffix == ".xml"]
+        annotated = {entry.stem for entry in (root / "Annotations").iterdir() if entry.suffix == ".xml"}
         image_names = [entry.name for entry in (root / "JPEGImages").iterdir()]
+    if unknown := [stem for stem in stems if stem not in annotated]:
+        raise InputError(
+            f"'{list_path}' has the line {unknown[0]!r}, but '{root / 'Annotations'}' has no file of this name with "
+            ".xml after it: a line must be the bare name of one image, without a folder, a suffix or a label."
+        )
     to_read = sorted({*stems, *(annotated if classes is None else ())})
     files = dict(zip(to_read, read_all(_read, [root / "Annotations" / f"{stem}.xml" for stem in to_read]), strict=True))
     found = sorted({object_name for file in files.values() for object_name in file.names})
@@ -92,6 +99,7 @@ def voc(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) 
         },
         known,
         range(1, len(known) + 1),
+        naming="an image has the name of its line in the list, with an image's suffix after it",
     )
 
 
@@ -99,12 +107,14 @@ def _read(path: epath.Path) -> _File:
     with refusing(DAMAGE, f"'{path}' is missing or damaged"):
         root = ElementTree.fromstring(path.read_bytes())
         objects = root.findall("object")
-        height, width = (int(_text(root, f"size/{side}")) for side in ("height", "width"))
-        np.array([height, width], np.int32)  # refuses sizes too large for the data set's int32
+        height, width = (_number(root, f"size/{side}") for side in ("height", "width"))
+        for side, pixels in (("height", height), ("width", width)):
+            if not (1 <= pixels <= LARGEST_INT and pixels.is_integer()):
+                raise ValueError(f"its {side} is {pixels:g}, not a whole number of pixels from 1 to {LARGEST_INT}")
         return _File(
-            (height, width),
+            (int(height), int(width)),
             [_text(one, "name") for one in objects],
-            [[float(_text(one, f"bndbox/{corner}")) for corner in CORNERS] for one in objects],
+            [[_number(one, f"bndbox/{corner}") for corner in CORNERS] for one in objects],
             [_is_difficult(one) for one in objects],
         )
 
@@ -121,3 +131,11 @@ def _text(element: ElementTree.Element, path: str) -> str:
     if not text:
         raise ValueError(f"it has no {path}")
     return text
+
+
+def _number(element: ElementTree.Element, path: str) -> float:
+    text = _text(element, path)
+    with contextlib.suppress(ValueError):
+        if not math.isinf(number := float(text)):  # a NaN is let through: such a box has no area, and is left out
+            return number
+    raise ValueError(f"its {path} is {text!r}, not a finite number")

@@ -48,6 +48,12 @@ class PicoDetConfig(DenseConfig):
     neck_channels: int
     num_convs: int
 
+    @property
+    def backbone_image_size(self) -> ImageSize:
+        # Checked before there is a backbone, whose own rule allows sizes that a detector does not take.
+        check_image_size(image_shape(self.image_size))
+        return self.image_size
+
 
 class PicoDet(Model):
     """PicoDet on a backbone without a classifier; `apply` gives scores and boxes for all points, before suppression.
@@ -56,8 +62,8 @@ class PicoDet(Model):
     backbone with only one map (DeiT) gets ViTDet's simple feature pyramid, as wide as the neck, which makes three maps.
 
     Raises:
-      InputError: the neck is unknown, `check_image_size` refuses the size, or the backbone has neither these maps nor a
-        single map whose stride is a power of two.
+      InputError: the neck is unknown, or the backbone has neither these maps nor a single map whose stride is a power
+        of two.
     """
 
     task: ClassVar[str] = "detection"
@@ -65,7 +71,6 @@ class PicoDet(Model):
 
     def __init__(self, config: PicoDetConfig, backbone: Backbone, layers: Layers):
         check_known("neck", config.neck, NECKS)
-        check_image_size(image_shape(config.image_size))
         self.in_chans = backbone.in_chans
         self.backbone = backbone
         strides, widths, channels = backbone.feature_strides, backbone.feature_channels, config.neck_channels

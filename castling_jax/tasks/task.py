@@ -240,6 +240,7 @@ class Predictions:
       suppression: how a detector's outputs become detections.
       top: most predictions to list for an image; None takes the task's own number.
       score_threshold: smallest score of a detection.
+      category_ids: the number of each class in the annotations of the data; None if it is not known.
       batch_size: number of images that are computed together.
     """
 
@@ -250,6 +251,7 @@ class Predictions:
     suppression: Suppression
     top: int | None
     score_threshold: float
+    category_ids: Sequence[int] | None = None
 
     def compute(self, model: Model, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
         """Computes the predictions for images, on the device.
@@ -281,7 +283,9 @@ class Predictions:
         raise NotImplementedError
 
     def coco_results(self, answers: Sequence[tuple[Any, Any]]) -> list[dict[str, Any]]:
-        """COCO's results for (image, answer), with the images' paths as ids and the classes counted from 1.
+        """COCO's results for (image, answer), with the images' paths as ids, and the classes' names beside their ids.
+
+        The ids are `category_ids`; if these are not known, the classes are counted from 1.
 
         Raises:
           InputError: the task finds no boxes.

@@ -10,7 +10,9 @@ are files and folders, whose subfolders are read too. Images are prepared as in 
 Each image has a line: its path, and the most probable classes. With a detector, the line has the objects whose
 score is high enough; with a segmenter, the classes that cover most of the image. --csv writes the answers as a table,
 and --sheet draws the first images with their answers. --json writes a detector's boxes in COCO's format for results,
-with the images' paths as their ids. --labels writes a segmenter's masks into a folder: a PNG for each image, of its
+with the images' paths as their ids, and category_name beside category_id. The category ids are those of the data that
+the run learnt from; where weights of an earlier version do not state them, the classes are counted from 1, in their
+order. --labels writes a segmenter's masks into a folder: a PNG for each image, of its
 size and name, with the class's number in each pixel. The command names files that it cannot read, and then ends with
 status 1.
 
@@ -42,7 +44,8 @@ def make_parser() -> Parser:
     parser.add_argument("run", help="a run's folder, a checkpoint's, an inference folder, or a name of shipped weights")
     parser.add_argument("images", nargs="+", help="files and folders")
     parser.add_count("--top", None, "most classes (5 if not given) or objects (all) to name for each image")
-    parser.add_argument("--score", type=float, default=SHOWN_SCORE, help="smallest score of a detector's object")
+    least = "smallest score of a detector's object; under the run's evaluation.score_threshold none are found"
+    parser.add_argument("--score", type=float, default=SHOWN_SCORE, help=least)
     parser.add_argument("--csv", metavar="FILE", type=local_path, help="write the answers as a table")
     parser.add_argument("--json", metavar="FILE", type=local_path, help="write a detector's boxes in COCO's format")
     parser.add_argument("--labels", metavar="FOLDER", type=local_path, help="write a segmenter's masks, as PNGs")
@@ -59,6 +62,7 @@ def main(options: Namespace) -> None:
     from castling_jax.convert.weights import read
     from castling_jax.data.decode import decode
     from castling_jax.fields import number
+    from castling_jax.plots import png
     from castling_jax.predictions import class_names, each_image, predictions_of, stream_predictions
     from castling_jax.storage import try_file, try_folder, write_atomically
 
@@ -117,7 +121,7 @@ def main(options: Namespace) -> None:
         shown = good[:ON_A_SHEET]
         pictures = [np.asarray(decode(path.read_bytes(), exif=weights.preprocessing.exif)) for path, _ in shown]
         figure = predictions.draw(pictures, [answer for _, answer in shown])
-        figure.savefig(options.sheet, dpi=110, format="png")
+        write_atomically(options.sheet, png(figure))
     unread = len(answers) - len(good)
     if unread:
         raise InputError(f"{unread:,} of {len(files):,} images cannot be read; they are named above.")

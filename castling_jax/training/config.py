@@ -126,7 +126,7 @@ FIELDS = {
     "augment.scale_range": Field(None, SCALE_RANGE, "Segmentation: least and largest factor of the random scale."),
     "augment.box_crop": Field(False, FLAG, "Detection: SSD's random crop, by its overlap with the image's boxes."),
     "augment.distort": Field(0.0, number("[0, 1]"), "Dense tasks: probability of each of SSD's changes of colour."),
-    "augment.image_sizes": Field(None, IMAGE_SIZES, "Detection: each step draws one of them. None: the model's size."),
+    "augment.image_sizes": Field(None, IMAGE_SIZES, "Detection: sides of squares, one a step. None: the model's size."),
     "augment.max_boxes": Field(100, integer(1), "Detection: most boxes to learn from in an image; more are left out."),
     "augment.repeats": Field(1, integer(1), "Repeated augmentation: how often in a row an example comes."),
     "augment.mixup": Field(0.0, number("[0, inf)"), "Alpha of mixup, which mixes pairs of a batch's images."),

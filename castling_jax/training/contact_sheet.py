@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from castling_jax.convert.run_folder import model_arguments, preprocessing_of
+from castling_jax.data.loader import first_good
 from castling_jax.data.pixels import denormalize_images
 from castling_jax.models.registry import abstract_model
 from castling_jax.plots import SMALL, png
@@ -50,8 +51,14 @@ def draw_sheet(config: ConfigDict, *, examples: int) -> Figure:
     task, size = task_of(model).from_config(config, model), model.spec.image_size
     preprocessing = preprocessing_of(config, size)
     evaluation, training = task.eval_transform(preprocessing), augmentation(config, model, preprocessing)
+
+    def checked(example: Example) -> Example:
+        evaluation(example)  # refuses a corrupt image, in whose place `first_good` takes the next one, as training does
+        return example
+
     # Spread over the whole data set, because folders list the images class by class. A batch needs COLUMNS of them.
-    sources = [dataset[int(index)] for index in np.linspace(0, len(dataset) - 1, max(examples, COLUMNS))]
+    places = np.linspace(0, len(dataset) - 1, max(examples, COLUMNS))
+    sources = [first_good(dataset, checked, int(index)).example for index in places]
     draws = [
         [training(example, np.random.default_rng((config.seed, row, column))) for column in range(1, COLUMNS)]
         for row, example in enumerate(sources)

@@ -110,6 +110,7 @@ def convert(
         format=format,
         preprocessing=source.preprocessing,
         classes=source.classes,
+        category_ids=source.category_ids,
         suppression=suppression,
     )
     if check:
@@ -178,14 +179,18 @@ def _fate(path: str, old: dict[str, Any], new: dict[str, Any], fates: dict[str, 
 
 
 def held_out_images(task: type[Task], preprocessing: Preprocessing, config: ConfigDict) -> jax.Array:
-    """Up to CHECK_BATCHES batches of held-out images, [batch, height, width, 3], preprocessed for the task."""
+    """Up to CHECK_BATCHES batches of held-out images, [batch, height, width, 3], preprocessed for the task.
+
+    Corrupt images are left out, and more of them than config.dataset.max_corrupt_share raise an InputError.
+    """
     dataset = load_split(config, config.dataset.eval_split)
     if preprocessing.crop_mode == "slide":  # a window is an image like any other
         preprocessing = dataclasses.replace(preprocessing, crop_mode="squash")
     transform = task.eval_transform(preprocessing)
     count = min(CHECK_BATCHES * task.predictions.batch_size, len(dataset))
-    batches = evaluation_batches(dataset, batch_size=count, transform=transform)
-    return jnp.asarray(next(batches)["image"])
+    share = config.dataset.max_corrupt_share
+    batch = next(evaluation_batches(dataset, batch_size=count, transform=transform, max_corrupt_share=share))
+    return jnp.asarray(batch["image"][batch["weight"] > 0])
 
 
 def compare_forms(model: Model, variables: Variables, mask_threshold: float | None, images: jax.Array) -> list[str]:

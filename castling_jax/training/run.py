@@ -176,6 +176,7 @@ def run(
             variables,
             preprocessing=setup.preprocessing,
             classes=setup.train_set.classes,
+            category_ids=data.get("category_ids"),
             suppression=suppression_of(config),
         )
         checkpoints.wait()

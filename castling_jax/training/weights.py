@@ -11,7 +11,7 @@ from flax import nnx
 from castling_jax.convert.inference import to_inference
 from castling_jax.convert.torch import from_torch
 from castling_jax.convert.weights import read
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, about
 from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model, backbone_classifier, create_model
 from castling_jax.models.variables import Variables, flatten, get_variables, leaves_of, unflatten
@@ -59,12 +59,14 @@ def initial_variables(
         variables = unflatten(leaves)
         leaves_of(model, variables)
         return variables
-    if "backbone" not in dict(spec.overrides):
-        # Through timm's names even from a run of ours, so that attentions, image sizes and classes may differ.
-        is_headless = source is not None and source.task == "reconstruction"
-        return from_torch(model, weights.state_dict(), reset_head=reset_head or is_headless)
-    # The backbone as a classifier of any number of classes, whose head is left out.
-    pretrained = flatten(from_torch(backbone_classifier(model), weights.state_dict(), reset_head=True))
+    # Through timm's names even from a run of ours, so that attentions, image sizes and classes may differ.
+    state_dict = weights.state_dict()
+    with about(f"'{path}'" if source is None else f"'{path}', a {source.spec.name}"):
+        if "backbone" not in dict(spec.overrides):
+            is_headless = source is not None and source.task == "reconstruction"
+            return from_torch(model, state_dict, reset_head=reset_head or is_headless)
+        # The backbone as a classifier of any number of classes, whose head is left out.
+        pretrained = flatten(from_torch(backbone_classifier(model), state_dict, reset_head=True))
     drawn = _drawn(model, seed)
     return unflatten({path: pretrained.get(path.replace("/backbone/", "/", 1), leaf) for path, leaf in drawn.items()})
 

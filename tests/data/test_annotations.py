@@ -20,6 +20,11 @@ from tests.data.box_files import NAMES, SIZES, coco_content, jpeg, voc_file, wri
 from tests.data.tfds_builders import prepared
 from tests.shared_data import unpack
 
+BOX = "it must be four finite numbers [x, y, width, height]"
+AREA = "it must be a number from 0 to 3.4e+38"
+CLASS_ID = "it must be a whole number from 0 to 2147483647"
+PIXELS = "it must be a whole number of pixels from 1 to 2147483647"
+
 
 def same_boxes(annotations, expected):
     """Compares with rows (x0, y0, x1, y1, class, crowd, area, category id), in their order."""
@@ -99,6 +104,14 @@ class TestCoco:
         dataset = load_dataset(f"coco:{write_coco(tmp_path, content=changed(coco_content(), change))}", "train2017")
         same_boxes(dataset.annotations(0), [(1, 2, 4.5, 6, 1, crowd, 14, 7) for crowd in (0, 0, 0, 0, 1, 1)])
 
+    def test_an_image_needs_a_file_name(self, tmp_path, refuses):
+        content = coco_content()
+        file = write_coco(tmp_path, content=content) / "annotations" / "instances_train2017.json"
+        content["images"][0]["file_name"] = None
+        file.write_text(json.dumps(content))
+        with refuses("the image 100 in", "has the file_name null, and it must be a text that is not empty"):
+            load_dataset(f"coco:{tmp_path}", "train2017")
+
     @pytest.mark.parametrize("name", ["\ud800.jpg", "\x00.jpg"])
     def test_a_name_that_no_file_can_have_is_an_unreadable_image(self, tmp_path, refuses, name):
         content = coco_content()
@@ -126,25 +139,58 @@ class TestCoco:
     @pytest.mark.parametrize(
         ("change", "said"),
         [
-            (lambda i, a, c: a[2].update(category_id=3), ("annotation", "has the category_id 3", "does not list")),
-            (lambda i, a, c: a[1].update(image_id=1), ("has the image_id 1, which the file does not list",)),
-            (lambda i, a, c: a[0].update(id=77, bbox=[1, 2, 3]), ("the annotation 77 in", "is damaged", "got 3")),
-            (lambda i, a, c: a[0].update(id=77, bbox=["left", 1, 2, 3]), ("annotation 77", "is damaged", "'left'")),
-            (lambda i, a, c: a[0].update(id=77, bbox=[1, 2, None, 3]), ("annotation 77", "is damaged", "NoneType")),
-            (lambda i, a, c: a[0].update(id=77, bbox=7), ("annotation 77", "is damaged", "int")),
-            (lambda i, a, c: a[0].update(id=77, bbox=[1, 2, 3, 10**400]), ("annotation 77", "is damaged", "too large")),
-            (lambda i, a, c: (a[0].update(id=77), a[0].pop("bbox")), ("annotation 77", "is damaged", "'bbox'")),
-            (lambda i, a, c: a[0].update(id=77, iscrowd="no"), ("annotation 77", "is damaged", "'no'")),
-            (lambda i, a, c: a.insert(0, None), ("is damaged",)),
-            (lambda i, a, c: c[0].update(name="dog"), ("two categories", "have the same name")),
-            (lambda i, a, c: i.append(i[0]), ("two images", "have the same id")),
-            (lambda i, a, c: c.append(c[0]), ("two categories", "have the same id")),
+            (
+                lambda i, a, c: a[0].update(id=77, category_id=3),
+                ("the annotation 77 in", "category_id 3", "file lists"),
+            ),
+            (lambda i, a, c: a[0].update(id=77, category_id=[7]), ("annotation 77", "category_id [7]", "file lists")),
+            (lambda i, a, c: a[1].update(image_id=1), ("has the image_id 1, and it must be one that the file lists",)),
+            (lambda i, a, c: a[0].pop("image_id"), ("has no image_id: it must be one that the file lists",)),
+            (lambda i, a, c: a[0].update(id=77, bbox=[1, 2, 3]), ("annotation 77 in", "bbox [1, 2, 3]", BOX)),
+            (lambda i, a, c: a[0].update(id=77, bbox="1234"), ("annotation 77 in", 'bbox "1234"', BOX)),
+            (lambda i, a, c: a[0].update(id=77, bbox=["left", 1, 2, 3]), ("annotation 77", 'bbox ["left"', BOX)),
+            (lambda i, a, c: a[0].update(id=77, bbox=[1, 2, None, 3]), ("annotation 77", "[1, 2, null, 3]", BOX)),
+            (lambda i, a, c: a[0].update(id=77, bbox=None), ("annotation 77", "bbox null", BOX)),
+            (
+                lambda i, a, c: a[0].update(id=77, bbox=[1, 2, 3, 10**400]),
+                ("annotation 77", "bbox [1, 2, 3, 1000", BOX),
+            ),
+            (lambda i, a, c: a[0].update(id=77, bbox=[1, 2, 3, float("inf")]), ("annotation 77", "Infinity]", BOX)),
+            (lambda i, a, c: (a[0].update(id=77), a[0].pop("bbox")), ("the annotation 77", f"has no bbox: {BOX}")),
+            (lambda i, a, c: (a[1].pop("id"), a[1].pop("bbox")), ("the annotation number 2 in",)),
+            (lambda i, a, c: a[0].update(id=77, iscrowd="no"), ("annotation 77", 'iscrowd "no"', "must be 0 or 1")),
+            (lambda i, a, c: a[0].update(id=77, iscrowd=2), ("annotation 77", "iscrowd 2", "must be 0 or 1")),
+            (lambda i, a, c: a[0].update(id=77, area="large"), ("annotation 77", 'area "large"', AREA)),
+            (lambda i, a, c: a[0].update(id=77, area=-1), ("annotation 77", "area -1", AREA)),
+            (lambda i, a, c: a[0].update(id=77, area=float("inf")), ("annotation 77", "area Infinity", AREA)),
+            (lambda i, a, c: a[0].update(id=77, area=1e39), ("annotation 77", "area 1e+39", AREA)),
+            (
+                lambda i, a, c: a.insert(0, None),
+                ("is damaged: number 1 of its annotations must be an object, not null",),
+            ),
+            (lambda i, a, c: c[0].update(name="dog"), ("the same name, 'dog': those with the ids 2 and 7",)),
+            (lambda i, a, c: c[0].update(name=None), ("the category 7 in", "name null", "a text that is not empty")),
+            (lambda i, a, c: c[0].update(name=" "), ("the category 7 in", 'name " "', "a text that is not empty")),
+            (lambda i, a, c: c[0].pop("name"), ("the category 7 in", "has no name: it must be a text")),
+            (
+                lambda i, a, c: c[0].update(id="7"),
+                ("the category number 1 in", 'id "7"', CLASS_ID),
+            ),
+            (lambda i, a, c: c[0].update(id=2**31), ("the id 2147483648", CLASS_ID)),
+            (lambda i, a, c: c.append(c[0]), ("two categories", "have the same id, 7")),
+            (lambda i, a, c: i.append(i[0]), ("two images", "have the same id, 100")),
+            (
+                lambda i, a, c: i[0].pop("id"),
+                ("the image number 1 in", "has no id: it must be a whole number or a text"),
+            ),
             (lambda i, a, c: (i.clear(), a.clear()), ("the split 'train2017'", "holds no images")),
             (lambda i, a, c: (a.clear(), c.clear()), ("train2017' name no class",)),
-            (lambda i, a, c: i[0].update(width=None), ("is damaged",)),
-            (lambda i, a, c: i[0].update(width=10**12), ("is damaged",)),
-            (lambda i, a, c: a[0].update(id=77, area="large"), ("annotation 77", "is damaged", "'large'")),
-            (lambda i, a, c: c[0].pop("name"), ("is damaged", "'name'")),
+            (lambda i, a, c: i[0].update(width=None), ("the image 100 in", "width null", PIXELS)),
+            (lambda i, a, c: i[0].update(height=[480]), ("the image 100 in", "height [480]", PIXELS)),
+            (lambda i, a, c: i[0].update(height="tall"), ("the image 100 in", 'height "tall"', PIXELS)),
+            (lambda i, a, c: i[0].update(height=0), ("the image 100 in", "height 0", PIXELS)),
+            (lambda i, a, c: i[0].update(height=-5), ("the image 100 in", "height -5", PIXELS)),
+            (lambda i, a, c: i[0].update(width=10**12), ("the image 100 in", "width 1000000000000", PIXELS)),
         ],
     )
     def test_bad_files_are_refused(self, tmp_path, refuses, change, said):
@@ -152,11 +198,21 @@ class TestCoco:
         with refuses(*said):
             load_dataset(f"coco:{tmp_path}", "train2017")
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"images": 3}', "[" * 100_000, "\x00"])
-    def test_damaged_json_is_refused(self, tmp_path, refuses, text):
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            *(("", ""), ("{", ""), ("[" * 100_000, ""), ("\x00", "")),
+            ("[]", ": it must hold an object, not []"),
+            ("null", ": it must hold an object, not null"),
+            ("{}", ": its annotations must be a list of objects, not missing"),
+            ('{"annotations": [], "images": null}', ": its images must be a list of objects, not null"),
+            ('{"annotations": [], "images": 3}', ": its images must be a list of objects, not 3"),
+        ],
+    )
+    def test_damaged_json_is_refused(self, tmp_path, refuses, text, said):
         file = write_coco(tmp_path) / "annotations" / "instances_train2017.json"
         file.write_text(text)
-        with refuses(f"'{file}' is damaged"):
+        with refuses(f"'{file}' is damaged{said}"):
             load_dataset(f"coco:{tmp_path}", "train2017")
 
     def test_what_is_missing_is_named(self, tmp_path, refuses):
@@ -233,11 +289,14 @@ class TestVoc:
             ("<annotation><size>", "no element found"),
             ('<?xml version="1.0" encoding="none"?><annotation/>', "unknown encoding"),
             ("<annotation/>", "it has no size/height"),
-            (voc_file((5, 5), [("cat", 0, 1, 2, 3, "x")]), "could not convert string to float"),
+            (voc_file((5, 5), [("cat", 0, 1, 2, 3, "x")]), "its bndbox/ymax is 'x', not a finite number"),
+            (voc_file((5, 5), [("cat", 0, 1, 2, 3, "inf")]), "its bndbox/ymax is 'inf', not a finite number"),
             (voc_file((5, 5), [("", 0, 1, 2, 3, 4)]), "it has no name"),
             (voc_file((5, 5), [("cat", "true", 1, 2, 3, 4)]), "an object's difficult is 'true', not 0 or 1"),
-            (voc_file((5, "wide"), []), "invalid literal for int"),
-            (voc_file((5, 10**12), []), "out of bounds"),
+            (voc_file((5, "wide"), []), "its size/width is 'wide', not a finite number"),
+            (voc_file((5, 10**12), []), "its width is 1e+12, not a whole number of pixels from 1 to 2147483647"),
+            (voc_file((0, 5), []), "its height is 0, not a whole number of pixels"),
+            (voc_file((5, -3), []), "its width is -3, not a whole number of pixels"),
         ],
     )
     def test_damaged_xml_is_refused(self, tmp_path, refuses, text, said):
@@ -262,10 +321,18 @@ class TestVoc:
         with refuses(f"the annotations of '{tmp_path}/JPEGImages' name no class"):
             load_dataset(f"voc:{tmp_path}", "train")
         (tmp_path / "Annotations" / "image 3.xml").unlink()
-        with refuses("image 3.xml' is missing or damaged", "No such file"):
+        with refuses("train.txt' has the line 'image 3', but", "Annotations' has no file of this name with .xml"):
             load_dataset(f"voc:{tmp_path}", "train")
         (tmp_path / "JPEGImages").rename(tmp_path / "images")
         with refuses(f"'{tmp_path}' needs the folders Annotations and JPEGImages"):
+            load_dataset(f"voc:{tmp_path}", "train")
+
+    @pytest.mark.parametrize("line", ["image 0 1", "image 0.jpg", "JPEGImages/image 0", "../Annotations/image 0"])
+    def test_a_line_that_is_no_bare_name_is_named(self, tmp_path, refuses, line):
+        write_voc(tmp_path)
+        file = tmp_path / "ImageSets" / "Main" / "train.txt"
+        file.write_text(f"image 2\n{line}\n")
+        with refuses(f"'{file}' has the line {line!r}", "a line must be the bare name of one image, without a folder"):
             load_dataset(f"voc:{tmp_path}", "train")
 
     def test_small_files_in_a_bucket_are_read_side_by_side(self, tmp_path, monkeypatch):
@@ -297,6 +364,24 @@ def test_unreadable_images_are_skipped_counted_and_named(kind, tmp_path, caplog)
         assert any(f"'{path}'" in message and said in message for message in caplog.messages), caplog.messages
 
 
+def test_a_data_set_without_any_of_its_images_is_refused(tmp_path, refuses):
+    content = coco_content()
+    file = write_coco(tmp_path, "train", content=content) / "annotations" / "instances_train.json"
+    for image in content["images"]:
+        image["file_name"] = f"train/{image['file_name']}"
+    file.write_text(json.dumps(content))
+    with refuses(
+        f"none of the first 4 images of the annotations is in '{tmp_path}/train'", "'train/000.jpg'", "ROOT/S"
+    ):
+        load_dataset(f"coco:{tmp_path}", "train")
+    for image in write_voc(tmp_path / "voc").glob("JPEGImages/*"):
+        image.rename(image.parent.parent / image.name)
+    with refuses(
+        "none of the first 3 images", "JPEGImages', such as 'image 0.jpg'", "the name of its line in the list"
+    ):
+        load_dataset(f"voc:{tmp_path / 'voc'}", "train")
+
+
 def test_a_turned_photograph_needs_dataset_exif(refuses):
     """Annotations of the upright image: with the pixels as they are stored, every box would be wrong."""
     file, exif = io.BytesIO(), Image.Exif()
@@ -318,6 +403,7 @@ def test_a_change_of_the_annotations_is_noticed(tmp_path, refuses):
     file.write_text(json.dumps(content))
     now = load_dataset(name, "train2017")
     kept = fingerprint(before, before)
+    assert (kept["classes"], kept["category_ids"]) == (["dog", "cat", "owl"], [2, 7, 90])
     assert compare_data(kept, fingerprint(before, before), accept_changes=False) == ""
     with refuses("the training split has other annotations"):
         compare_data(kept, fingerprint(now, before), accept_changes=False)

@@ -419,6 +419,8 @@ def test_the_spec_makes_the_detector_again_through_json():
         ({"neck": "fpn"}, "unknown neck 'fpn' (known: lc_pan, csp_pan)."),
         ({"image_size": 128}, "sides are multiples of 32 pixels and at least 160, not 128 x 128."),
         ({"image_size": (160, 176)}, "sides are multiples of 32 pixels and at least 160, not 160 x 176."),
+        # LeViT takes multiples of 16: a detector's own rule comes first.
+        ({"image_size": 150}, "sides are multiples of 32 pixels and at least 160, not 150 x 150."),
         ({"image_size": (416,)}, "to 16777216, or such a height and width, not (416,)."),
         ({"backbone_arguments": {"depths": 3}}, "unknown backbone argument of levit_128s 'depths'"),
         ({"backbone_arguments": {"image_size": 32}}, "unknown backbone argument of levit_128s 'image_size'"),

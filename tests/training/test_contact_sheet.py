@@ -11,6 +11,7 @@ from castling_jax.training.config import default_config
 from castling_jax.training.config_files import load_config
 from castling_jax.training.metrics import MetricsWriter
 from castling_jax.training.summary import save_picture
+from tests.data.box_files import write_coco
 from tests.pictures import check_legible
 
 
@@ -108,6 +109,15 @@ def test_wide_images_leave_no_gaps():
     figure.draw_without_rendering()
     shown = sum(axis.bbox.height for axis in figure.axes[:: contact_sheet.COLUMNS])
     assert shown > 0.4 * figure.bbox.height  # rows as high as they are wide would make it a fifth
+
+
+def test_a_corrupt_image_is_passed_over(tmp_path):
+    """A detector's data set, in whose sheet the next image stands in the corrupt one's place."""
+    (write_coco(tmp_path, "train") / "train" / "000.jpg").write_bytes(b"no image")
+    config = load_config("cells")
+    config.dataset.update(name=f"coco:{tmp_path}", eval_split="train")
+    figure = contact_sheet.draw_sheet(config, examples=1)
+    assert figure.axes[0].get_ylabel() == "0 boxes"  # the second image's
 
 
 def test_labels_of_mixed_images_are_their_heaviest():

@@ -9,17 +9,21 @@ import numpy as np
 import optax
 import pytest
 
-from castling_jax import load_inference, to_inference
+from castling_jax import load_inference, preprocess, to_inference
 from castling_jax.convert import to_torch
 from castling_jax.convert.inference_folder import MODEL_FILE, PAYLOADS, save_inference
 from castling_jax.convert.run_folder import write_config
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import count_parameters
+from castling_jax.preprocessing import Preprocessing
+from castling_jax.tasks.detection.task import Detection
 from castling_jax.tools import convert
 from castling_jax.training.card import CARD_FILE
 from castling_jax.training.checkpoints import Checkpoints, Progress
 from castling_jax.training.config import default_config
+from castling_jax.training.export import held_out_images
 from castling_jax.training.state import create_state
+from tests.data.box_files import write_coco
 from tests.models import small
 
 LEVIT = {"name": "levit_128s", "distilled": True, "image_size": 32}
@@ -209,3 +213,17 @@ def test_a_group_of_fields_that_no_version_has(levit, tmp_path, monkeypatch):
     assert "unknown group of fields in the run's config.json 'optimiser': did you mean 'optimizer'?" in refusal(
         monkeypatch, copy, tmp_path / "out"
     )
+
+
+def test_a_corrupt_image_is_left_out_of_the_comparison_as_in_the_run(tmp_path, refuses):
+    """A detector's, with one of four images gone: the run's own limit counts, and not that of no corrupt image."""
+    (write_coco(tmp_path, "val") / "val" / "001.jpg").unlink()
+    config = default_config()
+    config.model.name = "picodet_s"
+    config.dataset.update({"name": f"coco:{tmp_path}", "eval_split": "val"})
+    preprocessing = Preprocessing(32, crop_mode="squash", crop_ratio=1.0)
+    images = held_out_images(Detection, preprocessing, config)
+    np.testing.assert_allclose(images, preprocess(sorted((tmp_path / "val").iterdir()), preprocessing), atol=1e-6)
+    config.dataset.max_corrupt_share = 0.0
+    with refuses("1 of the 4 images read so far are corrupt", "max_corrupt_share = 0 allows"):
+        held_out_images(Detection, preprocessing, config)

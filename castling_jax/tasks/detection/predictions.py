@@ -1,5 +1,6 @@
 """A detector's predictions: the objects in an image."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,10 +53,12 @@ class BoxPredictions(Predictions):
         return draw_objects(images, answers)
 
     def coco_results(self, answers: Sequence[tuple[Any, Any]]) -> list[dict[str, Any]]:
+        ids = dict(zip(self.names, self.category_ids or itertools.count(1), strict=False))
         return [
             {
                 "image_id": str(path),
-                "category_id": self.names.index(name) + 1,
+                "category_id": ids[name],
+                "category_name": name,
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "score": score,
             }

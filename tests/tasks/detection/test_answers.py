@@ -27,9 +27,11 @@ CASES = {case["name"]: case for case in json.loads((GOLDEN / "dense" / "coco_ap.
 
 
 def dataset_of(truth, root):
-    """The data set of a file of COCO's; images are not needed before they are drawn."""
+    """The data set of a file of COCO's; one image has to be there, and none is read before it is drawn."""
     named = [image | {"file_name": f"{image['id']}.jpg"} for image in truth["images"]]
-    (root / "annotations").mkdir(parents=True)
+    for folder in ("annotations", "val"):
+        (root / folder).mkdir(parents=True)
+    (root / "val" / named[0]["file_name"]).touch()
     (root / "annotations" / "instances_val.json").write_text(json.dumps(truth | {"images": named}))
     return coco(root, "val")
 

@@ -6,6 +6,7 @@ import jax
 import pytest
 from flax import nnx
 
+from castling_jax.convert.weights import read
 from castling_jax.models import picodet
 from castling_jax.models.depthwise_separable import Activated
 from castling_jax.models.layers import LinearNorm
@@ -99,3 +100,6 @@ def test_a_detector_learns_sixteen_photographs_by_heart(tmp_path):
     assert figures["mAP_inference_form"] == pytest.approx(figures["mAP_train_form"], abs=0.01)
     assert figures["max_difference"] <= 1e-4
     assert (figures["eval_images"], figures["eval_corrupt"]) == (16, 0)
+    # COCO's numbers of the classes, which a prediction states.
+    ids = set_up(config).train_set.category_ids.tolist()
+    assert read(tmp_path / "run").category_ids == read(tmp_path / "run" / "inference").category_ids == ids
