@@ -99,6 +99,7 @@ class Block(nnx.Module):
     def __init__(self, config: DeiTConfig, core: Core, layers: Layers, *, drop_path_rate: float):
         dim = config.embed_dim
         attention = core.kind.module or MultiHeadAttention
+        self.core = core
         self.drop_path_rate = drop_path_rate
         self.norm1 = layers.layer_norm(dim)
         self.attn = attention(dim, config.num_heads, core, layers, qkv_bias=config.qkv_bias)
@@ -106,23 +107,27 @@ class Block(nnx.Module):
         self.mlp = Mlp(dim, config.mlp_ratio, layers)
 
     def __call__(self, x, *, places, mask_threshold, drawn):
-        # Without numbers for drop-path the model is not in training.
-        if drawn is None and (operation := self._operation(places)) is not None:
-            return operation(x, self._weights()), jnp.zeros((), jnp.float32)
-        attended, density = self.attn(self.norm1(x), places=places, mask_threshold=mask_threshold)
-        x = x + drop_path(attended, self.drop_path_rate, of_layer(drawn, 0))
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, of_layer(drawn, 1)), density
+        def by_layers(x):
+            attended, density = self.attn(self.norm1(x), places=places, mask_threshold=mask_threshold)
+            x = x + drop_path(attended, self.drop_path_rate, of_layer(drawn, 0))
+            return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, of_layer(drawn, 1)), density
 
-    def _operation(self, places: Places) -> Callable[[jax.Array, BlockWeights], jax.Array] | None:
+        # Without numbers for drop-path the model is not in training.
+        operation = self._operation(places) if drawn is None else None
+        if operation is None:
+            return by_layers(x)
+        return operation(x, self._weights(), otherwise=lambda x: by_layers(x)[0]), jnp.zeros((), jnp.float32)
+
+    def _operation(self, places: Places) -> Callable[..., jax.Array] | None:
         """The attention kind's operation for a whole block at inference, if there is one and the block has no more."""
-        attn = self.attn
-        if attn.core.kind.block is None or attn.core.pools_qkv or places.kept is not None:
+        core = self.core
+        if core.kind.block is None or core.implementation == "xla" or core.pools_qkv or places.kept is not None:
             return None
         # A kernel over the tokens runs through prefix and patches alike: it takes no grid.
-        on_grid = attn.token_kernel is not None and attn.token_kernel.ndim == 3
+        on_grid = self.attn.token_kernel is not None and self.attn.token_kernel.ndim == 3
         where = {"grid": places.grid, "prefix_tokens": places.prefix_tokens} if on_grid else {}
-        options = {"num_heads": attn.num_heads, "epsilon": self.norm1.epsilon}
-        return functools.partial(attn.core.kind.block, implementation=attn.core.implementation, **options, **where)
+        options = {"num_heads": self.attn.num_heads, "epsilon": self.norm1.epsilon}
+        return functools.partial(core.kind.block, implementation=core.implementation, **options, **where)
 
     def _weights(self) -> BlockWeights:
         attn, mlp = self.attn, self.mlp

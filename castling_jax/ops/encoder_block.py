@@ -1,5 +1,6 @@
 """A transformer's encoder block with linear-angular attention in one operation, for inference."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -43,6 +44,7 @@ def linear_angular_block(
     grid: tuple[int, int] | None = None,
     prefix_tokens: int = 0,
     implementation: str = "auto",
+    otherwise: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "batch tokens channels"]:
     """A pre-norm encoder block (Dosovitskiy et al., 2021, equations 2 and 3) with `linear_angular_attention`::
 
@@ -62,6 +64,8 @@ def linear_angular_block(
       prefix_tokens: leading tokens that taps over the grid leave out.
       implementation: "xla"; "pallas", the kernel (interpreted, and slow, on a CPU); or "auto", the kernel where the
         program is lowered for a TPU and the kernel takes these arguments, "xla" elsewhere.
+      otherwise: computes the block of x where "auto" does without the kernel. A model gives its own layers, so that on
+        other platforms inference computes bit by bit what training does.
 
     Returns:
       The tokens after the block, in x's dtype.
@@ -86,7 +90,9 @@ def linear_angular_block(
             qkv = linear(normed, weights.qkv_kernel, weights.qkv_bias)
             q, k, v = (part.reshape(*x.shape[:2], num_heads, -1) for part in jnp.split(qkv, 3, axis=2))
         where = {"grid": grid, "prefix_tokens": prefix_tokens}
-        attended = linear_angular_attention(q, k, v, weights.token_kernel, **where, implementation="xla")
+        # On a TPU a block that its own kernel does not take still has the attention's.
+        kernels = "xla" if implementation == "xla" else "auto"
+        attended = linear_angular_attention(q, k, v, weights.token_kernel, **where, implementation=kernels)
         with jax.named_scope("proj"):
             x = x + linear(attended.reshape(x.shape), weights.proj_kernel, weights.proj_bias)
         with jax.named_scope("mlp"):
@@ -96,6 +102,10 @@ def linear_angular_block(
 
     if implementation == "xla":
         return plain(x, weights)
+
+    def fallback(x: Array, weights: BlockWeights) -> Array:
+        return plain(x, weights) if otherwise is None else otherwise(x)
+
     from castling_jax.ops.tpu import encoder_block as kernel  # here, because importing Pallas takes a while
 
     return kernel.linear_angular_block(
@@ -106,7 +116,7 @@ def linear_angular_block(
         grid=grid,
         prefix_tokens=prefix_tokens,
         plain=plain,
-        must_fuse=implementation == "pallas",
+        fallback=None if implementation == "pallas" else fallback,
     )
 
 

@@ -12,8 +12,8 @@ ZERO_SQUARED_NORM = 1e-20
 
 def layer_norm(
     x: Float[Array, "*axes channels"],
-    scale: Float[Array, "*#axes channels"],
-    bias: Float[Array, "*#axes channels"],
+    scale: Float[Array, "*rows channels"],
+    bias: Float[Array, "*rows channels"],
     epsilon: float,
 ) -> Float[Array, "*axes channels"]:
     """(x - mean) / sqrt(variance + epsilon) * scale + bias over the channels, in x's dtype (Ba et al., 2016)."""

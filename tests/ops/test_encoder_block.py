@@ -158,10 +158,10 @@ COMPILE = """
     from jax.experimental import topologies
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
     from castling_jax import ops
-    topology, fused, cases = sys.argv[1], eval(sys.argv[2]), eval(sys.argv[3])
+    topology, cases = sys.argv[1], eval(sys.argv[2])
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.array(devices[:2]), ("data",), axis_types=(AxisType.Auto,))
-    for (tokens, channels, taps, grid, dtype), is_fused in zip(cases, fused, strict=True):
+    for tokens, channels, taps, grid, dtype in cases:
         def array(*shape, spec=P(), dtype="float32"):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
         c, h, heads = channels, 4 * channels, channels // 64
@@ -174,37 +174,24 @@ COMPILE = """
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             x = array(4, tokens, c, spec=P("data"), dtype=dtype)
             text = jax.jit(block).lower(x, weights).compile().as_text()
-        assert text.count("tpu_custom_call") > 0, text
-        assert ("linear_angular_block" in text) == is_fused, (tokens, channels)
+        assert text.count("tpu_custom_call") == 1, text
         print(tokens, channels)
 """
-SIZES = [
-    (197, 192, (9,), None, "bfloat16"),
-    (197, 384, (3, 3), (14, 14), "bfloat16"),
-    (577, 768, (9,), None, "bfloat16"),
-    (197, 192, (9,), None, "float32"),
-]
+SIZES = [(197, 192, (9,), None, "bfloat16"), (197, 384, (3, 3), (14, 14), "bfloat16")]
+MORE = [(577, 192, (9,), None, "bfloat16"), (50, 768, (9,), None, "bfloat16"), (50, 192, (9,), None, "float32")]
 
 
-# v4's 16 MiB do not hold a DeiT-B's block.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("topology", "fused"),
-    [
-        ("v4:2x2x1", (True, True, False, True)),
-        ("v5e:2x2", (True,) * 4),
-        ("v5p:2x2x1", (True,) * 4),
-        ("v6e:2x2", (True,) * 4),
-    ],
-)
-def test_kernel_compiles_for(topology, fused):
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_kernel_compiles_for(topology):
+    sizes = SIZES + (MORE if topology == "v5e:2x2" else [])
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, the TPU compiler, is not installed")
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(COMPILE), topology, repr(fused), repr(SIZES)],
+        [sys.executable, "-c", textwrap.dedent(COMPILE), topology, repr(sizes)],
         env=os.environ | LIBTPU_ENVIRONMENT,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("\n") == len(SIZES)
+    assert run.stdout.count("\n") == len(sizes)

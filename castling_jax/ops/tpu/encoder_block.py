@@ -45,9 +45,9 @@ def linear_angular_block(
     grid: tuple[int, int] | None,
     prefix_tokens: int,
     plain: Callable[[Array, BlockWeights], Array],
-    must_fuse: bool,
+    fallback: Callable[[Array, BlockWeights], Array] | None,
 ) -> Float[Array, "batch tokens channels"]:
-    """The block in one kernel where the kernel takes it, else `plain`, which also computes the gradients.
+    """The block in one kernel.
 
     Args:
       x: tokens.
@@ -56,11 +56,12 @@ def linear_angular_block(
       epsilon: what both norms add to the variance.
       grid: (height, width) of the patches, for taps over the grid.
       prefix_tokens: leading tokens that taps over the grid leave out.
-      plain: the block in separate operations.
-      must_fuse: raises an error in the place of `plain`, and interprets the kernel on a CPU.
+      plain: the block in separate operations, for the gradients.
+      fallback: runs instead, with x and the weights, where there is no TPU or the kernel does not take them. None
+        raises an error instead, and interprets the kernel on a CPU.
 
     Raises:
-      InputError: with `must_fuse`: the kernel does not take the arguments, or the platform is a GPU.
+      InputError: without `fallback`: the kernel does not take the arguments, or the platform is a GPU.
     """
     positions = tap_positions(weights.token_kernel, grid, prefix_tokens)
     try:
@@ -68,9 +69,9 @@ def linear_angular_block(
         check_dtypes("x", x)
         weights = _that_fit(x, weights, num_heads, positions)
     except InputError:
-        if must_fuse:
+        if fallback is None:
             raise
-        return plain(x, weights)
+        return fallback(x, weights)
     options = {"num_heads": num_heads, "epsilon": epsilon, "grid": grid, "prefix_tokens": prefix_tokens}
     record("linear_angular_block", {"x": x, "weights": weights}, **options)
 
@@ -84,7 +85,7 @@ def linear_angular_block(
         fused.defvjp(lambda *arguments: (fused(*arguments), arguments), lambda kept, d: jax.vjp(plain, *kept)[1](d))
         return fused(x, weights)
 
-    return on_platform(kernel, x, weights, fallback=None if must_fuse else plain)
+    return on_platform(kernel, x, weights, fallback=fallback)
 
 
 def needed_bytes(x: Array, weights: BlockWeights, num_heads: int, positions: TapPositions) -> int:
