@@ -175,7 +175,6 @@ class MAE(Model):
         seen = jnp.take_along_axis(tokens[:, prefix:], kept[:, :, None], axis=1)
         seen = jnp.concatenate([tokens[:, :prefix], seen], axis=1)
         encoded, densities = self.backbone.transform(seen, dataclasses.replace(places, kept=kept), mask_threshold, key)
-        encoded = self.backbone.normed(encoded)
         with jax.named_scope("decoder"):
             prediction = self._decode(encoded, hidden, places)
         outputs = {"reconstruction": prediction, "mask": hidden}
