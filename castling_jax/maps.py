@@ -100,7 +100,9 @@ def attention_maps(
         calls: list[Any] = []
         bound = bind(model, variables)
         for attention in _attentions(bound):
-            attention.core = dataclasses.replace(attention.core, kind=_Recorder(**_fields(kind), calls=calls))
+            # Without the operation for a whole block, which would not call the attention.
+            recorder = _Recorder(**_fields(kind) | {"block": None}, calls=calls)
+            attention.core = dataclasses.replace(attention.core, kind=recorder)
         for _, module in nnx.iter_modules(bound):
             if hasattr(module, "remat"):
                 module.remat = False  # nnx.remat traces a block by itself, and its tracers must not leak into `calls`

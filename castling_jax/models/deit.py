@@ -99,7 +99,6 @@ class Block(nnx.Module):
     def __init__(self, config: DeiTConfig, core: Core, layers: Layers, *, drop_path_rate: float):
         dim = config.embed_dim
         attention = core.kind.module or MultiHeadAttention
-        self.core = core
         self.drop_path_rate = drop_path_rate
         self.norm1 = layers.layer_norm(dim)
         self.attn = attention(dim, config.num_heads, core, layers, qkv_bias=config.qkv_bias)
@@ -120,8 +119,10 @@ class Block(nnx.Module):
 
     def _operation(self, places: Places) -> Callable[..., jax.Array] | None:
         """The attention kind's operation for a whole block at inference, if there is one and the block has no more."""
-        core = self.core
-        if core.kind.block is None or core.implementation == "xla" or core.pools_qkv or places.kept is not None:
+        core: Core | None = getattr(self.attn, "core", None)  # which a kind's own module may lack
+        if core is None or core.kind.block is None or core.implementation == "xla":
+            return None
+        if core.pools_qkv or places.kept is not None:
             return None
         # A kernel over the tokens runs through prefix and patches alike: it takes no grid.
         on_grid = self.attn.token_kernel is not None and self.attn.token_kernel.ndim == 3
