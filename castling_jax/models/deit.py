@@ -27,7 +27,7 @@ from castling_jax.models.layers import (
     torch_bias_init,
 )
 from castling_jax.models.position import resize_position_embedding, sincos_position_embedding
-from castling_jax.ops.encoder_block import BlockWeights
+from castling_jax.ops.block_weights import BlockWeights
 from castling_jax.sizes import image_shape
 
 QKV_POOLS = ("3x3",)

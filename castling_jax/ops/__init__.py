@@ -45,10 +45,11 @@ from castling_jax.ops.angular import (
     angular_kernel_series,
     linear_angular_attention,
 )
+from castling_jax.ops.block_weights import BlockWeights
 from castling_jax.ops.boxes import box_iou, generalized_box_iou
 from castling_jax.ops.castling import castling_attention
 from castling_jax.ops.depthwise import depthwise_convolution
-from castling_jax.ops.encoder_block import BlockWeights, linear_angular_block
+from castling_jax.ops.encoder_block import linear_angular_block
 from castling_jax.ops.masked_softmax import masked_softmax_attention
 from castling_jax.ops.suppression import non_maximum_suppression
 

@@ -1,7 +1,6 @@
 """A transformer's encoder block with linear-angular attention in one operation, for inference."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,29 +8,12 @@ from jaxtyping import Array, Float
 
 from castling_jax.errors import check
 from castling_jax.ops.angular import linear_angular_attention
+from castling_jax.ops.block_weights import BlockWeights
 from castling_jax.ops.checks import check_array, check_implementation, check_shapes
 from castling_jax.ops.depthwise import check_token_kernel
 from castling_jax.ops.gelu import gelu
 from castling_jax.ops.mesh import on_auto_axes, split_as
 from castling_jax.ops.norms import layer_norm
-
-
-class BlockWeights(NamedTuple):
-    """The parameters of an encoder block, under the names that they have in DeiT."""
-
-    norm1_scale: Float[Array, "channels"]
-    norm1_bias: Float[Array, "channels"]
-    qkv_kernel: Float[Array, "channels three_channels"]  # queries, keys and values, each head by head
-    qkv_bias: Float[Array, "three_channels"] | None
-    token_kernel: Float[Array, "taps heads"] | Float[Array, "rows columns heads"] | None
-    proj_kernel: Float[Array, "channels channels"]
-    proj_bias: Float[Array, "channels"]
-    norm2_scale: Float[Array, "channels"]
-    norm2_bias: Float[Array, "channels"]
-    fc1_kernel: Float[Array, "channels hidden"]
-    fc1_bias: Float[Array, "hidden"]
-    fc2_kernel: Float[Array, "hidden channels"]
-    fc2_bias: Float[Array, "channels"]
 
 
 @on_auto_axes(lambda x: split_as(x, 0, 1))

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from castling_jax.errors import InputError
-from castling_jax.ops.encoder_block import BlockWeights
+from castling_jax.ops.block_weights import BlockWeights
 from castling_jax.ops.gelu import gelu, tanh_gelu
 from castling_jax.ops.kernel_calls import record
 from castling_jax.ops.norms import layer_norm
