@@ -66,7 +66,7 @@ def test_kernels_are_compared_and_times_measured(monkeypatch):
     monkeypatch.setattr(doctor, "timed", lambda chip: [])
     lines = list(doctor.examine_tpu(["deit_micro"], implementation="pallas"))
     assert all(line.ok for line in lines)
-    assert {line.subject for line in lines} == {"linear_angular", "masked_softmax"}
+    assert {line.subject for line in lines} == {"linear_angular", "linear_angular_block", "masked_softmax"}
     sound = linear_angular.linear_angular
     monkeypatch.setattr(linear_angular, "linear_angular", lambda *args, **options: 2 * sound(*args, **options))
     lines = list(doctor.examine_tpu(["deit_micro"], implementation="pallas"))

@@ -86,13 +86,14 @@ def check_kernel(call: Call, chip: str) -> float:
                 raise InputError(
                     f"the kernel of {call.operation} differs from XLA on this {chip} by {difference:.1e} of the "
                     f"largest number in the {what}, where {dtype}'s rounding explains {limit:.0e} "
-                    f"({_shapes(call)})."
+                    f"({call_shapes(call)})."
                 )
             worst = max(worst, float(difference) / limit)
     return worst
 
 
-def _shapes(call: Call) -> str:
+def call_shapes(call: Call) -> str:
+    """The shapes of a call's tokens, or of its queries and keys, for people."""
     return ", ".join(f"{name} {call.arrays[name].shape}" for name in ("x", "q", "k") if name in call.arrays)
 
 
