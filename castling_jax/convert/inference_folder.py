@@ -272,13 +272,14 @@ def _check_meaning(
             f"the preprocessing makes images of {size_text(preprocessing.image_size)} and "
             f"{len(preprocessing.channels)} channels, but the model takes the size {size} and {channels} channels."
         )
-    for name, listed, kind, words in (("names", classes, str, "texts"), ("ids", category_ids, int, "integers")):
+    stated = (("classes", classes, str, "texts", "names"), ("category_ids", category_ids, int, "integers", "ids"))
+    for argument, listed, kind, words, what in stated:
         if listed is None:
             continue
         if not isinstance(listed, list) or not all(isinstance(value, kind) for value in listed):
-            raise InputError(f"{'classes' if kind is str else 'category_ids'} must be a list of {words}.")
+            raise InputError(f"{argument} must be a list of {words}.")
         if len(listed) != count:
-            raise InputError(f"there are {len(listed):,} {name} of classes, but the model has {count} classes.")
+            raise InputError(f"there are {len(listed):,} {what} of classes, but the model has {count} classes.")
 
 
 @takes(model=MODEL, variables=VARIABLES)

@@ -15,6 +15,7 @@ from castling_jax.errors import InputError, check, refusing
 from castling_jax.storage import is_remote
 
 LARGEST_INT = 2**31 - 1  # sizes and ids are kept as int32
+PIXELS = f"a whole number of pixels from 1 to {LARGEST_INT}"
 LARGEST_AREA = float(np.finfo(np.float32).max)
 LOOKED_FOR = 100  # images of which at least one must exist
 REMOTE_READERS = 32  # threads that read small files from a bucket, where each read is a request

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from castling_jax.data.annotations import LARGEST_AREA, LARGEST_INT, BoxDataset, box_dataset
+from castling_jax.data.annotations import LARGEST_AREA, LARGEST_INT, PIXELS, BoxDataset, box_dataset
 from castling_jax.data.folder import choose, parse_split
 from castling_jax.errors import InputError, check_known, refusing
 from castling_jax.storage import as_path
 
-PIXELS = f"a whole number of pixels from 1 to {LARGEST_INT}"
 BOX = "four finite numbers [x, y, width, height]"
 MOST_SHOWN = 60  # characters of a wrong value
 _Entry = dict[str, Any]

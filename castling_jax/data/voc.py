@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 from etils import epath
 
-from castling_jax.data.annotations import LARGEST_INT, BoxDataset, box_dataset, read_all
+from castling_jax.data.annotations import LARGEST_INT, PIXELS, BoxDataset, box_dataset, read_all
 from castling_jax.data.decode import Size
 from castling_jax.data.folder import IMAGE_SUFFIXES, choose, parse_split, read_list
 from castling_jax.errors import InputError, check_known, refusing
@@ -110,7 +110,7 @@ def _read(path: epath.Path) -> _File:
         height, width = (_number(root, f"size/{side}") for side in ("height", "width"))
         for side, pixels in (("height", height), ("width", width)):
             if not (1 <= pixels <= LARGEST_INT and pixels.is_integer()):
-                raise ValueError(f"its {side} is {pixels:g}, not a whole number of pixels from 1 to {LARGEST_INT}")
+                raise ValueError(f"its {side} is {pixels:g}, not {PIXELS}")
         return _File(
             (int(height), int(width)),
             [_text(one, "name") for one in objects],

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from castling_jax.errors import InputError, check_known
-from castling_jax.models.attention.core import Core, Places
+from castling_jax.models.attention.core import Core, Places, where_taps_stand
 from castling_jax.models.attention.heads import MultiHeadAttention
 from castling_jax.models.backbone import Backbone, BackboneConfig
 from castling_jax.models.layers import (
@@ -119,14 +119,12 @@ class Block(nnx.Module):
 
     def _operation(self, places: Places) -> Callable[..., jax.Array] | None:
         """The attention kind's operation for a whole block at inference, if there is one and the block has no more."""
-        core: Core | None = getattr(self.attn, "core", None)  # which a kind's own module may lack
-        if core is None or core.kind.block is None or core.implementation == "xla":
+        if not isinstance(self.attn, MultiHeadAttention) or places.kept is not None:
             return None
-        if core.pools_qkv or places.kept is not None:
+        core = self.attn.core
+        if core.kind.block is None or core.implementation == "xla" or core.pools_qkv:
             return None
-        # A kernel over the tokens runs through prefix and patches alike: it takes no grid.
-        on_grid = self.attn.token_kernel is not None and self.attn.token_kernel.ndim == 3
-        where = {"grid": places.grid, "prefix_tokens": places.prefix_tokens} if on_grid else {}
+        where = where_taps_stand(self.attn.token_kernel, places.grid, places.prefix_tokens)
         options = {"num_heads": self.attn.num_heads, "epsilon": self.norm1.epsilon}
         return functools.partial(core.kind.block, implementation=core.implementation, **options, **where)
 

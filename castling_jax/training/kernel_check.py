@@ -159,11 +159,11 @@ def _draw(shapes: dict[str, Any], key: Key[Array, ""]) -> dict[str, Any]:
     if "weights" in arrays:
         # Numbers of the usual size after each product: the matrices come as [inputs, outputs].
         arrays["weights"] = jax.tree.map(lambda x: x / math.sqrt(x.shape[0]) if x.ndim == 2 else x, arrays["weights"])
-        return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), arrays, shapes)
-    tilt = math.sqrt(2 * math.sqrt(shapes["q"].shape[3]))
-    signs = 1 - 2 * (jnp.arange(shapes["k"].shape[1]) % 2)
-    arrays["q"] = (NOISE * arrays["q"]).at[..., 0].set(tilt)
-    arrays["k"] = (NOISE * arrays["k"]).at[..., 0].set(tilt * signs[:, None])
+    else:
+        tilt = math.sqrt(2 * math.sqrt(shapes["q"].shape[3]))
+        signs = 1 - 2 * (jnp.arange(shapes["k"].shape[1]) % 2)
+        arrays["q"] = (NOISE * arrays["q"]).at[..., 0].set(tilt)
+        arrays["k"] = (NOISE * arrays["k"]).at[..., 0].set(tilt * signs[:, None])
     if "bias" in arrays:
         arrays["bias"] = jax.tree.map(lambda x: NOISE**2 / 2 * x, arrays["bias"])
     return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), arrays, shapes)

@@ -119,10 +119,9 @@ class Kind:
             raise InputError(f"a {self.name} model in training form needs mask_threshold, a number of at least 0.")
         density = jnp.zeros((), jnp.float32)
         token_kernel, values = inputs["token_kernel"], None
-        # A kernel over the tokens runs through prefix and patches alike: it takes no grid.
-        on_grid = token_kernel is not None and token_kernel.ndim == 3
-        where = {name: inputs[name] if on_grid else INPUTS[name] for name in ("grid", "prefix_tokens")}
-        if self.takes("token_kernel") and (inputs["kept"] is None or not on_grid):
+        where = where_taps_stand(token_kernel, inputs["grid"], inputs["prefix_tokens"])
+        kept = inputs["kept"] if where["grid"] else None  # taps over the tokens read those that are left, as they come
+        if self.takes("token_kernel") and kept is None:
             # The function adds DWConv(V) itself, as castling's kernels do in one pass over the values.
             inputs |= where
         elif token_kernel is not None:
@@ -132,9 +131,18 @@ class Kind:
         if isinstance(out, tuple):
             out, density = out
         if values is not None:
-            kept = inputs["kept"] if on_grid else None
             out = out + _convolve(values, token_kernel, kept, **where)
         return out, density
+
+
+def where_taps_stand(token_kernel: Any, grid: tuple[int, int] | None, prefix_tokens: int) -> dict[str, Any]:
+    """The arguments `grid` and `prefix_tokens` of an operation with this token kernel, or without one (None).
+
+    A kernel over the tokens runs through prefix and patches alike: it takes no grid.
+    """
+    if token_kernel is None or token_kernel.ndim != 3:
+        return {"grid": None, "prefix_tokens": 0}
+    return {"grid": grid, "prefix_tokens": prefix_tokens}
 
 
 def _convolve(

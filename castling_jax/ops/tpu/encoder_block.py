@@ -113,12 +113,13 @@ def _that_fit(x: Array, weights: BlockWeights, num_heads: int, positions: TapPos
             f"the block's kernel takes at most {MAX_NUMBERS:,} numbers an image, not {tokens:,} tokens of {channels:,} "
             f"channels: {INSTEAD}."
         )
+    room = fast_memory_bytes()
+    if needed_bytes(x, weights, num_heads, positions) <= room:
+        return weights
     cast = weights._replace(**{name: getattr(weights, name).astype(x.dtype) for name in MATRICES})
-    needed, room = 0, fast_memory_bytes()
-    for candidate in (weights, cast):
-        needed = needed_bytes(x, candidate, num_heads, positions)
-        if needed <= room:
-            return candidate
+    needed = needed_bytes(x, cast, num_heads, positions)
+    if needed <= room:
+        return cast
     raise InputError(
         f"the block's kernel needs {needed / 2**20:,.0f} MiB of fast memory for {tokens:,} tokens of {channels:,} "
         f"channels, and there are {room / 2**20:,.0f} MiB: {INSTEAD}."
@@ -182,21 +183,25 @@ def _resident_arrays(weights: BlockWeights, layout: Heads, dtype: jnp.dtype) -> 
 
 
 def _kernel(refs: Refs, *, layout: Heads, positions: TapPositions, epsilon: float):
-    dtype, (images, tokens, _) = refs.x.dtype, refs.x.shape
+    for image in range(refs.x.shape[0]):
+        refs.attended[...] = _attention(refs, refs.x[image].astype(jnp.float32), layout, positions, epsilon)
+        _write_mlp(refs, image, epsilon)
 
-    def write(image: int, start, count: int) -> None:
+
+def _write_mlp(refs: Refs, image: int, epsilon: float) -> None:
+    """Writes an image's result: the MLP of `refs.attended`, ROWS tokens at a time."""
+    dtype = refs.out.dtype
+
+    def write(start, count: int) -> None:
         rows = pl.ds(start, count)
         refs.out[image, rows] = _mlp(refs, refs.attended[rows], dtype, epsilon).astype(dtype)
 
-    for image in range(images):
-        refs.attended[...] = _attention(refs, refs.x[image].astype(jnp.float32), layout, positions, epsilon)
-        # A loop for the MLP of long sequences: unrolled, the kernel would take minutes to compile.
-        blocks, rest = divmod(tokens, ROWS)
-        if blocks:
-            step = lambda block, _, image=image: write(image, pl.multiple_of(block * ROWS, ROWS), ROWS)  # noqa: E731
-            jax.lax.fori_loop(0, blocks, step, None)
-        if rest:
-            write(image, blocks * ROWS, rest)
+    # A loop, because the unrolled MLP of a long sequence would take minutes to compile.
+    blocks, rest = divmod(refs.out.shape[1], ROWS)
+    if blocks:
+        jax.lax.fori_loop(0, blocks, lambda block, _: write(pl.multiple_of(block * ROWS, ROWS), ROWS), None)
+    if rest:
+        write(blocks * ROWS, rest)
 
 
 def _dense(x, kernel, bias, dtype: jnp.dtype):
