@@ -77,14 +77,14 @@ class Stem(nnx.Module):
 
 
 class Projection(nnx.Module):
-    """Hardswish, then a batch-normed linear layer."""
+    """A batch-normed linear layer."""
 
     def __init__(self, ln: LinearNorm):
         self.ln = ln
 
     @jax.named_scope("proj")
     def __call__(self, x, *, training):
-        return self.ln(jax.nn.hard_swish(x), training=training)
+        return self.ln(x, training=training)
 
 
 class Queries(nnx.Module):
@@ -173,6 +173,7 @@ class LevitAttention(nnx.Module):
             bias=self._bias(grid),
             query_values=query_values,
             grid=query_grid,
+            activation="hard_swish",
             **self.core.inputs_of(self),
         )
         return self.proj(out.reshape(*out.shape[:2], -1), training=training), density

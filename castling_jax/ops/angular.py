@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, check_known
+from castling_jax.ops.activations import ACTIVATIONS, activate
 from castling_jax.ops.checks import check_implementation, check_qkv, check_query_values
 from castling_jax.ops.depthwise import check_token_kernel, depthwise_convolution
 from castling_jax.ops.mesh import on_auto_axes, split_as
@@ -138,6 +139,7 @@ def linear_angular_attention(
     query_values: QueryValues = None,
     grid: tuple[int, int] | None = None,
     prefix_tokens: int = 0,
+    activation: str | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "batch queries heads value_dim"]:
     """Linear-angular attention, the inference form: l2normalise(1/2 V + Q^ (K^^T V) / pi) + DWConv(V).
@@ -154,6 +156,7 @@ def linear_angular_attention(
         stand on some of the keys' tokens, the indices of these tokens instead: integers [queries], in NumPy.
       grid: (height, width) of the queries, for taps over the grid.
       prefix_tokens: leading queries that the taps leave out.
+      activation: what is applied to the output: "hard_swish", or None for nothing.
       implementation: "xla"; "pallas", fused TPU kernels (interpreted, and slow, on a CPU); or "auto", the kernels where
         the program is lowered for a TPU and they take these arguments, "xla" elsewhere.
 
@@ -173,6 +176,7 @@ def linear_angular_attention(
         query_values=query_values,
         grid=grid,
         prefix_tokens=prefix_tokens,
+        activation=activation,
         implementation=implementation,
     )
 
@@ -187,10 +191,13 @@ def add_linear_angular(
     query_values: QueryValues,
     grid: tuple[int, int] | None,
     prefix_tokens: int,
+    activation: str | None,
     implementation: str,
 ) -> Float[Array, "batch queries heads value_dim"]:
-    """l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V); all else as in `linear_angular_attention`."""
+    """activation(l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V)), like `linear_angular_attention`."""
     check_implementation(implementation)
+    if activation is not None:
+        check_known("activation", activation, ACTIVATIONS)
     check_qkv(q, k, v)
     check_query_values(q, v, query_values)
     if token_kernel is not None:
@@ -204,7 +211,8 @@ def add_linear_angular(
         query_values = values_of_queries(v, tokens if value_array is None else value_array)
         core = linear_angular_core(q, k, v, query_values)
         core = core if auxiliary is None else core + auxiliary.astype(core.dtype)
-        return normalize_and_convolve(core, query_values, token_kernel, grid=grid, prefix_tokens=prefix_tokens)
+        out = normalize_and_convolve(core, query_values, token_kernel, grid=grid, prefix_tokens=prefix_tokens)
+        return activate(out, activation)
 
     if implementation == "xla":
         return plain(q, k, v, token_kernel, value_array, auxiliary)
@@ -220,5 +228,6 @@ def add_linear_angular(
         query_tokens=tokens,
         grid=grid,
         prefix_tokens=prefix_tokens,
+        activation=activation,
         fallback=plain if implementation == "auto" else None,
     )

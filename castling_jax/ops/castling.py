@@ -75,6 +75,7 @@ def castling_attention(
         query_values=query_values,
         grid=grid,
         prefix_tokens=prefix_tokens,
+        activation=None,
         implementation=implementation,
     )
     return out, density

@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -126,6 +128,32 @@ def test_without_taps_the_output_has_unit_length():
     (q, k, v, _), _ = qkv(SHAPES[3])
     lengths = jnp.linalg.norm(ops.linear_angular_attention(q, k, v), axis=-1)
     chex.assert_trees_all_close(lengths, jnp.ones_like(lengths), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]])
+def test_an_activation_is_of_the_whole_output(shape, implementation):
+    (q, k, v, own), _ = qkv(shape)
+    own = None if q.shape[1] == k.shape[1] else own
+    taps = jax.random.normal(jax.random.key(0), (9, q.shape[2]))
+    attention = functools.partial(ops.linear_angular_attention, query_values=own, implementation=implementation)
+
+    def with_gradients(function):
+        out, pullback = jax.vjp(function, q, k, v, taps)
+        return out, pullback(jnp.cos(out))
+
+    x, _ = with_gradients(attention)
+    out, gradients = with_gradients(functools.partial(attention, activation="hard_swish"))
+    # Howard et al., 2019: x relu6(x + 3) / 6. A few roundings of values below 10.
+    np.testing.assert_allclose(out, x * np.clip(x + 3, 0, 6) / 6, rtol=1e-6, atol=1e-6)
+    _, expected = with_gradients(lambda *arrays: jax.nn.hard_swish(attention(*arrays)))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5), gradients, expected)
+
+
+def test_an_unknown_activation(refuses):
+    (q, k, v, _), _ = qkv(SHAPES[3])
+    with refuses("unknown activation 'hardswish': did you mean 'hard_swish'?"):
+        ops.linear_angular_attention(q, k, v, activation="hardswish")
 
 
 def test_linear_angular_attention_holds_nothing_quadratic_in_tokens():

@@ -103,7 +103,10 @@ def test_the_kernels_of_each_family_are_found():
     assert block.arrays["x"].shape == (2, 197, 192)
     assert block.arrays["x"].dtype == jnp.bfloat16
     levit = calls_of("levit_128s", depth=(1, 1, 1))
-    assert len(levit) == 15  # three stages and two steps between them, each with the branch and without
+    # Three stages and two steps between them: each has the branch, the attention with it and without it, and the
+    # inference form's, which ends with Hardswish.
+    assert len(levit) == 20
+    assert sum(call.options.get("activation") == "hard_swish" for call in levit) == 5
     assert any(call.options.get("query_tokens") for call in levit)
     assert all(call.arrays["bias"].shape[0] == 1 for call in levit if call.operation == "masked_softmax_attention")
     mvit = calls_of("mvitv2_tiny", depths=(1, 1))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from castling_jax import ops
 from castling_jax.errors import InputError
 from castling_jax.models.layers import Layers
+from castling_jax.ops.activations import activate
 from castling_jax.ops.tokens import values_of_queries
 
 TOKEN_KERNEL_SIZES = {"1d": 9, "2d": 3}  # the authors' block has 9 taps over tokens
@@ -27,6 +28,7 @@ INPUTS: dict[str, Any] = {
     "grid": None,
     "prefix_tokens": 0,
     "kept": None,
+    "activation": None,
     "implementation": "auto",
 }
 
@@ -106,7 +108,7 @@ class Kind:
         return "module" if self.at_inference.takes("bias") else "softmax_branch"
 
     def __call__(self, q: Array, k: Array, v: Array, **inputs: Any) -> Output:
-        """The output, convolved values included, and the mask density, which is 0 for a kind without a mask.
+        """The output after DWConv(V) and the activation, and the mask density, which is 0 for a kind without a mask.
 
         `inputs` are some of INPUTS, and all of the kind's own parameters. The function gets the inputs that it takes.
 
@@ -127,12 +129,18 @@ class Kind:
         elif token_kernel is not None:
             inputs["token_kernel"] = None
             values = values_of_queries(v, inputs["query_values"])
+        # Only a function that returns the whole output, convolved values included, can apply the activation itself.
+        activation = inputs["activation"]
+        if values is None and self.takes("activation"):
+            activation = None
+        else:
+            inputs["activation"] = None
         out = self.function(q, k, v, **{name: value for name, value in inputs.items() if self.takes(name)})
         if isinstance(out, tuple):
             out, density = out
         if values is not None:
             out = out + _convolve(values, token_kernel, kept, **where)
-        return out, density
+        return activate(out, activation), density
 
 
 def where_taps_stand(token_kernel: Any, grid: tuple[int, int] | None, prefix_tokens: int) -> dict[str, Any]:

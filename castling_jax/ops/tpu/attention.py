@@ -11,6 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from castling_jax.errors import InputError
+from castling_jax.ops.activations import activate
 from castling_jax.ops.bias import Bias
 from castling_jax.ops.depthwise import depthwise_convolution
 from castling_jax.ops.kernel_calls import record
@@ -33,9 +34,10 @@ def linear_angular_attention(
     query_tokens: Int[np.ndarray, "queries"] | None,
     grid: tuple[int, int] | None,
     prefix_tokens: int,
+    activation: str | None,
     fallback: Callable[..., Any] | None,
 ) -> Float[Array, "batch queries heads value_dim"]:
-    """l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V), fused.
+    """activation(l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V)), fused.
 
     Args:
       q: queries.
@@ -47,6 +49,7 @@ def linear_angular_attention(
       query_tokens: the key tokens on which the queries stand; None where it is all of them.
       grid: (height, width) of the queries, for taps over the grid.
       prefix_tokens: leading queries that the taps leave out.
+      activation: a name of ACTIVATIONS, or None.
       fallback: runs instead, with these arrays, where there is no TPU or the kernels do not take them. None raises an
         error instead, and interprets the kernels on a CPU.
 
@@ -68,6 +71,7 @@ def linear_angular_attention(
         query_tokens=None if query_tokens is None else tuple(query_tokens.tolist()),
         grid=grid,
         prefix_tokens=prefix_tokens,
+        activation=activation,
     )
 
     def run(q, k, v, token_kernel, query_values, auxiliary, *, interpret):
@@ -83,18 +87,22 @@ def linear_angular_attention(
         # A block of tokens sees eight tokens of each neighbour, which is not enough for taps over a grid.
         if not whole and kernel_taps is not None and (grid or len(kernel_taps) > linear_angular_blocks.MAX_TAPS):
             kernel_taps = None
+        is_complete = token_kernel is None or kernel_taps is not None
         if whole:
             out = linear_angular.linear_angular(
                 *(q, k, v, query_values, kernel_taps, auxiliary),
                 query_tokens=kernel_tokens,
                 grid=grid,
+                activation=activation if is_complete else None,
                 interpret=interpret,
             )
+            if is_complete:
+                return out
         else:
             out = linear_angular_blocks.linear_angular(q, k, v, values, kernel_taps, auxiliary, interpret=interpret)
-        if token_kernel is None or kernel_taps is not None:
-            return out
-        return out + depthwise_convolution(values, token_kernel, grid=grid, prefix_tokens=prefix_tokens)
+        if not is_complete:
+            out += depthwise_convolution(values, token_kernel, grid=grid, prefix_tokens=prefix_tokens)
+        return activate(out, activation)
 
     if split is not None:
         mesh, tokens = split

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from castling_jax.ops.activations import activate
 from castling_jax.ops.norms import inverse_norms, inverse_norms_or_zero
 from castling_jax.ops.tokens import selection
 from castling_jax.ops.tpu.call import ABSENT, Operand, Refs, call, whole
@@ -61,9 +62,10 @@ def linear_angular(
     *,
     query_tokens: np.ndarray | None,
     grid: tuple[int, int] | None,
+    activation: str | None,
     interpret: bool,
 ):
-    """l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V), differentiable; shapes as in the public operation.
+    """activation(l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V)), differentiable.
 
     Args:
       q: [batch, queries, heads, key_dim].
@@ -74,6 +76,7 @@ def linear_angular(
       auxiliary: added before the normalisation, shaped like the output; or None.
       query_tokens: the key tokens on which the queries stand; None where it is all of them.
       grid: (height, width) of the queries, for taps in rows and columns.
+      activation: a name of ACTIVATIONS, or None. Under differentiation it is an operation of its own after the kernel.
       interpret: run as plain JAX, on any platform.
     """
     heads, value_dim = v.shape[2:]
@@ -83,7 +86,20 @@ def linear_angular(
     positions = tap_positions(taps, grid)
     tokens = None if query_tokens is None else tuple(query_tokens.tolist())  # hashable, as static arguments must be
     taps = spread_taps(taps, heads, value_dim)
-    out = _attention(q, k, v, query_values, taps, auxiliary, heads, positions, tokens, interpret)
+    static = heads, positions, tokens, interpret
+
+    def attention(*arrays):
+        return _attention(*arrays, *static)
+
+    if activation is not None:
+        apart = attention
+        attention = jax.custom_vjp(lambda *arrays: _forward(*arrays, *static, activation)[0])
+        # A backward kernel would need the values before the activation, which are another array to write.
+        attention.defvjp(
+            lambda *arrays: jax.vjp(lambda *arrays: activate(apart(*arrays), activation), *arrays),
+            lambda pullback, cotangent: pullback(cotangent),
+        )
+    out = attention(q, k, v, query_values, taps, auxiliary)
     return out.reshape(*q.shape[:2], heads, value_dim)
 
 
@@ -92,12 +108,12 @@ def _attention(q, k, v, query_values, taps, auxiliary, heads, positions, query_t
     return _forward(q, k, v, query_values, taps, auxiliary, heads, positions, query_tokens, interpret)[0]
 
 
-@traced_once("heads", "positions", "query_tokens", "interpret")
-def _forward(q, k, v, query_values, taps, auxiliary, heads, positions, query_tokens, interpret):
+@traced_once("heads", "positions", "query_tokens", "interpret", "activation")
+def _forward(q, k, v, query_values, taps, auxiliary, heads, positions, query_tokens, interpret, activation=None):
     layout = _arrange(q, k, v, heads, blocks=5)
     out = jax.ShapeDtypeStruct((*q.shape[:2], v.shape[2]), v.dtype)
     outputs = call(
-        functools.partial(_forward_kernel, layout=layout, positions=positions),
+        functools.partial(_forward_kernel, layout=layout, positions=positions, activation=activation),
         inputs=_inputs(layout, q, k, v, query_values, taps, auxiliary, None, query_tokens),
         outputs={"out": (out, _token_blocks(q, layout, layout.value_dim))},
         scratch={"padded": positions.scratch(q.shape[1], window_heads(layout) * layout.value_dim)},
@@ -242,7 +258,7 @@ def attend(dot, refs: Refs, lanes: tuple[slice, slice], q, k, v, *, query_values
     return core * head_inverse_norms(dot, core, value_sums)
 
 
-def _forward_kernel(refs: Refs, *, layout: Heads, positions: TapPositions):
+def _forward_kernel(refs: Refs, *, layout: Heads, positions: TapPositions, activation: str | None):
     dot = product(refs.q.dtype)
     for _, [keys, values] in layout.windows(layout.key_dim, layout.value_dim):
         q, k, v = refs.q[0, :, keys].astype(jnp.float32), refs.k[0, :, keys].astype(jnp.float32), refs.v[0, :, values]
@@ -251,7 +267,7 @@ def _forward_kernel(refs: Refs, *, layout: Heads, positions: TapPositions):
         out = attend(dot, refs, (keys, values), q, k, v, query_values=query_values, auxiliary=auxiliary)
         for tap, window in enumerate(positions.windows(refs.padded, query_values)):
             out += window * refs.taps[tap : tap + 1, values]
-        refs.out[0, :, values] = out.astype(refs.out.dtype)
+        refs.out[0, :, values] = activate(out, activation).astype(refs.out.dtype)
 
 
 def _backward_kernel(refs: Refs, *, layout: Heads, positions: TapPositions):
