@@ -18,6 +18,7 @@ from castling_jax.convert.run_folder import write_config
 from castling_jax.convert.weights import read
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import flatten
+from castling_jax.normalization import model_input
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.segmentation.transforms import EvalTransform
 from castling_jax.tools.predict import main as predict_command
@@ -63,7 +64,7 @@ def test_predictions_are_the_classes_of_the_images_own_pixels(tmp_path, photogra
     for file, size, answer in zip(sorted(photographs.iterdir()), SIZES, answers, strict=True):
         assert (answer.shape, answer.dtype) == (size, np.uint8)
         seen = EvalTransform(preprocessing)({"image": file.read_bytes()})
-        images = seen["image"].reshape(-1, 40, 72, 3)
+        images = model_input(seen["image"].reshape(-1, 40, 72, 3), preprocessing)
         logits = castling_jax.apply(weights.model, weights.variables, images)["logits"]
         resized = joined_by_hand(logits, seen["windows"], size)
         best, second = np.sort(resized, axis=-1)[..., :-3:-1].transpose(2, 0, 1)

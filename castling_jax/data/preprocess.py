@@ -13,6 +13,7 @@ from PIL import Image as PillowImage
 
 from castling_jax.data.transforms import EvalTransform
 from castling_jax.errors import InputError, about, refusing
+from castling_jax.normalization import model_input
 from castling_jax.preprocessing import Preprocessing
 
 
@@ -43,7 +44,8 @@ def preprocess(images: Any, preprocessing: Preprocessing) -> Float[np.ndarray, "
     prepared = []
     for name, image in named_images(images):
         with about(name):
-            prepared.append(transform({"image": read_image(image)})["image"])
+            seen = transform({"image": read_image(image)})["image"]
+            prepared.append(model_input(seen, preprocessing))
     if not prepared:
         raise InputError("preprocess needs at least one image, and there is none.")
     return np.stack(prepared)

@@ -35,6 +35,7 @@ from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, count_parameters, flatten
+from castling_jax.normalization import model_input
 from castling_jax.postprocessing import Suppression
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.sizes import size_text
@@ -99,7 +100,8 @@ def convert(
     if check:
         _, config.dataset.eval_split = named_splits(config.dataset)
         preprocessing = source.preprocessing or preprocessing_of(config, spec.image_size)
-        images = held_out_images(task_of(source.model), preprocessing, config)
+        sent = held_out_images(task_of(source.model), preprocessing, config)
+        images = model_input(jnp.asarray(sent), preprocessing)
         print(f"\nOn {len(images)} images of {printable(config.dataset.name)} {printable(config.dataset.eval_split)}:")
         for line in compare_forms(source.model, source.variables, source.mask_threshold, images):
             print(f"  {line}")
@@ -178,10 +180,11 @@ def _fate(path: str, old: dict[str, Any], new: dict[str, Any], fates: dict[str, 
     return "folded with batch norm" if action == "folded" else "averaged with the second head"
 
 
-def held_out_images(task: type[Task], preprocessing: Preprocessing, config: ConfigDict) -> jax.Array:
-    """Up to CHECK_BATCHES batches of held-out images, [batch, height, width, 3], preprocessed for the task.
+def held_out_images(task: type[Task], preprocessing: Preprocessing, config: ConfigDict) -> np.ndarray:
+    """Up to CHECK_BATCHES batches of held-out images, [batch, height, width, 3], from the task's `eval_transform`.
 
-    Corrupt images are left out, and more of them than config.dataset.max_corrupt_share raise an InputError.
+    `model_input` turns them into the model's input. Corrupt images are left out, and more of them than
+    config.dataset.max_corrupt_share raise an InputError.
     """
     dataset = load_split(config, config.dataset.eval_split)
     if preprocessing.crop_mode == "slide":  # a window is an image like any other
@@ -190,7 +193,7 @@ def held_out_images(task: type[Task], preprocessing: Preprocessing, config: Conf
     count = min(CHECK_BATCHES * task.predictions.batch_size, len(dataset))
     share = config.dataset.max_corrupt_share
     batch = next(evaluation_batches(dataset, batch_size=count, transform=transform, max_corrupt_share=share))
-    return jnp.asarray(batch["image"][batch["weight"] > 0])
+    return batch["image"][batch["weight"] > 0]
 
 
 def compare_forms(model: Model, variables: Variables, mask_threshold: float | None, images: jax.Array) -> list[str]:
@@ -200,7 +203,7 @@ def compare_forms(model: Model, variables: Variables, mask_threshold: float | No
       model: the model, in either form.
       variables: the model's variables.
       mask_threshold: the threshold that training has reached, for a castling model in training form.
-      images: preprocessed images, such as `held_out_images`.
+      images: the model's input, floats.
 
     Raises:
       InputError: the two forms differ although they must be equal.

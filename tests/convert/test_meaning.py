@@ -14,6 +14,7 @@ from castling_jax.data.loader import evaluation_batches
 from castling_jax.data.sources import load_dataset
 from castling_jax.data.transforms import EvalTransform
 from castling_jax.models.registry import abstract_model
+from castling_jax.normalization import normalize_images
 from castling_jax.tools import convert as convert_tool
 from tests.convert.runs import SIZES, write_run
 from tests.data.test_decode import encoded, smooth
@@ -59,10 +60,11 @@ def test_an_export_says_what_evaluation_does_and_gives_its_logits(tmp_path, mode
     (batch,) = evaluation_batches(dataset, batch_size=2, transform=EvalTransform(PREPROCESSING))
     images = castling_jax.preprocess([tmp_path / "val" / name for name in dataset.files], description.preprocessing)
     inference = castling_jax.create_model(**model.spec.arguments(form="inference"))
-    expected = castling_jax.apply(inference, castling_jax.to_inference(variables), batch["image"])
+    normalized = normalize_images(batch["image"], PREPROCESSING)
+    expected = castling_jax.apply(inference, castling_jax.to_inference(variables), normalized)
     if format == "stablehlo":
         program = jax.export.deserialize(bytearray((tmp_path / "out" / PROGRAM_FILE).read_bytes()))
-        np.testing.assert_array_equal(images, batch["image"])
+        np.testing.assert_array_equal(images, normalized)
         # The same images into a program whose sums XLA may order otherwise: float32's rounding of order one.
         np.testing.assert_allclose(program.call(images), expected, rtol=0, atol=1e-5)
     else:

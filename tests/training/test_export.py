@@ -15,6 +15,7 @@ from castling_jax.convert.inference_folder import MODEL_FILE, PAYLOADS, save_inf
 from castling_jax.convert.run_folder import write_config
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import count_parameters
+from castling_jax.normalization import model_input
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.detection.task import Detection
 from castling_jax.tools import convert
@@ -223,7 +224,9 @@ def test_a_corrupt_image_is_left_out_of_the_comparison_as_in_the_run(tmp_path, r
     config.dataset.update({"name": f"coco:{tmp_path}", "eval_split": "val"})
     preprocessing = Preprocessing(32, crop_mode="squash", crop_ratio=1.0)
     images = held_out_images(Detection, preprocessing, config)
-    np.testing.assert_allclose(images, preprocess(sorted((tmp_path / "val").iterdir()), preprocessing), atol=1e-6)
+    assert images.dtype == np.uint8
+    expected = preprocess(sorted((tmp_path / "val").iterdir()), preprocessing)
+    np.testing.assert_array_equal(model_input(images, preprocessing), expected)
     config.dataset.max_corrupt_share = 0.0
     with refuses("1 of the 4 images read so far are corrupt", "max_corrupt_share = 0 allows"):
         held_out_images(Detection, preprocessing, config)
