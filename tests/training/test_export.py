@@ -106,6 +106,29 @@ def test_a_checked_conversion_in_each_format(deit, tmp_path, monkeypatch, capsys
         chex.assert_trees_all_equal(load_inference(tmp_path)[1], to_inference(variables))
 
 
+def test_a_program_of_pixels_is_checked_with_pixels(deit, tmp_path, monkeypatch, capsys):
+    """The digits are floats, so that the check rounds them to 8 bits first."""
+    folder, _, _ = deit
+    run(monkeypatch, folder, tmp_path, "--format=stablehlo", "--uint8", "--check")
+    assert "the written files, read back, give the same outputs" in capsys.readouterr().out
+    assert json.loads((tmp_path / MODEL_FILE).read_text())["image_dtype"] == "uint8"
+    assert "uint8 RGB pixels" in (tmp_path / CARD_FILE).read_text()
+
+
+def test_what_cannot_take_pixels_is_refused(deit, tmp_path, monkeypatch):
+    folder, model, variables = deit
+    out = tmp_path / "out"
+    for format in ("safetensors", "orbax"):
+        assert refusal(monkeypatch, folder, out, "--uint8", f"--format={format}") == (
+            f"only a program takes uint8 images: the format must be stablehlo, not {format}."
+        )
+    save_inference(tmp_path / "inference", model, variables)
+    assert "does not say how an image becomes its model's input, so its program cannot take uint8" in refusal(
+        monkeypatch, tmp_path / "inference", out, "--uint8", "--format=stablehlo"
+    )
+    assert not out.exists()
+
+
 def test_an_inference_folder_is_cast(deit, tmp_path, monkeypatch, capsys):
     _, model, variables = deit
     (tmp_path / "run").mkdir()
