@@ -18,7 +18,9 @@ from castling_jax.preprocessing import Preprocessing
 
 
 def preprocess(images: Any, preprocessing: Preprocessing) -> Float[np.ndarray, "batch image_size image_size 3"]:
-    """Turns images into the input of `apply` and of exported programs, bit by bit as evaluation does.
+    """Turns images into the input of `apply` and of exported programs, as evaluation does.
+
+    The pixels are evaluation's bit by bit. Evaluation normalises them on the device, where rounding may differ.
 
     Args:
       images: one image or a list of them. An image is a path, gs:// too; the bytes of a JPEG, PNG or any other file
