@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from castling_jax import convert, ops, plots
     from castling_jax.convert.inference import check_switch, to_inference
     from castling_jax.convert.inference_folder import load_inference
-    from castling_jax.data.pixels import normalize_images
     from castling_jax.data.preprocess import preprocess
     from castling_jax.errors import InputError
     from castling_jax.maps import attention_maps
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from castling_jax.models.description import describe
     from castling_jax.models.registry import create_model, list_models
     from castling_jax.models.variables import apply, features, forward_train, get_variables
+    from castling_jax.normalization import normalize_images
     from castling_jax.predictions import predict
     from castling_jax.preprocessing import Preprocessing
     from castling_jax.training.config_files import load_config
@@ -67,7 +67,7 @@ _PLACES = {
     "list_models": "models.registry",
     "load_config": "training.config_files",
     "load_inference": "convert.inference_folder",
-    "normalize_images": "data.pixels",
+    "normalize_images": "normalization",
     "ops": "",
     "plots": "",
     "predict": "predictions",

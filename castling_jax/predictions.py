@@ -1,7 +1,6 @@
 """A trained model's predictions for images: classes, objects, masks or features. Images are streamed in any number."""
 
 import collections
-import functools
 import itertools
 import operator
 import os
@@ -24,9 +23,11 @@ from castling_jax.fields import integer, number
 from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, features
+from castling_jax.normalization import model_input
 from castling_jax.postprocessing import SHOWN_SCORE
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.storage import as_path
+from castling_jax.tasks.images import finish_images
 from castling_jax.tasks.registry import task_of
 from castling_jax.tasks.task import Batch, Example, Predictions, seen_images
 
@@ -150,7 +151,8 @@ def stream(weights: Weights, images: Any, forward: Forward, *, batch_size: int =
     Args:
       weights: weights that come with their model and its preprocessing.
       images: the images, as `predict` takes them.
-      forward: (model in inference form, its variables, batch of the task's `eval_transform`) -> arrays [batch, ...].
+      forward: (model in inference form, its variables, batch of the task's `eval_transform` with finished images) ->
+        arrays [batch, ...].
       batch_size: number of images that are computed together.
 
     Yields:
@@ -167,7 +169,7 @@ def stream(weights: Weights, images: Any, forward: Forward, *, batch_size: int =
     # The variables go to the device once, not with every batch.
     variables = jax.device_put(to_inference(weights.variables))
     transform = task_of(model).eval_transform(preprocessing)
-    compute = jax.jit(functools.partial(forward, model))
+    compute = jax.jit(lambda variables, batch: forward(model, variables, finish_images(batch, preprocessing)))
 
     def prepare(name: str, image: Any) -> Example | InputError:
         try:
@@ -180,6 +182,8 @@ def stream(weights: Weights, images: Any, forward: Forward, *, batch_size: int =
         # An image that cannot be read takes no place in the batch: its neighbours are computed all the same.
         good = [example for _, example in prepared if not isinstance(example, InputError)]
         if good:
+            if len({example["image"].dtype for example in good}) > 1:  # floats of the caller's among uint8 images
+                good = [one | {"image": model_input(one["image"], preprocessing)} for one in good]
             # Copies of the last image fill the batch, because another batch size would compile another program.
             padded = good + good[-1:] * (batch_size - len(good))
             arrays = jax.device_get(compute(variables, jax.tree.map(lambda *rows: np.stack(rows), *padded)))

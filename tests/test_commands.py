@@ -173,7 +173,7 @@ def test_fields_reach_the_work(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         "castling_jax.training.contact_sheet.draw_augmentations", lambda config, *_, **__: seen.append(config)
     )
-    monkeypatch.setattr("castling_jax.bench.loader_speed.rates", lambda config, **_: seen.append(config) or exit())
+    monkeypatch.setattr("castling_jax.bench.loader_speed.measure", lambda config, **_: seen.append(config) or exit())
     for command in WITH_FIELDS[1:4]:
         monkeypatch.setattr(sys, "argv", ["castling-jax", *command, "--config.mask.end=0.5", "--config.seed", "7"])
         with contextlib.suppress(SystemExit):

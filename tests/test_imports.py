@@ -20,7 +20,7 @@ RANKS = {
     "postprocessing": 2,
     "ops": 2,
 }
-RANKS |= {"models": 3, "data": 4, "convert": 4, "plots": 4, "maps": 4}
+RANKS |= {"normalization": 3, "models": 3, "data": 4, "convert": 4, "plots": 4, "maps": 4}
 RANKS |= {"tasks": 5, "predictions": 6, "probe": 7, "training": 7, "bench": 8, "compile_report": 9}
 RANKS |= {"doctor": 10, "tools": 11, "__main__": 12}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in RANKS)

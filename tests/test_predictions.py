@@ -67,6 +67,17 @@ def test_images_of_every_kind_are_the_same(weights, images):
     assert [len(answer) for answer in predict(weights, files, top=100)] == [7, 7]
 
 
+def test_floats_and_eight_bits_may_be_in_one_batch(weights, images):
+    """An array of floats makes its neighbours floats as well; each keeps its answer."""
+    pixels = [np.asarray(Image.open(file).resize((8, 8))) for file in sorted(images.rglob("*.png"))[:4]]
+    floats = [image.astype(np.float32) / 255 for image in pixels]
+    expected = predict(weights, pixels, top=7)
+    for mixed in (floats, [pixels[0], floats[1], pixels[2], floats[3]]):
+        for answer, other in zip(predict(weights, mixed, top=7), expected, strict=True):
+            # The host normalises in place of the device: some roundings of 6e-8 of numbers below 1.
+            assert dict(answer) == pytest.approx(dict(other), abs=1e-6)
+
+
 def answers_of(weights, images):
     read_weights = read(weights)
     predictions = predictions_of(read_weights, read_weights.classes, top=7)

@@ -18,6 +18,7 @@ from castling_jax.convert.run_folder import write_config
 from castling_jax.convert.weights import read
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import flatten
+from castling_jax.normalization import model_input
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.segmentation.transforms import EvalTransform
 from castling_jax.tools.predict import main as predict_command
@@ -53,6 +54,10 @@ def photographs(tmp_path_factory):
     return path
 
 
+def seen_of(file, preprocessing=PREPROCESSING):
+    return EvalTransform(preprocessing)({"image": file.read_bytes()})
+
+
 @pytest.mark.parametrize("crop_mode", ["squash", "slide"])
 def test_predictions_are_the_classes_of_the_images_own_pixels(tmp_path, photographs, crop_mode):
     model, preprocessing = small_segmenter("deit_micro"), dataclasses.replace(PREPROCESSING, crop_mode=crop_mode)
@@ -62,8 +67,8 @@ def test_predictions_are_the_classes_of_the_images_own_pixels(tmp_path, photogra
     answers = castling_jax.predict(folder, photographs)
     for file, size, answer in zip(sorted(photographs.iterdir()), SIZES, answers, strict=True):
         assert (answer.shape, answer.dtype) == (size, np.uint8)
-        seen = EvalTransform(preprocessing)({"image": file.read_bytes()})
-        images = seen["image"].reshape(-1, 40, 72, 3)
+        seen = seen_of(file, preprocessing)
+        images = model_input(seen["image"].reshape(-1, 40, 72, 3), preprocessing)
         logits = castling_jax.apply(weights.model, weights.variables, images)["logits"]
         resized = joined_by_hand(logits, seen["windows"], size)
         best, second = np.sort(resized, axis=-1)[..., :-3:-1].transpose(2, 0, 1)
@@ -133,6 +138,12 @@ def test_an_exported_program_runs_without_this_package_and_gives_classes(tmp_pat
     # As `convert --check` says it.
     said = compare_written(tmp_path, "stablehlo", inference, castling_jax.to_inference(variables), images, None)
     assert said == "the written program, read back, gives 100.00% of the pixels the model's class"
+    # The same of a program that takes the pixels.
+    save_inference(tmp_path, model, variables, format="stablehlo", preprocessing=PREPROCESSING, uint8=True)
+    pixels = np.stack([seen_of(file)["image"] for file in sorted(photographs.iterdir())])
+    inference_variables = castling_jax.to_inference(variables)
+    again = compare_written(tmp_path, "stablehlo", inference, inference_variables, images, None, pixels=pixels)
+    assert again == said
     np.testing.assert_array_equal(
         program_outputs(inference, castling_jax.to_inference(variables), images), logits.argmax(-1)
     )

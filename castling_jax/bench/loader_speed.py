@@ -1,5 +1,9 @@
 """Times the loader against a configuration's training step: images a second of reading, steps and both."""
 
+import dataclasses
+import time
+from collections.abc import Callable
+
 import jax
 from ml_collections import ConfigDict
 
@@ -10,13 +14,27 @@ from castling_jax.training.timing import interleaved_seconds, spread
 THRESHOLD = 0.02  # below 1, so that both attentions are computed
 
 
-def rates(config: ConfigDict, *, batches: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Images a second {min, median, max} over the repeats, of "reading", "steps" and "both".
+@dataclasses.dataclass(frozen=True)
+class Feeding:
+    """What `measure` finds.
+
+    Attributes:
+      rates: images a second {min, median, max} over the repeats, of "reading", "steps" and "both". Without workers also
+        "reading, CPU time", images a second of this process's CPU time, which other programs change little.
+      bytes_an_image: bytes of each image and its annotations that the host sends to the devices.
+    """
+
+    rates: dict[str, dict[str, float]]
+    bytes_an_image: float
+
+
+def measure(config: ConfigDict, *, batches: int, repeats: int) -> Feeding:
+    """Times reading, steps and both in turns.
 
     Args:
       config: the run's configuration.
       batches: batches in each repeat; more than the loader reads ahead.
-      repeats: how often each of the three is timed.
+      repeats: how often each is timed.
 
     Raises:
       InputError: the configuration is wrong, or its data set is not here.
@@ -25,7 +43,8 @@ def rates(config: ConfigDict, *, batches: int, repeats: int) -> dict[str, dict[s
     size = setup.config.train.batch_size
     stream = setup.batches()
     state = first_state(setup, first_variables(setup))
-    placed = shard_batch(next(stream), setup.mesh, batch_size=size)
+    first = next(stream)
+    placed = shard_batch(first, setup.mesh, batch_size=size)
 
     def read() -> None:
         for _ in range(batches):
@@ -46,4 +65,14 @@ def rates(config: ConfigDict, *, batches: int, repeats: int) -> dict[str, dict[s
 
     with jax.set_mesh(setup.mesh):
         seconds = interleaved_seconds({"reading": read, "steps": step, "both": both}, repeats=repeats)
-    return {name: spread([batches * size / value for value in values]) for name, values in seconds.items()}
+    if not config.dataset.workers:  # whose CPU time is not this process's
+        read()  # what was read ahead beside the last steps
+        seconds["reading, CPU time"] = [_cpu_seconds(read) for _ in range(repeats)]
+    speeds = {name: spread([batches * size / value for value in values]) for name, values in seconds.items()}
+    return Feeding(speeds, sum(array.nbytes / len(array) for array in first.values()))
+
+
+def _cpu_seconds(function: Callable[[], object]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start

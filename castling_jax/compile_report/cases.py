@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from castling_jax.bench.rivals import make_module, run_module
-from castling_jax.convert.run_folder import model_arguments
+from castling_jax.convert.run_folder import model_arguments, preprocessing_of
 from castling_jax.data.sources import Dataset, Unread
 from castling_jax.errors import InputError, check_at_least, check_known
 from castling_jax.models.attention.core import Kind
@@ -258,7 +258,7 @@ def model(
         shardings = state_shardings(state, placed)
         state, threshold = with_shardings((state, threshold), (shardings, replicated(placed)))
     task = task_of(built).from_config(config, built)
-    step = make_train_step(built, optimizer, task, shardings=shardings)
+    step = make_train_step(built, optimizer, task, preprocessing=preprocessing_of(config, size), shardings=shardings)
     shapes = batch_shapes(task.example_shapes(size), batch, placed)
     return Case(step, (state, shapes, threshold), {"donate_argnums": 0}, placed)
 
@@ -344,9 +344,10 @@ def recipe(
         }
         arguments = state, shapes, threshold, taught
         return Case(setup.train_step, arguments, {"donate_argnums": 0}, placed, held, facts)
-    variables = whole(get_variables(model))
-    held = {"parameters": variables, "images": shapes["image"]}
-    return Case(functools.partial(apply, model), (variables, shapes["image"]), {}, placed, held, facts)
+    variables, seen = whole(get_variables(model)), shapes["image"]
+    seen = jax.ShapeDtypeStruct(seen.shape, jnp.float32, sharding=seen.sharding)  # what `apply` takes
+    held = {"parameters": variables, "images": seen}
+    return Case(functools.partial(apply, model), (variables, seen), {}, placed, held, facts)
 
 
 def _teacher(config: ConfigDict, classes: int) -> tuple[Teacher | None, list[str]]:

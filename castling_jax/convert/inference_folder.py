@@ -25,10 +25,11 @@ from castling_jax.convert.files import read_safetensors
 from castling_jax.convert.inference import to_inference
 from castling_jax.convert.run_folder import CONFIG_FILE, INFERENCE
 from castling_jax.convert.shipped import locate
-from castling_jax.errors import InputError, about, check_known, reason, refusing, takes
+from castling_jax.errors import InputError, about, check, check_known, reason, refusing, takes
 from castling_jax.models.model import Model
 from castling_jax.models.registry import DTYPES, abstract_model
 from castling_jax.models.variables import MODEL, VARIABLES, Variables, apply, flatten, leaves_of, unflatten
+from castling_jax.normalization import model_input
 from castling_jax.ops.suppression import non_maximum_suppression
 from castling_jax.postprocessing import Suppression
 from castling_jax.preprocessing import Preprocessing
@@ -50,6 +51,7 @@ PROGRAM_FILE = "program.stablehlo"
 MODEL_FILE = "model.json"
 PAYLOADS = {"safetensors": VARIABLES_FILE, "orbax": "variables.orbax", "stablehlo": PROGRAM_FILE}
 PLATFORMS = ("cpu", "tpu", "cuda")  # an exported program runs on all of them
+IMAGE_DTYPES = ("float32", "uint8")  # what a program takes: normalised pixels, or pixels that it normalises
 FORMAT = 2  # format 1 had neither preprocessing nor classes
 
 
@@ -66,6 +68,7 @@ class Description:
       suppression: how a detector's outputs become detections; None if the file does not state it.
       category_ids: the number of each class in the annotations that a detector learnt from; None if the file does not
         state them.
+      image_dtype: one of IMAGE_DTYPES: "uint8" if the payload is a program that normalises pixels itself.
     """
 
     model: dict[str, Any]
@@ -75,6 +78,7 @@ class Description:
     classes: list[str] | None
     suppression: Suppression | None
     category_ids: list[int] | None
+    image_dtype: str = "float32"
 
 
 @takes(model=MODEL, variables=VARIABLES)
@@ -88,6 +92,7 @@ def save_inference(
     classes: Sequence[str] | None = None,
     suppression: Suppression | None = None,
     category_ids: Sequence[int] | None = None,
+    uint8: bool = False,
 ) -> None:
     """Writes an inference folder, which `load_inference` reads unless it holds a StableHLO program.
 
@@ -105,12 +110,16 @@ def save_inference(
         it returns the scores and boxes of all points.
       category_ids: the number of each class in the annotations that a detector learnt from; with None, model.json does
         not state them.
+      uint8: whether a StableHLO program takes uint8 pixels and normalises them itself, as `preprocessing` says.
 
     Raises:
       InputError: the variables are not the model's, the preprocessing or the classes do not fit the model, the format
-        is unknown, `path` is a file, or it cannot be written.
+        is unknown or has no program for `uint8`, `path` is a file, or it cannot be written.
     """
     check_known("format", format, PAYLOADS)
+    if uint8:
+        check_uint8(format)
+        check(preprocessing is not None, "a program for uint8 images needs the preprocessing that it normalises by.")
     path = as_path(path)
     classes = None if classes is None else list(classes)
     category_ids = None if category_ids is None else list(category_ids)
@@ -119,7 +128,7 @@ def save_inference(
         reach_bucket(path)
         with tempfile.TemporaryDirectory() as here:
             stated: dict[str, Any] = {"preprocessing": preprocessing, "classes": classes, "suppression": suppression}
-            stated |= {"category_ids": category_ids}
+            stated |= {"category_ids": category_ids, "uint8": uint8}
             save_inference(here, model, variables, format=format, **stated)
             # Copying onto an earlier payload would leave old files among the new ones.
             for name in PAYLOADS.values():
@@ -141,8 +150,9 @@ def save_inference(
     if model.task == "detection":
         description |= {"suppression": suppression and suppression.to_dict(), "category_ids": category_ids}
     if format == "stablehlo":
-        program = export_program(model, unflatten(arrays), suppression)
+        program = export_program(model, unflatten(arrays), suppression, pixels=preprocessing if uint8 else None)
         description |= {"images": ["batch", *_image_shape(model)], "platforms": PLATFORMS}
+        description |= {"image_dtype": IMAGE_DTYPES[uint8]}
     # The payload has a temporary name until it is complete, and an earlier payload stays in place until then.
     payload = folder / PAYLOADS[format]
     temporary = folder / f".{payload.name}.{os.getpid()}"
@@ -249,7 +259,14 @@ def read_description(path: str | os.PathLike) -> Description:
         _check_meaning(model, preprocessing, classes, category_ids)
         with refusing(TypeError, "suppression"):
             suppression = Suppression(**content["suppression"]) if content.get("suppression") else None
-    return Description(model, name, sha256, preprocessing, classes, suppression, category_ids)
+        image_dtype = content.get("image_dtype", "float32")  # programs without this key take float32
+        check(image_dtype in IMAGE_DTYPES, f"image_dtype must be float32 or uint8, not {str(image_dtype)[:100]!r}.")
+    return Description(model, name, sha256, preprocessing, classes, suppression, category_ids, image_dtype)
+
+
+def check_uint8(format: str) -> None:
+    """Refuses `uint8` for a format that holds no program."""
+    check(format == "stablehlo", f"only a program takes uint8 images: the format must be stablehlo, not {format}.")
 
 
 def _where_it_is(folder: epath.Path) -> str:
@@ -283,23 +300,35 @@ def _check_meaning(
 
 
 @takes(model=MODEL, variables=VARIABLES)
-def export_program(model: Model, variables: Variables, suppression: Suppression | None = None) -> bytes:
+def export_program(
+    model: Model,
+    variables: Variables,
+    suppression: Suppression | None = None,
+    *,
+    pixels: Preprocessing | None = None,
+) -> bytes:
     """The inference form's forward pass as serialised StableHLO, with the weights inside.
 
     One program serves all PLATFORMS and any number of images. `jax.export.deserialize(data).call(images)` turns images
     [batch, height, width, channels] in float32 into what `apply` returns: float32 logits, or a dict of a detector's
-    scores and boxes. With `suppression`, a detector's program returns `ops.non_maximum_suppression`'s dict of
+    scores and boxes. With `pixels`, the images are uint8, and the program normalises them as this preprocessing says.
+    With `suppression`, a detector's program returns `ops.non_maximum_suppression`'s dict of
     detections instead. A segmenter's program returns the class of each pixel, int32 [batch, height, width]. The program
     needs only jax and flatbuffers, and a jax not older than the one that exported it.
     """
     # A program for several platforms cannot contain a kernel for one of them.
     plain = abstract_model(**model.spec.with_backbone(implementation="xla") | {"form": "inference"})
     (batch,) = jax.export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, *_image_shape(model)), jnp.float32)
+    images = jax.ShapeDtypeStruct((batch, *_image_shape(model)), jnp.float32 if pixels is None else jnp.uint8)
+
     # An inner jit takes the variables as arguments. If they were constants, tracing would cast them to wider types, and
     # the program would store those.
     forward = jax.jit(functools.partial(program_outputs, plain, suppression=suppression))
-    program = jax.export.export(jax.jit(lambda images: forward(variables, images)), platforms=PLATFORMS)
+
+    def run(images: jax.Array) -> Any:
+        return forward(variables, images if pixels is None else model_input(images, pixels))
+
+    program = jax.export.export(jax.jit(run), platforms=PLATFORMS)
     return bytes(program(images).serialize())
 
 

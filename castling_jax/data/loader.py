@@ -93,7 +93,7 @@ def training_batches(
       max_corrupt_share: largest share of corrupt images among the images read.
 
     Returns:
-      An iterator of the transformed examples' arrays, stacked along a first axis [rows, ...]; integers are int32. It
+      An iterator of the transformed examples' arrays, stacked along a first axis [rows, ...]; labels are int32. It
       raises an InputError when more than max_corrupt_share of the images that this process has read are corrupt.
 
     Raises:
@@ -224,8 +224,8 @@ class _Parts:
 
 
 def _stacked(values: list[Any]) -> np.ndarray:
-    """Stacks the examples' values; integers become int32, because JAX has no int64 by default."""
-    stacked = np.stack(values)
+    """Stacks the examples' values; 64-bit integers become 32-bit ones, because JAX has no int64 by default."""
+    stacked = np.stack(values, casting="equiv")  # uint8 images among floats would become floats that look normalised
     return stacked.astype(np.int32) if stacked.dtype == np.int64 else stacked
 
 
@@ -265,7 +265,7 @@ def _whole(stream: grain.IterDataset, count: int, max_corrupt_share: float) -> I
                     raise _lost_worker(error) or error from error
             # The corrupt images are a list of names and reasons. They go to the counter, not into the batch.
             unreadable = [item for part in parts for item in part.pop("corrupt")]
-            batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            batch = {name: np.concatenate([part[name] for part in parts], casting="equiv") for name in parts[0]}
             corrupt.add(len(batch["weight"]), unreadable)
             yield batch
     finally:

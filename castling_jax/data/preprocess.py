@@ -13,11 +13,14 @@ from PIL import Image as PillowImage
 
 from castling_jax.data.transforms import EvalTransform
 from castling_jax.errors import InputError, about, refusing
+from castling_jax.normalization import model_input
 from castling_jax.preprocessing import Preprocessing
 
 
 def preprocess(images: Any, preprocessing: Preprocessing) -> Float[np.ndarray, "batch image_size image_size 3"]:
-    """Turns images into the input of `apply` and of exported programs, bit by bit as evaluation does.
+    """Turns images into the input of `apply` and of exported programs, as evaluation does.
+
+    The pixels are evaluation's bit by bit. Evaluation normalises them on the device, where rounding may differ.
 
     Args:
       images: one image or a list of them. An image is a path, gs:// too; the bytes of a JPEG, PNG or any other file
@@ -43,7 +46,8 @@ def preprocess(images: Any, preprocessing: Preprocessing) -> Float[np.ndarray, "
     prepared = []
     for name, image in named_images(images):
         with about(name):
-            prepared.append(transform({"image": read_image(image)})["image"])
+            seen = transform({"image": read_image(image)})["image"]
+            prepared.append(model_input(seen, preprocessing))
     if not prepared:
         raise InputError("preprocess needs at least one image, and there is none.")
     return np.stack(prepared)

@@ -74,8 +74,9 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": encoded bytes, or float32 [height, width, 3] in [0, 1]; "label": the class's number, from 0}.
+        """{"image": encoded bytes or uint8 [height, width, 3]; "label": the class's number, from 0}.
 
+        If the pixels of the data set do not have 8 bits, all its images are float32 [height, width, 3] in [0, 1].
         Instead of "label", a data set with boxes has "boxes", "classes", "crowd" and "size", as in `Annotations`; one
         with masks has "mask" (encoded) and "table", as in `MaskDataset`.
 

@@ -1,12 +1,10 @@
-"""Evaluation's transform of one example: any image in, a model's input out."""
+"""Evaluation's transform of one example: any image in, pixels of the model's size out."""
 
 import dataclasses
 from typing import Any
 
-import numpy as np
-
 from castling_jax.data.geometry import evaluation_view, size_of
-from castling_jax.data.pixels import normalize_images
+from castling_jax.data.pixels import example_image
 from castling_jax.preprocessing import Preprocessing
 
 
@@ -17,12 +15,11 @@ class EvalTransform:
     preprocessing: Preprocessing
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
-        """The example with its image as float32 [image_size, image_size, 3]; all else stays as it is.
+        """The example with its image as `example_image` returns it, [height, width, 3]; all else stays as it is.
 
         Raises:
           InputError: the image cannot be decoded.
         """
         image = example["image"]
         view = evaluation_view(size_of(image, self.preprocessing), self.preprocessing)
-        seen = np.asarray(view.image(image, self.preprocessing))
-        return example | {"image": normalize_images(seen, self.preprocessing)}
+        return example | {"image": example_image(view.image(image, self.preprocessing), self.preprocessing)}

@@ -150,6 +150,8 @@ class Task:
     ) -> Callable[[Example, np.random.Generator], Example]:
         """Returns the host's transform of a training example: picklable, and random only through its second argument.
 
+        The example's "image" is uint8 [height, width, 3], or floats that are normalised already; `finish_images` of
+        images.py says which other arrays concern the image.
         Where images of several sizes are learnt from, it is a `OneOf` of data/loader.py, a transform for each size.
 
         Raises:
@@ -159,7 +161,7 @@ class Task:
 
     @staticmethod
     def eval_transform(preprocessing: Preprocessing) -> Callable[[Example], Example]:
-        """Returns the host's transform of an example for evaluation; it can be pickled."""
+        """Returns the host's transform of an example for evaluation, "image" as in training; it can be pickled."""
         raise NotImplementedError
 
     @classmethod
@@ -168,14 +170,17 @@ class Task:
         return cls.eval_transform(preprocessing)
 
     def example_shapes(self, image_size: ImageSize) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of a transformed example's arrays; sharding and the compile report have no data."""
+        """Shapes and dtypes of a transformed example's arrays, for a data set with images of 8 bits.
+
+        The compile report has no data, and asks for them.
+        """
         raise NotImplementedError
 
     def prepare(self, batch: Batch, key: jax.Array, step: jax.Array) -> Batch:
         """Makes a batch ready for the model (its "image") and the loss, by mixing for example. Runs inside the step.
 
         Args:
-          batch: examples from `train_transform`, stacked.
+          batch: examples from `train_transform`, stacked, with finished images: see `finish_images` of images.py.
           key: the step's own random key.
           step: the step's number, from 0.
         """
@@ -214,7 +219,7 @@ class Task:
         Args:
           outputs: form -> the model's outputs in that form, from `apply`.
           exact: the same outputs, computed in float32 where rounding would hide the difference of the forms.
-          batch: examples from `eval_transform`, stacked, and `weight`, which is 0 for padding.
+          batch: examples from `eval_transform`, stacked, with finished images; and `weight`, which is 0 for padding.
         """
         raise NotImplementedError
 
@@ -259,7 +264,7 @@ class Predictions:
         Args:
           model: the model in inference form.
           variables: the model's variables.
-          batch: examples from the task's `eval_transform`, stacked.
+          batch: examples from the task's `eval_transform`, stacked, with finished images.
 
         Returns:
           Arrays with the images along the first axis.

@@ -1,6 +1,7 @@
 """Turns a trained model into its inference form, for good.
 
     python -m castling_jax convert SOURCE OUT [--format=safetensors] [--no-ema] [--bfloat16] [--check] [--no-nms]
+                                              [--uint8]
 
 drops the softmax branch, folds batch norm into the layers beside it, and prints what became of every parameter.
 SOURCE is a run's folder (the newest checkpoint is read, or the inference folder where there are no checkpoints), the
@@ -18,6 +19,7 @@ formats:
                   logits = program.call(images)  # [batch, size, size, 3] in float32, as castling_jax.preprocess makes
                                                  # them, or any program that does what model.json's preprocessing says
 
+                With --uint8 the program takes the pixels themselves, uint8 [batch, size, size, 3], and normalises them.
                 A detector's program returns a dict: boxes [batch, detections, 4] in pixels of the model's input,
                 scores, classes (-1 for none) and count; with --no-nms the scores and boxes of all points. A segmenter's
                 program returns the class of each pixel of its input, int32 [batch, height, width].
@@ -25,7 +27,7 @@ formats:
 examples:
   python -m castling_jax convert runs/digits exported --check
   python -m castling_jax convert runs/digits/checkpoints/1000 exported --format=orbax --bfloat16
-  python -m castling_jax convert runs/digits/inference program --format=stablehlo --check
+  python -m castling_jax convert runs/digits/inference program --format=stablehlo --uint8 --check
 """
 
 import argparse
@@ -61,6 +63,11 @@ def make_parser() -> Parser:
         default=True,
         help="whether a detector's program drops overlapping boxes itself, or returns all scores and boxes",
     )
+    parser.add_argument(
+        "--uint8",
+        action="store_true",
+        help="have a program take uint8 images, a quarter of the bytes, and normalise them itself",
+    )
     return parser
 
 
@@ -79,6 +86,7 @@ def main(options: Namespace) -> None:
         bfloat16=options.bfloat16,
         check=options.check,
         nms=options.nms,
+        uint8=options.uint8,
     )
 
 

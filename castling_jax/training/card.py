@@ -26,9 +26,10 @@ USES = {
     "stablehlo": '`jax.export.deserialize(open("program.stablehlo", "rb").read()).call(images)` returns the outputs. '
     "It needs only jax and flatbuffers. `model.json` says how an image becomes the input."
 }
+NORMALIZED, PIXELS = "float32, normalised", "uint8 RGB pixels, which it normalises itself"
 
 
-def model_card(weights: Weights, model: Model, format: str) -> str:
+def model_card(weights: Weights, model: Model, format: str, *, uint8: bool = False) -> str:
     """The card of an exported model, in Markdown.
 
     The license of the data and the model's intended use are marked TODO, for a person to write.
@@ -38,6 +39,7 @@ def model_card(weights: Weights, model: Model, format: str) -> str:
         shows the figures in the run's summary.
       model: the exported model.
       format: the export's format, one of `castling_jax.convert.inference_folder.PAYLOADS`.
+      uint8: whether the exported program takes uint8 images.
     """
     spec, pixels, classes = model.spec, weights.preprocessing, weights.classes
     figures, sides = _summary(weights), " x ".join(map(str, image_shape(spec.image_size)))
@@ -53,6 +55,10 @@ def model_card(weights: Weights, model: Model, format: str) -> str:
         "MACs an image": f"{count_macs(model) / 1e6:,.2f} M",
         "parameters' dtype": str(spec.param_dtype),
     }
+    if format in USES:
+        rows["images of the program"] = (
+            f"[batch, {sides.replace(' x ', ', ')}, {model.in_chans}], {PIXELS if uint8 else NORMALIZED}"
+        )
     if pixels is not None:
         rows["input"] = f"(pixel / 255 - {list(pixels.mean)}) / {list(pixels.std)}, RGB"
     if figures:

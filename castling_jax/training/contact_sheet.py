@@ -1,6 +1,5 @@
 """A contact sheet: a picture of what a configuration does to its images, one by one and then as a batch."""
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,16 +11,18 @@ from ml_collections import ConfigDict
 
 from castling_jax.convert.run_folder import model_arguments, preprocessing_of
 from castling_jax.data.loader import first_good
-from castling_jax.data.pixels import denormalize_images
 from castling_jax.models.registry import abstract_model
+from castling_jax.normalization import denormalize_images
 from castling_jax.plots import SMALL, png
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.sizes import image_shape, size_text
 from castling_jax.storage import write_atomically
+from castling_jax.tasks.images import finish_images
 from castling_jax.tasks.registry import check_dataset, task_of
 from castling_jax.tasks.task import Example, Task
 from castling_jax.training.config import default_config
 from castling_jax.training.setup import augmentation, load_split, named_splits
+from castling_jax.training.step import prepare_batch
 
 COLUMNS = 8  # even: mixing pairs images, and would make the middle one of an odd number its own partner
 BATCHES = 3  # rows of prepared batches
@@ -70,13 +71,14 @@ def draw_sheet(config: ConfigDict, *, examples: int) -> Figure:
     figure = Figure(figsize=(1.5 * COLUMNS, row_height * rows + 0.9), layout="constrained")
     axes = figure.subplots(rows, COLUMNS, squeeze=False)
     for row, (example, drawn) in enumerate(zip(sources[:examples], draws, strict=False)):
-        for axis, seen in zip(axes[row], [evaluation(example), *drawn], strict=True):
-            _show(axis, seen["image"], preprocessing)
+        for column, seen in enumerate([evaluation(example), *drawn]):
+            axis, key = axes[row, column], jax.random.key(config.seed + COLUMNS * row + column)
+            _show(axis, _finished(seen, preprocessing, key), preprocessing)
             task.draw(axis, seen, dataset.classes)
         axes[row, 0].set_ylabel(task.caption(example, dataset.classes), fontsize=SMALL)
     axes[0, 0].set_title("evaluation", fontsize="medium")
     axes[0, 1].set_title("training", fontsize="medium", loc="left")
-    batches = _prepared(task, [drawn[0] for drawn in draws[:COLUMNS]], config.seed)
+    batches = _prepared(task, [drawn[0] for drawn in draws[:COLUMNS]], preprocessing, config.seed)
     for row, batch in zip(axes[examples:], batches, strict=False):  # no rows for a task that does not change batches
         for axis, seen in zip(row, batch, strict=True):
             _show(axis, seen["image"], preprocessing)
@@ -89,9 +91,16 @@ def draw_sheet(config: ConfigDict, *, examples: int) -> Figure:
     return figure
 
 
-def _prepared(task: Task, examples: list[Example], seed: int) -> Iterator[list[Example]]:
+def _finished(example: Example, preprocessing: Preprocessing, key: jax.Array) -> np.ndarray:
+    """A transformed example's image as the model sees it: normalised, and with noise in an erased box."""
+    batch: Any = {name: np.asarray(example[name])[None] for name in ("image", "filled", "erased") if name in example}
+    return np.asarray(finish_images(batch, preprocessing, key)["image"][0])
+
+
+def _prepared(task: Task, examples: list[Example], preprocessing: Preprocessing, seed: int) -> Iterator[list[Example]]:
     """Yields a batch's examples BATCHES times, prepared with another key each time."""
-    prepare = jax.jit(functools.partial(task.prepare, jax.tree.map(lambda *leaves: np.stack(leaves), *examples)))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *examples)
+    prepare = jax.jit(lambda key, step: prepare_batch(task, stacked, key, step, preprocessing=preprocessing))
     for key in jax.random.split(jax.random.key(seed), BATCHES):
         batch = jax.device_get(prepare(key, 0))
         yield [{name: array[row] for name, array in batch.items()} for row in range(len(examples))]

@@ -17,6 +17,8 @@ from castling_jax.data.sources import Dataset
 from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, get_variables
+from castling_jax.preprocessing import Preprocessing
+from castling_jax.tasks.images import finish_images
 from castling_jax.tasks.registry import task_of
 from castling_jax.tasks.task import Answers, Batch, Task, seen_images
 from castling_jax.training.sharding import (
@@ -38,13 +40,14 @@ def make_evaluator(
     transform: EvalTransform,
     batch_size: int,
     mesh: Mesh,
+    preprocessing: Preprocessing | None = None,
     workers: int = 0,
     max_corrupt_share: float = 0.0,
 ) -> Evaluator:
     """Builds (variables, threshold) -> answers to the whole dataset; all processes get all answers.
 
     Corrupt images are left out, and more of them than max_corrupt_share raise an InputError. The dataset, its transform
-    and the workers are the same as for `evaluation_batches`.
+    and the workers are the same as for `evaluation_batches`. `preprocessing` is as in `make_train_step`.
 
     For models with batch norm, the difference between the two forms is computed in float32: folding rounds the kernels
     anew, and in bfloat16 the difference would show only that.
@@ -64,6 +67,7 @@ def make_evaluator(
     # Replicated, because every process collects all answers; they are a few numbers for each image.
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def answer_batch(variables: Variables, batch: Batch, threshold: jax.Array) -> Batch:
+        batch = finish_images(batch, preprocessing)
         images = seen_images(batch)
         outputs = exact = outputs_of(forms, variables, images, threshold)
         if exact_forms is not forms:
@@ -120,11 +124,13 @@ def _with(model: Model, **changes: str) -> Model:
 def configured_evaluator(config: ConfigDict, model: Model, dataset: Dataset, mesh: Mesh) -> Evaluator:
     """Calls `make_evaluator` with the options of a configuration."""
     task = task_of(model).from_config(config, model)
+    preprocessing = preprocessing_of(config, model.spec.image_size)
     return make_evaluator(
         model,
         dataset,
         task,
-        transform=task.split_transform(preprocessing_of(config, model.spec.image_size), dataset),
+        transform=task.split_transform(preprocessing, dataset),
+        preprocessing=preprocessing,
         batch_size=config.evaluation.batch_size,
         mesh=mesh,
         workers=config.dataset.workers,

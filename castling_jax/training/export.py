@@ -14,6 +14,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from castling_jax.convert.checkpoint import CHECKPOINTS
@@ -21,6 +22,7 @@ from castling_jax.convert.inference import check_switch, largest_difference, to_
 from castling_jax.convert.inference_folder import (
     MODEL_FILE,
     PAYLOADS,
+    check_uint8,
     compute_outputs,
     load_inference,
     program_outputs,
@@ -35,6 +37,7 @@ from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, count_parameters, flatten
+from castling_jax.normalization import denormalize_images, model_input
 from castling_jax.postprocessing import Suppression
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.sizes import size_text
@@ -63,6 +66,7 @@ def convert(
     bfloat16: bool,
     check: bool,
     nms: bool = True,
+    uint8: bool = False,
 ) -> None:
     """Converts weights to an inference folder, and describes each step on standard output.
 
@@ -74,16 +78,23 @@ def convert(
       bfloat16: whether parameters are stored in bfloat16.
       check: whether to compare the forms and the written files on held-out images.
       nms: whether a detector's program suppresses, and returns detections instead of all scores and boxes.
+      uint8: whether a program takes uint8 pixels and normalises them itself.
 
     Raises:
       InputError: what `read` and `save_inference` raise, the source names no model, or a check fails.
     """
     # The target is checked before the source is read, which may take minutes.
+    if uint8:
+        check_uint8(format)
     reach_bucket(out)
     _check_out(out)
     source = read(path, ema=ema)
     if source.model is None:
         raise InputError(f"'{path}' does not say which model it belongs to, as a run and an inference folder do.")
+    if uint8 and source.preprocessing is None:
+        raise InputError(
+            f"'{path}' does not say how an image becomes its model's input, so its program cannot take uint8 images."
+        )
     spec = source.model.spec
     variables = to_inference(source.variables, dtype=jnp.bfloat16 if bfloat16 else None)
     param_dtype = "bfloat16" if bfloat16 else spec.param_dtype
@@ -99,7 +110,10 @@ def convert(
     if check:
         _, config.dataset.eval_split = named_splits(config.dataset)
         preprocessing = source.preprocessing or preprocessing_of(config, spec.image_size)
-        images = held_out_images(task_of(source.model), preprocessing, config)
+        sent = held_out_images(task_of(source.model), preprocessing, config)
+        if uint8 and sent.dtype != np.uint8:  # a data set of floats
+            sent = np.rint(255 * denormalize_images(sent, preprocessing)).astype(np.uint8)
+        images = model_input(jnp.asarray(sent), preprocessing)
         print(f"\nOn {len(images)} images of {printable(config.dataset.name)} {printable(config.dataset.eval_split)}:")
         for line in compare_forms(source.model, source.variables, source.mask_threshold, images):
             print(f"  {line}")
@@ -112,13 +126,17 @@ def convert(
         classes=source.classes,
         category_ids=source.category_ids,
         suppression=suppression,
+        uint8=uint8,
     )
     if check:
-        print(f"  {compare_written(out, format, model, variables, images, suppression)}")
+        pixels = sent if uint8 else None
+        print(f"  {compare_written(out, format, model, variables, images, suppression, pixels=pixels)}")
         if param_dtype != spec.param_dtype:
             print(f"  {compare_cast(source.model, source.variables, model, variables, images)}")
     if not (out / CARD_FILE).exists():  # a card that a person has filled in stays
-        write_atomically(out / CARD_FILE, model_card(source, model, format).encode(errors="backslashreplace"))
+        write_atomically(
+            out / CARD_FILE, model_card(source, model, format, uint8=uint8).encode(errors="backslashreplace")
+        )
     size = _bytes(out / PAYLOADS[format]) + _bytes(out / MODEL_FILE)
     print(f"\nWrote {out}: {PAYLOADS[format]}, {MODEL_FILE} and {CARD_FILE}, {size / 1e6:,.2f} MB.")
 
@@ -178,10 +196,11 @@ def _fate(path: str, old: dict[str, Any], new: dict[str, Any], fates: dict[str, 
     return "folded with batch norm" if action == "folded" else "averaged with the second head"
 
 
-def held_out_images(task: type[Task], preprocessing: Preprocessing, config: ConfigDict) -> jax.Array:
-    """Up to CHECK_BATCHES batches of held-out images, [batch, height, width, 3], preprocessed for the task.
+def held_out_images(task: type[Task], preprocessing: Preprocessing, config: ConfigDict) -> np.ndarray:
+    """Up to CHECK_BATCHES batches of held-out images, [batch, height, width, 3], from the task's `eval_transform`.
 
-    Corrupt images are left out, and more of them than config.dataset.max_corrupt_share raise an InputError.
+    `model_input` turns them into the model's input. Corrupt images are left out, and more of them than
+    config.dataset.max_corrupt_share raise an InputError.
     """
     dataset = load_split(config, config.dataset.eval_split)
     if preprocessing.crop_mode == "slide":  # a window is an image like any other
@@ -190,7 +209,7 @@ def held_out_images(task: type[Task], preprocessing: Preprocessing, config: Conf
     count = min(CHECK_BATCHES * task.predictions.batch_size, len(dataset))
     share = config.dataset.max_corrupt_share
     batch = next(evaluation_batches(dataset, batch_size=count, transform=transform, max_corrupt_share=share))
-    return jnp.asarray(batch["image"][batch["weight"] > 0])
+    return batch["image"][batch["weight"] > 0]
 
 
 def compare_forms(model: Model, variables: Variables, mask_threshold: float | None, images: jax.Array) -> list[str]:
@@ -200,7 +219,7 @@ def compare_forms(model: Model, variables: Variables, mask_threshold: float | No
       model: the model, in either form.
       variables: the model's variables.
       mask_threshold: the threshold that training has reached, for a castling model in training form.
-      images: preprocessed images, such as `held_out_images`.
+      images: the model's input, floats.
 
     Raises:
       InputError: the two forms differ although they must be equal.
@@ -235,8 +254,19 @@ def compare_written(
     variables: Variables,
     images: jax.Array,
     suppression: Suppression | None,
+    *,
+    pixels: UInt8[np.ndarray, "batch height width 3"] | None = None,
 ) -> str:
     """Reads the written folder back, and compares its outputs, or a program's detections, with the model's.
+
+    Args:
+      out: the folder.
+      format: its format.
+      model: the model in inference form.
+      variables: the model's variables.
+      images: the model's input.
+      suppression: how a detector's program suppresses; None if it does not.
+      pixels: the images as a program for uint8 takes them; None for a program that takes `images`.
 
     Raises:
       InputError: the outputs differ by more than rounding.
@@ -245,7 +275,7 @@ def compare_written(
     if format == "stablehlo":
         expected = _outputs(model, variables, images, in_program, compute=program_outputs)
         program = jax.export.deserialize(bytearray((out / PAYLOADS[format]).read_bytes()))
-        outputs = jax.device_get(program.call(images))
+        outputs = jax.device_get(program.call(images if pixels is None else pixels))
         if model.task == "segmentation":
             share = float(np.mean(outputs != expected))
             check_at_most("the share of pixels of another class in the program", share, OTHER_PIXELS, "the limit")

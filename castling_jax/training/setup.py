@@ -16,13 +16,13 @@ from ml_collections import ConfigDict
 from castling_jax.convert.run_folder import exported_weights, model_arguments, preprocessing_of
 from castling_jax.data.folder import rest_of
 from castling_jax.data.loader import Batch, TrainTransform, training_batches
-from castling_jax.data.pixels import denormalize_images
 from castling_jax.data.sources import HELD_OUT_SPLITS, ArrayDataset, Dataset, find_splits, load_dataset, path_of
 from castling_jax.errors import InputError, Mistakes, check_at_most
 from castling_jax.models.macs import count_macs
 from castling_jax.models.model import Model
 from castling_jax.models.registry import DENSE_MODELS, MODELS, abstract_model, create_model
 from castling_jax.models.variables import Variables, get_variables
+from castling_jax.normalization import denormalize_images
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.registry import TASKS, check_dataset, task_of, unused_fields
 from castling_jax.tasks.task import Answers, Task, Teacher
@@ -125,7 +125,8 @@ class Setup:
         @functools.partial(jax.jit, out_shardings=replicated(self.mesh))
         def first(batch: dict[str, jax.Array], key: jax.Array, step: jax.Array) -> jax.Array:
             key = jax.random.fold_in(key, step)
-            return prepare_batch(self.task, batch, key, step, accumulate_steps=parts)["image"][:count]
+            options = {"preprocessing": self.preprocessing, "accumulate_steps": parts}
+            return prepare_batch(self.task, batch, key, step, **options)["image"][:count]
 
         images = first(batch, state.key, state.step)
         pixels = denormalize_images(images, self.preprocessing)
@@ -222,6 +223,7 @@ def set_up(
         model,
         optimizer,
         task,
+        preprocessing=preprocessing,
         ema_decay=config.train.ema_decay,
         ema_warmup=config.train.ema_warmup,
         skip_nonfinite=config.train.on_nonfinite == "skip",

@@ -18,6 +18,8 @@ from jaxtyping import ArrayLike
 from castling_jax.models.model import Model
 from castling_jax.models.variables import forward_train
 from castling_jax.ops.checks import is_known_empty
+from castling_jax.preprocessing import Preprocessing
+from castling_jax.tasks.images import finish_images
 from castling_jax.tasks.task import Batch, Task
 from castling_jax.training.sharding import replicated, whole_over_fsdp
 from castling_jax.training.state import TrainState
@@ -26,18 +28,28 @@ Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]
 
 
-def prepare_batch(task: Task, batch: Batch, key: jax.Array, step: jax.Array, *, accumulate_steps: int) -> Batch:
-    """Calls `task.prepare` on a step's batch.
+def prepare_batch(
+    task: Task,
+    batch: Batch,
+    key: jax.Array,
+    step: jax.Array,
+    *,
+    preprocessing: Preprocessing | None,
+    accumulate_steps: int = 1,
+) -> Batch:
+    """Finishes the images of a step's batch, and calls `task.prepare` on it.
 
     Args:
       task: the task to learn.
       batch: the global batch.
       key: the step's key: the state's key with the step's number folded in.
       step: the step's number, from 0.
+      preprocessing: the normalisation of uint8 images; None if all images are floats, normalised already.
       accumulate_steps: number of parts of the batch; part i's key is `key` with i folded in.
     """
-    # The first number that no part uses, so that mixing and drop-path are independent.
-    return task.prepare(batch, jax.random.fold_in(key, accumulate_steps), step)
+    # The first numbers that no part uses, so that mixing, erasing and drop-path are independent.
+    mixing_key, erasing_key = (jax.random.fold_in(key, accumulate_steps + index) for index in range(2))
+    return task.prepare(finish_images(batch, preprocessing, erasing_key), mixing_key, step)
 
 
 def make_train_step(
@@ -45,6 +57,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     task: Task,
     *,
+    preprocessing: Preprocessing | None = None,
     ema_decay: float | None = None,
     ema_warmup: bool = False,
     skip_nonfinite: bool = False,
@@ -66,6 +79,8 @@ def make_train_step(
       model: the model to train, in training form.
       optimizer: the optimiser; its state is in the TrainState.
       task: the task to learn.
+      preprocessing: the normalisation of uint8 images, which the step computes; None refuses uint8 images, and takes
+        floats that are normalised already, as it does with any preprocessing.
       ema_decay: decay of the moving averages; None if the state keeps none.
       ema_warmup: whether the decay at step k, counted from 0, is at most (1 + k) / (10 + k), so that the averages soon
         forget the initial weights (TensorFlow's ExponentialMovingAverage, num_updates).
@@ -117,7 +132,9 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, held: Any, threshold: ArrayLike) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        batch = prepare_batch(task, batch, key, state.step, accumulate_steps=accumulate_steps)
+        batch = prepare_batch(
+            task, batch, key, state.step, preprocessing=preprocessing, accumulate_steps=accumulate_steps
+        )
         # Gathered over fsdp once, here. Without this constraint, the compiler may gather activations instead if that
         # looks cheaper to it.
         params = place(state.params, shardings and whole_over_fsdp(shardings.params))

@@ -11,12 +11,13 @@ def test_rates_of_reading_steps_and_both_are_printed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["feeding", "--config=configs/digits.py", "--batches=2", "--repeats=2"])
     feeding.main()
     printed = capsys.readouterr().out
-    for name in ("reading", "steps", "both"):
+    for name in ("reading", "steps", "both", "reading, CPU time"):
         least, median, greatest = (
             float(n.replace(",", "")) for n in re.search(rf"{name} +(\S+) +(\S+) +(\S+)", printed).groups()
         )
         assert 0 < least <= median <= greatest
     assert "times as fast as the steps" in printed
+    assert f"the host sends {4 * 8 * 8 * 3 + 4} bytes for each image" in printed  # the digits' floats, and a label
 
 
 @pytest.mark.parametrize(

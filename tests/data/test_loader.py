@@ -256,3 +256,14 @@ def test_batches_are_those_of_earlier_versions():
             assert batch["label"][row] == example["label"]
             noise = np.random.default_rng((3, position)).random()
             np.testing.assert_array_equal(batch["image"][row], example["image"] + noise)
+
+
+def bytes_among_floats(example):
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    return example | ({"image": pixels} if example["label"] == 3 else {})
+
+
+@pytest.mark.parametrize("batch_size", [4, 40])  # in one part of a batch, or in another part
+def test_bytes_do_not_become_floats_that_look_normalised(batch_size):
+    with pytest.raises(TypeError, match="[Cc]annot cast"):
+        list(evaluation_batches(numbered(40), batch_size=batch_size, transform=bytes_among_floats))

@@ -25,6 +25,7 @@ FAMILIES: dict[str, dict] = {
     "deit": {"name": "deit_micro", "depth": 2, "drop_path_rate": 0.3},
     "pallas": {"name": "deit_micro", "depth": 1, "implementation": "pallas"},
     "plain": {"name": "deit_micro", "depth": 1},
+    "erased": {"name": "deit_micro", "depth": 1},  # uint8 images with erased boxes
     "levit": {
         **{"name": "levit_128s", "image_size": 32, "embed_dim": (16, 24), "depth": (1, 1), "num_heads": (2, 4)},
         **{"key_dim": 8, "distilled": True},
@@ -60,6 +61,7 @@ def steps(family: str, mesh_name: str, *, accumulate_steps: int = 1, threshold: 
 
     from castling_jax.models.registry import create_model
     from castling_jax.models.variables import flatten, get_variables
+    from castling_jax.preprocessing import Preprocessing
     from castling_jax.tasks.classification.task import Classification
     from castling_jax.tasks.reconstruction.task import Reconstruction
     from castling_jax.training import sharding
@@ -81,7 +83,11 @@ def steps(family: str, mesh_name: str, *, accumulate_steps: int = 1, threshold: 
     task = Classification(num_classes=10, label_smoothing=0.1)
     if family == "mae":
         task = Reconstruction(patch_size=2, norm_pix_loss=True)
-    step = make_train_step(model, optimizer, task, accumulate_steps=accumulate_steps, shardings=shardings)
+    if family == "erased":
+        batch["image"] = rng.integers(0, 256, batch["image"].shape, np.uint8)
+        batch["erased"] = rng.integers(1, 4, (BATCH, 4)).astype(np.int32)
+    options = {"preprocessing": Preprocessing(size), "accumulate_steps": accumulate_steps, "shardings": shardings}
+    step = make_train_step(model, optimizer, task, **options)
     with jax.set_mesh(mesh):
         state, metrics = step(state, sharding.shard_batch(batch, mesh, batch_size=BATCH), threshold)
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
@@ -131,6 +137,7 @@ def collectives(mesh_name: str, family: str = "deit") -> dict:
     from castling_jax.compile_report import dump
     from castling_jax.models.registry import abstract_model
     from castling_jax.models.variables import get_variables
+    from castling_jax.preprocessing import Preprocessing
     from castling_jax.tasks.classification.task import Classification
     from castling_jax.training import sharding
     from castling_jax.training.state import create_state
@@ -143,10 +150,11 @@ def collectives(mesh_name: str, family: str = "deit") -> dict:
     state = jax.eval_shape(lambda variables: create_state(variables, optimizer, 0), get_variables(model))
     shardings = sharding.state_shardings(state, mesh)
 
-    task = Classification(num_classes=10, label_smoothing=0.1)
+    task = Classification(num_classes=10, label_smoothing=0.1, erases=True)  # noise needs no communication
     batch = sharding.batch_shapes(task.example_shapes(model.spec.image_size), BATCH, mesh)
     threshold = jax.ShapeDtypeStruct((), jnp.float32)
-    step = make_train_step(model, optimizer, task, shardings=shardings)
+    preprocessing = Preprocessing(model.spec.image_size)
+    step = make_train_step(model, optimizer, task, preprocessing=preprocessing, shardings=shardings)
     with jax.set_mesh(mesh):
         lowered = jax.jit(step, donate_argnums=0).lower(sharding.with_shardings(state, shardings), batch, threshold)
     sent: dict[str, list[int]] = {}
@@ -163,6 +171,7 @@ def collectives(mesh_name: str, family: str = "deit") -> dict:
 CASES = {
     "deit": functools.partial(compare, "deit", [mesh for mesh in MESHES if mesh != "1"]),
     "accumulated": functools.partial(compare, "plain", ["1", "8 data"], accumulate_steps=2),
+    "erased": functools.partial(compare, "erased", ["8 data", "4 replica x fsdp", "8 all but replica"]),
     "pallas": functools.partial(compare, "pallas", ["8 data", "8 all but replica"]),
     "mae": functools.partial(compare, "mae", ["2 data", "4 replica x fsdp", "8 all but replica"]),
     "levit": functools.partial(compare, "levit", ["4 replica x fsdp", "8 all but replica"]),

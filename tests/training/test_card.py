@@ -54,6 +54,14 @@ def test_a_card_says_how_its_format_is_used(run):
         )
 
 
+def test_a_card_says_what_a_program_takes(run):
+    weights = read(run / "inference")
+    for uint8, takes in ((True, "uint8 RGB pixels, which it normalises itself"), (False, "float32, normalised")):
+        card = model_card(weights, weights.model, "stablehlo", uint8=uint8)
+        assert f"| images of the program | [batch, 8, 8, 3], {takes} |" in card
+    assert "images of the program" not in model_card(weights, weights.model, "safetensors")
+
+
 def test_without_a_summary_there_are_no_figures(run):
     (run / "summary.json").unlink()
     weights = read(run / "inference")

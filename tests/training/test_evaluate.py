@@ -4,11 +4,11 @@ import pytest
 from castling_jax.convert import to_torch
 from castling_jax.convert.inference import to_inference
 from castling_jax.convert.inference_folder import save_inference
-from castling_jax.data.pixels import normalize_images
 from castling_jax.data.sources import ArrayDataset
 from castling_jax.data.transforms import EvalTransform
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import apply, get_variables
+from castling_jax.normalization import normalize_images
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.classification.losses import cross_entropy
 from castling_jax.tasks.classification.task import Classification

@@ -15,6 +15,7 @@ from castling_jax.convert.inference_folder import MODEL_FILE, PAYLOADS, save_inf
 from castling_jax.convert.run_folder import write_config
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import count_parameters
+from castling_jax.normalization import model_input
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.detection.task import Detection
 from castling_jax.tools import convert
@@ -103,6 +104,29 @@ def test_a_checked_conversion_in_each_format(deit, tmp_path, monkeypatch, capsys
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([CARD_FILE, MODEL_FILE, PAYLOADS[name]])
     if name != "stablehlo":
         chex.assert_trees_all_equal(load_inference(tmp_path)[1], to_inference(variables))
+
+
+def test_a_program_of_pixels_is_checked_with_pixels(deit, tmp_path, monkeypatch, capsys):
+    """The digits are floats, so that the check rounds them to 8 bits first."""
+    folder, _, _ = deit
+    run(monkeypatch, folder, tmp_path, "--format=stablehlo", "--uint8", "--check")
+    assert "the written files, read back, give the same outputs" in capsys.readouterr().out
+    assert json.loads((tmp_path / MODEL_FILE).read_text())["image_dtype"] == "uint8"
+    assert "uint8 RGB pixels" in (tmp_path / CARD_FILE).read_text()
+
+
+def test_what_cannot_take_pixels_is_refused(deit, tmp_path, monkeypatch):
+    folder, model, variables = deit
+    out = tmp_path / "out"
+    for format in ("safetensors", "orbax"):
+        assert refusal(monkeypatch, folder, out, "--uint8", f"--format={format}") == (
+            f"only a program takes uint8 images: the format must be stablehlo, not {format}."
+        )
+    save_inference(tmp_path / "inference", model, variables)
+    assert "does not say how an image becomes its model's input, so its program cannot take uint8" in refusal(
+        monkeypatch, tmp_path / "inference", out, "--uint8", "--format=stablehlo"
+    )
+    assert not out.exists()
 
 
 def test_an_inference_folder_is_cast(deit, tmp_path, monkeypatch, capsys):
@@ -223,7 +247,9 @@ def test_a_corrupt_image_is_left_out_of_the_comparison_as_in_the_run(tmp_path, r
     config.dataset.update({"name": f"coco:{tmp_path}", "eval_split": "val"})
     preprocessing = Preprocessing(32, crop_mode="squash", crop_ratio=1.0)
     images = held_out_images(Detection, preprocessing, config)
-    np.testing.assert_allclose(images, preprocess(sorted((tmp_path / "val").iterdir()), preprocessing), atol=1e-6)
+    assert images.dtype == np.uint8
+    expected = preprocess(sorted((tmp_path / "val").iterdir()), preprocessing)
+    np.testing.assert_array_equal(model_input(images, preprocessing), expected)
     config.dataset.max_corrupt_share = 0.0
     with refuses("1 of the 4 images read so far are corrupt", "max_corrupt_share = 0 allows"):
         held_out_images(Detection, preprocessing, config)

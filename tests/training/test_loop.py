@@ -14,10 +14,10 @@ from castling_jax.convert.inference import to_inference
 from castling_jax.convert.inference_folder import load_inference
 from castling_jax.convert.run_folder import read_metrics
 from castling_jax.convert.weights import read
-from castling_jax.data.pixels import normalize_images
 from castling_jax.data.sources import load_dataset
 from castling_jax.errors import DeterministicError, InputError
 from castling_jax.models.variables import apply
+from castling_jax.normalization import normalize_images
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.classification.losses import cross_entropy
 from castling_jax.training import loop, setup, summary

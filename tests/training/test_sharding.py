@@ -169,7 +169,7 @@ ROUNDING = {"loss": 1e-6, "gradient_norm": 2e-6, "mask_density": 1e-6, "gradient
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["deit", "accumulated", "pallas", "levit", "mae"])
+@pytest.mark.parametrize("case", ["deit", "accumulated", "erased", "pallas", "levit", "mae"])
 def test_every_mesh_trains_as_one_device_does(case):
     for mesh, found in run_case(case).items():
         for name, tolerance in ROUNDING.items():

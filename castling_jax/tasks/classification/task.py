@@ -33,6 +33,8 @@ NO_MIXING = MappingProxyType({"mixup": 0.0, "cutmix": 0.0, "switch": 0.5, "proba
 class Classification(Task):
     """Batches are {"image", "label" [batch] int32}; outputs in training are the heads' logits [heads, batch, classes].
 
+    If boxes of images are erased, a batch also has "erased" [batch, 4], the boxes.
+
     If there is a teacher and the model has two heads, the second head learns from the teacher alone and the first one
     from the labels alone (Touvron et al., DeiT, section 4); a single head learns from both.
 
@@ -41,6 +43,7 @@ class Classification(Task):
       label_smoothing: share of each label that is spread over all classes.
       mixing: the options of `mix`: mixup, cutmix, switch, probability and mix_rows.
       teacher: a model to learn from beside the labels; None for none.
+      erases: whether boxes of images are erased.
     """
 
     name = "classification"
@@ -62,6 +65,7 @@ class Classification(Task):
     label_smoothing: float = 0.0
     mixing: Mapping[str, Any] = dataclasses.field(default_factory=lambda: NO_MIXING)
     teacher: Teacher | None = None
+    erases: bool = False
 
     @property
     def held(self) -> Variables:
@@ -76,7 +80,13 @@ class Classification(Task):
         cls, config: ConfigDict, model: Model, teacher: Teacher | None = None, *, steps_per_epoch: int = 1
     ) -> "Classification":
         check_no_windows(config.dataset)
-        return cls(model.spec.num_classes, config.loss.label_smoothing, mixing_options(config.augment), teacher)
+        return cls(
+            model.spec.num_classes,
+            config.loss.label_smoothing,
+            mixing_options(config.augment),
+            teacher,
+            erases=config.augment.erasing > 0,
+        )
 
     @staticmethod
     def train_transform(
@@ -89,10 +99,11 @@ class Classification(Task):
         return EvalTransform(preprocessing)
 
     def example_shapes(self, image_size: ImageSize) -> dict[str, jax.ShapeDtypeStruct]:
-        return {
-            "image": jax.ShapeDtypeStruct((*image_shape(image_size), 3), jnp.float32),
+        shapes = {
+            "image": jax.ShapeDtypeStruct((*image_shape(image_size), 3), jnp.uint8),
             "label": jax.ShapeDtypeStruct((), jnp.int32),
         }
+        return shapes | ({"erased": jax.ShapeDtypeStruct((4,), jnp.int32)} if self.erases else {})
 
     def prepare(self, batch: Batch, key: jax.Array, step: jax.Array) -> Batch:
         options = {"num_classes": self.num_classes, "label_smoothing": self.label_smoothing, **self.mixing}

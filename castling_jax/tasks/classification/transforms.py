@@ -1,4 +1,4 @@
-"""The augmentations of classification: an image of any size in, float32 pixels of the model's size out."""
+"""The augmentations of classification: an image of any size in, pixels of the model's size out."""
 
 import dataclasses
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from castling_jax.data.geometry import View, evaluation_view, is_float, random_resized_crop_box, size_of
-from castling_jax.data.pixels import as_floats, color_jitter, normalize_images, random_erasing, random_shift
+from castling_jax.data.pixels import color_jitter, example_image, random_erased_box, random_shift
 from castling_jax.data.randaugment import RandAugment, parse_policy
 from castling_jax.errors import InputError
 from castling_jax.preprocessing import Preprocessing
@@ -36,7 +36,13 @@ class TrainTransform:
     erasing: float
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """{"image", "label"} -> {"image" float32 [height, width, 3], "label"}.
+        """An example of a data set -> arrays of fixed shapes.
+
+        Returns:
+          "image": uint8 [height, width, 3]; float32 and normalised if the data set's pixels are floats.
+          "label": the class's number.
+          "erased": int32 [4], the box that the device fills with noise, as `random_erased_box` returns it; only if
+            `erasing` is above 0.
 
         Raises:
           InputError: the image cannot be decoded, or it has float pixels and an augmentation needs 8 bits.
@@ -54,14 +60,15 @@ class TrainTransform:
             seen = self.randaugment(seen, rng)
         if self.color_jitter:
             seen = color_jitter(seen, rng, self.color_jitter)
-        floats = as_floats(seen)
+        pixels = np.asarray(seen)
         if self.shift_pixels:
-            floats = random_shift(floats, rng, self.shift_pixels)
-        floats = normalize_images(floats, self.preprocessing)
-        # After the normalisation: the noise in the box is then distributed like the pixels.
-        if self.erasing and rng.random() < self.erasing:
-            floats = random_erasing(floats, rng)
-        return {"image": floats, "label": example["label"]}
+            pixels = random_shift(pixels, rng, self.shift_pixels)
+        result = {"image": example_image(pixels, self.preprocessing), "label": example["label"]}
+        if self.erasing:
+            is_erased = rng.random() < self.erasing
+            box = random_erased_box(pixels.shape[:2], rng) if is_erased else np.zeros(4, np.int32)
+            result["erased"] = box
+        return result
 
     def _draw_view(self, image: Any, rng: np.random.Generator) -> View:
         options = self.preprocessing

@@ -124,7 +124,7 @@ class Detection(Task):
 
     def example_shapes(self, image_size: ImageSize) -> dict[str, jax.ShapeDtypeStruct]:
         return {
-            "image": jax.ShapeDtypeStruct((*image_shape(image_size), 3), jnp.float32),
+            "image": jax.ShapeDtypeStruct((*image_shape(image_size), 3), jnp.uint8),
             "boxes": jax.ShapeDtypeStruct((self.max_boxes, 4), jnp.float32),
             "classes": jax.ShapeDtypeStruct((self.max_boxes,), jnp.int32),
             "valid": jax.ShapeDtypeStruct((self.max_boxes,), jnp.bool_),

@@ -12,7 +12,7 @@ from castling_jax.data.decode import Box, Size
 from castling_jax.data.geometry import View, size_of
 from castling_jax.data.loader import OneOf
 from castling_jax.data.loader import TrainTransform as AnyTrainTransform
-from castling_jax.data.pixels import as_floats, normalize_images, random_distortion
+from castling_jax.data.pixels import example_image, random_distortion
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.sizes import image_shape
 
@@ -50,8 +50,9 @@ class TrainTransform:
         Crowds are left out. So is a box whose centre is outside the crop, and what is beyond max_boxes.
 
         Returns:
-          {"image": float32 [height, width, 3], "boxes": float32 [max_boxes, 4], x0, y0, x1, y1 in its pixels,
-          "classes": int32 [max_boxes], "valid": bool [max_boxes]}; rows that are not valid are zero.
+          {"image": uint8 [height, width, 3], or float32 and normalised if the data set's pixels are floats, "boxes":
+          float32 [max_boxes, 4], x0, y0, x1, y1 in its pixels, "classes": int32 [max_boxes], "valid": bool
+          [max_boxes]}; rows that are not valid are zero.
 
         Raises:
           InputError: the image cannot be decoded, or its size is not what the annotations say.
@@ -70,11 +71,11 @@ class TrainTransform:
         kept = has_area & _has_centers(np.array([box]), boxes)[0]
 
         # The view's pixels are as many as the model takes, and often fewer than the image's.
-        floats = as_floats(seen)
+        pixels = np.asarray(seen)
         if self.distort:
-            floats = random_distortion(floats, rng, self.distort)
+            pixels = random_distortion(pixels, rng, self.distort)
         result = {
-            "image": normalize_images(floats, self.preprocessing),
+            "image": example_image(pixels, self.preprocessing),
             "boxes": np.zeros((self.max_boxes, 4), np.float32),
             "classes": np.zeros(self.max_boxes, np.int32),
             "valid": np.arange(self.max_boxes) < kept.sum(),
@@ -92,15 +93,15 @@ class EvalTransform:
     size: Size
 
     def __call__(self, example: Example) -> Example:
-        """{"image": float32 [height, width, 3], "size": int32 [2], (height, width) of the image itself}.
+        """{"image": as in training, "size": int32 [2], (height, width) of the image itself}.
 
         Raises:
           InputError: the image cannot be decoded, or its size is not what the annotations say.
         """
         size = size_of(example["image"], self.preprocessing)
         check_size(size, example)
-        seen = as_floats(View((0, 0, *size), self.size).image(example["image"], self.preprocessing))
-        return {"image": normalize_images(seen, self.preprocessing), "size": np.array(size, np.int32)}
+        seen = View((0, 0, *size), self.size).image(example["image"], self.preprocessing)
+        return {"image": example_image(seen, self.preprocessing), "size": np.array(size, np.int32)}
 
 
 def train_transform(augment: ConfigDict, preprocessing: Preprocessing) -> AnyTrainTransform:

@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
-from castling_jax.data.pixels import denormalize_images
 from castling_jax.errors import InputError
 from castling_jax.models.mae import MAE, image_of
 from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables, apply
+from castling_jax.normalization import denormalize_images
 from castling_jax.plots import draw_reconstructions
 from castling_jax.tasks.reconstruction.losses import paste, reconstruction_loss
 from castling_jax.tasks.task import Batch, Predictions

@@ -81,7 +81,7 @@ class Reconstruction(Task):
         return ImageEvalTransform(EvalTransform(preprocessing))
 
     def example_shapes(self, image_size: ImageSize) -> dict[str, jax.ShapeDtypeStruct]:
-        return {"image": jax.ShapeDtypeStruct((*image_shape(image_size), 3), jnp.float32)}
+        return {"image": jax.ShapeDtypeStruct((*image_shape(image_size), 3), jnp.uint8)}
 
     def prepare(self, batch: Batch, key: jax.Array, step: jax.Array) -> Batch:
         return batch

@@ -45,6 +45,8 @@ Outputs = Mapping[str, Array]
 class Segmentation(Task):
     """Batches are {"image", "mask" [batch, height, width]}, where a mask has a class or IGNORED for each pixel.
 
+    The host also sends "filled" [batch, 2], the size of the part of the result that the image fills.
+
     Attributes:
       num_classes: number of classes.
       dice: weight of the dice loss, beside the cross entropy's weight of 1.
@@ -107,7 +109,8 @@ class Segmentation(Task):
     def example_shapes(self, image_size: ImageSize) -> dict[str, jax.ShapeDtypeStruct]:
         size = image_shape(image_size)
         return {
-            "image": jax.ShapeDtypeStruct((*size, 3), jnp.float32),
+            "image": jax.ShapeDtypeStruct((*size, 3), jnp.uint8),
+            "filled": jax.ShapeDtypeStruct((2,), jnp.int32),
             "mask": jax.ShapeDtypeStruct(size, jnp.uint8),
         }
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from castling_jax.data.decode import Size
 from castling_jax.data.geometry import View, size_of
 from castling_jax.data.masks import IGNORED, read_labels
-from castling_jax.data.pixels import as_floats, normalize_images, random_distortion
+from castling_jax.data.pixels import example_image, random_distortion
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.segmentation.windows import windows_of
 
@@ -34,10 +34,16 @@ class TrainTransform:
     distort: float
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """An example of a data set -> {"image": float32 [height, width, 3], "mask": uint8 [height, width]}.
+        """An example of a data set -> arrays of fixed shapes.
 
         The scaled image is cropped at random where it is larger than the result. Where it is smaller, it is at the top
-        left, and beyond it the image has the mean colour and the mask IGNORED.
+        left, and beyond it the mask is IGNORED. There the device gives the image the mean colour, which no 8 bits hold
+        exactly.
+
+        Returns:
+          "image": uint8 [height, width, 3]; float32 and normalised if the data set's pixels are floats.
+          "filled": int32 [2], (height, width) of the part that the image fills.
+          "mask": uint8 [height, width].
 
         Raises:
           InputError: image or mask cannot be decoded, or `read_labels` refuses the mask.
@@ -55,12 +61,13 @@ class TrainTransform:
         down, across = (_random_part(side, seen, scale * more, rng) for side, seen, more in sides)
         box = (down[0], across[0], down[1], across[1])
         view = View(box, (down[2], across[2]), flip=bool(self.flip and rng.random() < self.flip))
-        floats = as_floats(view.image(image, options, reduced=True))
+        pixels = np.asarray(view.image(image, options, reduced=True))
         if self.distort:
-            floats = random_distortion(floats, rng, self.distort)
+            pixels = random_distortion(pixels, rng, self.distort)
         beyond = [(0, whole - seen) for whole, seen in zip(options.shape, view.size, strict=True)]
         return {
-            "image": np.pad(normalize_images(floats, options), (*beyond, (0, 0))),
+            "image": np.pad(example_image(pixels, options), (*beyond, (0, 0))),
+            "filled": np.array(view.size, np.int32),
             "mask": np.pad(view.mask(labels), beyond, constant_values=IGNORED),
         }
 
@@ -84,7 +91,7 @@ class EvalTransform:
         """An example of a data set -> arrays.
 
         Returns:
-          "image": float32 [height, width, 3]; [windows, height, width, 3] with crop_mode "slide".
+          "image": as in training; [windows, height, width, 3] with crop_mode "slide".
           "windows": float32 [windows, 4], the part of the image that each shows, as `windows_of` returns it.
           "size": int32 [2], (height, width) of the image itself.
           "mask": uint8, if there is a mask_size.
@@ -95,12 +102,13 @@ class EvalTransform:
         options = self.preprocessing
         size = size_of(example["image"], options)
         windows = windows_of(size, options)
-        seen = [as_floats(View(window, options.shape).image(example["image"], options)) for window in windows]
+        views = [View(window, options.shape) for window in windows]
+        seen = [example_image(view.image(example["image"], options), options) for view in views]
         lacking = max(self.most_windows - len(windows), 0)
         rows, _ = self.mask_size or size
         windows += [(rows + 1, 0, 1, 1)] * lacking
         seen += seen[:1] * lacking
-        images = normalize_images(np.stack(seen) if options.crop_mode == "slide" else seen[0], options)
+        images = np.stack(seen) if options.crop_mode == "slide" else seen[0]
         result = {"image": images, "windows": np.array(windows, np.float32), "size": np.array(size, np.int32)}
         if self.mask_size is not None:
             beyond = [(0, whole - side) for whole, side in zip(self.mask_size, size, strict=True)]

@@ -8,8 +8,9 @@ import scipy.ndimage
 from PIL import Image
 
 from castling_jax.data.geometry import center_crop_box, random_resized_crop_box
-from castling_jax.data.pixels import color_jitter, normalize_images, random_erasing, random_shift
+from castling_jax.data.pixels import color_jitter, random_erased_box, random_shift
 from castling_jax.data.transforms import EvalTransform
+from castling_jax.normalization import model_input, normalize_images
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.classification.transforms import train_transform
 from castling_jax.training.config import default_config
@@ -40,12 +41,10 @@ def training(size, **changes):
     return train_transform(augment_of(**changes), Preprocessing(image_size=size, **HALF))
 
 
-def to_uint8(image):
-    return np.asarray((image + 1) * 127.5).round().astype(np.uint8)
-
-
-def test_random_shift_is_a_whole_pixel_translation():
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_random_shift_is_a_whole_pixel_translation(dtype):
     image = np.random.default_rng(0).random((8, 6, 3), np.float32)
+    image = np.uint8(255 * image) if dtype == np.uint8 else image
     shifted = {
         scipy.ndimage.shift(image, (rows, columns, 0), order=0).tobytes()
         for rows in range(-2, 3)
@@ -137,9 +136,9 @@ def test_evaluation_resizes_the_short_side_and_cuts_out_the_middle(size, side, c
     example = transform({"image": array, "label": 7})
     assert example.keys() == {"image", "label"}
     assert example["label"] == 7
-    assert example["image"].dtype == np.float32
+    assert example["image"].dtype == np.uint8
     # The filters are the same but for the rounding of their positions.
-    np.testing.assert_allclose(to_uint8(example["image"]).astype(int), expected, atol=1)
+    np.testing.assert_allclose(example["image"].astype(int), expected, atol=1)
 
 
 def test_crop_box_may_lie_between_pixels():
@@ -151,9 +150,7 @@ def test_crop_box_may_lie_between_pixels():
 @pytest.mark.parametrize("shape", [(28, 28), (28, 28, 1), (28, 28, 3)])
 def test_an_image_of_the_models_size_is_not_touched(shape):
     array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    expected = normalize_images(
-        np.broadcast_to(array.reshape(28, 28, -1), (28, 28, 3)).astype(np.float32) / 255, Preprocessing(8)
-    )
+    expected = np.broadcast_to(array.reshape(28, 28, -1), (28, 28, 3))
     example = {"image": array, "label": 1}
     seen = EvalTransform(Preprocessing(image_size=28, crop_ratio=0.875, **HALF))(example)["image"]
     np.testing.assert_array_equal(seen, expected)
@@ -189,7 +186,7 @@ def test_digits_keep_their_floats_and_their_stream_of_shifts():
 def test_flip_is_a_mirror_image_as_often_as_asked(as_floats):
     image = picture(8, 8)
     whole = {"image": image.astype(np.float32) / 255 if as_floats else image, "label": 0}
-    plain = normalize_images(image.astype(np.float32) / 255, Preprocessing(8))
+    plain = normalize_images(whole["image"], Preprocessing(8)) if as_floats else image
     flipped = 0
     for seed in range(400):
         seen = training(8, flip=0.25)(whole, np.random.default_rng(seed))["image"]
@@ -206,7 +203,7 @@ def test_random_resized_crop_shows_the_box_that_is_drawn():
         (32, 32), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)
     )
     seen = training(32, crop_scale=(0.08, 1.0))({"image": image, "label": 0}, np.random.default_rng(3))["image"]
-    np.testing.assert_array_equal(to_uint8(seen), expected)
+    np.testing.assert_array_equal(seen, expected)
 
 
 def test_randaugment_fills_with_the_mean():
@@ -226,36 +223,32 @@ def test_color_jitter_draws_each_factor_from_its_range():
     np.testing.assert_array_equal(color_jitter(image, np.random.default_rng(0), 0.0), image)
 
 
-def test_erasing_puts_noise_into_a_box_and_leaves_the_rest():
-    image = np.full((40, 50, 3), 100, np.float32)
-    areas, ratios, noise, boxes = [], [], [], []
-    for seed in range(600):
-        erased = random_erasing(image, np.random.default_rng(seed))
-        changed = (erased != 100).any(axis=-1)
-        rows, columns = (np.flatnonzero(changed.any(axis)) for axis in (1, 0))
-        height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
-        assert changed.sum() == height * width  # a box, filled
-        areas.append(height * width / 2000)
-        ratios.append(height / width)
-        boxes.append((rows[0], columns[0], 40 - rows[-1], 50 - columns[-1]))
-        noise.append(erased[changed])
-    assert (image == 100).all()
+def test_erased_boxes_have_the_areas_and_ratios_asked_for():
+    boxes = np.array([random_erased_box((40, 50), np.random.default_rng(seed)) for seed in range(600)])
+    assert boxes.dtype == np.int32
+    top, left, height, width = boxes.T
+    areas, ratios = height * width / 2000, height / width
     # Sides are rounded to whole pixels: the smallest box is of some 3 x 11.
-    assert 0.015 < min(areas) < 0.03
-    assert 0.3 < max(areas) < 0.345
-    assert 0.25 < min(ratios) < 0.4
-    assert 2.5 < max(ratios) < 4
-    assert np.min(boxes, axis=0).tolist() == [0, 0, 1, 1]  # up to each border
-    noise = np.concatenate(noise)
-    assert abs(noise.mean()) < 5 / math.sqrt(noise.size)
-    assert abs(noise.std() - 1) < 5 / math.sqrt(2 * noise.size)
+    assert 0.015 < areas.min() < 0.03
+    assert 0.3 < areas.max() < 0.345
+    assert 0.25 < ratios.min() < 0.4
+    assert 2.5 < ratios.max() < 4
+    assert (top.min(), left.min(), (top + height).max(), (left + width).max()) == (0, 0, 40, 50)  # up to each border
 
 
-def test_erasing_is_as_often_as_asked_and_after_the_normalisation():
+def test_no_box_fits_into_a_line_of_pixels():
+    assert random_erased_box((1, 50), np.random.default_rng(0)).tolist() == [0, 0, 0, 0]
+
+
+def test_erasing_is_as_often_as_asked_and_leaves_the_pixels_to_the_device():
     black = {"image": np.zeros((16, 16, 3), np.uint8), "label": 0}
-    seen = [training(16, erasing=0.25)(black, np.random.default_rng(seed))["image"] for seed in range(400)]
-    assert all(np.mean(image == -1) > 0.5 for image in seen)
-    assert abs(np.mean([(image != -1).any() for image in seen]) - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 400)
+    seen = [training(16, erasing=0.25)(black, np.random.default_rng(seed)) for seed in range(400)]
+    assert not any(example["image"].any() for example in seen)
+    erased = np.array([example["erased"] for example in seen])
+    is_erased = erased.any(axis=1)
+    assert (erased[is_erased, 2:] > 0).all()
+    assert abs(np.mean(is_erased) - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 400)
+    assert training(16)(black, np.random.default_rng(0)).keys() == {"image", "label"}
 
 
 def test_transforms_are_pickled_and_draw_from_nothing_but_their_generator():
@@ -279,7 +272,8 @@ def test_floats_are_cropped_and_resized_as_eight_bits_are(size, crop_scale):
     floats = {"image": image.astype(np.float32) / 255, "label": 0}
     transform = training(24, crop_scale=crop_scale)
     results = [transform(each, np.random.default_rng(0))["image"] for each in (floats, {"image": image, "label": 0})]
-    assert results[0].dtype == np.float32
+    assert [result.dtype for result in results] == [np.float32, np.uint8]
+    results = [model_input(result, transform.preprocessing) for result in results]
     # Eight bits are rounded after each of the two directions: a level is 2 / 255 of a normalised image.
     np.testing.assert_allclose(*results, atol=1.5 * 2 / 255)
 

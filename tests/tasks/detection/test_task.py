@@ -213,6 +213,9 @@ def detect_by_brightness(model, variables, images, **_):
     return {"scores": scores, "boxes": jnp.concatenate([centers - half, centers + half], axis=-1)}
 
 
+PREPROCESSING = Preprocessing(160, crop_mode="squash", crop_ratio=1.0)
+
+
 @pytest.fixture
 def evaluate(monkeypatch):
     """(data set of four classes, batch size, options of `make_evaluator`) -> answers."""
@@ -223,7 +226,8 @@ def evaluate(monkeypatch):
             small_model(),
             dataset,
             task(num_classes=4, suppression=Suppression(max_detections=30)),
-            transform=Detection.eval_transform(Preprocessing(160, crop_mode="squash", crop_ratio=1.0)),
+            transform=Detection.eval_transform(PREPROCESSING),
+            preprocessing=PREPROCESSING,
             batch_size=batch_size,
             mesh=make_mesh({"replica": 1, "data": -1, "fsdp": 1, "tensor": 1}),
             **options,

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 
 from castling_jax.data.loader import OneOf, training_batches
-from castling_jax.data.pixels import HUE_DEGREES, denormalize_images, random_distortion
+from castling_jax.data.pixels import HUE_DEGREES, random_distortion
 from castling_jax.data.sources import load_dataset
+from castling_jax.normalization import model_input
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.detection.transforms import (
     CROP_ASPECTS,
@@ -54,7 +55,7 @@ EXAMPLE = rectangles((90, 120), CORNERS)
 
 def rendered(image, color):
     """The box (x0, y0, x1, y1) of the pixels that are of a colour by more than a half."""
-    pixels = denormalize_images(image, HALF)
+    pixels = image / 255
     is_on = np.array(color, bool)
     share = pixels[..., is_on].min(-1) - pixels[..., ~is_on].max(-1)
     rows, columns = np.nonzero(share > 0.5)
@@ -159,7 +160,7 @@ def test_tiny_images_are_cropped_too(size):
 def test_shapes_types_and_padding():
     result = transform(size=(32, 48), flip=1.0)(EXAMPLE, np.random.default_rng(0))
     assert {name: (array.shape, array.dtype) for name, array in result.items()} == {
-        "image": ((32, 48, 3), np.float32),
+        "image": ((32, 48, 3), np.uint8),
         "boxes": ((5, 4), np.float32),
         "classes": ((5,), np.int32),
         "valid": ((5,), bool),
@@ -188,7 +189,7 @@ def test_flip_is_as_often_as_asked():
 def test_evaluation_is_a_plain_resize():
     result = eval_transform(HALF)({"image": EXAMPLE["image"]})
     whole = Image.open(io.BytesIO(EXAMPLE["image"])).resize((64, 64), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(result["image"], (np.asarray(whole) / np.float32(255) - 0.5) / np.float32(0.5))
+    np.testing.assert_array_equal(result["image"], whole)
     assert result["size"].tolist() == [90, 120]
     assert result.keys() == {"image", "size"}
 
@@ -202,8 +203,10 @@ def test_arrays_are_taken_too(as_floats):
     found, expected = (changes(one, np.random.default_rng(3)) for one in (example, EXAMPLE))
     # Floats are not rounded after each of the resize's two passes, so that they differ by a level of 255, in a range of
     # 2. Brightness and contrast make it up to 1.5 times as much each, saturation 2.2 times (0.5 of the others' greys),
-    # and the turn of the hue 1.3 times.
-    np.testing.assert_allclose(found["image"], expected["image"], atol=2 / 255 * 1.5**2 * 2.2 * 1.3)
+    # and the turn of the hue 1.3 times. Eight bits are rounded once more at the end.
+    assert found["image"].dtype == (np.float32 if as_floats else np.uint8)
+    images = [model_input(one["image"], HALF) for one in (found, expected)]
+    np.testing.assert_allclose(*images, atol=2 / 255 * (1.5**2 * 2.2 * 1.3 + 0.5))
     np.testing.assert_array_equal(found["boxes"], expected["boxes"])
 
 
@@ -243,6 +246,17 @@ def test_colours_change_as_pillows_enhancers_change_them(factor, order):
     # and the steps behind it multiply that by the factor.
     most = sum((1 + abs(1 - factor)) * factor**step for step in range(len(order)))
     assert np.abs(255 * changed - expected).max() <= most + 1e-3
+
+
+def test_eight_bits_are_changed_as_floats_are_and_rounded():
+    pixels = pale(0, 256)
+    floats = pixels.astype(np.float32) / 255
+    for seed in range(20):
+        found, expected = (random_distortion(one, np.random.default_rng(seed), 0.5) for one in (pixels, floats))
+        assert found.dtype == np.uint8
+        # Half a level, and float32's rounding of up to 255.
+        np.testing.assert_allclose(found, 255 * expected, rtol=0, atol=0.5 + 1e-3)
+    assert random_distortion(pixels, np.random.default_rng(0), 0.0) is pixels
 
 
 @pytest.mark.parametrize("degrees", [-18.0, -5.0, 12.0])
@@ -316,7 +330,7 @@ class TestBatches:
         for batch in batches:
             assert (batch["boxes"] <= batch["image"].shape[1]).all()
             assert {name: array.dtype for name, array in batch.items()} == {
-                "image": np.float32,
+                "image": np.uint8,
                 "boxes": np.float32,
                 "classes": np.int32,
                 "valid": bool,

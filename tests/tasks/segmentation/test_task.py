@@ -13,6 +13,7 @@ from PIL import Image
 from castling_jax.data.masks import IGNORED, read_labels
 from castling_jax.data.preprocess import preprocess
 from castling_jax.data.sources import Unread, load_dataset
+from castling_jax.normalization import model_input
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.registry import task_of
 from castling_jax.tasks.segmentation.losses import pixel_cross_entropy, soft_dice_loss
@@ -72,6 +73,7 @@ def evaluate(monkeypatch):
             transform=Segmentation.split_transform(preprocessing, dataset),
             batch_size=batch_size,
             mesh=make_mesh({"replica": 1, "data": -1, "fsdp": 1, "tensor": 1}),
+            preprocessing=preprocessing,
             **options,
         )
         return evaluator(random_variables(small_model()), 0.05)
@@ -91,7 +93,8 @@ def counted_by_hand(dataset, form, indices=range(4), preprocessing=PREPROCESSING
         size = np.asarray(Image.open(io.BytesIO(example["image"]))).shape[:2]
         truth = read_labels(example, size)
         seen = transform(example)
-        logits = segment_by_colour(model, None, seen["image"].reshape(-1, *SIZE, 3))["logits"]
+        images = model_input(seen["image"].reshape(-1, *SIZE, 3), preprocessing)
+        logits = segment_by_colour(model, None, images)["logits"]
         logits = joined_by_hand(logits, seen["windows"], size)
         answer = logits.argmax(-1)
         counts = truth != IGNORED

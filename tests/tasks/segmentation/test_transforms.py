@@ -7,6 +7,7 @@ import pytest
 
 from castling_jax.data.masks import IGNORED, INVALID, table_of
 from castling_jax.preprocessing import Preprocessing
+from castling_jax.tasks.images import finish_images
 from castling_jax.tasks.segmentation.transforms import EvalTransform, TrainTransform, train_transform
 from castling_jax.training.config import default_config
 from tests.data.mask_files import labels, png
@@ -25,6 +26,12 @@ def transform(size=(32, 48), scale_range=None, flip=0.0, distort=0.0):
     return TrainTransform(Preprocessing(size, **PLAIN), scale_range, flip, distort)
 
 
+def finished(result, preprocessing):
+    """A transformed example's image as the device finishes it."""
+    batch = {name: array[None] for name, array in result.items()}
+    return np.asarray(finish_images(batch, preprocessing)["image"][0])
+
+
 def classes_in(image):
     """The classes that the image shows, where no two of them are mixed; and whether a pixel is beyond the image."""
     red = 255 * np.asarray(image)[..., 0]
@@ -37,11 +44,13 @@ def test_without_augmentation_the_pixels_are_the_images_own():
     example = example_of(mask)
     result = transform()(example, np.random.default_rng(0))
     assert {name: (x.shape, x.dtype) for name, x in result.items()} == {
-        "image": ((32, 48, 3), np.float32),
+        "image": ((32, 48, 3), np.uint8),
+        "filled": ((2,), np.int32),
         "mask": ((32, 48), np.uint8),
     }
     np.testing.assert_array_equal(result["mask"], np.where(mask == 11, IGNORED, mask))
-    np.testing.assert_array_equal(np.round(255 * result["image"][..., 0]), 20 + 60 * np.minimum(mask, 3))
+    np.testing.assert_array_equal(result["image"][..., 0], 20 + 60 * np.minimum(mask, 3))
+    assert result["filled"].tolist() == [32, 48]
 
 
 @pytest.mark.parametrize("scale_range", [(0.5, 2.0), (0.5, 0.5), (2.0, 2.0), (0.3, 0.9)])
@@ -55,7 +64,7 @@ def test_mask_and_image_move_together(scale_range, flip):
     padded = []
     for seed in range(12):
         result = transform((64, 80), scale_range, flip)(example, np.random.default_rng(seed))
-        shown, is_pure, is_beyond = classes_in(result["image"])
+        shown, is_pure, is_beyond = classes_in(finished(result, Preprocessing((64, 80), **PLAIN)))
         expected = np.where(is_beyond | (shown == 3), IGNORED, shown)
         agree = (result["mask"] == expected)[is_pure | is_beyond]
         # The nearest pixel may be the neighbour's at a block's very edge, where bicubic pixels can look pure.
@@ -66,6 +75,25 @@ def test_mask_and_image_move_together(scale_range, flip):
             height, width = (np.flatnonzero(~is_beyond.all(axis)).max() + 1 for axis in (1, 0))
             assert not is_beyond[:height, :width].any()
     assert (max(padded) > 0) == (scale_range[0] < 1)
+
+
+@pytest.mark.parametrize("as_floats", [False, True])
+def test_beyond_a_small_image_is_exactly_the_mean_colour(as_floats):
+    """Which is 0 after the normalisation, and which 8 bits could not hold: 0.485 x 255 is no level."""
+    preprocessing = Preprocessing((32, 48), **PLAIN | {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)})
+    mask = labels((90, 70))
+    example = example_of(mask)
+    if as_floats:
+        example["image"] = np.full((90, 70, 3), 0.25, np.float32)
+    drawn = TrainTransform(preprocessing, (0.4, 0.7), 0.5, 0.0)
+    for seed in range(10):
+        result = drawn(example, np.random.default_rng(seed))
+        image, (height, width) = finished(result, preprocessing), result["filled"].tolist()
+        assert 32 * 0.4 - 1 <= height <= 32 * 0.7 + 1
+        assert 48 * 0.4 - 1 <= width <= 48 * 0.7 + 1
+        assert image[:height, :width].all()
+        assert not image[height:].any()
+        assert not image[:, width:].any()
 
 
 def test_at_scale_one_training_sees_what_evaluation_sees():

@@ -86,7 +86,7 @@ def test_windows_show_their_parts_of_the_image():
     assert seen["image"].shape == (3, *SIZE, 3)
     assert seen["size"].tolist() == [20, 60]
     assert seen["windows"].tolist() == [[0, 0, 20, 30], [0, 15, 20, 30], [0, 30, 20, 30]]
-    for image, (_, left, _, width) in zip(255 * seen["image"], seen["windows"], strict=True):
+    for image, (_, left, _, width) in zip(seen["image"].astype(float), seen["windows"], strict=True):
         centres = left + (np.arange(24) + 0.5) * width / 24 - 0.5
         # Pixels are rounded to levels; at the image's ends, the filter sees the border.
         np.testing.assert_allclose(image[8, 2:-2, 0], 4 * centres[2:-2], atol=0.51)
