@@ -104,7 +104,7 @@ class Backbone(Model):
         Raises:
           InputError: the images do not fit the model, or a castling model in training form has no threshold.
         """
-        encoded, densities = self._encode(self._checked(images), mask_threshold, key)
+        encoded, densities = self._encode(self._checked(images), mask_threshold, key, for_maps=False)
         return self._classify(encoded, densities, training=key is not None)
 
     training_outputs = head_logits
@@ -126,7 +126,7 @@ class Backbone(Model):
         at a stride of 8 pixels, and the tokens after each stage, at 16, 32 and 64. MViTv2 has the tokens after each
         stage, at 4, 8, 16 and 32, before any norm. Arguments and errors are those of `head_logits`.
         """
-        return self._maps(*self._encode(self._checked(images), mask_threshold, key))
+        return self._maps(*self._encode(self._checked(images), mask_threshold, key, for_maps=True))
 
     def features(
         self, images: Float[Array, "batch height width channels"], *, mask_threshold: ArrayLike | None = None
@@ -135,8 +135,10 @@ class Backbone(Model):
         maps, _ = self.feature_maps(images, mask_threshold=mask_threshold)
         return maps[self.stem_maps :]
 
-    def _encode(self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None) -> tuple[Any, Any]:
-        """Everything before the heads. Returns the arguments `encoded` and `densities` of `_classify` and `_maps`."""
+    def _encode(
+        self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None, *, for_maps: bool
+    ) -> tuple[Any, Any]:
+        """Everything before the heads. Returns the arguments `encoded` and `densities` of `_maps` or `_classify`."""
         raise NotImplementedError
 
     def _classify(self, encoded: Any, densities: Any, *, training: bool) -> tuple[jax.Array, jax.Array]:

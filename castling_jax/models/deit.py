@@ -105,7 +105,9 @@ class Block(nnx.Module):
         self.norm2 = layers.layer_norm(dim)
         self.mlp = Mlp(dim, config.mlp_ratio, layers)
 
-    def __call__(self, x, *, places, mask_threshold, drawn):
+    def __call__(self, x, *, places, mask_threshold, drawn, needed_tokens=None):
+        """The tokens after the block, at least the first `needed_tokens`, and the mask density; None means all."""
+
         def by_layers(x):
             attended, density = self.attn(self.norm1(x), places=places, mask_threshold=mask_threshold)
             x = x + drop_path(attended, self.drop_path_rate, of_layer(drawn, 0))
@@ -115,7 +117,8 @@ class Block(nnx.Module):
         operation = self._operation(places) if drawn is None else None
         if operation is None:
             return by_layers(x)
-        return operation(x, self._weights(), otherwise=lambda x: by_layers(x)[0]), jnp.zeros((), jnp.float32)
+        out = operation(x, self._weights(), needed_tokens=needed_tokens, otherwise=lambda x: by_layers(x)[0])
+        return out, jnp.zeros((), jnp.float32)
 
     def _operation(self, places: Places) -> Callable[..., jax.Array] | None:
         """The attention kind's operation for a whole block at inference, if there is one and the block has no more."""
@@ -193,11 +196,12 @@ class DeiT(Backbone):
         self.feature_channels = (dim,)
 
     def _encode(
-        self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None
+        self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None, *, for_maps: bool
     ) -> tuple[tuple[jax.Array, tuple[int, int]], jax.Array]:
-        """((all tokens after the last norm, prefix first; the patches' grid), mask densities)."""
+        """((tokens after the last norm, prefix first; the patches' grid), mask densities)."""
         x, grid = self.embed(images)
-        x, densities = self.transform(x, Places(grid, self.prefix_tokens), mask_threshold, key)
+        needed = None if for_maps or self.fc_norm is not None else self.prefix_tokens
+        x, densities = self.transform(x, Places(grid, self.prefix_tokens), mask_threshold, key, needed_tokens=needed)
         return (x, grid), densities
 
     def embed(
@@ -219,7 +223,9 @@ class DeiT(Backbone):
         places: Places,
         mask_threshold: ArrayLike | None,
         key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "batch tokens embed_dim"], Float[Array, "layers"]]:
+        *,
+        needed_tokens: int | None = None,
+    ) -> tuple[Float[Array, "batch result_tokens embed_dim"], Float[Array, "layers"]]:
         """All blocks and the last norm.
 
         Args:
@@ -227,9 +233,10 @@ class DeiT(Backbone):
           places: where the tokens stand.
           mask_threshold: as in `training_outputs`.
           key: as in `training_outputs`.
+          needed_tokens: how many leading tokens of the result are needed; None means all.
 
         Returns:
-          The tokens, and the mask density of each layer.
+          The tokens, at least those that are needed, and the mask density of each layer.
         """
         # A Python loop, not a scan over stacked blocks: each block keeps its parameters under a name of its own, as in
         # timm's checkpoints, and blocks may differ.
@@ -243,10 +250,12 @@ class DeiT(Backbone):
                 places=places,
                 mask_threshold=mask_threshold,
                 drawn=of_layer(drawn, i),
+                needed_tokens=needed_tokens if i + 1 == len(self.blocks) else None,
             )
             densities.append(density)
-        # Of all tokens, though a classifier reads one or two. With fewer, XLA would no longer compute any block's means
-        # together with the product before: by its estimate a DeiT-S at 896 pixels would take a fifth longer on a TPU.
+        # Of all tokens that the last block returned, though a classifier reads one or two. If the layers' result were
+        # cut, XLA would no longer compute any block's means together with the product before: by its estimate a DeiT-S
+        # at 896 pixels, whose blocks are not one kernel, would take a fifth longer on a TPU.
         return x if self.norm is None else self.norm(x), jnp.stack(densities)
 
     def _classify(self, encoded, densities, *, training):

@@ -310,7 +310,7 @@ class LeViT(Backbone):
         self.feature_channels = (widths[0] // 2, *widths)
 
     def _encode(
-        self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None
+        self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None, *, for_maps: bool
     ) -> tuple[list[jax.Array], jax.Array]:
         """The feature maps, and the mask densities of all attentions, also the subsampling ones."""
         grid = patch_grid(images.shape[1:3], STEM_STRIDE, "the stem's stride")

@@ -322,7 +322,7 @@ class MViTv2(Backbone):
         self.feature_channels = tuple(config.embed_dim * 2**stage for stage in range(len(depths)))
 
     def _encode(
-        self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None
+        self, images: jax.Array, mask_threshold: ArrayLike | None, key: jax.Array | None, *, for_maps: bool
     ) -> tuple[list[jax.Array], list[jax.Array]]:
         """(outputs of the stages, mask densities of the layers)."""
         if min(images.shape[1:3]) < 1:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from castling_jax.errors import check
+from castling_jax.errors import check, check_between
 from castling_jax.ops.angular import linear_angular_attention
 from castling_jax.ops.block_weights import BlockWeights
 from castling_jax.ops.checks import check_array, check_implementation, check_shapes
@@ -25,9 +25,10 @@ def linear_angular_block(
     epsilon: float = 1e-6,
     grid: tuple[int, int] | None = None,
     prefix_tokens: int = 0,
+    needed_tokens: int | None = None,
     implementation: str = "auto",
     otherwise: Callable[[Array], Array] | None = None,
-) -> Float[Array, "batch tokens channels"]:
+) -> Float[Array, "batch result_tokens channels"]:
     """A pre-norm encoder block (Dosovitskiy et al., 2021, equations 2 and 3) with `linear_angular_attention`::
 
         x = x + proj(attention(q, k, v)),  q, k, v = qkv(norm1(x))
@@ -44,13 +45,15 @@ def linear_angular_block(
       epsilon: what both norms add to the variance.
       grid: (height, width) of the patches, for taps over the grid.
       prefix_tokens: leading tokens that taps over the grid leave out.
+      needed_tokens: how many leading tokens of the result are needed, such as the one that a classifier reads; None
+        means all. The kernel leaves out the others, and with them most of the block's work.
       implementation: "xla"; "pallas", the kernel (interpreted, and slow, on a CPU); or "auto", the kernel where the
         program is lowered for a TPU and the kernel takes these arguments, "xla" elsewhere.
       otherwise: computes the block of x where "auto" does without the kernel. A model gives its own layers, so that on
         other platforms inference computes bit by bit what training does.
 
     Returns:
-      The tokens after the block, in x's dtype.
+      The tokens after the block, in x's dtype: the kernel's result has the first `needed_tokens`, any other has all.
 
     Raises:
       InputError: shapes do not fit, or the kernel does not take the arguments: x is neither float32 nor bfloat16, the
@@ -58,6 +61,8 @@ def linear_angular_block(
     """
     check_implementation(implementation)
     check_array("x", x, ("batch", "tokens", "channels"))
+    needed_tokens = x.shape[1] if needed_tokens is None else needed_tokens
+    check_between("needed_tokens", needed_tokens, 1, x.shape[1])
     _check_weights(weights, x.shape[2], num_heads)
     if weights.token_kernel is not None:
         check_token_kernel(weights.token_kernel, x.shape[1], num_heads, grid, prefix_tokens)
@@ -97,6 +102,7 @@ def linear_angular_block(
         epsilon=epsilon,
         grid=grid,
         prefix_tokens=prefix_tokens,
+        needed_tokens=needed_tokens,
         plain=plain,
         fallback=None if implementation == "pallas" else fallback,
     )

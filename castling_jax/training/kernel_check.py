@@ -192,7 +192,8 @@ def _outputs_and_gradients(
 def _run(call: Call, arrays: dict[str, Any], implementation: str) -> dict[str, Any]:
     """The call's outputs by name, from these arrays and this implementation."""
     if call.operation == "linear_angular_block":
-        return {"output": linear_angular_block(**arrays, implementation=implementation, **call.options)}
+        out = linear_angular_block(**arrays, implementation=implementation, **call.options)
+        return {"output": out[:, : call.options["needed_tokens"]]}
     arrays = dict.fromkeys(("token_kernel", "query_values", "auxiliary", "bias")) | arrays
     q, k, v = arrays["q"], arrays["k"], arrays["v"]
     if call.operation == "masked_softmax_attention":

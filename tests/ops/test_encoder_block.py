@@ -95,6 +95,31 @@ def test_agrees_with_float64(case, implementation, dtype):
     assert difference(out, in_float64(x, weights, shape[3], grid, prefix)) < tolerance
 
 
+@pytest.mark.parametrize("needed", [1, 2, 9])
+@pytest.mark.parametrize("case", ["two images a step", "two prefix tokens, wide taps", "many tokens"])
+def test_only_needed_tokens(case, needed):
+    shape, taps, grid, prefix = CASES[case]
+    x, weights = draw(shape, taps)
+    where = {"grid": grid, "prefix_tokens": prefix} if grid else {}
+    block = functools.partial(ops.linear_angular_block, num_heads=shape[3], needed_tokens=needed, **where)
+    out = block(x, weights, implementation="pallas")
+    assert out.shape == (x.shape[0], needed, x.shape[2])
+    assert difference(out, in_float64(x, weights, shape[3], grid, prefix)[:, :needed]) < FLOAT32
+    assert block(x, weights, implementation="xla").shape == x.shape
+
+    def loss(implementation, x):
+        return jnp.sum(jnp.sin(block(x, weights, implementation=implementation)[:, :needed]))
+
+    one, other = (jax.grad(functools.partial(loss, name))(x) for name in ("pallas", "xla"))
+    np.testing.assert_allclose(one, other, atol=3e-5 * np.abs(other).max())
+
+
+def test_too_many_needed_tokens(refuses):
+    x, weights = draw((2, 16, 64, 4, 256), (9,))
+    with refuses("needed_tokens must be from 1 to 16, not 17"):
+        ops.linear_angular_block(x, weights, num_heads=4, needed_tokens=17)
+
+
 def test_gradients_are_those_of_the_plain_operations():
     shape, taps, *_ = CASES["two images a step"]
     x, weights = draw(shape, taps)

@@ -44,9 +44,10 @@ def linear_angular_block(
     epsilon: float,
     grid: tuple[int, int] | None,
     prefix_tokens: int,
+    needed_tokens: int,
     plain: Callable[[Array, BlockWeights], Array],
     fallback: Callable[[Array, BlockWeights], Array] | None,
-) -> Float[Array, "batch tokens channels"]:
+) -> Float[Array, "batch result_tokens channels"]:
     """The block in one kernel.
 
     Args:
@@ -56,9 +57,10 @@ def linear_angular_block(
       epsilon: what both norms add to the variance.
       grid: (height, width) of the patches, for taps over the grid.
       prefix_tokens: leading tokens that taps over the grid leave out.
+      needed_tokens: how many leading tokens the kernel computes.
       plain: the block in separate operations, for the gradients.
-      fallback: runs instead, with x and the weights, where there is no TPU or the kernel does not take them. None
-        raises an error instead, and interprets the kernel on a CPU.
+      fallback: runs instead, with x and the weights, where there is no TPU or the kernel does not take them. It
+        computes all tokens, and they are all returned where the kernel does not take them on any platform. None raises an error instead, and interprets the kernel on a CPU.
 
     Raises:
       InputError: without `fallback`: the kernel does not take the arguments, or the platform is a GPU.
@@ -72,20 +74,25 @@ def linear_angular_block(
         if fallback is None:
             raise
         return fallback(x, weights)
-    options = {"num_heads": num_heads, "epsilon": epsilon, "grid": grid, "prefix_tokens": prefix_tokens}
-    record("linear_angular_block", {"x": x, "weights": weights}, **options)
+    static = {"num_heads": num_heads, "epsilon": epsilon, "needed_tokens": needed_tokens}
+    record("linear_angular_block", {"x": x, "weights": weights}, **static, grid=grid, prefix_tokens=prefix_tokens)
 
-    run: Callable[..., Array] = functools.partial(_fused, num_heads=num_heads, epsilon=epsilon, positions=positions)
+    run: Callable[..., Array] = functools.partial(_fused, positions=positions, **static)
     if split is not None:
         mesh, tokens = split
         run = over_mesh(run, mesh, (tokens, PartitionSpec()), tokens)
 
     def kernel(x: Array, weights: BlockWeights, *, interpret: bool) -> Array:
         fused = jax.custom_vjp(functools.partial(run, interpret=interpret))
-        fused.defvjp(lambda *arguments: (fused(*arguments), arguments), lambda kept, d: jax.vjp(plain, *kept)[1](d))
+        fused.defvjp(
+            lambda *arguments: (fused(*arguments), arguments), lambda kept, d: jax.vjp(cut(plain), *kept)[1](d)
+        )
         return fused(x, weights)
 
-    return on_platform(kernel, x, weights, fallback=fallback)
+    def cut(compute: Callable[[Array, BlockWeights], Array]) -> Callable[[Array, BlockWeights], Array]:
+        return lambda x, weights: compute(x, weights)[:, :needed_tokens]
+
+    return on_platform(kernel, x, weights, fallback=None if fallback is None else cut(fallback))
 
 
 def needed_bytes(x: Array, weights: BlockWeights, num_heads: int, positions: TapPositions) -> int:
@@ -136,21 +143,22 @@ def _window_width(num_heads: int, channels: int) -> int:
     return window_heads(_layout(num_heads, channels)) * (channels // num_heads)
 
 
-@traced_once("num_heads", "epsilon", "positions", "interpret")
-def _fused(x, weights, *, num_heads, epsilon, positions, interpret):
+@traced_once("num_heads", "epsilon", "needed_tokens", "positions", "interpret")
+def _fused(x, weights, *, num_heads, epsilon, needed_tokens, positions, interpret):
     batch, tokens, channels = x.shape
     layout = _layout(num_heads, channels)
     images = _images_a_step(batch, tokens)
-    blocks = pl.BlockSpec((images, tokens, channels), lambda i: (i, 0, 0))
+    blocks, out_blocks = (pl.BlockSpec((images, n, channels), lambda i: (i, 0, 0)) for n in (tokens, needed_tokens))
+    out = jax.ShapeDtypeStruct((batch, needed_tokens, channels), x.dtype)
     resident = _resident_arrays(weights, layout, x.dtype)
     room = fast_memory_bytes()
     outputs = call(
         functools.partial(_kernel, layout=layout, positions=positions, epsilon=epsilon),
         inputs={"x": (x, blocks), **{name: _resident(array) for name, array in resident.items()}},
-        outputs={"out": (x, blocks)},
+        outputs={"out": (out, out_blocks)},
         scratch={
             "padded": positions.scratch(tokens, _window_width(num_heads, channels)),
-            "attended": pltpu.VMEM((tokens, channels), jnp.float32),
+            "attended": pltpu.VMEM((needed_tokens, channels), jnp.float32),
         },
         grid=(batch // images,),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=room),
@@ -214,15 +222,18 @@ def _dense(x, kernel, bias, dtype: jnp.dtype):
 
 
 def _attention(refs: Refs, x, layout: Heads, positions: TapPositions, epsilon: float):
-    """x + proj(attention(norm1(x))) in float32."""
-    dtype, channels = refs.x.dtype, x.shape[1]
+    """x + proj(attention(norm1(x))) in float32, of the tokens of the result."""
+    dtype, channels, needed = refs.x.dtype, x.shape[1], refs.out.shape[1]
     normed = layer_norm(x, refs.norm1_scale[...], refs.norm1_bias[...], epsilon)
-    total = x + refs.proj_bias[...]
+    total = x[:needed] + refs.proj_bias[...]
     for _, [lanes] in layout.windows(layout.key_dim):
         parts = [slice(start + lanes.start, start + lanes.stop) for start in (0, channels, 2 * channels)]
-        q, k, v = (_dense(normed, refs.qkv_kernel[:, part], refs.qkv_bias[:, part], dtype) for part in parts)
-        out = attend(product(dtype), refs, (lanes, lanes), q, k, v, query_values=v)
-        out += positions.convolve(refs.padded, v, refs.taps[:, lanes])
+        q, k, v = (
+            _dense(rows, refs.qkv_kernel[:, part], refs.qkv_bias[:, part], dtype)
+            for rows, part in zip((normed[:needed], normed, normed), parts, strict=True)
+        )
+        out = attend(product(dtype), refs, (lanes, lanes), q, k, v, query_values=v[:needed])
+        out += positions.convolve(refs.padded, v, refs.taps[:, lanes])[:needed]
         total += _dense(out, refs.proj_kernel[lanes, :], 0.0, dtype)
     return total
 
