@@ -54,6 +54,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
         "flip": "hflip horizontal_flip random_flip",
         "crop_scale": "scale random_resized_crop rrc",
         "crop_ratio": "crop_pct test_crop_ratio",
+        "interpolation": "train_interpolation test_interpolation resample",
         "mix_switch": "mixup_switch_prob",
         "mix_probability": "mixup_prob",
         "repeats": "repeated_aug aug_repeats num_repeats",

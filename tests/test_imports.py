@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -106,3 +107,33 @@ def test_what_is_imported_is_required():
     third_party = imported - set(sys.stdlib_module_names) - WHERE_INSTALLED
     missing = {name for name in third_party if PACKAGES.get(name, name).lower().replace("-", "_") not in required}
     assert not missing
+
+
+# What takes long to import, and is not needed for a command's first answer or a run's first step.
+PUBLIC_NAMES = "for name in castling_jax.__all__:\n    name == 'plots' or getattr(castling_jax, name)"
+SETTING_UP = """
+from castling_jax.training.setup import first_state, first_variables, set_up
+
+setup = set_up(castling_jax.load_config("digits"))
+first_state(setup, first_variables(setup))
+next(setup.batches())
+"""
+SLOW = ("matplotlib", "scipy", "sklearn", "tensorboardX", "tensorflow", "tensorflow_datasets", "pandas")
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("", ("jax", "numpy", "PIL", *SLOW)),
+        ("castling_jax.create_model", ("orbax", "grain", "PIL", "jax.experimental.pallas", *SLOW)),
+        ("castling_jax.predict", ("orbax", "grain", "jax.experimental.pallas", *SLOW)),
+        ("import castling_jax.training.config_help", ("orbax", "grain", "jax.experimental.pallas", *SLOW)),
+        (PUBLIC_NAMES, ("grain._src.python.dataset", "jax.experimental.pallas", *SLOW)),
+        (SETTING_UP, SLOW),
+    ],
+    ids=["the package", "a model", "predictions", "a configuration's check", "all of the API", "a run's setup"],
+)
+def test_slow_packages_are_imported_where_they_are_used(code, absent):
+    check = f"import sys\nimport castling_jax\n{code}\nprint(*sorted(sys.modules.keys() & {set(absent)!r}))"
+    ended = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == []

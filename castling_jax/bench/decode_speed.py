@@ -1,13 +1,14 @@
-"""Times how training reads images on one core: JPEGs -> random resized crops of 224 x 224.
+"""Times how training reads images: JPEGs -> random resized crops of 224 x 224, by the CPU time that they take.
 
 Pillow, which decodes the whole image, is timed beside it, and where TensorFlow is installed tf.data's fused
-decode_and_crop_jpeg.
+decode_and_crop_jpeg. The recipes' whole transform, as configs/deit.py has it, is timed too.
 """
 
 import functools
 import importlib.util
 import io
 import itertools
+import time
 from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
@@ -17,7 +18,10 @@ from PIL import Image
 
 from castling_jax.data.decode import Box, image_size, read_crop
 from castling_jax.data.geometry import random_resized_crop_box
+from castling_jax.preprocessing import Preprocessing
 from castling_jax.tables import aligned
+from castling_jax.tasks.classification.transforms import train_transform
+from castling_jax.training.config_files import load_config
 from castling_jax.training.timing import interleaved_seconds, spread
 
 SIDE = 224
@@ -25,6 +29,7 @@ SIZES = ((375, 500), (1500, 2000))  # ImageNet's usual size, and a camera's
 QUALITY = 90  # gives files of about 100 kB at the first size, as ImageNet's
 SCALE = (0.08, 1.0)
 WHOLE = "Pillow, whole images"
+RECIPE = "deit:small"  # the configuration whose transform is timed
 Crop = tuple[bytes, Box]
 Reader = Callable[[list[Crop]], Callable[[], object]]  # crops -> a call that reads all of them
 
@@ -54,8 +59,23 @@ def _one_by_one(read: Callable[[bytes, Box], object]) -> Reader:
     return lambda crops: lambda: read_all(crops)
 
 
-def _ours(data: bytes, box: Box) -> np.ndarray:
-    return np.asarray(read_crop(data, box, (SIDE, SIDE)))
+def _ours(data: bytes, box: Box, *, interpolation: str = "bicubic") -> np.ndarray:
+    return np.asarray(read_crop(data, box, (SIDE, SIDE), interpolation))
+
+
+def _recipe(crops: list[Crop], *, interpolation: str, flips_only: bool) -> Callable[[], object]:
+    """All that the loader does to an image in training: crop, flip, and RandAugment and erasing unless flips_only."""
+    config = load_config(RECIPE)
+    if flips_only:
+        config.augment.update(randaugment=None, erasing=0.0)
+    transform = train_transform(config.augment, Preprocessing(SIDE, interpolation=interpolation))
+
+    def read_all() -> None:
+        rng = np.random.default_rng(0)
+        for data, _ in crops:
+            transform({"image": data, "label": 0}, rng)
+
+    return read_all
 
 
 def _whole(data: bytes, box: Box) -> np.ndarray:
@@ -64,12 +84,12 @@ def _whole(data: bytes, box: Box) -> np.ndarray:
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
 
-def _tensorflow(crops: list[Crop], *, antialias: bool) -> Callable[[], object]:
+def _tensorflow(crops: list[Crop], *, method: str = "bicubic", antialias: bool = True) -> Callable[[], object]:
     import tensorflow as tf
 
     def read(data: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
         image = tf.io.decode_and_crop_jpeg(data, box, channels=3)
-        return tf.image.resize(image, (SIDE, SIDE), tf.image.ResizeMethod.BICUBIC, antialias=antialias)
+        return tf.image.resize(image, (SIDE, SIDE), method, antialias=antialias)
 
     options = tf.data.Options()
     options.threading.private_threadpool_size = options.threading.max_intra_op_parallelism = 1
@@ -80,16 +100,26 @@ def _tensorflow(crops: list[Crop], *, antialias: bool) -> Callable[[], object]:
 
 def find_readers() -> tuple[dict[str, Reader], list[str]]:
     """The readers that are installed, by name, and a sentence on each of the others."""
-    readers: dict[str, Reader] = {WHOLE: _one_by_one(_whole), "castling_jax": _one_by_one(_ours)}
+    readers: dict[str, Reader] = {
+        WHOLE: _one_by_one(_whole),
+        "castling_jax": _one_by_one(_ours),
+        "castling_jax, bilinear": _one_by_one(functools.partial(_ours, interpolation="bilinear")),
+    }
+    for flips_only, name in ((True, "transform: crop and flip"), (False, f"transform: {RECIPE}")):
+        for interpolation in ("bicubic", "bilinear"):
+            readers[f"{name}, {interpolation}"] = functools.partial(
+                _recipe, interpolation=interpolation, flips_only=flips_only
+            )
     if not importlib.util.find_spec("tensorflow"):
         return readers, ["TensorFlow is not installed: tf.data's decode_and_crop_jpeg is left out."]
-    for name, antialias in (("tf.data, cropped", True), ("tf.data, cropped, not antialiased", False)):
-        readers[name] = functools.partial(_tensorflow, antialias=antialias)
+    readers["tf.data, cropped"] = _tensorflow
+    readers["tf.data, cropped, bilinear"] = functools.partial(_tensorflow, method="bilinear")
+    readers["tf.data, cropped, not antialiased"] = functools.partial(_tensorflow, antialias=False)
     return readers, []
 
 
 def measure_reading(repeats: int, *, count: int = 48) -> tuple[list[dict[str, Any]], list[str]]:
-    """Times the readers in turns.
+    """Times the readers in turns, in seconds of CPU time: what one core reads, however busy the machine is.
 
     Args:
       repeats: timed calls of each reader.
@@ -106,7 +136,7 @@ def measure_reading(repeats: int, *, count: int = 48) -> tuple[list[dict[str, An
         crops = synthetic_crops(images, height, width)
         calls = {name: prepare(crops) for name, prepare in readers.items()}
         size = sum(len(data) for data, _ in crops) / images / 1e3
-        for name, seconds in (measured := interleaved_seconds(calls, repeats=repeats)).items():
+        for name, seconds in (measured := interleaved_seconds(calls, repeats=repeats, clock=time.process_time)).items():
             ratios = [whole / value for whole, value in zip(measured[WHOLE], seconds, strict=True)]
             row = {"height": height, "width": width, "kilobytes": size, "name": name}
             speeds = [images / value for value in seconds]
@@ -117,13 +147,13 @@ def measure_reading(repeats: int, *, count: int = 48) -> tuple[list[dict[str, An
 def describe_reading(rows: list[dict[str, Any]]) -> list[str]:
     """The lines of a table for each size of image; `rows` are `measure_reading`'s."""
     lines: list[str] = []
-    header = ("", "images/s", "ratio to Pillow: min", "median", "max")
+    header = ("", "images/s a core: median", "max", "ratio to Pillow: min", "median", "max")
     for (width, height, size), group in itertools.groupby(rows, itemgetter("width", "height", "kilobytes")):
-        title = f"JPEGs of {width} x {height}, {size:.0f} kB each, to random crops of {SIDE} x {SIDE} on one core"
+        title = f"JPEGs of {width} x {height}, {size:.0f} kB each, to random crops of {SIDE} x {SIDE}, by CPU time"
         cells = [
             (
                 row["name"],
-                f"{row['images_per_second']['median']:,.0f}",
+                *(f"{row['images_per_second'][of]:,.0f}" for of in ("median", "max")),
                 *(f"{ratio:.3f}" for ratio in row["ratio_to_pillow"].values()),
             )
             for row in group

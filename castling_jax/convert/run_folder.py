@@ -76,7 +76,7 @@ def preprocessing_of(config: Mapping[str, Any], image_size: ImageSize) -> Prepro
     Fields that an earlier version's config.json lacks get `Preprocessing`'s defaults.
     """
     data = config["dataset"]
-    names = ("mean", "std", "crop_ratio", "crop_mode", "exif")
+    names = ("mean", "std", "crop_ratio", "crop_mode", "interpolation", "exif")
     return Preprocessing(image_size, **{name: data[name] for name in names if name in data})
 
 

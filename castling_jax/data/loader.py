@@ -9,15 +9,17 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 from absl import flags
 from jaxtyping import Int
 
 from castling_jax.data.sources import Dataset
 from castling_jax.errors import DeterministicError, InputError, printable
+
+if TYPE_CHECKING:
+    import grain
 
 LOGGER = logging.getLogger(__name__)
 PART = 32  # images that one thread reads at a time; small, so that threads share a batch and use little memory
@@ -101,6 +103,8 @@ def training_batches(
     """
     if not 1 <= batch_size <= len(dataset):
         raise InputError(f"a batch must have from 1 to {len(dataset)} images (the whole data set), not {batch_size}.")
+    import grain  # here, because it imports Orbax, and predictions need neither
+
     # Shuffle before repeating, so that every epoch has each image once; grain gives each epoch its own order.
     order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat()
     read = functools.partial(_training_image, dataset, transform, order, seed, repeats, batch_size)
@@ -153,7 +157,7 @@ class _Read:
 def _training_image(
     dataset: Dataset,
     transform: TrainTransform,
-    order: grain.MapDataset,
+    order: "grain.MapDataset",
     seed: int,
     repeats: int,
     batch_size: int,
@@ -231,6 +235,8 @@ def _stacked(values: list[Any]) -> np.ndarray:
 
 def _batches(parts: _Parts, numbers: range, *, workers: int, max_corrupt_share: float) -> Iterator[Batch]:
     """Reads the parts with these numbers ahead of their use, and joins them into whole batches."""
+    import grain
+
     # Each worker process has one thread; without workers, this process reads with many.
     threads = 1 if workers else min(os.cpu_count() or 1, MAX_THREADS)
     options = grain.ReadOptions(threads, PARTS_AHEAD * threads)
@@ -249,7 +255,7 @@ def _ignore_signals(*_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _whole(stream: grain.IterDataset, count: int, max_corrupt_share: float) -> Iterator[Batch]:
+def _whole(stream: "grain.IterDataset", count: int, max_corrupt_share: float) -> Iterator[Batch]:
     """Joins each `count` parts into a batch, and counts its corrupt images."""
     corrupt = _Corrupt(max_corrupt_share)
     iterator = iter(stream)

@@ -23,6 +23,8 @@ from jaxtyping import Float, Int
 from castling_jax.data.annotations import Annotations, clip_boxes
 from castling_jax.data.coco import coco, coco_splits
 from castling_jax.data.decode import image_size
+from castling_jax.data.digits import SPLITS as DIGITS_SPLITS
+from castling_jax.data.digits import read_digits
 from castling_jax.data.folder import folder, folder_splits
 from castling_jax.data.masks import (
     IGNORED,
@@ -38,7 +40,6 @@ from castling_jax.data.voc import voc, voc_splits
 from castling_jax.errors import InputError, check_known, in_one_sentence, refusing
 from castling_jax.storage import as_path
 
-DIGITS_SPLITS = ("train", "test", "minitrain", "minival")
 FOLDER = "folder:"  # starts the name of a data set that is a folder of images
 HELD_OUT_SPLITS = ("val", "valid", "validation", "test")  # in the order of preference
 HELD_OUT_PERCENT = 10  # percentage of train that is held out if a data set has no HELD_OUT_SPLITS
@@ -354,20 +355,10 @@ def digits(split: str) -> ArrayDataset:
     Raises:
       InputError: the split is unknown.
     """
-    # scikit-learn takes a second to import, and no other dataset needs it.
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
     check_known("split of digits", split, DIGITS_SPLITS)
-    data = load_digits()
-    labels = data.target.astype(np.int32)
-    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    if split.startswith("mini"):
-        train, test = train_test_split(train, test_size=0.2, stratify=labels[train], random_state=0)
-    # Sorted: which images a split has must not depend on the order in which scikit-learn shuffles them.
-    indices = np.sort(train if split.endswith("train") else test)
-    images = (data.images[indices] / 16).astype(np.float32)  # scikit-learn's values are from 0 to 16
-    return ArrayDataset(np.repeat(images[..., None], 3, axis=-1), labels[indices], num_classes=10)
+    pixels, labels = read_digits(split)
+    images = (pixels / 16).astype(np.float32)  # scikit-learn's values are from 0 to 16
+    return ArrayDataset(np.repeat(images[..., None], 3, axis=-1), labels, num_classes=10)
 
 
 def tfds_dataset(

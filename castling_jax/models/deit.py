@@ -14,6 +14,7 @@ from castling_jax.errors import InputError, check_known
 from castling_jax.models.attention.core import Core, Places, where_taps_stand
 from castling_jax.models.attention.heads import MultiHeadAttention
 from castling_jax.models.backbone import Backbone, BackboneConfig
+from castling_jax.models.initializers import scaled_uniform
 from castling_jax.models.layers import (
     DEIT_STD,
     TORCH_INIT,
@@ -32,7 +33,7 @@ from castling_jax.sizes import image_shape
 
 QKV_POOLS = ("3x3",)
 GLOBAL_POOLS = ("token", "avg")
-XAVIER_PATCHES = jax.nn.initializers.glorot_uniform(in_axis=(0, 1, 2))  # a patch's pixels count as inputs of a matrix
+XAVIER_PATCHES = scaled_uniform(1.0, "fan_avg", in_axes=(0, 1, 2))  # a patch's pixels count as inputs of a matrix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

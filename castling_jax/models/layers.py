@@ -1,7 +1,6 @@
 """Layers that the backbones share."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from castling_jax.errors import InputError, check
+from castling_jax.models.initializers import Initializer, normal, scaled_uniform, uniform
 from castling_jax.ops.depthwise import convolve_channels
 from castling_jax.ops.gelu import gelu
 
@@ -21,16 +21,15 @@ from castling_jax.ops.gelu import gelu
 DEIT_STD = 0.02
 # PyTorch's default for linear layers and convolutions, a uniform distribution of variance 1 / (3 fan_in). DeiT's patch
 # embedding and all layers of LeViT except its heads start from it.
-TORCH_INIT = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+TORCH_INIT = scaled_uniform(1 / 3, "fan_in")
+XAVIER_INIT = scaled_uniform(1.0, "fan_avg")  # Glorot and Bengio, 2010
 BATCH_NORM_EPSILON = 1e-5
 SUBLANES = 8  # rows of a TPU's register: with fewer rows the compiler turns the product back into a reduction
 
 
-def torch_bias_init(fan_in: int) -> jax.nn.initializers.Initializer:
+def torch_bias_init(fan_in: int) -> Initializer:
     """PyTorch's default for the biases of linear layers and convolutions: uniform from -1 to 1 over sqrt(fan_in)."""
-
-    limit = 1 / math.sqrt(fan_in)
-    return functools.partial(jax.random.uniform, minval=-limit, maxval=limit)
+    return uniform(1 / math.sqrt(fan_in))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Layers:
     param_dtype: jnp.dtype
     rngs: nnx.Rngs
     init_std: float | None = DEIT_STD
-    kernel_init: jax.nn.initializers.Initializer = TORCH_INIT
+    kernel_init: Initializer = TORCH_INIT
     folded: bool = False
 
     @property
@@ -61,8 +60,7 @@ class Layers:
 
     def linear(self, features_in: int, features_out: int, **arguments: Any) -> nnx.Linear:
         """A dense layer with the ViT family's initial values: a normal of `init_std`, and zero bias."""
-        initializers = jax.nn.initializers
-        kernel_init = initializers.glorot_uniform() if self.init_std is None else initializers.normal(self.init_std)
+        kernel_init = XAVIER_INIT if self.init_std is None else normal(self.init_std)
         return nnx.Linear(features_in, features_out, kernel_init=kernel_init, **arguments, **self.flax)
 
     def layer_norm(self, features: int) -> nnx.LayerNorm:
@@ -71,7 +69,7 @@ class Layers:
 
     def embedding(self, *shape: int) -> nnx.Param:
         """A token or position embedding: a parameter drawn from a normal of standard deviation 0.02."""
-        return nnx.Param(jax.nn.initializers.normal(DEIT_STD)(self.rngs.params(), shape, self.param_dtype))
+        return nnx.Param(normal(DEIT_STD)(self.rngs.params(), shape, self.param_dtype))
 
     def zeros(self, *shape: int) -> nnx.Param:
         """A parameter that starts at zero."""
@@ -145,7 +143,7 @@ class Pool(nnx.Module):
       kernel_init: the kernel's initializer.
     """
 
-    def __init__(self, channels: int, layers: Layers, kernel_init: jax.nn.initializers.Initializer = TORCH_INIT):
+    def __init__(self, channels: int, layers: Layers, kernel_init: Initializer = TORCH_INIT):
         self.kernel = nnx.Param(kernel_init(layers.rngs.params(), (3, 3, 1, channels), layers.param_dtype))
 
     @jax.named_scope("pool")

@@ -12,9 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from castling_jax.models.depthwise_separable import Activated, separable, upsample
+from castling_jax.models.initializers import scaled_uniform
 from castling_jax.models.layers import Layers, LinearNorm
 
-KAIMING_UNIFORM = jax.nn.initializers.variance_scaling(2.0, "fan_in", "uniform")
+KAIMING_UNIFORM = scaled_uniform(2.0, "fan_in")
 Map = Float[Array, "batch height width channels"]
 
 

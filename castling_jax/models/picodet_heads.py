@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from castling_jax.models.depthwise_separable import KERNEL_SIZE, separable
+from castling_jax.models.initializers import normal
 from castling_jax.models.layers import ConvNorm, Layers, LinearNorm
 from castling_jax.models.pan import KAIMING_UNIFORM
 from castling_jax.ops.points import BINS, SIDES
@@ -97,7 +98,7 @@ class Head(nnx.Module):
 
 def head_layers(layers: Layers) -> Layers:
     """Layers with the initial values of a head's layers."""
-    return dataclasses.replace(layers, init_std=HEAD_STD, kernel_init=jax.nn.initializers.normal(HEAD_STD))
+    return dataclasses.replace(layers, init_std=HEAD_STD, kernel_init=normal(HEAD_STD))
 
 
 HEADS = {"lc_pan": Head, "csp_pan": LegacyHead}

@@ -6,13 +6,11 @@ names it. training/step.py and training/evaluate.py call its methods; read those
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from castling_jax.data.sources import Dataset
@@ -22,6 +20,10 @@ from castling_jax.models.variables import Variables
 from castling_jax.postprocessing import Suppression
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.sizes import ImageSize
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FORMS = ("train_form", "inference_form")
 Batch = dict[str, jax.Array]
@@ -200,7 +202,7 @@ class Task:
         """
         raise NotImplementedError
 
-    def draw(self, axis: Axes, example: Example, classes: Sequence[str]) -> None:
+    def draw(self, axis: "Axes", example: Example, classes: Sequence[str]) -> None:
         """Draws an example's annotations, such as boxes, over its image in `axis`. By default nothing is drawn."""
 
     def loss(self, outputs: Any, batch: Batch, held: Any) -> Loss:
@@ -283,7 +285,7 @@ class Predictions:
         """A table of (image, its answer or the InputError of an image that cannot be read), with a header."""
         raise NotImplementedError
 
-    def draw(self, images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Any]) -> Figure:
+    def draw(self, images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Any]) -> "Figure":
         """A sheet of images with their answers."""
         raise NotImplementedError
 

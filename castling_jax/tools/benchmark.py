@@ -23,6 +23,11 @@ On two CPU cores the layers take about five minutes, and with --backward and --m
 times how training images are read instead, from JPEGs to random crops, on one core. Pillow, which decodes whole images,
 and where it is installed TensorFlow, which decodes crops, are timed beside it (pip install tensorflow-cpu). It writes
 DIR/benchmark.json alone.
+
+    python -m castling_jax benchmark --startup=digits [--repeats=3]
+
+times the start of a training run instead, of this configuration: the CPU time of each part, with an empty compilation
+cache and with the one that the first start filled. It writes no file.
 """
 
 import argparse
@@ -61,6 +66,7 @@ def make_parser() -> Parser:
         help="make malloc keep freed memory (Linux): long calls then take half the time",
     )
     parser.add_argument("--loader", action="store_true", help="time how images are read instead")
+    parser.add_argument("--startup", metavar="CONFIG", help="time a start of this configuration's training instead")
     parser.add_argument("--no-peers", action="store_true", help="leave out PyTorch, timm and Equimo")
     parser.add_argument(
         "--max-score-gib",
@@ -87,6 +93,11 @@ def names(text: str) -> list[str]:
 
 @command(make_parser)
 def main(options: Namespace) -> None:
+    if options.startup is not None:
+        from castling_jax.bench.startup import describe_starts, measure_starts
+
+        print("\n".join(describe_starts(measure_starts(options.startup, options.repeats))))
+        return
     from castling_jax.bench.attention import JSON_FILE, MODELS_PICTURE, PICTURE_FILE, describe, run
 
     results = run(options)

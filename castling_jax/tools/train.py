@@ -72,11 +72,13 @@ def main(words: Sequence[str] | None = None) -> None:
         options = make_parser().read(words)
         profile = profiled_steps(options.profile)
 
-        from castling_jax.training import process
-
         if options.help_config or options.check:
-            process.show(options)
+            from castling_jax.training.config_help import show
+
+            show(options)
             return
+
+        from castling_jax.training import process
     process.handle_signals(name)
     if options.evaluate is None:
         process.train(options, name, profile)

@@ -115,6 +115,7 @@ FIELDS = {
     "dataset.std": Field((0.5,) * 3, PIXELS["std"], "The model sees (image - mean) / std."),
     "dataset.crop_ratio": Field(0.875, PIXELS["crop_ratio"], "Share of the short side that evaluation keeps."),
     "dataset.crop_mode": Field("center", PIXELS["crop_mode"], "center cuts, squash squeezes, slide moves a window."),
+    "dataset.interpolation": Field("bicubic", PIXELS["interpolation"], "How images are resized, always antialiased."),
     "dataset.exif": Field(False, FLAG, "Turn images as their EXIF orientation says; TFDS and torchvision do not."),
     # Augmentations of training images. 0, False or None turns one off.
     "augment.crop_scale": Field(None, CROP_SCALE, "Random resized crop: least and largest share of the image's area."),

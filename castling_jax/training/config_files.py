@@ -21,6 +21,7 @@ from castling_jax.training.config import FOUND_FIELDS, RUNTIME_FIELDS, RUNTIME_G
 _PACKAGE = Path(__file__).parents[1]
 # A wheel has configs/ inside the package; a checkout has it beside the package.
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+DEFAULT_CONFIG = "digits"  # main.py's, where none is named
 _LOADING = threading.Lock()  # the package _LOADED is in sys.modules, which all threads share
 _LOADED = "_castling_jax_configs"  # a configuration's folder is imported as a package of this name
 

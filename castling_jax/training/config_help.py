@@ -1,11 +1,24 @@
-"""Prints the fields of the configuration for `main.py --help-config`, and as docs/configuration.md."""
+"""What main.py says of a configuration without training, and docs/configuration.md."""
 
 import itertools
+from argparse import Namespace
 
 from ml_collections import ConfigDict
 
 from castling_jax.tables import markdown
 from castling_jax.training.config import FIELDS, default_config
+from castling_jax.training.config_files import DEFAULT_CONFIG
+from castling_jax.training.overrides import load_overridden, parse_overrides
+
+
+def show(options: Namespace) -> None:
+    """Prints the configuration's fields for `main.py --help-config`, or for --check that the configuration is valid."""
+    name = options.config or DEFAULT_CONFIG
+    if options.help_config:
+        print(describe_fields(parse_overrides(name, options.fields)[0]))
+    else:
+        load_overridden(name, options.fields)
+        print("The configuration is valid.")
 
 
 def describe_fields(config: ConfigDict) -> str:

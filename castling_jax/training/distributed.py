@@ -18,6 +18,7 @@ from castling_jax.errors import InputError, check_between
 HEARTBEAT_SECONDS = 20  # after so long without a sign from one process, JAX ends the others
 SHARING_SECONDS = 40  # network file systems may take so long to show another host's file
 SENTENCE_BYTES = 2048
+CACHED_SECONDS = 0.1  # JAX keeps programs from 1 s on; reading one takes some 10 ms from a disk, 50 ms from a bucket
 SHUTDOWN_SECONDS = 3600  # the others wait so long at the end, while process 0 writes the summary
 
 
@@ -96,10 +97,13 @@ def said_by_process_0(sentence: str) -> str:
 def use_compilation_cache(folder: epath.Path) -> None:
     """Keeps compiled programs in a folder, so that a resumed run need not compile again.
 
-    A cache that the environment names (JAX_COMPILATION_CACHE_DIR) is used instead.
+    Where the environment names a cache (JAX_COMPILATION_CACHE_DIR), or how long a program must take to be kept
+    (JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS), it has the last word.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHED_SECONDS)
 
 
 def has_others() -> bool:

@@ -22,8 +22,7 @@ from castling_jax.errors import DeterministicError, InputError, refusing_os_erro
 from castling_jax.storage import as_path, reach_bucket
 from castling_jax.training import distributed
 from castling_jax.training.checkpoints import next_start
-from castling_jax.training.config_files import find_config
-from castling_jax.training.config_help import describe_fields
+from castling_jax.training.config_files import DEFAULT_CONFIG, find_config
 from castling_jax.training.evaluate_run import evaluate_checkpoint, run_of
 from castling_jax.training.malloc import keep_freed_memory
 from castling_jax.training.overrides import load_overridden, parse_overrides
@@ -31,7 +30,6 @@ from castling_jax.training.preemption import Preempted
 from castling_jax.training.run import run
 from castling_jax.training.summary import SUMMARY_FILE
 
-DEFAULT_CONFIG = "digits"
 SAME_AGAIN = 3  # status after a DeterministicError; scripts/pod/resume.sh then does not start the run again
 BROKEN_PIPE = 128 + signal.SIGPIPE  # the status that shells report
 INTERRUPTED = 128 + signal.SIGINT  # the status that shells report
@@ -79,16 +77,6 @@ def evaluate(options: Namespace, program: str) -> None:
             files = evaluation.write(options.workdir or run_of(options.evaluate))
             print(evaluation, end="")
             print("".join(f"  {file}\n" for file in files), end="")
-
-
-def show(options: Namespace) -> None:
-    """Prints the configuration's fields, or that the configuration is valid."""
-    name = options.config or DEFAULT_CONFIG
-    if options.help_config:
-        print(describe_fields(parse_overrides(name, options.fields)[0]))
-    else:
-        load_overridden(name, options.fields)
-        print("The configuration is valid.")
 
 
 def default_workdir(name: str) -> epath.Path:

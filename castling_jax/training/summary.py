@@ -27,7 +27,6 @@ from castling_jax.models.macs import count_macs
 from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, apply, count_parameters, features, get_variables
-from castling_jax.plots import draw_training, png
 from castling_jax.sizes import image_shape
 from castling_jax.storage import write_atomically
 from castling_jax.tables import aligned
@@ -133,6 +132,8 @@ def save_picture(workdir: epath.Path) -> epath.Path:
     Raises:
       InputError: there are no metrics in workdir, or config.json is damaged.
     """
+    from castling_jax.plots import draw_training, png  # here, because matplotlib takes half a second to import
+
     history = read_history(workdir)
     if not len(history["step"]):
         raise InputError(f"'{workdir}' has no metrics to draw: {METRICS_FILE} is missing or empty.")

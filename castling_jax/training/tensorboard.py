@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
-from tensorboardX import SummaryWriter
-from tensorboardX.summary import hparams
 
 from castling_jax.models.variables import flatten
 
@@ -28,6 +26,8 @@ class TensorBoard:
     """
 
     def __init__(self, workdir: epath.Path, *, first_step: int, exported: str):
+        from tensorboardX import SummaryWriter  # here, because it imports Google's storage library where installed
+
         self._exported = exported
         self._events = SummaryWriter(str(workdir / EVENTS), purge_step=first_step + 1 if first_step else 0)
 
@@ -59,6 +59,8 @@ class TensorBoard:
           evaluated: the figures of the last evaluation.
           group: "eval" if these figures are written already; "test" if they belong to the test split.
         """
+        from tensorboardX.summary import hparams
+
         tagged = self._tagged(evaluated, group)
         if group != "eval":
             for tag, value in tagged.items():

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 
 import jax
-from jax.experimental.pallas import tpu as pltpu
 
 # A step is the forward pass and a backward pass of twice its cost; a multiply-accumulate is two operations. Operations
 # that rematerialisation repeats do not count (Chowdhery et al., PaLM, appendix B).
@@ -14,6 +13,10 @@ FLOPS_PER_MAC = 2 * 3
 
 def peak_flops() -> float | None:
     """One device's peak in bfloat16 operations a second; None if JAX does not know it, as for a CPU."""
+    if jax.default_backend() != "tpu":
+        return None
+    from jax.experimental.pallas import tpu as pltpu  # here, because importing Pallas takes a while
+
     try:
         info = pltpu.get_tpu_info()
     except ValueError:

@@ -8,21 +8,24 @@ from collections.abc import Callable
 import jax
 
 
-def interleaved_seconds(functions: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:
+def interleaved_seconds(
+    functions: dict[str, Callable[[], object]], *, repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of every call. The functions are called in turns, so that other load on the machine slows all alike.
 
     Args:
       functions: name -> function to time; each is called once before, to compile it.
       repeats: number of timed calls of each function.
+      clock: what is read before and after a call; time.process_time counts the CPU time of all threads.
     """
     for function in functions.values():
         jax.block_until_ready(function())
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             jax.block_until_ready(function())
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

@@ -83,10 +83,12 @@ def test_the_converter_hands_on_what_a_run_says(tmp_path, monkeypatch, format):
     run = write_run(tmp_path / "run", LEVIT)
     config = json.loads((run / "config.json").read_text())
     config["dataset"] |= {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 3], "crop_ratio": 1.0, "exif": True}
+    config["dataset"]["interpolation"] = "bilinear"
     (run / "config.json").write_text(json.dumps(config))
     source = read(run)
     assert source.classes == ["a", "b"]
-    assert source.preprocessing == Preprocessing(32, mean=(0.1, 0.2, 0.3), std=(1, 2, 3), crop_ratio=1, exif=True)
+    values = {"mean": (0.1, 0.2, 0.3), "std": (1, 2, 3), "crop_ratio": 1.0, "interpolation": "bilinear", "exif": True}
+    assert source.preprocessing == Preprocessing(32, **values)
     for path, out in ((run, "out"), (tmp_path / "out", "again")) if format != "stablehlo" else ((run, "out"),):
         monkeypatch.setattr("sys.argv", ["convert", str(path), str(tmp_path / out), f"--format={format}"])
         convert_tool.main()

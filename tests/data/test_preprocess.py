@@ -113,9 +113,8 @@ def test_it_is_kept_as_json():
     whole = Preprocessing(7, mean=(0, 0.5, 1), std=(1, 2, 3), crop_ratio=1, interpolation="bilinear", exif=True)
     assert Preprocessing.from_dict(json.loads(json.dumps(whole.to_dict()))) == whole
     data = default_config().dataset  # an earlier version's config.json may lack them
-    assert Preprocessing(7) == Preprocessing(
-        7, mean=data.mean, std=data.std, crop_ratio=data.crop_ratio, exif=data.exif
-    )
+    names = ("mean", "std", "crop_ratio", "crop_mode", "interpolation", "exif")
+    assert Preprocessing(7) == Preprocessing(7, **{name: data[name] for name in names})
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import textwrap
 import numpy as np
 import pytest
 
+from castling_jax.data import digits
 from castling_jax.data.sources import DIGITS_SPLITS, load_dataset
 from castling_jax.errors import InputError
 from tests.data.tfds_builders import CLASSES, encoded, prepared
@@ -27,6 +28,23 @@ def test_held_out_fifth_is_stratified(whole, part):
     large, small = (np.bincount(load_dataset("digits", split).labels) for split in (whole, part))
     # Rounding to whole images moves each class by less than one.
     np.testing.assert_array_less(np.abs(small - (large + small) / 5), 1)
+
+
+def test_digits_are_scikit_learns(monkeypatch):
+    """The pixels and labels are load_digits', and the splits are those that train_test_split draws."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    minitrain, minival = train_test_split(train, test_size=0.2, stratify=labels[train], random_state=0)
+    for split, members in {"train": train, "test": test, "minitrain": minitrain, "minival": minival}.items():
+        for file in (digits.FILE, "no/such/file"):
+            monkeypatch.setattr(digits, "FILE", file)
+            images, targets = digits.read_digits(split)
+            np.testing.assert_array_equal(images.reshape(-1, 64), pixels[np.sort(members)])
+            np.testing.assert_array_equal(targets, labels[np.sort(members)])
+            assert targets.dtype == np.int32
 
 
 def test_splits_are_disjoint_and_complete():

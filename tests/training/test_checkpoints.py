@@ -305,6 +305,13 @@ def test_checksum_sees_every_flipped_bit():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8, jnp.bool_])
+def test_checksum_in_numpy_is_that_of_the_devices(dtype):
+    for shape in ((), (7,), (300, 5, 90)):  # the last has more than 2^16 places, whose upper half counts too
+        array = np.random.default_rng(0).integers(0, 2**7, shape).astype(dtype)
+        assert checksums([array]) == checksums([jnp.asarray(array)])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8, jnp.bool_])
 def test_checksum_depends_on_order(dtype):
     array = jnp.array([0, 1, 1, 0, 0, 1]).astype(dtype)
     assert checksums([array]) != checksums([array[::-1]])

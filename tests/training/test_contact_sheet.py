@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import castling_jax.plots
 from castling_jax.convert.run_folder import write_config
 from castling_jax.errors import InputError
 from castling_jax.tasks.classification.task import Classification
 from castling_jax.tools import plots
-from castling_jax.training import contact_sheet, summary
+from castling_jax.training import contact_sheet
 from castling_jax.training.config import default_config
 from castling_jax.training.config_files import load_config
 from castling_jax.training.metrics import MetricsWriter
@@ -46,8 +47,13 @@ def test_a_detectors_picture_is_drawn_anew_as_a_detectors(tmp_path, monkeypatch)
     config.mask.kind = "fade"
     write_config(tmp_path, config.to_dict())
     drawn = []
-    draw = summary.draw_training
-    monkeypatch.setattr(summary, "draw_training", lambda *_, **options: drawn.append(draw(*_, **options)) or drawn[0])
+    draw = castling_jax.plots.draw_training
+
+    def keep(history, **options):
+        drawn.append(draw(history, **options))
+        return drawn[0]
+
+    monkeypatch.setattr(castling_jax.plots, "draw_training", keep)
     plots.main([str(tmp_path)])
     texts = [axis.get_title() for axis in drawn[0].axes] + [axis.get_ylabel() for axis in drawn[0].axes]
     for said in ("Held-out mAP", "varifocal + GIoU + distribution focal loss", "Softmax branch kept by the fade"):

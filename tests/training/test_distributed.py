@@ -75,11 +75,14 @@ def test_a_folder_that_not_all_processes_see_is_refused(monkeypatch, refuses, tm
 def test_compiled_programs_are_kept_with_the_run_unless_the_environment_says_where(monkeypatch, own):
     updates = []
     monkeypatch.setattr(jax.config, "update", lambda *given: updates.append(given))
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    if own:
-        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", own)
+    theirs = {"JAX_COMPILATION_CACHE_DIR": own, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": own and "2"}
+    for name, value in theirs.items():
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
     distributed.use_compilation_cache(epath.Path("gs://bucket/run/compiled"))
-    assert updates == ([] if own else [("jax_compilation_cache_dir", "gs://bucket/run/compiled")])
+    folder, seconds = ("jax_compilation_cache_dir", "gs://bucket/run/compiled"), distributed.CACHED_SECONDS
+    assert updates == ([] if own else [folder, ("jax_persistent_cache_min_compile_time_secs", seconds)])
 
 
 def test_a_process_alone_ends_as_usual(capsys):

@@ -1,6 +1,7 @@
 import types
 
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from castling_jax.training import throughput
 from castling_jax.training.throughput import Meter, peak_flops
@@ -48,5 +49,6 @@ def test_without_a_known_peak_there_is_no_mfu(clock):
 def test_peak_is_a_chips(monkeypatch):
     # A TPU v4 device is both cores of a chip: 275 teraflops (cloud.google.com/tpu/docs/v4).
     info = types.SimpleNamespace(bf16_ops_per_second=137.5e12, num_cores=2)
-    monkeypatch.setattr(throughput.pltpu, "get_tpu_info", lambda: info)
+    monkeypatch.setattr(throughput.jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
     assert peak_flops() == 275e12

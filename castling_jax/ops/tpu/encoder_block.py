@@ -60,7 +60,8 @@ def linear_angular_block(
       needed_tokens: how many leading tokens the kernel computes.
       plain: the block in separate operations, for the gradients.
       fallback: runs instead, with x and the weights, where there is no TPU or the kernel does not take them. It
-        computes all tokens, and they are all returned where the kernel does not take them on any platform. None raises an error instead, and interprets the kernel on a CPU.
+        computes all tokens, which are cut only where the kernel takes the arguments. None raises an error instead, and
+        interprets the kernel on a CPU.
 
     Raises:
       InputError: without `fallback`: the kernel does not take the arguments, or the platform is a GPU.

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from castling_jax.plots import draw_confusion, png
 from castling_jax.tasks.task import FORMS
 
 ANSWERS_FILE = "answers.csv"
@@ -76,6 +75,8 @@ class ClassAnswers:
         """
         files = {ANSWERS_FILE: _csv([COLUMNS, *zip(*(getattr(self, name) for name in COLUMNS), strict=True)])}
         if len(classes) <= MOST_CLASSES:
+            from castling_jax.plots import draw_confusion, png  # here, because matplotlib takes half a second to import
+
             counts = self.confusion()
             rows = [[name, *row] for name, row in zip(classes, counts.tolist(), strict=True)]
             files["confusion.csv"] = _csv([["label \\ answer", *classes], *rows])

@@ -1,19 +1,20 @@
 """A classifier's predictions: the most probable classes of an image."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jaxtyping import UInt8
-from matplotlib.figure import Figure
 
 from castling_jax.errors import InputError, printable
 from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables, apply
-from castling_jax.plots import draw_predictions
 from castling_jax.tasks.classification.answers import TOP
 from castling_jax.tasks.task import Batch, Predictions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class ClassPredictions(Predictions):
@@ -41,5 +42,7 @@ class ClassPredictions(Predictions):
             rows.append([path, *words, answer if unread else ""])
         return rows
 
-    def draw(self, images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Any]) -> Figure:
+    def draw(self, images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Any]) -> "Figure":
+        from castling_jax.plots import draw_predictions  # here, because matplotlib takes half a second to import
+
         return draw_predictions(images, answers)

@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 from castling_jax.data.annotations import Annotations, BoxDataset
 from castling_jax.data.decode import decode
 from castling_jax.errors import InputError
-from castling_jax.plots import draw_detections, draw_precision_recall, png
 from castling_jax.postprocessing import SHOWN_SCORE
 from castling_jax.tasks.task import FORMS
 
@@ -111,6 +110,12 @@ class BoxAnswers:
         score. classes.csv has the average precision of each class. The pictures show precision over recall; and
         the split's first images, with the true boxes on the left and detections from a score of 0.3 on the right.
         """
+        from castling_jax.plots import (  # here, because matplotlib takes half a second to import
+            draw_detections,
+            draw_precision_recall,
+            png,
+        )
+
         table = io.StringIO()
         rows = [[name, *row.values()] for name, row in self.by_class(classes).items()]
         csv.writer(table, lineterminator="\n").writerows([["class", "images", "boxes", "mAP"], *rows])

@@ -2,20 +2,21 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
-from matplotlib.figure import Figure
 
 from castling_jax.convert.inference_folder import compute_outputs
 from castling_jax.errors import InputError, printable
 from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables
-from castling_jax.plots import draw_objects
 from castling_jax.tasks.task import Batch, Predictions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Found = tuple[str, float, tuple[float, ...]]
 
@@ -49,7 +50,9 @@ class BoxPredictions(Predictions):
             rows += [[path, name, score, *box, ""] for name, score, box in answer] or [[path, *[""] * 7]]
         return rows
 
-    def draw(self, images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Any]) -> Figure:
+    def draw(self, images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Any]) -> "Figure":
+        from castling_jax.plots import draw_objects  # here, because matplotlib takes half a second to import
+
         return draw_objects(images, answers)
 
     def coco_results(self, answers: Sequence[tuple[Any, Any]]) -> list[dict[str, Any]]:

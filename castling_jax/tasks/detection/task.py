@@ -2,13 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from matplotlib.axes import Axes
 from ml_collections import ConfigDict
 
 from castling_jax.convert.inference import largest_difference
@@ -20,7 +19,6 @@ from castling_jax.models.model import Model
 from castling_jax.models.picodet import check_image_size
 from castling_jax.ops.points import level_points
 from castling_jax.ops.suppression import non_maximum_suppression
-from castling_jax.plots import draw_boxes_on
 from castling_jax.postprocessing import Suppression
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.sizes import ImageSize, image_shape
@@ -40,6 +38,9 @@ from castling_jax.tasks.task import (
     check_crop,
     check_no_teacher,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +139,11 @@ class Detection(Task):
         count = int(np.sum(example["valid"])) if "valid" in example else len(example["boxes"])
         return f"{count} box" + "es" * (count != 1)
 
-    def draw(self, axis: Axes, example: Example, classes: Sequence[str]) -> None:
+    def draw(self, axis: "Axes", example: Example, classes: Sequence[str]) -> None:
         if "valid" in example:  # a transformed example; evaluation's has no boxes
             boxes, labels = (np.asarray(example[name])[example["valid"]] for name in ("boxes", "classes"))
+            from castling_jax.plots import draw_boxes_on  # here, because matplotlib takes half a second to import
+
             draw_boxes_on(axis, boxes, [classes[label] for label in labels])
 
     def loss(self, outputs: Mapping[str, Array], batch: Batch, held: Any) -> Loss:

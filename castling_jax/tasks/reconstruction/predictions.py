@@ -1,22 +1,23 @@
 """A masked autoencoder's predictions: images with their hidden patches filled in."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
-from matplotlib.figure import Figure
 
 from castling_jax.errors import InputError
 from castling_jax.models.mae import MAE, image_of
 from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables, apply
 from castling_jax.normalization import denormalize_images
-from castling_jax.plots import draw_reconstructions
 from castling_jax.tasks.reconstruction.losses import paste, reconstruction_loss
 from castling_jax.tasks.task import Batch, Predictions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GREY = 0.5  # of a hidden patch
 
@@ -58,5 +59,7 @@ class ReconstructionPredictions(Predictions):
             rows.append([path, "", str(answer)] if unread else [path, answer["loss"], ""])
         return rows
 
-    def draw(self, images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Any]) -> Figure:
+    def draw(self, images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Any]) -> "Figure":
+        from castling_jax.plots import draw_reconstructions  # here, because matplotlib takes half a second to import
+
         return draw_reconstructions(answers)

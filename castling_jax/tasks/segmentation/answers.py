@@ -14,7 +14,6 @@ from castling_jax.data.decode import decode
 from castling_jax.data.masks import read_labels
 from castling_jax.data.sources import Dataset
 from castling_jax.errors import InputError, check
-from castling_jax.plots import draw_confusion, draw_segmentation, png
 from castling_jax.tasks.task import FORMS
 
 DRAWN = 8  # images in a picture
@@ -87,6 +86,12 @@ class MaskAnswers:
         split's first images with their true masks and with the answers. The confusion matrix is not drawn for more than
         MOST_CLASSES classes.
         """
+        from castling_jax.plots import (  # here, because matplotlib takes half a second to import
+            draw_confusion,
+            draw_segmentation,
+            png,
+        )
+
         counts = self.confusion("inference_form")
         found = np.diag(counts) / np.maximum(counts.sum(1), 1)
         rows = [

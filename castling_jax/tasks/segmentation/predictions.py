@@ -1,19 +1,20 @@
 """A segmenter's predictions: the class of each pixel, at the image's own size."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jaxtyping import UInt8
-from matplotlib.figure import Figure
 
 from castling_jax.errors import InputError, printable
 from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables, apply
-from castling_jax.plots import draw_segmentation
 from castling_jax.tasks.segmentation.windows import join_on_host
 from castling_jax.tasks.task import Batch, Predictions, seen_images
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NAMED = 5  # classes in a line of text
 Labels = UInt8[np.ndarray, "height width"]
@@ -47,7 +48,9 @@ class MaskPredictions(Predictions):
                 rows += [[path, name, share, ""] for name, share in self._shares(answer)]
         return rows
 
-    def draw(self, images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Any]) -> Figure:
+    def draw(self, images: Sequence[UInt8[np.ndarray, "height width 3"]], answers: Sequence[Any]) -> "Figure":
+        from castling_jax.plots import draw_segmentation  # here, because matplotlib takes half a second to import
+
         return draw_segmentation(list(zip(images, answers, strict=True)), self.names)
 
     def label_map(self, answer: Labels) -> Labels:

@@ -2,13 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
-from matplotlib.axes import Axes
 from ml_collections import ConfigDict
 
 from castling_jax.convert.inference import largest_difference
@@ -16,7 +15,6 @@ from castling_jax.data.masks import IGNORED, INVALID, MaskedImages, decode_mask,
 from castling_jax.data.sources import Dataset
 from castling_jax.errors import InputError, check
 from castling_jax.models.model import Model
-from castling_jax.plots import color_labels
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.sizes import ImageSize, image_shape
 from castling_jax.tasks.segmentation.answers import MaskAnswers
@@ -35,6 +33,9 @@ from castling_jax.tasks.task import (
     check_crop,
     check_no_teacher,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 STRIP = 64  # rows of an image that an evaluation holds at a time
 THUMBNAIL = 256  # pixels along a side of a thumbnail of an answer
@@ -123,8 +124,10 @@ class Segmentation(Task):
         count = len(np.unique(labels[labels < INVALID]))
         return f"{count} class" + "es" * (count != 1)
 
-    def draw(self, axis: Axes, example: Example, classes: Sequence[str]) -> None:
+    def draw(self, axis: "Axes", example: Example, classes: Sequence[str]) -> None:
         if "mask" in example:  # a transformed example; evaluation's has no mask
+            from castling_jax.plots import color_labels  # here, because matplotlib takes half a second to import
+
             axis.imshow(color_labels(np.asarray(example["mask"])))
 
     def loss(self, outputs: Outputs, batch: Batch, held: Any) -> Loss:

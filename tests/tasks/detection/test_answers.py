@@ -11,10 +11,10 @@ from PIL import ExifTags, Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from castling_jax import plots
 from castling_jax.data.coco import coco
 from castling_jax.data.voc import voc
 from castling_jax.plots import draw_detections
-from castling_jax.tasks.detection import answers
 from castling_jax.tasks.detection.answers import Answered, BoxAnswers
 from castling_jax.tasks.task import FORMS
 from tests.conftest import GOLDEN
@@ -85,7 +85,7 @@ def assert_figures(figures, form, expected):
 def written(found, dataset):
     """What detections.json says; pictures are not rendered, which takes most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answers, "png", lambda figure: b"")
+        patch.setattr(plots, "png", lambda figure: b"")
         return json.loads(found.files(dataset.classes)["detections.json"])
 
 
@@ -248,7 +248,7 @@ def drawn(monkeypatch):
         pictures.extend(shown)
         return draw_detections(shown)
 
-    monkeypatch.setattr(answers, "draw_detections", keep)
+    monkeypatch.setattr(plots, "draw_detections", keep)
     return pictures
 
 
