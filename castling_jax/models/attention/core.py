@@ -140,7 +140,10 @@ class Kind:
             out, density = out
         if values is not None:
             out = out + _convolve(values, token_kernel, kept, **where)
-        return activate(out, activation), density
+        if activation is not None:
+            # With heads as an axis of its own, XLA:TPU would not compute it together with the projection that follows.
+            out = activate(out.reshape(*out.shape[:2], -1), activation).reshape(out.shape)
+        return out, density
 
 
 def where_taps_stand(token_kernel: Any, grid: tuple[int, int] | None, prefix_tokens: int) -> dict[str, Any]:
