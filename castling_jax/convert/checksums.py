@@ -27,7 +27,7 @@ def checksums(tree: Any) -> dict[str, int]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     arrays = [leaf for _, leaf in leaves]
     # A checkpoint of NumPy arrays is checked before every start: a program for its shapes takes seconds to compile.
-    on_host = all(isinstance(array, np.ndarray) for array in arrays)
+    on_host = all(isinstance(array, np.ndarray) and array.dtype.itemsize in UNSIGNED for array in arrays)
     sums = map(_checksum_on_host, arrays) if on_host else jax.device_get(_checksums(arrays))
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     return {name: int(total) for name, total in zip(names, sums, strict=True)}

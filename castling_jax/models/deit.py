@@ -106,8 +106,8 @@ class Block(nnx.Module):
         self.norm2 = layers.layer_norm(dim)
         self.mlp = Mlp(dim, config.mlp_ratio, layers)
 
-    def __call__(self, x, *, places, mask_threshold, drawn, needed_tokens=None):
-        """The tokens after the block, at least the first `needed_tokens`, and the mask density; None means all."""
+    def __call__(self, x, *, places, mask_threshold, drawn, then=lambda x: x, needed_tokens=None):
+        """The tokens after the block and `then`, at least the first `needed_tokens` (None: all); the mask density."""
 
         def by_layers(x):
             attended, density = self.attn(self.norm1(x), places=places, mask_threshold=mask_threshold)
@@ -117,8 +117,10 @@ class Block(nnx.Module):
         # Without numbers for drop-path the model is not in training.
         operation = self._operation(places) if drawn is None else None
         if operation is None:
-            return by_layers(x)
-        out = operation(x, self._weights(), needed_tokens=needed_tokens, otherwise=lambda x: by_layers(x)[0])
+            x, density = by_layers(x)
+            return then(x), density
+        needs = {"then": then, "needed_tokens": needed_tokens}
+        out = operation(x, self._weights(), **needs, otherwise=lambda x: by_layers(x)[0])
         return out, jnp.zeros((), jnp.float32)
 
     def _operation(self, places: Places) -> Callable[..., jax.Array] | None:
@@ -243,6 +245,10 @@ class DeiT(Backbone):
         # timm's checkpoints, and blocks may differ.
         drawn = draw_drop_path(key, len(self.blocks), x.shape[0])
         densities = []
+        # The last norm is of all tokens that the last block returns, though a classifier reads one or two. If the
+        # layers' result were cut, XLA would no longer compute any block's means together with the product before: by
+        # its estimate a DeiT-S at 896 pixels, whose blocks are not one kernel, would take a fifth longer on a TPU.
+        last = {"needed_tokens": needed_tokens} | ({} if self.norm is None else {"then": self.norm})
         for i, block in enumerate(self.blocks):
             x, density = run_block(
                 block,
@@ -251,13 +257,10 @@ class DeiT(Backbone):
                 places=places,
                 mask_threshold=mask_threshold,
                 drawn=of_layer(drawn, i),
-                needed_tokens=needed_tokens if i + 1 == len(self.blocks) else None,
+                **(last if i + 1 == len(self.blocks) else {}),
             )
             densities.append(density)
-        # Of all tokens that the last block returned, though a classifier reads one or two. If the layers' result were
-        # cut, XLA would no longer compute any block's means together with the product before: by its estimate a DeiT-S
-        # at 896 pixels, whose blocks are not one kernel, would take a fifth longer on a TPU.
-        return x if self.norm is None else self.norm(x), jnp.stack(densities)
+        return x, jnp.stack(densities)
 
     def _classify(self, encoded, densities, *, training):
         x, _ = encoded

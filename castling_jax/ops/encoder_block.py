@@ -16,6 +16,10 @@ from castling_jax.ops.mesh import on_auto_axes, split_as
 from castling_jax.ops.norms import layer_norm
 
 
+def _itself(x: Array) -> Array:
+    return x
+
+
 @on_auto_axes(lambda x: split_as(x, 0, 1))
 def linear_angular_block(
     x: Float[Array, "batch tokens channels"],
@@ -26,6 +30,7 @@ def linear_angular_block(
     grid: tuple[int, int] | None = None,
     prefix_tokens: int = 0,
     needed_tokens: int | None = None,
+    then: Callable[[Array], Array] = _itself,
     implementation: str = "auto",
     otherwise: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "batch result_tokens channels"]:
@@ -47,13 +52,15 @@ def linear_angular_block(
       prefix_tokens: leading tokens that taps over the grid leave out.
       needed_tokens: how many leading tokens of the result are needed, such as the one that a classifier reads; None
         means all. The kernel leaves out the others, and with them most of the block's work.
+      then: is applied to the result, token by token, such as a model's last norm. Where the kernel does not run it is
+        applied to all tokens, so that a model computes bit by bit what it does without `needed_tokens`.
       implementation: "xla"; "pallas", the kernel (interpreted, and slow, on a CPU); or "auto", the kernel where the
         program is lowered for a TPU and the kernel takes these arguments, "xla" elsewhere.
       otherwise: computes the block of x where "auto" does without the kernel. A model gives its own layers, so that on
         other platforms inference computes bit by bit what training does.
 
     Returns:
-      The tokens after the block, in x's dtype: the kernel's result has the first `needed_tokens`, any other has all.
+      The tokens after the block and `then`: the kernel's result has the first `needed_tokens`, any other has all.
 
     Raises:
       InputError: shapes do not fit, or the kernel does not take the arguments: x is neither float32 nor bfloat16, the
@@ -88,10 +95,10 @@ def linear_angular_block(
             return x + linear(hidden, weights.fc2_kernel, weights.fc2_bias)
 
     if implementation == "xla":
-        return plain(x, weights)
+        return then(plain(x, weights))
 
     def fallback(x: Array, weights: BlockWeights) -> Array:
-        return plain(x, weights) if otherwise is None else otherwise(x)
+        return then(plain(x, weights) if otherwise is None else otherwise(x))
 
     from castling_jax.ops.tpu import encoder_block as kernel  # here, because importing Pallas takes a while
 
@@ -104,6 +111,7 @@ def linear_angular_block(
         prefix_tokens=prefix_tokens,
         needed_tokens=needed_tokens,
         plain=plain,
+        then=then,
         fallback=None if implementation == "pallas" else fallback,
     )
 

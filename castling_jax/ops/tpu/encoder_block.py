@@ -46,6 +46,7 @@ def linear_angular_block(
     prefix_tokens: int,
     needed_tokens: int,
     plain: Callable[[Array, BlockWeights], Array],
+    then: Callable[[Array], Array],
     fallback: Callable[[Array, BlockWeights], Array] | None,
 ) -> Float[Array, "batch result_tokens channels"]:
     """The block in one kernel.
@@ -59,6 +60,7 @@ def linear_angular_block(
       prefix_tokens: leading tokens that taps over the grid leave out.
       needed_tokens: how many leading tokens the kernel computes.
       plain: the block in separate operations, for the gradients.
+      then: is applied to the kernel's result.
       fallback: runs instead, with x and the weights, where there is no TPU or the kernel does not take them. It
         computes all tokens, which are cut only where the kernel takes the arguments. None raises an error instead, and
         interprets the kernel on a CPU.
@@ -88,7 +90,7 @@ def linear_angular_block(
         fused.defvjp(
             lambda *arguments: (fused(*arguments), arguments), lambda kept, d: jax.vjp(cut(plain), *kept)[1](d)
         )
-        return fused(x, weights)
+        return then(fused(x, weights))
 
     def cut(compute: Callable[[Array, BlockWeights], Array]) -> Callable[[Array, BlockWeights], Array]:
         return lambda x, weights: compute(x, weights)[:, :needed_tokens]
