@@ -1,5 +1,6 @@
 """Kernels, interpreted on the CPU, beside XLA: sound ones pass, and one that is broken on purpose stops the run."""
 
+import dataclasses
 import math
 import re
 
@@ -95,13 +96,14 @@ def test_where_no_kernel_runs_nothing_is_compared(implementation, monkeypatch, c
 @pytest.mark.slow
 def test_the_kernels_of_each_family_are_found():
     deit = calls_of("deit_tiny", depth=3, dtype="bfloat16")
-    *attention, block = deit
+    *attention, block, last_block = deit
     assert [call.operation for call in attention] == ["masked_softmax_attention"] + 2 * ["linear_angular_attention"]
     assert all(call.arrays["q"].shape == (2, 197, 3, 64) for call in attention)
     assert all(call.arrays["q"].dtype == jnp.bfloat16 for call in attention)
     assert block.operation == "linear_angular_block"
     assert block.arrays["x"].shape == (2, 197, 192)
     assert block.arrays["x"].dtype == jnp.bfloat16
+    assert last_block == dataclasses.replace(block, options=block.options | {"needed_tokens": 1})
     levit = calls_of("levit_128s", depth=(1, 1, 1))
     # Three stages and two steps between them: each has the branch, the attention with it and without it, and the
     # inference form's, which ends with Hardswish.
