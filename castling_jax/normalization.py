@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Num, UInt8
 
 from castling_jax.errors import InputError
 from castling_jax.preprocessing import Preprocessing
@@ -57,3 +57,10 @@ def denormalize_images(
 ) -> Float[np.ndarray, "*batch height width 3"]:
     """Inverts `normalize_images`, for pictures; values outside [0, 1] are clipped."""
     return np.clip(np.asarray(images) * np.asarray(preprocessing.std) + np.asarray(preprocessing.mean), 0, 1)
+
+
+def to_pixels(
+    images: Num[Array | np.ndarray, "*batch height width 3"], preprocessing: Preprocessing
+) -> UInt8[np.ndarray, "*batch height width 3"]:
+    """A model's input as pixels again, rounded to 8 bits."""
+    return np.round(255 * denormalize_images(images, preprocessing)).astype(np.uint8)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
 
 import jax
 from ml_collections import ConfigDict
@@ -66,13 +65,6 @@ def measure(config: ConfigDict, *, batches: int, repeats: int) -> Feeding:
     with jax.set_mesh(setup.mesh):
         seconds = interleaved_seconds({"reading": read, "steps": step, "both": both}, repeats=repeats)
     if not config.dataset.workers:  # whose CPU time is not this process's
-        read()  # what was read ahead beside the last steps
-        seconds["reading, CPU time"] = [_cpu_seconds(read) for _ in range(repeats)]
+        seconds |= interleaved_seconds({"reading, CPU time": read}, repeats=repeats, clock=time.process_time)
     speeds = {name: spread([batches * size / value for value in values]) for name, values in seconds.items()}
     return Feeding(speeds, sum(array.nbytes / len(array) for array in first.values()))
-
-
-def _cpu_seconds(function: Callable[[], object]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start

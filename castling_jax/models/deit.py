@@ -106,7 +106,7 @@ class Block(nnx.Module):
         self.norm2 = layers.layer_norm(dim)
         self.mlp = Mlp(dim, config.mlp_ratio, layers)
 
-    def __call__(self, x, *, places, mask_threshold, drawn, then=lambda x: x, needed_tokens=None):
+    def __call__(self, x, *, places, mask_threshold, drawn, then=None, needed_tokens=None):
         """The tokens after the block and `then`, at least the first `needed_tokens` (None: all); the mask density."""
 
         def by_layers(x):
@@ -118,7 +118,7 @@ class Block(nnx.Module):
         operation = self._operation(places) if drawn is None else None
         if operation is None:
             x, density = by_layers(x)
-            return then(x), density
+            return (x if then is None else then(x)), density
         needs = {"then": then, "needed_tokens": needed_tokens}
         out = operation(x, self._weights(), **needs, otherwise=lambda x: by_layers(x)[0])
         return out, jnp.zeros((), jnp.float32)
@@ -248,7 +248,7 @@ class DeiT(Backbone):
         # The last norm is of all tokens that the last block returns, though a classifier reads one or two. If the
         # layers' result were cut, XLA would no longer compute any block's means together with the product before: by
         # its estimate a DeiT-S at 896 pixels, whose blocks are not one kernel, would take a fifth longer on a TPU.
-        last = {"needed_tokens": needed_tokens} | ({} if self.norm is None else {"then": self.norm})
+        last = {"then": self.norm, "needed_tokens": needed_tokens}
         for i, block in enumerate(self.blocks):
             x, density = run_block(
                 block,

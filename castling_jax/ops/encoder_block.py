@@ -16,10 +16,6 @@ from castling_jax.ops.mesh import on_auto_axes, split_as
 from castling_jax.ops.norms import layer_norm
 
 
-def _itself(x: Array) -> Array:
-    return x
-
-
 @on_auto_axes(lambda x: split_as(x, 0, 1))
 def linear_angular_block(
     x: Float[Array, "batch tokens channels"],
@@ -30,7 +26,7 @@ def linear_angular_block(
     grid: tuple[int, int] | None = None,
     prefix_tokens: int = 0,
     needed_tokens: int | None = None,
-    then: Callable[[Array], Array] = _itself,
+    then: Callable[[Array], Array] | None = None,
     implementation: str = "auto",
     otherwise: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "batch result_tokens channels"]:
@@ -53,7 +49,7 @@ def linear_angular_block(
       needed_tokens: how many leading tokens of the result are needed, such as the one that a classifier reads; None
         means all. The kernel leaves out the others, and with them most of the block's work.
       then: is applied to the result, token by token, such as a model's last norm. Where the kernel does not run it is
-        applied to all tokens, so that a model computes bit by bit what it does without `needed_tokens`.
+        applied to all tokens, so that a model computes bit by bit what it does without `needed_tokens`. None: nothing.
       implementation: "xla"; "pallas", the kernel (interpreted, and slow, on a CPU); or "auto", the kernel where the
         program is lowered for a TPU and the kernel takes these arguments, "xla" elsewhere.
       otherwise: computes the block of x where "auto" does without the kernel. A model gives its own layers, so that on
@@ -94,11 +90,14 @@ def linear_angular_block(
             hidden = gelu(linear(normed, weights.fc1_kernel, weights.fc1_bias))
             return x + linear(hidden, weights.fc2_kernel, weights.fc2_bias)
 
+    def finish(out: Array) -> Array:
+        return out if then is None else then(out)
+
     if implementation == "xla":
-        return then(plain(x, weights))
+        return finish(plain(x, weights))
 
     def fallback(x: Array, weights: BlockWeights) -> Array:
-        return then(plain(x, weights) if otherwise is None else otherwise(x))
+        return finish(plain(x, weights) if otherwise is None else otherwise(x))
 
     from castling_jax.ops.tpu import encoder_block as kernel  # here, because importing Pallas takes a while
 
@@ -111,7 +110,7 @@ def linear_angular_block(
         prefix_tokens=prefix_tokens,
         needed_tokens=needed_tokens,
         plain=plain,
-        then=then,
+        then=finish,
         fallback=None if implementation == "pallas" else fallback,
     )
 

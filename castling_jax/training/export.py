@@ -37,7 +37,7 @@ from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, count_parameters, flatten
-from castling_jax.normalization import denormalize_images, model_input
+from castling_jax.normalization import model_input, to_pixels
 from castling_jax.postprocessing import Suppression
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.sizes import size_text
@@ -112,7 +112,7 @@ def convert(
         preprocessing = source.preprocessing or preprocessing_of(config, spec.image_size)
         sent = held_out_images(task_of(source.model), preprocessing, config)
         if uint8 and sent.dtype != np.uint8:  # a data set of floats
-            sent = np.rint(255 * denormalize_images(sent, preprocessing)).astype(np.uint8)
+            sent = to_pixels(sent, preprocessing)
         images = model_input(jnp.asarray(sent), preprocessing)
         print(f"\nOn {len(images)} images of {printable(config.dataset.name)} {printable(config.dataset.eval_split)}:")
         for line in compare_forms(source.model, source.variables, source.mask_threshold, images):

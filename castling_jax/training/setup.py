@@ -22,7 +22,7 @@ from castling_jax.models.macs import count_macs
 from castling_jax.models.model import Model
 from castling_jax.models.registry import DENSE_MODELS, MODELS, abstract_model, create_model
 from castling_jax.models.variables import Variables, get_variables
-from castling_jax.normalization import denormalize_images
+from castling_jax.normalization import to_pixels
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.registry import TASKS, check_dataset, task_of, unused_fields
 from castling_jax.tasks.task import Answers, Task, Teacher
@@ -129,8 +129,7 @@ class Setup:
             return prepare_batch(self.task, batch, key, step, **options)["image"][:count]
 
         images = first(batch, state.key, state.step)
-        pixels = denormalize_images(images, self.preprocessing)
-        return np.round(255 * pixels).astype(np.uint8)
+        return to_pixels(images, self.preprocessing)
 
     def evaluate(self, weights: Mapping[str, Variables], threshold: float) -> dict[str, float]:
         """The figures of `evaluate_weights` on the held-out examples, at a mask threshold."""

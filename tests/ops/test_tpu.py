@@ -44,7 +44,12 @@ BFLOAT16 = (2e-2, 4e-2)
 @pytest.fixture(autouse=True, params=["whole", "blocks"])
 def kind(request, monkeypatch):
     """Every test here is of both kinds of kernels."""
-    if request.param == "blocks":
+    use_small_blocks(monkeypatch, request.param)
+    return request.param
+
+
+def use_small_blocks(monkeypatch, kind):
+    if kind == "blocks":
         monkeypatch.setattr(kernels, "fast_memory_bytes", lambda: 0)
     monkeypatch.setattr(linear_angular_blocks, "TOKEN_BLOCK", 32)
     monkeypatch.setattr(masked_softmax_blocks, "QUERY_BLOCK", 32)
@@ -52,7 +57,6 @@ def kind(request, monkeypatch):
     monkeypatch.setattr(masked_softmax, "KEY_CHUNK", 16)
     monkeypatch.setattr(masked_softmax, "QUERY_BLOCK", 16)
     monkeypatch.setattr(masked_softmax, "MAX_SINGLE_BLOCK", 32)
-    return request.param
 
 
 def draw(shape, dtype=jnp.float32, scale=1.0, seed=0):

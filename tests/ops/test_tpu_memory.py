@@ -8,27 +8,12 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from castling_jax import ops
-from castling_jax.ops.tpu import attention as kernels
-from castling_jax.ops.tpu import call, linear_angular, linear_angular_blocks, masked_softmax, masked_softmax_blocks
+from castling_jax.ops.tpu import call, linear_angular, masked_softmax
 from tests.ops import test_encoder_block as blocks
 from tests.ops import test_tpu
 
 interpreter = pytest.importorskip("jax._src.pallas.mosaic.interpret.interpret_pallas_call")  # has no public name
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Several blocks of few tokens, of which the last one is ragged."""
-    for module, name, size in (
-        (linear_angular_blocks, "TOKEN_BLOCK", 32),
-        (masked_softmax_blocks, "QUERY_BLOCK", 32),
-        (masked_softmax_blocks, "KEY_BLOCK", 16),
-        (masked_softmax, "KEY_CHUNK", 16),
-        (masked_softmax, "QUERY_BLOCK", 16),
-        (masked_softmax, "MAX_SINGLE_BLOCK", 32),
-    ):
-        monkeypatch.setattr(module, name, size)
 
 
 def run(function, *arguments):
@@ -46,42 +31,27 @@ def run(function, *arguments):
 def test_castling(kind, shape, bias, monkeypatch):
     if bias and shape[2] % 5:
         pytest.skip("the factors have five columns")
-    if kind == "blocks":
-        monkeypatch.setattr(kernels, "fast_memory_bytes", lambda: 0)
-    else:
-        # The interpreter (JAX 0.10) gives an output in an input's place the input's padded shape, where the last block
-        # is ragged. Without aliases the kernel is the same: it reads such a block before it writes it.
-        monkeypatch.setattr(
-            masked_softmax, "call", lambda kernel, aliases=None, **options: call.call(kernel, **options)
-        )
-    q, k, v, taps, own, cotangent = test_tpu.draw(shape)
-    factors = test_tpu.draw_bias(shape, bias)
-    arguments = q, k, v, taps, own, None if factors is None else tuple(factors)
-
-    def both(implementation, *arguments):
-        def attention(q, k, v, taps, own, bias):
-            threshold = jnp.float32(1e-6)  # below every weight
-            options = {"query_values": own, "implementation": implementation}
-            return ops.castling_attention(q, k, v, taps, mask_threshold=threshold, bias=bias, **options)
-
-        out, pullback, density = jax.vjp(attention, *arguments, has_aux=True)
-        return out, density, pullback(cotangent)
-
-    found, expected = run(functools.partial(both, "pallas"), *arguments), both("xla", *arguments)
-    test_tpu.assert_close(found, expected, test_tpu.FLOAT32)
+    test_tpu.use_small_blocks(monkeypatch, kind)
+    # The interpreter (JAX 0.10) gives an output in an input's place the input's padded shape, where the last block is
+    # ragged. Without aliases the kernel is the same: it reads such a block before it writes it.
+    monkeypatch.setattr(masked_softmax, "call", lambda kernel, aliases=None, **options: call.call(kernel, **options))
+    compare(kind, shape, bias)
 
 
-def test_an_output_in_an_inputs_place():
+def test_an_output_in_an_inputs_place(monkeypatch):
     """The aliases that `test_castling` leaves out, with tokens that the blocks divide."""
-    q, k, v, taps, _, cotangent = test_tpu.draw((1, 48, 48, 4, 16, 32))
+    test_tpu.use_small_blocks(monkeypatch, "whole")
+    compare("whole", (1, 48, 48, 4, 16, 32), None)
 
-    def both(implementation, *arguments):
-        attention = functools.partial(ops.castling_attention, mask_threshold=1e-6, implementation=implementation)
-        out, pullback, density = jax.vjp(attention, *arguments, has_aux=True)
-        return out, density, pullback(cotangent)
 
-    found, expected = run(functools.partial(both, "pallas"), q, k, v, taps), both("xla", q, k, v, taps)
-    test_tpu.assert_close(found, expected, test_tpu.FLOAT32)
+def compare(kind, shape, bias):
+    """Outputs and gradients with those of the plain operations."""
+    q, k, v, taps, own, cotangent = test_tpu.draw(shape)
+    threshold = jnp.float32(1e-6)  # below every weight
+    arguments = q, k, v, taps, own, test_tpu.draw_bias(shape, bias), threshold, cotangent
+    # A name of its own for the cache, because the interpreter's program is another one.
+    found = run(test_tpu.both_attentions("pallas", f"interpreted, {kind}, {shape}"), *arguments)
+    test_tpu.assert_close(found, test_tpu.both_attentions("xla", None)(*arguments), test_tpu.FLOAT32)
 
 
 @pytest.mark.parametrize("case", ["two images a step", "taps over the grid"])

@@ -12,14 +12,14 @@ from castling_jax.errors import InputError
 from castling_jax.models.mae import MAE, image_of
 from castling_jax.models.model import Model
 from castling_jax.models.variables import Variables, apply
-from castling_jax.normalization import denormalize_images
+from castling_jax.normalization import to_pixels
 from castling_jax.tasks.reconstruction.losses import paste, reconstruction_loss
 from castling_jax.tasks.task import Batch, Predictions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-GREY = 0.5  # of a hidden patch
+GREY = np.uint8(128)  # of a hidden patch
 
 
 class ReconstructionPredictions(Predictions):
@@ -41,13 +41,9 @@ class ReconstructionPredictions(Predictions):
         }
 
     def answer(self, found: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        original, filled = (
-            denormalize_images(found[name], self.preprocessing) for name in ("original", "reconstruction")
-        )
+        original, filled = (to_pixels(found[name], self.preprocessing) for name in ("original", "reconstruction"))
         masked = np.where(found["hidden"] > 0, GREY, original)
-        pixels = {"original": original, "masked": masked, "reconstruction": filled}
-        images = {name: np.round(255 * np.clip(image, 0, 1)).astype(np.uint8) for name, image in pixels.items()}
-        return {**images, "loss": float(found["loss"])}
+        return {"original": original, "masked": masked, "reconstruction": filled, "loss": float(found["loss"])}
 
     def text(self, answer: dict[str, Any]) -> str:
         return f"loss {answer['loss']:.4f}"
