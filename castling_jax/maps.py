@@ -153,7 +153,9 @@ def _weights(
         query_values = jnp.zeros((batch, queries, heads, keys), wide)
     else:
         query_values = values_of_queries(one_hot, place)
-    # Without taps: they mix the values of neighbouring tokens, and are no weight between a query and a key.
-    inputs = inputs | {"bias": bias, "query_values": query_values, "token_kernel": None, "implementation": "xla"}
+    inputs = inputs | {"bias": bias, "query_values": query_values, "implementation": "xla"}
+    # Taps mix the values of neighbouring tokens, and are no weight between a query and a key; with an activation the
+    # output is not linear in the values.
+    inputs |= {"token_kernel": None, "activation": None}
     outputs = {term.name: term(q, k, one_hot, **inputs)[0] for term in _TERMS.get(kind.name, (kind,))}
     return {name: jnp.swapaxes(out, 1, 2) for name, out in outputs.items()}

@@ -51,6 +51,11 @@ def values_at_queries(v, place):
     return v[:, place] if isinstance(place, np.ndarray) else np.asarray(place, np.float64)
 
 
+def activated(out, family):
+    """LeViT's Hardswish, which is no part of the weights."""
+    return out * np.clip(out + 3, 0, 6) / 6 if family == "levit" else out
+
+
 @pytest.mark.parametrize(
     "family", ["deit", pytest.param("levit", marks=pytest.mark.slow), pytest.param("mvit", marks=pytest.mark.slow)]
 )
@@ -91,7 +96,7 @@ def test_castling_layers_have_the_weights_of_the_equations_and_their_output(fami
         if isinstance(place, jax.Array):
             core += 0.5 * values_at_queries(v, place)
         # Cores are of order one; the normalisation multiplies the rounding of a short one.
-        np.testing.assert_allclose(reference.normalize(core), out, atol=10 * ATOL)
+        np.testing.assert_allclose(activated(reference.normalize(core), family), out, atol=10 * ATOL)
 
 
 @pytest.mark.slow
@@ -118,10 +123,9 @@ def test_weights_times_values_are_the_output_of_every_kind(family, kind):
         if inputs["token_kernel"] is not None:
             kernel = np.asarray(inputs["token_kernel"], np.float64)
             total += reference.convolve_grid(values_at_queries(v, place), kernel, inputs["grid"])
-        np.testing.assert_allclose(total, out, atol=10 * ATOL * np.abs(out).max())
+        np.testing.assert_allclose(activated(total, family), out, atol=10 * ATOL * np.abs(out).max())
 
 
-@pytest.mark.slow
 def test_softmax_weights_are_the_softmax_of_the_scores():
     model, variables, images = made("levit", attention="softmax")
     for index, (q, k, _, inputs, _) in enumerate(layers_of(model, variables, images, None)):

@@ -187,7 +187,7 @@ def test_a_configuration_is_compiled_for_a_pod(tmp_path):
     held = report.held_MB
     # The optimiser has two moments of each parameter and a counter; both are split alike.
     assert held["optimiser"] == pytest.approx(2 * held["parameters"], rel=1e-4)
-    assert held["images and labels"] == pytest.approx(32 * (8 * 8 * 3 + 1) * 4 / 1e6)
+    assert held["images and labels"] == pytest.approx(32 * (8 * 8 * 3 + 4) / 1e6)  # a byte a colour; int32 labels
     assert 0 < report.activations_MB <= report.temp_MB
     assert sum(held.values()) <= report.args_MB <= report.total_MB
     assert {"all-reduce", "all-gather"} <= report.links_ms.keys()
