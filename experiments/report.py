@@ -5,6 +5,7 @@ docs/evidence.md is written by hand, except for the parts between `<!-- report: 
   STUDY                  the study's tables and its picture, docs/evidence_STUDY.png
   STUDY/ARM/accuracy     one figure for a sentence: the mean over seeds, with its standard deviation
   STUDY/ARM/difference   one figure for a sentence: the mean difference from the control, with its 95 % interval
+  STUDY/ARM-OTHER/difference   the same for a contrast that the study names
 
 --check writes nothing, and fails if the page or a picture does not agree with the results.
 """
@@ -37,6 +38,7 @@ PAGE = ROOT / "docs" / "evidence.md"
 MARKED = re.compile(r"(<!-- report: (\S+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 DIGEST = "Description"  # the text in a PNG file that identifies the results that it shows
 CONFIDENCE = 0.95
+NONE_YET = "(no result yet)"
 ACCURACY_HEADER = "arm", "learning rate", "test accuracy, %", "seeds", "parameters", "MACs", "steps", "seconds a run"
 
 Result = dict[str, Any]
@@ -111,18 +113,19 @@ class Findings:
         """Seed -> test accuracy in percent, at the chosen learning rate."""
         return accuracies(self.of(arm, self.chosen[arm]))
 
-    def difference(self, arm: str) -> Estimate | None:
-        """The paired difference from the control."""
-        return paired_difference(self.accuracy(arm), self.accuracy(self.study.control))
+    def difference(self, arm: str, other: str) -> Estimate | None:
+        """The paired difference of two arms."""
+        return paired_difference(self.accuracy(arm), self.accuracy(other))
 
     def texts(self) -> dict[str, str]:
         """Key -> text, for all keys that the page may use."""
         texts = {self.name: self._section()}
         for arm in self.chosen:
-            by_seed, difference = self.accuracy(arm), self.difference(arm)
-            none_yet = "(no result yet)"
-            texts[f"{self.name}/{arm}/accuracy"] = _accuracy(estimate(by_seed.values())) if by_seed else none_yet
-            texts[f"{self.name}/{arm}/difference"] = _difference(difference) if difference else none_yet
+            by_seed = self.accuracy(arm)
+            texts[f"{self.name}/{arm}/accuracy"] = _accuracy(estimate(by_seed.values())) if by_seed else NONE_YET
+            texts[f"{self.name}/{arm}/difference"] = _difference(self.difference(arm, self.study.control))
+        for arm, other in self.study.contrasts:
+            texts[f"{self.name}/{arm}-{other}/difference"] = _difference(self.difference(arm, other))
         return texts
 
     def _section(self) -> str:
@@ -140,6 +143,7 @@ class Findings:
             "",
             *markdown(ACCURACY_HEADER, self._accuracy_rows(), "l"),
             "",
+            *self._contrasts(),
             *markdown(
                 ("arm", f"difference from {self.study.control}, points [95 % interval]", "seeds"),
                 self._difference_rows(),
@@ -170,9 +174,19 @@ class Findings:
                     f"{seconds:,.0f}",
                 )
 
+    def _contrasts(self) -> list[str]:
+        """What the study was made for, as a table; nothing where it names no contrast."""
+        rows = [
+            (f"{arm} - {other}", _difference(difference), "0" if difference is None else str(difference.n))
+            for arm, other in self.study.contrasts
+            for difference in [self.difference(arm, other)]
+        ]
+        header = "contrast, written down before the runs", "difference, points [95 % interval]", "seeds"
+        return [*markdown(header, rows, "l"), ""] if rows else []
+
     def _difference_rows(self) -> Iterable[Row]:
         for arm in self.chosen:
-            if arm != self.study.control and (difference := self.difference(arm)):
+            if arm != self.study.control and (difference := self.difference(arm, self.study.control)):
                 yield arm, _difference(difference), str(difference.n)
 
     @property
@@ -206,7 +220,9 @@ def _accuracy(accuracy: Estimate) -> str:
     return f"{accuracy.mean:.2f} " + (f"± {accuracy.sd:.2f}" if accuracy.n > 1 else "(screening: one seed)")
 
 
-def _difference(difference: Estimate) -> str:
+def _difference(difference: Estimate | None) -> str:
+    if difference is None:
+        return NONE_YET
     low, high = difference.interval
     return f"{difference.mean:+.2f} " + (f"[{low:+.2f}, {high:+.2f}]" if difference.n > 1 else "(screening: one seed)")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ class Study:
       about_data: a sentence about the data for every page that shows the study's figures.
       starts: name -> builder of the configuration of a run that arms start from, such as a pre-training. It is trained
         once for each seed, by the first run that needs it, and has no result of its own.
+      contrasts: (arm, other arm) pairs that the study was made for, the most important one first. They are written down
+        before the runs; all other differences are looked at afterwards.
     """
 
     config: Callable[[], ConfigDict]
@@ -59,10 +62,12 @@ class Study:
     test_split: str | None
     about_data: str
     starts: Mapping[str, Callable[[], ConfigDict]] = dataclasses.field(default_factory=dict)
+    contrasts: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
-        check_known("control", self.control, names)
+        for name in (self.control, *itertools.chain(*self.contrasts)):
+            check_known("arm", name, names)
         if len(set(names)) < len(names):
             raise InputError(f"two arms of a study have one name: {', '.join(names)}.")
         for arm in self.arms:

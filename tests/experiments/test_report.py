@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import statistics
 
@@ -73,6 +74,19 @@ def test_a_study_in_texts():
     assert not any(line.startswith("| softmax | +") for line in lines)
     assert texts["tiny/castling/accuracy"] == "71.67 ± 2.08"
     assert texts["tiny/castling/difference"] == "+0.67 [-3.13, +4.46]"
+
+
+def test_the_contrasts_that_a_study_was_made_for_come_first():
+    study = dataclasses.replace(THREE_ARMS, contrasts=(("castling", "new"), ("castling", "softmax")))
+    texts = Findings("tiny", study, RESULTS).texts()
+    lines = texts["tiny"].splitlines()
+    assert "| castling - new | +6.00 (screening: one seed) | 1 |" in lines
+    assert lines.index("| castling - softmax | +0.67 [-3.13, +4.46] | 3 |") < lines.index(
+        "| castling | +0.67 [-3.13, +4.46] | 3 |"
+    )
+    assert texts["tiny/castling-softmax/difference"] == "+0.67 [-3.13, +4.46]"
+    without = Findings("tiny", study, [one for one in RESULTS if one["variant"] != "new"]).texts()
+    assert "| castling - new | (no result yet) | 0 |" in without["tiny"].splitlines()
 
 
 def test_a_study_without_results_says_so():
