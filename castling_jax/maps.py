@@ -21,6 +21,7 @@ from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.model import Model
 from castling_jax.models.variables import MODEL, VARIABLES, Variables, bind, check_images
 from castling_jax.ops.angular import linear_angular_core
+from castling_jax.ops.around import NOTHING, normalize_qkv
 from castling_jax.ops.castling import softmax_branch
 from castling_jax.ops.mesh import on_auto_axes, split_as
 from castling_jax.ops.tokens import values_of_queries
@@ -132,7 +133,8 @@ class _Recorder(Kind):
     calls: list[tuple[Array, Array, dict[str, Any]]] = dataclasses.field(default_factory=list)
 
     def __call__(self, q: Array, k: Array, v: Array, **inputs: Any) -> Any:
-        self.calls.append((q, k, inputs))
+        normal_q, normal_k, _ = normalize_qkv(q, k, v, inputs.get("around", NOTHING).norms)
+        self.calls.append((normal_q, normal_k, inputs))
         return super().__call__(q, k, v, **inputs)
 
 
@@ -156,6 +158,6 @@ def _weights(
     inputs = inputs | {"bias": bias, "query_values": query_values, "implementation": "xla"}
     # Taps mix the values of neighbouring tokens, and are no weight between a query and a key; with an activation the
     # output is not linear in the values.
-    inputs |= {"token_kernel": None, "activation": None}
+    inputs |= {"token_kernel": None, "around": NOTHING}
     outputs = {term.name: term(q, k, one_hot, **inputs)[0] for term in _TERMS.get(kind.name, (kind,))}
     return {name: jnp.swapaxes(out, 1, 2) for name, out in outputs.items()}

@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import castling_jax
 from castling_jax.models.attention.core import Kind
 from castling_jax.models.attention.kinds import KINDS
+from castling_jax.ops.around import normalize_qkv
 from tests.models import small
 from tests.ops import reference
 
@@ -34,6 +35,7 @@ def layers_of(model, variables, images, threshold):
 
     def record(self, q, k, v, **inputs):
         result = original(self, q, k, v, **inputs)
+        q, k, v = normalize_qkv(q, k, v, inputs["around"].norms if "around" in inputs else None)
         wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (q, k, v, inputs.get("bias"), result[0]))
         calls.append((*wide[:3], inputs | {"bias": wide[3]}, wide[4]))
         return result

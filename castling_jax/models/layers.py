@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from castling_jax.errors import InputError, check
 from castling_jax.models.initializers import Initializer, normal, scaled_uniform, uniform
+from castling_jax.ops.around import normalize_channels
 from castling_jax.ops.depthwise import convolve_channels
 from castling_jax.ops.gelu import gelu
 
@@ -230,10 +231,13 @@ class BatchNorm(nnx.BatchNorm):
 
     def normalize(self, x: Float[Array, "*batch channels"], training: bool) -> Float[Array, "*batch channels"]:
         """Normalises by the batch's statistics in training, and updates the running ones; else by the running ones."""
-        return self.normalize_parts([x], training)[0]
+        return normalize_channels(x, self.norms([x], training)[0])
 
-    def normalize_parts(self, parts: Sequence[Float[Array, "*batch _"]], training: bool) -> list[Array]:
-        """`normalize` for channels that come in parts, in order: slicing one normalised result would copy it."""
+    def norms(self, parts: Sequence[Float[Array, "*batch _"]], training: bool) -> list[Float[Array, "3 _"]]:
+        """What `normalize_channels` takes, for channels that come in parts, in order; updates the running statistics.
+
+        Slicing one normalised result into parts would copy it.
+        """
         wide = [part.astype(jnp.float32) for part in parts]
         mean, variance = self.mean[...], self.var[...]
         if training:
@@ -247,9 +251,7 @@ class BatchNorm(nnx.BatchNorm):
         assert self.scale is not None and self.bias is not None  # the constructor makes both
         factor = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
         edges = np.cumsum([part.shape[-1] for part in parts])[:-1].tolist()
-        # The difference comes first and the factor second: x * f + (b - m * f) would cancel where the mean is large.
-        of_parts = zip(wide, *(jnp.split(x, edges) for x in (mean, factor, self.bias[...])), strict=True)
-        return [((x - m) * f + b).astype(parts[0].dtype) for x, m, f, b in of_parts]
+        return jnp.split(jnp.stack([mean, factor, self.bias[...]]), edges, axis=1)
 
 
 class ConvNorm(nnx.Module):
@@ -298,10 +300,12 @@ class LinearNorm(nnx.Module):
         x = self.linear(x)
         return x if self.bn is None else self.bn.normalize(x, training)
 
-    def split(self, x: Float[Array, "batch tokens channels"], edges: Sequence[int], *, training: bool) -> list[Array]:
-        """The result cut at these channels, as `split_linear` cuts it."""
+    def split(
+        self, x: Float[Array, "batch tokens channels"], edges: Sequence[int], *, training: bool
+    ) -> tuple[list[Array], list[Array]]:
+        """The dense layer's result cut at these channels, as `split_linear` cuts it, and the parts' norms, if any."""
         parts = split_linear(self.linear, x, edges)
-        return parts if self.bn is None else self.bn.normalize_parts(parts, training)
+        return parts, [] if self.bn is None else self.bn.norms(parts, training)
 
 
 class NormLinear(nnx.Module):

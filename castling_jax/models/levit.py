@@ -5,6 +5,7 @@ Batch norm follows every linear layer and convolution; at inference it is folded
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -29,6 +30,7 @@ from castling_jax.models.layers import (
     patch_grid,
     run_block,
 )
+from castling_jax.ops.around import Around
 from castling_jax.ops.tokens import select_tokens
 from castling_jax.sizes import image_shape
 
@@ -88,14 +90,10 @@ class Projection(nnx.Module):
 
 
 class Queries(nnx.Module):
-    """The queries of a subsampling attention: a batch-normed layer on every second token of every second row."""
+    """The batch-normed layer of a subsampling attention's queries."""
 
     def __init__(self, ln: LinearNorm):
         self.ln = ln
-
-    def __call__(self, x, *, grid, training):
-        # Tokens are dropped before the layer, which then has a quarter of the work.
-        return self.ln(select_tokens(x, every_second(grid)), training=training)
 
 
 class LevitAttention(nnx.Module):
@@ -155,16 +153,23 @@ class LevitAttention(nnx.Module):
         """The attention's output, and the mask density: the share of softmax weights that the mask keeps, or 0."""
         if self.q is None:
             with jax.named_scope("qkv"):
-                q, k, v = self._split(self.qkv, x, training)
+                parts, norms = self._split(self.qkv, x, self._edges, training)
             query_values, query_grid = None, grid
         else:
             with jax.named_scope("qkv"):
-                k, v = self._split(self.kv, x, training)
-                q = self.q(x, grid=grid, training=training).reshape(x.shape[0], -1, self.num_heads, k.shape[3])
+                # Tokens are dropped before the layer of the queries, which then has a quarter of the work.
+                queries = self._split(self.q.ln, select_tokens(x, every_second(grid)), [], training)
+                keys = self._split(self.kv, x, self._edges, training)
+            parts, norms = queries[0] + keys[0], queries[1] + keys[1]
             # A query of the new grid stands on one token of the old grid, so V in its 1/2 V is the value of that token.
             # The token kernel convolves the same values over the new grid, whose neighbours are the tokens of the later
             # layers; over the old grid it would cost four times as much.
             query_values, query_grid = every_second(grid), halved(grid)
+        q, k, v = map(self._by_heads, parts)
+        around = Around(activation="hard_swish")
+        if norms:
+            q_norm, k_norm, v_norm = map(self._by_heads, norms)
+            around = around._replace(norms=(q_norm, k_norm, v_norm))
         out, density = self.core.kind(
             q,
             k,
@@ -173,20 +178,27 @@ class LevitAttention(nnx.Module):
             bias=self._bias(grid),
             query_values=query_values,
             grid=query_grid,
-            activation="hard_swish",
+            around=around,
             **self.core.inputs_of(self),
         )
         return self.proj(out.reshape(*out.shape[:2], -1), training=training), density
 
-    def _split(self, layer: LinearNorm, x: Float[Array, "batch tokens channels"], training: bool) -> list[jax.Array]:
-        """Cuts a fused layer's result into its parts, each [batch, tokens, heads, dim]."""
-        edges = np.cumsum([self.num_heads * dim for dim in self.fused_dims])[:-1].tolist()
+    def _split(
+        self, layer: LinearNorm, x: Float[Array, "batch tokens channels"], edges: Sequence[int], training: bool
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """A layer's result cut at these channels, and the parts' norms where the attention has to apply them."""
         if not self.core.kind.taps and layer.bn is not None:
             # Taps and kernels read q, k and v as separate arrays. Without them slicing one result is cheaper.
-            parts = jnp.split(layer(x, training=training), edges, axis=-1)
-        else:
-            parts = layer.split(x, edges, training=training)
-        return [part.reshape(*part.shape[:2], self.num_heads, -1) for part in parts]
+            return jnp.split(layer(x, training=training), edges, axis=-1), []
+        return layer.split(x, edges, training=training)
+
+    @property
+    def _edges(self) -> list[int]:
+        """Where the fused layer's channels are cut."""
+        return np.cumsum([self.num_heads * dim for dim in self.fused_dims])[:-1].tolist()
+
+    def _by_heads(self, x: Float[Array, "*axes channels"]) -> Float[Array, "*axes heads dim"]:
+        return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
     def _bias(self, grid: tuple[int, int]) -> Float[Array, "1 heads queries keys"] | None:
         tables = self.core.tables_of(self)

@@ -45,6 +45,7 @@ from castling_jax.ops.angular import (
     angular_kernel_series,
     linear_angular_attention,
 )
+from castling_jax.ops.around import Around
 from castling_jax.ops.block_weights import BlockWeights
 from castling_jax.ops.boxes import box_iou, generalized_box_iou
 from castling_jax.ops.castling import castling_attention
@@ -54,6 +55,7 @@ from castling_jax.ops.masked_softmax import masked_softmax_attention
 from castling_jax.ops.suppression import non_maximum_suppression
 
 __all__ = [
+    "Around",
     "BlockWeights",
     "angular_attention",
     "angular_kernel",

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from castling_jax.errors import InputError, check_known
-from castling_jax.ops.activations import ACTIVATIONS, activate
+from castling_jax.errors import InputError
+from castling_jax.ops.activations import activate
+from castling_jax.ops.around import NOTHING, Around, normalize_qkv, with_norms
 from castling_jax.ops.checks import check_implementation, check_qkv, check_query_values
 from castling_jax.ops.depthwise import check_token_kernel, depthwise_convolution
 from castling_jax.ops.mesh import on_auto_axes, split_as
@@ -139,7 +140,7 @@ def linear_angular_attention(
     query_values: QueryValues = None,
     grid: tuple[int, int] | None = None,
     prefix_tokens: int = 0,
-    activation: str | None = None,
+    around: Around = NOTHING,
     implementation: str = "auto",
 ) -> Float[Array, "batch queries heads value_dim"]:
     """Linear-angular attention, the inference form: l2normalise(1/2 V + Q^ (K^^T V) / pi) + DWConv(V).
@@ -156,7 +157,7 @@ def linear_angular_attention(
         stand on some of the keys' tokens, the indices of these tokens instead: integers [queries], in NumPy.
       grid: (height, width) of the queries, for taps over the grid.
       prefix_tokens: leading queries that the taps leave out.
-      activation: what is applied to the output: "hard_swish", or None for nothing.
+      around: norms of q, k and v before anything else, and an activation of the output.
       implementation: "xla"; "pallas", fused TPU kernels (interpreted, and slow, on a CPU); or "auto", the kernels where
         the program is lowered for a TPU and they take these arguments, "xla" elsewhere.
 
@@ -167,18 +168,22 @@ def linear_angular_attention(
       InputError: shapes do not fit, the kernels do not take the arguments, queries and keys differ in number and
         query_values is missing, or a name is unknown.
     """
-    return add_linear_angular(
-        None,
-        q,
-        k,
-        v,
-        token_kernel,
-        query_values=query_values,
-        grid=grid,
-        prefix_tokens=prefix_tokens,
-        activation=activation,
-        implementation=implementation,
-    )
+
+    def attention(q: Array, k: Array, v: Array, around: Around) -> Array:
+        return add_linear_angular(
+            None,
+            q,
+            k,
+            v,
+            token_kernel,
+            query_values=query_values,
+            grid=grid,
+            prefix_tokens=prefix_tokens,
+            around=around,
+            implementation=implementation,
+        )
+
+    return with_norms(attention, q, k, v, around, implementation=implementation)
 
 
 def add_linear_angular(
@@ -191,13 +196,11 @@ def add_linear_angular(
     query_values: QueryValues,
     grid: tuple[int, int] | None,
     prefix_tokens: int,
-    activation: str | None,
+    around: Around,
     implementation: str,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """activation(l2normalise(auxiliary + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V)), like `linear_angular_attention`."""
     check_implementation(implementation)
-    if activation is not None:
-        check_known("activation", activation, ACTIVATIONS)
     check_qkv(q, k, v)
     check_query_values(q, v, query_values)
     if token_kernel is not None:
@@ -207,15 +210,16 @@ def add_linear_angular(
     tokens = tokens_of(query_values)
     value_array = None if query_values is None or tokens is not None else jnp.asarray(query_values, v.dtype)
 
-    def plain(q, k, v, token_kernel, value_array, auxiliary):
+    def plain(q, k, v, token_kernel, value_array, auxiliary, norms):
+        q, k, v = normalize_qkv(q, k, v, norms)
         query_values = values_of_queries(v, tokens if value_array is None else value_array)
         core = linear_angular_core(q, k, v, query_values)
         core = core if auxiliary is None else core + auxiliary.astype(core.dtype)
         out = normalize_and_convolve(core, query_values, token_kernel, grid=grid, prefix_tokens=prefix_tokens)
-        return activate(out, activation)
+        return activate(out, around.activation)
 
     if implementation == "xla":
-        return plain(q, k, v, token_kernel, value_array, auxiliary)
+        return plain(q, k, v, token_kernel, value_array, auxiliary, around.norms)
     from castling_jax.ops.tpu import attention as kernels  # here, because importing Pallas takes a while
 
     return kernels.linear_angular_attention(
@@ -225,9 +229,10 @@ def add_linear_angular(
         token_kernel,
         value_array,
         auxiliary,
+        around.norms,
         query_tokens=tokens,
         grid=grid,
         prefix_tokens=prefix_tokens,
-        activation=activation,
+        activation=around.activation,
         fallback=plain if implementation == "auto" else None,
     )

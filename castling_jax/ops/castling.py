@@ -6,6 +6,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from castling_jax.errors import check_known
 from castling_jax.ops.angular import add_linear_angular
+from castling_jax.ops.around import NOTHING, Around, ChannelNorms, with_norms
 from castling_jax.ops.bias import Bias
 from castling_jax.ops.checks import is_known_empty
 from castling_jax.ops.masked_softmax import masked_softmax_first
@@ -28,6 +29,7 @@ def castling_attention(
     query_values: QueryValues = None,
     grid: tuple[int, int] | None = None,
     prefix_tokens: int = 0,
+    around: Around = NOTHING,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""]]:
     """l2normalise(aux + 1/2 V + Q^ (K^^T V) / pi) + DWConv(V), the training form of the authors' block.
@@ -50,6 +52,7 @@ def castling_attention(
         stand on some of the keys' tokens, the indices of these tokens instead: integers [queries], in NumPy.
       grid: (height, width) of the queries, for taps over the grid.
       prefix_tokens: leading queries that the taps leave out.
+      around: norms of q, k and v before anything else, and an activation of the output.
       implementation: "xla"; "pallas", fused TPU kernels (interpreted, and slow, on a CPU); or "auto", the kernels where
         the program is lowered for a TPU and they take these arguments, "xla" elsewhere.
 
@@ -61,24 +64,35 @@ def castling_attention(
       InputError: shapes do not fit, the kernels do not take the arguments, queries and keys differ in number and
         query_values is missing, the threshold is negative or NaN (where it is concrete), or a name is unknown.
     """
-    auxiliary, density, (q, k, v) = softmax_branch(
-        q, k, v, mask_threshold=mask_threshold, mask_kind=mask_kind, bias=bias, implementation=implementation
-    )
-    # With an empty mask the branch is all zeros: leaving it out saves the program an addition.
-    added = None if is_known_empty(mask_threshold) else auxiliary
-    out = add_linear_angular(
-        added,
-        q,
-        k,
-        v,
-        token_kernel,
-        query_values=query_values,
-        grid=grid,
-        prefix_tokens=prefix_tokens,
-        activation=None,
-        implementation=implementation,
-    )
-    return out, density
+
+    def attention(q: Array, k: Array, v: Array, around: Around) -> tuple[Array, Array]:
+        auxiliary, density, (q, k, v) = softmax_branch(
+            q,
+            k,
+            v,
+            mask_threshold=mask_threshold,
+            mask_kind=mask_kind,
+            bias=bias,
+            norms=around.norms,
+            implementation=implementation,
+        )
+        # With an empty mask the branch is all zeros: leaving it out saves the program an addition.
+        added = None if is_known_empty(mask_threshold) else auxiliary
+        out = add_linear_angular(
+            added,
+            q,
+            k,
+            v,
+            token_kernel,
+            query_values=query_values,
+            grid=grid,
+            prefix_tokens=prefix_tokens,
+            around=around,
+            implementation=implementation,
+        )
+        return out, density
+
+    return with_norms(attention, q, k, v, around, implementation=implementation)
 
 
 def softmax_branch(
@@ -89,6 +103,7 @@ def softmax_branch(
     mask_threshold: ArrayLike,
     mask_kind: str,
     bias: Bias | None,
+    norms: ChannelNorms | None = None,
     implementation: str,
 ) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""], tuple[Array, Array, Array]]:
     """aux, the mask density, and the q, k and v to go on with, as in `masked_softmax_first`."""
@@ -97,7 +112,7 @@ def softmax_branch(
     # A threshold of 0 keeps the whole softmax: only weights that underflow to 0 are masked out, and they add nothing to
     # the output or to a gradient.
     auxiliary, density, (q, k, v) = masked_softmax_first(
-        q, k, v, mask_threshold=0.0 if fades else mask_threshold, bias=bias, implementation=implementation
+        q, k, v, mask_threshold=0.0 if fades else mask_threshold, bias=bias, norms=norms, implementation=implementation
     )
     if fades:
         kept = jnp.maximum(1 - jnp.asarray(mask_threshold, jnp.promote_types(v.dtype, jnp.float32)), 0)

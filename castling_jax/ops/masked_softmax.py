@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from castling_jax.ops.around import ChannelNorms, normalize_qkv
 from castling_jax.ops.bias import Bias, check_bias, dense_bias
 from castling_jax.ops.checks import check_implementation, check_qkv, is_known_empty
 from castling_jax.ops.mesh import on_auto_axes, split_as
@@ -58,6 +59,7 @@ def masked_softmax_first(
     *,
     mask_threshold: ArrayLike,
     bias: Bias | None,
+    norms: ChannelNorms | None = None,
     implementation: str,
     return_qkv: bool = True,
 ) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, ""], tuple[Array, Array, Array]]:
@@ -65,7 +67,7 @@ def masked_softmax_first(
 
     With `return_qkv` the kernels return q, k and v as outputs. If the next attention uses these, its gradients of q, k
     and v arrive in the branch's backward kernel, which adds its own to them. That saves a pass over memory for each.
-    Without `return_qkv`, and without kernels, q, k and v are returned as they came.
+    Without `return_qkv`, and without kernels, q, k and v are returned as they came. They are not normalised by `norms`.
     """
     check_implementation(implementation)
     check_qkv(q, k, v)
@@ -74,18 +76,26 @@ def masked_softmax_first(
     if is_known_empty(mask_threshold):
         return jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype), jnp.zeros((), jnp.float32), (q, k, v)
     if implementation == "xla":
-        return _plain(q, k, v, mask_threshold, bias)
+        return _plain(q, k, v, mask_threshold, bias, norms)
     from castling_jax.ops.tpu import attention as kernels  # here, because importing Pallas takes a while
 
     fallback = _plain if implementation == "auto" else None
-    return kernels.masked_softmax_attention(q, k, v, mask_threshold, bias, return_qkv=return_qkv, fallback=fallback)
+    return kernels.masked_softmax_attention(
+        q, k, v, mask_threshold, bias, norms, return_qkv=return_qkv, fallback=fallback
+    )
 
 
 @jax.named_scope("masked_softmax")
 def _plain(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask_threshold: ArrayLike, bias: Bias | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask_threshold: ArrayLike,
+    bias: Bias | None,
+    norms: ChannelNorms | None,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     qkv = q, k, v
+    q, k, v = normalize_qkv(q, k, v, norms)
     wide = jnp.promote_types(v.dtype, jnp.float32)
     # Swapping tokens and heads once, and scaling queries rather than scores, both save a CPU passes over memory.
     q, k, v_wide = (jnp.swapaxes(x, 1, 2).astype(wide) for x in (q, k, v))

@@ -16,6 +16,7 @@ from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import apply, forward_train, get_variables
 from castling_jax.ops.angular import add_linear_angular
+from castling_jax.ops.around import Around
 from castling_jax.ops.encoder_block import linear_angular_block
 from castling_jax.ops.kernel_calls import Call, recorded_calls
 from castling_jax.ops.masked_softmax import masked_softmax_first
@@ -164,6 +165,10 @@ def _draw(shapes: dict[str, Any], key: Key[Array, ""]) -> dict[str, Any]:
         signs = 1 - 2 * (jnp.arange(shapes["k"].shape[1]) % 2)
         arrays["q"] = (NOISE * arrays["q"]).at[..., 0].set(tilt)
         arrays["k"] = (NOISE * arrays["k"]).at[..., 0].set(tilt * signs[:, None])
+    if "norms" in arrays:
+        # Close to no norm at all, which keeps the distance from the threshold.
+        nothing = jnp.array([0.0, 1.0, 0.0])[:, None, None]
+        arrays["norms"] = jax.tree.map(lambda x: nothing + NOISE**2 / 2 * x, arrays["norms"])
     if "bias" in arrays:
         arrays["bias"] = jax.tree.map(lambda x: NOISE**2 / 2 * x, arrays["bias"])
     return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), arrays, shapes)
@@ -194,7 +199,7 @@ def _run(call: Call, arrays: dict[str, Any], implementation: str) -> dict[str, A
     if call.operation == "linear_angular_block":
         out = linear_angular_block(**arrays, implementation=implementation, **call.options)
         return {"output": out[:, : call.options["needed_tokens"]]}
-    arrays = dict.fromkeys(("token_kernel", "query_values", "auxiliary", "bias")) | arrays
+    arrays = dict.fromkeys(("token_kernel", "query_values", "auxiliary", "bias", "norms")) | arrays
     q, k, v = arrays["q"], arrays["k"], arrays["v"]
     if call.operation == "masked_softmax_attention":
         out, density, qkv = masked_softmax_first(
@@ -203,6 +208,7 @@ def _run(call: Call, arrays: dict[str, Any], implementation: str) -> dict[str, A
             v,
             mask_threshold=jnp.float32(_threshold(k.shape[1])),
             bias=arrays["bias"],
+            norms=arrays["norms"],
             implementation=implementation,
             **call.options,
         )
@@ -216,6 +222,7 @@ def _run(call: Call, arrays: dict[str, Any], implementation: str) -> dict[str, A
         v,
         arrays["token_kernel"],
         query_values=arrays["query_values"] if tokens is None else np.array(tokens),
+        around=Around(arrays["norms"], options.pop("activation")),
         implementation=implementation,
         **options,
     )

@@ -143,7 +143,7 @@ def test_an_activation_is_of_the_whole_output(shape, implementation):
         return out, pullback(jnp.cos(out))
 
     x, _ = with_gradients(attention)
-    out, gradients = with_gradients(functools.partial(attention, activation="hard_swish"))
+    out, gradients = with_gradients(functools.partial(attention, around=ops.Around(activation="hard_swish")))
     # Howard et al., 2019: x relu6(x + 3) / 6. A few roundings of values below 10.
     np.testing.assert_allclose(out, x * np.clip(x + 3, 0, 6) / 6, rtol=1e-6, atol=1e-6)
     _, expected = with_gradients(lambda *arrays: jax.nn.hard_swish(attention(*arrays)))
@@ -153,7 +153,7 @@ def test_an_activation_is_of_the_whole_output(shape, implementation):
 def test_an_unknown_activation(refuses):
     (q, k, v, _), _ = qkv(SHAPES[3])
     with refuses("unknown activation 'hardswish': did you mean 'hard_swish'?"):
-        ops.linear_angular_attention(q, k, v, activation="hardswish")
+        ops.linear_angular_attention(q, k, v, around=ops.Around(activation="hardswish"))
 
 
 def test_linear_angular_attention_holds_nothing_quadratic_in_tokens():

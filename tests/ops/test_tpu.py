@@ -465,13 +465,15 @@ COMPILE = """
                 axis_types=(AxisType.Auto,) * 2)
     split, whole = P("data", None, "tensor", None), P()
     for queries, keys, heads, key_dim, value_dim, dtype, bias, grid in cases:
-        def step(q, k, v, taps, own, biases, threshold, cotangent):
-            def attention(q, k, v, taps, own, biases):
+        levit = bias == "shared"  # the kernels do its batch norms and its Hardswish
+        def step(q, k, v, taps, own, biases, norms, threshold, cotangent):
+            def attention(q, k, v, taps, own, biases, norms):
                 bias = None if biases is None else biases[0] if len(biases) == 1 else biases
                 return ops.castling_attention(
                     q, k, v, taps, mask_threshold=threshold, bias=bias, grid=grid,
+                    around=ops.Around(norms, "hard_swish") if levit else ops.Around(),
                     query_values=every_second((14, 14)) if (queries, keys) == (49, 196) else own)
-            out, pullback, density = jax.vjp(attention, q, k, v, taps, own, biases, has_aux=True)
+            out, pullback, density = jax.vjp(attention, q, k, v, taps, own, biases, norms, has_aux=True)
             return out, density, pullback(cotangent)
         def array(spec, *shape, dtype=dtype):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -483,8 +485,10 @@ COMPILE = """
         biases = sizes and [array(P(None if rows == 1 else "data", "tensor"), rows, heads, queries, width)
                             for rows, width in sizes]
         own = out if queries != keys else None
+        norms = [array(P(None, "tensor"), 3, heads, dim, dtype="float32") for dim in (key_dim, key_dim, value_dim)]
+        norms = tuple(norms) if levit else None
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            lowered = jax.jit(step).lower(q, k, v, taps, own, biases, array(whole, dtype="float32"), out)
+            lowered = jax.jit(step).lower(q, k, v, taps, own, biases, norms, array(whole, dtype="float32"), out)
         text = lowered.compile().as_text()
         assert text.count("tpu_custom_call") >= 4, text
         assert "all-gather" not in text, text

@@ -9,8 +9,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from castling_jax import ops
 from castling_jax.ops.tpu import call, linear_angular, masked_softmax
+from tests.ops import test_around, test_tpu
 from tests.ops import test_encoder_block as blocks
-from tests.ops import test_tpu
 
 interpreter = pytest.importorskip("jax._src.pallas.mosaic.interpret.interpret_pallas_call")  # has no public name
 pytestmark = pytest.mark.slow
@@ -67,10 +67,21 @@ def test_encoder_block(case):
 
 def test_activation():
     q, k, v, taps, own, _ = test_tpu.draw((1, 33, 70, 2, 32, 128))
-    attention = functools.partial(ops.linear_angular_attention, query_values=own, activation="hard_swish")
+    attention = functools.partial(
+        ops.linear_angular_attention, query_values=own, around=ops.Around(activation="hard_swish")
+    )
     found = run(functools.partial(attention, implementation="pallas"), q, k, v, taps)
     expected = attention(q, k, v, taps, implementation="xla")
     assert blocks.difference(found, expected) < test_tpu.FLOAT32[0]
+
+
+def test_norms(monkeypatch):
+    test_tpu.use_small_blocks(monkeypatch, "whole")
+    # As in `test_castling`: the last block is ragged.
+    monkeypatch.setattr(masked_softmax, "call", lambda kernel, aliases=None, **options: call.call(kernel, **options))
+    of = functools.partial(test_around.results, ops.castling_attention, test_around.SHAPE, threshold=1e-6)
+    found = run(lambda: of(implementation="pallas"))
+    test_tpu.assert_close(found, of(implementation="xla", before=True), test_tpu.FLOAT32)
 
 
 def test_memory_that_nothing_has_written_is_seen(monkeypatch):

@@ -15,6 +15,7 @@ from castling_jax import ops
 from castling_jax.errors import InputError
 from castling_jax.models.layers import Layers
 from castling_jax.ops.activations import activate
+from castling_jax.ops.around import NOTHING, normalize_qkv
 from castling_jax.ops.tokens import values_of_queries
 
 TOKEN_KERNEL_SIZES = {"1d": 9, "2d": 3}  # the authors' block has 9 taps over tokens
@@ -28,7 +29,7 @@ INPUTS: dict[str, Any] = {
     "grid": None,
     "prefix_tokens": 0,
     "kept": None,
-    "activation": None,
+    "around": NOTHING,
     "implementation": "auto",
 }
 
@@ -110,7 +111,8 @@ class Kind:
     def __call__(self, q: Array, k: Array, v: Array, **inputs: Any) -> Output:
         """The output after DWConv(V) and the activation, and the mask density, which is 0 for a kind without a mask.
 
-        `inputs` are some of INPUTS, and all of the kind's own parameters. The function gets the inputs that it takes.
+        q, k and v are normalised by the norms in `around` first. `inputs` are some of INPUTS, and all of the kind's own
+        parameters. The function gets the inputs that it takes.
 
         Raises:
           InputError: the function needs a mask threshold, and mask_threshold is None.
@@ -120,7 +122,7 @@ class Kind:
         if threshold and threshold.default is threshold.empty and inputs["mask_threshold"] is None:
             raise InputError(f"a {self.name} model in training form needs mask_threshold, a number of at least 0.")
         density = jnp.zeros((), jnp.float32)
-        token_kernel, values = inputs["token_kernel"], None
+        token_kernel, apart = inputs["token_kernel"], False
         where = where_taps_stand(token_kernel, inputs["grid"], inputs["prefix_tokens"])
         kept = inputs["kept"] if where["grid"] else None  # taps over the tokens read those that are left, as they come
         if self.takes("token_kernel") and kept is None:
@@ -128,17 +130,19 @@ class Kind:
             inputs |= where
         elif token_kernel is not None:
             inputs["token_kernel"] = None
-            values = values_of_queries(v, inputs["query_values"])
+            apart = True
+        norms, activation = inputs["around"]
         # Only a function that returns the whole output, convolved values included, can apply the activation itself.
-        activation = inputs["activation"]
-        if values is None and self.takes("activation"):
-            activation = None
+        if self.takes("around") and not apart:
+            norms = activation = None
         else:
-            inputs["activation"] = None
+            inputs["around"] = NOTHING
+        q, k, v = normalize_qkv(q, k, v, norms)
         out = self.function(q, k, v, **{name: value for name, value in inputs.items() if self.takes(name)})
         if isinstance(out, tuple):
             out, density = out
-        if values is not None:
+        if apart:
+            values = values_of_queries(v, inputs["query_values"])
             out = out + _convolve(values, token_kernel, kept, **where)
         if activation is not None:
             # With heads as an axis of its own, XLA:TPU would not compute it together with the projection that follows.

@@ -170,10 +170,10 @@ def register_attention(
         relative positions, as in `ops.masked_softmax_attention`; None in DeiT), query_values (values at the queries'
         positions, where queries and keys are different tokens, as in `ops.linear_angular_attention`), grid (height and
         width of the queries), prefix_tokens (number of queries before the grid), kept (in masked pre-training the
-        places on the grid [batch, patches] of the patches that are left, else None), activation (what to apply to
-        the whole output: "hard_swish" in LeViT, else None), implementation, and token_kernel
-        (the taps). A function that takes token_kernel applies the taps itself, and gets grid and prefix_tokens as
-        `ops.depthwise_convolution` takes them.
+        places on the grid [batch, patches] of the patches that are left, else None), around (an `ops.Around`: LeViT's
+        batch norms of q, k and v, and its Hardswish; a function without this input gets arrays that are normalised),
+        implementation, and token_kernel (the taps). A function that takes token_kernel applies the taps itself, and
+        gets grid and prefix_tokens as `ops.depthwise_convolution` takes them.
       taps: whether the attention includes DWConv(V), the convolution of the values with a token kernel. It is added to
         the function's output, unless the function takes `token_kernel`.
       inference: the attention that replaces this one at the switch, registered before; None: the switch keeps this one.

@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from castling_jax.errors import InputError
 from castling_jax.ops.activations import activate
+from castling_jax.ops.around import ChannelNorms, normalize_qkv
 from castling_jax.ops.bias import Bias
 from castling_jax.ops.depthwise import depthwise_convolution
 from castling_jax.ops.kernel_calls import record
@@ -30,6 +31,7 @@ def linear_angular_attention(
     token_kernel: Float[Array, "taps heads"] | Float[Array, "rows columns heads"] | None,
     query_values: Float[Array, "batch queries heads value_dim"] | None,
     auxiliary: Float[Array, "batch queries heads value_dim"] | None,
+    norms: ChannelNorms | None,
     *,
     query_tokens: Int[np.ndarray, "queries"] | None,
     grid: tuple[int, int] | None,
@@ -46,6 +48,7 @@ def linear_angular_attention(
       token_kernel: the taps.
       query_values: the values at the queries' positions; None where `v` has them.
       auxiliary: added before the normalisation.
+      norms: batch norm's last step for q, k and v, which the kernel does; None where they are normalised.
       query_tokens: the key tokens on which the queries stand; None where it is all of them.
       grid: (height, width) of the queries, for taps over the grid.
       prefix_tokens: leading queries that the taps leave out.
@@ -56,7 +59,7 @@ def linear_angular_attention(
     Raises:
       InputError: without `fallback`: dtypes differ, the mesh does not divide batch or heads, or the platform is a GPU.
     """
-    arguments = q, k, v, token_kernel, query_values, auxiliary
+    arguments = q, k, v, token_kernel, query_values, auxiliary, norms
     try:
         split = split_over_mesh(q, k, v, heads=q.shape[2])
         check_dtypes("q, k and v", q, k, v)
@@ -65,21 +68,19 @@ def linear_angular_attention(
             raise
         return fallback(*arguments)
 
+    names = "q", "k", "v", "token_kernel", "query_values", "auxiliary", "norms"
     record(
         "linear_angular_attention",
-        {"q": q, "k": k, "v": v, "token_kernel": token_kernel, "query_values": query_values, "auxiliary": auxiliary},
+        dict(zip(names, arguments, strict=True)),
         query_tokens=None if query_tokens is None else tuple(query_tokens.tolist()),
         grid=grid,
         prefix_tokens=prefix_tokens,
         activation=activation,
     )
 
-    def run(q, k, v, token_kernel, query_values, auxiliary, *, interpret):
-        values = values_of_queries(v, query_tokens if query_values is None else query_values)
+    def run(q, k, v, token_kernel, query_values, auxiliary, norms, *, interpret):
         # The kernel selects tokens by a product, which is dearer than reading them from HBM once there are many keys.
         kernel_tokens = query_tokens if k.shape[1] <= MAX_MULTIPLIED else None
-        if query_tokens is not None and kernel_tokens is None:
-            query_values = values
         # The kernels convolve all tokens alike: with prefix tokens, the taps are left to XLA.
         kernel_taps = None if prefix_tokens else token_kernel
         needed = linear_angular.needed_bytes(q, k, v, kernel_taps, query_tokens=kernel_tokens, grid=grid)
@@ -88,9 +89,16 @@ def linear_angular_attention(
         if not whole and kernel_taps is not None and (grid or len(kernel_taps) > linear_angular_blocks.MAX_TAPS):
             kernel_taps = None
         is_complete = token_kernel is None or kernel_taps is not None
+        if norms is not None and not (whole and is_complete and kernel_tokens is query_tokens):
+            # Other parts of the program read the values too.
+            q, k, v = normalize_qkv(q, k, v, norms)
+            norms = None
+        values = values_of_queries(v, query_tokens if query_values is None else query_values)
+        if kernel_tokens is not query_tokens:
+            query_values = values
         if whole:
             out = linear_angular.linear_angular(
-                *(q, k, v, query_values, kernel_taps, auxiliary),
+                *(q, k, v, query_values, kernel_taps, auxiliary, norms),
                 query_tokens=kernel_tokens,
                 grid=grid,
                 activation=activation if is_complete else None,
@@ -107,7 +115,8 @@ def linear_angular_attention(
     if split is not None:
         mesh, tokens = split
         taps = PartitionSpec(None, tokens[2]) if grid is None else PartitionSpec(None, None, tokens[2])
-        run = over_mesh(run, mesh, (tokens, tokens, tokens, taps, tokens, tokens), tokens)
+        of_norms = PartitionSpec(None, tokens[2])
+        run = over_mesh(run, mesh, (tokens, tokens, tokens, taps, tokens, tokens, of_norms), tokens)
     return on_platform(run, *arguments, fallback=fallback)
 
 
@@ -117,6 +126,7 @@ def masked_softmax_attention(
     v: Float[Array, "batch keys heads value_dim"],
     mask_threshold: ArrayLike,
     bias: Bias | None,
+    norms: ChannelNorms | None,
     *,
     return_qkv: bool,
     fallback: Callable[..., Any] | None,
@@ -131,6 +141,7 @@ def masked_softmax_attention(
       v: values.
       mask_threshold: a scalar.
       bias: dense, or two factors.
+      norms: as in `linear_angular_attention`; the returned q, k and v are not normalised.
       return_qkv: whether the caller goes on with the returned q, k and v in place of the arguments. The backward kernel
         then adds its gradients to theirs, which saves a pass over memory for each.
       fallback: as in `linear_angular_attention`.
@@ -145,15 +156,15 @@ def masked_softmax_attention(
     except InputError:
         if fallback is None:
             raise
-        return fallback(q, k, v, threshold, bias)
-    record("masked_softmax_attention", {"q": q, "k": k, "v": v, "bias": bias}, return_qkv=return_qkv)
+        return fallback(q, k, v, threshold, bias, norms)
+    record("masked_softmax_attention", {"q": q, "k": k, "v": v, "bias": bias, "norms": norms}, return_qkv=return_qkv)
     # A float, because the batch of a pod has more weights than an int32 counts.
     size = float(math.prod(q.shape[:3]) * k.shape[1])
     names = () if split is None else axes_of_kind(split[0], AxisType.Auto)
 
-    def run(q, k, v, threshold, bias, *, interpret):
+    def run(q, k, v, threshold, bias, norms, *, interpret):
         out, kept, qkv = _masked_softmax(
-            q, k, v, threshold.reshape(1, 1), bias, return_qkv=return_qkv, interpret=interpret
+            q, k, v, threshold.reshape(1, 1), bias, norms, return_qkv=return_qkv, interpret=interpret
         )
         kept = kept.sum()
         density = (jax.lax.psum(kept, names) if names else kept) / size
@@ -165,11 +176,12 @@ def masked_softmax_attention(
             lambda factor: PartitionSpec(None if factor.shape[0] == 1 else tokens[0], tokens[2]), bias
         )
         out_specs = tokens, PartitionSpec(), (tokens, tokens, tokens)
-        run = over_mesh(run, mesh, (tokens, tokens, tokens, PartitionSpec(), biases), out_specs)
-    return on_platform(run, q, k, v, threshold, bias, fallback=fallback)
+        of_norms = PartitionSpec(None, tokens[2])
+        run = over_mesh(run, mesh, (tokens, tokens, tokens, PartitionSpec(), biases, of_norms), out_specs)
+    return on_platform(run, q, k, v, threshold, bias, norms, fallback=fallback)
 
 
-def _masked_softmax(q, k, v, threshold, bias, *, return_qkv: bool, interpret: bool):
+def _masked_softmax(q, k, v, threshold, bias, norms, *, return_qkv: bool, interpret: bool):
     """The output, with heads and channels as one axis; how many weights each part kept; and q, k and v."""
     scale, heads = 1 / math.sqrt(q.shape[3]), q.shape[2]
     dense = factors = sides = None
@@ -180,12 +192,16 @@ def _masked_softmax(q, k, v, threshold, bias, *, return_qkv: bool, interpret: bo
         dense = jnp.swapaxes(bias, 2, 3)
     if masked_softmax.needed_bytes(q, k, v, dense, factors) <= fast_memory_bytes():
         out, kept, *returned = masked_softmax.masked_softmax(
-            *_flat(q, k, v), threshold, dense, factors, heads, scale, interpret, return_qkv, sides
+            *_flat(q, k, v),
+            *(threshold, dense, factors, jax.tree.map(lambda norm: norm.reshape(3, -1), norms)),
+            *(heads, scale, interpret, return_qkv, sides),
         )
         if return_qkv:
             q, k, v = (x.reshape(like.shape) for x, like in zip(returned, (q, k, v), strict=True))
         return out, kept, (q, k, v)
     qkv = q, k, v
+    if norms is not None:
+        q, k, v = normalize_qkv(q, k, v, norms)
     if factors is not None:
         q, k = append_factors(q, k, bias, scale)
         scale = 1.0

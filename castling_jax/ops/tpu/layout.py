@@ -65,6 +65,12 @@ class Heads:
         """Heads in one grid step."""
         return self.group * self.step
 
+    @property
+    def step_widths(self) -> tuple[int, int, int]:
+        """Lanes of q, k and v in one grid step."""
+        keys = self.step_heads * self.key_dim
+        return keys, keys, self.step_heads * self.value_dim
+
     def key_lanes(self, group: int) -> slice:
         """Lanes of a group's keys within a step's block."""
         width = self.group * self.key_dim

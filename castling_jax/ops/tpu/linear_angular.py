@@ -15,6 +15,7 @@ from castling_jax.ops.activations import activate
 from castling_jax.ops.norms import inverse_norms, inverse_norms_or_zero
 from castling_jax.ops.tokens import selection
 from castling_jax.ops.tpu.call import ABSENT, Operand, Refs, call, whole
+from castling_jax.ops.tpu.channel_norms import norm_gradients, norm_inputs, norm_outputs, read, through_channel_norm
 from castling_jax.ops.tpu.layout import (
     LANES,
     NN,
@@ -28,6 +29,8 @@ from castling_jax.ops.tpu.layout import (
     traced_once,
 )
 from castling_jax.ops.tpu.taps import TapPositions, spread_taps, tap_positions
+
+STATIC = ("heads", "positions", "query_tokens", "activation", "interpret")
 
 
 def block_bytes(queries: int, keys: int, key_dim: int, value_dim: int, itemsize: int) -> int:
@@ -59,6 +62,7 @@ def linear_angular(
     query_values,
     taps,
     auxiliary,
+    norms,
     *,
     query_tokens: np.ndarray | None,
     grid: tuple[int, int] | None,
@@ -74,47 +78,36 @@ def linear_angular(
       query_values: V in 1/2 V and in DWConv(V), [batch, queries, heads, value_dim]. None where `v` has these values.
       taps: the token kernel, [taps, heads], or [rows, columns, heads] with a grid, or None.
       auxiliary: added before the normalisation, shaped like the output; or None.
+      norms: batch norm's mean, factor and bias for each channel of q, k and v, [3, heads, dim] each; or None.
       query_tokens: the key tokens on which the queries stand; None where it is all of them.
       grid: (height, width) of the queries, for taps in rows and columns.
-      activation: a name of ACTIVATIONS, or None. Under differentiation it is an operation of its own after the kernel.
+      activation: a name of ACTIVATIONS, or None.
       interpret: run as plain JAX, on any platform.
     """
     heads, value_dim = v.shape[2:]
     q, k, v, query_values, auxiliary = (
         None if x is None else x.reshape(*x.shape[:2], -1) for x in (q, k, v, query_values, auxiliary)
     )
+    norms = jax.tree.map(lambda norm: norm.reshape(3, -1), norms)
     positions = tap_positions(taps, grid)
     tokens = None if query_tokens is None else tuple(query_tokens.tolist())  # hashable, as static arguments must be
     taps = spread_taps(taps, heads, value_dim)
-    static = heads, positions, tokens, interpret
-
-    def attention(*arrays):
-        return _attention(*arrays, *static)
-
-    if activation is not None:
-        apart = attention
-        attention = jax.custom_vjp(lambda *arrays: _forward(*arrays, *static, activation)[0])
-        # A backward kernel would need the values before the activation, which are another array to write.
-        attention.defvjp(
-            lambda *arrays: jax.vjp(lambda *arrays: activate(apart(*arrays), activation), *arrays),
-            lambda pullback, cotangent: pullback(cotangent),
-        )
-    out = attention(q, k, v, query_values, taps, auxiliary)
+    out = _attention(q, k, v, query_values, taps, auxiliary, norms, heads, positions, tokens, activation, interpret)
     return out.reshape(*q.shape[:2], heads, value_dim)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
-def _attention(q, k, v, query_values, taps, auxiliary, heads, positions, query_tokens, interpret):
-    return _forward(q, k, v, query_values, taps, auxiliary, heads, positions, query_tokens, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10, 11))
+def _attention(q, k, v, query_values, taps, auxiliary, norms, *static):
+    return _forward(q, k, v, query_values, taps, auxiliary, norms, *static)[0]
 
 
-@traced_once("heads", "positions", "query_tokens", "interpret", "activation")
-def _forward(q, k, v, query_values, taps, auxiliary, heads, positions, query_tokens, interpret, activation=None):
+@traced_once(*STATIC)
+def _forward(q, k, v, query_values, taps, auxiliary, norms, heads, positions, query_tokens, activation, interpret):
     layout = _arrange(q, k, v, heads, blocks=5)
     out = jax.ShapeDtypeStruct((*q.shape[:2], v.shape[2]), v.dtype)
     outputs = call(
         functools.partial(_forward_kernel, layout=layout, positions=positions, activation=activation),
-        inputs=_inputs(layout, q, k, v, query_values, taps, auxiliary, None, query_tokens),
+        inputs=_inputs(layout, q, k, v, query_values, taps, auxiliary, norms, None, query_tokens),
         outputs={"out": (out, _token_blocks(q, layout, layout.value_dim))},
         scratch={"padded": positions.scratch(q.shape[1], window_heads(layout) * layout.value_dim)},
         grid=(q.shape[0], layout.steps),
@@ -122,23 +115,24 @@ def _forward(q, k, v, query_values, taps, auxiliary, heads, positions, query_tok
         interpret=interpret,
         name="linear_angular_forward",
     )
-    return outputs["out"], (q, k, v, query_values, taps, auxiliary)
+    return outputs["out"], (q, k, v, query_values, taps, auxiliary, norms)
 
 
-@traced_once("heads", "positions", "query_tokens", "interpret")
-def _backward(heads, positions, query_tokens, interpret, residuals, cotangent):
-    q, k, v, query_values, taps, auxiliary = residuals
+@traced_once(*STATIC)
+def _backward(heads, positions, query_tokens, activation, interpret, residuals, cotangent):
+    q, k, v, query_values, taps, auxiliary, norms = residuals
     layout = _arrange(q, k, v, heads, blocks=9)
-    inputs = _inputs(layout, q, k, v, query_values, taps, auxiliary, cotangent, query_tokens)
+    inputs = _inputs(layout, q, k, v, query_values, taps, auxiliary, norms, cotangent, query_tokens)
     # Images are worked on in parallel, so that each has its own sum for the taps.
     d_taps = jax.ShapeDtypeStruct((q.shape[0], *taps.shape), jnp.float32)
     d_taps_blocks = pl.BlockSpec((1, taps.shape[0], layout.step_heads * layout.value_dim), lambda b, h: (b, 0, h))
     padded = positions.scratch(q.shape[1], window_heads(layout) * layout.value_dim)
     gradients = call(
-        functools.partial(_backward_kernel, layout=layout, positions=positions),
+        functools.partial(_backward_kernel, layout=layout, positions=positions, activation=activation),
         inputs=inputs,
         outputs={f"d_{name}": inputs[name] for name in ("q", "k", "v", "query_values", "auxiliary")}
-        | {"d_taps": (d_taps, d_taps_blocks)},
+        | {"d_taps": (d_taps, d_taps_blocks)}
+        | norm_outputs(norms, layout.step_widths, q.shape[0], axes=(0, 1)),
         scratch={"padded": padded, "padded_cotangent": padded},
         grid=(q.shape[0], layout.steps),
         compiler_params=_parameters(layout, q, k, positions, query_tokens),
@@ -146,7 +140,8 @@ def _backward(heads, positions, query_tokens, interpret, residuals, cotangent):
         name="linear_angular_backward",
     )
     gradients["d_taps"] = gradients["d_taps"].sum(0)
-    return tuple(gradients[f"d_{name}"] for name in ("q", "k", "v", "query_values", "taps", "auxiliary"))
+    of_arrays = (gradients[f"d_{name}"] for name in ("q", "k", "v", "query_values", "taps", "auxiliary"))
+    return *of_arrays, norm_gradients(norms, gradients)
 
 
 _attention.defvjp(_forward, _backward)
@@ -174,7 +169,7 @@ def _token_blocks(x, layout: Heads, dim: int) -> pl.BlockSpec:
     return pl.BlockSpec((1, x.shape[1], layout.step_heads * dim), lambda b, h: (b, 0, h))
 
 
-def _inputs(layout, q, k, v, query_values, taps, auxiliary, cotangent, query_tokens) -> dict[str, Operand]:
+def _inputs(layout, q, k, v, query_values, taps, auxiliary, norms, cotangent, query_tokens) -> dict[str, Operand]:
     """The inputs of both kernels; the forward kernel has no cotangent."""
     out_blocks = _token_blocks(q, layout, layout.value_dim)
     return {
@@ -182,6 +177,7 @@ def _inputs(layout, q, k, v, query_values, taps, auxiliary, cotangent, query_tok
         "k": (k, _token_blocks(k, layout, layout.key_dim)),
         "v": (v, _token_blocks(k, layout, layout.value_dim)),
         "taps": (taps, pl.BlockSpec((taps.shape[0], layout.step_heads * layout.value_dim), lambda b, h: (0, h))),
+        **norm_inputs(norms, layout.step_widths, step=1),
         **{name: whole(x) for name, x in head_sums(layout, window_heads(layout), q.dtype).items()},
         "cotangent": (cotangent, out_blocks),
         "selection": ABSENT if query_tokens is None else whole(selection(np.array(query_tokens), k.shape[1], k.dtype)),
@@ -261,21 +257,22 @@ def attend(dot, refs: Refs, lanes: tuple[slice, slice], q, k, v, *, query_values
 def _forward_kernel(refs: Refs, *, layout: Heads, positions: TapPositions, activation: str | None):
     dot = product(refs.q.dtype)
     for _, [keys, values] in layout.windows(layout.key_dim, layout.value_dim):
-        q, k, v = refs.q[0, :, keys].astype(jnp.float32), refs.k[0, :, keys].astype(jnp.float32), refs.v[0, :, values]
+        q, k = (read(refs, name, keys).astype(jnp.float32) for name in ("q", "k"))
+        v = read(refs, "v", values)
         query_values = _query_values(dot, v, refs, values)
         auxiliary = None if refs.auxiliary is None else refs.auxiliary[0, :, values].astype(jnp.float32)
         out = attend(dot, refs, (keys, values), q, k, v, query_values=query_values, auxiliary=auxiliary)
-        for tap, window in enumerate(positions.windows(refs.padded, query_values)):
-            out += window * refs.taps[tap : tap + 1, values]
+        out += positions.convolve(refs.padded, query_values, refs.taps[:, values])
         refs.out[0, :, values] = activate(out, activation).astype(refs.out.dtype)
 
 
-def _backward_kernel(refs: Refs, *, layout: Heads, positions: TapPositions):
+def _backward_kernel(refs: Refs, *, layout: Heads, positions: TapPositions, activation: str | None):
     dot = product(refs.q.dtype)
     for _, [keys, values] in layout.windows(layout.key_dim, layout.value_dim):
         key_sums, value_sums, cross = refs.key_sums[...], refs.value_sums[...], _cross_of(keys, values, refs.cross)
-        wide_q, wide_k = refs.q[0, :, keys].astype(jnp.float32), refs.k[0, :, keys].astype(jnp.float32)
-        wide_v, cotangent = (x[0, :, values].astype(jnp.float32) for x in (refs.v, refs.cotangent))
+        wide_q, wide_k = (read(refs, name, keys).astype(jnp.float32) for name in ("q", "k"))
+        wide_v = read(refs, "v", values).astype(jnp.float32)
+        cotangent = refs.cotangent[0, :, values].astype(jnp.float32)
         query_values = _query_values(dot, wide_v, refs, values)
         # The forward pass again: a training step keeps only its inputs, which the model has anyway.
         inverse_k, inverse_q = (head_inverse_norms_or_zero(dot, x, key_sums) for x in (wide_k, wide_q))
@@ -285,7 +282,12 @@ def _backward_kernel(refs: Refs, *, layout: Heads, positions: TapPositions):
         if refs.auxiliary is not None:
             core += refs.auxiliary[0, :, values].astype(jnp.float32)
         inverse_core = head_inverse_norms_or_zero(dot, core, value_sums)
-        d_core = through_norm(dot, cotangent, core * inverse_core, inverse_core, value_sums)
+        normal_core = core * inverse_core
+        if activation is not None:
+            out = normal_core + positions.convolve(refs.padded, query_values, refs.taps[:, values])
+            _, pullback = jax.vjp(functools.partial(activate, name=activation), out)
+            [cotangent] = pullback(cotangent)
+        d_core = through_norm(dot, cotangent, normal_core, inverse_core, value_sums)
         if refs.auxiliary is not None:
             refs.d_auxiliary[0, :, values] = d_core.astype(refs.d_auxiliary.dtype)
         d_key_values = dot(normal_q, d_core, TN) * cross
@@ -298,10 +300,10 @@ def _backward_kernel(refs: Refs, *, layout: Heads, positions: TapPositions):
             d_query_values += window * refs.taps[positions.count - 1 - tap : positions.count - tap, values]
         for tap, window in enumerate(positions.windows(refs.padded, query_values)):
             refs.d_taps[0, tap : tap + 1, values] = jnp.sum(window * cotangent, axis=0, keepdims=True)
-        refs.d_q[0, :, keys] = dq.astype(refs.d_q.dtype)
-        refs.d_k[0, :, keys] = dk.astype(refs.d_k.dtype)
+        refs.d_q[0, :, keys] = through_channel_norm(refs, "q", keys, dq).astype(refs.d_q.dtype)
+        refs.d_k[0, :, keys] = through_channel_norm(refs, "k", keys, dk).astype(refs.d_k.dtype)
         if refs.query_values is not None:
             refs.d_query_values[0, :, values] = d_query_values.astype(refs.d_query_values.dtype)
         else:
             dv += d_query_values if refs.selection is None else dot(refs.selection[...], d_query_values, TN)
-        refs.d_v[0, :, values] = dv.astype(refs.d_v.dtype)
+        refs.d_v[0, :, values] = through_channel_norm(refs, "v", values, dv).astype(refs.d_v.dtype)

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from castling_jax.ops.tpu.call import Refs, call
+from castling_jax.ops.tpu.channel_norms import norm_gradients, norm_inputs, norm_outputs, read, through_channel_norm
 from castling_jax.ops.tpu.factors import factor_bytes, factor_inputs, factor_lanes
 from castling_jax.ops.tpu.layout import (
     LANES,
@@ -71,8 +72,8 @@ def needed_bytes(q, k, v, bias, factors) -> int:
     return needed
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9, 10))
-def masked_softmax(q, k, v, threshold, bias, factors, heads, scale, interpret, return_qkv, sides):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10, 11))
+def masked_softmax(q, k, v, threshold, bias, factors, norms, heads, scale, interpret, return_qkv, sides):
     """((M P) V, the number of weights kept, q, k and v if they are returned), differentiable.
 
     Args:
@@ -82,6 +83,8 @@ def masked_softmax(q, k, v, threshold, bias, factors, heads, scale, interpret, r
       threshold: [1, 1], float32.
       bias: dense and transposed, [1 or batch, heads, keys, queries]; or None.
       factors: a factored bias in the place of `bias`, from `join_factors`; or None.
+      norms: batch norm's mean, factor and bias for each channel of q, k and v, [3, heads * dim] each; or None. The
+        returned q, k and v are as they came.
       heads: the number of heads.
       scale: factor of the products of queries and keys.
       interpret: run as plain JAX, on any platform.
@@ -93,7 +96,7 @@ def masked_softmax(q, k, v, threshold, bias, factors, heads, scale, interpret, r
       The branch's output, shaped like v at the queries; the number of weights that each block kept, float32; and q, k
       and v with `return_qkv`.
     """
-    return _forward(q, k, v, threshold, bias, factors, heads, scale, interpret, return_qkv, sides)[0]
+    return _forward(q, k, v, threshold, bias, factors, norms, heads, scale, interpret, return_qkv, sides)[0]
 
 
 def _arrange(q, k, v, heads, bias) -> tuple[Heads, int]:
@@ -136,7 +139,7 @@ def _is_shared(bias) -> bool:
 
 
 @traced_once("heads", "scale", "interpret", "return_qkv", "sides")
-def _forward(q, k, v, threshold, bias, factors, heads, scale, interpret, return_qkv, sides):
+def _forward(q, k, v, threshold, bias, factors, norms, heads, scale, interpret, return_qkv, sides):
     layout, size = _arrange(q, k, v, heads, bias)
     (batch, queries, _), keys = q.shape, k.shape[1]
     block = query_block(queries)
@@ -156,6 +159,7 @@ def _forward(q, k, v, threshold, bias, factors, heads, scale, interpret, return_
             **{name: (array, blocks[name]) for name, array in arrays.items()},
             "bias": (bias, _bias_blocks(layout, block, keys, _is_shared(bias))),
             **factor_inputs(layout, block, factors, sides),
+            **norm_inputs(norms, layout.step_widths, step=0),
         },
         outputs={name: (shape, blocks[name]) for name, shape in results.items()},
         scratch={"masked": pltpu.VMEM((layout.step_heads, keys, block), q.dtype)},
@@ -165,13 +169,13 @@ def _forward(q, k, v, threshold, bias, factors, heads, scale, interpret, return_
         name="masked_softmax_forward",
     )
     returned = (q, k, v) if return_qkv else ()
-    residuals = (q, k, v, threshold, bias, factors, *(outputs[name] for name in RESULTS))
+    residuals = (q, k, v, threshold, bias, factors, norms, *(outputs[name] for name in RESULTS))
     return (outputs["out"], outputs["kept"][..., 0], *returned), residuals
 
 
 @traced_once("heads", "scale", "interpret", "return_qkv", "sides")
 def _backward(heads, scale, interpret, return_qkv, sides, residuals, cotangents):
-    q, k, v, threshold, bias, factors, *results = residuals
+    q, k, v, threshold, bias, factors, norms, *results = residuals
     layout, size = _arrange(q, k, v, heads, bias)
     (batch, queries, _), keys = q.shape, k.shape[1]
     block = query_block(queries)
@@ -192,6 +196,7 @@ def _backward(heads, scale, interpret, return_qkv, sides, residuals, cotangents)
         "added_v": (added_v, blocks["v"]),
         "bias": (bias, _bias_blocks(layout, block, keys, _is_shared(bias))),
         **factor_inputs(layout, block, factors, sides),
+        **norm_inputs(norms, layout.step_widths, step=0),
     }
     gradients = call(
         functools.partial(_backward_kernel, layout=layout, scale=scale, queries=queries, block=block, summed=summed),
@@ -200,6 +205,7 @@ def _backward(heads, scale, interpret, return_qkv, sides, residuals, cotangents)
             **{f"d_{name}": inputs[name] for name in ("q", "k", "v")},
             "d_bias": (d_bias, _bias_blocks(layout, block, keys, summed)),
             "d_factors": inputs["factors"],
+            **norm_outputs(norms, layout.step_widths, batch, axes=(1, 0)),
         },
         scratch={
             "dk_sum": pltpu.VMEM((keys, layout.step_heads * layout.key_dim), jnp.float32),
@@ -218,7 +224,8 @@ def _backward(heads, scale, interpret, return_qkv, sides, residuals, cotangents)
         d_bias = (d_bias if d_bias.shape == bias.shape else d_bias.sum(0, keepdims=True)).astype(bias.dtype)
     if d_factors is not None:
         d_factors = jnp.moveaxis(d_factors, 0, 2).reshape(factors.shape)
-    return gradients["d_q"], gradients["d_k"], gradients["d_v"], jnp.zeros_like(threshold), d_bias, d_factors
+    of_arrays = (gradients[f"d_{name}"] for name in ("q", "k", "v"))
+    return *of_arrays, jnp.zeros_like(threshold), d_bias, d_factors, norm_gradients(norms, gradients)
 
 
 masked_softmax.defvjp(_forward, _backward)
@@ -254,10 +261,11 @@ def _forward_kernel(refs: Refs, *, layout: Heads, scale, queries, block):
     kept = jnp.zeros((1, block), jnp.float32)
     for heads, [lanes] in layout.windows(layout.key_dim):
         # The queries are scaled rather than the scores: key_dim numbers a query instead of one for every key.
-        q = refs.q[0, :, lanes].astype(jnp.float32) * scale
+        q = read(refs, "q", lanes).astype(jnp.float32) * scale
+        chunks_of_keys = [read(refs, "k", lanes, chunk) for chunk in chunks]
         for member, head in enumerate(heads):
             query = of_head(q, member, layout.key_dim)
-            parts = [dot(refs.k[0, chunk, lanes], query, NT) for chunk in chunks]  # [keys, queries]
+            parts = [dot(chunk, query, NT) for chunk in chunks_of_keys]  # [keys, queries]
             if refs.bias is not None:
                 parts = [
                     part + refs.bias[0, head, chunk].astype(jnp.float32)
@@ -287,9 +295,9 @@ def _forward_kernel(refs: Refs, *, layout: Heads, scale, queries, block):
     @pl.when(any_kept)
     def _():
         for heads, [lanes] in layout.windows(layout.value_dim):
-            out = jnp.zeros((lanes.stop - lanes.start, block), jnp.float32)
+            out, v = jnp.zeros((lanes.stop - lanes.start, block), jnp.float32), read(refs, "v", lanes)
             for member, head in enumerate(heads):
-                attended = dot(refs.v[0, :, lanes], refs.masked[head], TN)
+                attended = dot(v, refs.masked[head], TN)
                 out = jnp.where(rows_of_head(member, layout.value_dim, out.shape), attended, out)
             refs.out[0, :, lanes] = jnp.transpose(out).astype(refs.out.dtype)
 
@@ -299,12 +307,15 @@ def _forward_kernel(refs: Refs, *, layout: Heads, scale, queries, block):
 
 
 def _set_to_zero(ref) -> None:
-    ref[...] = jnp.zeros_like(ref)
+    if ref is not None:
+        ref[...] = jnp.zeros_like(ref)
 
 
-def _start(sum_ref, added_ref) -> None:
-    """Starts a sum from one image's block, or from zero."""
-    sum_ref[...] = jnp.zeros_like(sum_ref) if added_ref is None else added_ref[0].astype(sum_ref.dtype)
+def _write(out_ref, gradient, added_ref, lanes: slice) -> None:
+    """Writes an image's gradient, with what came from the next attention."""
+    if added_ref is not None:
+        gradient += added_ref[0, :, lanes].astype(jnp.float32)
+    out_ref[0, :, lanes] = gradient.astype(out_ref.dtype)
 
 
 def _backward_kernel(refs: Refs, *, layout: Heads, scale, queries, block, summed):
@@ -314,8 +325,8 @@ def _backward_kernel(refs: Refs, *, layout: Heads, scale, queries, block, summed
 
     @pl.when(step == 0)
     def _():
-        _start(refs.dk_sum, refs.added_k)
-        _start(refs.dv_sum, refs.added_v)
+        for sum_ref in (refs.dk_sum, refs.dv_sum, refs.sums_q):
+            _set_to_zero(sum_ref)
 
     if refs.bias is not None:
         pl.when((pl.program_id(1) == 0) | (not summed))(functools.partial(_set_to_zero, refs.d_bias))
@@ -329,7 +340,7 @@ def _backward_kernel(refs: Refs, *, layout: Heads, scale, queries, block, summed
             (
                 heads,
                 lanes,
-                refs.v[0, :, lanes],
+                read(refs, "v", lanes),
                 jnp.where(valid, refs.cotangent[0, :, lanes].astype(jnp.float32), 0),
                 jnp.where(valid, refs.out[0, :, lanes].astype(jnp.float32), 0),
             )
@@ -337,8 +348,8 @@ def _backward_kernel(refs: Refs, *, layout: Heads, scale, queries, block, summed
         ]
         d_factors: dict[int, tuple[slice, jax.Array]] = {}
         for heads, [key_lanes] in layout.windows(layout.key_dim):
-            k = refs.k[0, :, key_lanes]
-            q = jnp.where(valid, refs.q[0, :, key_lanes].astype(jnp.float32) * scale, 0)
+            k = read(refs, "k", key_lanes)
+            q = jnp.where(valid, read(refs, "q", key_lanes).astype(jnp.float32) * scale, 0)
             dq = jnp.zeros((q.shape[1], block), jnp.float32)
             for member, head in enumerate(heads):
                 query = of_head(q, member, layout.key_dim)
@@ -366,10 +377,8 @@ def _backward_kernel(refs: Refs, *, layout: Heads, scale, queries, block, summed
                     # Heads that share these lanes are summed: each head's gradient is zero in the lanes of the others.
                     _, before = d_factors.get(factor_slice.start, (None, 0))
                     d_factors[factor_slice.start] = factor_slice, before + dot(d_scores, marks, TN)
-            dq = jnp.transpose(dq * scale)
-            if refs.added_q is not None:
-                dq += refs.added_q[0, :, key_lanes].astype(jnp.float32)
-            refs.d_q[0, :, key_lanes] = dq.astype(refs.d_q.dtype)
+            dq = through_channel_norm(refs, "q", key_lanes, jnp.transpose(dq * scale), valid, add=True)
+            _write(refs.d_q, dq, refs.added_q, key_lanes)
         for lanes, d_factor in d_factors.values():
             refs.d_factors[0, 0, :, lanes] = d_factor.astype(refs.d_factors.dtype)
 
@@ -382,5 +391,9 @@ def _backward_kernel(refs: Refs, *, layout: Heads, scale, queries, block, summed
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
-        refs.d_k[0] = refs.dk_sum[...].astype(refs.d_k.dtype)
-        refs.d_v[0] = refs.dv_sum[...].astype(refs.d_v.dtype)
+        for _, [lanes] in layout.windows(layout.key_dim):
+            dk = through_channel_norm(refs, "k", lanes, refs.dk_sum[:, lanes])
+            _write(refs.d_k, dk, refs.added_k, lanes)
+        for _, [lanes] in layout.windows(layout.value_dim):
+            dv = through_channel_norm(refs, "v", lanes, refs.dv_sum[:, lanes])
+            _write(refs.d_v, dv, refs.added_v, lanes)
