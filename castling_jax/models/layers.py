@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from castling_jax.errors import InputError, check
+from castling_jax.models.dense import dense, of_all_devices
 from castling_jax.models.initializers import Initializer, normal, scaled_uniform, uniform
 from castling_jax.ops.around import normalize_channels
 from castling_jax.ops.depthwise import convolve_channels
@@ -62,7 +63,9 @@ class Layers:
     def linear(self, features_in: int, features_out: int, **arguments: Any) -> nnx.Linear:
         """A dense layer with the ViT family's initial values: a normal of `init_std`, and zero bias."""
         kernel_init = XAVIER_INIT if self.init_std is None else normal(self.init_std)
-        return nnx.Linear(features_in, features_out, kernel_init=kernel_init, **arguments, **self.flax)
+        return nnx.Linear(
+            features_in, features_out, kernel_init=kernel_init, dot_general=dense, **arguments, **self.flax
+        )
 
     def layer_norm(self, features: int) -> nnx.LayerNorm:
         """Layer normalisation with the epsilon of DeiT and MViTv2."""
@@ -85,9 +88,7 @@ def add_bias(x: Float[Array, "*batch channels"], bias: Float[Array, "channels"])
     in bfloat16 takes several times as long. After other layers XLA fuses the sum with their work, which costs less than
     a product.
     """
-    # Inside a shard_map that tracks varying values, all devices share the bias and each has its own gradient.
-    varying = jax.typeof(x).manual_axis_type.varying - jax.typeof(bias).manual_axis_type.varying
-    return _add_bias(x, jax.lax.pcast(bias, tuple(varying), to="varying") if varying else bias)
+    return _add_bias(x, of_all_devices(bias, x))
 
 
 @jax.custom_vjp
@@ -127,7 +128,7 @@ def split_linear(
     dtype = layer.dtype or jnp.result_type(*jax.tree.leaves(x))
     kernels = jnp.split(layer.kernel[...].astype(dtype), parts, axis=1)
     inputs = x if isinstance(x, Sequence) else [x] * len(kernels)
-    outs = [x.astype(dtype) @ kernel for x, kernel in zip(inputs, kernels, strict=True)]
+    outs = [dense(x.astype(dtype), kernel) for x, kernel in zip(inputs, kernels, strict=True)]
     if layer.bias is None:
         return outs
     biases = jnp.split(layer.bias[...].astype(dtype), parts)
@@ -293,7 +294,9 @@ class LinearNorm(nnx.Module):
 
     def __init__(self, features_in: int, features_out: int, layers: Layers, *, bn_scale: float = 1.0):
         folded, init = layers.folded, layers.kernel_init
-        self.linear = nnx.Linear(features_in, features_out, use_bias=folded, kernel_init=init, **layers.flax)
+        self.linear = nnx.Linear(
+            features_in, features_out, use_bias=folded, kernel_init=init, dot_general=dense, **layers.flax
+        )
         self.bn = None if folded else BatchNorm(features_out, layers, scale=bn_scale)
 
     def __call__(self, x: Float[Array, "*batch channels"], *, training: bool) -> Float[Array, "*batch _"]:
