@@ -1,4 +1,4 @@
-""".ci/newest_python, with Pythons that are only scripts: which of them CI's slow tests run on."""
+""".ci/newest_python, with Pythons that are only scripts: which of them CI's second leg runs on."""
 
 import shutil
 import subprocess
