@@ -12,9 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from castling_jax.errors import InputError, check
-from castling_jax.models.dense import dense, of_all_devices
 from castling_jax.models.initializers import Initializer, normal, scaled_uniform, uniform
 from castling_jax.ops.around import normalize_channels
+from castling_jax.ops.dense import dense, of_all_devices
 from castling_jax.ops.depthwise import convolve_channels
 from castling_jax.ops.gelu import gelu
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from castling_jax.models.dense import dense
+from castling_jax.ops.dense import dense
 
 
 def draw(*lead, dtype=jnp.float32):
