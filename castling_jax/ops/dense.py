@@ -7,7 +7,7 @@ import jax
 from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
-from castling_jax.ops.mesh import axes_of_kind
+from castling_jax.ops.mesh import axes_of_kind, mesh_in_use
 
 
 def dense(
@@ -21,12 +21,13 @@ def dense(
 
     For the kernel's gradient JAX multiplies the transposed gradient of the output with x. XLA:CPU writes that transpose
     from whatever computes the gradient, number by number, which took a third of a DeiT's training step on a CPU
-    (docs/performance.md). There the gradient is one product over all rows instead. On other platforms, and on Explicit
-    axes, it is JAX's own.
+    (docs/performance.md). There the gradient is one product over all rows instead. On other platforms, on several
+    devices and on Explicit axes it is JAX's own.
     """
     del dimension_numbers  # always those of x @ kernel
     product = functools.partial(_plain, precision=precision, out_sharding=out_sharding)
-    if axes_of_kind(jax.typeof(x).sharding.mesh, AxisType.Explicit):
+    mesh = mesh_in_use((x, kernel))
+    if mesh.size > 1 or axes_of_kind(mesh, AxisType.Explicit):
         return product(x, kernel)
     return _by_rows(x, of_all_devices(kernel, x), precision)
 

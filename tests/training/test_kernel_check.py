@@ -106,9 +106,10 @@ def test_the_kernels_of_each_family_are_found():
     assert last_block == dataclasses.replace(block, options=block.options | {"needed_tokens": 1})
     levit = calls_of("levit_128s", depth=(1, 1, 1))
     # Three stages and two steps between them: each has the branch, the attention with it and without it, and the
-    # inference form's, which ends with Hardswish.
+    # inference form's. All but the branch end with Hardswish, and all but the inference form have norms.
     assert len(levit) == 20
-    assert sum(call.options.get("activation") == "hard_swish" for call in levit) == 5
+    assert sum(call.options.get("activation") == "hard_swish" for call in levit) == 15
+    assert sum("norms" in call.arrays for call in levit) == 15
     assert any(call.options.get("query_tokens") for call in levit)
     assert all(call.arrays["bias"].shape[0] == 1 for call in levit if call.operation == "masked_softmax_attention")
     mvit = calls_of("mvitv2_tiny", depths=(1, 1))
