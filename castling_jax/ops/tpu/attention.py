@@ -200,8 +200,7 @@ def _masked_softmax(q, k, v, threshold, bias, norms, *, return_qkv: bool, interp
             q, k, v = (x.reshape(like.shape) for x, like in zip(returned, (q, k, v), strict=True))
         return out, kept, (q, k, v)
     qkv = q, k, v
-    if norms is not None:
-        q, k, v = normalize_qkv(q, k, v, norms)
+    q, k, v = normalize_qkv(q, k, v, norms)
     if factors is not None:
         q, k = append_factors(q, k, bias, scale)
         scale = 1.0
