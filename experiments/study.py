@@ -16,6 +16,7 @@ from experiments.results import RESULTS
 
 ROOT = Path(__file__).parents[1]
 STUDIES = Path("experiments", "studies")  # relative to a checkout
+STARTS = "starts"  # the folder of runs that are no arm's, beside the others
 START = "the run that this arm starts from"  # as the value of a field: that run's folder
 
 
@@ -29,7 +30,8 @@ class Arm:
       seeds: seeds of the runs. A seed gives the same order of examples in every arm, so arms are compared seed by seed.
       learning_rates: rates of the runs, each with every seed; the report uses the one with the best validation
         accuracy.
-      start: one of the study's `starts`, a run that comes before this arm's, with the same seed. None for none.
+      start: one of the study's `starts` or another arm, whose run with the same seed comes before this arm's. None for
+        none.
     """
 
     name: str
@@ -72,9 +74,19 @@ class Study:
             raise InputError(f"two arms of a study have one name: {', '.join(names)}.")
         for arm in self.arms:
             if arm.start is not None:
-                check_known("start", arm.start, self.starts)
+                check_known("start", arm.start, (*self.starts, *names))
+                self._check_start(arm)
             if (START in arm.changes.values()) != (arm.start is not None):
                 raise InputError(f"the arm {arm.name!r} must name its start, and use START in a field, or neither.")
+
+    def _check_start(self, arm: Arm) -> None:
+        for start in self.arms:
+            is_one_run = len(start.learning_rates) == 1 and start.start is None and {*arm.seeds} <= {*start.seeds}
+            if start.name == arm.start and not is_one_run:
+                raise InputError(
+                    f"the arm {arm.name!r} cannot start from {start.name!r}: that arm must have one learning rate, no "
+                    f"start, and all seeds of {arm.name!r}."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +119,18 @@ class Trial:
             check_known("config field", field, FIELDS)
             config.update_from_flattened_dict({field: str(start) if value == START else value})
         config.optimizer.learning_rate = self.learning_rate
+        # The run's own test at its end writes the answers to all images, which its result needs.
+        config.dataset.test_split = study.test_split or config.dataset.eval_split
         return self._seeded(config)
 
-    def start_config(self, study: Study) -> ConfigDict:
-        """The configuration of the run that this one starts from."""
+    def start_of(self, study: Study) -> tuple[str, ConfigDict]:
+        """The folder of the run that this one starts from, in the folder of the study's runs, and its configuration."""
         assert self.arm.start is not None
-        return self._seeded(study.starts[self.arm.start]())
+        for arm in study.arms:
+            if arm.name == self.arm.start:
+                start = Trial(self.study, arm, arm.learning_rates[0], self.seed)
+                return start.name, start.config(study)
+        return f"{STARTS}/{self.arm.start}-seed{self.seed}", self._seeded(study.starts[self.arm.start]())
 
     def _seeded(self, config: ConfigDict) -> ConfigDict:
         config.seed = self.seed

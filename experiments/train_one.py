@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Bool
+from ml_collections import ConfigDict
 
 from castling_jax.convert.run_folder import read_config
 from castling_jax.errors import InputError, check_known
@@ -30,7 +31,6 @@ from castling_jax.training.summary import Summary
 from experiments.results import pack
 from experiments.study import ROOT, Study, Trial, code_hash, load_study, trials_of
 
-STARTS = "starts"  # the folder of runs that others start from, beside theirs
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -44,11 +44,8 @@ def train_one(trial: Trial, workdir: Path) -> dict[str, Any]:
       InputError: the library refuses the configuration, or an image of the test split is corrupt.
     """
     study = load_study(trial.study)
-    start = None if trial.arm.start is None else _train_start(trial, study, workdir.parent / STARTS)
-    config = trial.config(study, None if start is None else Path(start.workdir))
-    # The run's own test at its end writes the answers to all images, which the result needs.
-    config.dataset.test_split = study.test_split or config.dataset.eval_split
-    summary = run(config, workdir)
+    start = None if trial.arm.start is None else _train_start(trial, study, workdir.parent)
+    summary = _train(trial.config(study, None if start is None else Path(start.workdir)), workdir)
     correct = _correct_answers(summary)
     figures, data = summary.figures, read_config(summary.workdir)["dataset"]
     return {
@@ -75,14 +72,19 @@ def train_one(trial: Trial, workdir: Path) -> dict[str, Any]:
     }
 
 
-def _train_start(trial: Trial, study: Study, folder: Path) -> Summary:
+def _train_start(trial: Trial, study: Study, runs: Path) -> Summary:
     """The finished run that the trial starts from; trains or resumes it if need be."""
-    workdir = folder / f"{trial.arm.start}-seed{trial.seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    # Two runs of one study may need the same start at once: the second one waits, and finds it finished.
-    with workdir.with_suffix(".lock").open("a") as lock:
+    name, config = trial.start_of(study)
+    return _train(config, runs / name)
+
+
+def _train(config: ConfigDict, workdir: Path) -> Summary:
+    """The finished run; trains or resumes it if need be."""
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    # Two processes may need the same run at once: the second one waits, and finds it finished.
+    with (workdir.parent / f"{workdir.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return run(trial.start_config(study), workdir)
+        return run(config, workdir)
 
 
 def _correct_answers(summary: Summary) -> Bool[np.ndarray, "images"]:

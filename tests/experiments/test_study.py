@@ -38,6 +38,7 @@ def test_a_run_changes_what_its_arm_says_and_nothing_else():
     assert (changed.pop("seed"), common.pop("seed")) == (2, 0)  # the run's seed wins
     assert changed["optimizer"].pop("learning_rate") == 0.5 != common["optimizer"].pop("learning_rate")
     assert changed.pop("logging") != common.pop("logging")
+    assert (changed["dataset"].pop("test_split"), common["dataset"].pop("test_split")) == ("test", None)
     assert changed == common
 
 
@@ -57,31 +58,49 @@ def test_what_is_wrong_with_a_study_is_said(refuses):
     for changes, start in (({"init_from": START}, None), ({}, "softmax")):
         with refuses("the arm 'a' must name its start, and use START in a field, or neither"):
             Study(STUDY.config, (Arm("a", changes, (0,), (0.1,), start),), "a", "test", "", starts)
+    later = Arm("b", {"init_from": START}, (0, 1), (0.1,), "a")
+    for arm in (
+        Arm("a", {}, (0,), (0.1,)),
+        Arm("a", {}, (0, 1), (0.1, 0.2)),
+        Arm("a", {"init_from": START}, (0, 1), (0.1,), "softmax"),
+    ):
+        with refuses(
+            "the arm 'b' cannot start from 'a': that arm must have one learning rate, no start, and all seeds"
+        ):
+            Study(STUDY.config, (arm, later), "a", "test", "", starts)
 
 
 @pytest.mark.slow
-def test_an_arm_starts_from_a_run_that_is_trained_once(tmp_path, monkeypatch):
-    """Softmax for an epoch; then castling, from there."""
+@pytest.mark.parametrize("is_arm", [False, True])
+def test_an_arm_starts_from_a_run_that_is_trained_once(tmp_path, monkeypatch, is_arm):
+    """Softmax for an epoch; then castling, from there and distilled from it."""
 
     def softmax():
         config = STUDY.config()
         config.model.attention = "softmax"
         return config
 
-    arm = Arm("castled", {"init_from": START}, (3,), (2e-3,), start="softmax")
-    study = Study(STUDY.config, (arm,), "castled", "test", "", {"softmax": softmax})
+    changes = {"init_from": START, "distillation.teacher": START, "distillation.kind": "soft"}
+    castled = Arm("castled", changes, (3,), (2e-3,), start="softmax")
+    first = Arm("softmax", {"model.attention": "softmax"}, (3,), (2e-3,))
+    arms, starts = ((first, castled), {}) if is_arm else ((castled,), {"softmax": softmax})
+    study = Study(STUDY.config, arms, "castled", "test", "", starts)
     monkeypatch.setattr(train_one, "load_study", lambda name: study)
     monkeypatch.setattr(train_one, "code_hash", lambda name: "")
-    (trial,) = trials_of("tiny", study)
+    trial = trials_of("tiny", study)[-1]
     result = train_one.train_one(trial, tmp_path / trial.name)
-    begun, castled = (read(tmp_path / name) for name in ("starts/softmax-seed3", trial.name))
-    assert (begun.model.spec.attention, castled.model.spec.attention) == ("softmax", "castling")
-    assert begun.config["seed"] == castled.config["seed"] == 3
-    assert castled.config["init_from"] == str(tmp_path / "starts" / "softmax-seed3")
-    # Another run of the study finds the start finished.
+    folder = tmp_path / ("softmax-lr0.002-seed3" if is_arm else "starts/softmax-seed3")
+    begun, ended = read(folder), read(tmp_path / trial.name)
+    assert (begun.model.spec.attention, ended.model.spec.attention) == ("softmax", "castling")
+    assert begun.config["seed"] == ended.config["seed"] == 3
+    assert ended.config["init_from"] == ended.config["distillation"]["teacher"] == str(folder)
+    # Another run of the study, and the arm's own run, find the start finished.
     monkeypatch.setattr("castling_jax.training.loop.Loop.run", None)
-    again = train_one._train_start(trial, study, tmp_path / "starts")
+    again = train_one._train_start(trial, study, tmp_path)
     assert (result["start"], result["start_seconds"]) == ("softmax", again.figures["train_seconds"])
+    if is_arm:
+        own = trials_of("tiny", study)[0]
+        assert train_one.train_one(own, tmp_path / own.name)["seconds"] == result["start_seconds"]
 
 
 @pytest.mark.parametrize("name", study_names())
