@@ -17,6 +17,7 @@ from castling_jax.ops.around import normalize_channels
 from castling_jax.ops.dense import dense, of_all_devices
 from castling_jax.ops.depthwise import convolve_channels
 from castling_jax.ops.gelu import gelu
+from castling_jax.ops.statistics import Statistics, channel_statistics, dense_with_statistics
 
 # The matrices, tokens and position embeddings of DeiT and MViTv2 start from timm's trunc_normal_(std=0.02). timm cuts
 # at -2 and 2, a hundred deviations away, which is a plain normal; JAX's truncated_normal cuts at two deviations.
@@ -232,27 +233,20 @@ class BatchNorm(nnx.BatchNorm):
 
     def normalize(self, x: Float[Array, "*batch channels"], training: bool) -> Float[Array, "*batch channels"]:
         """Normalises by the batch's statistics in training, and updates the running ones; else by the running ones."""
-        return normalize_channels(x, self.norms([x], training)[0])
+        return normalize_channels(x, self.norm(channel_statistics([x]) if training else None))
 
-    def norms(self, parts: Sequence[Float[Array, "*batch _"]], training: bool) -> list[Float[Array, "3 _"]]:
-        """What `normalize_channels` takes, for channels that come in parts, in order; updates the running statistics.
-
-        Slicing one normalised result into parts would copy it.
-        """
-        wide = [part.astype(jnp.float32) for part in parts]
+    def norm(self, statistics: Statistics | None) -> Float[Array, "3 channels"]:
+        """What `normalize_channels` takes: of the batch's statistics, which update the running ones; else of those."""
         mean, variance = self.mean[...], self.var[...]
-        if training:
-            tokens = tuple(range(parts[0].ndim - 1))
-            mean = jnp.concatenate([jnp.mean(x, tokens) for x in wide])
-            # One pass over the data, as in Flax; rounding may make a tiny variance negative, hence the maximum below.
-            mean_square = jnp.concatenate([jnp.mean(jnp.square(x), tokens) for x in wide])
-            variance = jnp.maximum(mean_square - jnp.square(mean), 0)
+        if statistics is not None:
+            mean = statistics.mean
+            # One pass over the data, as in Flax; rounding may make a tiny variance negative.
+            variance = jnp.maximum(statistics.mean_square - jnp.square(mean), 0)
             for running, batch in ((self.mean, mean), (self.var, variance)):
                 running[...] = jax.lax.stop_gradient(self.momentum * running[...] + (1 - self.momentum) * batch)
         assert self.scale is not None and self.bias is not None  # the constructor makes both
         factor = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
-        edges = np.cumsum([part.shape[-1] for part in parts])[:-1].tolist()
-        return jnp.split(jnp.stack([mean, factor, self.bias[...]]), edges, axis=1)
+        return jnp.stack([mean, factor, self.bias[...]])
 
 
 class ConvNorm(nnx.Module):
@@ -307,8 +301,11 @@ class LinearNorm(nnx.Module):
         self, x: Float[Array, "batch tokens channels"], edges: Sequence[int], *, training: bool
     ) -> tuple[list[Array], list[Array]]:
         """The dense layer's result cut at these channels, as `split_linear` cuts it, and the parts' norms, if any."""
-        parts = split_linear(self.linear, x, edges)
-        return parts, [] if self.bn is None else self.bn.norms(parts, training)
+        if self.bn is None:
+            return split_linear(self.linear, x, edges), []
+        kernels = jnp.split(self.linear.kernel[...].astype(self.linear.dtype), edges, axis=1)
+        parts, statistics = dense_with_statistics(x.astype(self.linear.dtype), kernels)
+        return parts, jnp.split(self.bn.norm(statistics if training else None), edges, axis=1)
 
 
 class NormLinear(nnx.Module):

@@ -9,6 +9,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from castling_jax.ops.mesh import mesh_in_use
+
 Images = Float[Array, "batch height width channels"]
 Targets = Float[Array, "batch classes"]
 # Partners are in one group of so many images: larger than the usual number of repeats of an image, and small enough to
@@ -76,27 +78,41 @@ def mix(
     rows = min(mix_rows or len(images), len(images))
     # One draw uses the step's key itself; a split into one key would be another key.
     keys = key[None] if rows == len(images) else jax.random.split(key, len(images) // rows)
-    # Indexed, not repeated: XLA would shard repeated draws over the mesh like the rows, and the devices would wait for
-    # each other in the loops that sample the beta distribution. This way each device makes all draws, which are few.
-    draw_of_row = np.arange(len(images)) // rows
-    is_cutmix, weight, in_rows, in_columns = (drawn[draw_of_row] for drawn in jax.vmap(draw)(keys))
+    draws = jax.vmap(draw)(keys)
+    if len(keys) > 1:
+        # Indexed, not repeated: XLA would shard repeated draws over the mesh like the rows, and the devices would wait
+        # for each other in the loops that sample the beta distribution. This way each device makes all draws, which are
+        # few.
+        draws = tuple(drawn[np.arange(len(images)) // rows] for drawn in draws)
+    is_cutmix, weight, in_rows, in_columns = draws
     weight = weight[:, None]
     outside = 1.0 - in_rows[:, :, None] * in_columns[:, None, :]
     # CutMix weighs each pixel by 0 or 1, mixup all pixels alike; so one formula mixes both.
     pixel_weight = jnp.where(is_cutmix[:, None, None], outside, weight[:, None])[..., None].astype(images.dtype)
-    mixed = pixel_weight * images + (1 - pixel_weight) * partners(images)
-    return mixed, weight * targets + (1 - weight) * partners(targets)
+    return mix_with_partners(images, pixel_weight), mix_with_partners(targets, weight)
 
 
-def partners(rows: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
-    """Each row's partner: 8 rows on or 8 rows back, within groups of 16; the reversed batch if 16 does not divide it.
+def mix_with_partners(rows: Float[Array, "batch ..."], weight: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
+    """weight * row + (1 - weight) * its partner, for each row.
 
-    Reversing a batch that is spread over a pod would move every image, which takes the links longer than the gradients
-    do.
+    A row's partner is 8 rows on or 8 rows back, within groups of 16; if 16 does not divide the batch, it is the row in
+    the same place of the reversed batch. Reversing a batch that is spread over a pod would move every image, which
+    takes the links longer than the gradients do.
     """
+
+    def mixed(row: Array, partner: Array, weight: Array) -> Array:
+        return weight * row + (1 - weight) * partner
+
     if len(rows) % GROUP:
-        return rows[::-1]
-    return rows.reshape(-1, 2, GROUP // 2, *rows.shape[1:])[:, ::-1].reshape(rows.shape)
+        return mixed(rows, rows[::-1], weight)
+    by_half = rows.reshape(-1, 2, GROUP // 2, *rows.shape[1:])
+    devices = max(mesh_in_use((rows,)).size, 1)
+    if len(rows) % (GROUP * devices):  # a group may be on several devices
+        return mixed(rows, by_half[:, ::-1].reshape(rows.shape), weight)
+    # The same half by half, because XLA:TPU copies images to exchange them (docs/performance.md).
+    weights = jnp.broadcast_to(weight, (len(rows), *weight.shape[1:])).reshape(-1, 2, GROUP // 2, *weight.shape[1:])
+    both = [mixed(by_half[:, half], by_half[:, 1 - half], weights[:, half]) for half in (0, 1)]
+    return jnp.stack(both, axis=1).reshape(rows.shape)
 
 
 def _box(

@@ -1,0 +1,103 @@
+"""Means and mean squares of channels, which batch norm needs, of any arrays and of a dense layer's results."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jaxtyping import Array, Float
+
+from castling_jax.ops.dense import dense, of_all_devices
+from castling_jax.ops.mesh import axes_of_kind, mesh_in_use
+
+
+class Statistics(NamedTuple):
+    """Of each channel over all tokens, in float32.
+
+    Attributes:
+      mean: the mean.
+      mean_square: the mean of the squares.
+    """
+
+    mean: Float[Array, " channels"]
+    mean_square: Float[Array, " channels"]
+
+
+def channel_statistics(parts: Sequence[Float[Array, "*batch _"]]) -> Statistics:
+    """The statistics of channels that come in parts, in order."""
+    wide = [part.astype(jnp.float32) for part in parts]
+    tokens = tuple(range(parts[0].ndim - 1))
+    mean = jnp.concatenate([jnp.mean(x, tokens) for x in wide])
+    return Statistics(mean, jnp.concatenate([jnp.mean(jnp.square(x), tokens) for x in wide]))
+
+
+def dense_with_statistics(
+    x: Float[Array, "*batch channels"], kernels: Sequence[Float[Array, "channels _"]]
+) -> tuple[list[Float[Array, "*batch _"]], Statistics]:
+    """x @ kernel for each kernel, and the statistics of these results. Not for forward-mode differentiation.
+
+    With y = x @ kernel, batch norm's gradient is d_y - a - y * c, with numbers a and c for each channel. As an operand
+    of products it would be written to memory first. On a TPU the products take d_y and x instead:
+
+        x^T (y * c) = (x^T x) (kernel * c)    and    (y * c) kernel^T = x ((kernel * c) kernel^T).
+
+    Elsewhere the gradient is JAX's own.
+    """
+    if axes_of_kind(mesh_in_use((x, *kernels)), AxisType.Explicit):
+        return _results(x, kernels)
+    return _with_own_gradient(x, [of_all_devices(kernel, x) for kernel in kernels])
+
+
+def _results(x: Array, kernels: Sequence[Array]) -> tuple[list[Array], Statistics]:
+    parts = [dense(x, kernel) for kernel in kernels]
+    return parts, channel_statistics(parts)
+
+
+@jax.custom_vjp
+def _with_own_gradient(x: Array, kernels: list[Array]) -> tuple[list[Array], Statistics]:
+    return _results(x, kernels)
+
+
+def _compute_and_keep(
+    x: Array, kernels: list[Array]
+) -> tuple[tuple[list[Array], Statistics], tuple[Array, list[Array]]]:
+    return _results(x, kernels), (x, kernels)
+
+
+def _gradients(kept: tuple[Array, list[Array]], d_results: tuple[list[Array], Statistics]) -> tuple[Array, list[Array]]:
+    def by_jax(x: Array, kernels: list[Array], d_results: tuple[list[Array], Statistics]) -> tuple[Array, list[Array]]:
+        return jax.vjp(_results, x, kernels)[1](d_results)
+
+    return jax.lax.platform_dependent(*kept, d_results, tpu=gradients_by_products, default=by_jax)
+
+
+_with_own_gradient.defvjp(_compute_and_keep, _gradients)
+
+
+def gradients_by_products(
+    x: Float[Array, "*batch channels"],
+    kernels: Sequence[Float[Array, "channels _"]],
+    d_results: tuple[Sequence[Float[Array, "*batch _"]], Statistics],
+) -> tuple[Float[Array, "*batch channels"], list[Float[Array, "channels _"]]]:
+    """The gradients of `dense_with_statistics` with respect to x and the kernels, from those of its results."""
+    d_parts, d_statistics = d_results
+    batch = tuple(range(x.ndim - 1))
+    tokens = x.size // x.shape[-1]
+    kernel = jnp.concatenate(kernels, 1).astype(jnp.float32)
+    scaled = kernel * (2 / tokens * d_statistics.mean_square)
+    d_mean = d_statistics.mean / tokens
+
+    def over_tokens(y: Array) -> Array:
+        return jnp.tensordot(x, y, (batch, batch), preferred_element_type=jnp.float32)
+
+    d_kernel = (
+        jnp.concatenate([over_tokens(d_part) for d_part in d_parts], 1)
+        + jnp.outer(jnp.sum(x, batch, dtype=jnp.float32), d_mean)
+        + over_tokens(x) @ scaled
+    )
+    d_x = x @ (scaled @ kernel.T).astype(x.dtype) + (kernel @ d_mean).astype(x.dtype)
+    for d_part, part_kernel in zip(d_parts, kernels, strict=True):
+        d_x += d_part @ part_kernel.T
+    edges = [sum(part.shape[1] for part in kernels[: i + 1]) for i in range(len(kernels) - 1)]
+    return d_x, [part.astype(kernels[0].dtype) for part in jnp.split(d_kernel, edges, 1)]
