@@ -6,13 +6,17 @@ outermost loop is the grid of the Pallas kernel.
 
 import dataclasses
 import math
+import operator
 import re
+from collections.abc import Callable
 
 SHAPE = re.compile(r"\b(pred|[subf]\w*?\d+)\[([\d,]*)\]")
 SCHEDULE_DUMP = "final_bundles"  # part of the name of a kernel's dump
 UTILIZATION_DUMP = "final_hlo-static-per-bundle-utilization"
 GRANULE_BYTES = 32  # the unit that a dump counts copies to and from HBM in
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+# What a schedule computes from the rows of a block, by the instruction.
+OF_ROWS: dict[str, Callable[[int, int], int]] = {"smov": min, "sshrl": operator.rshift, "sand": operator.and_}
 BRANCHES = ("true_computation", "false_computation", "branch_computations")
 
 
@@ -226,7 +230,7 @@ class Schedule:
     Attributes:
       times: how often each bundle is issued; both sides of a predicated region count.
       copied_bytes: bytes that its copies move to and from HBM.
-      unknown_loops: the number of loops whose trip count is not a constant; they count once.
+      unknown_loops: the number of loops whose trip count the schedule does not tell; they count once.
     """
 
     times: list[int]
@@ -242,14 +246,14 @@ class Schedule:
 class _Bundle:
     depth: int  # the number of loops around it
     opens_loop: bool
-    trips: list[int]  # the trip counts in the exit tests of loops
+    trips: list[float]  # the trip counts in the exit tests of loops, or their means over the blocks of an array
     copied_bytes: int
 
 
 def read_schedule(text: str) -> Schedule:
     """Reads a kernel's SCHEDULE_DUMP."""
     bundles = _read_bundles(text)
-    times, unknown = [1] * len(bundles), 0
+    times, unknown = [1.0] * len(bundles), 0
     opening = [i for i, bundle in enumerate(bundles) if bundle.opens_loop]
     for start in opening:
         inside = _loop_bundles(bundles, start, opening)
@@ -257,12 +261,14 @@ def read_schedule(text: str) -> Schedule:
         unknown += len(trips) != 1
         for i in inside:
             times[i] *= max(trips, default=1)
-    copied = sum(bundle.copied_bytes * n for bundle, n in zip(bundles, times, strict=True))
-    return Schedule(times, copied, unknown)
+    issued = [round(n) for n in times]
+    copied = sum(bundle.copied_bytes * n for bundle, n in zip(bundles, issued, strict=True))
+    return Schedule(issued, copied, unknown)
 
 
 def _read_bundles(text: str) -> list[_Bundle]:
     bundles: list[_Bundle] = []
+    registers = dict(re.findall(r"(%[sp]\w+) = (\w[^;}]*)", text))
     for line in text.splitlines():
         head = re.match(r"\s*(?:0x[0-9a-f]+|0)\s+(L[HBE]|P[BF]|CT)?\s*:\s*(>*)\s*\{", line)
         if not head:
@@ -270,10 +276,47 @@ def _read_bundles(text: str) -> list[_Bundle]:
         # An empty bundle does not show its depth, which is that of the bundle before.
         depth = len(head[2]) or (bundles[-1].depth if "{}" in line and bundles else 0)
         trips = re.findall(r"totalorder (?:\([^)]*\), )?%\w+, (\d+) /\* loop exit test", line)
+        means = [_mean_trips(test, registers) for test in re.findall(r"sbr\.rel \(!(%p\w+)\)", line)]
         copies = re.findall(r"(?<!for )%\d+ = dma\.(?:hbm_to_\w+|\w+_to_hbm) [^;]*?/\*size_in_granules=\*/(\d+)", line)
         copied = GRANULE_BYTES * sum(map(int, copies))
-        bundles.append(_Bundle(depth, head[1] == "LB", [int(n) for n in trips], copied))
+        counts = [int(n) for n in trips] + [mean for mean in means if mean is not None]
+        bundles.append(_Bundle(depth, head[1] == "LB", counts, copied))
     return bundles
+
+
+def _mean_trips(test: str, registers: dict[str, str]) -> float | None:
+    """The mean trip count of a loop over the rows of a block, until this predicate; None if it is another loop.
+
+    The last block of an array may be cut. In the schedule the rows of block i are min(all - i * size, size), and a loop
+    takes a whole part of them or a remainder.
+    """
+    stop = re.match(r"scmp\.ge\.s32\.totalorder %\w+, (%s\w+)", registers.get(test, ""))
+    counts = None if stop is None else _of_blocks(stop[1], registers)
+    return None if counts is None else sum(counts) / len(counts)
+
+
+def _of_blocks(register: str, registers: dict[str, str]) -> list[int] | None:
+    """The values of a register for all blocks of an array; None if it does not come from their rows."""
+
+    def definition(register: str) -> str:
+        return re.sub(r"\(!?%p\w+\), ", "", registers.get(register, ""))  # without the instruction's own predicate
+
+    text = definition(register)
+    if left := re.match(r"ssub\.s32 (\d+), (%s\w+)", text):
+        rows, start = int(left[1]), re.match(r"(sshll|smul)\.u32 (?:(\d+), )?%s\w+(?:, (\d+))?", definition(left[2]))
+        if start is None:
+            return None
+        number = int(start[2] or start[3])
+        return list(range(rows, 0, -(1 << number if start[1] == "sshll" else number)))
+    step = (
+        re.match(r"(smov) \(!%p\w+, (%s\w+)\), (\d+)", text)  # a minimum: the number, unless the register is below it
+        or re.match(r"(sshrl)\.u32 (%s\w+), (\d+)", text)
+        or re.match(r"(sand)\.u32 (?=\d+, (%s\w+))(\d+)", text)
+    )
+    values = None if step is None else _of_blocks(step[2], registers)
+    if step is None or values is None:
+        return None
+    return [OF_ROWS[step[1]](value, int(step[3])) for value in values]
 
 
 def _loop_bundles(bundles: list[_Bundle], start: int, opening: list[int]) -> range:

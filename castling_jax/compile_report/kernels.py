@@ -27,7 +27,7 @@ class KernelSchedule:
       cycles: bundles of its schedule, loops times their trips.
       copied_bytes: bytes that its copies move to and from HBM, by the schedule.
       pipeline_bytes: bytes that its pipeline moves, from `pipeline_bytes`.
-      unknown_loops: the number of loops whose trip count is not a constant; they count once.
+      unknown_loops: the number of loops whose trip count the schedule does not tell; they count once.
       utilization: unit -> share of its issue slots that are used, from `read_utilization`.
     """
 

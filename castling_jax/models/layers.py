@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key
 from castling_jax.errors import InputError, check
 from castling_jax.models.initializers import Initializer, normal, scaled_uniform, uniform
 from castling_jax.ops.around import normalize_channels
-from castling_jax.ops.dense import dense, of_all_devices
+from castling_jax.ops.dense import SUBLANES, dense, of_all_devices
 from castling_jax.ops.depthwise import convolve_channels
 from castling_jax.ops.gelu import gelu
 from castling_jax.ops.statistics import Statistics, channel_statistics, dense_with_statistics
@@ -27,7 +27,6 @@ DEIT_STD = 0.02
 TORCH_INIT = scaled_uniform(1 / 3, "fan_in")
 XAVIER_INIT = scaled_uniform(1.0, "fan_avg")  # Glorot and Bengio, 2010
 BATCH_NORM_EPSILON = 1e-5
-SUBLANES = 8  # rows of a TPU's register: with fewer rows the compiler turns the product back into a reduction
 
 
 def torch_bias_init(fan_in: int) -> Initializer:

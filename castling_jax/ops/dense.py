@@ -9,6 +9,9 @@ from jaxtyping import Array, Float
 
 from castling_jax.ops.mesh import axes_of_kind, mesh_in_use
 
+# Rows of a TPU's register. With fewer ones, the compiler turns a product with ones back into a reduction.
+SUBLANES = 8
+
 
 def dense(
     x: Float[Array, "*batch channels"],

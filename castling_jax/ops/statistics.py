@@ -1,5 +1,6 @@
 """Means and mean squares of channels, which batch norm needs, of any arrays and of a dense layer's results."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
-from castling_jax.ops.dense import dense, of_all_devices
+from castling_jax.ops.dense import SUBLANES, dense, of_all_devices
 from castling_jax.ops.mesh import axes_of_kind, mesh_in_use
 
 
@@ -91,12 +92,16 @@ def gradients_by_products(
     def over_tokens(y: Array) -> Array:
         return jnp.tensordot(x, y, (batch, batch), preferred_element_type=jnp.float32)
 
+    total = over_tokens(jnp.ones((*x.shape[:-1], SUBLANES), x.dtype))[:, 0]
+
+    # The small products are as exact as the elementwise differences that they replace.
+    exactly = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     d_kernel = (
         jnp.concatenate([over_tokens(d_part) for d_part in d_parts], 1)
-        + jnp.outer(jnp.sum(x, batch, dtype=jnp.float32), d_mean)
-        + over_tokens(x) @ scaled
+        + jnp.outer(total, d_mean)
+        + exactly(over_tokens(x), scaled)
     )
-    d_x = x @ (scaled @ kernel.T).astype(x.dtype) + (kernel @ d_mean).astype(x.dtype)
+    d_x = x @ exactly(scaled, kernel.T).astype(x.dtype) + exactly(kernel, d_mean).astype(x.dtype)
     for d_part, part_kernel in zip(d_parts, kernels, strict=True):
         d_x += d_part @ part_kernel.T
     edges = [sum(part.shape[1] for part in kernels[: i + 1]) for i in range(len(kernels) - 1)]

@@ -79,6 +79,29 @@ def test_loop_without_a_constant_trip_count_counts_once():
     assert schedule.unknown_loops == 1
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "trips"),
+    [
+        ("sshrl.u32 (!%p6), %s3, 1", "sshll.u32 %s9, 2", [2, 2, 2, 1]),  # pairs of rows in blocks of 4, 4, 4 and 2
+        ("sand.u32 1, %s3 /* smod.u32 w/div 2 */", "sshll.u32 %s9, 2", [0, 0, 0, 0]),  # and the rows that are left
+        ("sand.u32 (%p6), 3, %s3", "smul.u32 3, %s9", [0, 0, 0, 0, 2]),
+        ("sadd.s32 %s3, %s8", "sshll.u32 %s9, 2", None),
+        ("sshrl.u32 %s3, 1", "sld [smem:[#allocation9_spill]]", None),
+    ],
+)
+def test_loop_over_the_rows_of_a_block_that_the_arrays_end_cuts(count, size, trips):
+    """14 rows of an array."""
+    before = f"%s1 = {size}  ;;  %s2 = ssub.s32 (%p4), 14, %s1  ;;  %p5 = scmp.lt.s32.totalorder (%p4), %s2, 4"
+    rows = f"%s3 = smov (!%p5, %s2), 4  ;;  %s4 = {count}"
+    text = BUNDLES.replace("%s10 = sadd", f"{before}  ;;  {rows}  ;;  %s10 = sadd").replace(
+        "%s5, 3 /* loop exit test */", "%s5, %s4  ;;  %7 = sbr.rel (!%p2) target = $region3"
+    )
+    schedule = read_schedule(text)
+    times = 5 if trips is None else round(5 * sum(trips) / len(trips))
+    assert schedule.times == [1, 5, 5, 5, times, times, times, 5, 1]
+    assert schedule.unknown_loops == (trips is None)
+
+
 def test_utilization_counts_each_bundle_as_often_as_it_is_issued():
     cycles = sum(TIMES)
     expected = {"MXU": 4 / 4, "VALU": 15 / 4, "VLOAD": 15 * 2 / 3, "VLOAD:FILL": 15 / 3}
