@@ -29,6 +29,7 @@ from castling_jax.models.layers import (
 )
 from castling_jax.models.position import resize_position_embedding, sincos_position_embedding
 from castling_jax.ops.block_weights import BlockWeights
+from castling_jax.ops.patches import convolve_patches
 from castling_jax.sizes import image_shape
 
 QKV_POOLS = ("3x3",)
@@ -85,6 +86,7 @@ class PatchEmbed(nnx.Module):
             padding="VALID",
             kernel_init=TORCH_INIT if config.init_std is not None else XAVIER_PATCHES,
             bias_init=torch_bias_init(config.in_chans * config.patch_size**2),
+            conv_general_dilated=convolve_patches,
             **layers.flax,
         )
 

@@ -71,3 +71,14 @@ def test_on_a_mesh(kind):
         found = jax.jit(gradients)(x, kernels, d_parts, d_results[1])
     # Sums of 12 products of numbers of up to about 10.
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4), found, expected)
+
+
+@pytest.mark.parametrize(("platform", "by_products"), [("tpu", True), ("cpu", False)])
+def test_only_a_tpu_multiplies_x_with_itself(platform, by_products):
+    x, kernels, *d_results = draw(4, 3)
+
+    def gradients(x, kernels, d_parts, d_statistics):
+        return jax.vjp(dense_with_statistics, x, kernels)[1]((d_parts, d_statistics))
+
+    traced = jax.jit(gradients).trace(x, kernels, *d_results)
+    assert ("tensor<5x5xf32>" in traced.lower(lowering_platforms=(platform,)).as_text()) == by_products

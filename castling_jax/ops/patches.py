@@ -1,0 +1,41 @@
+"""The convolution of patches that do not overlap."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jaxtyping import Array, Float
+
+from castling_jax.ops.mesh import axes_of_kind, mesh_in_use
+
+
+def convolve_patches(
+    images: Float[Array, "batch height width channels"],
+    kernel: Float[Array, "rows columns channels features"],
+    strides: Sequence[int],
+    padding: str,
+    *,
+    precision: Any = None,
+    **options: Any,
+) -> Float[Array, "batch patch_rows patch_columns features"]:
+    """The `conv_general_dilated` of an `nnx.Conv` whose strides are its kernel's size and divide the image's.
+
+    On a TPU it is a product. XLA's convolution has the images of a batch in the lanes of registers: with 8 images of
+    896 pixels, 15 of 16 lanes stay empty, and the images' copy to that layout took a third of DeiT-S's inference
+    (docs/performance.md).
+    """
+
+    def by_convolution(images: Array, kernel: Array) -> Array:
+        return jax.lax.conv_general_dilated(images, kernel, strides, padding, precision=precision, **options)
+
+    def by_product(images: Array, kernel: Array) -> Array:
+        (batch, height, width, channels), (rows, columns) = images.shape, kernel.shape[:2]
+        patches = images.reshape(batch, height // rows, rows, width // columns, columns * channels)
+        by_rows = kernel.reshape(rows, columns * channels, -1)
+        return jnp.einsum("bhrwc,rcf->bhwf", patches, by_rows, precision=precision)
+
+    if axes_of_kind(mesh_in_use((images, kernel)), AxisType.Explicit):
+        return by_convolution(images, kernel)
+    return jax.lax.platform_dependent(images, kernel, tpu=by_product, default=by_convolution)
