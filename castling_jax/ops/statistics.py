@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
@@ -50,59 +51,64 @@ def dense_with_statistics(
     return _with_own_gradient(x, [of_all_devices(kernel, x) for kernel in kernels])
 
 
-def _results(x: Array, kernels: Sequence[Array]) -> tuple[list[Array], Statistics]:
+Results = tuple[list[Array], Statistics]
+Kept = tuple[Array, list[Array], list[Array]]  # x, the kernels and the results
+
+
+def _results(x: Array, kernels: Sequence[Array]) -> Results:
     parts = [dense(x, kernel) for kernel in kernels]
     return parts, channel_statistics(parts)
 
 
 @jax.custom_vjp
-def _with_own_gradient(x: Array, kernels: list[Array]) -> tuple[list[Array], Statistics]:
+def _with_own_gradient(x: Array, kernels: list[Array]) -> Results:
     return _results(x, kernels)
 
 
-def _compute_and_keep(
-    x: Array, kernels: list[Array]
-) -> tuple[tuple[list[Array], Statistics], tuple[Array, list[Array]]]:
-    return _results(x, kernels), (x, kernels)
+def _compute_and_keep(x: Array, kernels: list[Array]) -> tuple[Results, Kept]:
+    parts, statistics = _results(x, kernels)
+    return (parts, statistics), (x, kernels, parts)
 
 
-def _gradients(kept: tuple[Array, list[Array]], d_results: tuple[list[Array], Statistics]) -> tuple[Array, list[Array]]:
-    def by_jax(x: Array, kernels: list[Array], d_results: tuple[list[Array], Statistics]) -> tuple[Array, list[Array]]:
-        return jax.vjp(_results, x, kernels)[1](d_results)
-
-    return jax.lax.platform_dependent(*kept, d_results, tpu=gradients_by_products, default=by_jax)
+def _gradients(kept: Kept, d_results: Results) -> tuple[Array, list[Array]]:
+    return jax.lax.platform_dependent(*kept, d_results, tpu=_by_products, default=_by_jax)
 
 
 _with_own_gradient.defvjp(_compute_and_keep, _gradients)
 
 
-def gradients_by_products(
-    x: Float[Array, "*batch channels"],
-    kernels: Sequence[Float[Array, "channels _"]],
-    d_results: tuple[Sequence[Float[Array, "*batch _"]], Statistics],
-) -> tuple[Float[Array, "*batch channels"], list[Float[Array, "channels _"]]]:
-    """The gradients of `dense_with_statistics` with respect to x and the kernels, from those of its results."""
+def _by_jax(x: Array, kernels: list[Array], parts: list[Array], d_results: Results) -> tuple[Array, list[Array]]:
+    d_parts, d_statistics = d_results
+    # From the results that are kept: the gradient of `_results` would compute them again.
+    (d_of_statistics,) = jax.vjp(channel_statistics, parts)[1](d_statistics)
+    _, pullback = jax.vjp(lambda x, kernels: [dense(x, kernel) for kernel in kernels], x, kernels)
+    return pullback(jax.tree.map(jnp.add, d_parts, d_of_statistics))
+
+
+def _by_products(x: Array, kernels: list[Array], parts: list[Array], d_results: Results) -> tuple[Array, list[Array]]:
     d_parts, d_statistics = d_results
     batch = tuple(range(x.ndim - 1))
     tokens = x.size // x.shape[-1]
-    kernel = jnp.concatenate(kernels, 1).astype(jnp.float32)
+    wide = jnp.dtype(jnp.float32)
+    kernel = jnp.concatenate(kernels, 1).astype(wide)
     scaled = kernel * (2 / tokens * d_statistics.mean_square)
     d_mean = d_statistics.mean / tokens
-
-    def over_tokens(y: Array) -> Array:
-        return jnp.tensordot(x, y, (batch, batch), preferred_element_type=jnp.float32)
-
-    total = over_tokens(jnp.ones((*x.shape[:-1], SUBLANES), x.dtype))[:, 0]
-
     # The small products are as exact as the elementwise differences that they replace.
     exactly = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+    def over_tokens(y: Array, dtype: jnp.dtype) -> Array:
+        return jnp.tensordot(x, y, (batch, batch), preferred_element_type=dtype)
+
+    # Of x, which lies in memory, a product with ones costs less than a sum.
+    total = over_tokens(jnp.ones((*x.shape[:-1], SUBLANES), x.dtype), wide)[:, 0]
     d_kernel = (
-        jnp.concatenate([over_tokens(d_part) for d_part in d_parts], 1)
+        # In their own dtype, because the devices of a pod sum these products over the links.
+        jnp.concatenate([over_tokens(d_part, d_part.dtype) for d_part in d_parts], 1)
         + jnp.outer(total, d_mean)
-        + exactly(over_tokens(x), scaled)
+        + exactly(over_tokens(x, wide), scaled)
     )
     d_x = x @ exactly(scaled, kernel.T).astype(x.dtype) + exactly(kernel, d_mean).astype(x.dtype)
     for d_part, part_kernel in zip(d_parts, kernels, strict=True):
         d_x += d_part @ part_kernel.T
-    edges = [sum(part.shape[1] for part in kernels[: i + 1]) for i in range(len(kernels) - 1)]
+    edges = np.cumsum([part.shape[1] for part in kernels])[:-1].tolist()
     return d_x, [part.astype(kernels[0].dtype) for part in jnp.split(d_kernel, edges, 1)]
