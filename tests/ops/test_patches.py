@@ -14,11 +14,12 @@ def convolve(images, kernel):
 
 @pytest.mark.parametrize("platform", ["tpu", "default"])
 def test_a_patch_is_a_product_with_the_kernel(monkeypatch, platform):
-    """And so are both gradients."""
+    """And both gradients are such products, whatever computes the patches."""
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, **forms: forms[platform](*arguments))
     rng = np.random.default_rng(0)
     images, kernel, d_out = (rng.normal(size=size) for size in ((2, 6, 12, 3), (2, 4, 3, 5), (2, 3, 3, 5)))
-    out, pullback = jax.vjp(convolve, jnp.float32(images), jnp.float32(kernel))
+    out = convolve(jnp.float32(images), jnp.float32(kernel))
+    differentiated, pullback = jax.vjp(convolve, jnp.float32(images), jnp.float32(kernel))
     expected, *d_expected = np.empty((2, 3, 3, 5)), np.empty_like(images), np.zeros_like(kernel)
     for row in range(3):
         for column in range(3):
@@ -28,18 +29,20 @@ def test_a_patch_is_a_product_with_the_kernel(monkeypatch, platform):
             d_expected[0][:, *place] = np.tensordot(of_patch, kernel, (1, 3))
             d_expected[1] += np.tensordot(images[:, *place], of_patch, (0, 0))
     # Sums of up to 24 products of numbers up to about 3.
-    for found, exact in zip((out, *pullback(jnp.float32(d_out))), (expected, *d_expected), strict=True):
+    found_and_exact = zip(pullback(jnp.float32(d_out)), d_expected, strict=True)
+    for found, exact in ((out, expected), (differentiated, expected), *found_and_exact):
         np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5)
 
 
-def test_a_tpu_multiplies_and_a_mesh_with_explicit_axes_convolves():
+def test_a_tpu_multiplies_but_for_gradients_and_on_explicit_axes():
     images, kernel = jnp.ones((4, 4, 4, 3)), jnp.ones((2, 2, 3, 5))
 
-    def text(**sharding):
-        traced = jax.jit(convolve).trace(jax.device_put(images, **sharding), kernel)
+    def text(function=convolve, **sharding):
+        traced = jax.jit(function).trace(jax.device_put(images, **sharding), kernel)
         return traced.lower(lowering_platforms=("tpu",)).as_text()
 
     assert "stablehlo.convolution" not in text()
+    assert "stablehlo.dot_general" not in text(jax.grad(lambda images, kernel: jnp.sum(convolve(images, kernel)), 1))
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
         assert "stablehlo.convolution" in text(device=jax.NamedSharding(mesh, jax.P("data")))
