@@ -290,33 +290,39 @@ def _mean_trips(test: str, registers: dict[str, str]) -> float | None:
     The last block of an array may be cut. In the schedule the rows of block i are min(all - i * size, size), and a loop
     takes a whole part of them or a remainder.
     """
-    stop = re.match(r"scmp\.ge\.s32\.totalorder %\w+, (%s\w+)", registers.get(test, ""))
+    stop = re.match(r"scmp\.ge\.s32\.totalorder %\w+, (%s\w+)", _definition(test, registers))
     counts = None if stop is None else _of_blocks(stop[1], registers)
     return None if counts is None else sum(counts) / len(counts)
 
 
+def _definition(register: str, registers: dict[str, str]) -> str:
+    """The instruction that gives a register, without the predicate of the instruction itself."""
+    return re.sub(r"\(!?%p\w+\), ", "", registers.get(register, ""))
+
+
 def _of_blocks(register: str, registers: dict[str, str]) -> list[int] | None:
     """The values of a register for all blocks of an array; None if it does not come from their rows."""
-
-    def definition(register: str) -> str:
-        return re.sub(r"\(!?%p\w+\), ", "", registers.get(register, ""))  # without the instruction's own predicate
-
-    text = definition(register)
-    if left := re.match(r"ssub\.s32 (\d+), (%s\w+)", text):
-        rows, start = int(left[1]), re.match(r"(sshll|smul)\.u32 (?:(\d+), )?%s\w+(?:, (\d+))?", definition(left[2]))
-        if start is None:
-            return None
-        number = int(start[2] or start[3])
-        return list(range(rows, 0, -(1 << number if start[1] == "sshll" else number)))
-    step = (
-        re.match(r"(smov) \(!%p\w+, (%s\w+)\), (\d+)", text)  # a minimum: the number, unless the register is below it
-        or re.match(r"(sshrl)\.u32 (%s\w+), (\d+)", text)
-        or re.match(r"(sand)\.u32 (?=\d+, (%s\w+))(\d+)", text)
-    )
-    values = None if step is None else _of_blocks(step[2], registers)
-    if step is None or values is None:
+    text = _definition(register, registers)
+    if left := re.match(r"ssub\.s32 ([1-9]\d*), (%s\w+)", text):
+        start = _definition(left[2], registers)
+        if size := re.match(r"smul\.u32 ([1-9]\d*), %s\w+", start):
+            return list(range(int(left[1]), 0, -int(size[1])))
+        if power := re.match(r"sshll\.u32 %s\w+, (\d+)", start):
+            return list(range(int(left[1]), 0, -(2 ** int(power[1]))))
         return None
-    return [OF_ROWS[step[1]](value, int(step[3])) for value in values]
+    step = (
+        re.match(r"(smov) \(!(?P<below>%p\w+), (%s\w+)\), (\d+)", text)
+        or re.match(r"(sshrl)\.u32(?P<below>) (%s\w+), (\d+)", text)
+        or re.match(r"(sand)\.u32(?P<below>) (?=\d+, (%s\w+))(\d+)", text)
+    )
+    if step is None:
+        return None
+    function, below, argument, number = step.groups()
+    # A minimum: the number, unless the register is below it.
+    if below and _definition(below, registers).strip() != f"scmp.lt.s32.totalorder {argument}, {number}":
+        return None
+    values = _of_blocks(argument, registers)
+    return None if values is None else [OF_ROWS[function](value, int(number)) for value in values]
 
 
 def _loop_bundles(bundles: list[_Bundle], start: int, opening: list[int]) -> range:

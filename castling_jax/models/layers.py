@@ -302,9 +302,13 @@ class LinearNorm(nnx.Module):
         """The dense layer's result cut at these channels, as `split_linear` cuts it, and the parts' norms, if any."""
         if self.bn is None:
             return split_linear(self.linear, x, edges), []
-        kernels = jnp.split(self.linear.kernel[...].astype(self.linear.dtype), edges, axis=1)
-        parts, statistics = dense_with_statistics(x.astype(self.linear.dtype), kernels)
-        return parts, jnp.split(self.bn.norm(statistics if training else None), edges, axis=1)
+        statistics = None
+        if training:
+            kernels = jnp.split(self.linear.kernel[...].astype(self.linear.dtype), edges, axis=1)
+            parts, statistics = dense_with_statistics(x.astype(self.linear.dtype), kernels)
+        else:
+            parts = split_linear(self.linear, x, edges)
+        return parts, jnp.split(self.bn.norm(statistics), edges, axis=1)
 
 
 class NormLinear(nnx.Module):

@@ -20,6 +20,7 @@ def convolve_patches(
     padding: str,
     *,
     precision: Any = None,
+    preferred_element_type: Any = None,
     **options: Any,
 ) -> Float[Array, "batch patch_rows patch_columns features"]:
     """The `conv_general_dilated` of an `nnx.Conv` whose strides are its kernel's size and divide the image's.
@@ -30,14 +31,16 @@ def convolve_patches(
     differentiation.
     """
 
+    how = {"precision": precision, "preferred_element_type": preferred_element_type}
+
     def convolve(images: Array, kernel: Array) -> Array:
-        return jax.lax.conv_general_dilated(images, kernel, strides, padding, precision=precision, **options)
+        return jax.lax.conv_general_dilated(images, kernel, strides, padding, **how, **options)
 
     def multiply(images: Array, kernel: Array) -> Array:
         (batch, height, width, channels), (rows, columns) = images.shape, kernel.shape[:2]
         patches = images.reshape(batch, height // rows, rows, width // columns, columns * channels)
         by_rows = kernel.reshape(rows, columns * channels, -1)
-        return jnp.einsum("bhrwc,rcf->bhwf", patches, by_rows, precision=precision)
+        return jnp.einsum("bhrwc,rcf->bhwf", patches, by_rows, **how)
 
     @jax.custom_vjp
     def of_patches(images: Array, kernel: Array) -> Array:

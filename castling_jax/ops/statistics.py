@@ -89,23 +89,22 @@ def _by_products(x: Array, kernels: list[Array], parts: list[Array], d_results: 
     d_parts, d_statistics = d_results
     batch = tuple(range(x.ndim - 1))
     tokens = x.size // x.shape[-1]
-    wide = jnp.dtype(jnp.float32)
-    kernel = jnp.concatenate(kernels, 1).astype(wide)
+    kernel = jnp.concatenate(kernels, 1).astype(jnp.float32)
     scaled = kernel * (2 / tokens * d_statistics.mean_square)
     d_mean = d_statistics.mean / tokens
     # The small products are as exact as the elementwise differences that they replace.
     exactly = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
-    def over_tokens(y: Array, dtype: jnp.dtype) -> Array:
-        return jnp.tensordot(x, y, (batch, batch), preferred_element_type=dtype)
+    def over_tokens(y: Array) -> Array:
+        # In float32, because the sum of the three terms below cancels most of each.
+        return jnp.tensordot(x, y, (batch, batch), preferred_element_type=jnp.float32)
 
     # Of x, which lies in memory, a product with ones costs less than a sum.
-    total = over_tokens(jnp.ones((*x.shape[:-1], SUBLANES), x.dtype), wide)[:, 0]
+    total = over_tokens(jnp.ones((*x.shape[:-1], SUBLANES), x.dtype))[:, 0]
     d_kernel = (
-        # In their own dtype, because the devices of a pod sum these products over the links.
-        jnp.concatenate([over_tokens(d_part, d_part.dtype) for d_part in d_parts], 1)
+        jnp.concatenate([over_tokens(d_part) for d_part in d_parts], 1)
         + jnp.outer(total, d_mean)
-        + exactly(over_tokens(x, wide), scaled)
+        + exactly(over_tokens(x), scaled)
     )
     d_x = x @ exactly(scaled, kernel.T).astype(x.dtype) + exactly(kernel, d_mean).astype(x.dtype)
     for d_part, part_kernel in zip(d_parts, kernels, strict=True):

@@ -9,7 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from castling_jax.errors import InputError
 from castling_jax.normalization import model_input
@@ -62,15 +62,23 @@ def erase(images: Images, boxes: Int[Array, "batch 4"], key: Key[Array, ""]) -> 
 def _noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Images:
     """Standard normal numbers for RGB pixels, with 21 random bits each.
 
-    Almost all time goes into the generator. Its one call for a key gives the 64 bits that a pixel needs, where
+    Almost all time goes into the generator. Threefry's one call for a key gives the 64 bits that a pixel needs, where
     `jax.random.normal` makes three calls (docs/performance.md).
     """
     words = jax.random.key_data(jax.random.split(key, shape[:3]))
-    first, second = words[..., 0], words[..., 1]
+    return _normal(_channel_bits(words[..., 0], words[..., 1]))
+
+
+def _channel_bits(first: UInt32[Array, "*pixels"], second: UInt32[Array, "*pixels"]) -> UInt32[Array, "*pixels 3"]:
+    """Three numbers of 21 bits, no two of which share a bit of these words."""
     left_over = (first & 0x7FF) << 10 | second & 0x3FF
-    bits = jnp.stack([first >> 11, second >> 11, left_over], axis=-1).astype(jnp.int32)
-    # The middles of 2^21 equal parts of (-1, 1): exact in float32, and never at an end.
-    return math.sqrt(2) * jax.lax.erf_inv((bits.astype(jnp.float32) + 0.5) / 2**20 - 1)
+    return jnp.stack([first >> 11, second >> 11, left_over], axis=-1)
+
+
+def _normal(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
+    """The standard normal number of each number of 21 bits."""
+    # The middles of 2^21 equal parts of (-1, 1): exact in float32, and never at an end, which would be infinite.
+    return math.sqrt(2) * jax.lax.erf_inv((bits.astype(jnp.int32).astype(jnp.float32) + 0.5) / 2**20 - 1)
 
 
 def _inside(images: Images, boxes: Int[Array, "batch 4"]) -> Bool[Array, "batch height width 1"]:

@@ -87,6 +87,8 @@ def test_loop_without_a_constant_trip_count_counts_once():
         ("sand.u32 (%p6), 3, %s3", "smul.u32 3, %s9", [0, 0, 0, 0, 2]),
         ("sadd.s32 %s3, %s8", "sshll.u32 %s9, 2", None),
         ("sshrl.u32 %s3, 1", "sld [smem:[#allocation9_spill]]", None),
+        ("sshrl.u32 %s3, 1", "smul.u32 %s9, %s8", None),
+        ("sshrl.u32 %s3, 1", "sshll.u32 %s9, %s8", None),
     ],
 )
 def test_loop_over_the_rows_of_a_block_that_the_arrays_end_cuts(count, size, trips):
@@ -97,6 +99,12 @@ def test_loop_over_the_rows_of_a_block_that_the_arrays_end_cuts(count, size, tri
         "%s5, 3 /* loop exit test */", "%s5, %s4  ;;  %7 = sbr.rel (!%p2) target = $region3"
     )
     schedule = read_schedule(text)
+    assert (
+        read_schedule(text.replace("%p2 = scmp.ge.s32.totalorder ", "%p2 = scmp.ge.s32.totalorder (!%p6), "))
+        == schedule
+    )
+    maximum = read_schedule(text.replace("%p5 = scmp.lt", "%p5 = scmp.gt"))
+    assert maximum.unknown_loops == 1
     times = 5 if trips is None else round(5 * sum(trips) / len(trips))
     assert schedule.times == [1, 5, 5, 5, times, times, times, 5, 1]
     assert schedule.unknown_loops == (trips is None)

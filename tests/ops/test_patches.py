@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,8 @@ from castling_jax.ops.patches import convolve_patches
 FORMAT = jax.lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
 
 
-def convolve(images, kernel):
-    return convolve_patches(images, kernel, kernel.shape[:2], "VALID", dimension_numbers=FORMAT)
+def convolve(images, kernel, **options):
+    return convolve_patches(images, kernel, kernel.shape[:2], "VALID", dimension_numbers=FORMAT, **options)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "default"])
@@ -42,6 +44,7 @@ def test_a_tpu_multiplies_but_for_gradients_and_on_explicit_axes():
         return traced.lower(lowering_platforms=("tpu",)).as_text()
 
     assert "stablehlo.convolution" not in text()
+    assert "HIGHEST" in text(functools.partial(convolve, precision="highest"))
     assert "stablehlo.dot_general" not in text(jax.grad(lambda images, kernel: jnp.sum(convolve(images, kernel)), 1))
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 
 from castling_jax.data.sources import ArrayDataset, load_dataset
 from castling_jax.models.registry import create_model
@@ -16,7 +17,7 @@ from castling_jax.normalization import model_input, normalize_images
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.classification.task import Classification
 from castling_jax.tasks.detection.task import Detection
-from castling_jax.tasks.images import erase, finish_images
+from castling_jax.tasks.images import _channel_bits, _normal, erase, finish_images
 from castling_jax.tasks.reconstruction.task import Reconstruction
 from castling_jax.tasks.segmentation.task import Segmentation
 from castling_jax.training import step as step_module
@@ -115,6 +116,27 @@ def test_erasing_puts_normal_noise_into_the_boxes_and_leaves_the_rest():
     assert len(np.unique(every)) > 0.99 * every.size
     # float32 has so few numbers that two draws may be equal.
     assert np.isin(np.asarray(erase(images, boxes, jax.random.key(4)))[erased != images], every).mean() < 0.01
+
+
+def test_each_random_bit_of_a_pixel_goes_into_one_channel():
+    """All but one of the 64: a channel has 21."""
+    words = np.array([0x12345678, 0x9ABCDEF0], np.uint32)
+    before = np.asarray(_channel_bits(*words))
+    assert (before < 2**21).all()
+    changed = []
+    for word, bit in np.ndindex(2, 32):
+        flipped = words.copy()
+        flipped[word] ^= np.uint32(1 << bit)
+        difference = before ^ np.asarray(_channel_bits(*flipped))
+        changed += [(int(channel), int(difference[channel])) for channel in np.flatnonzero(difference)]
+    assert sorted(changed) == [(channel, 1 << bit) for channel in range(3) for bit in range(21)]
+
+
+def test_noise_is_finite_and_normal_whatever_the_bits():
+    bits = np.array([0, 2**20 - 1, 2**20, 2**21 - 1, 1234567], np.uint32)
+    expected = scipy.stats.norm.ppf((bits + 0.5) / 2**21)
+    # XLA's erf_inv is a polynomial in float32; in the tails an error of its argument counts a hundred times.
+    np.testing.assert_allclose(_normal(jnp.asarray(bits)), expected, rtol=2e-5)
 
 
 def test_noise_depends_on_the_key_and_the_row_of_the_whole_batch_alone():

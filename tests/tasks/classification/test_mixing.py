@@ -102,6 +102,28 @@ def test_partners_come_in_pairs_and_are_not_repetitions(count):
         assert (order // 16 == np.arange(count) // 16).all()
 
 
+@pytest.mark.parametrize("count", [32, 6])
+def test_each_row_is_mixed_by_its_own_weight(count):
+    rng = np.random.default_rng(0)
+    rows, weight = rng.normal(size=(count, 4)).astype("f"), rng.uniform(size=(count, 1)).astype("f")
+    order = np.arange(count) ^ 8 if count % 16 == 0 else np.arange(count)[::-1]
+    # A sum of two products of numbers up to about 3.
+    expected = weight * rows + (1 - weight) * rows[order]
+    np.testing.assert_allclose(mix_with_partners(jnp.asarray(rows), jnp.asarray(weight)), expected, atol=1e-6)
+
+
+def test_images_are_mixed_half_by_half_unless_a_group_may_be_on_several_devices(monkeypatch):
+    rows = jnp.ones((16, 4))
+
+    def text():
+        return jax.jit(lambda rows: mix_with_partners(rows, jnp.full((1, 1), 0.3))).lower(rows).as_text()
+
+    assert "stablehlo.reverse" not in text()
+    two = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    monkeypatch.setattr("castling_jax.tasks.classification.mixing.mesh_in_use", lambda arrays: two)
+    assert "stablehlo.reverse" in text()
+
+
 def test_labels_are_smoothed_over_all_classes():
     expected = np.full((2, 4), 0.1 / 4)
     expected[[0, 1], [2, 0]] += 0.9
