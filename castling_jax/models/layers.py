@@ -235,7 +235,7 @@ class BatchNorm(nnx.BatchNorm):
         return normalize_channels(x, self.norm(channel_statistics([x]) if training else None))
 
     def norm(self, statistics: Statistics | None) -> Float[Array, "3 channels"]:
-        """What `normalize_channels` takes: of the batch's statistics, which update the running ones; else of those."""
+        """What `normalize_channels` takes. A batch's statistics update the running ones; None takes the running."""
         mean, variance = self.mean[...], self.var[...]
         if statistics is not None:
             mean = statistics.mean

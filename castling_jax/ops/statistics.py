@@ -99,7 +99,7 @@ def _by_products(x: Array, kernels: list[Array], parts: list[Array], d_results: 
         # In float32, because the sum of the three terms below cancels most of each.
         return jnp.tensordot(x, y, (batch, batch), preferred_element_type=jnp.float32)
 
-    # Of x, which lies in memory, a product with ones costs less than a sum.
+    # Of x, which lies in memory, a product with ones costs less than a sum; and a TPU rounds x as in the other terms.
     total = over_tokens(jnp.ones((*x.shape[:-1], SUBLANES), x.dtype))[:, 0]
     d_kernel = (
         jnp.concatenate([over_tokens(d_part) for d_part in d_parts], 1)
