@@ -6,18 +6,20 @@ docs/evidence.md is written by hand, except for the parts between `<!-- report: 
   STUDY/ARM/accuracy     one figure for a sentence: the mean over seeds, with its standard deviation
   STUDY/ARM/difference   one figure for a sentence: the mean difference from the control, with its 95 % interval
   STUDY/ARM-OTHER/difference   the same for a contrast that the study names
+  STUDY/ARM/mask         how the arm's mask empties: a table and a picture, docs/evidence_STUDY_ARM_mask.png
 
 --check writes nothing, and fails if the page or a picture does not agree with the results.
 """
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from castling_jax.plots import png
 from castling_jax.storage import write_atomically
 from castling_jax.tables import Row, markdown
 from castling_jax.tools.cli import ending_in_a_sentence
+from experiments import mask
 from experiments.results import ORIGIN_FILE, RESULTS, unpack
 from experiments.study import ROOT, STUDIES, Study, load_study, study_hash, study_names, trials_of
 
@@ -39,7 +42,7 @@ MARKED = re.compile(r"(<!-- report: (\S+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 DIGEST = "Description"  # the text in a PNG file that identifies the results that it shows
 CONFIDENCE = 0.95
 NONE_YET = "(no result yet)"
-ACCURACY_HEADER = "arm", "learning rate", "test accuracy, %", "seeds", "parameters", "MACs", "steps", "seconds a run"
+ACCURACY_HEADER = "arm", "learning rate", "accuracy, %", "seeds", "parameters", "MACs", "steps", "seconds a run"
 
 Result = dict[str, Any]
 
@@ -113,6 +116,10 @@ class Findings:
         """Seed -> test accuracy in percent, at the chosen learning rate."""
         return accuracies(self.of(arm, self.chosen[arm]))
 
+    def masks(self, arm: str) -> list[list[dict[str, Any]]]:
+        """How the mask of each seed empties, at the chosen learning rate; [] for an attention without one."""
+        return [result["mask"] for result in self.of(arm, self.chosen[arm]) if result.get("mask")]
+
     def difference(self, arm: str, other: str) -> Estimate | None:
         """The paired difference of two arms."""
         return paired_difference(self.accuracy(arm), self.accuracy(other))
@@ -124,6 +131,7 @@ class Findings:
             by_seed = self.accuracy(arm)
             texts[f"{self.name}/{arm}/accuracy"] = _accuracy(estimate(by_seed.values())) if by_seed else NONE_YET
             texts[f"{self.name}/{arm}/difference"] = _difference(self.difference(arm, self.study.control))
+            texts[f"{self.name}/{arm}/mask"] = self._mask(arm)
         for arm, other in self.study.contrasts:
             texts[f"{self.name}/{arm}-{other}/difference"] = _difference(self.difference(arm, other))
         return texts
@@ -150,9 +158,14 @@ class Findings:
                 "l",
             ),
             "",
-            f"![Test accuracy of each seed and arm]({self.picture.name})",
+            f"![Accuracy of each seed and arm]({self.picture.name})",
         ]
         return "\n".join(lines)
+
+    def _mask(self, arm: str) -> str:
+        if not (runs := self.masks(arm)):
+            return NONE_YET
+        return "\n".join([*mask.table(runs), "", f"![How the mask empties]({self._mask_picture(arm).name})"])
 
     def _accuracy_rows(self) -> Iterable[Row]:
         for arm in self.study.arms:
@@ -191,16 +204,20 @@ class Findings:
 
     @property
     def picture(self) -> Path:
-        """Path of the picture."""
+        """Path of the picture of all arms."""
         return PAGE.parent / f"evidence_{self.name}.png"
 
-    def digest(self) -> str | None:
-        """SHA-256 of the results; None without results."""
-        return hashlib.sha256(json.dumps(self.results).encode()).hexdigest() if self.results else None
+    def _mask_picture(self, arm: str) -> Path:
+        return PAGE.parent / f"evidence_{self.name}_{arm}_mask.png"
 
-    def draw(self) -> bytes:
-        """The picture, a PNG that carries `digest`."""
-        return png(self.figure(), metadata={DIGEST: self.digest()})
+    def pictures(self) -> list["Picture"]:
+        """The pictures that the texts may show; those of arms without a mask show nothing."""
+        masks = [
+            Picture(self._mask_picture(arm), runs, functools.partial(mask.draw, runs, f"{self.name}, {arm}"))
+            for arm in self.chosen
+            for runs in [self.masks(arm)]
+        ]
+        return [Picture(self.picture, self.results, self.figure), *masks]
 
     def figure(self) -> Figure:
         """A dot for each seed and a bar for the mean, at the chosen rates."""
@@ -211,9 +228,32 @@ class Findings:
                 axes.plot([place] * len(values), values, "o", color="tab:blue", alpha=0.6)
                 axes.plot(place, estimate(values).mean, "_", color="black", markersize=30)
         axes.set_xticks(range(len(self.chosen)), list(self.chosen), rotation=20)
-        axes.set(title=self.name, ylabel="test accuracy, inference form (%)")
+        axes.set(title=self.name, ylabel="accuracy of the inference form (%)")
         axes.grid(alpha=0.3)
         return figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture of results.
+
+    Attributes:
+      path: where it is kept.
+      shown: the results that it shows; it is there if there are any.
+      figure: draws it.
+    """
+
+    path: Path
+    shown: list[Any]
+    figure: Callable[[], Figure]
+
+    def digest(self) -> str | None:
+        """SHA-256 of what it shows; None if that is nothing."""
+        return hashlib.sha256(json.dumps(self.shown).encode()).hexdigest() if self.shown else None
+
+    def draw(self) -> bytes:
+        """A PNG that carries `digest`."""
+        return png(self.figure(), metadata={DIGEST: self.digest()})
 
 
 def _accuracy(accuracy: Estimate) -> str:
@@ -275,7 +315,8 @@ def fill(page: str, texts: dict[str, str], names: Iterable[str]) -> str:
 
     def replace(match: re.Match[str]) -> str:
         start, key, _, end = match.groups()
-        return f"{start}{texts[key]}{end}" if "/" in key else f"{start}\n\n{texts[key]}\n\n{end}"
+        in_a_sentence = "/" in key and "\n" not in texts[key]
+        return f"{start}{texts[key]}{end}" if in_a_sentence else f"{start}\n\n{texts[key]}\n\n{end}"
 
     return MARKED.sub(replace, page)
 
@@ -290,16 +331,18 @@ def report(*, check: bool) -> list[Path]:
     texts = {key: text for findings in studies for key, text in findings.texts().items()}
     page = fill(PAGE.read_text(), texts, [findings.name for findings in studies])
     stale = [PAGE] if page != PAGE.read_text() else []
-    # Pictures are compared by the results that they show, because their bytes depend on Matplotlib's version.
-    changed = [findings for findings in studies if _digest_of(findings.picture) != findings.digest()]
+    # Pictures are compared by the results that they show, because their bytes depend on Matplotlib's version. Those of
+    # masks are kept where the page shows them.
+    shown = [one for study in studies for one in study.pictures() if one.path == study.picture or one.path.name in page]
+    changed = [picture for picture in shown if _digest_of(picture.path) != picture.digest()]
     if not check:
         write_atomically(PAGE, page.encode())
-        for findings in changed:
-            if findings.results:
-                write_atomically(findings.picture, findings.draw())
+        for picture in changed:
+            if picture.shown:
+                write_atomically(picture.path, picture.draw())
             else:
-                findings.picture.unlink()
-    return stale + [findings.picture for findings in changed]
+                picture.path.unlink()
+    return stale + [picture.path for picture in changed]
 
 
 def _digest_of(picture: Path) -> str | None:

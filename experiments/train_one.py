@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool
 from ml_collections import ConfigDict
 
-from castling_jax.convert.run_folder import read_config
+from castling_jax.convert.run_folder import read_config, read_metrics
 from castling_jax.errors import InputError, check_known
 from castling_jax.storage import write_atomically
 from castling_jax.tasks.classification.answers import ANSWERS_FILE
@@ -28,6 +28,7 @@ from castling_jax.training.malloc import keep_freed_memory
 from castling_jax.training.preemption import Preempted
 from castling_jax.training.run import run
 from castling_jax.training.summary import Summary
+from experiments.mask import evaluations_of
 from experiments.results import pack
 from experiments.study import ROOT, Study, Trial, code_hash, load_study, trials_of
 
@@ -59,6 +60,7 @@ def train_one(trial: Trial, workdir: Path) -> dict[str, Any]:
         "accuracy_inference_form": figures["accuracy_inference_form"],
         "correct": pack(correct),
         "images": len(correct),
+        "mask": evaluations_of(read_metrics(summary.workdir)),
         "steps": figures["steps"],
         "seconds": figures["train_seconds"],
         **({} if start is None else {"start": trial.arm.start, "start_seconds": start.figures["train_seconds"]}),

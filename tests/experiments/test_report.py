@@ -8,6 +8,7 @@ from PIL import Image
 from scipy import stats
 
 from experiments import report
+from experiments.mask import evaluations_of
 from experiments.report import Estimate, Findings, estimate, fill, paired_difference
 from experiments.results import pack, unpack
 from experiments.study import Arm, Study
@@ -94,17 +95,53 @@ def test_a_study_without_results_says_so():
     assert "0 of 10 runs" in texts["tiny"]
     assert "No results yet: `python -m experiments.run tiny` makes them." in texts["tiny"]
     assert texts["tiny/new/accuracy"] == texts["tiny/new/difference"] == "(no result yet)"
-    assert Findings("tiny", THREE_ARMS, []).digest() is None
+    assert all(picture.digest() is None for picture in Findings("tiny", THREE_ARMS, []).pictures())
 
 
 def test_a_picture_tells_its_results(tmp_path):
-    findings = Findings("tiny", THREE_ARMS, RESULTS)
-    (tmp_path / "a.png").write_bytes(findings.draw())
-    assert report._digest_of(tmp_path / "a.png") == findings.digest() != Findings("tiny", STUDY, RESULTS[1:]).digest()
+    (picture, *_), (other, *_) = (Findings("tiny", THREE_ARMS, some).pictures() for some in (RESULTS, RESULTS[1:]))
+    (tmp_path / "a.png").write_bytes(picture.draw())
+    assert report._digest_of(tmp_path / "a.png") == picture.digest() != other.digest()
     with Image.open(tmp_path / "a.png") as image:
         assert len(np.unique(np.asarray(image))) > 10  # there is something in it
     assert report._digest_of(tmp_path / "none.png") is None
-    check_legible(findings.figure())
+    check_legible(picture.figure())
+
+
+def evaluation(epoch, threshold, density, accuracies):
+    names = ("epoch", "mask_threshold", "mask_density", "accuracy_train_form", "accuracy_inference_form")
+    return dict(zip(names, (epoch, threshold, density, *accuracies), strict=True))
+
+
+def test_how_a_mask_empties():
+    masks = [
+        [evaluation(1.0, 0.1, [0.5, 0.25], (0.6, 0.4)), evaluation(2.0, 1.0, [0.0, 0.0], (0.7, 0.7))],
+        [evaluation(1.0, 0.1, [0.3, 0.15], (0.6, 0.5)), evaluation(2.0, 1.0, [0.0, 0.0], (0.7, 0.7))],
+    ]
+    results = [result("castling", 0.1, seed, 0.7) | {"mask": one} for seed, one in enumerate(masks)]
+    results.append(result("softmax", 0.1, 0, 0.7) | {"mask": []})
+    findings = Findings("tiny", THREE_ARMS, results)
+    texts = findings.texts()
+    lines = texts["tiny/castling/mask"].splitlines()
+    # Drops of 20 and 10 points: a mean of 15 and a deviation of 10 / sqrt(2).
+    assert lines[2:4] == ["| 1 | 0.100 | 40.0, 20.0 | 15.00 ± 7.07 |", "| 2 | 1.000 | 0.0, 0.0 | 0.00 ± 0.00 |"]
+    assert lines[-1] == "![How the mask empties](evidence_tiny_castling_mask.png)"
+    assert texts["tiny/softmax/mask"] == "(no result yet)"
+    shown = {picture.path.name: picture for picture in findings.pictures() if picture.shown}
+    assert shown.keys() == {"evidence_tiny.png", "evidence_tiny_castling_mask.png"}
+    check_legible(shown["evidence_tiny_castling_mask.png"].figure())
+
+
+def test_evaluations_are_found_in_the_log_with_the_latest_density():
+    forms = {"accuracy_train_form": 0.5, "accuracy_inference_form": 0.4}
+    metrics = [
+        {"step": 1, "epoch": 0.5, "mask_density": [0.5], "mask_threshold": 0.02},
+        {"step": 2, "epoch": 1.0, "accuracy": 0.5, "mask_threshold": 0.1, **forms},
+        {"step": 4, "epoch": 2.0, "mask_density": [0.0], "mask_threshold": 1.0, **forms},
+    ]
+    found = evaluations_of(metrics)
+    assert found == [evaluation(1.0, 0.1, [0.5], (0.5, 0.4)), evaluation(2.0, 1.0, [0.0], (0.5, 0.4))]
+    assert evaluations_of([line | {"mask_density": [0.0]} for line in metrics]) == []
 
 
 def test_a_page_is_filled_between_its_marks_alone(refuses):
@@ -112,6 +149,8 @@ def test_a_page_is_filled_between_its_marks_alone(refuses):
     filled = fill(page, {"s": "table", "s/a/accuracy": "7"}, ["s"])
     assert filled == "A <!-- report: s -->\n\ntable\n\n<!-- end --> B <!-- report: s/a/accuracy -->7<!-- end --> % C"
     assert fill(filled, {"s": "table", "s/a/accuracy": "7"}, ["s"]) == filled
+    lines = fill("<!-- report: s/a/mask --><!-- end -->", {"s/a/mask": "| a |\n| b |"}, [])
+    assert lines == "<!-- report: s/a/mask -->\n\n| a |\n| b |\n\n<!-- end -->"
     with refuses("unknown key 's/a/accuracy'"):
         fill(page, {"s": "table"}, ["s"])
     with refuses("no place for t", "<!-- report: t -->"):

@@ -28,6 +28,8 @@ PAGE = """# Evidence
 <!-- end -->
 
 Castling had <!-- report: tiny/castling/accuracy --><!-- end --> %.
+
+<!-- report: tiny/castling/mask --><!-- end -->
 """
 TIMEOUT_SECONDS = 1200  # for a machine that is busy with other work too
 
@@ -154,6 +156,9 @@ def test_a_killed_study_ends_with_all_results_and_its_report(repository):
     assert report("--check")[1] == 1
     assert report()[1] == 0
     written = page.read_text()
+    assert all([one["epoch"] for one in result["mask"]] == [1] * name.startswith("c") for name, result in found.items())
+    assert "| 1 | 1.000 | 0.0 | 0.00 ± 0.00 |" in written
+    assert (repository / "docs" / "evidence_tiny_castling_mask.png").exists()
     accuracy = sum(found[name]["accuracy_inference_form"] for name in RUNS[:2]) / 2
     assert f"| castling | 0.002 | {100 * accuracy:.2f} ± " in written
     commit(repository)
