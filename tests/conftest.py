@@ -14,6 +14,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # small programs too: most are small
 # Compiling is most of what is left, and LLVM's optimisation half of that.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# An operation's place in the source, written into each program, takes a tenth of the time in which it is made.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 if metadata.version("jaxlib").startswith("0.10."):
     # Of the other half, these emitters take half again. Later versions of XLA have no others.
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
@@ -35,6 +37,9 @@ from jaxtyping import install_import_hook
 with install_import_hook(["castling_jax.ops", "castling_jax.tasks.detection"], "beartype.beartype"):
     import castling_jax.ops
     import castling_jax.tasks.detection
+
+# Traced programs are many small objects that live on. Looking through them after each 700 takes a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
 
 GOLDEN = Path(__file__).parent / "golden"
 # The files whose tests take longest. The tests begin with them, so that their processes end together.

@@ -89,6 +89,7 @@ def expected(folder, file):
     return [CLASSES[label] for label in found["classes"][0, :count]], found["scores"][0, :count], boxes[:count]
 
 
+@pytest.mark.slow
 def test_predictions_are_boxes_in_pixels_of_the_image(folder, photographs):
     files = sorted(photographs.iterdir())
     for file, answer in zip(files, castling_jax.predict(folder, photographs, score_threshold=0), strict=True):
@@ -193,7 +194,7 @@ def test_a_program_runs_without_this_package_and_gives_our_detections(tmp_path, 
     chex.assert_trees_all_close(found, jax.tree.map(np.asarray, ours), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("backbone", ["levit_128s", "deit_micro"])
+@pytest.mark.parametrize("backbone", [pytest.param("levit_128s", marks=pytest.mark.slow), "deit_micro"])
 def test_a_detector_starts_from_a_classifier(tmp_path, backbone):
     """Softmax weights under timm's names, for other classes and another image size, become the castling backbone's."""
     arguments = {"levit_128s": BACKBONE, "deit_micro": {"depth": 1, "patch_size": 16}}[backbone]
@@ -222,6 +223,7 @@ def test_a_run_of_another_backbone_is_named(tmp_path, refuses):
         initial_variables(run, detector(backbone="deit_micro", backbone_arguments={"depth": 1}), reset_head=False)
 
 
+@pytest.mark.slow
 def test_a_detector_starts_from_a_detector(tmp_path):
     model = detector(num_classes=2)
     write_run(tmp_path / "run", model)

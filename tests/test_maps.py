@@ -128,6 +128,7 @@ def test_weights_times_values_are_the_output_of_every_kind(family, kind):
         np.testing.assert_allclose(activated(total, family), out, atol=10 * ATOL * np.abs(out).max())
 
 
+@pytest.mark.slow
 def test_softmax_weights_are_the_softmax_of_the_scores():
     model, variables, images = made("levit", attention="softmax")
     for index, (q, k, _, inputs, _) in enumerate(layers_of(model, variables, images, None)):

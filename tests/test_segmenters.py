@@ -58,7 +58,7 @@ def seen_of(file, preprocessing=PREPROCESSING):
     return EvalTransform(preprocessing)({"image": file.read_bytes()})
 
 
-@pytest.mark.parametrize("crop_mode", ["squash", "slide"])
+@pytest.mark.parametrize("crop_mode", [pytest.param("squash", marks=pytest.mark.slow), "slide"])
 def test_predictions_are_the_classes_of_the_images_own_pixels(tmp_path, photographs, crop_mode):
     model, preprocessing = small_segmenter("deit_micro"), dataclasses.replace(PREPROCESSING, crop_mode=crop_mode)
     folder = tmp_path / "inference"
@@ -162,6 +162,7 @@ def test_the_check_of_a_conversion_compares_logits(folder, photographs):
     assert said.startswith("the written files, read back, give the same outputs")
 
 
+@pytest.mark.slow
 def test_a_segmenter_starts_from_one_of_other_classes(tmp_path, refuses):
     folder = write_run(tmp_path / "run", small_segmenter("deit_micro", num_classes=2))
     config = default_config()

@@ -95,7 +95,7 @@ def test_agrees_with_float64(case, implementation, dtype):
     assert difference(out, in_float64(x, weights, shape[3], grid, prefix)) < tolerance
 
 
-@pytest.mark.parametrize("needed", [1, 2, 9])
+@pytest.mark.parametrize("needed", [pytest.param(1, marks=pytest.mark.slow), 2, 9])
 @pytest.mark.parametrize("case", ["two images a step", "two prefix tokens, wide taps", "many tokens"])
 def test_only_needed_tokens(case, needed):
     shape, taps, grid, prefix = CASES[case]

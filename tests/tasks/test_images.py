@@ -193,10 +193,11 @@ def detection():
     return None, task, batch | {"image": pixels_of(4, meshes.SIZE, meshes.SIZE)}
 
 
-SLOW = [pytest.param(make, marks=pytest.mark.slow) for make in (reconstruction, segmentation)]  # to compile
+# They take long to compile.
+SLOW = [pytest.param(make, marks=pytest.mark.slow) for make in (classification, reconstruction, segmentation)]
 
 
-@pytest.mark.parametrize("make", [classification, *SLOW, detection])
+@pytest.mark.parametrize("make", [*SLOW, detection])
 def test_a_step_from_pixels_is_the_step_from_normalised_floats(make, monkeypatch):
     model, task, batch = make()
     if model is None:

@@ -49,6 +49,7 @@ EVALUATED = [f"{kind}accuracy_{form}_form" for kind in ("", "top5_") for form in
 EVALUATED += ["loss", "max_difference", "images", "corrupt"]
 
 
+@pytest.mark.slow
 def test_all_figures_of_a_run_are_in_their_group_once(shown_run):
     _, workdir, _ = shown_run
     scalars = scalars_of(workdir)
@@ -67,6 +68,7 @@ def test_all_figures_of_a_run_are_in_their_group_once(shown_run):
     assert [line["epoch"] for line in lines] == [0.5, 1]
 
 
+@pytest.mark.slow
 def test_the_final_figures_are_those_of_the_test_split_beside_the_configuration(shown_run):
     config, workdir, _ = shown_run
     fields, tags = hparams_of(workdir)
@@ -78,6 +80,7 @@ def test_the_final_figures_are_those_of_the_test_split_beside_the_configuration(
     assert [path.name.split(".")[0] for path in (workdir / "tensorboard").iterdir()] == ["events"]
 
 
+@pytest.mark.slow
 def test_the_first_images_are_shown_once_as_the_model_sees_them(shown_run):
     _, workdir, seen = shown_run
     (_, shown), (given, mixed), _ = seen  # what was shown, and both steps

@@ -15,7 +15,7 @@ from castling_jax.convert.checkpoint import CHECKPOINTS, checkpoint_steps
 from castling_jax.convert.run_folder import read_metrics
 
 pytestmark = pytest.mark.slow
-TOTAL = 6 * 22  # steps of SMALL
+TOTAL = 4 * 22  # steps of SMALL
 
 
 @pytest.fixture(scope="module")

@@ -247,7 +247,8 @@ class NearlyNothing(WeighedTask):
     scale = 1e-3  # the weights of a batch of six sum to less than 1
 
 
-@pytest.mark.parametrize("kind", [WeighedTask, pytest.param(NearlyNothing, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [WeighedTask, NearlyNothing])
 def test_a_loss_is_divided_once_by_the_weights_of_the_whole_batch(kind):
     task = kind(num_classes=10)
     model = create_model("deit_micro", num_classes=10, depth=1, embed_dim=32, attention="linear_angular")
