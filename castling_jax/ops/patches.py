@@ -27,7 +27,7 @@ def convolve_patches(
 
     On a TPU it is a product, except where it is differentiated. XLA's convolution has the images of a batch in the
     lanes of registers: with 8 images of 896 pixels, 15 of 16 lanes stay empty, and the images' copy to that layout took
-    a third of DeiT-S's inference. But the product's gradient copies images (docs/performance.md). Not for forward-mode
+    a third of DeiT-S's inference. But the product's gradient copies images (docs/kernels.md). Not for forward-mode
     differentiation.
     """
 

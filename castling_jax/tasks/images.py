@@ -63,7 +63,7 @@ def _noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Images:
     """Standard normal numbers for RGB pixels, with 21 random bits each.
 
     Almost all time goes into the generator. Threefry's one call for a key gives the 64 bits that a pixel needs, where
-    `jax.random.normal` makes three calls (docs/performance.md).
+    `jax.random.normal` makes three calls (docs/kernels.md).
     """
     words = jax.random.key_data(jax.random.split(key, shape[:3]))
     return _normal(_channel_bits(words[..., 0], words[..., 1]))

@@ -109,7 +109,7 @@ def mix_with_partners(rows: Float[Array, "batch ..."], weight: Float[Array, "bat
     devices = max(mesh_in_use((rows,)).size, 1)
     if len(rows) % (GROUP * devices):  # a group may be on several devices
         return mixed(rows, by_half[:, ::-1].reshape(rows.shape), weight)
-    # The same half by half, because XLA:TPU copies images to exchange them (docs/performance.md).
+    # The same half by half, because XLA:TPU copies images to exchange them (docs/kernels.md).
     weights = jnp.broadcast_to(weight, (len(rows), *weight.shape[1:])).reshape(-1, 2, GROUP // 2, *weight.shape[1:])
     both = [mixed(by_half[:, half], by_half[:, 1 - half], weights[:, half]) for half in (0, 1)]
     return jnp.stack(both, axis=1).reshape(rows.shape)
