@@ -2,6 +2,7 @@
 
 docs/evidence.md is written by hand, except for the parts between `<!-- report: KEY -->` and `<!-- end -->`. KEY is
 
+  overview               the figure of cifar10_main and cifar10_tokens, docs/evidence.png
   STUDY                  the study's tables and its picture, docs/evidence_STUDY.png
   STUDY/ARM/accuracy     one figure for a sentence: the mean over seeds, with its standard deviation
   STUDY/ARM/difference   one figure for a sentence: the mean difference from the control, with its 95 % interval
@@ -16,74 +17,39 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from scipy import stats
 
 from castling_jax.errors import InputError, check_known
 from castling_jax.plots import png
 from castling_jax.storage import write_atomically
 from castling_jax.tables import Row, markdown
 from castling_jax.tools.cli import ending_in_a_sentence
-from experiments import mask
-from experiments.results import ORIGIN_FILE, RESULTS, unpack
+from experiments import figure, mask
+from experiments.estimates import Estimate, estimate, paired_difference
+from experiments.results import ORIGIN_FILE, RESULTS, SPEED_FILE, unpack
 from experiments.study import ROOT, STUDIES, Study, load_study, study_hash, study_names, trials_of
 
 PAGE = ROOT / "docs" / "evidence.md"
 MARKED = re.compile(r"(<!-- report: (\S+) -->)(.*?)(<!-- end -->)", re.DOTALL)
+OVERVIEW = PAGE.parent / "evidence.png"
 DIGEST = "Description"  # the text in a PNG file that identifies the results that it shows
-CONFIDENCE = 0.95
+OVERVIEW_TEXT = "Accuracy over inference time, and castling minus its controls"
 NONE_YET = "(no result yet)"
 ACCURACY_HEADER = "arm", "learning rate", "accuracy, %", "seeds", "parameters", "MACs", "steps", "seconds a run"
 
 Result = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds.
-
-    Attributes:
-      mean: mean of the values.
-      sd: standard deviation of the values, with n - 1 in the denominator; NaN for one value.
-      n: number of values.
-    """
-
-    mean: float
-    sd: float
-    n: int
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Student's 95 % interval of the mean, (low, high); NaNs for one value."""
-        half = stats.t.ppf((1 + CONFIDENCE) / 2, self.n - 1) * self.sd / math.sqrt(self.n) if self.n > 1 else math.nan
-        return self.mean - half, self.mean + half
-
-
-def estimate(values: Iterable[float]) -> Estimate:
-    """The estimate from one value for each seed."""
-    array = np.array(list(values))
-    return Estimate(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else math.nan, len(array))
-
-
 def accuracies(results: Iterable[Result]) -> dict[int, float]:
     """Seed -> accuracy of the inference form on the test split, in percent."""
     return {result["seed"]: 100 * result["accuracy_inference_form"] for result in results}
-
-
-def paired_difference(arm: dict[int, float], control: dict[int, float]) -> Estimate | None:
-    """The mean difference of two arms over the seeds that both have; None if they share no seed."""
-    # Paired by seed: both arms then saw the examples in the same order, which removes its share of the spread.
-    differences = [arm[seed] - control[seed] for seed in sorted(arm.keys() & control.keys())]
-    return estimate(differences) if differences else None
 
 
 class Findings:
@@ -300,6 +266,33 @@ def read_findings(name: str) -> Findings:
     return Findings(name, study, results)
 
 
+def overview(main: Findings, tokens: Findings, speed: list[dict[str, Any]]) -> Picture:
+    """The figure that sums up two studies; it shows nothing as long as one of the three is missing.
+
+    Args:
+      main: the findings of cifar10_main.
+      tokens: the findings of cifar10_tokens.
+      speed: the rows of experiments.speed's measurement.
+    """
+    lines: list[figure.Line] = []
+    for attention in ("softmax", "linear_angular", "castling"):
+        # castling's inference form is linear_angular's.
+        measured = "linear_angular" if attention == "castling" else attention
+        times = {row["tokens"]: row["milliseconds"]["median"] for row in speed if row["attention"] == measured}
+        found = {count: tokens.accuracy(f"{attention}-{count}") for count in (64, 256)}
+        lines.append((attention, {count: estimate(one.values()) for count, one in found.items() if one}, times))
+    controls = [arm.name for arm in main.study.arms if arm.name != "castling" and len(arm.seeds) > 1 and not arm.start]
+    differences = [(name, one) for name in controls if (one := main.difference("castling", name))]
+    is_whole = differences and all(accuracies and times for _, accuracies, times in lines)
+    shown = [main.results, tokens.results, speed] if is_whole else []
+    return Picture(OVERVIEW, shown, functools.partial(figure.draw, lines, differences))
+
+
+def read_speed() -> list[dict[str, Any]]:
+    """The rows of experiments.speed's measurement; [] before it was made."""
+    return json.loads(SPEED_FILE.read_text())["rows"] if SPEED_FILE.exists() else []
+
+
 def fill(page: str, texts: dict[str, str], names: Iterable[str]) -> str:
     """Puts the texts of its keys into the page.
 
@@ -329,20 +322,25 @@ def report(*, check: bool) -> list[Path]:
     """
     studies = [read_findings(name) for name in study_names()]
     texts = {key: text for findings in studies for key, text in findings.texts().items()}
+    pictures = [picture for findings in studies for picture in findings.pictures()]
+    by_name = {findings.name: findings for findings in studies}
+    if by_name.keys() >= {"cifar10_main", "cifar10_tokens"}:
+        pictures.append(overview(by_name["cifar10_main"], by_name["cifar10_tokens"], read_speed()))
+        texts["overview"] = f"![{OVERVIEW_TEXT}]({OVERVIEW.name})" if pictures[-1].shown else NONE_YET
     page = fill(PAGE.read_text(), texts, [findings.name for findings in studies])
     stale = [PAGE] if page != PAGE.read_text() else []
-    # Pictures are compared by the results that they show, because their bytes depend on Matplotlib's version. Those of
-    # masks are kept where the page shows them.
-    shown = [one for study in studies for one in study.pictures() if one.path == study.picture or one.path.name in page]
-    changed = [picture for picture in shown if _digest_of(picture.path) != picture.digest()]
+    # Those that the page shows are kept. They are compared by the results that they show, because their bytes depend on
+    # Matplotlib's version.
+    wanted = {picture.path: picture for picture in pictures if picture.path.name in page}
+    changed = [path for path, picture in wanted.items() if _digest_of(path) != picture.digest()]
+    removed = [picture.path for picture in pictures if picture.path.name not in page and picture.path.exists()]
     if not check:
         write_atomically(PAGE, page.encode())
-        for picture in changed:
-            if picture.shown:
-                write_atomically(picture.path, picture.draw())
-            else:
-                picture.path.unlink()
-    return stale + [picture.path for picture in changed]
+        for path in changed:
+            write_atomically(path, wanted[path].draw())
+        for path in removed:
+            path.unlink()
+    return stale + changed + removed
 
 
 def _digest_of(picture: Path) -> str | None:

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool
 
 RESULTS = Path(__file__).parent / "results"  # RESULTS/STUDY/RUN.json
+SPEED_FILE = RESULTS / "speed.json"  # inference times, which experiments.speed measures
 ORIGIN_FILE = "origin.json"  # in RESULTS/STUDY: the commit, and the hashes of the code and of the study's file
 
 

@@ -8,8 +8,9 @@ from PIL import Image
 from scipy import stats
 
 from experiments import report
+from experiments.estimates import Estimate, estimate, paired_difference
 from experiments.mask import evaluations_of
-from experiments.report import Estimate, Findings, estimate, fill, paired_difference
+from experiments.report import Findings, fill, overview
 from experiments.results import pack, unpack
 from experiments.study import Arm, Study
 from tests.experiments.tiny import STUDY
@@ -155,6 +156,32 @@ def test_a_page_is_filled_between_its_marks_alone(refuses):
         fill(page, {"s": "table"}, ["s"])
     with refuses("no place for t", "<!-- report: t -->"):
         fill(page, {"s": "table", "s/a/accuracy": "7", "t": "table"}, ["s", "t"])
+
+
+def test_the_overview_shows_three_lines_and_the_controls_with_seeds():
+    counts = ("softmax-64", "softmax-256", "linear_angular-64", "linear_angular-256", "castling-64", "castling-256")
+    study = Study(
+        STUDY.config, tuple(Arm(name, {}, (0, 1), (0.1,)) for name in counts), "softmax-64", "test", "Digits."
+    )
+    results = [result(name, 0.1, seed, 0.5 + 0.1 * seed) for name in counts for seed in (0, 1)]
+    main, tokens = Findings("main", THREE_ARMS, RESULTS), Findings("tokens", study, results)
+    kinds = ("softmax", "linear_angular")
+    speed = [
+        {"attention": kind, "tokens": count, "milliseconds": {"median": count / 100}}
+        for kind in kinds
+        for count in (64, 256)
+    ]
+    picture = overview(main, tokens, speed)
+    left, right = picture.figure().axes
+    assert [line.get_label() for line in left.lines] == ["softmax", "linear_angular", "castling"]
+    assert all(list(line.get_xdata()) == [0.64, 2.56] for line in left.lines)
+    # "new" has one seed: a screening.
+    assert [label.get_text() for label in right.get_yticklabels()] == ["softmax (n = 3)"]
+    check_legible(picture.figure())
+    assert picture.digest()
+    for parts in ((Findings("main", THREE_ARMS, []), tokens, speed), (main, tokens, [])):
+        assert overview(*parts).digest() is None
+    assert overview(main, Findings("tokens", study, results[4:]), speed).digest() is None
 
 
 @pytest.mark.parametrize("images", [1, 8, 1003])

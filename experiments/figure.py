@@ -1,0 +1,50 @@
+"""The one figure of docs/evidence.md: accuracy over measured inference time, and castling minus its controls."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.estimates import Estimate
+
+MARGIN = 0.5  # points: castling counts as no worse than softmax if the interval is above -MARGIN (cifar10_main)
+
+# (attention, estimate of the accuracy in percent by tokens, milliseconds per image by tokens)
+Line = tuple[str, dict[int, Estimate], dict[int, float]]
+
+
+def draw(lines: Sequence[Line], differences: Sequence[tuple[str, Estimate]]) -> Figure:
+    """Left, a line per attention, from few tokens to many; right, a row per control. Bars are 95 % intervals.
+
+    Args:
+      lines: accuracies and times.
+      differences: (control, castling minus that control in points).
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, accuracies, milliseconds in lines:
+        tokens = sorted(accuracies)
+        times, means = [milliseconds[count] for count in tokens], [accuracies[count].mean for count in tokens]
+        (line,) = left.plot(times, means, "o-", label=name)
+        for time, count in zip(times, tokens, strict=True):
+            left.annotate(f"{count}", (time, accuracies[count].mean), textcoords="offset points", xytext=(5, 5))
+            _interval(left, time, accuracies[count], line.get_color())
+    left.set(xlabel="inference, ms per image on one core", ylabel="test accuracy (%)", title="64 and 256 tokens")
+    right.axvspan(-MARGIN, MARGIN, color="0.9")
+    right.axvline(0, color="black", linewidth=0.8)
+    for place, (_, difference) in enumerate(differences):
+        right.plot(difference.mean, place, "o", color="tab:blue")
+        if difference.n > 1:
+            right.hlines(place, *difference.interval, color="tab:blue")
+    right.set_yticks(range(len(differences)), [f"{name} (n = {one.n})" for name, one in differences])
+    right.set_ylim(len(differences) - 0.5, -0.5)
+    right.set(xlabel="castling minus control (points)", title="64 tokens, paired by seed")
+    figure.legend(loc="outside lower center", ncols=len(lines))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _interval(axes: Any, x: float, estimate: Estimate, color: str) -> None:
+    if estimate.n > 1:
+        axes.vlines(x, *estimate.interval, color=color)
