@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from castling_jax.errors import InputError, check
-from castling_jax.models.layers import BATCH_NORM_EPSILON as EPSILON
+from castling_jax.models.batch_norm import BATCH_NORM_EPSILON as EPSILON
 from castling_jax.ops.mesh import on_auto_axes, split_as
 
 

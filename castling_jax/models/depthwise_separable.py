@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from castling_jax.models.layers import BatchNorm, Layers, LinearNorm
+from castling_jax.models.batch_norm import BatchNorm, LinearNorm
+from castling_jax.models.layers import Layers
 from castling_jax.ops.depthwise import convolve_taps
 
 KERNEL_SIZE = 5

@@ -17,11 +17,9 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from castling_jax.errors import check, check_at_most
 from castling_jax.models.attention.core import Core
 from castling_jax.models.backbone import Backbone, BackboneConfig
+from castling_jax.models.batch_norm import ConvNorm, LinearNorm, NormLinear
 from castling_jax.models.layers import (
-    ConvNorm,
     Layers,
-    LinearNorm,
-    NormLinear,
     check_stages,
     draw_drop_path,
     drop_path,

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from castling_jax.models.batch_norm import LinearNorm
 from castling_jax.models.depthwise_separable import Activated, separable, upsample
 from castling_jax.models.initializers import scaled_uniform
-from castling_jax.models.layers import Layers, LinearNorm
+from castling_jax.models.layers import Layers
 
 KAIMING_UNIFORM = scaled_uniform(2.0, "fan_in")
 Map = Float[Array, "batch height width channels"]

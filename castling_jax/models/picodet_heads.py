@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from castling_jax.models.batch_norm import ConvNorm, LinearNorm
 from castling_jax.models.depthwise_separable import KERNEL_SIZE, separable
 from castling_jax.models.initializers import normal
-from castling_jax.models.layers import ConvNorm, Layers, LinearNorm
+from castling_jax.models.layers import Layers
 from castling_jax.models.pan import KAIMING_UNIFORM
 from castling_jax.ops.points import BINS, SIDES
 

@@ -15,7 +15,8 @@ from jaxtyping import Array, ArrayLike, Float, Key
 
 from castling_jax.errors import InputError
 from castling_jax.models.backbone import Backbone, DenseConfig
-from castling_jax.models.layers import Layers, LinearNorm
+from castling_jax.models.batch_norm import LinearNorm
+from castling_jax.models.layers import Layers
 from castling_jax.models.model import Model
 from castling_jax.models.pyramid import SimpleFeaturePyramid
 from castling_jax.sizes import ImageSize, image_shape

@@ -9,13 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from castling_jax.models.batch_norm import BatchNorm, ConvNorm, LinearNorm, NormLinear
 from castling_jax.models.deit import DeiTConfig, PatchEmbed
 from castling_jax.models.layers import (
-    BatchNorm,
-    ConvNorm,
-    LinearNorm,
     Mlp,
-    NormLinear,
     add_bias,
     draw_drop_path,
     drop_path,

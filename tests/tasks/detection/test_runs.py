@@ -8,8 +8,8 @@ from flax import nnx
 
 from castling_jax.convert.weights import read
 from castling_jax.models import picodet
+from castling_jax.models.batch_norm import LinearNorm
 from castling_jax.models.depthwise_separable import Activated
-from castling_jax.models.layers import LinearNorm
 from castling_jax.training.config import default_config
 from castling_jax.training.setup import set_up
 from tests.data.box_files import write_coco
