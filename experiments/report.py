@@ -113,7 +113,8 @@ class Findings:
         lines += [
             f"The runs come from commit {first['commit'][:12]}. Accuracies are of the inference form on the "
             f"{first['images']:,} images of `{first['data']['test_split']}`, with the standard deviation over seeds; "
-            "parameters and MACs (an image) are of the inference form too; seconds are of training.",
+            "parameters and MACs (an image) are of the inference form too; seconds are of training, on cores that "
+            "also had other work, so they do not compare.",
             "",
             *markdown(ACCURACY_HEADER, self._accuracy_rows(), "l"),
             "",
