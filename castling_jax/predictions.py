@@ -125,12 +125,16 @@ def known_of(weights: Weights) -> tuple[Model, Preprocessing]:
 def class_names(weights: Weights, classes: Sequence[str] | None = None) -> list[str]:
     """The names of the model's outputs: `classes` if given, else the names that are kept beside the weights.
 
+    A masked autoencoder needs none: [] if its images had no labels.
+
     Raises:
       InputError: there are no names, or not as many as the model has outputs.
     """
     if classes is not None and (isinstance(classes, str) or not isinstance(classes, Sequence)):
         raise InputError(f"classes must be a list of names, not {type(classes).__name__}.")
     names = classes if classes is not None else weights.classes
+    if weights.model is not None and task_of(weights.model).annotation is None:
+        return list(names or [])
     if names is None:
         raise InputError(f"'{weights.path}' does not say the names of its classes: give classes, a list of names.")
     outputs = None if weights.model is None else weights.model.spec.num_classes

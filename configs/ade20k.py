@@ -3,10 +3,12 @@
 python main.py --config=configs/ade20k.py:base --config.init_from=RUN           RUN of configs/mae.py; or small
 python main.py --config=configs/ade20k.py:base,softmax --config.init_from=mae_pretrain_vit_base.pth
 
-Published for UperNet on MAE's ViT-B, pre-trained for 1,600 epochs: 48.1 % mIoU. Its batches have 16 images; these have
-64, one for each chip of a v5e:8x8, with the rate scaled in proportion, which nobody has tried. Castling-ViT's authors
-report segmenters "on top of Mask2Former", without a recipe. This one has SegFormer's simpler head. We have not trained
-this file's models. A run takes 40,005 steps.
+Both need --config.dataset.name=masks:PATH/ADE20K; docs/howto/segmentation.md says how to arrange the published files.
+Published for UperNet on MAE's ViT-B, pre-trained for 1,600 epochs: 48.1 % mIoU. This recipe differs: SegFormer's
+simpler head on the last map, without an auxiliary head; a cosine in place of a linear rate; and batches of 64 images
+in place of 16, one for each chip of a v5e:8x8, with the rate scaled in proportion. Nobody has tried that, and we have
+not trained this file's models. Castling-ViT's authors report segmenters "on top of Mask2Former", without a recipe. A
+run takes 40,005 steps.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +32,8 @@ def get_config(argument: str = "base") -> ConfigDict:
     config = default_config()
     config.model.update(name="pyramid_segmenter", backbone=VARIANTS[variant], attention=attention, image_size=SIDE)
     config.model.update(dtype="bfloat16", drop_path_rate=0.1)
-    config.dataset.update(name="scene_parse150", train_split="train", eval_split="validation", workers=8)
+    # The masks have the classes' numbers from 1; 0 is everything else.
+    config.dataset.update(name="masks:PATH/ADE20K", train_split="train", eval_split="val", first_label=1, workers=8)
     config.dataset.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_mode="slide", crop_ratio=1.0)
     config.augment.update(scale_range=(0.5, 2.0), flip=0.5, distort=0.5)
     # A uniform row of softmax weights has 1 / tokens everywhere: a threshold above that would mask nearly all of it.

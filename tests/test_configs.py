@@ -40,6 +40,8 @@ def arguments_of(name):
     """What a configuration can be asked for."""
     if name == "folder":
         return ["224", "28", "256,levit_128s,softmax"]
+    if name in ("images", "masks"):
+        return ["224", "28", "224,deit_small,softmax"]
     if name == "picodet":
         return ["s", "l,mvitv2_tiny,softmax"]
     variants = getattr(module_of(name), "VARIANTS", None)
@@ -62,8 +64,10 @@ def datasets(config):
         return Unread(IMAGENET["train"], 1000), Unread(IMAGENET["validation"], 1000)
     if config.model.name.startswith("picodet"):
         return Unread(118_287, 80, "boxes"), Unread(5_000, 80, "boxes")
-    if config.dataset.name == "scene_parse150":
+    if config.dataset.name == "masks:PATH/ADE20K":
         return Unread(20_210, 150, "mask"), Unread(2_000, 150, "mask")
+    if config.dataset.name == "images:PATH":
+        return Unread(1_000, 0, "none"), Unread(100, 0, "none")
     if config.model.name == "pyramid_segmenter":
         return Unread(367, 11, "mask"), Unread(101, 11, "mask")
     return Unread(60_000, 10), Unread(10_000, 10)

@@ -99,7 +99,7 @@ def run(workdir, *arguments):
         (
             "--config=digit",
             "unknown configuration 'digit': did you mean 'digits'? (known: ade20k, camvid, castle_pretrained, cells, "
-            "deit, deit_384, digits, fashion_mnist, folder, levit, mae, mae_finetune, mvitv2, picodet)",
+            "deit, deit_384, digits, fashion_mnist, folder, images, levit, mae, mae_finetune, masks, mvitv2, picodet)",
         ),
         (
             "--config.train.epochs=many",

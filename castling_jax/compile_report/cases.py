@@ -58,7 +58,7 @@ PUBLISHED_SIZES = {
     "imagenet2012": (1000, 1_281_167, 50_000, "label"),
     "fashion_mnist": (10, 60_000, 10_000, "label"),
     "coco/2017": (80, 118_287, 5_000, "boxes"),
-    "scene_parse150": (150, 20_210, 2_000, "mask"),
+    "masks:PATH/ADE20K": (150, 20_210, 2_000, "mask"),
 }
 
 

@@ -53,8 +53,8 @@ class Weights:
       averaged: whether the variables are the moving averages.
       preprocessing: how an image becomes the model's input, for `castling_jax.preprocess`. None for a foreign file, and
         for an inference folder that does not state it.
-      classes: names of the model's outputs, in their order. None for a foreign file, and for weights of an earlier
-        version that did not save them.
+      classes: names of the model's outputs, in their order. None for a foreign file, for a run on images without
+        labels, and for weights of an earlier version that did not save them.
       suppression: how a detector's outputs become detections.
       category_ids: the number of each class in the annotations that a detector learnt from. None for other models, and
         for weights of an earlier version that did not save them.
@@ -170,11 +170,11 @@ def _read_checkpoint(run: epath.Path, folder: epath.Path, ema: bool | None) -> W
     # The configuration does not state the number of classes, and checkpoints of earlier versions do not name them. The
     # shape of a classifier's head tells it: the last array, because LeViT's head starts with a batch norm.
     data = about.get("data") or {}
-    classes = data.get("classes")
+    classes = data.get("classes") or None  # none: a run on images without labels
     heads = [leaf.shape[-1] for name, leaf in flatten(variables["params"]).items() if name.startswith("head/")]
     is_detector = config["model"]["name"] in DENSE_MODELS
     num_classes = len(classes or ()) if is_detector else heads[-1]
-    model = abstract_model(num_classes=num_classes, **model_arguments(config))
+    model = abstract_model(num_classes=num_classes or None, **model_arguments(config))
     leaves_of(model, variables)
     step = int(absolute(folder).name)
     threshold = about.get("mask_threshold")

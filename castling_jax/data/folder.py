@@ -1,4 +1,5 @@
-"""Image files with a folder for each class: in PATH/SPLIT/CLASS/ or PATH/CLASS/, and in folders below those."""
+"""Image files: with a folder for each class, in PATH/SPLIT/CLASS/ or PATH/CLASS/, or without labels, in PATH/SPLIT/ or
+PATH/; and in the folders below those."""
 
 import collections
 import dataclasses
@@ -7,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from etils import epath
@@ -38,24 +39,24 @@ HOLDOUT_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class FolderDataset:
-    """A split of image files with a folder for each class.
+class ImageFiles:
+    """A split of image files without labels.
 
     Attributes:
       folder: the split's folder.
-      files: the images' paths relative to the folder, CLASS/.../NAME, sorted.
-      labels: each file's class number.
-      classes: names of all classes.
+      files: the images' paths relative to the folder, sorted.
       skipped: suffix -> number of files with it, for suffixes that are not those of images.
     """
 
-    annotation = "label"
+    annotation: ClassVar[str] = "none"
 
     folder: epath.Path
-    files: list[str]
-    labels: Int[np.ndarray, "examples"]
-    classes: tuple[str, ...]
+    files: Sequence[str]
     skipped: collections.Counter[str]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return ()
 
     @property
     def num_classes(self) -> int:
@@ -66,8 +67,7 @@ class FolderDataset:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         with refusing(OSError, "the file cannot be read"):
-            image = (self.folder / self.files[index]).read_bytes()
-        return {"image": image, "label": int(self.labels[index])}
+            return {"image": (self.folder / self.files[index]).read_bytes()}
 
     def describe(self, index: int) -> str:
         return f"'{self.folder / self.files[index]}'"
@@ -75,6 +75,28 @@ class FolderDataset:
     def contents(self) -> dict[str, str]:
         # Names alone: reading every image at each start would take too long.
         return {"file names": hashlib.sha256("\n".join(self.files).encode()).hexdigest()}
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderDataset(ImageFiles):
+    """A split of image files with a folder for each class, whose name begins the files' paths.
+
+    Attributes:
+      labels: each file's class number.
+      class_names: names of all classes.
+    """
+
+    annotation: ClassVar[str] = "label"
+
+    labels: Int[np.ndarray, "examples"]
+    class_names: tuple[str, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.class_names
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return super().__getitem__(index) | {"label": int(self.labels[index])}
 
 
 def list_skipped(skipped: collections.Counter[str]) -> str:
@@ -148,7 +170,44 @@ def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = Non
             f"{percent} % of them, so give another config.dataset.eval_split."
         )
     split_files = [files[index] for index in indices]
-    return FolderDataset(images, split_files, np.array(labels, np.int32)[indices], tuple(known), skipped)
+    return FolderDataset(images, split_files, skipped, np.array(labels, np.int32)[indices], tuple(known))
+
+
+def images_splits(path: epath.PathLike) -> list[str]:
+    """The splits of a folder of images without labels: its folders that are named like splits, or only "train".
+
+    Raises:
+      InputError: there is no such folder.
+    """
+    root = as_path(path, "the folder of a data set")
+    if not root.is_dir():
+        raise InputError(f"there is no folder '{root}'.")
+    return [name for name in _folders(root) if name.lower() in SPLIT_NAMES] or ["train"]
+
+
+def images(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) -> ImageFiles:
+    """The images in and below PATH/SPLIT, in sorted order; the folders' names mean nothing.
+
+    If no folder in PATH is named like a split, "train" is all images in and below PATH.
+
+    Args:
+      path: the folder PATH.
+      split: as in `folder`; a held-out part is of all images.
+      classes: there are none, so this is not used.
+
+    Raises:
+      InputError: a folder is missing or has no images.
+    """
+    splits, root = images_splits(path), as_path(path)
+    name, percent, is_held_out = parse_split(split)
+    check_known(f"split of '{root}'", name, splits)
+    where = root / name if name in _folders(root) else root
+    skipped: collections.Counter[str] = collections.Counter()
+    files = sorted(image_files(where, "", skipped))
+    chosen = [files[index] for index in choose(np.zeros(len(files), np.int32), percent, is_held_out)]
+    if not chosen:
+        raise InputError(f"the split {split!r} of '{root}' holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+    return ImageFiles(where, chosen, skipped)
 
 
 def image_files(path: epath.Path, prefix: str, skipped: collections.Counter[str]) -> Iterator[str]:

@@ -92,7 +92,7 @@ def training_batches(
       rows: the rows of every batch to return; None returns all.
       workers: number of processes that read; 0 reads in threads of this process. With workers, dataset and transform
         must be picklable, and the main program must be guarded by `if __name__ == "__main__"`.
-      max_corrupt_share: largest share of corrupt images among the images read.
+      max_corrupt_share: largest share of corrupt images among the images read; a corrupt image counts once.
 
     Returns:
       An iterator of the transformed examples' arrays, stacked along a first axis [rows, ...]; labels are int32. It
@@ -292,7 +292,7 @@ def _lost_worker(error: RuntimeError) -> InputError | None:
 
 
 class _Corrupt:
-    """Counts the corrupt images that this process reads, and logs the name of each once.
+    """Counts the corrupt images that this process reads, each once however often it is read, and logs their names.
 
     Images are counted when a batch is used, not when it is read, so the order is the same with any number of threads
     and workers.
@@ -304,7 +304,7 @@ class _Corrupt:
 
     def __init__(self, max_share: float):
         self._max_share = max_share
-        self._read = self._count = 0
+        self._read = 0
         self._named: dict[str, str] = {}  # name -> why
 
     def add(self, read: int, corrupt: list[tuple[str, str]]) -> None:
@@ -314,17 +314,25 @@ class _Corrupt:
           InputError: too many are corrupt.
         """
         self._read += read
-        self._count += len(corrupt)
         for name, why in corrupt:
             self._named[name] = why
             if name not in _LOGGED:
                 _LOGGED.add(name)
                 LOGGER.warning("Corrupt image, skipped: %s: %s", printable(name), printable(why))
-        if self._count > self._max_share * max(self._read, MIN_IMAGES_JUDGED):
-            named = [f"{name}: {why.rstrip('.')}" for name, why in self._named.items()]
-            more = f"; and {len(named) - NAMED} others" if len(named) > NAMED else ""
+        if len(self._named) > self._max_share * max(self._read, MIN_IMAGES_JUDGED):
+            # In training a good image takes the place of a corrupt one: the corrupt ones may be more than the read.
+            read = max(self._read, len(self._named))
             raise DeterministicError(
-                f"{self._count:,} of the {self._read:,} images read so far are corrupt, more than "
-                f"config.dataset.max_corrupt_share = {self._max_share:g} allows: "
-                f"{'; '.join(named[:NAMED])}{more}."
+                f"{len(self._named):,} of the {read:,} images read so far are corrupt, more than "
+                f"config.dataset.max_corrupt_share = {self._max_share:g} allows: {self._some_named()}."
             )
+
+    def _some_named(self) -> str:
+        """Names of some corrupt images, and why they are corrupt."""
+        more = len(self._named) - NAMED
+        reasons = {why.rstrip(".") for why in self._named.values()}
+        if len(reasons) == 1:
+            names = ", ".join(list(self._named)[:NAMED]) + (f" and {more:,} more" if more > 0 else "")
+            return f"{names}: {reasons.pop()}"
+        named = [f"{name}: {why.rstrip('.')}" for name, why in self._named.items()]
+        return "; ".join(named[:NAMED]) + (f"; and {more:,} more" if more > 0 else "")

@@ -103,12 +103,17 @@ def masks_splits(path: epath.PathLike) -> list[str]:
 
 
 def masks(
-    path: epath.PathLike, split: str, classes: Sequence[str] | None = None, *, ignore_label: int = IGNORED
+    path: epath.PathLike,
+    split: str,
+    classes: Sequence[str] | None = None,
+    *,
+    ignore_label: int = IGNORED,
+    first_label: int = 0,
 ) -> MaskDataset:
     """The images in PATH/SPLIT, whose labels are in PATH/SPLIT_labels, in PNGs of the same stem; sorted.
 
-    A pixel's number is its class, from 0. PATH/classes.txt has the classes' names, one a line. Without the file the
-    names are the numbers up to the largest label of the split "train", whose masks are then all read.
+    A pixel's number is its class, from `first_label`. PATH/classes.txt has the classes' names, one a line. Without the
+    file the names are the numbers from 0 up to the largest class of the split "train", whose masks are then all read.
 
     Args:
       path: the data set's root folder.
@@ -116,21 +121,24 @@ def masks(
       classes: names of a model's classes, in the order of its outputs. The classes in classes.txt are found among them
         by name; without the file, numbers are the places in this list.
       ignore_label: the number of pixels without a class.
+      first_label: the first class's number; smaller numbers are pixels without a class.
 
     Raises:
       InputError: a folder is missing or empty, an image has no mask or a mask no image, the first mask has colours
-        instead of numbers, or there are too many classes or one that `classes` lacks.
+        instead of numbers, there are too many classes or one that `classes` lacks, or `ignore_label` is a class's.
     """
     root = as_path(path, "the folder of a data set")
     name, percent, is_held_out = parse_split(split)
     splits = masks_splits(path)
+    if not splits:
+        raise InputError(f"'{root}' has no folder {name!r} with a folder {name + LABELS!r} beside it, for the masks.")
     check_known(f"split of '{root}'", name, splits)
     pairs = _pairs(root / name)
     # `choose` draws a share from each class of images. Images with masks have no class, so all count as class 0.
     chosen = [pairs[index] for index in choose(np.zeros(len(pairs), np.int32), percent, is_held_out)]
     if not chosen:
         raise InputError(f"the split {split!r} of '{root}' holds no images.")
-    numbers = table_of(range(MOST_CLASSES), ignore_label)
+    numbers = table_of(range(MOST_CLASSES - first_label), ignore_label, first=first_label)
     dataset = _mask_dataset(root / name, chosen, numbers)
     check_not_coloured(dataset)
     names = read_list(root / CLASSES_FILE) if (root / CLASSES_FILE).exists() else None
@@ -144,21 +152,27 @@ def masks(
     for class_name in names:
         if class_name not in known:
             raise InputError(f"'{root / CLASSES_FILE}' has the class {class_name!r}, which the model does not have.")
-    table = table_of(map(known.index, names), ignore_label)
+    table = table_of(map(known.index, names), ignore_label, first=first_label)
+    if first_label <= ignore_label < first_label + len(names):
+        class_name = names[ignore_label - first_label]
+        raise InputError(f"config.dataset.ignore_label = {ignore_label} is the number of the class {class_name!r}.")
     return dataclasses.replace(dataset, classes=tuple(known), table=table)
 
 
 def decode_mask(mask: bytes) -> Labels:
-    """The numbers in an encoded mask, of the modes 1, L and P; a palette's colours are not looked at.
+    """The numbers in a mask's PNG of up to 8 bits, grey or with a palette, whose colours are not looked at.
 
     Raises:
-      InputError: the mask cannot be decoded, or has colours or more than 8 bits.
+      InputError: the mask cannot be decoded, is no PNG, or has colours or more than 8 bits.
     """
     with decoding("the mask"):
         opened = Image.open(io.BytesIO(mask))
     _check_mode(opened)
     with decoding("the mask"):
-        return np.asarray(opened).astype(np.uint8)
+        numbers = np.asarray(opened).astype(np.uint8)
+    bits = mask[24]  # of a number; the byte's place in a PNG's header is fixed
+    # Pillow stretches grey numbers of 2 and 4 bits to 0 to 255.
+    return numbers // (255 // (2**bits - 1)) if opened.mode == "L" else numbers
 
 
 def read_labels(example: dict[str, Any], size: Size) -> Labels:
@@ -179,8 +193,9 @@ def read_labels(example: dict[str, Any], size: Size) -> Labels:
     if (labels == INVALID).any():
         number, known = numbers[labels == INVALID][0], np.flatnonzero(example["table"] < INVALID)
         raise InputError(
-            f"the mask has the label {number}, but the classes have the labels {known.min()} to {known.max()}: "
-            "config.dataset.ignore_label is the label of pixels without a class."
+            f"the mask has the label {number}, but the classes have the labels {known.min()} to {known.max()}: set "
+            f"config.dataset.ignore_label = {number} if {number} means no class, config.dataset.first_label to the "
+            "first class's number, or add the missing names to classes.txt."
         )
     return labels
 
@@ -245,6 +260,8 @@ def check_not_coloured(dataset: MaskedImages) -> None:
 
 
 def _check_mode(opened: Image.Image) -> None:
+    if opened.format != "PNG":
+        raise InputError(f"the file is a {opened.format}, and masks are PNGs: a JPEG, for one, changes the numbers.")
     if opened.mode not in ("1", "L", "P"):
         kind = "numbers of 16 bits or more" if opened.mode[0] in "IF" else "colours and not numbers of classes"
         raise InputError(f"the pixels are {kind}: write masks of 8 bits, as docs/howto/segmentation.md shows.")
@@ -282,15 +299,18 @@ def _pairs(folder: epath.Path) -> list[tuple[str, str]]:
     files = list(image_files(folder, "", skipped))
     labels = [file for file in image_files(_labels_folder(folder), "", skipped) if file.lower().endswith(".png")]
     images, found = ({_stem(file): file for file in each} for each in (files, labels))
-    if twins := set(files) - set(images.values()):
-        raise InputError(f"'{folder}' has two images of the name {min(map(_stem, twins))!r}, and a mask is for one.")
+    for where, all_files, by_stem in ((folder, files, images), (_labels_folder(folder), labels, found)):
+        if twins := set(all_files) - set(by_stem.values()):
+            raise InputError(f"'{where}' has two files of the name {min(map(_stem, twins))!r}, and may have one.")
     for lonely, kind, where in (
         (images.keys() - found.keys(), "label PNG", _labels_folder(folder)),
         (found.keys() - images.keys(), "image", folder),
     ):
         if lonely:
             more = f" ({len(lonely):,} are missing)" if len(lonely) > 1 else ""
-            raise InputError(f"'{where}' has no {kind} of the name {min(lonely)!r}{more}.")
+            has = sorted(image_files(where, "", skipped))
+            hint = f"; it has {has[0]!r}: a mask has its image's name and ends in .png" if has else ""
+            raise InputError(f"'{where}' has no {kind} of the name {min(lonely)!r}{more}{hint}.")
     return [(images[stem], found[stem]) for stem in sorted(images)]
 
 

@@ -14,12 +14,23 @@ from typing import Any
 import numpy as np
 from etils import epath
 from PIL import Image
+from tqdm import tqdm
 
 from castling_jax.data.annotations import BoxDataset
 from castling_jax.data.decode import image_size
 from castling_jax.data.folder import folder, folder_splits, list_skipped
-from castling_jax.data.masks import MaskDataset, sizes_of
-from castling_jax.data.sources import FOLDER, Dataset, annotated_image, find_splits, load_dataset, path_of, tfds_builder
+from castling_jax.data.loader import NAMED
+from castling_jax.data.masks import IGNORED, MaskDataset, read_labels, sizes_of
+from castling_jax.data.sources import (
+    FOLDER,
+    Dataset,
+    annotated_image,
+    find_splits,
+    kind_of,
+    load_dataset,
+    path_of,
+    tfds_builder,
+)
 from castling_jax.errors import InputError, in_one_sentence, printable
 from castling_jax.storage import try_folder
 
@@ -34,6 +45,7 @@ RECIPES = {
     "fashion_mnist": "fashion_mnist",
     "imagenet2012": "deit:small",
 }  # data sets with a configuration of their own
+DEFAULTS = {"ignore_label": IGNORED, "first_label": 0}  # of config.dataset
 IDX_IMAGES, IDX_LABELS = 0x803, 0x801  # magic numbers: unsigned bytes in three dimensions, and in one
 
 
@@ -43,8 +55,18 @@ def prepare(
     data_dir: epath.PathLike | None = None,
     manual_dir: epath.PathLike | None = None,
     archives: epath.PathLike | None = None,
+    ignore_label: int = IGNORED,
+    first_label: int = 0,
 ) -> str:
     """Prepares a data set unless it is prepared already.
+
+    Args:
+      name: name of the data set.
+      data_dir: folder of data sets; None is tensorflow-datasets' default.
+      manual_dir: folder of archives that the user downloaded; None is tensorflow-datasets' default.
+      archives: folder of Fashion-MNIST's files; None is Debian's.
+      ignore_label: as in `load_dataset`, for masks:ROOT.
+      first_label: as in `load_dataset`, for masks:ROOT.
 
     Returns:
       A text that describes the prepared data set to the user.
@@ -56,8 +78,10 @@ def prepare(
         return "digits is in scikit-learn's wheel and needs no preparing."
     if name.startswith(FOLDER):
         return _describe_folder(epath.Path(name.removeprefix(FOLDER)).expanduser())
+    if kind_of(name) == "images":
+        return _describe_images(name)
     if path_of(name) is not None:
-        return _describe_annotated(name)
+        return _describe_annotated(name, {"ignore_label": ignore_label, "first_label": first_label})
     builder = tfds_builder(name, data_dir=data_dir, file_format="array_record")
     annotated_image(builder)  # refuses a data set without annotations now, before hours of work
     if builder.is_prepared():
@@ -218,7 +242,25 @@ def _describe_folder(path: epath.Path) -> str:
     )
 
 
-def _describe_annotated(name: str) -> str:
+def _describe_images(name: str) -> str:
+    """Describes a folder of images without labels, and the command that learns from it.
+
+    Raises:
+      InputError: as `images` does.
+    """
+    splits = [(split, load_dataset(name, split)) for split in find_splits(name)]
+    size = _usual_size(splits[0][1])
+    return "\n".join(
+        [
+            f"{path_of(name)}: images without labels",
+            *(f"  {printable(split)}: {len(dataset):,} images" for split, dataset in splits),
+            f"To learn from them, with images of {size} x {size} pixels:",
+            f"  python main.py --config=images:{size} --config.dataset.name={shlex.quote(name)}",
+        ]
+    )
+
+
+def _describe_annotated(name: str, labels: dict[str, int]) -> str:
     """Describes the splits that `find_splits` finds: their images and their boxes or masks.
 
     Raises:
@@ -226,11 +268,12 @@ def _describe_annotated(name: str) -> str:
     """
     lines, classes = [], None
     for split in find_splits(name):
-        dataset = load_dataset(name, split, classes=classes)
+        dataset = load_dataset(
+            name, split, classes=classes, ignore_label=labels["ignore_label"], first_label=labels["first_label"]
+        )
         classes = dataset.classes
         if isinstance(dataset, MaskDataset):
-            height, width = max(sizes_of(dataset), key=math.prod, default=(0, 0))
-            said = f"masks of up to {width} x {height} pixels"
+            said = _describe_masks(dataset, split)
         else:
             assert isinstance(dataset, BoxDataset)
             said = (
@@ -238,7 +281,42 @@ def _describe_annotated(name: str) -> str:
                 f"{dataset.dropped:,} boxes without an area in their image are left out"
             )
         lines.append(f"  {printable(split)}: {len(dataset):,} images, {said}")
-    return "\n".join([f"{path_of(name)}: {len(classes or ()):,} classes", *lines])
+    lines = [f"{path_of(name)}: {len(classes or ()):,} classes", *lines]
+    if isinstance(dataset, MaskDataset):
+        size = _usual_size(dataset)
+        flags = [f"--config.dataset.{field}={value}" for field, value in labels.items() if value != DEFAULTS[field]]
+        lines += [
+            f"To train on it, with images of {size} x {size} pixels:",
+            " ".join([f"  python main.py --config=masks:{size} --config.dataset.name={shlex.quote(name)}", *flags]),
+        ]
+    return "\n".join(lines)
+
+
+def _describe_masks(dataset: MaskDataset, split: str) -> str:
+    """The largest mask of a split, and the share of the pixels that each class has.
+
+    Raises:
+      InputError: a mask cannot be used with its image.
+    """
+    faults, pixels = [], np.zeros(256, np.int64)
+    for index in tqdm(range(len(dataset)), desc=f"masks of {printable(split)}", unit="mask", disable=None):
+        try:
+            example = dataset[index]
+            pixels += np.bincount(read_labels(example, image_size(example["image"])).ravel(), minlength=256)
+        except InputError as error:
+            faults.append(f"{dataset.describe(index)}: {str(error).rstrip('.')}")
+    if faults:
+        more = f"; and {len(faults) - NAMED:,} more" if len(faults) > NAMED else ""
+        raise InputError(
+            f"{len(faults):,} of the {len(dataset):,} masks of {split} cannot be used: "
+            f"{'; '.join(faults[:NAMED])}{more}."
+        )
+    height, width = max(sizes_of(dataset), key=math.prod)
+    named = [*zip(dataset.classes, pixels, strict=False), ("without a class", pixels[IGNORED])]
+    shares = ", ".join(f"{100 * count / pixels.sum():.1f} % {name}" for name, count in named if count)
+    missing = [name for name, count in named[:-1] if not count]
+    absent = f"; no mask has {', '.join(missing)}" if missing else ""
+    return f"masks of up to {width} x {height} pixels: {printable(shares)}{printable(absent)}"
 
 
 def _usual_size(dataset: Dataset) -> int:

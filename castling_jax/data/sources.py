@@ -2,6 +2,7 @@
 
 digits                 scikit-learn's handwritten digits, part of its wheel
 folder:PATH            images in PATH/SPLIT/CLASS/, or in PATH/CLASS/
+images:PATH            images without labels in and below PATH/SPLIT/ or PATH/
 coco:ROOT              boxes: ROOT/annotations/instances_SPLIT.json, and images in ROOT/SPLIT
 voc:ROOT               boxes: ROOT/Annotations/*.xml, ROOT/JPEGImages, and lists in ROOT/ImageSets/Main/SPLIT.txt
 masks:ROOT             masks: images in ROOT/SPLIT, PNGs of labels of the same names in ROOT/SPLIT_labels
@@ -25,7 +26,7 @@ from castling_jax.data.coco import coco, coco_splits
 from castling_jax.data.decode import image_size
 from castling_jax.data.digits import SPLITS as DIGITS_SPLITS
 from castling_jax.data.digits import read_digits
-from castling_jax.data.folder import folder, folder_splits
+from castling_jax.data.folder import folder, folder_splits, images, images_splits
 from castling_jax.data.masks import (
     IGNORED,
     MOST_CLASSES,
@@ -47,10 +48,17 @@ UNREADABLE = (ValueError, RuntimeError)  # raised by ArrayRecord and protocol bu
 # Smaller data sets are kept in memory, encoded, because reading a small record takes longer than decoding it.
 IN_MEMORY_BYTES = 256_000_000
 # Data set of tensorflow-datasets -> (the feature that holds its masks, names or number of its classes, the number of
-# the first class in the masks). Smaller numbers are pixels without a class. Other data sets' classes start at 0.
-TFDS_MASKS: dict[str, tuple[str, int | tuple[str, ...], int]] = {
-    "scene_parse150": ("annotation", 150, 1),  # ADE20K: 0 is everything else
+# the first class in the masks). Smaller numbers are pixels without a class. Other data sets' classes start at
+# config.dataset.first_label.
+TFDS_MASKS: dict[str, tuple[str, tuple[str, ...], int]] = {
     "oxford_iiit_pet": ("segmentation_mask", ("pet", "background", "border"), 1),
+}
+# Data sets of tensorflow-datasets that no task can use -> why, and what to take instead.
+UNUSABLE = {
+    "scene_parse150": (
+        "its masks have colours, for the instances of 100 kinds of objects: read ADE20K's 150 classes from the "
+        "published files as masks:ROOT, as docs/howto/segmentation.md shows"
+    )
 }
 TFDS_NAME = r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?"
 
@@ -60,7 +68,7 @@ class Dataset(Protocol):
 
     @property
     def annotation(self) -> str:
-        """What each image comes with: "label", "boxes" or "mask".
+        """What each image comes with: "label", "boxes", "mask" or "none".
 
         With "boxes" there is also a method `annotations(index)`, with "mask" there are those of `MaskedImages`.
         """
@@ -79,7 +87,7 @@ class Dataset(Protocol):
 
         If the pixels of the data set do not have 8 bits, all its images are float32 [height, width, 3] in [0, 1].
         Instead of "label", a data set with boxes has "boxes", "classes", "crowd" and "size", as in `Annotations`; one
-        with masks has "mask" (encoded) and "table", as in `MaskDataset`.
+        with masks has "mask" (encoded) and "table", as in `MaskDataset`; one without annotations has the image alone.
 
         Raises:
           InputError: the image cannot be read.
@@ -261,6 +269,7 @@ class Unread:
 # What a data set's name starts with -> (the function that loads a split, the function that lists the splits).
 FILES: dict[str, tuple[Callable[..., Dataset], Callable[[epath.PathLike], list[str]]]] = {
     "folder": (folder, folder_splits),
+    "images": (images, images_splits),
     "coco": (coco, coco_splits),
     "voc": (voc, voc_splits),
     "masks": (masks, masks_splits),
@@ -280,6 +289,7 @@ def load_dataset(
     classes: Sequence[str] | None = None,
     annotation: str | None = None,
     ignore_label: int = IGNORED,
+    first_label: int = 0,
 ) -> Dataset:
     """Loads a split of a dataset by its name; the module's docstring lists the names.
 
@@ -287,20 +297,23 @@ def load_dataset(
       name: name of the dataset.
       split: one of its splits; for tensorflow-datasets in its notation, such as "train[:90%]".
       data_dir: folder of tensorflow-datasets; None is its default, ~/tensorflow_datasets.
-      classes: names of a model's classes, as in `folder`, `coco`, `voc` and `masks`; other data sets ignore them.
+      classes: names of a model's classes, as in `folder`, `coco`, `voc` and `masks`, and for masks whose classes
+        tensorflow-datasets does not name; other data sets ignore them.
       annotation: "label" or "mask", for a data set of tensorflow-datasets that has both; None takes labels.
       ignore_label: the number of a mask's pixels without a class.
+      first_label: the number of the first class in masks; smaller numbers are pixels without a class.
 
     Raises:
       InputError: the dataset or the split is unknown, is not prepared, is empty, or has no annotations.
     """
     if name == "digits":
         return digits(split)
+    labels = {"ignore_label": ignore_label, "first_label": first_label}
     if (path := path_of(name)) is not None:
         read, _ = FILES[kind_of(name)]
-        return read(path, split, classes, **({"ignore_label": ignore_label} if read is masks else {}))
+        return read(path, split, classes, **(labels if read is masks else {}))
     data_dir = None if data_dir is None else as_path(data_dir, "data_dir")
-    return tfds_dataset(name, split, data_dir=data_dir, annotation=annotation, ignore_label=ignore_label)
+    return tfds_dataset(name, split, classes, data_dir=data_dir, annotation=annotation, **labels)
 
 
 def kind_of(name: str) -> str:
@@ -364,19 +377,23 @@ def digits(split: str) -> ArrayDataset:
 def tfds_dataset(
     name: str,
     split: str,
+    classes: Sequence[str] | None = None,
     *,
     data_dir: epath.PathLike | None = None,
     annotation: str | None = None,
     ignore_label: int = IGNORED,
+    first_label: int = 0,
 ) -> TfdsDataset:
     """Loads a split of a tensorflow-datasets data set, with labels, boxes or masks; TensorFlow is not needed.
 
     Args:
       name: NAME[/CONFIG][:VERSION]; a data set that is in data_dir need not be known to tensorflow-datasets.
       split: the split in TFDS's notation.
+      classes: as in `load_dataset`.
       data_dir: folder of the data sets; None is TFDS's default.
       annotation: as in `load_dataset`.
       ignore_label: as in `load_dataset`.
+      first_label: as in `load_dataset`.
 
     Raises:
       InputError: the name or the split is unknown, or the data set is not prepared or has no annotations.
@@ -397,7 +414,8 @@ def tfds_dataset(
         with contextlib.suppress(*UNREADABLE):  # with a damaged record, all records are read one by one instead
             source = source.__getitems__(range(len(source)))
     if is_mask:
-        return _tfds_masks(name, split, source, image, label, builder, ignore_label)
+        masked = TfdsMasks(name, split, source, image, label, (), builder.info.full_name, np.zeros(256, np.uint8))
+        return _with_classes(masked, builder.name, classes, ignore_label, first_label)
     is_boxes = isinstance(feature, tfds.features.Sequence)
     names = tuple((feature["label"] if is_boxes else feature).names)  # TFDS gives numbers to classes without names
     kind = TfdsBoxes if is_boxes else TfdsDataset
@@ -445,21 +463,18 @@ def tfds_builder(name: str, *, data_dir: epath.PathLike | None, **options: Any) 
         raise InputError(f"unknown dataset {name!r} ({in_one_sentence(first_line)}).") from error
 
 
-def _tfds_masks(
-    name: str, split: str, source: Any, image: str, label: str, builder: Any, ignore_label: int
+def _with_classes(
+    dataset: TfdsMasks, builder: str, classes: Sequence[str] | None, ignore_label: int, first_label: int
 ) -> TfdsMasks:
-    """The masks in a split. Classes that TFDS_MASKS does not know are the numbers in this split's masks."""
-    _, classes, first = TFDS_MASKS.get(builder.name, (label, (), 0))
-    names = _numbers(classes) if isinstance(classes, int) else classes
-    table = table_of(range(len(names) or MOST_CLASSES), ignore_label, first=first)
-    dataset = TfdsMasks(name, split, source, image, label, names, builder.info.full_name, table)
+    """The data set with its classes: TFDS_MASKS' ones, or `classes`, or the numbers in this split's masks."""
     if not len(dataset):
-        raise InputError(f"the split {split!r} of {name} holds no images.")
+        raise InputError(f"the split {dataset.split!r} of {dataset.name} holds no images.")
     check_not_coloured(dataset)
-    if names:
-        return dataset
-    names = tuple(numbers_in(dataset))
-    return dataclasses.replace(dataset, classes=names, table=table_of(range(len(names)), ignore_label))
+    _, names, first = TFDS_MASKS.get(builder, ("", tuple(classes or ()), first_label))
+    if not names:
+        table = table_of(range(MOST_CLASSES - first), ignore_label, first=first)
+        names = tuple(numbers_in(dataclasses.replace(dataset, table=table)))
+    return dataclasses.replace(dataset, classes=names, table=table_of(range(len(names)), ignore_label, first=first))
 
 
 def annotated_image(builder: Any, annotation: str | None = None) -> tuple[str, str]:
@@ -470,10 +485,12 @@ def annotated_image(builder: Any, annotation: str | None = None) -> tuple[str, s
       annotation: as in `load_dataset`.
 
     Raises:
-      InputError: the data set has no such features.
+      InputError: the data set has no such features, or is one of UNUSABLE.
     """
     import tensorflow_datasets as tfds
 
+    if builder.name in UNUSABLE:
+        raise InputError(f"{builder.name} of tensorflow-datasets cannot be used, because {UNUSABLE[builder.name]}.")
     features = builder.info.features
     has_objects = "objects" in features and isinstance(features["objects"], tfds.features.Sequence)
     # Only objects with several features have keys, and only those can have boxes.

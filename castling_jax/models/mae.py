@@ -27,6 +27,9 @@ from castling_jax.models.model import Model
 from castling_jax.models.position import sincos_position_embedding
 from castling_jax.sizes import ImageSize
 
+# An evaluation has so few masks that an image has the same one, and the same loss, in batches of any multiple of them.
+FIXED_MASKS = 16
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MAEConfig(DenseConfig):
@@ -83,6 +86,11 @@ class MAE(Model):
                 "this attention needs all patches of an image, and a masked autoencoder hides most of them: choose "
                 "one that takes any tokens, such as castling, and no qkv_pool."
             )
+        if backbone.norm is None:
+            raise InputError(
+                "a masked autoencoder needs the backbone's last norm, which global_pool = 'avg' leaves out: set it for "
+                "the classifier alone, which starts from the autoencoder."
+            )
         self.backbone = backbone
         self.in_chans = backbone.in_chans
         self.norm_pix_loss = config.norm_pix_loss
@@ -117,8 +125,12 @@ class MAE(Model):
         mask_threshold: ArrayLike | None = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[dict[str, Array], Float[Array, "layers"]]:
-        """As in `Model`, but a key draws the mask and does not turn training mode on. None is a fixed key."""
-        return self._reconstruct(images, mask_threshold, mask_key=_or_fixed(key), key=None)
+        """As in `Model`, but a key draws the mask and does not turn training mode on.
+
+        Without a key, an image's place in the batch decides which of FIXED_MASKS masks it has.
+        """
+        period = FIXED_MASKS if key is None else None
+        return self._reconstruct(images, mask_threshold, mask_key=_or_fixed(key), key=None, period=period)
 
     def training_outputs(
         self,
@@ -145,15 +157,24 @@ class MAE(Model):
         return outputs
 
     def _reconstruct(
-        self, images: jax.Array, mask_threshold: ArrayLike | None, *, mask_key: jax.Array, key: jax.Array | None
+        self,
+        images: jax.Array,
+        mask_threshold: ArrayLike | None,
+        *,
+        mask_key: jax.Array,
+        key: jax.Array | None,
+        period: int | None = None,
     ) -> tuple[dict[str, Array], jax.Array]:
+        """The outputs. Images have the same mask if their places in the batch differ by a multiple of `period`."""
         tokens, grid = self.backbone.embed(self._checked(images))
         if grid != self.backbone.grid:
             raise InputError(
                 f"the images have {grid} patches, and this masked autoencoder is for {self.backbone.grid}."
             )
         # A key for each image: an exported program takes any number of images, and one draw needs a known number.
-        keys = jax.vmap(lambda number: jax.random.fold_in(mask_key, number))(jnp.arange(images.shape[0]))
+        places = jnp.arange(images.shape[0])
+        numbers = places if period is None else places % period
+        keys = jax.vmap(lambda number: jax.random.fold_in(mask_key, number))(numbers)
         noise = jax.vmap(lambda key: jax.random.uniform(key, (math.prod(grid),)))(keys)
         return self.reconstruct(tokens, noise, mask_threshold, key)
 

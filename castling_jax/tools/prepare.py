@@ -1,6 +1,7 @@
 """Prepares a data set for training, once.
 
     python -m castling_jax prepare NAME [--data_dir=DIR] [--manual_dir=DIR] [--archives=DIR]
+    python -m castling_jax prepare masks:ROOT [--ignore_label=N] [--first_label=N]
 
 NAME is a data set of tensorflow-datasets, NAME[/CONFIG][:VERSION]; https://www.tensorflow.org/datasets/catalog lists
 them. The command downloads it and writes it to DIR/NAME/VERSION as ArrayRecord files, which training reads at random
@@ -14,6 +15,7 @@ tensorflow-cpu. An interrupted preparation starts anew, and leaves nothing behin
                      (apt-get install dataset-fashion-mnist), or --archives names a folder with its four .gz files, or
                      with the published ones. Takes half a minute, and 40 MB.
   folder:PATH        images in PATH/SPLIT/CLASS/ or PATH/CLASS/ need no preparing: the command checks and counts them.
+                     So it does with images:PATH, coco:ROOT, voc:ROOT and masks:ROOT.
 
 examples:
   python -m castling_jax prepare fashion_mnist
@@ -43,6 +45,16 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--archives", metavar="DIR", type=any_path, help="the folder of fashion_mnist's files; Debian's if not given"
     )
+    parser.add_argument(
+        "--ignore_label",
+        metavar="N",
+        type=int,
+        default=255,
+        help="masks:ROOT: the number of pixels without a class (255)",
+    )
+    parser.add_argument(
+        "--first_label", metavar="N", type=int, default=0, help="masks:ROOT: the first class's number (0)"
+    )
     return parser
 
 
@@ -54,9 +66,7 @@ def main(options: Namespace) -> None:
 
     logging.set_verbosity(logging.ERROR)  # tensorflow-datasets logs every place that it looks in
     try:
-        print(
-            prepare(options.name, data_dir=options.data_dir, manual_dir=options.manual_dir, archives=options.archives)
-        )
+        print(prepare(**vars(options)))
     except KeyboardInterrupt:
         sys.exit("prepare: interrupted; nothing is prepared.")
 

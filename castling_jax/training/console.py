@@ -126,6 +126,11 @@ def describe_boxes(dataset: BoxDataset, most: int) -> str:
     return said
 
 
+def of_classes(count: int) -> str:
+    """ " of 10 classes", after a number of images; "" if they have none."""
+    return f" of {count:,} class" + "es" * (count > 1) if count else ""
+
+
 def describe_start(setup: Setup, workdir: epath.Path) -> str:
     """The block of lines before the first step: data, model, steps, devices, folder, and a last line on compiling."""
     config, spec = setup.config, setup.model.spec
@@ -139,7 +144,7 @@ def describe_start(setup: Setup, workdir: epath.Path) -> str:
     kinds = " and ".join(sorted({device.device_kind for device in setup.mesh.devices.flat}))
     processes = f"{jax.process_count()} process" + "es" * (jax.process_count() > 1)
     lines = {
-        "data": f"{data.name}: {counts} images of {len(setup.train_set.classes):,} classes",
+        "data": f"{data.name}: {counts} images{of_classes(setup.train_set.num_classes)}",
         **describe_images(setup),
         "model": f"{spec.name}, {spec.attention}, {size_text(spec.image_size)}: {costs}",
         "steps": f"{setup.total_steps:,} of {train.batch_size:,} images, {setup.steps_per_epoch:,} an epoch: "

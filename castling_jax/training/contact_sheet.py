@@ -54,7 +54,10 @@ def draw_sheet(config: ConfigDict, *, examples: int) -> Figure:
     evaluation, training = task.eval_transform(preprocessing), augmentation(config, model, preprocessing)
 
     def checked(example: Example) -> Example:
-        evaluation(example)  # refuses a corrupt image, in whose place `first_good` takes the next one, as training does
+        # Both refuse a corrupt image, in whose place `first_good` takes the next one, as training does. Evaluation does
+        # not read the mask here.
+        evaluation(example)
+        training(example, np.random.default_rng(config.seed))
         return example
 
     # Spread over the whole data set, because folders list the images class by class. A batch needs COLUMNS of them.

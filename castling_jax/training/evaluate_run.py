@@ -23,6 +23,7 @@ from castling_jax.tasks.registry import check_dataset, measures_of, task_of
 from castling_jax.tasks.task import Answers
 from castling_jax.training.config import FIELDS
 from castling_jax.training.config_files import run_config
+from castling_jax.training.console import of_classes
 from castling_jax.training.evaluate import configured_evaluator, evaluate_weights
 from castling_jax.training.setup import load_split, named_splits
 from castling_jax.training.sharding import check_batch, make_mesh, place, state_shardings, whole_over_fsdp
@@ -89,8 +90,8 @@ class Evaluation:
         both = "".join(f"{name}: {', '.join(shares)}\n" for name, *shares in describe_each_weights(figures))
         return (
             f"step {figures['step']:,}, mask {figures['mask_kind']} {figures['mask_threshold']:g}\n"
-            f"  {figures['dataset']}, split {figures['split']}: {figures['eval_images']:,} images of "
-            f"{len(self.classes):,} classes{left_out}\n"
+            f"  {figures['dataset']}, split {figures['split']}: {figures['eval_images']:,} images"
+            f"{of_classes(len(self.classes))}{left_out}\n"
             f"  training form   {train_form}\n"
             f"  inference form  {inference_form}{loss}\n"
             f"{both}"

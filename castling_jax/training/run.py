@@ -175,7 +175,7 @@ def run(
             setup.model,
             variables,
             preprocessing=setup.preprocessing,
-            classes=setup.train_set.classes,
+            classes=setup.train_set.classes or None,  # none: images without labels
             category_ids=data.get("category_ids"),
             suppression=suppression_of(config),
         )

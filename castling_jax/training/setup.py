@@ -191,7 +191,8 @@ def set_up(
                 earlier_ends=earlier_ends,
             )
         with mistakes:
-            model = abstract_model(num_classes=train_set.num_classes, **model_arguments(config))
+            # None where the images have no classes: a masked autoencoder needs none.
+            model = abstract_model(num_classes=train_set.num_classes or None, **model_arguments(config))
             for split in filter(None, (train_set, eval_set, test_set)):
                 check_dataset(model, split)
             preprocessing = preprocessing_of(config, model.spec.image_size)
@@ -293,7 +294,7 @@ def load_split(config: ConfigDict, split: str, classes: Sequence[str] | None = N
     annotation = None if model is None else TASKS[model[0].task].annotation  # an unknown name is refused elsewhere
     if annotation is None:
         classes = None  # no label is read, so images of any classes will do
-    options = {"annotation": annotation, "ignore_label": data.ignore_label}
+    options = {"annotation": annotation, "ignore_label": data.ignore_label, "first_label": data.first_label}
     return load_dataset(data.name, split, data_dir=data.data_dir, classes=classes, **options)
 
 
@@ -333,7 +334,7 @@ def first_variables(setup: Setup) -> Variables:
             config.init_from, setup.model, reset_head=config.reset_head, ema=config.init_ema, seed=config.seed
         )
     else:
-        arguments = model_arguments(config) | {"num_classes": setup.train_set.num_classes}
+        arguments = model_arguments(config) | {"num_classes": setup.train_set.num_classes or None}
         variables = get_variables(create_model(rngs=nnx.Rngs(config.seed), **arguments))
     # NumPy arrays: `place` then sends each device only its own part.
     return jax.tree.map(np.asarray, variables)

@@ -200,11 +200,13 @@ class TestCorruptImages:
             np.testing.assert_array_equal(next(whole)["label"][[1, 3]], next(part)["label"])
 
     def test_a_run_stops_above_the_share(self, refuses):
-        # 10 of 10,000 images are allowed at any time; of 12 images 1 is corrupt, so the 11th is in epoch 11.
-        iterator = batches(transform=functools.partial(corrupt_at, [7]), max_corrupt_share=0.001)
-        labels(iterator, 10 * 3)
-        with refuses("11 of the", "max_corrupt_share = 0.001", "image 7 cannot be decoded"):
+        # 2 of 10,000 images are allowed at any time, and 3 of 12 are corrupt.
+        iterator = batches(transform=functools.partial(corrupt_at, [1, 7, 9]), max_corrupt_share=0.0002)
+        with refuses("3 of the", "max_corrupt_share = 0.0002", "image 7 cannot be decoded"):
             labels(iterator, 3)
+
+    def test_a_corrupt_image_counts_once_in_all_epochs(self):
+        labels(batches(transform=functools.partial(corrupt_at, [7]), max_corrupt_share=0.0001), 30)
 
     def test_the_share_is_of_all_that_was_read(self, monkeypatch):
         monkeypatch.setattr(loader, "MIN_IMAGES_JUDGED", 12)
@@ -212,8 +214,17 @@ class TestCorruptImages:
 
     def test_the_first_few_are_named(self, refuses):
         iterator = batches(transform=functools.partial(corrupt_at, range(6)), max_corrupt_share=0.0, batch_size=12)
-        with refuses("of the 12 images read so far are corrupt", "; and 3 others."):
+        with refuses("of the 12 images read so far are corrupt", "; and 3 more."):
             next(iterator)
+
+    def test_a_reason_that_all_share_is_said_once(self, refuses):
+        def transform(example, rng):
+            if example["label"] < 4:
+                raise InputError("the mask has the label 7.")
+            return example
+
+        with refuses("4 of the 12 images", " and 1 more: the mask has the label 7."):
+            next(batches(transform=transform, max_corrupt_share=0.0, batch_size=12))
 
     def test_nothing_but_corrupt_images(self, refuses):
         iterator = batches(transform=functools.partial(corrupt_at, range(12)), max_corrupt_share=1.0)

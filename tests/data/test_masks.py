@@ -1,12 +1,14 @@
 """Data sets of masks: folders of images and label PNGs, and tensorflow-datasets; and what they refuse."""
 
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from castling_jax.data.masks import IGNORED, has_labels, read_labels, sizes_of, table_of
+from castling_jax.data.masks import IGNORED, decode_mask, has_labels, read_labels, sizes_of, table_of
 from castling_jax.data.prepare import prepare
 from castling_jax.data.sources import find_splits, load_dataset
 from tests.data.mask_files import NAMES, SIZES, VOID, labels, png, write_masks
@@ -96,14 +98,30 @@ class TestFolder:
         assert not has_labels(load(tmp_path))
 
 
-def test_prepare_describes_the_splits(tmp_path):
+def test_prepare_checks_and_counts(tmp_path, refuses):
     for split in ("train", "val"):
         write_masks(tmp_path, split)
-    lines = prepare(f"masks:{tmp_path}").splitlines()
-    assert lines == [
+        for number, size in enumerate(SIZES):
+            (tmp_path / f"{split}_labels" / f"{number:03}.png").write_bytes(png(np.zeros(size, np.uint8)))
+    mask = np.zeros(SIZES[0], np.uint8)
+    mask[:12], mask[12:18] = 1, IGNORED
+    (tmp_path / "val_labels" / "000.png").write_bytes(png(mask))
+    pixels = sum(height * width for height, width in SIZES)
+    road, void = 100 * 12 * 30 / pixels, 100 * 6 * 30 / pixels
+    assert prepare(f"masks:{tmp_path}").splitlines() == [
         f"{tmp_path}: 3 classes",
-        *(f"  {split}: 4 images, masks of up to 32 x 32 pixels" for split in ("train", "val")),
+        "  train: 4 images, masks of up to 32 x 32 pixels: 100.0 % sky; no mask has road, car",
+        f"  val: 4 images, masks of up to 32 x 32 pixels: {100 - road - void:.1f} % sky, {road:.1f} % road, "
+        f"{void:.1f} % without a class; no mask has car",
+        "To train on it, with images of 24 x 24 pixels:",
+        f"  python main.py --config=masks:24 --config.dataset.name=masks:{tmp_path}",
     ]
+    (tmp_path / "val_labels" / "001.png").write_bytes(png(np.zeros((3, 4), np.uint8)))
+    (tmp_path / "val_labels" / "002.png").write_bytes(png(np.full(SIZES[2], 9, np.uint8)))
+    with refuses(
+        "2 of the 4 masks of val cannot be used: ", "001.png': the mask has 4 x 3", "002.png': the mask has the"
+    ):
+        prepare(f"masks:{tmp_path}")
 
 
 class TestRefusals:
@@ -113,6 +131,10 @@ class TestRefusals:
         write_masks(tmp_path)
         with refuses(f"unknown split of '{tmp_path}' 'tran': did you mean 'train'?"):
             load(tmp_path, "tran")
+        with refuses(f"'{tmp_path}/train' has no folder 'train' with a folder 'train_labels' beside it, for the masks"):
+            load(tmp_path / "train")
+        with refuses("config.dataset.ignore_label = 1 is the number of the class 'road'."):
+            load_dataset(f"masks:{tmp_path}", "train", ignore_label=1)
         with refuses(f"'{tmp_path}/classes.txt' has the class 'car', which the model does not have."):
             load(tmp_path, classes=["sky", "road"])
         (tmp_path / "classes.txt").write_bytes(b"\xff\xfe")
@@ -132,18 +154,21 @@ class TestRefusals:
         write_masks(tmp_path)
         twin = tmp_path / "train" / "002.jpg"
         Image.open(tmp_path / "train" / "002.png").save(twin)
-        with refuses(f"'{tmp_path}/train' has two images of the name '002', and a mask is for one."):
+        with refuses(f"'{tmp_path}/train' has two files of the name '002', and may have one."):
             load(tmp_path)
-        twin.unlink()
+        twin.rename(tmp_path / "train_labels" / "002.PNG")
+        with refuses(f"'{tmp_path}/train_labels' has two files of the name '002', and may have one."):
+            load(tmp_path)
+        (tmp_path / "train_labels" / "002.PNG").unlink()
         (tmp_path / "train_labels" / "001.png").rename(tmp_path / "moved.png")
-        with refuses(f"'{tmp_path}/train_labels' has no label PNG of the name '001'."):
+        with refuses(f"'{tmp_path}/train_labels' has no label PNG of the name '001'; it has '000.png': a mask has its"):
             load(tmp_path)
         (tmp_path / "train_labels" / "003.png").unlink()
-        with refuses(f"'{tmp_path}/train_labels' has no label PNG of the name '001' (2 are missing)."):
+        with refuses(f"'{tmp_path}/train_labels' has no label PNG of the name '001' (2 are missing)"):
             load(tmp_path)
         for number in (1, 2, 3):
             (tmp_path / "train" / f"{number:03}.png").unlink()
-        with refuses(f"'{tmp_path}/train' has no image of the name '002'."):
+        with refuses(f"'{tmp_path}/train' has no image of the name '002'"):
             load(tmp_path)
         for folder in ("train", "train_labels"):
             for file in (tmp_path / folder).iterdir():
@@ -177,13 +202,42 @@ class TestRefusals:
             read_labels(dataset[0], (30, 24))
         with refuses("the mask cannot be decoded: it has no format that Pillow knows."):
             read_labels(dataset[0] | {"mask": b"no image"}, SIZES[0])
-        with refuses("the mask has the label 7, but the classes have the labels 0 to 2: config.dataset.ignore_label"):
+        with refuses("the mask has the label 7, but the classes have the labels 0 to 2: set", "ignore_label = 7 if 7"):
             read_labels(dataset[0] | {"mask": png(np.uint8([[0, 7]]))}, (1, 2))
+        with refuses("the file is a JPEG, and masks are PNGs: a JPEG, for one, changes the numbers."):
+            read_labels(dataset[0] | {"mask": encoded(0, "JPEG", size=SIZES[0])}, SIZES[0])
         with refuses("the pixels are colours and not numbers of classes"):
             read_labels(dataset[0] | {"mask": png(MASKS[0], "RGB")}, SIZES[0])
         (tmp_path / "train_labels" / "000.png").unlink()
         with refuses("the mask cannot be read (No such file or directory)"):
             dataset[0]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_numbers_of_few_bits(bits):
+    """Grey PNGs that Pillow does not write: their rows are packed by hand (PNG specification, section 7.2)."""
+    numbers = (np.arange(16).reshape(2, 8) % 2**bits).astype(np.uint8)
+    packed = np.packbits((numbers[:, :, None] >> np.arange(bits)[::-1]) & 1, axis=None).reshape(2, -1)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 8, 2, bits, 0, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    ]
+    np.testing.assert_array_equal(decode_mask(b"\x89PNG\r\n\x1a\n" + b"".join(chunks)), numbers)
+
+
+def test_classes_that_start_at_another_number(tmp_path):
+    write_masks(tmp_path, names=None)
+    numbered_from_5 = [np.where(mask == VOID, 0, mask + 5).astype(np.uint8) for mask in MASKS]
+    for index, mask in enumerate(numbered_from_5):
+        (tmp_path / "train_labels" / f"{index:03}.png").write_bytes(png(mask))
+    dataset = load_dataset(f"masks:{tmp_path}", "train", first_label=5)
+    assert dataset.classes == ("0", "1", "2")
+    np.testing.assert_array_equal(read_labels(dataset[0], SIZES[0]), truth(MASKS[0]))
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES))
+    np.testing.assert_array_equal(
+        read_labels(load_dataset(f"masks:{tmp_path}", "train", first_label=5)[1], SIZES[1]), truth(MASKS[1])
+    )
 
 
 def test_tables():
@@ -214,7 +268,6 @@ class TestTfds:
     @pytest.mark.parametrize(
         ("name", "feature", "classes", "stored", "expected"),
         [
-            ("scene_parse150", "annotation", 150, [[0, 1, 150]], [[IGNORED, 0, 149]]),
             ("oxford_iiit_pet", "segmentation_mask", 3, [[1, 2, 3]], [[0, 1, 2]]),
         ],
     )
@@ -231,6 +284,30 @@ class TestTfds:
         np.testing.assert_array_equal(read_labels(dataset[0], (1, 3)), expected)
         with refuses(f"the mask has the label {classes + 1}, but the classes have the labels 1 to {classes}"):
             read_labels(dataset[0] | {"mask": png(np.uint8([[classes + 1]]))}, (1, 1))
+
+    def test_every_split_has_the_classes_of_the_first(self, tmp_path, refuses):
+        """A split may lack a class, or have a label more."""
+        import tensorflow_datasets as tfds
+
+        features = {"image": tfds.features.Image(), "seg": tfds.features.Image(shape=(None, None, 1))}
+        stored = {"train": [[0, 1, 2]], "val": [[0, 1]], "test": [[0, 3]]}
+        splits = {
+            split: [{"image": encoded(0, size=(1, len(mask[0]))), "seg": png(np.uint8(mask))}]
+            for split, mask in stored.items()
+        }
+        prepared(tmp_path, name="tiny_streets", features=features, supervised=None, splits=splits)
+        classes = load_dataset("tiny_streets", "train", data_dir=tmp_path).classes
+        assert classes == ("0", "1", "2")
+        val, test = (
+            load_dataset("tiny_streets", split, classes=classes, data_dir=tmp_path) for split in ("val", "test")
+        )
+        assert val.classes == test.classes == classes
+        with refuses("the mask has the label 3, but the classes have the labels 0 to 2"):
+            read_labels(test[0], (1, 2))
+
+    def test_masks_of_instances_are_refused_before_they_are_fetched(self, tmp_path, refuses):
+        with refuses("scene_parse150 of tensorflow-datasets cannot be used", "masks:ROOT"):
+            prepare("scene_parse150", data_dir=tmp_path)
 
     def test_pets_are_labelled_for_a_classifier(self):
         import tensorflow_datasets as tfds

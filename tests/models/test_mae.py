@@ -177,12 +177,25 @@ def test_a_step_draws_its_mask_from_its_key():
     assert (other != fixed[0]).any()
 
 
+def test_an_evaluations_masks_do_not_depend_on_the_size_of_its_batches():
+    """Two batches of 16 images, and one of 32."""
+    model = small_mae("castling")
+    variables = random_variables(model)
+    images = jax.random.normal(jax.random.key(0), (32, 30, 30, 3))
+    small, large = (apply(model, variables, images[:count], mask_threshold=1.0)["mask"] for count in (16, 32))
+    np.testing.assert_array_equal(np.concatenate([small, small]), large)
+    assert len({row.tobytes() for row in np.asarray(small)}) == 16
+    keyed = apply(model, variables, images, mask_threshold=1.0, key=jax.random.key(1))["mask"]
+    assert len({row.tobytes() for row in np.asarray(keyed)}) == 32
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ({"backbone": "levit_128s"}, "needs a plain transformer such as deit_base, not levit_128s"),
         ({"backbone": "deit_tiny", "attention": "window"}, "needs all patches"),
         ({"backbone": "deit_tiny", "backbone_arguments": {"qkv_pool": "3x3"}}, "such as castling, and no qkv_pool."),
+        ({"backbone": "deit_tiny", "backbone_arguments": {"global_pool": "avg"}}, "global_pool = 'avg' leaves out"),
         ({"mask_ratio": 0.0}, "shows 196 of 196 patches: at least one must be visible and one hidden."),
         ({"mask_ratio": 0.999}, "mask_ratio = 0.999 shows 0 of 196 patches"),
         ({"decoder_num_heads": 5}, "a masked autoencoder's decoder: 5 heads do not divide the width 512."),

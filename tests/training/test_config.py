@@ -393,7 +393,7 @@ def test_fields_that_the_model_does_not_use_are_refused(refuses):
     named = {name for task in TASKS.values() for name in task.fields}
     groups = ("augment.", "loss.", "distillation.", "evaluation.")
     every_task = {"evaluation.every_epochs", "evaluation.batch_size"}
-    of_other_groups = {"dataset.ignore_label"}
+    of_other_groups = {"dataset.ignore_label", "dataset.first_label"}
     assert named - of_other_groups == {name for name in FIELDS if name.startswith(groups)} - every_task
 
 

@@ -38,8 +38,8 @@ from castling_jax.tasks.task import (
 class Reconstruction(Task):
     """Batches are {"image"}; outputs are those of `MAE.training_outputs`.
 
-    The step's key draws the hidden patches. An evaluation hides the same patches in both forms; which ones depends on
-    an image's place in its batch.
+    The step's key draws the hidden patches. An evaluation hides the same patches in both forms: which ones depends on
+    an image's place in its batch, modulo 16.
 
     Attributes:
       patch_size: side of a patch in pixels.

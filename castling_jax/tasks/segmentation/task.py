@@ -61,7 +61,7 @@ class Segmentation(Task):
     )
     fields = (
         *("augment.scale_range", "augment.flip", "augment.distort", "augment.repeats"),
-        *("loss.dice", "dataset.ignore_label"),
+        *("loss.dice", "dataset.ignore_label", "dataset.first_label"),
     )
     annotation = "mask"
     loss_title = "cross entropy of a pixel (nats)"
