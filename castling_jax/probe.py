@@ -1,6 +1,7 @@
 """How good a model's features are: k-nearest-neighbour and linear classifiers on features in a file."""
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,10 +65,15 @@ def read_features(path: str | os.PathLike) -> Features:
     """Reads a file that `save_features` wrote.
 
     Raises:
-      InputError: there is no such file, it holds something else, or an image has no label.
+      InputError: there is no such file, it holds something else, an image has no label, or a feature is not finite.
     """
-    with refusing((OSError, ValueError, KeyError), f"'{path}' is no file of features"), np.load(as_path(path)) as file:
+    unreadable = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile)
+    with refusing(unreadable, f"'{path}' is no file of features"), np.load(as_path(path)) as file:
         features = Features(*(file[name] for name in Features._fields))
+    if features.features.ndim != 2 or len({len(array) for array in features}) > 1:
+        raise InputError(f"'{path}' is no file of features: its arrays are not of the same images.")
+    if not np.isfinite(features.features).all():
+        raise InputError(f"'{path}' has features that are not finite.")
     if not all(features.labels):
         raise InputError(f"'{path}' has images without a label: they have to be in a folder for each class.")
     return features
@@ -90,7 +96,7 @@ def probe(train: Features, test: Features, *, neighbours: int = NEIGHBOURS) -> d
     from sklearn.preprocessing import StandardScaler
 
     check_at_least("neighbours", neighbours, 1)
-    check_at_most("neighbours", neighbours, len(train.labels), "the images to learn from")
+    check_at_most("neighbours (--neighbours)", neighbours, len(train.labels), "the images to learn from")
     if train.features.shape[1] != test.features.shape[1]:
         channels = f"{train.features.shape[1]} and of {test.features.shape[1]} channels"
         raise InputError(f"features of {channels} come from different models.")

@@ -18,6 +18,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config = imagenet_config("MAE's fine-tuning", argument, VARIANTS, default="base")
     config.reset_head = True  # the pre-trained encoder has no classifier
     config.model.update(drop_path_rate=0.1, global_pool="avg")
+    # Uniform weights over 197 tokens are below the official threshold, 0.02: it would mask most of them from the start.
+    config.mask.start_threshold = 0.8 / 197
     config.train.update(epochs=100, batch_size=1024)
     config.optimizer.update(
         learning_rate=5e-4,

@@ -70,7 +70,22 @@ def test_what_is_refused(folders, tmp_path, refuses):
     with refuses("nowhere.npz' is no file of features"):
         read_features(tmp_path / "nowhere.npz")
     one = Features(np.zeros((2, 4)), np.array(["a", "b"]), np.array(["", ""]))
-    with refuses("neighbours must be at most", "2", "not 20"):
+    np.savez(tmp_path / "good.npz", **one._asdict())
+    whole = (tmp_path / "good.npz").read_bytes()
+    for content in (b"", whole[: len(whole) // 2], whole.replace(b"\0" * 16, b"\1" * 16)):
+        (tmp_path / "other.npz").write_bytes(content)
+        with refuses("other.npz' is no file of features"):
+            read_features(tmp_path / "other.npz")
+    np.save(tmp_path / "bad.npy", one.features)
+    with refuses("bad.npy' is no file of features"):
+        read_features(tmp_path / "bad.npy")
+    np.savez(tmp_path / "other.npz", **one._replace(labels=np.array(["a"]))._asdict())
+    with refuses("other.npz' is no file of features: its arrays are not of the same images."):
+        read_features(tmp_path / "other.npz")
+    np.savez(tmp_path / "other.npz", **one._replace(features=np.full((2, 4), np.nan))._asdict())
+    with refuses("other.npz' has features that are not finite."):
+        read_features(tmp_path / "other.npz")
+    with refuses("neighbours (--neighbours) must be at most", "2", "not 20"):
         probe(one, one)
     with refuses("a probe needs at least two labels to tell apart, not 'a' alone"):
         probe(Features(one.features, np.array(["a", "a"]), one.files), one, neighbours=1)

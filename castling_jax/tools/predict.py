@@ -8,7 +8,8 @@ RUN is a run's folder, RUN/checkpoints/STEP, an inference folder, or a name of s
 are files and folders, whose subfolders are read too. Images are prepared as in the run's evaluation.
 
 Each image has a line: its path, and the most probable classes. With a detector, the line has the objects whose
-score is high enough; with a segmenter, the classes that cover most of the image. --csv writes the answers as a table,
+score is high enough; with a segmenter, the classes that cover most of the image; with a masked autoencoder, the
+reconstruction's loss. --csv writes the answers as a table,
 and --sheet draws the first images with their answers. --json writes a detector's boxes in COCO's format for results,
 with the images' paths as their ids, and category_name beside category_id. The category ids are those of the data that
 the run learnt from; where weights of an earlier version do not state them, the classes are counted from 1, in their

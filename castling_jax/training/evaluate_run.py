@@ -102,7 +102,8 @@ class Evaluation:
     def _describe_classes(self) -> str:
         """A line for each class or, if there are many, for the worst CLASSES_SHOWN."""
         measure = measures_of(self.figures)[0]
-        rows = [(name, row["images"], row[measure.name]) for name, row in self.by_class.items() if row["images"]]
+        rows = [(name, row["images"], row[measure.name]) for name, row in self.by_class.items()]
+        rows = [row for row in rows if row[2] is not None]  # a class that no image has may still have been answered
         if not rows:
             return ""
         title = f"  {measure.name} of each class, inference form:"

@@ -9,8 +9,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from castling_jax.data.decode import Box, Size
+from castling_jax.errors import InputError
 from castling_jax.preprocessing import Preprocessing
 
+MOST_WINDOWS = 64
 STEP = 2 / 3  # largest distance between two windows, as a share of a window; MMSegmentation's ADE20K has 341 / 512
 
 
@@ -19,6 +21,9 @@ def windows_of(size: Size, preprocessing: Preprocessing) -> list[Box]:
 
     With crop_mode "squash" it is the whole image. With "slide" the image keeps its aspect ratio, to a pixel, and a
     window is as large as fits into it: the windows lie along the longer side, evenly from end to end.
+
+    Raises:
+      InputError: there would be more than MOST_WINDOWS. An evaluation computes as many for every image of a split.
     """
     if preprocessing.crop_mode == "squash":
         return [(0, 0, *size)]
@@ -26,8 +31,13 @@ def windows_of(size: Size, preprocessing: Preprocessing) -> list[Box]:
     scale = min(side / seen for side, seen in zip(size, preprocessing.shape, strict=True))
     # Whole pixels: at a fraction, rounding would decide whether a window shows the pixel whose centre is its edge.
     height, width = (max(round(scale * seen), 1) for seen in preprocessing.shape)
-    tops, lefts = _starts(size[0], height), _starts(size[1], width)
-    return [(top, left, height, width) for top, left in itertools.product(tops, lefts)]
+    corners = list(itertools.product(_starts(size[0], height), _starts(size[1], width)))
+    if len(corners) > MOST_WINDOWS:
+        raise InputError(
+            f"an image of {size[1]} x {size[0]} pixels has {len(corners)} windows, and may have {MOST_WINDOWS}: "
+            "cut it into parts, or set config.dataset.crop_mode = 'squash'."
+        )
+    return [(top, left, height, width) for top, left in corners]
 
 
 def join(

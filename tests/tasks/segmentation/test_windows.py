@@ -73,6 +73,12 @@ def test_logits_are_joined_at_each_images_own_size(preprocessing):
         np.testing.assert_allclose(on_host, expected, rtol=0, atol=3e-5)
 
 
+def test_an_image_of_too_many_windows(refuses):
+    assert len(windows_of((16, 1024), SLIDE)) == 64
+    with refuses("an image of 1200 x 16 pixels has 75 windows, and may have 64: cut it into parts"):
+        windows_of((16, 1200), SLIDE)
+
+
 def test_windows_of_a_pixel():
     """An image of 3 x 2 pixels in windows of 10 x 200, which are as wide as the image and a pixel high."""
     windows = windows_of((3, 2), Preprocessing((10, 200), **PLAIN | {"crop_mode": "slide"}))
