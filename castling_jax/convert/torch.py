@@ -14,14 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from castling_jax.convert.inference import SOFTMAX_BRANCH
 from castling_jax.convert.names import listed, timm_state_dict
-from castling_jax.errors import InputError, printable, takes
+from castling_jax.errors import InputError, check, printable, takes
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.levit import LeViT, fit_bias_table
 from castling_jax.models.mae import MAE
 from castling_jax.models.model import Model
+from castling_jax.models.mvitv2 import MViTv2
 from castling_jax.models.position import resize_position_embedding, resize_relative_positions
 from castling_jax.models.variables import MODEL, VARIABLES, Variables, flatten, get_variables, leaves_of, unflatten
 
@@ -36,6 +38,8 @@ _LEAF_NAMES = {
 _SOFTMAX_ONLY = ("attention_biases", "rel_pos_h", "rel_pos_w")
 _TAPS = ("/token_kernel",)  # timm has no such parameter
 _POOLS = tuple(f"/pool_{part}/kernel" for part in "qkv")  # timm has these in MViTv2, but not in a DeiT
+# What reset_head starts anew.
+_HEADS = ("head", "head_dist", "fc_norm")
 # A masked autoencoder's arrays beside its encoder's, under its authors' names.
 _DECODER = ("mask_token", "decoder_")
 # Factors of a layer's output in DeiT III, CaiT and BEiT, under timm's, the authors' and Hugging Face's names.
@@ -44,14 +48,20 @@ _LAYER_SCALE = re.compile(r"(^|\.)(ls[12]?\.gamma|gamma_[12]|lambda_[12]|layer_s
 
 @takes(model=MODEL)
 def from_torch(
-    model: Model, state_dict: Mapping[str, Any], *, reset_head: bool = False, ema: bool | None = None
+    model: Model,
+    state_dict: Mapping[str, Any],
+    *,
+    reset_head: bool = False,
+    ema: bool | None = None,
+    source: Model | None = None,
 ) -> Variables:
     """Variables for `model` from a state dict under timm 1.0's names, or others that `read_state_dict` translates.
 
     Position embeddings, attention biases and relative positions for another image size are resized to the model's.
     Parameters that timm does not have, token kernels and the kernels of DeiT's `qkv_pool`, start at zero as in a new
     model, and a warning of this module's logger lists them. Another warning lists the biases of the softmax that are
-    left out because the model's attention takes no bias of the scores.
+    left out because the model's attention takes no bias of the scores. A masked autoencoder's decoder is left out too,
+    unless the model is one.
 
     Args:
       model: the model, in training form; only the paths and shapes of its parameters are used.
@@ -62,28 +72,39 @@ def from_torch(
         preference for any class.
       ema: for a dict with both, whether to read the moving average instead of the raw weights. None reads the raw
         weights, and a warning says so.
+      source: the model that the weights belong to, which knows the grids of their position embeddings and attention
+        biases. If None, tables of the model's size are taken to be for the model's grid, and others for a square one.
 
     Returns:
       {"params": ...}, and "batch_stats" for a model with batch norm: copies, float arrays in the model's dtypes.
 
     Raises:
-      InputError: the model is in inference form; the state dict is no mapping, or holds no weights or several sets of
-        weights; names are missing or unknown; shapes do not fit; or arrays are not finite floating-point numbers. The
-        message lists the arrays.
+      InputError: the model is in inference form; `source` is no model; the state dict is no mapping, or holds no
+        weights or several sets of weights; names are missing or unknown; shapes do not fit; or arrays are not finite
+        floating-point numbers. The message lists the arrays.
     """
     check_form(model)
+    check(isinstance(source, nnx.Module | None), f"source must be a model or None, not {type(source).__name__}.")
+    logger = logging.getLogger(__name__)
     remaining = timm_state_dict(state_dict, "a state dict", ema=ema)
     if not isinstance(model, MAE) and (decoder := [name for name in remaining if name.startswith(_DECODER)]):
-        logging.getLogger(__name__).warning("%d arrays of a masked autoencoder's decoder are left out.", len(decoder))
+        # Fine-tuning a masked autoencoder drops its decoder: there is nothing to warn of.
+        logger.info("%d arrays of a masked autoencoder's decoder are left out.", len(decoder))
         remaining = {name: value for name, value in remaining.items() if name not in decoder}
     leaves: dict[str, jax.Array] = {}
-    missing, misshapen, at_zero, unused = [], [], [], []
+    missing, misshapen, at_zero, unused, replaced = [], [], [], [], []
     taken: dict[str, np.ndarray] = {}
     at_zero_here = _TAPS + _POOLS * ("qkv_pool" in dict(model.spec.overrides))
+    # MViTv2's feature maps are taken before its last norm, so that a detector's backbone has no such norm.
+    heads = (*_HEADS, "norm") if isinstance(model, MViTv2) else _HEADS
+    old_grids, new_grids = {} if source is None else _grids(source), _grids(model)
     for path, leaf in flatten(get_variables(model)).items():
         name, shape = _torch_name(model, path), _torch_shape(path, leaf.shape)
         value = remaining.pop(name, None)
-        fitted = value if value is None or value.shape == shape else _fit(model, path, value, leaf.shape)
+        old_grid, new_grid = old_grids.get(name), new_grids.get(name)
+        fitted = value
+        if value is not None and (value.shape != shape or old_grid not in (None, new_grid)):
+            fitted = _fit(model, path, value, leaf.shape, old_grid, new_grid)
         if value is not None and fitted is not None and fitted.shape == shape:
             taken[name] = value
             order = _row_order(model, path)
@@ -93,7 +114,7 @@ def from_torch(
         elif value is None and path.endswith(at_zero_here):
             leaves[path] = jnp.zeros(leaf.shape, leaf.dtype)
             at_zero.append(path)
-        elif reset_head and name.split(".")[0] in ("head", "head_dist", "fc_norm"):
+        elif reset_head and name.split(".")[0] in heads:
             leaves[path] = (jnp.ones if path.endswith("/scale") else jnp.zeros)(leaf.shape, leaf.dtype)
         elif value is None:
             missing.append(repr(name))
@@ -103,18 +124,20 @@ def from_torch(
     if KINDS[model.spec.attention].tables is None:
         unused = sorted(name for name in remaining if name.split(".")[-1] in _SOFTMAX_ONLY)
     if reset_head and dict(model.spec.overrides).get("global_pool") == "avg":
-        unused += [name for name in remaining if name.startswith("norm.")]  # fc_norm, of the head, takes its place
-    unknown = [repr(name) for name in sorted(remaining.keys() - unused)]
-    check_fit(model.spec.name, missing, unknown, misshapen, _hints(model.spec.name, unknown, misshapen))
+        replaced = sorted(name for name in remaining if name.startswith("norm."))
+    unknown = [repr(name) for name in sorted(remaining.keys() - {*unused, *replaced})]
+    check_fit(model.spec.name, missing, unknown, misshapen, _hints(model, unknown, misshapen))
     check_weights(taken)
+    if replaced:
+        logger.info("The encoder's last norm (%s) is left out: fc_norm takes its place.", ", ".join(replaced))
     if at_zero:
-        logging.getLogger(__name__).warning(
+        logger.warning(
             "%d token kernels are not in the state dict and start at zero, as in a new model: %s",
             len(at_zero),
             ", ".join(at_zero),
         )
     if unused:
-        logging.getLogger(__name__).warning(
+        logger.warning(
             "%d arrays of the state dict belong to the softmax alone and are left out: %s",
             len(unused),
             printable(", ".join(unused)),
@@ -122,9 +145,12 @@ def from_torch(
     return unflatten(leaves)
 
 
-def _hints(name: str, unknown: list[str], misshapen: list[str]) -> list[str]:
+def _hints(model: Model, unknown: list[str], misshapen: list[str]) -> list[str]:
     """Likely reasons why names or shapes do not fit a classifier."""
-    hints = []
+    hints, name = [], model.spec.name
+    has_taps = any(path.endswith(_TAPS) for path in flatten(get_variables(model)))
+    if not has_taps and any(text.endswith(".dconv.weight'") for text in unknown):
+        hints.append(f"dconv.weight is a token kernel, which attention={model.spec.attention!r} does not have")
     if scales := [text for text in unknown if _LAYER_SCALE.search(text.strip("'"))]:
         hints.append(f"{scales[0]} belongs to layer scale, which DeiT III has and {name} does not")
     if any(text.startswith("'head") for text in misshapen):
@@ -163,9 +189,27 @@ def to_torch(model: Model, variables: Variables) -> dict[str, np.ndarray]:
       InputError: the model is in inference form, or the variables are not this model's.
     """
     check_form(model)
-    leaves_of(model, variables)
+    return _state_dict(model, leaves_of(model, variables))
+
+
+def backbone_to_torch(model: Any, variables: Variables) -> dict[str, np.ndarray]:
+    """The weights of a model's backbone alone, as `to_torch` gives those of the classifier, but without its head.
+
+    `model` is a model on a backbone, in training form.
+
+    Raises:
+      InputError: the model is in inference form, or the variables are not this model's.
+    """
+    check_form(model)
+    leaves = leaves_of(model, variables)
+    own = {name.replace("/backbone/", "/", 1): leaves[name] for name in leaves if name.split("/")[1] == "backbone"}
+    return _state_dict(model.backbone, own)
+
+
+def _state_dict(model: Any, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """timm's names -> arrays for variables of a model, all or some, which are given by path."""
     state_dict = {}
-    for path, leaf in flatten(variables).items():
+    for path, leaf in leaves.items():
         value, order = _to_torch_layout(path, np.asarray(leaf, np.float32)), _row_order(model, path)
         value = value if order is None else value[np.argsort(order)]
         # Contiguous, because safetensors writes the memory of a transposed view in its original order.
@@ -230,19 +274,49 @@ def _to_torch_layout(path: str, value: np.ndarray) -> np.ndarray:
     return value
 
 
-def _fit(model: Any, path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Resizes a table of positions for a square grid of another image size to the model's; others stay as they are."""
-    model = getattr(model, "backbone", model)
-    if path.endswith("pos_embed") and value.ndim == 3 and value.shape[0] == 1:
-        side = math.isqrt(max(value.shape[1] - model.prefix_tokens, 0))
-        if side and side * side == value.shape[1] - model.prefix_tokens:
-            resized = resize_position_embedding(jnp.asarray(value), (side, side), model.grid, model.prefix_tokens)
-            return np.asarray(resized)
-    if path.endswith(("/rel_pos_h", "/rel_pos_w")) and value.ndim == 2 and value.shape[0] % 2 == 1:
-        return np.asarray(resize_relative_positions(jnp.asarray(value), shape[0]))
-    if path.endswith("/attention_biases") and value.ndim == 2:
-        side = math.isqrt(value.shape[1])
-        if side and side * side == value.shape[1]:
+def _grids(model: Any) -> dict[str, tuple[int, int]]:
+    """The grid (height, width) of each of a model's tables of positions, by the table's name under timm's names."""
+    grids = {}
+    for path in flatten(get_variables(model)):
+        if path.endswith("pos_embed"):
+            grids[_torch_name(model, path)] = getattr(model, "backbone", model).grid
+        elif path.endswith("/attention_biases"):
             modules = [name for name in path.split("/")[1:-1] if name != SOFTMAX_BRANCH]
-            return fit_bias_table(value, (side, side), _module_at(model, modules).table_grid)
+            grids[_torch_name(model, path)] = _module_at(model, modules).table_grid
+    return grids
+
+
+def _fit(
+    model: Any,
+    path: str,
+    value: np.ndarray,
+    shape: tuple[int, ...],
+    old_grid: tuple[int, int] | None,
+    new_grid: tuple[int, int] | None,
+) -> np.ndarray:
+    """Resizes a table of positions to the model's grid; other arrays stay as they are.
+
+    Args:
+      model: the model.
+      path: the table's path.
+      value: the table for another grid.
+      shape: the table's shape in the model.
+      old_grid: the grid that the table is for; None means a square one.
+      new_grid: the model's grid; None where the table has none.
+    """
+    if path.endswith(("/rel_pos_h", "/rel_pos_w")) and value.ndim == 2 and value.shape[0] % 2 == 1:
+        # Each axis has a table of its own, whose length is all that resizing needs.
+        return np.asarray(resize_relative_positions(jnp.asarray(value), shape[0]))
+    if new_grid is None or value.ndim < 2:
+        return value
+    is_embedding = path.endswith("pos_embed")
+    prefix = getattr(model, "backbone", model).prefix_tokens if is_embedding else 0
+    side = math.isqrt(max(value.shape[1] - prefix, 0))
+    height, width = grid = old_grid or (side, side)
+    if height * width == 0 or height * width != value.shape[1] - prefix:
+        return value
+    if is_embedding and value.ndim == 3 and value.shape[0] == 1:
+        return np.asarray(resize_position_embedding(jnp.asarray(value), grid, new_grid, prefix))
+    if not is_embedding and value.ndim == 2:
+        return fit_bias_table(value, grid, new_grid)
     return value

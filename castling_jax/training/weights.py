@@ -1,20 +1,31 @@
 """A run's start from weights that were trained before, and its teacher."""
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from castling_jax.convert.inference import to_inference
-from castling_jax.convert.torch import from_torch
-from castling_jax.convert.weights import read
-from castling_jax.errors import InputError, about
+from castling_jax.convert.names import listed
+from castling_jax.convert.torch import backbone_to_torch, from_torch
+from castling_jax.convert.weights import Weights, read
+from castling_jax.errors import InputError
 from castling_jax.models.model import Model
-from castling_jax.models.registry import abstract_model, backbone_classifier, create_model
-from castling_jax.models.variables import Variables, flatten, get_variables, leaves_of, unflatten
+from castling_jax.models.registry import DENSE_MODELS, MODELS, abstract_model, backbone_classifier, create_model
+from castling_jax.models.variables import Variables, flatten, get_variables, unflatten
+
+_FIXED_POSITIONS = "params/decoder_pos_embed"
+# Arguments that change no array's name or shape, and those with which arrays are resized or start anew.
+_FIT_ANYWAY = {
+    *("num_classes", "image_size", "backbone", "backbone_arguments", "drop_path_rate", "remat", "implementation"),
+    *("mask_kind", "mask_ratio", "norm_pix_loss", "init_std", "fixed_positions", "global_pool", "qkv_pool"),
+}
 
 
 def initial_variables(
@@ -23,52 +34,146 @@ def initial_variables(
     """The variables that a run of `model` starts from: another run's, or weights under timm's names.
 
     A castling model can start from a softmax model's weights: both of its branches use the same q, k and v, and its
-    taps start at zero. A detector or a segmenter can start from another one, for other classes with `reset_head`. A
-    model on a backbone can start from a classifier's or a masked autoencoder's weights, which become its backbone's;
-    all else is drawn with the key of `seed`. A classifier that starts from a masked autoencoder has a new head.
+    taps start at zero. Positions for another image size are resized.
+
+    A model on a backbone takes its backbone from a classifier, or from any model on this backbone. It takes its neck,
+    head or decoder from a run for the same task; otherwise they are drawn with the key of `seed`. A classifier that
+    starts from a model on a backbone has a new head.
 
     Args:
       path: weights in training form, as `read` takes them; for a run, the weights that it exports.
       model: the model to train, in training form.
-      reset_head: whether the layers whose sizes depend on the classes start anew, as in `from_torch`.
+      reset_head: whether the layers whose sizes depend on the classes start anew, as in `from_torch`; in a model on a
+        backbone, all layers of other sizes beside the backbone.
       ema: as in `read`.
-      seed: seed of what is beside the backbone, where the weights have none.
+      seed: seed of the layers that are drawn.
 
     Raises:
-      InputError: the weights cannot be read, are in inference form, or do not fit the model; or they have other
-        classes, and `reset_head` is not set.
+      InputError: the weights cannot be read, are in inference form, or do not fit the model; or layers beside the
+        backbone have other sizes, and `reset_head` is not set.
     """
     weights = read(path, ema=ema)
-    spec, source = model.spec, weights.model
-    if source is not None and source.task == model.task and "backbone" in dict(spec.overrides):
-        leaves = flatten(weights.variables)
-        expected = flatten(get_variables(model))
-        of_classes = [
-            name
-            for name, leaf in expected.items()
-            if "/head/" in name and name in leaves and leaves[name].shape != leaf.shape
-        ]
-        if of_classes and not reset_head:
+    # Through timm's names even from a run of ours, so that attentions, image sizes and classes may differ.
+    state_dict, source = _backbone_of(weights)
+    is_headless = source is not weights.model
+    with _naming_the_cause(path, weights.model, model):
+        if not _has_backbone(model):
+            return from_torch(model, state_dict, reset_head=reset_head or is_headless, source=source)
+        # The backbone as a classifier of any number of classes, whose head is left out.
+        pretrained = flatten(from_torch(backbone_classifier(model), state_dict, reset_head=True, source=source))
+    leaves = _drawn(model, seed)
+    leaves |= {name: pretrained[name.replace("/backbone/", "/", 1)] for name in leaves if _is_of_backbone(name)}
+    if weights.model is not None and weights.model.task == model.task:
+        leaves |= _beside_backbone(path, weights.model, weights.variables, model, reset_head=reset_head)
+    return unflatten(leaves)
+
+
+def _backbone_of(weights: Weights) -> tuple[dict[str, np.ndarray], Any]:
+    """(arrays under timm's names, the model that they belong to): of a model on a backbone, the backbone's alone."""
+    model: Any = weights.model
+    # `state_dict` refuses the inference form.
+    if model is None or weights.form == "inference" or not _has_backbone(model):
+        return weights.state_dict(), model
+    return backbone_to_torch(model, weights.variables), model.backbone
+
+
+def _beside_backbone(
+    path: str | os.PathLike, source: Model, variables: Variables, model: Model, *, reset_head: bool
+) -> dict[str, jax.Array]:
+    """The arrays of a neck, head or decoder that fit `model`, by path.
+
+    Raises:
+      InputError: some do not fit, and `reset_head` is not set.
+    """
+    # The positions of a masked autoencoder's decoder are fixed: the model has its own, for its image size.
+    theirs, ours = (
+        {name: leaf for name, leaf in flatten(tree).items() if not _is_of_backbone(name) and name != _FIXED_POSITIONS}
+        for tree in (variables, get_variables(model))
+    )
+    shapes = {name: tuple(getattr(tree.get(name), "shape", None) for tree in (theirs, ours)) for name in theirs | ours}
+    misfits = {name: pair for name, pair in sorted(shapes.items()) if pair[0] != pair[1]}
+    if misfits and not reset_head:
+        own = vars(DENSE_MODELS[model.spec.name][1])  # without the backbone's, which fits
+        sizes = {word: pair for word, pair in _differences(source, model).items() if word in own}
+        if not sizes:
             raise InputError(
-                f"'{path}' has {source.spec.num_classes:,} classes and the model {spec.num_classes:,}: set "
+                f"'{path}' has {source.spec.num_classes:,} classes and the model {model.spec.num_classes:,}: set "
                 "config.reset_head = True, which starts the layers of other sizes in the head anew."
             )
-        if of_classes:
-            drawn = _drawn(model, seed)
-            leaves |= {name: drawn[name] for name in of_classes}
-        variables = unflatten(leaves)
-        leaves_of(model, variables)
-        return variables
-    # Through timm's names even from a run of ours, so that attentions, image sizes and classes may differ.
-    state_dict = weights.state_dict()
-    with about(f"'{path}'" if source is None else f"'{path}', a {source.spec.name}"):
-        if "backbone" not in dict(spec.overrides):
-            is_headless = source is not None and source.task == "reconstruction"
-            return from_torch(model, state_dict, reset_head=reset_head or is_headless)
-        # The backbone as a classifier of any number of classes, whose head is left out.
-        pretrained = flatten(from_torch(backbone_classifier(model), state_dict, reset_head=True))
-    drawn = _drawn(model, seed)
-    return unflatten({path: pretrained.get(path.replace("/backbone/", "/", 1), leaf) for path, leaf in drawn.items()})
+        parts = sorted({name.split("/")[1] for name in misfits})
+        arrays = [f"{name!r} is {old or 'absent'}, not {new or 'absent'}" for name, (old, new) in misfits.items()]
+        raise InputError(
+            f"{_compared(path, sizes)}, so that arrays of its {', '.join(parts)} have other sizes: set "
+            f"{_fields(sizes)} as in that run, or config.reset_head = True, which starts the layers of other sizes "
+            f"anew ({listed(arrays)})."
+        )
+    return {name: jnp.asarray(theirs[name], ours[name].dtype) for name in shapes.keys() - misfits}
+
+
+@contextlib.contextmanager
+def _naming_the_cause(path: str | os.PathLike, source: Model | None, model: Model) -> Iterator[None]:
+    """Makes the message of weights that do not fit begin with how their model differs from `model`."""
+    try:
+        yield
+    except InputError as error:
+        cause = "" if source is None else _cause(path, source, model)
+        subject = f"'{path}'" if source is None else f"'{path}', a {source.spec.name}"
+        text = f"{cause} ({str(error).rstrip('.')})." if cause else f"{subject}: {error}"
+        raise InputError(text) from error
+
+
+def _cause(path: str | os.PathLike, source: Model, model: Model) -> str:
+    """Why a run's weights do not fit, and what to do; "" if that is not known."""
+    theirs, ours = _backbone_name(source), _backbone_name(model)
+    if theirs == ours:
+        sizes = _differences(source, model)
+        return f"{_compared(path, sizes)}: set {_fields(sizes)} as in that run" if sizes else ""
+    if not _has_backbone(source):
+        return ""
+    this, field = ("this model's backbone is", "backbone") if _has_backbone(model) else ("this model is a", "name")
+    return (
+        f"'{path}' is a {source.spec.name} on {theirs}, and {this} {ours}: set config.model.{field} and its sizes as "
+        "in that run"
+    )
+
+
+def _differences(source: Model, model: Model) -> dict[str, tuple[Any, Any]]:
+    """The arguments that both models have and in which they differ, by name, with both values."""
+    theirs, ours = _arguments(source), _arguments(model)
+    return {word: (theirs[word], ours[word]) for word in theirs if word in ours and theirs[word] != ours[word]}
+
+
+def _arguments(model: Model) -> dict[str, Any]:
+    """The arguments of a model and its backbone that give arrays their sizes, side by side as in config.model."""
+    spec, given = model.spec, dict(model.spec.overrides)
+    arguments = dict(vars(MODELS[_backbone_name(model)][1]))
+    if _has_backbone(model):
+        arguments |= vars(DENSE_MODELS[spec.name][1])
+    arguments |= given | dict(given.get("backbone_arguments", ()))
+    has_taps = any(name.endswith("/token_kernel") for name in flatten(get_variables(model)))
+    left_out = _FIT_ANYWAY if has_taps else {*_FIT_ANYWAY, "token_conv", "token_kernel_size"}
+    return {word: value for word, value in arguments.items() if word not in left_out}
+
+
+def _compared(path: str | os.PathLike, sizes: dict[str, tuple[Any, Any]]) -> str:
+    theirs, ours = (", ".join(f"{word} = {pair[i]!r}" for word, pair in sizes.items()) for i in (0, 1))
+    return f"'{path}' has {theirs}, and this model {ours}"
+
+
+def _fields(sizes: dict[str, tuple[Any, Any]]) -> str:
+    return " and ".join(f"config.model.{word}" for word in sizes)
+
+
+def _has_backbone(model: Model) -> bool:
+    return "backbone" in dict(model.spec.overrides)
+
+
+def _backbone_name(model: Model) -> str:
+    return dict(model.spec.overrides).get("backbone", model.spec.name)
+
+
+def _is_of_backbone(name: str) -> bool:
+    return name.split("/")[1] == "backbone"
 
 
 def _drawn(model: Model, seed: int) -> dict[str, Any]:

@@ -9,8 +9,10 @@ import pytest
 from safetensors.flax import save_file
 
 from castling_jax.convert import from_torch, read_state_dict, to_torch
+from castling_jax.convert.torch import backbone_to_torch
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import flatten
+from castling_jax.sizes import image_shape
 from tests.models import small, test_mvitv2
 from tests.models.test_position import resize_with_interp, resize_with_pillow
 
@@ -107,6 +109,50 @@ def test_a_position_embedding_of_another_image_size_is_resized(golden, name, ima
     chex.assert_trees_all_close(variables["params"]["pos_embed"], expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("image_size", [16, (16, 32), (32, 8), (6, 32)])
+def test_a_position_embedding_of_a_grid_that_is_not_square_is_resized_from_it(image_size):
+    source, model = small.small_model(image_size=(8, 32)), small.small_model(image_size=image_size)
+    state_dict = to_torch(source, small.random_variables(source))
+    fitted = from_torch(model, state_dict, source=source)["params"]["pos_embed"]
+    # 64 patches, as on a grid of 8 x 8.
+    expected = resize_with_pillow(state_dict["pos_embed"], (4, 16), model.grid, 1)
+    chex.assert_trees_all_close(fitted, expected, rtol=0, atol=1e-5)
+
+
+def test_a_grid_that_is_known_does_not_change_weights_that_fit(refuses):
+    model = small.small_model(image_size=(8, 32))
+    variables = small.random_variables(model)
+    state_dict = to_torch(model, variables)
+    chex.assert_trees_all_equal(from_torch(model, state_dict, source=model), variables)
+    chex.assert_trees_all_equal(from_torch(model, state_dict), variables)
+    with refuses("source must be a model or None, not str"):
+        from_torch(model, state_dict, source="deit_micro")
+    other = small.small_model(image_size=(8, 16))  # is not the model that the weights belong to
+    with refuses("'pos_embed' is (1, 65, 24), not (1, 257, 24)"):
+        from_torch(small.small_model(image_size=32), state_dict, source=other)
+
+
+# A masked autoencoder's encoder
+
+
+def small_mae():
+    backbone = {word: small.SIZES[word] for word in ("embed_dim", "depth", "num_heads", "patch_size")}
+    decoder = {"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
+    return abstract_model("mae", image_size=8, backbone="deit_micro", backbone_arguments=backbone, **decoder)
+
+
+def test_fine_tuning_a_masked_autoencoder_warns_of_nothing(caplog):
+    source, model = small_mae(), small.small_model(global_pool="avg")
+    with caplog.at_level(logging.INFO):
+        from_torch(model, to_torch(source, small.random_variables(source)), reset_head=True)
+    decoder, norm = caplog.records
+    assert {decoder.levelno, norm.levelno} == {logging.INFO}
+    assert "arrays of a masked autoencoder's decoder are left out" in decoder.getMessage()
+    assert norm.getMessage() == (
+        "The encoder's last norm (norm.bias, norm.weight) is left out: fc_norm takes its place."
+    )
+
+
 # MViTv2
 
 
@@ -163,6 +209,27 @@ def test_a_table_of_relative_positions_that_cannot_be_one(refuses, golden, shape
     name = "stages.0.blocks.0.attn.rel_pos_h"
     with refuses(repr(name), "(31, 24)", str(shape)):
         from_torch(test_mvitv2.golden_model(file), file.group("weights") | {name: np.zeros(shape, np.float32)})
+
+
+def test_each_axis_of_a_grid_has_relative_positions_of_its_own():
+    source, model = small.small_mvit(image_size=(32, 64)), small.small_mvit(image_size=(64, 32))
+    state_dict = to_torch(source, small.random_variables(source))
+    leaves = flatten(from_torch(model, state_dict, source=source))
+    for word, length in (("rel_pos_h", 31), ("rel_pos_w", 15)):
+        expected = resize_with_interp(state_dict[f"stages.0.blocks.0.attn.{word}"], length)
+        fitted = leaves[f"params/stages/0/blocks/0/attn/softmax_branch/{word}"]
+        chex.assert_trees_all_close(fitted, jnp.asarray(expected, jnp.float32), rtol=0, atol=1e-5)
+
+
+def test_a_mvitv2_without_its_classifier_has_no_last_norm():
+    model = small.small_mvit()
+    variables = small.random_variables(model)
+    bare = {
+        name: value for name, value in to_torch(model, variables).items() if name.split(".")[0] not in ("norm", "head")
+    }
+    params = from_torch(model, bare, reset_head=True)["params"]
+    chex.assert_trees_all_equal(params["stages"], variables["params"]["stages"])
+    assert np.all(params["norm"]["scale"] == 1)
 
 
 # LeViT
@@ -253,6 +320,42 @@ def test_biases_of_another_image_size_are_fitted(golden, image_size):
     table = weights["stages.0.blocks.0.attn.attention_biases"].reshape(2, 4, 4)
     for down, across in np.ndindex(side, side):
         np.testing.assert_array_equal(fitted[:, down, across], table[:, min(down, 3), min(across, 3)])
+
+
+@pytest.mark.parametrize("image_size", [128, (256, 64), (32, 48)])
+def test_biases_of_a_grid_that_is_not_square_are_fitted_from_it(image_size):
+    source, model = (
+        small.small_levit(attention="softmax", image_size=(64, 256)),
+        small.small_levit(image_size=image_size),
+    )
+    state_dict = to_torch(source, small.random_variables(source))
+    leaves = flatten(from_torch(model, state_dict, source=source))
+    # 64 offsets, as on a grid of 8 x 8.
+    table = state_dict["stages.0.blocks.0.attn.attention_biases"].reshape(2, 4, 16)
+    height, width = (side // 16 for side in image_shape(image_size))
+    fitted = np.asarray(leaves["params/stages/0/blocks/0/attn/softmax_branch/attention_biases"])
+    for down, across in np.ndindex(height, width):
+        np.testing.assert_array_equal(
+            fitted.reshape(2, height, width)[:, down, across], table[:, min(down, 3), min(across, 15)]
+        )
+
+
+@pytest.mark.parametrize("backbone", ["levit_128s", "deit_micro"])
+def test_a_detectors_backbone_is_written_as_the_classifiers(backbone):
+    arguments = {
+        "levit_128s": {"embed_dim": (16, 24, 32), "depth": (1, 1, 1), "num_heads": (2, 2, 2), "key_dim": 8},
+        "deit_micro": {"depth": 1, "patch_size": 16},
+    }[backbone]
+    model = abstract_model(
+        "picodet_s", image_size=160, neck_channels=16, num_convs=1, backbone=backbone, backbone_arguments=arguments
+    )
+    classifier = abstract_model(backbone, image_size=160, num_classes=3, **arguments)
+    variables = small.random_variables(model)
+    state_dict = backbone_to_torch(model, variables)
+    expected = flatten({name: tree.get("backbone", {}) for name, tree in variables.items()})
+    leaves = flatten(from_torch(classifier, state_dict, reset_head=True))
+    without_head = {path: leaf for path, leaf in leaves.items() if path.split("/")[1] != "head"}
+    chex.assert_trees_all_equal(without_head, expected)
 
 
 def test_biases_that_are_no_square_are_refused(refuses):
@@ -454,7 +557,7 @@ def test_a_state_dict_that_is_none(refuses, model):
 
 
 def test_a_softmax_model_has_no_place_for_taps(refuses, state_dict):
-    with refuses("'blocks.0.attn.dconv.weight'", "does not have"):
+    with refuses("'blocks.0.attn.dconv.weight'", "a token kernel, which attention='softmax' does not have"):
         from_torch(small.small_model(attention="softmax"), state_dict)
 
 
