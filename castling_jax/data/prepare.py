@@ -298,6 +298,7 @@ def _describe_masks(dataset: MaskDataset, split: str) -> str:
     Raises:
       InputError: a mask cannot be used with its image.
     """
+    # Every mask is read here, because training would meet a bad one only after a while.
     faults, pixels = [], np.zeros(256, np.int64)
     for index in tqdm(range(len(dataset)), desc=f"masks of {printable(split)}", unit="mask", disable=None):
         try:

@@ -91,6 +91,7 @@ def _beside_backbone(
         for tree in (variables, get_variables(model))
     )
     shapes = {name: tuple(getattr(tree.get(name), "shape", None) for tree in (theirs, ours)) for name in theirs | ours}
+    # An array that only one of the models has counts as one of another size.
     misfits = {name: pair for name, pair in sorted(shapes.items()) if pair[0] != pair[1]}
     if misfits and not reset_head:
         own = vars(DENSE_MODELS[model.spec.name][1])  # without the backbone's, which fits
