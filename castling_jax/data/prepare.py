@@ -31,7 +31,7 @@ from castling_jax.data.sources import (
     path_of,
     tfds_builder,
 )
-from castling_jax.errors import InputError, in_one_sentence, printable
+from castling_jax.errors import InputError, check, in_one_sentence, printable
 from castling_jax.storage import try_folder
 
 IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
@@ -45,7 +45,6 @@ RECIPES = {
     "fashion_mnist": "fashion_mnist",
     "imagenet2012": "deit:small",
 }  # data sets with a configuration of their own
-DEFAULTS = {"ignore_label": IGNORED, "first_label": 0}  # of config.dataset
 IDX_IMAGES, IDX_LABELS = 0x803, 0x801  # magic numbers: unsigned bytes in three dimensions, and in one
 
 
@@ -72,7 +71,8 @@ def prepare(
       A text that describes the prepared data set to the user.
 
     Raises:
-      InputError: the data set is unknown, has no annotations, or lacks something that it needs.
+      InputError: the data set is unknown, has no annotations, or lacks something that it needs; or a label is out of
+        range.
     """
     if name == "digits":
         return "digits is in scikit-learn's wheel and needs no preparing."
@@ -81,7 +81,9 @@ def prepare(
     if kind_of(name) == "images":
         return _describe_images(name)
     if path_of(name) is not None:
-        return _describe_annotated(name, {"ignore_label": ignore_label, "first_label": first_label})
+        check(0 <= ignore_label <= 255, f"ignore_label must be from 0 to 255, not {ignore_label}.")
+        check(0 <= first_label <= 253, f"first_label must be from 0 to 253, not {first_label}.")
+        return _describe_annotated(name, ignore_label, first_label)
     builder = tfds_builder(name, data_dir=data_dir, file_format="array_record")
     annotated_image(builder)  # refuses a data set without annotations now, before hours of work
     if builder.is_prepared():
@@ -260,7 +262,7 @@ def _describe_images(name: str) -> str:
     )
 
 
-def _describe_annotated(name: str, labels: dict[str, int]) -> str:
+def _describe_annotated(name: str, ignore_label: int, first_label: int) -> str:
     """Describes the splits that `find_splits` finds: their images and their boxes or masks.
 
     Raises:
@@ -268,9 +270,7 @@ def _describe_annotated(name: str, labels: dict[str, int]) -> str:
     """
     lines, classes = [], None
     for split in find_splits(name):
-        dataset = load_dataset(
-            name, split, classes=classes, ignore_label=labels["ignore_label"], first_label=labels["first_label"]
-        )
+        dataset = load_dataset(name, split, classes=classes, ignore_label=ignore_label, first_label=first_label)
         classes = dataset.classes
         if isinstance(dataset, MaskDataset):
             said = _describe_masks(dataset, split)
@@ -284,10 +284,11 @@ def _describe_annotated(name: str, labels: dict[str, int]) -> str:
     lines = [f"{path_of(name)}: {len(classes or ()):,} classes", *lines]
     if isinstance(dataset, MaskDataset):
         size = _usual_size(dataset)
-        flags = [f"--config.dataset.{field}={value}" for field, value in labels.items() if value != DEFAULTS[field]]
+        flags = f" --config.dataset.ignore_label={ignore_label}" if ignore_label != IGNORED else ""
+        flags += f" --config.dataset.first_label={first_label}" if first_label else ""
         lines += [
             f"To train on it, with images of {size} x {size} pixels:",
-            " ".join([f"  python main.py --config=masks:{size} --config.dataset.name={shlex.quote(name)}", *flags]),
+            f"  python main.py --config=masks:{size} --config.dataset.name={shlex.quote(name)}{flags}",
         ]
     return "\n".join(lines)
 

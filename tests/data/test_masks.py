@@ -116,6 +116,9 @@ def test_prepare_checks_and_counts(tmp_path, refuses):
         "To train on it, with images of 24 x 24 pixels:",
         f"  python main.py --config=masks:24 --config.dataset.name=masks:{tmp_path}",
     ]
+    for field, bad in (("ignore_label", 256), ("first_label", -1)):
+        with refuses(f"{field} must be from 0 to", f"not {bad}."):
+            prepare(f"masks:{tmp_path}", **{field: bad})
     (tmp_path / "val_labels" / "001.png").write_bytes(png(np.zeros((3, 4), np.uint8)))
     (tmp_path / "val_labels" / "002.png").write_bytes(png(np.full(SIZES[2], 9, np.uint8)))
     with refuses(
@@ -234,6 +237,7 @@ def test_classes_that_start_at_another_number(tmp_path):
     dataset = load_dataset(f"masks:{tmp_path}", "train", first_label=5)
     assert dataset.classes == ("0", "1", "2")
     np.testing.assert_array_equal(read_labels(dataset[0], SIZES[0]), truth(MASKS[0]))
+    assert prepare(f"masks:{tmp_path}", first_label=5).endswith(f"masks:{tmp_path} --config.dataset.first_label=5")
     (tmp_path / "classes.txt").write_text("\n".join(NAMES))
     np.testing.assert_array_equal(
         read_labels(load_dataset(f"masks:{tmp_path}", "train", first_label=5)[1], SIZES[1]), truth(MASKS[1])
