@@ -104,8 +104,8 @@ def list_skipped(skipped: collections.Counter[str]) -> str:
     return ", ".join(f"{count:,} {printable(suffix)}" for suffix, count in skipped.most_common())
 
 
-def folder_splits(path: epath.PathLike) -> list[str]:
-    """The splits of a folder of images: the folders in it, or only "train" if those are the classes.
+def data_root(path: epath.PathLike) -> epath.Path:
+    """The folder of a data set.
 
     Raises:
       InputError: there is no such folder.
@@ -113,6 +113,16 @@ def folder_splits(path: epath.PathLike) -> list[str]:
     root = as_path(path, "the folder of a data set")
     if not root.is_dir():
         raise InputError(f"there is no folder '{root}'.")
+    return root
+
+
+def folder_splits(path: epath.PathLike) -> list[str]:
+    """The splits of a folder of images: the folders in it, or only "train" if those are the classes.
+
+    Raises:
+      InputError: there is no such folder.
+    """
+    root = data_root(path)
     folders = _folders(root)
     return folders if {name.lower() for name in folders} & set(SPLIT_NAMES) or not folders else ["train"]
 
@@ -179,9 +189,7 @@ def images_splits(path: epath.PathLike) -> list[str]:
     Raises:
       InputError: there is no such folder.
     """
-    root = as_path(path, "the folder of a data set")
-    if not root.is_dir():
-        raise InputError(f"there is no folder '{root}'.")
+    root = data_root(path)
     return [name for name in _folders(root) if name.lower() in SPLIT_NAMES] or ["train"]
 
 

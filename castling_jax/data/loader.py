@@ -324,15 +324,20 @@ class _Corrupt:
             read = max(self._read, len(self._named))
             raise DeterministicError(
                 f"{len(self._named):,} of the {read:,} images read so far are corrupt, more than "
-                f"config.dataset.max_corrupt_share = {self._max_share:g} allows: {self._some_named()}."
+                f"config.dataset.max_corrupt_share = {self._max_share:g} allows: {some_named(self._named)}."
             )
 
-    def _some_named(self) -> str:
-        """Names of some corrupt images, and why they are corrupt."""
-        more = len(self._named) - NAMED
-        reasons = {why.rstrip(".") for why in self._named.values()}
-        if len(reasons) == 1:
-            names = ", ".join(list(self._named)[:NAMED]) + (f" and {more:,} more" if more > 0 else "")
-            return f"{names}: {reasons.pop()}"
-        named = [f"{name}: {why.rstrip('.')}" for name, why in self._named.items()]
-        return "; ".join(named[:NAMED]) + (f"; and {more:,} more" if more > 0 else "")
+
+def some_named(corrupt: dict[str, str]) -> str:
+    """A few of the names, and why they are corrupt; a reason that all share is said once.
+
+    Args:
+      corrupt: name -> why.
+    """
+    more = len(corrupt) - NAMED
+    reasons = {why.rstrip(".") for why in corrupt.values()}
+    if len(reasons) == 1:
+        names = ", ".join(list(corrupt)[:NAMED]) + (f" and {more:,} more" if more > 0 else "")
+        return f"{names}: {reasons.pop()}"
+    named = [f"{name}: {why.rstrip('.')}" for name, why in corrupt.items()]
+    return "; ".join(named[:NAMED]) + (f"; and {more:,} more" if more > 0 else "")

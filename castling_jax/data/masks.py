@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from castling_jax.data.decode import Size, decoding, image_size
-from castling_jax.data.folder import choose, image_files, parse_split, read_list
+from castling_jax.data.folder import choose, data_root, image_files, parse_split, read_list
 from castling_jax.errors import InputError, about, check, check_at_most, check_known, refusing
 from castling_jax.storage import as_path
 
@@ -95,9 +95,7 @@ def masks_splits(path: epath.PathLike) -> list[str]:
     Raises:
       InputError: there is no such folder.
     """
-    root = as_path(path, "the folder of a data set")
-    if not root.is_dir():
-        raise InputError(f"there is no folder '{root}'.")
+    root = data_root(path)
     names = {entry.name for entry in root.iterdir() if entry.is_dir()}
     return sorted(name for name in names if name + LABELS in names)
 

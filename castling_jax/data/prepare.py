@@ -19,8 +19,8 @@ from tqdm import tqdm
 from castling_jax.data.annotations import BoxDataset
 from castling_jax.data.decode import image_size
 from castling_jax.data.folder import folder, folder_splits, list_skipped
-from castling_jax.data.loader import NAMED
-from castling_jax.data.masks import IGNORED, MaskDataset, read_labels, sizes_of
+from castling_jax.data.loader import some_named
+from castling_jax.data.masks import IGNORED, MaskDataset, read_labels
 from castling_jax.data.sources import (
     FOLDER,
     Dataset,
@@ -300,20 +300,21 @@ def _describe_masks(dataset: MaskDataset, split: str) -> str:
       InputError: a mask cannot be used with its image.
     """
     # Every mask is read here, because training would meet a bad one only after a while.
-    faults, pixels = [], np.zeros(256, np.int64)
+    faults: dict[str, str] = {}
+    sizes, pixels = [], np.zeros(256, np.int64)
     for index in tqdm(range(len(dataset)), desc=f"masks of {printable(split)}", unit="mask", disable=None):
         try:
             example = dataset[index]
-            pixels += np.bincount(read_labels(example, image_size(example["image"])).ravel(), minlength=256)
+            labels = read_labels(example, image_size(example["image"]))
+            sizes.append(labels.shape)
+            pixels += np.bincount(labels.ravel(), minlength=256)
         except InputError as error:
-            faults.append(f"{dataset.describe(index)}: {str(error).rstrip('.')}")
+            faults[dataset.describe(index)] = str(error)
     if faults:
-        more = f"; and {len(faults) - NAMED:,} more" if len(faults) > NAMED else ""
         raise InputError(
-            f"{len(faults):,} of the {len(dataset):,} masks of {split} cannot be used: "
-            f"{'; '.join(faults[:NAMED])}{more}."
+            f"{len(faults):,} of the {len(dataset):,} masks of {split} cannot be used: {some_named(faults)}."
         )
-    height, width = max(sizes_of(dataset), key=math.prod)
+    height, width = max(sizes, key=math.prod)
     named = [*zip(dataset.classes, pixels, strict=False), ("without a class", pixels[IGNORED])]
     shares = ", ".join(f"{100 * count / pixels.sum():.1f} % {name}" for name, count in named if count)
     missing = [name for name, count in named[:-1] if not count]
