@@ -1,16 +1,26 @@
-"""Unpacks CIFAR-10 as JPEG files into data_local/cifar10: python -m experiments.data ARCHIVE.tar.gz.
+"""Unpacks CIFAR-10 as JPEG files into data_local/cifar10 and cifar10.npz: python -m experiments.data ARCHIVE.tar.gz.
 
 The archive holds train/CLASS/*.jpg and test/CLASS/*.jpg. In each class of train, every tenth image by name, from the
 first on, moves to val: train keeps 45,000 images, and val gets 5,000.
+
+cifar10.npz holds the same images in the same order, already decoded: decoding takes half of the time of reading them.
 """
 
 import argparse
+import io
 import shutil
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from tqdm import tqdm
+
+from castling_jax.data.decode import decode
+from castling_jax.data.sources import load_dataset
 from castling_jax.errors import InputError, reason
+from castling_jax.storage import write_atomically
 from castling_jax.tools.cli import ending_in_a_sentence
 from experiments.study import ROOT
 
@@ -47,11 +57,25 @@ def unpack(archive: Path, folder: Path) -> None:
         whole.rename(folder)  # last, so that a folder with this name is always complete
 
 
+def decode_all(path: Path) -> None:
+    """Writes PATH.npz, the decoded images of the folder PATH."""
+    arrays: dict[str, Any] = {}
+    for split in ("train", "val", "test"):
+        dataset = load_dataset(f"folder:{path}", split)
+        examples = [dataset[index] for index in tqdm(range(len(dataset)), desc=split, unit="image")]
+        arrays[f"{split}_images"] = np.stack([np.asarray(decode(example["image"])) for example in examples])
+        arrays[f"{split}_labels"] = np.array([example["label"] for example in examples], np.int32)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    write_atomically(path.with_suffix(".npz"), content.getvalue())
+
+
 @ending_in_a_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("archive", type=Path)
     unpack(parser.parse_args().archive, CIFAR10)
+    decode_all(CIFAR10)
 
 
 if __name__ == "__main__":

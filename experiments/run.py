@@ -49,7 +49,7 @@ def run(name: str, *, jobs: int, only: str = "*") -> int:
         origin = origin_of(name)
         waiting = collections.deque(trial for trial in trials if not trial.result.exists())
         print(f"{name}: {len(trials) - len(waiting)} of {len(trials)} runs are finished.", flush=True)
-        return _run_all(waiting, worktree_of(name, origin), jobs, lock) if waiting else 0
+        return _run_all(waiting, code_of(name, origin), jobs, lock) if waiting else 0
 
 
 @contextlib.contextmanager
@@ -92,20 +92,24 @@ def origin_of(name: str) -> dict[str, str]:
     return origin
 
 
-def worktree_of(name: str, origin: dict[str, str]) -> Path:
-    """A checkout of the commit that a study's results come from, in the folder of its runs.
+def code_of(name: str, origin: dict[str, str]) -> Path:
+    """The folder of the code that a study's results come from: a git worktree of its commit, in the folder of its runs.
+
+    A copy of a checkout without .git, as on a borrowed machine, is that folder itself.
 
     Raises:
       InputError: the commit is not in this repository, or its code is not the recorded code.
     """
-    folder = RUNS / name / "code"
+    has_git = (ROOT / ".git").exists()
+    folder = RUNS / name / "code" if has_git else ROOT
     if folder.exists() and code_hash(name, folder) == origin["code"]:
         return folder
-    if folder.exists():  # an interrupted checkout, or one for results that were removed
-        shutil.rmtree(folder)
-    _git("worktree", "prune")
-    _git("worktree", "add", "--detach", str(folder), origin["commit"])
-    (folder / DATA).symlink_to(ROOT / DATA)
+    if has_git:
+        if folder.exists():  # an interrupted checkout, or one for results that were removed
+            shutil.rmtree(folder)
+        _git("worktree", "prune")
+        _git("worktree", "add", "--detach", str(folder), origin["commit"])
+        (folder / DATA).symlink_to(ROOT / DATA)
     if code_hash(name, folder) != origin["code"]:
         raise InputError(f"commit {origin['commit']} is not the code recorded in '{RESULTS / name / ORIGIN_FILE}'.")
     return folder

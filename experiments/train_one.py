@@ -1,13 +1,13 @@
-"""Trains and tests one run of a study: python -m experiments.train_one STUDY RUN --workdir=DIR --result=FILE.
+"""Trains and tests one run of a study.
 
-`experiments.run` starts it in a separate process. A run that was killed resumes; FILE is written at its end.
+`experiments.run` starts it in a separate process, with the arguments below. A run that was killed resumes. The result
+is written at the end.
 """
 
 import argparse
 import fcntl
 import json
 import platform
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -29,14 +29,19 @@ from castling_jax.training.preemption import Preempted
 from castling_jax.training.run import run
 from castling_jax.training.summary import Summary
 from experiments.mask import evaluations_of
-from experiments.results import pack
-from experiments.study import ROOT, Study, Trial, code_hash, load_study, trials_of
+from experiments.results import ORIGIN_FILE, pack
+from experiments.study import Study, Trial, code_hash, load_study, trials_of
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
-def train_one(trial: Trial, workdir: Path) -> dict[str, Any]:
+def train_one(trial: Trial, workdir: Path, commit: str) -> dict[str, Any]:
     """Trains or resumes a run, and tests it.
+
+    Args:
+      trial: the run.
+      workdir: its folder.
+      commit: the commit that the code is from.
 
     Returns:
       The run's result; README.md describes its fields.
@@ -67,7 +72,7 @@ def train_one(trial: Trial, workdir: Path) -> dict[str, Any]:
         "parameters": figures["parameters_inference_form"],
         "macs": figures["macs_inference_form"],
         "code": code_hash(trial.study),
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip(),
+        "commit": commit,
         "command": f"python -m experiments.run {trial.study} --only={trial.name}",
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
         "machine": f"{platform.machine()}, {_processor()}, {jax.devices()[0].device_kind}",
@@ -120,7 +125,9 @@ def main() -> None:
     try:
         trials = {trial.name: trial for trial in trials_of(options.study, load_study(options.study))}
         check_known(f"run of {options.study}", options.run, trials)
-        result = train_one(trials[options.run], options.workdir)
+        # The runner has recorded the commit: a copy of a checkout has no git to ask.
+        commit = json.loads((options.result.parent / ORIGIN_FILE).read_text())["commit"]
+        result = train_one(trials[options.run], options.workdir, commit)
     except Preempted as preempted:
         sys.exit(f"interrupted; the state of step {preempted.step} is saved.")
     write_atomically(options.result, json.dumps(result, indent=1).encode() + b"\n")

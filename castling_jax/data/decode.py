@@ -44,7 +44,7 @@ def image_size(image: Encoded, *, exif: bool = False) -> Size:
     Raises:
       InputError: the image cannot be decoded.
     """
-    opened = _open(image)
+    opened = open_image(image)
     width, height = opened.size
     return (width, height) if exif and _orientation(opened) in SWAPPED else (height, width)
 
@@ -59,7 +59,7 @@ def decode(image: Encoded, *, exif: bool = False) -> Image.Image:
     Raises:
       InputError: the image cannot be decoded, or the range of its pixels is unknown.
     """
-    return _load(_open(image), exif)
+    return _load(open_image(image), exif)
 
 
 def read_crop(
@@ -83,7 +83,7 @@ def read_crop(
       InputError: the image cannot be decoded, or the range of its pixels is unknown.
     """
     top, left, height, width = box
-    opened = _open(image)
+    opened = open_image(image)
     across, down = opened.size
     # The largest power of two, at most 8, by which the box can shrink without getting smaller than `size`: libjpeg
     # decodes at these scales, and other formats do not support drafts.
@@ -110,8 +110,12 @@ def decoding(what: str = "an image") -> Iterator[None]:
         raise InputError(f"{what} cannot be decoded: {detail}.") from error
 
 
-def _open(image: Encoded) -> Image.Image:
-    """Opens an image; only its header is read."""
+def open_image(image: Encoded) -> Image.Image:
+    """Opens an image; only its header is read.
+
+    Raises:
+      InputError: the image cannot be decoded.
+    """
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, bytes):

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 from PIL import Image as PillowImage
 
-from castling_jax.data.decode import Box, Size, decode, image_size, read_crop
+from castling_jax.data.decode import Box, Size, decode, image_size, open_image, read_crop
 from castling_jax.data.pixels import Image
 from castling_jax.preprocessing import Preprocessing
 
@@ -85,6 +85,15 @@ class View:
 def is_float(image: Any) -> bool:
     """Whether an image is an array of floats, which 8-bit operations do not support."""
     return isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating)
+
+
+def opened(image: Any) -> Any:
+    """The image with its header read, so that a transform which needs its size and its pixels reads the header once.
+
+    Raises:
+      InputError: the image cannot be decoded.
+    """
+    return image if is_float(image) else open_image(image)
 
 
 def size_of(image: Any, preprocessing: Preprocessing) -> Size:

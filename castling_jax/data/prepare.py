@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from castling_jax.data.annotations import BoxDataset
+from castling_jax.data.arrays import npz, npz_splits
 from castling_jax.data.decode import image_size
 from castling_jax.data.folder import folder, folder_splits, list_skipped
 from castling_jax.data.loader import some_named
@@ -80,6 +81,8 @@ def prepare(
         return _describe_folder(epath.Path(name.removeprefix(FOLDER)).expanduser())
     if kind_of(name) == "images":
         return _describe_images(name)
+    if kind_of(name) == "npz":
+        return _describe_arrays(name)
     if path_of(name) is not None:
         check(0 <= ignore_label <= 255, f"ignore_label must be from 0 to 255, not {ignore_label}.")
         check(0 <= first_label <= 253, f"first_label must be from 0 to 253, not {first_label}.")
@@ -258,6 +261,30 @@ def _describe_images(name: str) -> str:
             *(f"  {printable(split)}: {len(dataset):,} images" for split, dataset in splits),
             f"To learn from them, with images of {size} x {size} pixels:",
             f"  python main.py --config=images:{size} --config.dataset.name={shlex.quote(name)}",
+        ]
+    )
+
+
+def _describe_arrays(name: str) -> str:
+    """Describes an archive of labelled images, and the command that trains on it.
+
+    Raises:
+      InputError: as `npz` does.
+    """
+    path = str(path_of(name))
+    lines = []
+    for split in npz_splits(path):
+        dataset = npz(path, split)
+        height, width = dataset.images.shape[1:3]
+        lines.append(f"  {printable(split)}: {len(dataset):,} images of {width} x {height} pixels")
+    train_split, eval_split = find_splits(name)
+    size = _usual_size(dataset)
+    return "\n".join(
+        [
+            f"{path}: {dataset.num_classes} classes",
+            *lines,
+            f"To train on {train_split} and evaluate on {eval_split}, with images of {size} x {size} pixels:",
+            f"  python main.py --config=folder:{size} --config.dataset.name={shlex.quote(name)}",
         ]
     )
 

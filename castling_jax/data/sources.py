@@ -3,6 +3,7 @@
 digits                 scikit-learn's handwritten digits, part of its wheel
 folder:PATH            images in PATH/SPLIT/CLASS/, or in PATH/CLASS/
 images:PATH            images without labels in and below PATH/SPLIT/ or PATH/
+npz:FILE               arrays SPLIT_images and SPLIT_labels in one NumPy archive, as MedMNIST has them
 coco:ROOT              boxes: ROOT/annotations/instances_SPLIT.json, and images in ROOT/SPLIT
 voc:ROOT               boxes: ROOT/Annotations/*.xml, ROOT/JPEGImages, and lists in ROOT/ImageSets/Main/SPLIT.txt
 masks:ROOT             masks: images in ROOT/SPLIT, PNGs of labels of the same names in ROOT/SPLIT_labels
@@ -12,16 +13,16 @@ NAME[/CONFIG][:VERSION]  a data set of tensorflow-datasets, prepared by castling
 import contextlib
 import dataclasses
 import difflib
-import hashlib
 import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from castling_jax.data.annotations import Annotations, clip_boxes
+from castling_jax.data.arrays import ArrayDataset, npz, npz_splits
 from castling_jax.data.coco import coco, coco_splits
 from castling_jax.data.decode import image_size
 from castling_jax.data.digits import SPLITS as DIGITS_SPLITS
@@ -98,37 +99,6 @@ class Dataset(Protocol):
 
     def contents(self) -> dict[str, str]:
         """Marks that change when the images change: kind of mark -> mark, such as {"version": "mnist/3.0.1"}."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ArrayDataset:
-    """Labelled images in memory.
-
-    Images are in [0, 1] and always have three channels, so that every model takes every dataset. A grey image repeats
-    its channel.
-    """
-
-    annotation = "label"
-
-    images: Float[np.ndarray, "examples height width 3"]
-    labels: Int[np.ndarray, "examples"]
-    num_classes: int
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return _numbers(self.num_classes)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.images[index], "label": int(self.labels[index])}
-
-    def describe(self, index: int) -> str:
-        return f"image {index}"
-
-    def contents(self) -> dict[str, str]:
-        return {"images and labels": hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +240,7 @@ class Unread:
 FILES: dict[str, tuple[Callable[..., Dataset], Callable[[epath.PathLike], list[str]]]] = {
     "folder": (folder, folder_splits),
     "images": (images, images_splits),
+    "npz": (npz, npz_splits),
     "coco": (coco, coco_splits),
     "voc": (voc, voc_splits),
     "masks": (masks, masks_splits),
@@ -322,7 +293,7 @@ def kind_of(name: str) -> str:
 
 
 def path_of(name: str) -> str | None:
-    """The PATH of folder:PATH and of the other names in FILES; None for data sets that are not files in a folder."""
+    """The PATH of folder:PATH and of the other names in FILES; None for data sets that are no files of the user's."""
     kind, colon, path = name.partition(":")
     return path if colon and kind in FILES else None
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from castling_jax.data.geometry import evaluation_view, size_of
+from castling_jax.data.geometry import evaluation_view, opened, size_of
 from castling_jax.data.pixels import example_image
 from castling_jax.preprocessing import Preprocessing
 
@@ -20,6 +20,6 @@ class EvalTransform:
         Raises:
           InputError: the image cannot be decoded.
         """
-        image = example["image"]
+        image = opened(example["image"])
         view = evaluation_view(size_of(image, self.preprocessing), self.preprocessing)
         return example | {"image": example_image(view.image(image, self.preprocessing), self.preprocessing)}

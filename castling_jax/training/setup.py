@@ -14,9 +14,10 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from castling_jax.convert.run_folder import exported_weights, model_arguments, preprocessing_of
+from castling_jax.data.arrays import ArrayDataset
 from castling_jax.data.folder import rest_of
 from castling_jax.data.loader import Batch, TrainTransform, training_batches
-from castling_jax.data.sources import HELD_OUT_SPLITS, ArrayDataset, Dataset, find_splits, load_dataset, path_of
+from castling_jax.data.sources import HELD_OUT_SPLITS, Dataset, find_splits, load_dataset, path_of
 from castling_jax.errors import InputError, Mistakes, check_at_most
 from castling_jax.models.macs import count_macs
 from castling_jax.models.model import Model

@@ -32,7 +32,7 @@ DISTILLED = {"distillation.teacher": START, "distillation.kind": "soft"}
 def config() -> ConfigDict:
     config = default_config()
     config.model.update(name="deit_micro", image_size=32, patch_size=4, num_heads=4)
-    config.dataset.update(name="folder:data_local/cifar10", eval_split="val")
+    config.dataset.update(name="npz:data_local/cifar10.npz", eval_split="val")
     config.augment.update(flip=0.5, shift_pixels=4)
     config.train.update(epochs=15, batch_size=128)
     config.checkpoint.every_steps = 100

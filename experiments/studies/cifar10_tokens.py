@@ -18,7 +18,7 @@ TOKENS = {64: 4, 256: 2}  # tokens -> patch size
 def config() -> ConfigDict:
     config = default_config()
     config.model.update(name="deit_micro", image_size=32, num_heads=4)
-    config.dataset.update(name="folder:data_local/cifar10", eval_split="val")
+    config.dataset.update(name="npz:data_local/cifar10.npz", eval_split="val")
     config.augment.update(flip=0.5, shift_pixels=4)
     config.train.update(epochs=4, batch_size=128)
     config.optimizer.warmup_epochs = 1.0

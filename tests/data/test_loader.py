@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from castling_jax.data import loader
+from castling_jax.data.arrays import ArrayDataset
 from castling_jax.data.loader import OneOf, evaluation_batches, training_batches
-from castling_jax.data.sources import ArrayDataset
 from castling_jax.errors import InputError
 
 

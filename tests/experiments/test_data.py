@@ -1,10 +1,12 @@
 import tarfile
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from castling_jax.data.arrays import npz
 from castling_jax.data.sources import folder
-from experiments.data import unpack
+from experiments.data import decode_all, unpack
 
 
 def make_archive(path, splits=("train", "test")):
@@ -28,6 +30,12 @@ def test_every_tenth_image_of_a_class_is_for_validation(tmp_path):
     assert found["val"] == [f"{name}/{number:04d}.jpg" for name in ("cat", "dog") for number in (0, 10, 20)]
     assert len(found["train"]) == 36 and len(found["test"]) == 42
     assert sorted(found["train"] + found["val"]) == found["test"]  # the archive's names are the same in both
+
+    decode_all(target)
+    for split in found:
+        arrays = npz(target.with_suffix(".npz"), split)
+        assert arrays.images.shape == (len(found[split]), 2, 2, 3)
+        np.testing.assert_array_equal(arrays.labels, folder(target, split).labels)
 
 
 def test_nothing_half_unpacked_stays(tmp_path, refuses):

@@ -12,7 +12,7 @@ from flax import nnx
 
 import castling_jax
 from castling_jax.convert.inference_folder import save_inference
-from castling_jax.data.sources import ArrayDataset
+from castling_jax.data.arrays import ArrayDataset
 from castling_jax.models import description
 from castling_jax.models.attention.core import Kind, Places
 from castling_jax.models.attention.heads import MultiHeadAttention

@@ -10,7 +10,7 @@ import pytest
 
 import castling_jax
 from castling_jax.compile_report.cases import load_case
-from castling_jax.data.sources import ArrayDataset
+from castling_jax.data.arrays import ArrayDataset
 from castling_jax.models import description
 from castling_jax.models.attention import linear
 from castling_jax.models.attention.kinds import KINDS

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 import castling_jax
 from castling_jax.compile_report.cases import load_case
 from castling_jax.convert.torch import from_torch, to_torch
-from castling_jax.data.sources import ArrayDataset
+from castling_jax.data.arrays import ArrayDataset
 from castling_jax.models import description, macs
 from castling_jax.models.attention.core import Places
 from castling_jax.models.attention.kinds import KINDS, make_core

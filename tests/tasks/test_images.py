@@ -11,7 +11,8 @@ import optax
 import pytest
 import scipy.stats
 
-from castling_jax.data.sources import ArrayDataset, load_dataset
+from castling_jax.data.arrays import ArrayDataset
+from castling_jax.data.sources import load_dataset
 from castling_jax.models.registry import create_model
 from castling_jax.normalization import model_input, normalize_images
 from castling_jax.preprocessing import Preprocessing

@@ -4,7 +4,7 @@ import pytest
 from castling_jax.convert import to_torch
 from castling_jax.convert.inference import to_inference
 from castling_jax.convert.inference_folder import save_inference
-from castling_jax.data.sources import ArrayDataset
+from castling_jax.data.arrays import ArrayDataset
 from castling_jax.data.transforms import EvalTransform
 from castling_jax.models.registry import create_model
 from castling_jax.models.variables import apply, get_variables

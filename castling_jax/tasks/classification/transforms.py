@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from castling_jax.data.geometry import View, evaluation_view, is_float, random_resized_crop_box, size_of
+from castling_jax.data.geometry import View, evaluation_view, is_float, opened, random_resized_crop_box, size_of
 from castling_jax.data.pixels import color_jitter, example_image, random_erased_box, random_shift
 from castling_jax.data.randaugment import RandAugment, parse_policy
 from castling_jax.errors import InputError
@@ -47,7 +47,7 @@ class TrainTransform:
         Raises:
           InputError: the image cannot be decoded, or it has float pixels and an augmentation needs 8 bits.
         """
-        image = example["image"]
+        image = opened(example["image"])
         if is_float(image):
             for name in EIGHT_BITS:
                 if getattr(self, name):

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from castling_jax.data.annotations import Boxes, check_size, clip_boxes
 from castling_jax.data.decode import Box, Size
-from castling_jax.data.geometry import View, size_of
+from castling_jax.data.geometry import View, opened, size_of
 from castling_jax.data.loader import OneOf
 from castling_jax.data.loader import TrainTransform as AnyTrainTransform
 from castling_jax.data.pixels import example_image, random_distortion
@@ -57,7 +57,8 @@ class TrainTransform:
         Raises:
           InputError: the image cannot be decoded, or its size is not what the annotations say.
         """
-        image, size = example["image"], size_of(example["image"], self.preprocessing)
+        image = opened(example["image"])
+        size = size_of(image, self.preprocessing)
         check_size(size, example)
         kept = ~example["crowd"]
         boxes, classes = example["boxes"][kept], example["classes"][kept]
@@ -98,9 +99,10 @@ class EvalTransform:
         Raises:
           InputError: the image cannot be decoded, or its size is not what the annotations say.
         """
-        size = size_of(example["image"], self.preprocessing)
+        image = opened(example["image"])
+        size = size_of(image, self.preprocessing)
         check_size(size, example)
-        seen = View((0, 0, *size), self.size).image(example["image"], self.preprocessing)
+        seen = View((0, 0, *size), self.size).image(image, self.preprocessing)
         return {"image": example_image(seen, self.preprocessing), "size": np.array(size, np.int32)}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from castling_jax.data.decode import Size
-from castling_jax.data.geometry import View, size_of
+from castling_jax.data.geometry import View, opened, size_of
 from castling_jax.data.masks import IGNORED, read_labels
 from castling_jax.data.pixels import example_image, random_distortion
 from castling_jax.preprocessing import Preprocessing
@@ -48,7 +48,7 @@ class TrainTransform:
         Raises:
           InputError: image or mask cannot be decoded, or `read_labels` refuses the mask.
         """
-        image, options = example["image"], self.preprocessing
+        image, options = opened(example["image"]), self.preprocessing
         size = size_of(image, options)
         labels = read_labels(example, size)
 
@@ -99,11 +99,11 @@ class EvalTransform:
         Raises:
           InputError: image or mask cannot be decoded, or `read_labels` refuses the mask.
         """
-        options = self.preprocessing
-        size = size_of(example["image"], options)
+        image, options = opened(example["image"]), self.preprocessing
+        size = size_of(image, options)
         windows = windows_of(size, options)
         views = [View(window, options.shape) for window in windows]
-        seen = [example_image(view.image(example["image"], options), options) for view in views]
+        seen = [example_image(view.image(image, options), options) for view in views]
         lacking = max(self.most_windows - len(windows), 0)
         rows, _ = self.mask_size or size
         windows += [(rows + 1, 0, 1, 1)] * lacking

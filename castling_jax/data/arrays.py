@@ -1,0 +1,142 @@
+"""Labelled images in memory, and the NumPy archives that hold them.
+
+An archive FILE.npz has MedMNIST's layout (Yang et al. 2023): for each split, an array SPLIT_images and an array
+SPLIT_labels, such as train_images and train_labels.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Int, UInt8
+
+from castling_jax.data.folder import choose, parse_split
+from castling_jax.errors import InputError, check_known, refusing
+from castling_jax.storage import as_path
+
+IMAGES, LABELS = "_images", "_labels"  # what follows a split's name in an archive
+# Raised by NumPy and zipfile for files that are missing, cut off, damaged, or hold Python objects.
+UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
+LARGEST_LABEL = 2**15  # a larger one is an identifier, not a class
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayDataset:
+    """Labelled images in memory: uint8, or floats in [0, 1].
+
+    Every model takes every data set, so an image always has three channels; a grey image repeats its channel.
+    """
+
+    annotation = "label"
+
+    images: Float[np.ndarray, "examples height width channels"] | UInt8[np.ndarray, "examples height width channels"]
+    labels: Int[np.ndarray, "examples"]
+    num_classes: int
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(map(str, range(self.num_classes)))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = self.images[index]
+        if image.shape[2] == 1:
+            image = np.broadcast_to(image, (*image.shape[:2], 3))
+        return {"image": image, "label": int(self.labels[index])}
+
+    def describe(self, index: int) -> str:
+        return f"image {index}"
+
+    def contents(self) -> dict[str, str]:
+        return {"images and labels": hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()}
+
+
+def npz_splits(path: epath.PathLike) -> list[str]:
+    """The splits of an archive: those that have images and labels.
+
+    Raises:
+      InputError: the file is missing or damaged, or is no such archive.
+    """
+    archive = as_path(path, "the archive of a data set")
+    with _reading(archive) as arrays:
+        names = list(arrays)
+    splits = [name.removesuffix(IMAGES) for name in names if name.endswith(IMAGES)]
+    splits = [split for split in splits if split + LABELS in names]
+    if not splits:
+        raise InputError(f"'{archive}' must hold arrays train_images and train_labels, but it holds {names}.")
+    return splits
+
+
+def npz(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) -> ArrayDataset:
+    """The images and labels of a split of an archive, in its order. The classes are numbers.
+
+    Args:
+      path: the archive.
+      split: one of `npz_splits`; or a part of one, such as "10% of train" or "train without 10%", as in `folder`.
+      classes: the classes of a model that was trained elsewhere. None counts them: one more than the largest label of
+        train.
+
+    Raises:
+      InputError: as `npz_splits` does; the split is unknown or empty; images are not uint8 [examples, height, width] or
+        [examples, height, width, 1 or 3]; or labels are not one number of a class for each image.
+    """
+    name, percent, is_held_out = parse_split(split)
+    splits = npz_splits(path)
+    check_known(f"split of '{path}'", name, splits)
+    if classes is None:
+        check_known(f"split of '{path}'", "train", splits)  # whose labels say how many classes there are
+    with _reading(as_path(path)) as arrays:
+        images = arrays[name + IMAGES]
+        labels = {key: arrays[key + LABELS] for key in {name, *(["train"] if classes is None else [])}}
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
+        raise InputError(
+            f"{name}{IMAGES} of '{path}' must be uint8 [images, height, width], or with 1 or 3 channels, not "
+            f"{images.dtype} {list(images.shape)}."
+        )
+    numbers = {key: _class_numbers(key + LABELS, values, path) for key, values in labels.items()}
+    if len(numbers[name]) != len(images):
+        raise InputError(f"'{path}' has {len(images):,} {name}{IMAGES}, but {len(numbers[name]):,} {name}{LABELS}.")
+    num_classes = int(numbers["train"].max(initial=-1)) + 1 if classes is None else len(classes)
+    if len(images) and numbers[name].max() >= num_classes:
+        raise InputError(
+            f"{name}{LABELS} of '{path}' has the class {numbers[name].max()}, but the classes end at {num_classes - 1}."
+        )
+    kept = choose(numbers[name], percent, is_held_out)
+    if not len(kept):
+        raise InputError(f"the split {split!r} of '{path}' holds no images.")
+    if percent:
+        images, numbers[name] = images[kept], numbers[name][kept]
+    return ArrayDataset(images.reshape(*images.shape[:3], -1), numbers[name], num_classes)
+
+
+@contextlib.contextmanager
+def _reading(archive: epath.Path) -> Iterator[np.lib.npyio.NpzFile]:
+    """Opens an archive; its arrays are read when they are asked for."""
+    with refusing(UNREADABLE, f"'{archive}' cannot be read as an .npz file"), archive.open("rb") as file:
+        arrays = np.load(file)
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array")
+        yield arrays
+
+
+def _class_numbers(name: str, labels: np.ndarray, path: epath.PathLike) -> Int[np.ndarray, "examples"]:
+    """The labels as int32, one for each image; MedMNIST's have a second axis of length 1."""
+    is_one_each = labels.ndim == 1 or (labels.ndim == 2 and labels.shape[1] == 1)
+    if not np.issubdtype(labels.dtype, np.integer) or not is_one_each:
+        raise InputError(
+            f"{name} of '{path}' must be the number of one class for each image, not {labels.dtype} "
+            f"{list(labels.shape)}."
+        )
+    if labels.size and not 0 <= labels.min() <= labels.max() <= LARGEST_LABEL:
+        raise InputError(
+            f"{name} of '{path}' must be from 0 to {LARGEST_LABEL:,}, not from {labels.min()} to {labels.max()}."
+        )
+    return labels.reshape(-1).astype(np.int32)
