@@ -154,7 +154,8 @@ def _start(trial: Trial, code: Path, core: int, lock: int) -> subprocess.Popen[b
     command = ["nice", "-n19", "taskset", "--cpu-list", str(core), sys.executable, "-m", "experiments.train_one"]
     command += [trial.study, trial.name, f"--workdir={folder}", f"--result={trial.result}"]
     # One thread each: threads of several runs on the same cores would slow each other down.
-    environment = {"JAX_PLATFORMS": "cpu"} | os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
+    environment = {"JAX_PLATFORMS": "cpu"} | os.environ | {"OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(code), os.environ.get("PYTHONPATH"))))
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
     with _log_file(trial).open("a") as log:
         return subprocess.Popen(
