@@ -6,7 +6,7 @@ docs/evidence.md is written by hand, except for the parts between `<!-- report: 
   STUDY                  the study's tables and its picture, docs/evidence_STUDY.png
   STUDY/ARM/accuracy     one figure for a sentence: the mean over seeds, with its standard deviation
   STUDY/ARM/difference   one figure for a sentence: the mean difference from the control, with its 95 % interval
-  STUDY/ARM-OTHER/difference   the same for a contrast that the study names
+  STUDY/ARM-OTHER/difference   the same for two arms
   STUDY/ARM/mask         how the arm's mask empties: a table and a picture, docs/evidence_STUDY_ARM_mask.png
 
 --check writes nothing, and fails if the page or a picture does not agree with the results.
@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -98,7 +99,7 @@ class Findings:
             texts[f"{self.name}/{arm}/accuracy"] = _accuracy(estimate(by_seed.values())) if by_seed else NONE_YET
             texts[f"{self.name}/{arm}/difference"] = _difference(self.difference(arm, self.study.control))
             texts[f"{self.name}/{arm}/mask"] = self._mask(arm)
-        for arm, other in self.study.contrasts:
+        for arm, other in itertools.permutations(self.chosen, 2):
             texts[f"{self.name}/{arm}-{other}/difference"] = _difference(self.difference(arm, other))
         return texts
 
@@ -110,11 +111,12 @@ class Findings:
         if not self.results:
             return "\n".join([*lines, f"No results yet: `python -m experiments.run {self.name}` makes them."])
         first = self.results[0]
+        machines = sorted({result["machine"] for result in self.results})
         lines += [
-            f"The runs come from commit {first['commit'][:12]}. Accuracies are of the inference form on the "
-            f"{first['images']:,} images of `{first['data']['test_split']}`, with the standard deviation over seeds; "
-            "parameters and MACs (an image) are of the inference form too; seconds are of training, on cores that "
-            "also had other work, so they do not compare.",
+            f"The runs come from commit {first['commit'][:12]}, on {' and '.join(machines)}. Accuracies are of the "
+            f"inference form on the {first['images']:,} images of `{first['data']['test_split']}`, with the standard "
+            "deviation over seeds; parameters and MACs (an image) are of the inference form too; seconds are of "
+            "training, beside other work, so they do not compare.",
             "",
             *markdown(ACCURACY_HEADER, self._accuracy_rows(), "l"),
             "",
@@ -187,15 +189,16 @@ class Findings:
         return [Picture(self.picture, self.results, self.figure), *masks]
 
     def figure(self) -> Figure:
-        """A dot for each seed and a bar for the mean, at the chosen rates."""
-        figure = Figure(figsize=(8, 4), layout="constrained")
+        """A row for each arm with results: a dot for each seed and a bar for the mean, at the chosen rates."""
+        found = {arm: list(by_seed.values()) for arm in self.chosen if (by_seed := self.accuracy(arm))}
+        figure = Figure(figsize=(8, 1.2 + 0.3 * len(found)), layout="constrained")
         axes = figure.subplots()
-        for place, arm in enumerate(self.chosen):
-            if values := list(self.accuracy(arm).values()):
-                axes.plot([place] * len(values), values, "o", color="tab:blue", alpha=0.6)
-                axes.plot(place, estimate(values).mean, "_", color="black", markersize=30)
-        axes.set_xticks(range(len(self.chosen)), list(self.chosen), rotation=20)
-        axes.set(title=self.name, ylabel="accuracy of the inference form (%)")
+        for place, values in enumerate(found.values()):
+            axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.6)
+            axes.plot(estimate(values).mean, place, "|", color="black", markersize=18)
+        axes.set_yticks(range(len(found)), list(found))
+        axes.invert_yaxis()  # the first arm on top, as in the tables
+        axes.set(title=self.name, xlabel="accuracy of the inference form (%)")
         axes.grid(alpha=0.3)
         return figure
 

@@ -24,6 +24,7 @@ def result(arm, rate, seed, accuracy, validation=0.5):
     return {
         **{"variant": arm, "learning_rate": rate, "seed": seed, "accuracy_inference_form": accuracy},
         **{"accuracy_validation": validation, "images": 10_000, "data": {"test_split": "test"}, "commit": 40 * "a"},
+        "machine": "a GPU",
         **{"parameters": 1234, "macs": 5_600_000, "steps": 70, "seconds": 100.0 + seed},
     }
 

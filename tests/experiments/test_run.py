@@ -211,3 +211,14 @@ def test_what_is_not_committed_or_unknown_is_not_run(repository, monkeypatch, re
         run.run("cifar10_pilot", jobs=1, only="nobody-*")
     with refuses("--jobs", "0"):
         run.run("cifar10_pilot", jobs=0)
+
+
+def test_a_copy_without_git_runs_its_own_code(repository, monkeypatch, refuses):
+    monkeypatch.setattr(run, "ROOT", repository)
+    origin = {"commit": "a", "code": run.code_hash("tiny", repository)}
+    shutil.rmtree(repository / ".git")
+    assert run.code_of("tiny", origin) == repository
+    with (repository / "castling_jax" / "errors.py").open("a") as file:
+        file.write("# changed\n")
+    with refuses("is not the code recorded"):
+        run.code_of("tiny", origin)
