@@ -15,7 +15,7 @@ tensorflow-cpu. An interrupted preparation starts anew, and leaves nothing behin
                      (apt-get install dataset-fashion-mnist), or --archives names a folder with its four .gz files, or
                      with the published ones. Takes half a minute, and 40 MB.
   folder:PATH        images in PATH/SPLIT/CLASS/ or PATH/CLASS/ need no preparing: the command checks and counts them.
-                     So it does with images:PATH, coco:ROOT, voc:ROOT and masks:ROOT.
+                     So it does with images:PATH, npz:FILE, coco:ROOT, voc:ROOT and masks:ROOT.
 
 examples:
   python -m castling_jax prepare fashion_mnist
