@@ -2,6 +2,7 @@
 # make format: ruff applies its fixes, formats the code, and lists the faults that it cannot fix.
 # make docs: builds the documentation site; make docs NOTEBOOKS=force executes all notebooks but 06 first, to show their outputs.
 # make faults: kills a run of two processes twenty times, and compares its parameters with those of an uninterrupted run.
+# make test TESTS=--first-parameters: each everyday test once; TESTS may be any argument of pytest.
 # Each target makes the virtual environment that it needs; PYTHON and VENV choose another.
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +20,7 @@ test: $(VENV)/dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -m "not slow"
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -m "not slow" $(TESTS)
 
 test-slow: $(VENV)/dev-installed
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -m slow

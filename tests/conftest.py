@@ -48,8 +48,19 @@ LONG |= {"test_detectors", "test_picodet", "test_sharding", "test_snippets", "te
 LONG |= {"test_zero_gradients"}
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--first-parameters", action="store_true", help="run each test with its first parameters only")
+
+
+def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.path.stem not in LONG)
+    if config.getoption("--first-parameters"):
+        firsts: dict[str, pytest.Item] = {}
+        for item in items:
+            firsts.setdefault(item.nodeid.partition("[")[0], item)
+        kept = set(firsts.values())
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = firsts.values()
 
 
 class Golden(dict):
