@@ -21,7 +21,8 @@ def as_path(path: str | os.PathLike, what: str = "a path") -> epath.Path:
       what: what the path leads to, used in the message.
 
     Raises:
-      InputError: it is neither text nor a path, it is empty, or it contains a null character.
+      InputError: it is neither text nor a path, it is empty, it contains a null character, or it is in another place
+        than this machine or a gs:// bucket.
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(text := os.fspath(path), str):
         raise InputError(f"{what} must be a text or a path, not {path!r}.")
@@ -29,6 +30,8 @@ def as_path(path: str | os.PathLike, what: str = "a path") -> epath.Path:
         raise InputError(f"{what} must not be empty; the current folder is '.'.")
     if "\0" in text:
         raise InputError(f"{what} must not hold a null character, as {text!r} does.")
+    if is_remote(text) and not text.startswith("gs://"):
+        raise InputError(f"{what} must be on this machine or in a bucket (gs://), not {text!r}.")
     # os.path leaves the ~NAME of an unknown user as it is, where pathlib raises.
     return epath.Path(text if is_remote(text) else os.path.expanduser(text))  # noqa: PTH111
 

@@ -98,7 +98,7 @@ def code_of(name: str, origin: dict[str, str]) -> Path:
     A copy of a checkout without .git, as on a borrowed machine, is that folder itself.
 
     Raises:
-      InputError: the commit is not in this repository, or its code is not the recorded code.
+      InputError: the commit is not in this repository, or the code is not the recorded code.
     """
     has_git = (ROOT / ".git").exists()
     folder = RUNS / name / "code" if has_git else ROOT
@@ -111,7 +111,9 @@ def code_of(name: str, origin: dict[str, str]) -> Path:
         _git("worktree", "add", "--detach", str(folder), origin["commit"])
         (folder / DATA).symlink_to(ROOT / DATA)
     if code_hash(name, folder) != origin["code"]:
-        raise InputError(f"commit {origin['commit']} is not the code recorded in '{RESULTS / name / ORIGIN_FILE}'.")
+        raise InputError(
+            f"'{folder}' is not the code of commit {origin['commit']} that '{RESULTS / name / ORIGIN_FILE}' records."
+        )
     return folder
 
 

@@ -52,6 +52,7 @@ def pytest_addoption(parser):
     parser.addoption("--first-parameters", action="store_true", help="run each test with its first parameters only")
 
 
+@pytest.hookimpl(trylast=True)  # after pytest's own choice, by -m
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.path.stem not in LONG)
     if config.getoption("--first-parameters"):

@@ -20,7 +20,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
 # Paths
 
 
-@pytest.mark.parametrize("path", [None, 3, b"runs", ["runs"], "", "a\0b"])
+@pytest.mark.parametrize("path", [None, 3, b"runs", ["runs"], "", "a\0b", "http://a/b", "s3://a/b"])
 def test_what_is_no_path(refuses, path):
     with refuses("a path must"):
         as_path(path)

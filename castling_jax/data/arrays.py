@@ -7,8 +7,6 @@ SPLIT_labels, such as train_images and train_labels.
 import contextlib
 import dataclasses
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,8 +19,6 @@ from castling_jax.errors import InputError, check_known, refusing
 from castling_jax.storage import as_path
 
 IMAGES, LABELS = "_images", "_labels"  # what follows a split's name in an archive
-# Raised by NumPy and zipfile for files that are missing, cut off, damaged, or hold Python objects.
-UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
 LARGEST_LABEL = 2**15  # a larger one is an identifier, not a class
 
 
@@ -56,7 +52,9 @@ class ArrayDataset:
         return f"image {index}"
 
     def contents(self) -> dict[str, str]:
-        return {"images and labels": hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()}
+        digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        digest.update(np.ascontiguousarray(self.labels).data)
+        return {"images and labels": digest.hexdigest()}
 
 
 def npz_splits(path: epath.PathLike) -> list[str]:
@@ -69,7 +67,7 @@ def npz_splits(path: epath.PathLike) -> list[str]:
     with _reading(archive) as arrays:
         names = list(arrays)
     splits = [name.removesuffix(IMAGES) for name in names if name.endswith(IMAGES)]
-    splits = [split for split in splits if split + LABELS in names]
+    splits = [split for split in splits if split and split + LABELS in names]
     if not splits:
         raise InputError(f"'{archive}' must hold arrays train_images and train_labels, but it holds {names}.")
     return splits
@@ -94,33 +92,39 @@ def npz(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) 
     if classes is None:
         check_known(f"split of '{path}'", "train", splits)  # whose labels say how many classes there are
     with _reading(as_path(path)) as arrays:
-        images = arrays[name + IMAGES]
-        labels = {key: arrays[key + LABELS] for key in {name, *(["train"] if classes is None else [])}}
+        images = np.asarray(arrays[name + IMAGES])  # NumPy gives bytes for a file in the archive that is no array
+        labels = {key: np.asarray(arrays[key + LABELS]) for key in {name, *(["train"] if classes is None else [])}}
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
         raise InputError(
             f"{name}{IMAGES} of '{path}' must be uint8 [images, height, width], or with 1 or 3 channels, not "
             f"{images.dtype} {list(images.shape)}."
         )
+    if not images.size:
+        raise InputError(f"{name}{IMAGES} of '{path}' holds no pixels: its shape is {list(images.shape)}.")
     numbers = {key: _class_numbers(key + LABELS, values, path) for key, values in labels.items()}
     if len(numbers[name]) != len(images):
         raise InputError(f"'{path}' has {len(images):,} {name}{IMAGES}, but {len(numbers[name]):,} {name}{LABELS}.")
-    num_classes = int(numbers["train"].max(initial=-1)) + 1 if classes is None else len(classes)
-    if len(images) and numbers[name].max() >= num_classes:
+    num_classes = int(numbers["train"].max()) + 1 if classes is None else len(classes)
+    if numbers[name].max() >= num_classes:
         raise InputError(
-            f"{name}{LABELS} of '{path}' has the class {numbers[name].max()}, but the classes end at {num_classes - 1}."
+            f"{name}{LABELS} of '{path}' has the class {numbers[name].max()}, but there are {num_classes}."
         )
     kept = choose(numbers[name], percent, is_held_out)
     if not len(kept):
-        raise InputError(f"the split {split!r} of '{path}' holds no images.")
-    if percent:
+        raise InputError(
+            f"the split {split!r} of '{path}' holds no images: each class of {name} has too few to hold out "
+            f"{percent} % of them, so give another config.dataset.eval_split."
+        )
+    if percent is not None:
         images, numbers[name] = images[kept], numbers[name][kept]
-    return ArrayDataset(images.reshape(*images.shape[:3], -1), numbers[name], num_classes)
+    return ArrayDataset(images if images.ndim == 4 else images[..., None], numbers[name], num_classes)
 
 
 @contextlib.contextmanager
 def _reading(archive: epath.Path) -> Iterator[np.lib.npyio.NpzFile]:
-    """Opens an archive; its arrays are read when they are asked for."""
-    with refusing(UNREADABLE, f"'{archive}' cannot be read as an .npz file"), archive.open("rb") as file:
+    """Opens an archive; its arrays are read when they are asked for, inside the block."""
+    # NumPy's readers and zipfile's raise all kinds for files that are missing, damaged or of another format.
+    with refusing(Exception, f"'{archive}' cannot be read as an .npz file"), archive.open("rb") as file:
         arrays = np.load(file)
         if not isinstance(arrays, np.lib.npyio.NpzFile):
             raise ValueError("it holds a single array")
@@ -130,12 +134,12 @@ def _reading(archive: epath.Path) -> Iterator[np.lib.npyio.NpzFile]:
 def _class_numbers(name: str, labels: np.ndarray, path: epath.PathLike) -> Int[np.ndarray, "examples"]:
     """The labels as int32, one for each image; MedMNIST's have a second axis of length 1."""
     is_one_each = labels.ndim == 1 or (labels.ndim == 2 and labels.shape[1] == 1)
-    if not np.issubdtype(labels.dtype, np.integer) or not is_one_each:
+    if labels.dtype.kind not in "iu" or not is_one_each or not labels.size:
         raise InputError(
             f"{name} of '{path}' must be the number of one class for each image, not {labels.dtype} "
             f"{list(labels.shape)}."
         )
-    if labels.size and not 0 <= labels.min() <= labels.max() <= LARGEST_LABEL:
+    if not 0 <= labels.min() <= labels.max() <= LARGEST_LABEL:
         raise InputError(
             f"{name} of '{path}' must be from 0 to {LARGEST_LABEL:,}, not from {labels.min()} to {labels.max()}."
         )

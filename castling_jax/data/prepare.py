@@ -272,16 +272,17 @@ def _describe_arrays(name: str) -> str:
       InputError: as `npz` does.
     """
     path = str(path_of(name))
+    train = npz(path, "train")
     lines = []
     for split in npz_splits(path):
-        dataset = npz(path, split)
+        dataset = train if split == "train" else npz(path, split, train.classes)
         height, width = dataset.images.shape[1:3]
         lines.append(f"  {printable(split)}: {len(dataset):,} images of {width} x {height} pixels")
     train_split, eval_split = find_splits(name)
-    size = _usual_size(dataset)
+    size = _usual_size(train)
     return "\n".join(
         [
-            f"{path}: {dataset.num_classes} classes",
+            f"{path}: {train.num_classes} classes",
             *lines,
             f"To train on {train_split} and evaluate on {eval_split}, with images of {size} x {size} pixels:",
             f"  python main.py --config=folder:{size} --config.dataset.name={shlex.quote(name)}",

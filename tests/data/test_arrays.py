@@ -1,4 +1,5 @@
 import io
+import zipfile
 
 import numpy as np
 import pytest
@@ -81,8 +82,16 @@ def test_a_models_classes_stand_in_for_those_of_train(archive):
         ({"test_labels": np.ones((4, 14), int)}, "test", ("number of one class", "[4, 14]")),
         ({"test_labels": np.ones(4)}, "test", ("number of one class", "float64")),
         ({"test_labels": np.array([0, 1, -1, 2])}, "test", ("from 0 to 32,768, not from -1 to 2",)),
-        ({"test_labels": np.array([0, 1, 4, 2])}, "test", ("has the class 4, but the classes end at 3",)),
-        ({"test_images": images_of(0, 6, 5, 3), "test_labels": np.zeros(0, int)}, "test", ("holds no images",)),
+        ({"test_labels": np.array([0, 1, 4, 2])}, "test", ("has the class 4, but there are 4",)),
+        (
+            {"test_images": images_of(0, 6, 5, 3), "test_labels": np.zeros(0, int)},
+            "test",
+            ("no pixels", "[0, 6, 5, 3]"),
+        ),
+        ({"test_images": images_of(4, 0, 5)}, "test", ("no pixels", "[4, 0, 5]")),
+        ({"train_labels": np.zeros(0, int)}, "test", ("train_labels", "one class for each image, not int64 [0]")),
+        ({"test_labels": np.arange(4).astype("m8[s]")}, "test", ("test_labels", "timedelta64")),
+        ({"train_labels": np.arange(8)}, "10% of train", ("holds no images", "has too few to hold out")),
         ({"test_images": np.array([None])}, "test", ("cannot be read as an .npz file",)),
     ],
 )
@@ -101,6 +110,20 @@ def test_files_that_are_no_archive(tmp_path, refuses, content):
         load_dataset(f"npz:{path}", "train")
 
 
+def test_a_file_in_an_archive_that_is_no_array(archive, refuses):
+    path = archive(test_images=None)
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("test_images.npy", b"text")
+    with refuses("test_images", "must be uint8"):
+        load_dataset(f"npz:{path}", "test")
+
+
+def test_a_split_needs_a_name(archive, refuses):
+    path = archive(**dict.fromkeys([f"{split}_images" for split in ("train", "val", "test")]), _images=0, _labels=0)
+    with refuses("must hold arrays train_images"):
+        find_splits(f"npz:{path}")
+
+
 def test_an_npy_file_is_no_archive(tmp_path, refuses):
     np.save(tmp_path / "cells.npy", np.zeros(3))
     with refuses("cannot be read as an .npz file"):
@@ -108,9 +131,10 @@ def test_an_npy_file_is_no_archive(tmp_path, refuses):
 
 
 def test_prepare_counts_the_images_and_names_the_command(archive):
-    lines = prepare(f"npz:{archive()}").splitlines()
+    lines = prepare(f"npz:{archive(val_images=images_of(4, 3, 3))}").splitlines()
     assert lines[0].endswith("cells.npz: 4 classes")
     assert lines[1] == "  train: 8 images of 5 x 6 pixels"
+    assert lines[2] == "  val: 4 images of 3 x 3 pixels"
     assert "--config=folder:5" in lines[-1] and "npz:" in lines[-1]
 
 

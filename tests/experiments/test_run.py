@@ -220,5 +220,5 @@ def test_a_copy_without_git_runs_its_own_code(repository, monkeypatch, refuses):
     assert run.code_of("tiny", origin) == repository
     with (repository / "castling_jax" / "errors.py").open("a") as file:
         file.write("# changed\n")
-    with refuses("is not the code recorded"):
+    with refuses("is not the code of commit a"):
         run.code_of("tiny", origin)

@@ -99,11 +99,12 @@ class EvalTransform:
         Raises:
           InputError: image or mask cannot be decoded, or `read_labels` refuses the mask.
         """
-        image, options = opened(example["image"]), self.preprocessing
-        size = size_of(image, options)
+        options = self.preprocessing
+        size = size_of(example["image"], options)
         windows = windows_of(size, options)
         views = [View(window, options.shape) for window in windows]
-        seen = [example_image(view.image(image, options), options) for view in views]
+        # Each window opens the image anew, because reading its pixels may change what Pillow says of its orientation.
+        seen = [example_image(view.image(example["image"], options), options) for view in views]
         lacking = max(self.most_windows - len(windows), 0)
         rows, _ = self.mask_size or size
         windows += [(rows + 1, 0, 1, 1)] * lacking

@@ -1,8 +1,13 @@
 """Windows cover an image evenly, and their logits are joined to a mean at each of its pixels."""
 
+import dataclasses
+import io
+import zlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 from castling_jax.preprocessing import Preprocessing
 from castling_jax.tasks.segmentation.transforms import EvalTransform, TrainTransform
@@ -52,6 +57,23 @@ def test_windows_cover_the_image_and_overlap(size):
         assert len(starts) == 1 or np.ptp(steps) <= 1
         # One window less would not do.
         assert (len(starts) - 2) * 2 / 3 * length < size[axis] - length or len(starts) == 1
+
+
+def test_all_windows_show_the_image_the_same_way_up():
+    """A PNG may state its orientation behind the pixels; Pillow then knows it only once it has read them."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (16, 60, 3), np.uint8)
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(pixels).save(file, "png")
+    content, chunk = file.getvalue(), b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    end = content.index(b"IEND") - 4  # a chunk is its length, its name with its data, and their checksum
+    chunk = (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    example = example_of(labels((16, 60))) | {"image": content[:end] + chunk + content[end:]}
+    seen = EvalTransform(dataclasses.replace(SLIDE, exif=True))(example)
+    assert len(seen["image"]) > 1
+    for image, (top, left, height, width) in zip(seen["image"], seen["windows"].astype(int), strict=True):
+        np.testing.assert_array_equal(image, pixels[top : top + height, left : left + width])
 
 
 @pytest.mark.parametrize("preprocessing", [SQUASH, SLIDE], ids=["squash", "slide"])
