@@ -44,7 +44,7 @@ class ArrayDataset:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = self.images[index]
-        if image.shape[2] == 1:
+        if image.shape[2] == 1:  # here, not in the archive's array, which would take three times the memory
             image = np.broadcast_to(image, (*image.shape[:2], 3))
         return {"image": image, "label": int(self.labels[index])}
 
@@ -104,6 +104,7 @@ def npz(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) 
     numbers = {key: _class_numbers(key + LABELS, values, path) for key, values in labels.items()}
     if len(numbers[name]) != len(images):
         raise InputError(f"'{path}' has {len(images):,} {name}{IMAGES}, but {len(numbers[name]):,} {name}{LABELS}.")
+    # A class that train lacks cannot be learned, so train's labels say how many there are.
     num_classes = int(numbers["train"].max()) + 1 if classes is None else len(classes)
     if numbers[name].max() >= num_classes:
         raise InputError(
@@ -115,7 +116,7 @@ def npz(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) 
             f"the split {split!r} of '{path}' holds no images: each class of {name} has too few to hold out "
             f"{percent} % of them, so give another config.dataset.eval_split."
         )
-    if percent is not None:
+    if percent is not None:  # a whole split stays the archive's own array: choosing all rows would copy them
         images, numbers[name] = images[kept], numbers[name][kept]
     return ArrayDataset(images if images.ndim == 4 else images[..., None], numbers[name], num_classes)
 
