@@ -105,6 +105,7 @@ def test_predictions_are_boxes_in_pixels_of_the_image(folder, photographs):
     assert castling_jax.predict(folder, files[-1], score_threshold=limit, top=2)[0] == likely[:2]
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_cocos_results_and_a_picture(folder, photographs, tmp_path, capsys):
     out = {name: str(tmp_path / name) for name in ("boxes.csv", "boxes.json", "boxes.png")}
     flags = [f"--csv={out['boxes.csv']}", f"--json={out['boxes.json']}", f"--sheet={out['boxes.png']}"]
@@ -217,6 +218,7 @@ def test_a_detector_starts_from_a_classifier(tmp_path, backbone):
     assert any(not np.array_equal(necks[0][path], necks[1][path]) for path in necks[0])
 
 
+@pytest.mark.slow
 def test_a_run_of_another_backbone_is_named(tmp_path, refuses):
     run = write_run(tmp_path / "run", small.small_levit(image_size=32, distilled=True, num_classes=2))
     with refuses(f"'{run}', a levit_128s: the state dict does not fit deit_micro"):

@@ -46,6 +46,7 @@ def expected(weights, files):
         yield shares / shares.sum()
 
 
+@pytest.mark.slow
 def test_a_folder_gives_the_evaluations_numbers_in_sorted_order(weights, images):
     files = sorted(images.rglob("*.png"))
     answers = predict(weights, images, top=3)
@@ -56,6 +57,7 @@ def test_a_folder_gives_the_evaluations_numbers_in_sorted_order(weights, images)
         np.testing.assert_allclose([share for _, share in answer], np.sort(probabilities)[::-1][:3], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_images_of_every_kind_are_the_same(weights, images):
     files = sorted(images.rglob("*.png"))[:2]
     whole = predict(weights, files)

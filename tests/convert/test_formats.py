@@ -60,6 +60,7 @@ def test_a_runs_checkpoint_is_read_bit_by_bit(version):
     assert parameters_sha256(raw.variables["params"]) == summary_of(folder)["parameters_sha256"]
 
 
+@pytest.mark.slow
 def test_inference_folders_hold_the_runs_variables_switched(version):
     _, folder = version
     expected = jax.tree.map(np.asarray, to_inference(read(folder / "run").variables))

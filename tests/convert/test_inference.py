@@ -310,6 +310,7 @@ def test_heads_that_cannot_be_averaged_are_refused(refuses):
             to_inference({"params": params})
 
 
+@pytest.mark.slow
 def test_in_bfloat16_a_levits_forms_differ_by_its_rounding():
     # Some twenty products, one after another, are rounded to 8 bits in either form: 2^-8 each, of logits of order one.
     model = small.small_levit(dtype=jnp.bfloat16)

@@ -76,6 +76,7 @@ def test_an_export_says_what_evaluation_does_and_gives_its_logits(tmp_path, mode
         np.testing.assert_array_equal(logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "format", [form if form == "stablehlo" else pytest.param(form, marks=pytest.mark.slow) for form in PAYLOADS]
 )

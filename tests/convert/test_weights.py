@@ -48,6 +48,7 @@ def contents(folder):
 # A run and its checkpoints
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoint_or_the_one_named_is_read_and_nothing_touched(run, model):
     before = contents(run)
     named = [(run, None, 10), (run, 2, 2), (str(run), 10, 10), (run / "checkpoints/10", None, 10)]
@@ -130,6 +131,7 @@ def test_other_arrays_than_were_saved_are_noticed(refuses, run, tmp_path):
         read(copy)
 
 
+@pytest.mark.slow
 def test_the_moving_average_is_read_where_there_is_one(refuses, run, tmp_path, model):
     with refuses("checkpoints/10", "no moving average"):
         read(run, ema=True)

@@ -103,6 +103,7 @@ def test_an_arm_starts_from_a_run_that_is_trained_once(tmp_path, monkeypatch, is
         assert train_one.train_one(own, tmp_path / own.name)["seconds"] == result["start_seconds"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", study_names())
 def test_a_studys_models_can_be_made_and_its_test_split_is_no_other(name):
     study = load_study(name)

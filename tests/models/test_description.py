@@ -33,6 +33,7 @@ def test_every_part_has_a_name():
     assert list(description.PART_NAMES) == [*parts(), OTHER]
 
 
+@pytest.mark.slow
 def test_the_command_shows_three_tables(monkeypatch, capsys):
     text = run(monkeypatch, capsys, "deit_micro", "--num_classes", "10", "--set", "depth=2", "--form", "inference")
     assert text.startswith("deit_micro, 8 x 8 pixels, 10 classes, depth=2\n")

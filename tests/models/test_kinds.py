@@ -105,6 +105,7 @@ def test_a_registered_attention_computes_its_function_and_the_taps():
     assert float(density) == 0
 
 
+@pytest.mark.slow
 def test_a_registered_attention_is_counted_and_described():
     register_both()
     model = small.small_model(attention="cosine", depth=1)

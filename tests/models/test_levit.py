@@ -49,6 +49,7 @@ def assert_close(out, expected, rounding):
     np.testing.assert_allclose(out, expected, rtol=0, atol=rounding * np.max(np.abs(expected)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attention", "token_conv"), VARIANTS)
 def test_float32_agrees_with_the_float64_reference_on_odd_grids(attention, token_conv):
     model = small.small_levit(attention=attention, token_conv=token_conv, distilled=token_conv == "2d")

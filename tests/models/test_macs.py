@@ -21,6 +21,7 @@ def test_softmax_models_have_the_published_macs_and_activations(name, macs, acti
     assert cost.activations == pytest.approx(activations, abs=0.006e6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "macs", "activations"),
     [

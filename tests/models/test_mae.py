@@ -162,6 +162,7 @@ def test_taps_over_the_grid_read_the_patches_own_neighbours():
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_draws_its_mask_from_its_key():
     model = small_mae("castling")
     variables = random_variables(model)
@@ -177,6 +178,7 @@ def test_a_step_draws_its_mask_from_its_key():
     assert (other != fixed[0]).any()
 
 
+@pytest.mark.slow
 def test_an_evaluations_masks_do_not_depend_on_the_size_of_its_batches():
     """Two batches of 16 images, and one of 32."""
     model = small_mae("castling")

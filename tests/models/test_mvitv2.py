@@ -417,6 +417,7 @@ def test_the_strides_of_keys_follow_those_of_queries():
     assert strides == [(1, 4), (2, 2), (1, 2), (2, 1), *[(1, 1)] * 4, (2, 1), (1, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "published", "positions"),
     [

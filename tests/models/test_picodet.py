@@ -244,6 +244,7 @@ def test_the_macs_of_neck_and_head():
     assert costs["head"].macs == (2 * dp(96) + 96 * 112) * (p3 + p4 + p5 + p6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "size", "points", "layers"),
     [(LEVIT, 416, 3598, 5), ("deit_micro", 320, 2125, 1), ("mvitv2_tiny", (160, 192), POINTS, 4)],
@@ -329,6 +330,7 @@ def test_the_switch_gives_the_same_boxes(backbone, neck):
     assert report["max_difference"] == pytest.approx(max(boxes / 192, scores), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_switch_is_checked():
     model = small_picodet("deit_micro", neck="csp_pan", image_size=160)
     images = small.random_images(batch=1, height=160, width=160)
@@ -337,6 +339,7 @@ def test_the_switch_is_checked():
     assert report["densities"].shape == (1,)
 
 
+@pytest.mark.slow
 def test_a_detector_is_written_and_read(tmp_path):
     model = small_picodet(neck="csp_pan")
     variables = small.random_variables(model)

@@ -176,6 +176,7 @@ def test_a_square_has_one_name():
     assert abstract_model("deit_micro", image_size=(12, 12)).spec == abstract_model("deit_micro", image_size=12).spec
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deit_micro", "levit_128s", "mvitv2_tiny"])
 def test_feature_maps_are_known_before_they_are_computed(name):
     sizes = {"deit_micro": small.small_model, "levit_128s": small.small_levit, "mvitv2_tiny": small.small_mvit}

@@ -305,6 +305,7 @@ def test_gradients_with_remat_are_the_same(kind):
         np.testing.assert_allclose(again[path], gradient, rtol=0, atol=1e-5 * np.max(np.abs(gradient)), err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RIVALS)
 def test_the_switch_returns_the_same_arrays(kind):
     model, inference = (rival(kind, form=form, distilled=True) for form in ("train", "inference"))

@@ -130,6 +130,7 @@ def test_without_taps_the_output_has_unit_length():
     chex.assert_trees_all_close(lengths, jnp.ones_like(lengths), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]])
 def test_an_activation_is_of_the_whole_output(shape, implementation):

@@ -96,6 +96,7 @@ def test_bfloat16_within_its_rounding():
     test_tpu.assert_close(found, expected, test_tpu.BFLOAT16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", "auto"])
 @pytest.mark.parametrize("threshold", [None, 0.02])
 def test_without_kernels_the_arrays_are_normalised_before(implementation, threshold):

@@ -151,6 +151,7 @@ def test_the_gradient_in_parts_is_jaxs_of_the_convolution(sizes, taps, strides):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "taps", "stride", "dtype"),
     [

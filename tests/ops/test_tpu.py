@@ -378,6 +378,7 @@ def test_a_gpu_is_refused(refuses, monkeypatch):
         ops.masked_softmax_attention(q, k, v, mask_threshold=0.1, implementation="pallas")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "shape", "prefix_tokens"),
     [

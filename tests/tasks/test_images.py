@@ -198,6 +198,7 @@ def detection():
 SLOW = [pytest.param(make, marks=pytest.mark.slow) for make in (classification, reconstruction, segmentation)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [*SLOW, detection])
 def test_a_step_from_pixels_is_the_step_from_normalised_floats(make, monkeypatch):
     model, task, batch = make()
@@ -259,6 +260,7 @@ class OnTheHost:
         return result | {"image": normalize_images(result["image"], self.preprocessing)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [labelled, unlabelled, masked, boxed])
 def test_an_evaluation_of_pixels_is_the_one_of_normalised_floats(make, tmp_path, monkeypatch):
     model, task, dataset, preprocessing, apply = make(tmp_path)

@@ -84,6 +84,7 @@ def sheet_of(folder, augment, *arguments):
         return np.asarray(picture.convert("RGB"))
 
 
+@pytest.mark.slow
 def test_contact_sheet_shows_single_images_and_mixed_batches(tmp_path, monkeypatch, capsys):
     shown = []
     show = contact_sheet._show

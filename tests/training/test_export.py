@@ -70,6 +70,7 @@ def refusal(monkeypatch, *arguments):
     return message
 
 
+@pytest.mark.slow
 def test_what_becomes_of_every_parameter_is_told(levit, tmp_path, monkeypatch, capsys):
     folder, _, variables = levit
     run(monkeypatch, folder, tmp_path / "out")
@@ -92,6 +93,7 @@ def test_what_becomes_of_every_parameter_is_told(levit, tmp_path, monkeypatch, c
     chex.assert_trees_all_close(load_inference(tmp_path / "out")[1], to_inference(variables), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAYLOADS)
 def test_a_checked_conversion_in_each_format(deit, tmp_path, monkeypatch, capsys, name):
     folder, _, variables = deit

@@ -117,6 +117,7 @@ def test_the_kernels_of_each_family_are_found():
     assert not calls_of("deit_tiny", depth=1, attention="softmax")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [pytest.param("levit_128s", {"depth": (1, 1, 1)}, marks=pytest.mark.slow), ("mvitv2_tiny", {"depths": (1, 1)})],

@@ -93,6 +93,7 @@ def test_drop_path_draws_anew_each_step():
     assert len(set(losses)) > 1
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_whole_batch():
     _, state, whole = setup()
     _, same, parts = setup({"accumulate_steps": 3})

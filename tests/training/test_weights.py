@@ -64,6 +64,7 @@ def test_a_teacher_of_other_classes_is_said(refuses, tmp_path):
         read_teacher(tmp_path / "weights.safetensors", "levit_128s", student)
 
 
+@pytest.mark.slow
 def test_a_teacher_is_a_run_an_inference_folder_or_timms_weights(refuses, run, tmp_path, model):
     variables = small.random_variables(model, seed=10)  # of the run's newest checkpoint
     expected = to_inference(variables)
@@ -141,6 +142,7 @@ def check_same(started, weights, *, but=()):
             np.testing.assert_array_equal(leaf, weights[path], err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_castling_model_starts_from_a_softmax_one_for_the_same_task(segmenter, mae):
     for path, model in ((segmenter, SEGMENTER), (mae, MAE)):
         started, weights = start(path, **model), flatten(read(path).variables)
@@ -148,6 +150,7 @@ def test_a_castling_model_starts_from_a_softmax_one_for_the_same_task(segmenter,
         check_same(started, weights, but=["decoder_pos_embed"])  # fixed, and not random as in this run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
@@ -194,6 +197,7 @@ def test_positions_of_as_many_patches_on_another_grid_are_resized(mae):
     chex.assert_trees_all_close(started, resize_position_embedding(positions, (6, 8), (8, 6), 1), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_segmenters_backbone_starts_other_models(segmenter):
     weights = flatten(read(segmenter).variables)
     for model in (DETECTOR, MAE, {"name": "deit_micro", "image_size": 32, **SIZES}):
@@ -206,6 +210,7 @@ def test_a_segmenters_backbone_starts_other_models(segmenter):
             np.testing.assert_array_equal(started[path], theirs, err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_head_of_other_sizes_is_said_and_starts_anew_where_asked(refuses, segmenter, mae):
     wide = SEGMENTER | {"head_channels": 16}
     with refuses(
@@ -230,6 +235,7 @@ def test_a_head_of_other_sizes_is_said_and_starts_anew_where_asked(refuses, segm
     check_same(old, weights, but=["decoder_pos_embed"])
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_is_told_by_its_cause(refuses, segmenter, mae, tmp_path):
     levit = {"name": "pyramid_segmenter", "image_size": 64, "head_channels": 8, "backbone": "levit_128s"}
     with refuses(

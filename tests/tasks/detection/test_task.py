@@ -90,6 +90,7 @@ def golden_loss(assigner, *, shift=0.0, **changes):
     return loss_and_gradients(task(legacy=assigner == "simota"), predicted, fixed, batch, jnp.int32(step))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("assigner", SUFFIX)
 def test_the_loss_and_its_gradients_are_the_golden_ones(assigner):
     file, suffix = golden_file(assigner), SUFFIX[assigner]

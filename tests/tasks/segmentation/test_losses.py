@@ -54,6 +54,7 @@ def test_dice_is_over_the_pixels_that_have_a_class():
     np.testing.assert_allclose(soft_dice_loss(certain, jnp.asarray(LABELS)), 0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "reference"),
     [

@@ -111,6 +111,7 @@ def counted_by_hand(dataset, form, indices=range(4), preprocessing=PREPROCESSING
     return both, either, right, pixels, loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crop_mode", ["squash", "slide"])
 def test_figures_are_those_of_a_count_by_hand(tmp_path, evaluate, crop_mode):
     dataset = load_dataset(f"masks:{write_masks(tmp_path)}", "train", ignore_label=VOID)
