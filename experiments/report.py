@@ -301,9 +301,12 @@ def fill(page: str, texts: dict[str, str], names: Iterable[str]) -> str:
     """Puts the texts of its keys into the page.
 
     Raises:
-      InputError: a key is unknown, or a study has no place in the page.
+      InputError: a key is unknown, a mark is broken, or a study has no place in the page.
     """
     keys = [key for _, key, _, _ in MARKED.findall(page)]
+    # A mark that an editor broke over two lines would swallow the text up to the next one.
+    if any(len(re.findall(rf"<!--\s+{word}", page)) != len(keys) for word in ("report:", "end")):
+        raise InputError(f"'{PAGE.name}' has a mark that is no '<!-- report: KEY -->' or '<!-- end -->' on one line.")
     for key in keys:
         check_known("key", key, texts)
     for name in names:

@@ -157,6 +157,9 @@ def test_a_page_is_filled_between_its_marks_alone(refuses):
         fill(page, {"s": "table"}, ["s"])
     with refuses("no place for t", "<!-- report: t -->"):
         fill(page, {"s": "table", "s/a/accuracy": "7", "t": "table"}, ["s", "t"])
+    for broken in (page.replace("<!-- end -->", "<!--\nend -->", 1), page.replace("report: s ", "report:\ns ")):
+        with refuses("a mark that is no"):
+            fill(broken, {"s": "table", "s/a/accuracy": "7"}, ["s"])
 
 
 def test_the_overview_shows_three_lines_and_the_controls_with_seeds():
