@@ -3,7 +3,7 @@
 The archive holds train/CLASS/*.jpg and test/CLASS/*.jpg. In each class of train, every tenth image by name, from the
 first on, moves to val: train keeps 45,000 images, and val gets 5,000.
 
-cifar10.npz holds the same images in the same order, already decoded: to read the files takes two to three times as long.
+cifar10.npz holds the same images in the same order, decoded: reading the files takes two to three times as long.
 """
 
 import argparse
