@@ -7,7 +7,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
+from types import TracebackType, UnionType
 from typing import ParamSpec, TypeVar
 
 from castling_jax.suggestions import group_of, suggest
@@ -90,7 +90,7 @@ def check_between(name: str, value: float, low: float, high: float) -> None:
     check(low <= value <= high, f"{name} must be from {low} to {high}, not {value}.")
 
 
-def takes(**kinds: tuple[type, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def takes(**kinds: tuple[type | UnionType, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates a public function so that it refuses arguments of the wrong type, such as two swapped arguments.
 
     Args:

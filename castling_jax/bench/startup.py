@@ -14,7 +14,15 @@ STARTS = ("first start", "second start")  # the second one finds the compilation
 
 
 def measure_starts(config: str, repeats: int) -> dict[str, dict[str, float]]:
-    """{start: {part: CPU seconds of all threads, the least of the repeats}}, of a configuration, by its name."""
+    """{start: {part: CPU seconds of all threads, the least of the repeats}}, of a configuration, by its name.
+
+    Raises:
+      InputError: the configuration is unknown, or its training cannot be set up.
+    """
+    from castling_jax.training.config_files import load_config
+    from castling_jax.training.setup import set_up
+
+    set_up(load_config(config))  # what is wrong is said here, before processes start whose errors nobody sees
     measured: dict[str, list[dict[str, float]]] = {start: [] for start in STARTS}
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:

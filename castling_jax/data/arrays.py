@@ -86,7 +86,7 @@ def npz(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) 
       InputError: as `npz_splits` does; the split is unknown or empty; images are not uint8 [examples, height, width] or
         [examples, height, width, 1 or 3]; or labels are not one number of a class for each image.
     """
-    name, percent, is_held_out = parse_split(split)
+    name, *_ = parse_split(split)
     splits = npz_splits(path)
     check_known(f"split of '{path}'", name, splits)
     if classes is None:
@@ -110,13 +110,8 @@ def npz(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) 
         raise InputError(
             f"{name}{LABELS} of '{path}' has the class {numbers[name].max()}, but there are {num_classes}."
         )
-    kept = choose(numbers[name], percent, is_held_out)
-    if not len(kept):
-        raise InputError(
-            f"the split {split!r} of '{path}' holds no images: each class of {name} has too few to hold out "
-            f"{percent} % of them, so give another config.dataset.eval_split."
-        )
-    if percent is not None:  # a whole split stays the archive's own array: choosing all rows would copy them
+    kept = choose(numbers[name], split, path)
+    if len(kept) < len(images):  # a whole split stays the archive's own array: choosing all rows would copy them
         images, numbers[name] = images[kept], numbers[name][kept]
     return ArrayDataset(images if images.ndim == 4 else images[..., None], numbers[name], num_classes)
 

@@ -50,7 +50,7 @@ def coco(path: epath.PathLike, split: str, classes: Sequence[str] | None = None)
         not allowed; or no image is where the file says.
     """
     root = as_path(path, "the folder of a data set")
-    name, percent, is_held_out = parse_split(split)
+    name, *_ = parse_split(split)
     check_known(f"split of '{root}'", name, coco_splits(path))
     file = root / "annotations" / f"instances_{name}.json"
     with refusing((OSError, ValueError, RecursionError), f"'{file}' is damaged"):
@@ -70,7 +70,7 @@ def coco(path: epath.PathLike, split: str, classes: Sequence[str] | None = None)
 
     listed = [_image(image, file) for image in images.values()]
     # `choose` draws a share from each class of images. Images with boxes have no class, so all count as class 0.
-    chosen = [listed[index] for index in choose(np.zeros(len(listed), np.int32), percent, is_held_out)]
+    chosen = [listed[index] for index in choose(np.zeros(len(listed), np.int32), split, root)]
     index_of = {image_id: index for index, (_, image_id, _) in enumerate(chosen)}
     rows = [_row(annotation, place, file) for place, annotation in enumerate(annotations)]
     for kind, known in (("image_id", images), ("category_id", categories)):
@@ -78,8 +78,6 @@ def coco(path: epath.PathLike, split: str, classes: Sequence[str] | None = None)
             value = annotation.get(kind)
             if type(value) not in (int, float, str) or value not in known:
                 raise _wrong("annotation", annotation, kind, "one that the file lists", file, place)
-    if not chosen:
-        raise InputError(f"the split {split!r} of '{root}' holds no images.")
     return box_dataset(
         root / name,
         chosen,

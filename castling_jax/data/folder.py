@@ -145,7 +145,7 @@ def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = Non
     """
     splits = folder_splits(path)
     root = as_path(path)
-    name, percent, is_held_out = parse_split(split)
+    name, *_ = parse_split(split)
     if classes is None and "train" not in splits:
         has = f" (it has {', '.join(map(repr, splits[:5]))})" if splits else ""
         raise InputError(f"'{root}' has no folder 'train', whose folders would be the classes{has}.")
@@ -173,12 +173,7 @@ def folder(path: epath.PathLike, split: str, classes: Sequence[str] | None = Non
         labels += [known.index(class_name)] * len(class_files)
     if not files:
         raise InputError(f"'{images}' holds no folders, one for the images of each class.")
-    indices = choose(np.array(labels), percent, is_held_out)
-    if not len(indices):
-        raise InputError(
-            f"the split {split!r} of '{root}' holds no images: each class of {name} has too few to hold out "
-            f"{percent} % of them, so give another config.dataset.eval_split."
-        )
+    indices = choose(np.array(labels), split, root)
     split_files = [files[index] for index in indices]
     return FolderDataset(images, split_files, skipped, np.array(labels, np.int32)[indices], tuple(known))
 
@@ -207,14 +202,14 @@ def images(path: epath.PathLike, split: str, classes: Sequence[str] | None = Non
       InputError: a folder is missing or has no images.
     """
     splits, root = images_splits(path), as_path(path)
-    name, percent, is_held_out = parse_split(split)
+    name, *_ = parse_split(split)
     check_known(f"split of '{root}'", name, splits)
     where = root / name if name in _folders(root) else root
     skipped: collections.Counter[str] = collections.Counter()
     files = sorted(image_files(where, "", skipped))
-    chosen = [files[index] for index in choose(np.zeros(len(files), np.int32), percent, is_held_out)]
-    if not chosen:
+    if not files:
         raise InputError(f"the split {split!r} of '{root}' holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+    chosen = [files[index] for index in choose(np.zeros(len(files), np.int32), split, root)]
     return ImageFiles(where, chosen, skipped)
 
 
@@ -266,13 +261,27 @@ def parse_split(split: str) -> tuple[str, int | None, bool]:
     return split, None, False
 
 
-def choose(
-    labels: Int[np.ndarray, "examples"], percent: int | None, is_held_out: bool
-) -> Int[np.ndarray, "chosen_examples"]:
-    """The indices of a split's examples, where `parse_split` gave the percentage and whether it is held out."""
-    if percent is None:
-        return np.arange(len(labels))
-    return np.flatnonzero(_held_out(labels, percent) == is_held_out)
+def choose(labels: Int[np.ndarray, "examples"], split: str, root: epath.PathLike) -> Int[np.ndarray, "chosen_examples"]:
+    """The indices of a split's examples among those of the folder or file that it is a part of.
+
+    Args:
+      labels: the class of each example; the percentage is of each class.
+      split: the split, as `parse_split` takes it.
+      root: the data set, for the message.
+
+    Raises:
+      InputError: there is no example.
+    """
+    name, percent, is_held_out = parse_split(split)
+    chosen = np.arange(len(labels))
+    if percent is not None:
+        chosen = chosen[_held_out(labels, percent) == is_held_out]
+    if not len(chosen):
+        few = f": each class of {name} has too few to hold out {percent} % of them, so give another config.dataset."
+        raise InputError(
+            f"the split {split!r} of '{root}' holds no images" + (few + "eval_split." if len(labels) else ".")
+        )
+    return chosen
 
 
 def _held_out(labels: Int[np.ndarray, "examples"], percent: int) -> Bool[np.ndarray, "examples"]:

@@ -126,16 +126,14 @@ def masks(
         instead of numbers, there are too many classes or one that `classes` lacks, or `ignore_label` is a class's.
     """
     root = as_path(path, "the folder of a data set")
-    name, percent, is_held_out = parse_split(split)
+    name, *_ = parse_split(split)
     splits = masks_splits(path)
     if not splits:
         raise InputError(f"'{root}' has no folder {name!r} with a folder {name + LABELS!r} beside it, for the masks.")
     check_known(f"split of '{root}'", name, splits)
     pairs = _pairs(root / name)
     # `choose` draws a share from each class of images. Images with masks have no class, so all count as class 0.
-    chosen = [pairs[index] for index in choose(np.zeros(len(pairs), np.int32), percent, is_held_out)]
-    if not chosen:
-        raise InputError(f"the split {split!r} of '{root}' holds no images.")
+    chosen = [pairs[index] for index in choose(np.zeros(len(pairs), np.int32), split, root)]
     numbers = table_of(range(MOST_CLASSES - first_label), ignore_label, first=first_label)
     dataset = _mask_dataset(root / name, chosen, numbers)
     check_not_coloured(dataset)

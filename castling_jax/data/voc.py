@@ -59,14 +59,12 @@ def voc(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) 
         an object has a class that `classes` lacks, or no image is in PATH/JPEGImages.
     """
     root = as_path(path, "the folder of a data set")
-    name, percent, is_held_out = parse_split(split)
+    name, *_ = parse_split(split)
     check_known(f"split of '{root}'", name, voc_splits(path))
     list_path = root / "ImageSets" / "Main" / f"{name}.txt"
     listed = read_list(list_path)
     # `choose` draws a share from each class of images. Images with boxes have no class, so all count as class 0.
-    stems = [listed[index] for index in choose(np.zeros(len(listed), np.int32), percent, is_held_out)]
-    if not stems:
-        raise InputError(f"the split {split!r} of '{root}' holds no images.")
+    stems = [listed[index] for index in choose(np.zeros(len(listed), np.int32), split, root)]
 
     with refusing(OSError, f"'{root}' needs the folders Annotations and JPEGImages"):
         annotated = {entry.stem for entry in (root / "Annotations").iterdir() if entry.suffix == ".xml"}

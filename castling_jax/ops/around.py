@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float
 
-from castling_jax.errors import check_known
+from castling_jax.errors import InputError, check_known
 from castling_jax.ops.activations import ACTIVATIONS
 from castling_jax.ops.checks import check_implementation, check_shapes
 
@@ -65,9 +65,13 @@ def with_norms(
     On other platforms the arrays are normalised once, not by each of the attention's operations.
 
     Raises:
-      InputError: a norm is not [3, heads, dim], or the activation's or the implementation's name is unknown.
+      InputError: `around` is no Around, a norm is not [3, heads, dim], or the activation's or the implementation's name
+        is unknown.
     """
     check_implementation(implementation)
+    if not isinstance(around, Around) or (around.norms is not None and len(around.norms) != 3):
+        given = f"{len(around.norms)} norms" if isinstance(around, Around) else type(around).__name__
+        raise InputError(f"around must be an Around, with three norms or None, not {given}.")
     norms, activation = around
     if activation is not None:
         check_known("activation", activation, ACTIVATIONS)

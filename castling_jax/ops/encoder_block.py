@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from castling_jax.errors import check, check_between
+from castling_jax.errors import check, check_between, takes
 from castling_jax.ops.angular import linear_angular_attention
 from castling_jax.ops.block_weights import BlockWeights
 from castling_jax.ops.checks import check_array, check_implementation, check_shapes
@@ -16,6 +16,12 @@ from castling_jax.ops.mesh import on_auto_axes, split_as
 from castling_jax.ops.norms import layer_norm
 
 
+@takes(
+    weights=(BlockWeights, "BlockWeights"),
+    num_heads=(int, "a whole number"),
+    epsilon=(float, "a Python float"),
+    needed_tokens=(int | None, "a whole number or None"),
+)
 @on_auto_axes(lambda x: split_as(x, 0, 1))
 def linear_angular_block(
     x: Float[Array, "batch tokens channels"],
@@ -53,17 +59,19 @@ def linear_angular_block(
       implementation: "xla"; "pallas", the kernel (interpreted, and slow, on a CPU); or "auto", the kernel where the
         program is lowered for a TPU and the kernel takes these arguments, "xla" elsewhere.
       otherwise: computes the block of x where "auto" does without the kernel. A model gives its own layers, so that on
-        other platforms inference computes bit by bit what training does.
+        other platforms inference computes what training does: under jit bit by bit.
 
     Returns:
       The tokens after the block and `then`: the kernel's result has the first `needed_tokens`, any other has all.
 
     Raises:
-      InputError: shapes do not fit, or the kernel does not take the arguments: x is neither float32 nor bfloat16, the
-        weights and an image do not fit the fast memory, the mesh splits the heads, or the platform is a GPU.
+      InputError: an argument is of another type, x is empty, shapes do not fit, or the kernel does not take the
+        arguments: x is neither float32 nor bfloat16, the weights and an image do not fit the fast memory, the mesh
+        splits the heads, or the platform is a GPU.
     """
     check_implementation(implementation)
     check_array("x", x, ("batch", "tokens", "channels"))
+    check(0 not in x.shape, f"x must not be empty, but has the shape {x.shape}.")
     needed_tokens = x.shape[1] if needed_tokens is None else needed_tokens
     check_between("needed_tokens", needed_tokens, 1, x.shape[1])
     _check_weights(weights, x.shape[2], num_heads)
@@ -118,8 +126,11 @@ def linear_angular_block(
 def _check_weights(weights: BlockWeights, channels: int, num_heads: int) -> None:
     check(num_heads >= 1 and channels % num_heads == 0, f"{num_heads} heads do not divide {channels} channels.")
     check_array("fc1_kernel", weights.fc1_kernel, ("channels", "hidden"))
-    hidden = weights.fc1_kernel.shape[1]
+    hidden = max(weights.fc1_kernel.shape[1], 1)  # a kernel without hidden channels fits no other
     sizes = {"qkv_kernel": (channels, 3 * channels), "qkv_bias": (3 * channels,), "proj_kernel": (channels, channels)}
     sizes |= {"fc1_kernel": (channels, hidden), "fc1_bias": (hidden,), "fc2_kernel": (hidden, channels)}
-    given = {name: array for name, array in weights._asdict().items() if array is not None and name != "token_kernel"}
-    check_shapes(**{name: (array, sizes.get(name, (channels,))) for name, array in given.items()})
+    for name, array in weights._asdict().items():
+        # Two may be missing; the token kernel has a check of its own.
+        if name != "token_kernel" and not (name == "qkv_bias" and array is None):
+            check_array(name, array)
+            check_shapes(**{name: (array, sizes.get(name, (channels,)))})

@@ -34,6 +34,7 @@ import argparse
 from argparse import Namespace
 from pathlib import Path
 
+from castling_jax.errors import InputError
 from castling_jax.tools.cli import Parser, command, local_path
 
 TOKENS = "49,197,577,1024,4096,16384"
@@ -91,8 +92,27 @@ def names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
+def refuse_idle_flags(options: Namespace) -> None:
+    """Refuses flags that another flag leaves without an effect.
+
+    Raises:
+      InputError: there are such flags, or nothing would be timed.
+    """
+    defaults = vars(make_parser().parse_args([]))
+    changed = {name for name, value in vars(options).items() if name in defaults and value != defaults[name]}
+    for mode, takes in (("startup", {"repeats"}), ("loader", {"repeats", "out"})):
+        if mode in changed and (others := sorted(changed - takes - {mode})):
+            flags = ", ".join("--" + name.replace("_", "-") for name in others)
+            raise InputError(f"--{mode} times something else, which {flags} does not change: leave one of them out.")
+    if options.no_layers and not options.models:
+        raise InputError("--no-layers times models alone: give --models too.")
+    if not options.max_score_gib > 0:
+        raise InputError(f"--max-score-gib must be above 0, not {options.max_score_gib:g}.")
+
+
 @command(make_parser)
 def main(options: Namespace) -> None:
+    refuse_idle_flags(options)
     if options.startup is not None:
         from castling_jax.bench.startup import describe_starts, measure_starts
 

@@ -199,6 +199,21 @@ def test_bad_input_is_refused_in_a_sentence(refuses, tmp_path, arguments, fragme
         attention.run(benchmark.make_parser().read([*arguments, f"--out={tmp_path}"]))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--startup=digits", "--loader"], "--startup times something else, which --loader does not change"),
+        (["--startup=digits", "--tokens=4", "--models"], "which --models, --tokens does not change"),
+        (["--loader", "--model=deit_base"], "--loader times something else, which --model does not change"),
+        (["--no-layers"], "--no-layers times models alone: give --models too."),
+        (["--max-score-gib=nan"], "--max-score-gib must be above 0, not nan."),
+    ],
+)
+def test_flags_without_an_effect_are_refused(arguments, said):
+    with pytest.raises(SystemExit, match=said):
+        benchmark.main(arguments)
+
+
 def test_reading_is_measured_instead(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(attention, "measure_reading", lambda repeats: ([], [f"{repeats} repeats."]))
     benchmark.main(["--loader", "--repeats=3", f"--out={tmp_path}"])

@@ -13,3 +13,9 @@ def test_a_second_start_has_the_same_parts():
     lines = startup.describe_starts(starts)
     assert len(lines) == len(first) + 2
     assert lines[-1].split()[0] == "together"
+
+
+def test_what_cannot_start_is_said_before_anything_does(refuses, monkeypatch):
+    monkeypatch.setattr(startup.subprocess, "run", None)
+    with refuses("unknown configuration 'digit'", "did you mean 'digits'?"):
+        startup.measure_starts("digit", 1)

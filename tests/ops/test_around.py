@@ -116,6 +116,22 @@ def test_on_a_mesh_that_splits_heads():
     test_tpu.assert_close(found, expected, test_tpu.FLOAT32)
 
 
+@pytest.mark.parametrize(
+    ("around", "said"), [(None, "NoneType"), ("hard_swish", "str"), (ops.Around(norms=(1, 2)), "2 norms")]
+)
+def test_what_is_no_around(refuses, around, said):
+    q = jnp.ones((1, 4, 2, 8))
+    with refuses("around must be an Around, with three norms or None, not", said):
+        ops.linear_angular_attention(q, q, q, around=around)
+
+
+def test_the_kernels_take_no_empty_arrays(refuses):
+    q = jnp.ones((0, 4, 2, 8))
+    with refuses("the kernels take no empty q, k and v"):
+        ops.linear_angular_attention(q, q, q, implementation="pallas")
+    assert ops.linear_angular_attention(q, q, q).shape == q.shape
+
+
 def test_a_norm_of_another_shape(refuses):
     q, k, v, taps, *_ = test_tpu.draw(SHAPE)
     norms = draw_norms(SHAPE)

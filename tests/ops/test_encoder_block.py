@@ -167,6 +167,36 @@ def test_a_mesh_that_splits_heads(refuses):
         assert jax.eval_shape(block, x, weights).shape == x.shape
 
 
+@pytest.mark.parametrize("implementation", ["auto", "xla", "pallas"])
+def test_arguments_of_another_type(refuses, implementation):
+    x, weights = draw((2, 16, 64, 4, 256), (9,))
+    block = functools.partial(ops.linear_angular_block, implementation=implementation)
+    options = {"x": x, "weights": weights, "num_heads": 4}
+    for changes, said in (
+        ({"x": x[:0]}, "x must not be empty, but has the shape (0, 16, 64)"),
+        ({"x": x[:, :0]}, "x must not be empty"),
+        ({"weights": weights._asdict()}, "takes BlockWeights as weights, not dict"),
+        ({"weights": weights._replace(proj_bias=None)}, "proj_bias must be an array, not NoneType"),
+        ({"weights": weights._replace(qkv_kernel=jnp.zeros((64, 192), int))}, "qkv_kernel must be of a floating type"),
+        ({"weights": weights._replace(fc1_kernel=jnp.zeros((64, 0)))}, "fc1_kernel must have the shape"),
+        ({"num_heads": 4.0}, "takes a whole number as num_heads, not float"),
+        ({"needed_tokens": 1.5}, "takes a whole number or None as needed_tokens, not float"),
+        ({"epsilon": jnp.float32(1e-6)}, "takes a Python float as epsilon"),
+    ):
+        with refuses(said):
+            block(**options | changes)
+
+
+def test_narrower_weights_do_not_round_the_tokens():
+    x, weights = draw((2, 16, 64, 4, 256), (9,))
+    weights = jax.tree.map(jnp.bfloat16, weights)
+    with jax.default_matmul_precision("highest"):
+        one, other = (
+            ops.linear_angular_block(x, weights, num_heads=4, implementation=name) for name in ("pallas", "xla")
+        )
+    assert np.abs(one - other).max() < FLOAT32
+
+
 def test_shapes_that_do_not_fit(refuses):
     x, weights = draw((2, 16, 64, 4, 256), (9,))
     with refuses("5 heads do not divide 64 channels"):

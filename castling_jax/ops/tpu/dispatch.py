@@ -53,7 +53,12 @@ def split_over_mesh(*arrays: jax.Array, heads: int | None) -> tuple[Mesh | Abstr
 
 
 def check_dtypes(names: str, *arrays: jax.Array) -> None:
-    """Raises an InputError unless the arrays, which the message calls `names`, have one dtype that the kernels take."""
+    """Raises an InputError unless the arrays, which the message calls `names`, have one dtype that the kernels take.
+
+    So it does for an empty array, of which a kernel would have no block.
+    """
+    if any(0 in x.shape for x in arrays):
+        raise InputError(f"the kernels take no empty {names}: {INSTEAD}.")
     if any(jax.typeof(x).manual_axis_type.varying for x in arrays):
         raise InputError(f"the kernels run in a jax.shard_map only with check_vma=False: pass that, or {INSTEAD}.")
     dtypes = {x.dtype.name for x in arrays}

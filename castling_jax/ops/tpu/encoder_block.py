@@ -112,7 +112,7 @@ def needed_bytes(x: Array, weights: BlockWeights, num_heads: int, positions: Tap
 
 
 def _that_fit(x: Array, weights: BlockWeights, num_heads: int, positions: TapPositions) -> BlockWeights:
-    """The weights as they are or, if only these fit the fast memory, with matrices in x's dtype.
+    """The weights as they are or, if only these fit the fast memory, with matrices in x's dtype; never narrower than x.
 
     The matrix unit rounds float32 factors to bfloat16 itself. A cast of all weights before the kernel would take a
     twelfth of a DeiT-B's time.
@@ -123,10 +123,14 @@ def _that_fit(x: Array, weights: BlockWeights, num_heads: int, positions: TapPos
             f"the block's kernel takes at most {MAX_NUMBERS:,} numbers an image, not {tokens:,} tokens of {channels:,} "
             f"channels: {INSTEAD}."
         )
+    # Beside narrower matrices the kernel would round x to their dtype.
+    matrices = {name: getattr(weights, name) for name in MATRICES}
+    wide = {name: matrix.astype(jnp.promote_types(x.dtype, matrix.dtype)) for name, matrix in matrices.items()}
+    weights = weights._replace(**wide)
     room = fast_memory_bytes()
     if needed_bytes(x, weights, num_heads, positions) <= room:
         return weights
-    cast = weights._replace(**{name: getattr(weights, name).astype(x.dtype) for name in MATRICES})
+    cast = weights._replace(**{name: matrix.astype(x.dtype) for name, matrix in matrices.items()})
     needed = needed_bytes(x, cast, num_heads, positions)
     if needed <= room:
         return cast
