@@ -88,7 +88,7 @@ def test_an_arm_starts_from_a_run_that_is_trained_once(tmp_path, monkeypatch, is
     monkeypatch.setattr(train_one, "load_study", lambda name: study)
     monkeypatch.setattr(train_one, "code_hash", lambda name: "")
     trial = trials_of("tiny", study)[-1]
-    result = train_one.train_one(trial, tmp_path / trial.name)
+    result = train_one.train_one(trial, tmp_path / trial.name, "a")
     folder = tmp_path / ("softmax-lr0.002-seed3" if is_arm else "starts/softmax-seed3")
     begun, ended = read(folder), read(tmp_path / trial.name)
     assert (begun.model.spec.attention, ended.model.spec.attention) == ("softmax", "castling")
@@ -100,7 +100,7 @@ def test_an_arm_starts_from_a_run_that_is_trained_once(tmp_path, monkeypatch, is
     assert (result["start"], result["start_seconds"]) == ("softmax", again.figures["train_seconds"])
     if is_arm:
         own = trials_of("tiny", study)[0]
-        assert train_one.train_one(own, tmp_path / own.name)["seconds"] == result["start_seconds"]
+        assert train_one.train_one(own, tmp_path / own.name, "a")["seconds"] == result["start_seconds"]
 
 
 @pytest.mark.slow
