@@ -1,7 +1,6 @@
-"""Trains and tests one run of a study.
+"""Trains and tests one run of a study: python -m experiments.train_one STUDY RUN --workdir=DIR --result=FILE.
 
-`experiments.run` starts it in a separate process, with the arguments below. A run that was killed resumes. The result
-is written at the end.
+`experiments.run` starts it in a separate process. A run that was killed resumes; FILE is written at its end.
 """
 
 import argparse

@@ -22,6 +22,11 @@ IMAGES, LABELS = "_images", "_labels"  # what follows a split's name in an archi
 LARGEST_LABEL = 2**15  # a larger one is an identifier, not a class
 
 
+def numbers(count: int) -> tuple[str, ...]:
+    """Names for classes that have none: their numbers."""
+    return tuple(map(str, range(count)))
+
+
 @dataclasses.dataclass(frozen=True)
 class ArrayDataset:
     """Labelled images in memory: uint8, or floats in [0, 1].
@@ -37,7 +42,7 @@ class ArrayDataset:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return tuple(map(str, range(self.num_classes)))
+        return numbers(self.num_classes)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -87,13 +92,14 @@ def npz(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) 
         [examples, height, width, 1 or 3]; or labels are not one number of a class for each image.
     """
     name, *_ = parse_split(split)
+    # A class that train lacks cannot be learned, so train's labels say how many there are.
+    counted = "train" if classes is None else name
     splits = npz_splits(path)
-    check_known(f"split of '{path}'", name, splits)
-    if classes is None:
-        check_known(f"split of '{path}'", "train", splits)  # whose labels say how many classes there are
+    for needed in (name, counted):
+        check_known(f"split of '{path}'", needed, splits)
     with _reading(as_path(path)) as arrays:
         images = np.asarray(arrays[name + IMAGES])  # NumPy gives bytes for a file in the archive that is no array
-        labels = {key: np.asarray(arrays[key + LABELS]) for key in {name, *(["train"] if classes is None else [])}}
+        labels = {key: np.asarray(arrays[key + LABELS]) for key in {name, counted}}
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
         raise InputError(
             f"{name}{IMAGES} of '{path}' must be uint8 [images, height, width], or with 1 or 3 channels, not "
@@ -101,19 +107,17 @@ def npz(path: epath.PathLike, split: str, classes: Sequence[str] | None = None) 
         )
     if not images.size:
         raise InputError(f"{name}{IMAGES} of '{path}' holds no pixels: its shape is {list(images.shape)}.")
-    numbers = {key: _class_numbers(key + LABELS, values, path) for key, values in labels.items()}
-    if len(numbers[name]) != len(images):
-        raise InputError(f"'{path}' has {len(images):,} {name}{IMAGES}, but {len(numbers[name]):,} {name}{LABELS}.")
-    # A class that train lacks cannot be learned, so train's labels say how many there are.
-    num_classes = int(numbers["train"].max()) + 1 if classes is None else len(classes)
-    if numbers[name].max() >= num_classes:
-        raise InputError(
-            f"{name}{LABELS} of '{path}' has the class {numbers[name].max()}, but there are {num_classes}."
-        )
-    kept = choose(numbers[name], split, path)
+    checked = {key: _class_numbers(key + LABELS, values, path) for key, values in labels.items()}
+    own = checked[name]
+    if len(own) != len(images):
+        raise InputError(f"'{path}' has {len(images):,} {name}{IMAGES}, but {len(own):,} {name}{LABELS}.")
+    num_classes = int(checked[counted].max()) + 1 if classes is None else len(classes)
+    if own.max() >= num_classes:
+        raise InputError(f"{name}{LABELS} of '{path}' has the class {own.max()}, but there are {num_classes}.")
+    kept = choose(own, split, path)
     if len(kept) < len(images):  # a whole split stays the archive's own array: choosing all rows would copy them
-        images, numbers[name] = images[kept], numbers[name][kept]
-    return ArrayDataset(images if images.ndim == 4 else images[..., None], numbers[name], num_classes)
+        images, own = images[kept], own[kept]
+    return ArrayDataset(images if images.ndim == 4 else images[..., None], own, num_classes)
 
 
 @contextlib.contextmanager

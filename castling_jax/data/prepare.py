@@ -226,25 +226,17 @@ def _describe_folder(path: epath.Path) -> str:
     Raises:
       InputError: as `folder` does.
     """
-    classes = folder(path, "train").classes
-    lines = [f"{path}: {len(classes)} classes"]
+    train = folder(path, "train")
+    lines = [f"{path}: {train.num_classes} classes"]
     skipped: Counter[str] = Counter()
     for split in folder_splits(path):
         dataset = folder(path, split)
-        counts = np.bincount(dataset.labels, minlength=len(classes))
+        counts = np.bincount(dataset.labels, minlength=train.num_classes)
         lines.append(f"  {printable(split)}: {len(dataset):,} images, {counts.min():,} to {counts.max():,} in a class")
         skipped += dataset.skipped
     if skipped:
         lines.append(f"  skipped, because their names have no image's suffix: {list_skipped(skipped)}")
-    train_split, eval_split = find_splits(f"{FOLDER}{path}")
-    name, size = shlex.quote(f"{FOLDER}{path}"), _usual_size(folder(path, "train"))
-    return "\n".join(
-        [
-            *lines,
-            f"To train on {train_split} and evaluate on {eval_split}, with images of {size} x {size} pixels:",
-            f"  python main.py --config=folder:{size} --config.dataset.name={name}",
-        ]
-    )
+    return "\n".join([*lines, *_how_to_train(f"{FOLDER}{path}", train)])
 
 
 def _describe_images(name: str) -> str:
@@ -273,21 +265,22 @@ def _describe_arrays(name: str) -> str:
     """
     path = str(path_of(name))
     train = npz(path, "train")
-    lines = []
+    lines = [f"{path}: {train.num_classes} classes"]
     for split in npz_splits(path):
         dataset = train if split == "train" else npz(path, split, train.classes)
         height, width = dataset.images.shape[1:3]
         lines.append(f"  {printable(split)}: {len(dataset):,} images of {width} x {height} pixels")
+    return "\n".join([*lines, *_how_to_train(name, train)])
+
+
+def _how_to_train(name: str, train: Dataset) -> list[str]:
+    """The command that trains on a data set of labelled images; the size is that of `train`'s images."""
     train_split, eval_split = find_splits(name)
     size = _usual_size(train)
-    return "\n".join(
-        [
-            f"{path}: {train.num_classes} classes",
-            *lines,
-            f"To train on {train_split} and evaluate on {eval_split}, with images of {size} x {size} pixels:",
-            f"  python main.py --config=folder:{size} --config.dataset.name={shlex.quote(name)}",
-        ]
-    )
+    return [
+        f"To train on {train_split} and evaluate on {eval_split}, with images of {size} x {size} pixels:",
+        f"  python main.py --config=folder:{size} --config.dataset.name={shlex.quote(name)}",
+    ]
 
 
 def _describe_annotated(name: str, ignore_label: int, first_label: int) -> str:

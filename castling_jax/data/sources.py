@@ -22,7 +22,7 @@ from etils import epath
 from jaxtyping import Int
 
 from castling_jax.data.annotations import Annotations, clip_boxes
-from castling_jax.data.arrays import ArrayDataset, npz, npz_splits
+from castling_jax.data.arrays import ArrayDataset, npz, npz_splits, numbers
 from castling_jax.data.coco import coco, coco_splits
 from castling_jax.data.decode import image_size
 from castling_jax.data.digits import SPLITS as DIGITS_SPLITS
@@ -221,7 +221,7 @@ class Unread:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return _numbers(self.num_classes)
+        return numbers(self.num_classes)
 
     def __len__(self) -> int:
         return self.length
@@ -245,11 +245,6 @@ FILES: dict[str, tuple[Callable[..., Dataset], Callable[[epath.PathLike], list[s
     "voc": (voc, voc_splits),
     "masks": (masks, masks_splits),
 }
-
-
-def _numbers(count: int) -> tuple[str, ...]:
-    """Names for classes that have none: their numbers."""
-    return tuple(map(str, range(count)))
 
 
 def load_dataset(

@@ -102,7 +102,7 @@ FIELDS = {
     "model.decoder_embed_dim": Field(None, integer(1), "Channels of a masked autoencoder's decoder."),
     "model.decoder_depth": Field(None, integer(1), "Number of the decoder's blocks."),
     "model.decoder_num_heads": Field(None, integer(1), "Heads of the decoder's attention."),
-    "dataset.name": Field("digits", TEXT, "digits; folder:, images:, npz:, coco:, voc: or masks:PATH; or TFDS's."),
+    "dataset.name": Field("digits", TEXT, "digits; folder:, images:, npz:, coco:, voc:, masks:PATH; or TFDS's name."),
     "dataset.train_split": Field(None, TEXT, "The split to learn from. None: train, without its held-out part."),
     "dataset.eval_split": Field(None, TEXT, "The held-out split. None: val, validation, test, or a tenth of train."),
     "dataset.test_split": Field(None, TEXT, "The split for the summary, tested once at the end. None: eval_split."),
