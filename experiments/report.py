@@ -1,6 +1,6 @@
 """Writes the results of studies into docs/evidence.md: python -m experiments.report [--check].
 
-docs/evidence.md is written by hand, except for the parts between `<!-- report: KEY -->` and `<!-- end -->`. KEY is
+docs/evidence.md and README.md are written by hand, except between `<!-- report: KEY -->` and `<!-- end -->`. KEY is
 
   overview               the figure of cifar10_main and cifar10_tokens, docs/evidence.png
   STUDY                  the study's tables and its picture, docs/evidence_STUDY.png
@@ -9,7 +9,8 @@ docs/evidence.md is written by hand, except for the parts between `<!-- report: 
   STUDY/ARM-OTHER/difference   the same for two arms
   STUDY/ARM/mask         how the arm's mask empties: a table and a picture, docs/evidence_STUDY_ARM_mask.png
 
---check writes nothing, and fails if the page or a picture does not agree with the results.
+--check writes nothing, and fails if a page or a picture does not agree with the results. Outside of the marks, a figure
+with a deviation or an interval is refused.
 """
 
 import argparse
@@ -34,10 +35,13 @@ from castling_jax.tables import Row, markdown
 from castling_jax.tools.cli import ending_in_a_sentence
 from experiments import figure, mask
 from experiments.estimates import Estimate, estimate, paired_difference
-from experiments.results import ORIGIN_FILE, RESULTS, SPEED_FILE, unpack
-from experiments.study import ROOT, STUDIES, Study, load_study, study_hash, study_names, trials_of
+from experiments.results import SPEED_FILE, Result, read_object, read_results
+from experiments.study import RESULTS, ROOT, STUDIES, Study, load_study, study_names, trials_of
 
 PAGE = ROOT / "docs" / "evidence.md"
+README = ROOT / "README.md"
+# Matches a figure as `_accuracy` and `_difference` write it.
+FIGURE = re.compile(r"[\d.]+ ± [\d.]*\d|[+-][\d.]+ \[[+-][^\]]*\]")
 MARKED = re.compile(r"(<!-- report: (\S+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 OVERVIEW = PAGE.parent / "evidence.png"
 DIGEST = "Description"  # the text in a PNG file that identifies the results that it shows
@@ -45,11 +49,9 @@ OVERVIEW_TEXT = "Accuracy over inference time, and castling minus its controls"
 NONE_YET = "(no result yet)"
 ACCURACY_HEADER = "arm", "learning rate", "accuracy, %", "seeds", "parameters", "MACs", "steps", "seconds a run"
 
-Result = dict[str, Any]
-
 
 def accuracies(results: Iterable[Result]) -> dict[int, float]:
-    """Seed -> accuracy of the inference form on the test split, in percent."""
+    """Seed -> accuracy of the inference form on the split that the study tests on, in percent."""
     return {result["seed"]: 100 * result["accuracy_inference_form"] for result in results}
 
 
@@ -238,36 +240,13 @@ def _difference(difference: Estimate | None) -> str:
 
 
 def read_findings(name: str) -> Findings:
-    """Reads a study and its results, in the order of its runs.
+    """Reads a study and the results of its finished runs.
 
     Raises:
-      InputError: a result belongs to another study or other code, or contradicts itself.
+      InputError: a result is damaged, belongs to another study, data or code, or contradicts itself or the others.
     """
-    study, folder = load_study(name), RESULTS / name
-    paths = {trial.result: trial for trial in trials_of(name, study)}
-    origin = json.loads((folder / ORIGIN_FILE).read_text()) if (folder / ORIGIN_FILE).exists() else {}
-    for path in folder.glob("*.json"):
-        if path.name != ORIGIN_FILE:
-            check_known(f"run of {name}", path.stem, [known.stem for known in paths])
-            if origin.get("study") != study_hash(name):
-                raise InputError(
-                    f"'{folder}' holds results of another {STUDIES / name}.py: remove them to run it anew."
-                )
-    results = []
-    for path, trial in paths.items():
-        if path.exists():
-            result = json.loads(path.read_text())
-            # The accuracy is computed anew from the answers to all images, so a figure edited by hand is found.
-            correct = unpack(result["correct"], result["images"])
-            expected = {
-                **{"study": name, "variant": trial.arm.name, "seed": trial.seed, "learning_rate": trial.learning_rate},
-                **{"code": origin["code"], "commit": origin["commit"], "accuracy_inference_form": correct.mean()},
-            }
-            for field, value in expected.items():
-                if result[field] != value:
-                    raise InputError(f"'{path}' has {field} = {result[field]}, which should be {value}.")
-            results.append(result)
-    return Findings(name, study, results)
+    study = load_study(name)
+    return Findings(name, study, read_results(name, study))
 
 
 def overview(main: Findings, tokens: Findings, speed: list[dict[str, Any]]) -> Picture:
@@ -294,24 +273,28 @@ def overview(main: Findings, tokens: Findings, speed: list[dict[str, Any]]) -> P
 
 def read_speed() -> list[dict[str, Any]]:
     """The rows of experiments.speed's measurement; [] before it was made."""
-    return json.loads(SPEED_FILE.read_text())["rows"] if SPEED_FILE.exists() else []
+    return read_object(SPEED_FILE, ["rows"])["rows"] if SPEED_FILE.exists() else []
 
 
-def fill(page: str, texts: dict[str, str], names: Iterable[str]) -> str:
+def fill(page: str, texts: dict[str, str], where: str) -> str:
     """Puts the texts of its keys into the page.
 
+    Args:
+      page: text of the page.
+      texts: key -> text.
+      where: name of the page, for messages.
+
     Raises:
-      InputError: a key is unknown, a mark is broken, or a study has no place in the page.
+      InputError: a key is unknown, a mark is broken, or a figure stands outside of the marks.
     """
-    keys = [key for _, key, _, _ in MARKED.findall(page)]
+    keys = _keys(page)
     # A mark that an editor broke over two lines would swallow the text up to the next one.
-    if any(len(re.findall(rf"<!--\s+{word}", page)) != len(keys) for word in ("report:", "end")):
-        raise InputError(f"'{PAGE.name}' has a mark that is no '<!-- report: KEY -->' or '<!-- end -->' on one line.")
+    if any(len(re.findall(rf"<!--\s*{word}", page, re.IGNORECASE)) != len(keys) for word in ("report:", "end")):
+        raise InputError(f"'{where}' has a mark that is no '<!-- report: KEY -->' or '<!-- end -->' on one line.")
     for key in keys:
         check_known("key", key, texts)
-    for name in names:
-        if name not in keys:
-            raise InputError(f"'{PAGE.name}' has no place for {name}: add <!-- report: {name} --> <!-- end --> to it.")
+    if typed := FIGURE.search(MARKED.sub("", page)):
+        raise InputError(f"'{where}' has the figure '{typed[0]}' outside of marks, where it is not compared.")
 
     def replace(match: re.Match[str]) -> str:
         start, key, _, end = match.groups()
@@ -321,12 +304,18 @@ def fill(page: str, texts: dict[str, str], names: Iterable[str]) -> str:
     return MARKED.sub(replace, page)
 
 
+def _keys(page: str) -> list[str]:
+    return [key for _, key, _, _ in MARKED.findall(page)]
+
+
 def report(*, check: bool) -> list[Path]:
-    """Writes the page and the pictures that differ from the results, and returns their paths; `check` only returns.
+    """Writes the pages and the pictures that differ from the results, and returns their paths; `check` only returns.
 
     Raises:
-      InputError: a result or the page is wrong.
+      InputError: a result or a page is wrong, or a study has no place in docs/evidence.md.
     """
+    for folder in RESULTS.glob("*/"):
+        check_known("folder of results", folder.name, study_names())
     studies = [read_findings(name) for name in study_names()]
     texts = {key: text for findings in studies for key, text in findings.texts().items()}
     pictures = [picture for findings in studies for picture in findings.pictures()]
@@ -334,38 +323,44 @@ def report(*, check: bool) -> list[Path]:
     if by_name.keys() >= {"cifar10_main", "cifar10_tokens"}:
         pictures.append(overview(by_name["cifar10_main"], by_name["cifar10_tokens"], read_speed()))
         texts["overview"] = f"![{OVERVIEW_TEXT}]({OVERVIEW.name})" if pictures[-1].shown else NONE_YET
-    page = fill(PAGE.read_text(), texts, [findings.name for findings in studies])
-    stale = [PAGE] if page != PAGE.read_text() else []
-    # Those that the page shows are kept. They are compared by the results that they show, because their bytes depend on
-    # Matplotlib's version.
-    wanted = {picture.path: picture for picture in pictures if picture.path.name in page}
-    changed = [path for path, picture in wanted.items() if _digest_of(path) != picture.digest()]
-    removed = [picture.path for picture in pictures if picture.path.name not in page and picture.path.exists()]
+    before = {path: path.read_text() for path in (PAGE, README)}
+    for name in by_name.keys() - {*_keys(before[PAGE])}:
+        raise InputError(f"'{PAGE.name}' has no place for {name}: add <!-- report: {name} --> <!-- end --> to it.")
+    pages = {path: fill(page, texts, path.name) for path, page in before.items()}
+    stale = [path for path, page in pages.items() if page != before[path]]
+    # Pictures that a page shows are kept. They are compared by their results, because their bytes depend on Matplotlib.
+    shown = [picture for picture in pictures if any(picture.path.name in page for page in pages.values())]
+    changed = {picture.path: picture for picture in shown if _digest_of(picture.path) != picture.digest()}
+    removed = [picture.path for picture in pictures if picture not in shown and picture.path.exists()]
     if not check:
-        write_atomically(PAGE, page.encode())
-        for path in changed:
-            write_atomically(path, wanted[path].draw())
+        for path in stale:
+            write_atomically(path, pages[path].encode())
+        for path, picture in changed.items():
+            write_atomically(path, picture.draw())
         for path in removed:
             path.unlink()
-    return stale + changed + removed
+    return [*stale, *changed, *removed]
 
 
 def _digest_of(picture: Path) -> str | None:
     if not picture.exists():
         return None
-    with Image.open(picture) as image:
-        return image.info.get(DIGEST, "")
+    try:
+        with Image.open(picture) as image:
+            return image.info.get(DIGEST, "")
+    except OSError:  # damaged: it is drawn anew
+        return ""
 
 
 @ending_in_a_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page or a picture is outdated")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page or a picture is outdated")
     check = parser.parse_args().check
     stale = [str(path.relative_to(ROOT)) for path in report(check=check)]
     if check and stale:
         sys.exit(f"outdated: {', '.join(stale)}; run python -m experiments.report.")
-    print(f"written: {', '.join(stale)}." if stale else "The page and the pictures agree with the results.")
+    print(f"written: {', '.join(stale)}." if stale else "The pages and the pictures agree with the results.")
 
 
 if __name__ == "__main__":

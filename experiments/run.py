@@ -26,8 +26,8 @@ from pathlib import Path
 from castling_jax.errors import InputError
 from castling_jax.storage import write_atomically
 from castling_jax.tools.cli import ending_in_a_sentence
-from experiments.results import ORIGIN_FILE, RESULTS
-from experiments.study import ROOT, STUDIES, Trial, code_hash, load_study, study_hash, trials_of
+from experiments.results import ORIGIN_FILE, read_origin
+from experiments.study import RESULTS, ROOT, Trial, code_hash, load_study, study_hash, trials_of
 
 RUNS = ROOT / "runs" / "experiments"  # ignored by git
 DATA = "data_local"  # ignored by git, so a new worktree lacks it
@@ -72,23 +72,18 @@ def origin_of(name: str) -> dict[str, str]:
     """The commit that a study's results come from, with the hashes of code and study; recorded at the first start.
 
     Raises:
-      InputError: at the first start, there are uncommitted changes; later, the study's file has changed.
+      InputError: at the first start, there are uncommitted changes, or results of an unknown origin; later, the
+        study's file has changed.
     """
-    path = RESULTS / name / ORIGIN_FILE
-    if path.exists():
-        origin = json.loads(path.read_text())
-        if origin["study"] != study_hash(name):
-            raise InputError(
-                f"{STUDIES / name}.py has changed since its first result: give the new study another name, or remove "
-                f"'{path.parent}' to run it anew."
-            )
-        return origin
+    if (recorded := read_origin(name)) is not None:
+        return recorded
     changes = _git("status", "--porcelain", "castling_jax", "experiments", f":!{RESULTS.relative_to(ROOT)}")
     if changes:
         raise InputError(f"commit the code before {name} is first run with it ({' '.join(changes.split())}).")
     origin = {"commit": _git("rev-parse", "HEAD"), "code": code_hash(name), "study": study_hash(name)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(origin, indent=1).encode() + b"\n")
+    folder = RESULTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / ORIGIN_FILE, json.dumps(origin, indent=1).encode() + b"\n")
     return origin
 
 
@@ -102,10 +97,8 @@ def code_of(name: str, origin: dict[str, str]) -> Path:
     """
     has_git = (ROOT / ".git").exists()
     folder = RUNS / name / "code" if has_git else ROOT
-    if folder.exists() and code_hash(name, folder) == origin["code"]:
-        return folder
-    if has_git:
-        if folder.exists():  # an interrupted checkout, or one for results that were removed
+    if has_git and not _is_checkout(folder, origin["commit"]):
+        if folder.exists():
             shutil.rmtree(folder)
         _git("worktree", "prune")
         _git("worktree", "add", "--detach", str(folder), origin["commit"])
@@ -115,6 +108,17 @@ def code_of(name: str, origin: dict[str, str]) -> Path:
             f"'{folder}' is not the code of commit {origin['commit']} that '{RESULTS / name / ORIGIN_FILE}' records."
         )
     return folder
+
+
+def _is_checkout(folder: Path, commit: str) -> bool:
+    """Whether the folder is a worktree of the commit, whole and unchanged."""
+    if not (folder / ".git").exists():
+        return False
+    try:
+        is_clean = not _git("-C", str(folder), "status", "--porcelain", "castling_jax", "experiments")
+        return is_clean and _git("-C", str(folder), "rev-parse", "HEAD") == commit
+    except InputError:  # git does not know the worktree any more
+        return False
 
 
 def _git(*arguments: str) -> str:
@@ -168,11 +172,13 @@ def _start(trial: Trial, code: Path, core: int, lock: int) -> subprocess.Popen[b
 def _has_finished(trial: Trial) -> bool:
     """Whether a run whose process has ended has left its result; prints the accuracy or the failure."""
     if not trial.result.exists():
-        print(f"{trial.name}: failed; see '{_log_file(trial)}'.", flush=True)
+        last = [line for line in _log_file(trial).read_text(errors="replace").splitlines() if line.strip()][-1:]
+        print(f"{trial.name}: failed; '{_log_file(trial)}' ends with: {''.join(last) or 'nothing'}", flush=True)
         return False
     result = json.loads(trial.result.read_text())
     accuracy = f"{100 * result['accuracy_inference_form']:.2f} %"
-    print(f"{trial.name}: {accuracy} on the test split, trained in {result['seconds'] / 60:.0f} min.", flush=True)
+    split, minutes = result["data"]["test_split"], result["seconds"] / 60  # a study may read validation images alone
+    print(f"{trial.name}: {accuracy} on '{split}', trained in {minutes:.0f} min.", flush=True)
     return True
 
 
@@ -192,7 +198,7 @@ def main() -> None:
         failed = run(options.study, jobs=options.jobs, only=options.only)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command resumes the study.")
-    sys.exit(f"{failed} runs failed." if failed else 0)
+    sys.exit(f"{failed} failed." if failed else 0)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 
 from castling_jax.errors import InputError, check_known
 from castling_jax.training.config import FIELDS
-from experiments.results import RESULTS
 
 ROOT = Path(__file__).parents[1]
 STUDIES = Path("experiments", "studies")  # relative to a checkout
+RESULTS = ROOT / "experiments" / "results"  # RESULTS/STUDY/RUN.json
 STARTS = "starts"  # the folder of runs that are no arm's, beside the others
 START = "the run that this arm starts from"  # as the value of a field: that run's folder
 

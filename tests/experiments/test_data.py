@@ -40,12 +40,16 @@ def test_every_tenth_image_of_a_class_is_for_validation(tmp_path):
 
 def test_nothing_half_unpacked_stays(tmp_path, refuses):
     whole = make_archive(tmp_path / "a.tar.gz")
-    (tmp_path / "cut.tar.gz").write_bytes(whole.read_bytes()[:-100])
+    content = whole.read_bytes()
+    (tmp_path / "cut.tar.gz").write_bytes(content[:-100])
+    # The checksum, four bytes before the last four, is behind the end of the archive.
+    (tmp_path / "changed.tar.gz").write_bytes(content[:-8] + bytes(byte ^ 1 for byte in content[-8:-4]) + content[-4:])
     (tmp_path / "other").mkdir()
     other = make_archive(tmp_path / "other" / "a.tar.gz", splits=("train",))
     target = tmp_path / "data" / "cifar10"
     for archive, why in (
         (tmp_path / "cut.tar.gz", "cannot be unpacked"),
+        (tmp_path / "changed.tar.gz", "CRC check failed"),
         (tmp_path / "none.tar.gz", "No such file"),
         (other, "no folder test/"),
     ):

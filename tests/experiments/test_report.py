@@ -10,8 +10,7 @@ from scipy import stats
 from experiments import report
 from experiments.estimates import Estimate, estimate, paired_difference
 from experiments.mask import evaluations_of
-from experiments.report import Findings, fill, overview
-from experiments.results import pack, unpack
+from experiments.report import PAGE, Findings, fill, overview
 from experiments.study import Arm, Study
 from tests.experiments.tiny import STUDY
 from tests.pictures import check_legible
@@ -107,6 +106,13 @@ def test_a_picture_tells_its_results(tmp_path):
     with Image.open(tmp_path / "a.png") as image:
         assert len(np.unique(np.asarray(image))) > 10  # there is something in it
     assert report._digest_of(tmp_path / "none.png") is None
+    (tmp_path / "damaged.png").write_bytes(b"no picture")
+    assert report._digest_of(tmp_path / "damaged.png") == ""
+    axes = picture.figure().axes[0]
+    # A dot for each seed and a bar for their mean.
+    assert [line.get_xdata().item() for line in axes.lines if line.get_marker() == "|"] == pytest.approx(
+        [71.67, 71, 65], abs=0.01
+    )
     check_legible(picture.figure())
 
 
@@ -131,7 +137,11 @@ def test_how_a_mask_empties():
     assert texts["tiny/softmax/mask"] == "(no result yet)"
     shown = {picture.path.name: picture for picture in findings.pictures() if picture.shown}
     assert shown.keys() == {"evidence_tiny.png", "evidence_tiny_castling_mask.png"}
-    check_legible(shown["evidence_tiny_castling_mask.png"].figure())
+    figure = shown["evidence_tiny_castling_mask.png"].figure()
+    left, right, *_ = figure.axes
+    assert [list(line.get_ydata()) for line in left.lines] == [pytest.approx([40, 0]), pytest.approx([20, 0])]
+    assert [list(line.get_ydata()) for line in right.lines[:2]] == [pytest.approx([20, 0]), pytest.approx([10, 0])]
+    check_legible(figure)
 
 
 def test_evaluations_are_found_in_the_log_with_the_latest_density():
@@ -148,18 +158,42 @@ def test_evaluations_are_found_in_the_log_with_the_latest_density():
 
 def test_a_page_is_filled_between_its_marks_alone(refuses):
     page = "A <!-- report: s -->old<!-- end --> B <!-- report: s/a/accuracy --><!-- end --> % C"
-    filled = fill(page, {"s": "table", "s/a/accuracy": "7"}, ["s"])
+    texts = {"s": "table", "s/a/accuracy": "7", "t": "table", "s/a/mask": "| a |\n| b |"}
+    filled = fill(page, texts, "a.md")
     assert filled == "A <!-- report: s -->\n\ntable\n\n<!-- end --> B <!-- report: s/a/accuracy -->7<!-- end --> % C"
-    assert fill(filled, {"s": "table", "s/a/accuracy": "7"}, ["s"]) == filled
-    lines = fill("<!-- report: s/a/mask --><!-- end -->", {"s/a/mask": "| a |\n| b |"}, [])
+    assert fill(filled, texts, "a.md") == filled
+    lines = fill("<!-- report: s/a/mask --><!-- end -->", texts, "a.md")
     assert lines == "<!-- report: s/a/mask -->\n\n| a |\n| b |\n\n<!-- end -->"
     with refuses("unknown key 's/a/accuracy'"):
-        fill(page, {"s": "table"}, ["s"])
-    with refuses("no place for t", "<!-- report: t -->"):
-        fill(page, {"s": "table", "s/a/accuracy": "7", "t": "table"}, ["s", "t"])
-    for broken in (page.replace("<!-- end -->", "<!--\nend -->", 1), page.replace("report: s ", "report:\ns ")):
-        with refuses("a mark that is no"):
-            fill(broken, {"s": "table", "s/a/accuracy": "7"}, ["s"])
+        fill(page, {"s": "table"}, "a.md")
+    for old, new in (
+        ("<!-- end -->", "<!--\nend -->"),
+        ("report: s ", "report:\ns "),
+        ("<!-- report: s ", "<!--report: s "),
+        ("<!-- report: s ", "<!-- Report: s "),
+        ("<!-- end -->", "<!-- end-->"),
+    ):
+        with refuses("'a.md' has a mark that is no"):
+            fill(page.replace(old, new, 1), texts, "a.md")
+
+
+@pytest.mark.parametrize("typed", ["71.67 ± 2.08", "+0.67 [-3.13, +4.46]", "-0.67 [-3.13, +4.46]"])
+def test_a_figure_outside_of_marks_is_refused(refuses, typed):
+    with refuses("README.md", f"the figure '{typed}' outside of marks"):
+        fill(f"Castling had {typed} points.", {}, "README.md")
+    page = f"Castling had <!-- report: s/a/accuracy -->{typed}<!-- end -->, from [1, 2] to -3 and ±2."
+    assert fill(page, {"s/a/accuracy": typed}, "README.md") == page
+
+
+def test_a_study_without_a_place_and_a_folder_without_a_study_are_named(tmp_path, monkeypatch, refuses):
+    monkeypatch.setattr(report, "PAGE", tmp_path / "evidence.md")
+    (tmp_path / "evidence.md").write_text(PAGE.read_text().replace("<!-- report: cifar10_pilot -->", "<!-- end -->"))
+    with refuses("no place for cifar10_pilot", "<!-- report: cifar10_pilot -->"):
+        report.report(check=True)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (tmp_path / "old_study").mkdir()
+    with refuses("unknown folder of results 'old_study'"):
+        report.report(check=True)
 
 
 def test_the_overview_shows_three_lines_and_the_controls_with_seeds():
@@ -179,6 +213,13 @@ def test_the_overview_shows_three_lines_and_the_controls_with_seeds():
     left, right = picture.figure().axes
     assert [line.get_label() for line in left.lines] == ["softmax", "linear_angular", "castling"]
     assert all(list(line.get_xdata()) == [0.64, 2.56] for line in left.lines)
+    # Means of 50 and 60 % with Student's interval of two: 12.706 * 7.0711 / sqrt(2) = 63.53.
+    assert [bars.get_segments()[0][:, 1].tolist() for bars in left.collections] == 6 * [
+        pytest.approx([-8.53, 118.53], abs=0.01)
+    ]
+    margin, (bar,) = right.patches[0].get_extents().transformed(right.transData.inverted()), right.collections
+    assert (margin.x0, margin.x1) == pytest.approx((-0.5, 0.5))
+    assert bar.get_segments()[0][:, 0] == pytest.approx([-3.13, 4.46], abs=0.01)
     # "new" has one seed: a screening.
     assert [label.get_text() for label in right.get_yticklabels()] == ["softmax (n = 3)"]
     check_legible(picture.figure())
@@ -186,13 +227,6 @@ def test_the_overview_shows_three_lines_and_the_controls_with_seeds():
     for parts in ((Findings("main", THREE_ARMS, []), tokens, speed), (main, tokens, [])):
         assert overview(*parts).digest() is None
     assert overview(main, Findings("tokens", study, results[4:]), speed).digest() is None
-
-
-@pytest.mark.parametrize("images", [1, 8, 1003])
-def test_answers_are_packed_without_loss(images):
-    correct = np.random.default_rng(images).random(images) < 0.7
-    np.testing.assert_array_equal(unpack(pack(correct), images), correct)
-    assert len(pack(correct)) <= images / 6 + 4
 
 
 def test_estimates_are_values():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from castling_jax.data.sources import load_dataset
 from castling_jax.training.config_files import run_config
 from castling_jax.training.evaluate import configured_evaluator
 from castling_jax.training.sharding import make_mesh
-from experiments import run
+from experiments import results, run, study
 from experiments.results import unpack
 from experiments.study import ROOT, STUDIES
 
@@ -44,6 +45,7 @@ def repository(tmp_path):
     shutil.copy(ROOT / "tests" / "experiments" / "tiny.py", folder / STUDIES)
     (folder / "docs").mkdir()
     (folder / "docs" / "evidence.md").write_text(PAGE)
+    (folder / "README.md").write_text("castling <!-- report: tiny/castling/accuracy --><!-- end -->\n")
     shutil.copy(ROOT / ".gitignore", folder)
     git(folder, "init", "--quiet")
     commit(folder)
@@ -162,7 +164,9 @@ def test_a_killed_study_ends_with_all_results_and_its_report(repository):
     accuracy = sum(found[name]["accuracy_inference_form"] for name in RUNS[:2]) / 2
     assert f"| castling | 0.002 | {100 * accuracy:.2f} ± " in written
     commit(repository)
-    assert report("--check") == ("The page and the pictures agree with the results.\n", 0)
+    assert report("--check") == ("The pages and the pictures agree with the results.\n", 0)
+    readme = (repository / "README.md").read_text()
+    assert f"accuracy -->{100 * accuracy:.2f} ± " in readme
 
     page.write_text(written.replace("| castling | 0.002 | ", "| castling | 0.002 | 9"))
     output, status = report("--check")
@@ -201,7 +205,8 @@ def test_a_second_runner_waits_for_what_the_first_one_left_training(tmp_path, mo
 
 def test_what_is_not_committed_or_unknown_is_not_run(repository, monkeypatch, refuses):
     monkeypatch.setattr(run, "ROOT", repository)
-    monkeypatch.setattr(run, "RESULTS", repository / "experiments" / "results")
+    for module in (run, results, study):
+        monkeypatch.setattr(module, "RESULTS", repository / "experiments" / "results")
     with (repository / "castling_jax" / "errors.py").open("a") as file:
         file.write("# changed\n")
     with refuses("commit the code before cifar10_pilot is first run with it", "castling_jax/errors.py"):
@@ -211,6 +216,41 @@ def test_what_is_not_committed_or_unknown_is_not_run(repository, monkeypatch, re
         run.run("cifar10_pilot", jobs=1, only="nobody-*")
     with refuses("--jobs", "0"):
         run.run("cifar10_pilot", jobs=0)
+
+
+def test_a_worktree_that_was_changed_is_made_anew(repository, monkeypatch):
+    monkeypatch.setattr(run, "ROOT", repository)
+    monkeypatch.setattr(run, "RUNS", repository / "runs")
+    (repository / "data_local").mkdir()
+    origin = {"commit": git(repository, "rev-parse", "HEAD").strip(), "code": run.code_hash("tiny", repository)}
+    code = run.code_of("tiny", origin)
+    kept = code / "kept"
+    kept.touch()
+    assert run.code_of("tiny", origin) == code and kept.exists()
+    # Neither file is in the hash.
+    for changed in (code / "experiments" / "mask.py", code / "experiments" / "new.py"):
+        with changed.open("a") as file:
+            file.write("# changed\n")
+        assert run.code_of("tiny", origin) == code and not kept.exists()
+        assert "# changed" not in (code / "experiments" / "mask.py").read_text()
+        kept.touch()
+    # The study begins anew at a later commit, whose package and study are the same.
+    (repository / "experiments" / "mask.py").write_text("# another\n")
+    commit(repository)
+    run.code_of("tiny", origin | {"commit": git(repository, "rev-parse", "HEAD").strip()})
+    assert (code / "experiments" / "mask.py").read_text() == "# another\n"
+
+
+@pytest.mark.slow
+def test_a_run_that_failed_is_counted_and_says_why(repository):
+    study = repository / STUDIES / "tiny.py"
+    study.write_text(study.read_text().replace('test_split="test"', 'test_split="nothing"'))
+    commit(repository)
+    output, status = end_of(start(repository, "experiments.run", "tiny", "--only=*-seed0"))
+    assert status == 1 and output.endswith("\n2 failed.\n")
+    for name in RUNS[::2]:
+        assert re.search(f"{name}: failed; '.*log.txt' ends with: .*'nothing'", output)
+    assert not list((repository / "experiments" / "results" / "tiny").glob("*seed*"))
 
 
 def test_a_copy_without_git_runs_its_own_code(repository, monkeypatch, refuses):

@@ -108,13 +108,14 @@ def test_an_arm_starts_from_a_run_that_is_trained_once(tmp_path, monkeypatch, is
 def test_a_studys_models_can_be_made_and_its_test_split_is_no_other(name):
     study = load_study(name)
     for trial in trials_of(name, study):
-        config = trial.config(study)
-        check_config(config)
-        abstract_model(**model_arguments(config))
-        assert study.test_split is None or study.test_split not in (
-            config.dataset.train_split,
-            config.dataset.eval_split,
-        )
+        # A run that another one starts from must not have seen the test split either.
+        for config in (trial.config(study), *([trial.start_of(study)[1]] if trial.arm.start else [])):
+            check_config(config)
+            abstract_model(**model_arguments(config))
+            assert study.test_split is None or study.test_split not in (
+                config.dataset.train_split,
+                config.dataset.eval_split,
+            )
 
 
 @pytest.mark.parametrize("name", study_names())
