@@ -44,7 +44,9 @@ class BatchNorm(nnx.BatchNorm):
             # One pass over the data, as in Flax; rounding may make a tiny variance negative.
             variance = jnp.maximum(statistics.mean_square - jnp.square(mean), 0)
             for running, batch in ((self.mean, mean), (self.var, variance)):
-                running[...] = jax.lax.stop_gradient(self.momentum * running[...] + (1 - self.momentum) * batch)
+                # An assignment to `running[...]` asks a tracer for its sharding, and JAX searches the program for the
+                # text of its refusal: a third of the time in which a detector's step is traced.
+                running.set_value(jax.lax.stop_gradient(self.momentum * running[...] + (1 - self.momentum) * batch))
         assert self.scale is not None and self.bias is not None  # the constructor makes both
         factor = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
         return jnp.stack([mean, factor, self.bias[...]])

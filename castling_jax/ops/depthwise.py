@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Iterable
 from itertools import product
 
 import jax
@@ -198,12 +197,11 @@ def convolve_taps(
     )
 
 
-def _every(x: jax.Array, starts: Iterable[int], stride: int, sizes: Iterable[int]) -> jax.Array:
+def _every(x: jax.Array, starts: tuple[int, int], stride: int, sizes: tuple[int, int]) -> jax.Array:
     """Every stride-th row and column of an image from `starts` on, `sizes` of them."""
-    rows, columns = (
-        slice(start, start + stride * (size - 1) + 1, stride) for start, size in zip(starts, sizes, strict=True)
-    )
-    return x[:, rows, columns]
+    (row, column), (rows, columns) = starts, sizes
+    ends = (x.shape[0], row + stride * (rows - 1) + 1, column + stride * (columns - 1) + 1, x.shape[3])
+    return jax.lax.slice(x, (0, row, column, 0), ends, (1, stride, stride, 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -214,7 +212,7 @@ def _shift_and_add(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     padded = jnp.pad(x, [(0, 0), *((size // 2, size // 2) for size in taps), (0, 0)]).astype(wide)
     # Without the barrier XLA fuses the padding into the loop over the taps, which then tests each number for padding.
     padded = jax.lax.optimization_barrier(padded)
-    offsets = product(*map(range, taps))
+    offsets = product(range(taps[0]), range(taps[1]))
     products = (_every(padded, offset, stride, sizes) * kernel[(*offset, 0)].astype(wide) for offset in offsets)
     return functools.reduce(jnp.add, products).astype(x.dtype)
 
@@ -237,7 +235,7 @@ def _shift_gradients(stride: int, kept: tuple[jax.Array, jax.Array], d_out: jax.
     d_x = _shift_and_add(dilated, kernel[::-1, ::-1], 1)
 
     # The result is padded with zeros to whole blocks of SUMMED x SUMMED positions, and the input as far as a tap reads.
-    blocks = tuple(-(-size // SUMMED) for size in d_out.shape[1:3])
+    blocks = (-(-d_out.shape[1] // SUMMED), -(-d_out.shape[2] // SUMMED))
     whole = [SUMMED * size for size in blocks]
     ends = [(0, size - length) for size, length in zip(whole, d_out.shape[1:3], strict=True)]
     edges = [
@@ -246,15 +244,14 @@ def _shift_gradients(stride: int, kept: tuple[jax.Array, jax.Array], d_out: jax.
     ]
     d_out = jax.lax.optimization_barrier(jnp.pad(d_out, [(0, 0), *ends, (0, 0)]).astype(wide))
     padded = jax.lax.optimization_barrier(jnp.pad(x, [(0, 0), *edges, (0, 0)]).astype(wide))
+    parts = {at: _every(d_out, at, SUMMED, blocks) for at in product(range(SUMMED), range(SUMMED))}
     d_taps = []
     for offset in product(*map(range, taps)):
-        products = (
-            # Position and tap make one slice: XLA would copy the outer of two nested slices for each tap.
-            _every(padded, (offset[0] + stride * row, offset[1] + stride * column), stride * SUMMED, blocks)
-            * _every(d_out, (row, column), SUMMED, blocks)
-            for row, column in product(range(SUMMED), repeat=2)
-        )
-        d_taps.append(functools.reduce(jnp.add, products))
+        # Position and tap make one slice: XLA would copy the outer of two nested slices for each tap. Products and sums
+        # are lax's, because there are hundreds of them: jnp's take a multiple of the time to trace.
+        read = {at: (offset[0] + stride * at[0], offset[1] + stride * at[1]) for at in parts}
+        products = (jax.lax.mul(_every(padded, read[at], stride * SUMMED, blocks), part) for at, part in parts.items())
+        d_taps.append(functools.reduce(jax.lax.add, products))
     summed = jax.lax.optimization_barrier(jnp.stack(d_taps)).sum((1, 2, 3))
     return d_x, summed.reshape(kernel.shape).astype(kernel.dtype)
 
