@@ -199,7 +199,7 @@ class Findings:
             axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.6)
             axes.plot(estimate(values).mean, place, "|", color="black", markersize=18)
         axes.set_yticks(range(len(found)), list(found))
-        axes.invert_yaxis()  # the first arm on top, as in the tables
+        axes.set_ylim(len(found) - 0.5, -0.5)  # the first arm on top, as in the tables
         axes.set(title=self.name, xlabel="accuracy of the inference form (%)")
         axes.grid(alpha=0.3)
         return figure
