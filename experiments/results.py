@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from castling_jax.errors import InputError, check_known, reason
+from castling_jax.errors import InputError, check, check_known, refusing
 from experiments.study import RESULTS, STUDIES, Study, Trial, study_hash, trials_of
 
 SPEED_FILE = RESULTS / "speed.json"  # inference times, which experiments.speed measures
@@ -49,13 +49,10 @@ def read_object(path: Path, fields: Collection[str]) -> dict[str, Any]:
     Raises:
       InputError: the file cannot be read, holds something else, or lacks one of the fields.
     """
-    try:
+    with refusing((OSError, ValueError), f"'{path}' cannot be read: restore or remove it"):
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"'{path}' cannot be read ({reason(error)}): restore or remove it.") from error
-    missing = [field for field in fields if not isinstance(found, dict) or field not in found]
-    if missing:
-        raise InputError(f"'{path}' has no {', '.join(missing)}: restore or remove it.")
+    missing = [field for field in fields if not (isinstance(found, dict) and field in found)]
+    check(not missing, f"'{path}' has no {', '.join(missing)}: restore or remove it.")
     return found
 
 
@@ -91,15 +88,14 @@ def read_results(name: str, study: Study) -> list[Result]:
         if path.name != ORIGIN_FILE:
             check_known(f"run of {name}", path.stem, [known.stem for known in paths])
     results: list[Result] = []
+    costs: dict[str, dict[str, Any]] = {}  # arm -> what its first run cost
     for path, trial in paths.items():
         if path.exists():
             assert origin is not None  # read_origin refuses results without one
             result = read_object(path, FIELDS)
-            expected = _expected(path, result, trial, study, origin)
-            found = result | _cost(result)
-            for other in results:
-                if other["variant"] == trial.arm.name:
-                    expected |= _cost(other)
+            cost = _cost(result)
+            expected = _expected(path, result, trial, study, origin) | costs.setdefault(trial.arm.name, cost)
+            found = result | cost
             for field, value in expected.items():
                 if found[field] != value:
                     raise InputError(f"'{path}' has {field} = {found[field]}, which should be {value}.")
@@ -115,10 +111,8 @@ def _cost(result: Result) -> dict[str, Any]:
 
 def _expected(path: Path, result: Result, trial: Trial, study: Study, origin: dict[str, str]) -> dict[str, Any]:
     """The fields that follow from others or from the study, so that a file that was edited by hand is found."""
-    try:
+    with refusing((TypeError, ValueError), f"'{path}' has no correct answers: restore or remove it"):
         correct = unpack(result["correct"], result["images"])
-    except (TypeError, ValueError) as error:
-        raise InputError(f"'{path}' has no correct answers ({reason(error)}): restore or remove it.") from error
     # A split that the configuration leaves out is the data's own.
     named = {field: value for field, value in trial.config(study).dataset.items() if value is not None}
     expected = {

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, check_at_least
 from castling_jax.storage import write_atomically
 from castling_jax.tools.cli import ending_in_a_sentence
 from experiments.results import ORIGIN_FILE, read_origin
@@ -40,8 +40,7 @@ def run(name: str, *, jobs: int, only: str = "*") -> int:
     Raises:
       InputError: the study is unknown, has no such runs, is being run already, or has changed since its first result.
     """
-    if jobs < 1:
-        raise InputError(f"--jobs must be at least 1, not {jobs}.")
+    check_at_least("--jobs", jobs, 1)
     trials = [trial for trial in trials_of(name, load_study(name)) if fnmatch.fnmatch(trial.name, only)]
     if not trials:
         raise InputError(f"{name} has no run called {only!r}.")
@@ -172,8 +171,9 @@ def _start(trial: Trial, code: Path, core: int, lock: int) -> subprocess.Popen[b
 def _has_finished(trial: Trial) -> bool:
     """Whether a run whose process has ended has left its result; prints the accuracy or the failure."""
     if not trial.result.exists():
-        last = [line for line in _log_file(trial).read_text(errors="replace").splitlines() if line.strip()][-1:]
-        print(f"{trial.name}: failed; '{_log_file(trial)}' ends with: {''.join(last) or 'nothing'}", flush=True)
+        lines = _log_file(trial).read_text(errors="replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "nothing")
+        print(f"{trial.name}: failed; '{_log_file(trial)}' ends with: {last}", flush=True)
         return False
     result = json.loads(trial.result.read_text())
     accuracy = f"{100 * result['accuracy_inference_form']:.2f} %"

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import castling_jax
 from castling_jax.bench.attention import describe_machine, find_versions
 from castling_jax.bench.calls import time_group
-from castling_jax.errors import InputError
+from castling_jax.errors import check_at_least
 from castling_jax.storage import write_atomically
 from castling_jax.tools.cli import ending_in_a_sentence
 from castling_jax.training.malloc import keep_freed_memory
@@ -38,8 +38,7 @@ def measure(repeats: int) -> list[dict[str, Any]]:
     Raises:
       InputError: repeats is below 1.
     """
-    if repeats < 1:
-        raise InputError(f"--repeats must be at least 1, not {repeats}.")
+    check_at_least("--repeats", repeats, 1)
     images = np.random.default_rng(0).normal(size=(IMAGES, 32, 32, 3)).astype(np.float32)
     rows = []
     for tokens, patch_size in (bar := tqdm(PATCHES.items(), unit="length")):

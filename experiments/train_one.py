@@ -28,7 +28,7 @@ from castling_jax.training.preemption import Preempted
 from castling_jax.training.run import run
 from castling_jax.training.summary import Summary
 from experiments.mask import evaluations_of
-from experiments.results import ORIGIN_FILE, pack
+from experiments.results import ORIGIN_FIELDS, ORIGIN_FILE, pack, read_object
 from experiments.study import Study, Trial, code_hash, load_study, trials_of
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -125,7 +125,7 @@ def main() -> None:
         trials = {trial.name: trial for trial in trials_of(options.study, load_study(options.study))}
         check_known(f"run of {options.study}", options.run, trials)
         # The runner has recorded the commit: a copy of a checkout has no git to ask.
-        commit = json.loads((options.result.parent / ORIGIN_FILE).read_text())["commit"]
+        commit = read_object(options.result.parent / ORIGIN_FILE, ORIGIN_FIELDS)["commit"]
         result = train_one(trials[options.run], options.workdir, commit)
     except Preempted as preempted:
         sys.exit(f"interrupted; the state of step {preempted.step} is saved.")

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from itertools import product
 
 import jax
@@ -197,7 +198,7 @@ def convolve_taps(
     )
 
 
-def _every(x: jax.Array, starts: tuple[int, int], stride: int, sizes: tuple[int, int]) -> jax.Array:
+def _every(x: jax.Array, starts: Sequence[int], stride: int, sizes: Sequence[int]) -> jax.Array:
     """Every stride-th row and column of an image from `starts` on, `sizes` of them."""
     (row, column), (rows, columns) = starts, sizes
     ends = (x.shape[0], row + stride * (rows - 1) + 1, column + stride * (columns - 1) + 1, x.shape[3])
@@ -212,7 +213,7 @@ def _shift_and_add(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     padded = jnp.pad(x, [(0, 0), *((size // 2, size // 2) for size in taps), (0, 0)]).astype(wide)
     # Without the barrier XLA fuses the padding into the loop over the taps, which then tests each number for padding.
     padded = jax.lax.optimization_barrier(padded)
-    offsets = product(range(taps[0]), range(taps[1]))
+    offsets = product(*map(range, taps))
     products = (_every(padded, offset, stride, sizes) * kernel[(*offset, 0)].astype(wide) for offset in offsets)
     return functools.reduce(jnp.add, products).astype(x.dtype)
 
@@ -235,7 +236,7 @@ def _shift_gradients(stride: int, kept: tuple[jax.Array, jax.Array], d_out: jax.
     d_x = _shift_and_add(dilated, kernel[::-1, ::-1], 1)
 
     # The result is padded with zeros to whole blocks of SUMMED x SUMMED positions, and the input as far as a tap reads.
-    blocks = (-(-d_out.shape[1] // SUMMED), -(-d_out.shape[2] // SUMMED))
+    blocks = tuple(-(-size // SUMMED) for size in d_out.shape[1:3])
     whole = [SUMMED * size for size in blocks]
     ends = [(0, size - length) for size, length in zip(whole, d_out.shape[1:3], strict=True)]
     edges = [
@@ -244,7 +245,7 @@ def _shift_gradients(stride: int, kept: tuple[jax.Array, jax.Array], d_out: jax.
     ]
     d_out = jax.lax.optimization_barrier(jnp.pad(d_out, [(0, 0), *ends, (0, 0)]).astype(wide))
     padded = jax.lax.optimization_barrier(jnp.pad(x, [(0, 0), *edges, (0, 0)]).astype(wide))
-    parts = {at: _every(d_out, at, SUMMED, blocks) for at in product(range(SUMMED), range(SUMMED))}
+    parts = {at: _every(d_out, at, SUMMED, blocks) for at in product(range(SUMMED), repeat=2)}
     d_taps = []
     for offset in product(*map(range, taps)):
         # Position and tap make one slice: XLA would copy the outer of two nested slices for each tap. Products and sums

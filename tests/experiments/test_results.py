@@ -63,14 +63,12 @@ def test_results_come_in_the_order_of_the_runs(folder):
         ({"parameters": 3}, "parameters"),
         ({"macs": 3}, "macs"),
         ({"mask": []}, "schedule"),
-        ({"images": 9_999}, "no correct answers"),
+        ({"images": 9_999, "correct": pack(np.ones(100, bool))}, "no correct answers"),
         ({"correct": "abc"}, "no correct answers"),
         ({"correct": 7}, "no correct answers"),
     ],
 )
 def test_a_figure_that_contradicts_others_is_found(folder, refuses, changes, field):
-    if "images" in changes:
-        changes = changes | {"correct": pack(np.ones(100, bool))}
     change(folder / STUDY / RUN, **changes)
     with refuses(RUN, field):
         read()
