@@ -2,7 +2,7 @@
 
 docs/evidence.md and README.md are written by hand, except between `<!-- report: KEY -->` and `<!-- end -->`. KEY is
 
-  overview               the figure of cifar10_main and cifar10_tokens, docs/evidence.png
+  overview               the figure of three studies (OVERVIEW_STUDIES), docs/evidence.png
   STUDY                  the study's tables and its picture, docs/evidence_STUDY.png
   STUDY/ARM/accuracy     one figure for a sentence: the mean over seeds, with its standard deviation
   STUDY/ARM/difference   one figure for a sentence: the mean difference from the control, with its 95 % interval
@@ -46,6 +46,7 @@ MARKED = re.compile(r"(<!-- report: (\S+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 OVERVIEW = PAGE.parent / "evidence.png"
 DIGEST = "Description"  # the text in a PNG file that identifies the results that it shows
 OVERVIEW_TEXT = "Accuracy over inference time, and castling minus its controls"
+OVERVIEW_STUDIES = "cifar10_main", "cifar10_equal_rates", "cifar10_tokens"
 NONE_YET = "(no result yet)"
 ACCURACY_HEADER = "arm", "learning rate", "accuracy, %", "seeds", "parameters", "MACs", "steps", "seconds a run"
 
@@ -249,11 +250,12 @@ def read_findings(name: str) -> Findings:
     return Findings(name, study, read_results(name, study))
 
 
-def overview(main: Findings, tokens: Findings, speed: list[dict[str, Any]]) -> Picture:
-    """The figure that sums up two studies; it shows nothing as long as one of the three is missing.
+def overview(main: Findings, equal_rates: Findings, tokens: Findings, speed: list[dict[str, Any]]) -> Picture:
+    """The figure that sums up three studies; it shows nothing as long as one of the four is missing.
 
     Args:
       main: the findings of cifar10_main.
+      equal_rates: the findings of cifar10_equal_rates.
       tokens: the findings of cifar10_tokens.
       speed: the rows of experiments.speed's measurement.
     """
@@ -264,11 +266,17 @@ def overview(main: Findings, tokens: Findings, speed: list[dict[str, Any]]) -> P
         times = {row["tokens"]: row["milliseconds"]["median"] for row in speed if row["attention"] == measured}
         found = {count: tokens.accuracy(f"{attention}-{count}") for count in (64, 256)}
         lines.append((attention, {count: estimate(one.values()) for count, one in found.items() if one}, times))
-    controls = [arm.name for arm in main.study.arms if arm.name != "castling" and len(arm.seeds) > 1 and not arm.start]
-    differences = [(name, one) for name in controls if (one := main.difference("castling", name))]
-    is_whole = differences and all(accuracies and times for _, accuracies, times in lines)
-    shown = [main.results, tokens.results, speed] if is_whole else []
-    return Picture(OVERVIEW, shown, functools.partial(figure.draw, lines, differences))
+    by_study = [_controls(main), [(f"{name}, equal rates", one) for name, one in _controls(equal_rates)]]
+    is_whole = all(by_study) and all(accuracies and times for _, accuracies, times in lines)
+    shown = [main.results, equal_rates.results, tokens.results, speed] if is_whole else []
+    return Picture(OVERVIEW, shown, functools.partial(figure.draw, lines, [*itertools.chain(*by_study)]))
+
+
+def _controls(findings: Findings) -> list[tuple[str, Estimate]]:
+    """Castling minus each arm that was trained from random weights with several seeds."""
+    arms = [arm.name for arm in findings.study.arms if len(arm.seeds) > 1 and not arm.start]
+    differences = {name: findings.difference("castling", name) for name in arms if name != "castling"}
+    return [(name, one) for name, one in differences.items() if one]
 
 
 def read_speed() -> list[dict[str, Any]]:
@@ -320,8 +328,9 @@ def report(*, check: bool) -> list[Path]:
     texts = {key: text for findings in studies for key, text in findings.texts().items()}
     pictures = [picture for findings in studies for picture in findings.pictures()]
     by_name = {findings.name: findings for findings in studies}
-    if by_name.keys() >= {"cifar10_main", "cifar10_tokens"}:
-        pictures.append(overview(by_name["cifar10_main"], by_name["cifar10_tokens"], read_speed()))
+    if by_name.keys() >= {*OVERVIEW_STUDIES}:
+        main, equal_rates, tokens = (by_name[name] for name in OVERVIEW_STUDIES)
+        pictures.append(overview(main, equal_rates, tokens, read_speed()))
         texts["overview"] = f"![{OVERVIEW_TEXT}]({OVERVIEW.name})" if pictures[-1].shown else NONE_YET
     before = {path: path.read_text() for path in (PAGE, README)}
     for name in by_name.keys() - {*_keys(before[PAGE])}:

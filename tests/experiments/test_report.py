@@ -203,13 +203,15 @@ def test_the_overview_shows_three_lines_and_the_controls_with_seeds():
     )
     results = [result(name, 0.1, seed, 0.5 + 0.1 * seed) for name in counts for seed in (0, 1)]
     main, tokens = Findings("main", THREE_ARMS, RESULTS), Findings("tokens", study, results)
+    better = [one | {"accuracy_inference_form": one["accuracy_inference_form"] + 0.01} for one in RESULTS[3:]]
+    equal = Findings("equal", THREE_ARMS, [*RESULTS[:3], *better])
     kinds = ("softmax", "linear_angular")
     speed = [
         {"attention": kind, "tokens": count, "milliseconds": {"median": count / 100}}
         for kind in kinds
         for count in (64, 256)
     ]
-    picture = overview(main, tokens, speed)
+    picture = overview(main, equal, tokens, speed)
     left, right = picture.figure().axes
     assert [line.get_label() for line in left.lines] == ["softmax", "linear_angular", "castling"]
     assert all(list(line.get_xdata()) == [0.64, 2.56] for line in left.lines)
@@ -217,16 +219,21 @@ def test_the_overview_shows_three_lines_and_the_controls_with_seeds():
     assert [bars.get_segments()[0][:, 1].tolist() for bars in left.collections] == 6 * [
         pytest.approx([-8.53, 118.53], abs=0.01)
     ]
-    margin, (bar,) = right.patches[0].get_extents().transformed(right.transData.inverted()), right.collections
+    margin, bars = right.patches[0].get_extents().transformed(right.transData.inverted()), right.collections
     assert (margin.x0, margin.x1) == pytest.approx((-0.5, 0.5))
-    assert bar.get_segments()[0][:, 0] == pytest.approx([-3.13, 4.46], abs=0.01)
+    assert bars[0].get_segments()[0][:, 0] == pytest.approx([-3.13, 4.46], abs=0.01)
+    assert bars[1].get_segments()[0][:, 0] == pytest.approx([-2.13, 5.46], abs=0.01)
     # "new" has one seed: a screening.
-    assert [label.get_text() for label in right.get_yticklabels()] == ["softmax (n = 3)"]
+    assert [label.get_text() for label in right.get_yticklabels()] == [
+        "softmax (n = 3)",
+        "softmax, equal rates (n = 3)",
+    ]
     check_legible(picture.figure())
     assert picture.digest()
-    for parts in ((Findings("main", THREE_ARMS, []), tokens, speed), (main, tokens, [])):
+    empty = Findings("main", THREE_ARMS, [])
+    for parts in ((empty, equal, tokens, speed), (main, empty, tokens, speed), (main, equal, tokens, [])):
         assert overview(*parts).digest() is None
-    assert overview(main, Findings("tokens", study, results[4:]), speed).digest() is None
+    assert overview(main, equal, Findings("tokens", study, results[4:]), speed).digest() is None
 
 
 def test_estimates_are_values():
