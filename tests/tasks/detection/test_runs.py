@@ -87,19 +87,19 @@ def test_a_run_of_two_sizes_that_is_killed_goes_on_to_the_same_parameters(tmp_pa
     check_resumed(config, tmp_path, monkeypatch, after=3)
 
 
-def test_a_detector_learns_sixteen_photographs_by_heart(tmp_path):
-    """Of COCO, with 27 objects of 15 classes, in 70 steps, the last 30 with TAL."""
-    root = write_coco128(tmp_path / "data", tmp_path / "archive", count=16)
+def test_a_detector_learns_eight_photographs_by_heart(tmp_path):
+    """Of COCO, with 11 objects of 9 classes, in 70 steps, the last 30 with TAL."""
+    root = write_coco128(tmp_path / "data", tmp_path / "archive", count=8)
     config = configured(root, embed_dim=128, depth=2, num_heads=4, neck_channels=16)
-    config.train.update({"epochs": 70, "batch_size": 16})
+    config.train.update({"epochs": 70, "batch_size": 8})
     config.optimizer.update({"learning_rate": 6e-3, "warmup_epochs": 4.0, "weight_decay": 0.0})
     config.loss.atss_epochs = 40.0
-    config.evaluation.update({"every_epochs": 70, "batch_size": 16})
+    config.evaluation.update({"every_epochs": 70, "batch_size": 8})
     figures = train(config, tmp_path / "run")
     assert figures["mAP_train_form"] > 0.5
     assert figures["mAP_inference_form"] == pytest.approx(figures["mAP_train_form"], abs=0.01)
     assert figures["max_difference"] <= 1e-4
-    assert (figures["eval_images"], figures["eval_corrupt"]) == (16, 0)
+    assert (figures["eval_images"], figures["eval_corrupt"]) == (8, 0)
     # COCO's numbers of the classes, which a prediction states.
     ids = set_up(config).train_set.category_ids.tolist()
     assert read(tmp_path / "run").category_ids == read(tmp_path / "run" / "inference").category_ids == ids
