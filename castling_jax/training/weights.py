@@ -26,6 +26,8 @@ _FIT_ANYWAY = {
     *("num_classes", "image_size", "backbone", "backbone_arguments", "drop_path_rate", "remat", "implementation"),
     *("mask_kind", "mask_ratio", "norm_pix_loss", "init_std", "fixed_positions", "global_pool", "qkv_pool"),
 }
+# These may change no array's shape either, but the arrays' columns then belong to other heads.
+_HEADS = ("num_heads", "decoder_num_heads")
 
 
 def initial_variables(
@@ -49,14 +51,15 @@ def initial_variables(
       seed: seed of the layers that are drawn.
 
     Raises:
-      InputError: the weights cannot be read, are in inference form, or do not fit the model; or layers beside the
-        backbone have other sizes, and `reset_head` is not set.
+      InputError: the weights cannot be read, are in inference form, or do not fit the model; they are of a run with
+        another number of heads; or layers beside the backbone have other sizes, and `reset_head` is not set.
     """
     weights = read(path, ema=ema)
     # Through timm's names even from a run of ours, so that attentions, image sizes and classes may differ.
     state_dict, source = _backbone_of(weights)
     is_headless = source is not weights.model
     with _naming_the_cause(path, weights.model, model):
+        _check_heads(weights.model, model)
         if not _has_backbone(model):
             return from_torch(model, state_dict, reset_head=reset_head or is_headless, source=source)
         # The backbone as a classifier of any number of classes, whose head is left out.
@@ -66,6 +69,13 @@ def initial_variables(
     if weights.model is not None and weights.model.task == model.task:
         leaves |= _beside_backbone(path, weights.model, weights.variables, model, reset_head=reset_head)
     return unflatten(leaves)
+
+
+def _check_heads(source: Model | None, model: Model) -> None:
+    if source is None or _backbone_name(source) != _backbone_name(model):
+        return
+    if {*_HEADS} & _differences(source, model).keys():
+        raise InputError("its heads read other columns of the arrays than this model's")
 
 
 def _backbone_of(weights: Weights) -> tuple[dict[str, np.ndarray], Any]:

@@ -197,6 +197,16 @@ def test_positions_of_as_many_patches_on_another_grid_are_resized(mae):
     chex.assert_trees_all_close(started, resize_position_embedding(positions, (6, 8), (8, 6), 1), rtol=0, atol=1e-6)
 
 
+def test_a_run_with_other_heads_does_not_fit(refuses, mae):
+    """Its arrays have the same shapes."""
+    for field in ("num_heads", "decoder_num_heads"):
+        with refuses(f"'{mae}' has {field} = 2, and this model {field} = 4: set config.model.{field} as in that run"):
+            start(mae, reset_head=True, **MAE | {field: 4})
+    deit = {word: MAE[word] for word in (*SIZES, "image_size")}
+    with refuses("num_heads = 2, and this model num_heads = 1: set config.model.num_heads as in that run"):
+        start(mae, name="deit_micro", **deit | {"num_heads": 1})
+
+
 @pytest.mark.slow
 def test_a_segmenters_backbone_starts_other_models(segmenter):
     weights = flatten(read(segmenter).variables)
