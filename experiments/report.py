@@ -124,12 +124,7 @@ class Findings:
             *markdown(ACCURACY_HEADER, self._accuracy_rows(), "l"),
             "",
             *self._contrasts(),
-            *markdown(
-                ("arm", f"difference from {self.study.control}, points [95 % interval]", "seeds"),
-                self._difference_rows(),
-                "l",
-            ),
-            "",
+            *self._differences(),
             f"![Accuracy of each seed and arm]({self.picture.name})",
         ]
         return "\n".join(lines)
@@ -169,10 +164,15 @@ class Findings:
         header = "contrast, written down before the runs", "difference, points [95 % interval]", "seeds"
         return [*markdown(header, rows, "l"), ""] if rows else []
 
-    def _difference_rows(self) -> Iterable[Row]:
-        for arm in self.chosen:
-            if arm != self.study.control and (difference := self.difference(arm, self.study.control)):
-                yield arm, _difference(difference), str(difference.n)
+    def _differences(self) -> list[str]:
+        """Each arm's difference from the control, as a table; nothing while the control has no result."""
+        rows = [
+            (arm, _difference(difference), str(difference.n))
+            for arm in self.chosen
+            if arm != self.study.control and (difference := self.difference(arm, self.study.control))
+        ]
+        header = "arm", f"difference from {self.study.control}, points [95 % interval]", "seeds"
+        return [*markdown(header, rows, "l"), ""] if rows else []
 
     @property
     def picture(self) -> Path:
@@ -192,16 +192,25 @@ class Findings:
         return [Picture(self.picture, self.results, self.figure), *masks]
 
     def figure(self) -> Figure:
-        """A row for each arm with results: a dot for each seed and a bar for the mean, at the chosen rates."""
-        found = {arm: list(by_seed.values()) for arm in self.chosen if (by_seed := self.accuracy(arm))}
-        figure = Figure(figsize=(8, 1.2 + 0.3 * len(found)), layout="constrained")
+        """A row for each arm and learning rate with results: a dot for each seed, and a bar for the mean of several."""
+        rows = {
+            arm.name if len(arm.learning_rates) == 1 else f"{arm.name}, {rate:g}": [*accuracies(found).values()]
+            for arm in self.study.arms
+            for rate in arm.learning_rates
+            if (found := self.of(arm.name, rate))
+        }
+        figure = Figure(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
         axes = figure.subplots()
-        for place, values in enumerate(found.values()):
+        for place, values in enumerate(rows.values()):
             axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.6)
-            axes.plot(estimate(values).mean, place, "|", color="black", markersize=18)
-        axes.set_yticks(range(len(found)), list(found))
-        axes.set_ylim(len(found) - 0.5, -0.5)  # the first arm on top, as in the tables
-        axes.set(title=self.name, xlabel="accuracy of the inference form (%)")
+            if len(values) > 1:
+                axes.plot(estimate(values).mean, place, "|", color="black", markersize=18)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_ylim(len(rows) - 0.5, -0.5)  # the first arm on top, as in the tables
+        split = self.results[0]["data"]["test_split"]
+        axes.set(
+            title=self.name, xlabel=f"accuracy of the inference form on '{split}' (%); a dot a seed, a bar their mean"
+        )
         axes.grid(alpha=0.3)
         return figure
 
@@ -266,17 +275,18 @@ def overview(main: Findings, equal_rates: Findings, tokens: Findings, speed: lis
         times = {row["tokens"]: row["milliseconds"]["median"] for row in speed if row["attention"] == measured}
         found = {count: tokens.accuracy(f"{attention}-{count}") for count in (64, 256)}
         lines.append((attention, {count: estimate(one.values()) for count, one in found.items() if one}, times))
-    by_study = [_controls(main), [(f"{name}, equal rates", one) for name, one in _controls(equal_rates)]]
+    by_study = [_controls(main), _controls(equal_rates)]
     is_whole = all(by_study) and all(accuracies and times for _, accuracies, times in lines)
     shown = [main.results, equal_rates.results, tokens.results, speed] if is_whole else []
     return Picture(OVERVIEW, shown, functools.partial(figure.draw, lines, [*itertools.chain(*by_study)]))
 
 
 def _controls(findings: Findings) -> list[tuple[str, Estimate]]:
-    """Castling minus each arm that was trained from random weights with several seeds."""
+    """Castling minus each arm that was trained from random weights with several seeds; each with both arms' rates."""
     arms = [arm.name for arm in findings.study.arms if len(arm.seeds) > 1 and not arm.start]
     differences = {name: findings.difference("castling", name) for name in arms if name != "castling"}
-    return [(name, one) for name, one in differences.items() if one]
+    rates = findings.chosen
+    return [(f"{name} ({rates['castling']:g}, {rates[name]:g})", one) for name, one in differences.items() if one]
 
 
 def read_speed() -> list[dict[str, Any]]:

@@ -87,6 +87,9 @@ def test_the_contrasts_that_a_study_was_made_for_come_first():
         "| castling | +0.67 [-3.13, +4.46] | 3 |"
     )
     assert texts["tiny/castling-softmax/difference"] == "+0.67 [-3.13, +4.46]"
+    without = Findings("tiny", study, [one for one in RESULTS if one["variant"] != "softmax"]).texts()
+    assert "difference from softmax" in texts["tiny"]
+    assert "difference from softmax" not in without["tiny"]
     without = Findings("tiny", study, [one for one in RESULTS if one["variant"] != "new"]).texts()
     assert "| castling - new | (no result yet) | 0 |" in without["tiny"].splitlines()
 
@@ -109,9 +112,15 @@ def test_a_picture_tells_its_results(tmp_path):
     (tmp_path / "damaged.png").write_bytes(b"no picture")
     assert report._digest_of(tmp_path / "damaged.png") == ""
     axes = picture.figure().axes[0]
-    # A dot for each seed and a bar for their mean.
+    # A dot for each seed, and a bar for the mean of several, in a row for each arm and rate.
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "castling, 0.1",
+        "castling, 0.2",
+        "softmax",
+        "new",
+    ]
     assert [line.get_xdata().item() for line in axes.lines if line.get_marker() == "|"] == pytest.approx(
-        [71.67, 71, 65], abs=0.01
+        [71.67, 90, 71], abs=0.01
     )
     check_legible(picture.figure())
 
@@ -199,9 +208,9 @@ def test_a_study_without_a_place_and_a_folder_without_a_study_are_named(tmp_path
 def test_the_overview_shows_three_lines_and_the_controls_with_seeds():
     counts = ("softmax-64", "softmax-256", "linear_angular-64", "linear_angular-256", "castling-64", "castling-256")
     study = Study(
-        STUDY.config, tuple(Arm(name, {}, (0, 1), (0.1,)) for name in counts), "softmax-64", "test", "Digits."
+        STUDY.config, tuple(Arm(name, {}, (0, 1, 2), (0.1,)) for name in counts), "softmax-64", "test", "Digits."
     )
-    results = [result(name, 0.1, seed, 0.5 + 0.1 * seed) for name in counts for seed in (0, 1)]
+    results = [result(name, 0.1, seed, 0.5 + 0.1 * seed) for name in counts for seed in (0, 1, 2)]
     main, tokens = Findings("main", THREE_ARMS, RESULTS), Findings("tokens", study, results)
     better = [one | {"accuracy_inference_form": one["accuracy_inference_form"] + 0.01} for one in RESULTS[3:]]
     equal = Findings("equal", THREE_ARMS, [*RESULTS[:3], *better])
@@ -215,9 +224,9 @@ def test_the_overview_shows_three_lines_and_the_controls_with_seeds():
     left, right = picture.figure().axes
     assert [line.get_label() for line in left.lines] == ["softmax", "linear_angular", "castling"]
     assert all(list(line.get_xdata()) == [0.64, 2.56] for line in left.lines)
-    # Means of 50 and 60 % with Student's interval of two: 12.706 * 7.0711 / sqrt(2) = 63.53.
+    # Means of 50, 60 and 70 % with Student's interval of three: 4.303 * 10 / sqrt(3) = 24.84.
     assert [bars.get_segments()[0][:, 1].tolist() for bars in left.collections] == 6 * [
-        pytest.approx([-8.53, 118.53], abs=0.01)
+        pytest.approx([35.16, 84.84], abs=0.01)
     ]
     margin, bars = right.patches[0].get_extents().transformed(right.transData.inverted()), right.collections
     assert (margin.x0, margin.x1) == pytest.approx((-0.5, 0.5))
@@ -225,15 +234,18 @@ def test_the_overview_shows_three_lines_and_the_controls_with_seeds():
     assert bars[1].get_segments()[0][:, 0] == pytest.approx([-2.13, 5.46], abs=0.01)
     # "new" has one seed: a screening.
     assert [label.get_text() for label in right.get_yticklabels()] == [
-        "softmax (n = 3)",
-        "softmax, equal rates (n = 3)",
+        "softmax (0.1, 0.1), n = 3",
+        "softmax (0.1, 0.1), n = 3",
     ]
     check_legible(picture.figure())
     assert picture.digest()
     empty = Findings("main", THREE_ARMS, [])
     for parts in ((empty, equal, tokens, speed), (main, empty, tokens, speed), (main, equal, tokens, [])):
         assert overview(*parts).digest() is None
-    assert overview(main, equal, Findings("tokens", study, results[4:]), speed).digest() is None
+    assert overview(main, equal, Findings("tokens", study, results[6:]), speed).digest() is None
+    # The interval of two seeds is not drawn.
+    two = Findings("tokens", study, [one for one in results if one["seed"] < 2])
+    assert not overview(main, equal, two, speed).figure().axes[0].collections
 
 
 def test_estimates_are_values():
