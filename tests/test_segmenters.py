@@ -119,6 +119,24 @@ def test_no_image_is_replaced_by_an_answer(folder, photographs):
     assert {file: file.read_bytes() for file in photographs.iterdir()} == before
 
 
+def test_true_masks_are_not_replaced_by_answers(folder, photographs, tmp_path):
+    masks, command = tmp_path / "masks", [str(folder), str(photographs), f"--labels={tmp_path / 'masks'}"]
+    predict_command(command)
+    answer = (masks / "1.png").read_bytes()
+    predict_command(command)  # its own masks are
+    Image.new("L", (40, 30)).save(masks / "1.png")
+    (masks / "0.png").unlink()
+    truth = (masks / "1.png").read_bytes()
+    for content in (truth, b"no picture"):
+        (masks / "1.png").write_bytes(content)
+        with pytest.raises(
+            SystemExit, match=r"1\.png' was not written by this command, which would replace it: choose another"
+        ):
+            predict_command(command)
+        assert [file.name for file in masks.iterdir()] == ["1.png"]
+        assert (masks / "1.png").read_bytes() == content != answer
+
+
 @pytest.mark.slow
 def test_an_exported_program_runs_without_this_package_and_gives_classes(tmp_path, photographs):
     model = small_segmenter("deit_micro")

@@ -9,13 +9,12 @@ are files and folders, whose subfolders are read too. Images are prepared as in 
 
 Each image has a line: its path, and the most probable classes. With a detector, the line has the objects whose
 score is high enough; with a segmenter, the classes that cover most of the image; with a masked autoencoder, the
-reconstruction's loss. --csv writes the answers as a table,
-and --sheet draws the first images with their answers. --json writes a detector's boxes in COCO's format for results,
-with the images' paths as their ids, and category_name beside category_id. The category ids are those of the data that
-the run learnt from; where weights of an earlier version do not state them, the classes are counted from 1, in their
-order. --labels writes a segmenter's masks into a folder: a PNG for each image, of its
-size and name, with the class's number in each pixel. The command names files that it cannot read, and then ends with
-status 1.
+reconstruction's loss. --csv writes the answers as a table, and --sheet draws the first images with their answers.
+--json writes a detector's boxes in COCO's format for results, with the images' paths as their ids, and category_name
+beside category_id. The category ids are those of the data that the run learnt from; where weights of an earlier version
+do not state them, the classes are counted from 1, in their order. --labels writes a segmenter's masks into a folder: a
+PNG for each image, of its size and name, with the class's number in each pixel. It replaces its own masks there, and no
+other files. The command names files that it cannot read, and then ends with status 1.
 
 examples:
   python -m castling_jax predict runs/flowers holiday.jpg --top=3
@@ -31,12 +30,14 @@ import json
 import os
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from castling_jax.errors import InputError, check, printable
 from castling_jax.tools.cli import Parser, command, local_path
 
 ON_A_SHEET = 48  # images
+SOFTWARE = "castling_jax predict"  # in each mask of --labels; true masks, without it, are not replaced
 SHOWN_SCORE = 0.3  # equal to castling_jax.postprocessing.SHOWN_SCORE, whose import --help must not wait for
 
 
@@ -57,7 +58,7 @@ def make_parser() -> Parser:
 @command(make_parser)
 def main(options: Namespace) -> None:
     import numpy as np
-    from PIL import Image
+    from PIL import Image, PngImagePlugin
     from tqdm import tqdm
 
     from castling_jax.convert.weights import read
@@ -84,6 +85,11 @@ def main(options: Namespace) -> None:
     images = set(map(os.path.realpath, files))
     for path in [*written, *masks]:
         check(os.path.realpath(path) not in images, f"'{path}' is one of the images, which it would replace.")
+    for path in masks:
+        check(
+            not path.exists() or _is_answer(path),
+            f"'{path}' was not written by this command, which would replace it: choose another --labels.",
+        )
     for path in written:
         path.parent.mkdir(parents=True, exist_ok=True)
     if options.labels:
@@ -100,8 +106,9 @@ def main(options: Namespace) -> None:
             tqdm.write(str(answer), file=sys.stderr)
             continue
         if options.labels:
-            file = io.BytesIO()
-            Image.fromarray(predictions.label_map(answer)).save(file, "PNG")
+            file, text = io.BytesIO(), PngImagePlugin.PngInfo()
+            text.add_text("Software", SOFTWARE)
+            Image.fromarray(predictions.label_map(answer)).save(file, "PNG", pnginfo=text)
             write_atomically(options.labels / f"{path.stem}.png", file.getvalue())
         if not reader_left:
             try:
@@ -112,9 +119,9 @@ def main(options: Namespace) -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     good = [(path, answer) for path, answer in answers if not isinstance(answer, InputError)]
     if options.csv:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(predictions.table(answers))
-        write_atomically(options.csv, text.getvalue().encode(errors="backslashreplace"))
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows(predictions.table(answers))
+        write_atomically(options.csv, table.getvalue().encode(errors="backslashreplace"))
     if options.json:
         write_atomically(options.json, json.dumps(predictions.coco_results(good)).encode())
     if options.sheet and good:
@@ -126,6 +133,17 @@ def main(options: Namespace) -> None:
     unread = len(answers) - len(good)
     if unread:
         raise InputError(f"{unread:,} of {len(files):,} images cannot be read; they are named above.")
+
+
+def _is_answer(path: Path) -> bool:
+    """Whether a file is a mask that this command wrote."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == SOFTWARE
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":
