@@ -20,7 +20,7 @@ from tqdm import tqdm
 import castling_jax
 from castling_jax.bench.calls import PASSES, Row, batch_of, time_group
 from castling_jax.bench.decode_speed import describe_reading, measure_reading
-from castling_jax.bench.models import draw_models, measure_models
+from castling_jax.bench.models import check_models, draw_models, measure_models
 from castling_jax.bench.rivals import (
     INFERENCE,
     SOFTMAX,
@@ -237,6 +237,9 @@ def measure_attention(arguments: Namespace) -> dict[str, Any]:
     """Times layers, unless --no-layers, and, with --models, models: their rows, slopes and notes."""
     rows: list[Row] = []
     notes: list[str] = []
+    overrides = parse_overrides(arguments.set)
+    if arguments.models:  # now, not after the layers' minutes
+        check_models(arguments.model, arguments.image_sizes, arguments.attentions, overrides)
     if not arguments.no_layers:
         rows, notes = _measure_all_layers(arguments)
     models = []
@@ -247,7 +250,7 @@ def measure_attention(arguments: Namespace) -> dict[str, Any]:
             arguments.repeats,
             arguments.attentions,
             backward=arguments.backward,
-            overrides=parse_overrides(arguments.set),
+            overrides=overrides,
         )
     return {"layers": rows, "slopes": slopes(rows), "models": models, "reading": [], "notes": notes}
 

@@ -15,9 +15,24 @@ from tqdm import tqdm
 
 from castling_jax.bench.calls import PASSES, Row, batch_of, time_group
 from castling_jax.bench.rivals import INFERENCE, MASK_THRESHOLD, OURS
-from castling_jax.models.registry import create_model
+from castling_jax.models.registry import abstract_model, create_model
 from castling_jax.models.variables import Variables, apply, flatten, get_variables
 from castling_jax.plots import SMALL, write_plain_numbers
+
+
+def check_models(name: str, image_sizes: Sequence[int], rivals: Sequence[str], overrides: dict[str, Any]) -> None:
+    """Builds the models that `measure_models` times, with shapes only, which takes a second.
+
+    Raises:
+      InputError: as `measure_models` does.
+    """
+    for (attention, form), size in itertools.product(_attentions(rivals).values(), image_sizes):
+        abstract_model(name, attention=attention, form=form, image_size=size, **overrides)
+
+
+def _attentions(rivals: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Label -> (attention, form) of each model."""
+    return OURS | {rival: (rival, "inference") for rival in rivals}
 
 
 def measure_models(
@@ -52,7 +67,7 @@ def measure_models(
         bar.set_description(f"{name}, {PASSES[with_backward]}, {size} pixels")
         calls: dict[str, Callable[[], object]] = {}
         memory: dict[str, float] = {}
-        for label, (attention, form) in (OURS | {rival: (rival, "inference") for rival in rivals}).items():
+        for label, (attention, form) in _attentions(rivals).items():
             if with_backward and label == INFERENCE:
                 continue
             model = create_model(name, attention=attention, form=form, image_size=size, **(overrides or {}))

@@ -191,10 +191,16 @@ def test_peers_compute_the_same_as_our_layers(library):
         (["--image-sizes=0"], ("--image-sizes", "'0'")),
         (["--repeats=0"], ("--repeats", "0")),
         (["--channels=10", "--heads=3"], ("3 heads", "10")),
-        ([*TINY, "--tokens=3", "--models", "--model=deit_micr", "--no-peers"], ("deit_micr", "deit_micro")),
+        (["--models", "--model=deit_micr"], ("deit_micr", "deit_micro")),
+        (["--models", "--model=levit_128s", "--image-sizes=32,33"], ("33 x 33 pixels", "16")),
+        (["--models", "--model=deit_micro", "--image-sizes=8", "--attentions=windw"], ("windw", "window")),
+        (["--models", "--set=depht=3"], ("depht", "depth")),
     ],
 )
-def test_bad_input_is_refused_in_a_sentence(refuses, tmp_path, arguments, fragments):
+def test_bad_input_is_refused_in_a_sentence_before_anything_is_timed(
+    refuses, tmp_path, monkeypatch, arguments, fragments
+):
+    monkeypatch.setattr(attention, "measure_layers", lambda *_, **__: pytest.fail("layers are timed first"))
     with refuses(*fragments):
         attention.run(benchmark.make_parser().read([*arguments, f"--out={tmp_path}"]))
 
