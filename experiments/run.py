@@ -1,4 +1,4 @@
-"""Runs a study, or the rest of it: python -m experiments.run STUDY [--jobs=2] [--only=PATTERN].
+"""Runs studies, or the rest of them: python -m experiments.run STUDY... [--jobs=2] [--only=PATTERN].
 
 Each job is a process on its own core, with one thread and the lowest priority. A run that has its result in
 experiments/results is finished and left alone; a run that was killed resumes from its last checkpoint.
@@ -10,6 +10,7 @@ so the checkout may change meanwhile. To run a study anew, remove its folder in 
 import argparse
 import collections
 import contextlib
+import dataclasses
 import fcntl
 import fnmatch
 import itertools
@@ -20,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from castling_jax.errors import InputError, check_at_least
@@ -34,21 +35,39 @@ DATA = "data_local"  # ignored by git, so a new worktree lacks it
 POLL_SECONDS = 0.5
 
 
-def run(name: str, *, jobs: int, only: str = "*") -> int:
-    """Runs the unfinished runs of a study; returns the number of runs that failed.
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A run that waits, the folder of its study's code, and the study's lock."""
+
+    trial: Trial
+    code: Path
+    lock: int
+
+
+def run(names: Sequence[str], *, jobs: int, only: str = "*") -> int:
+    """Runs the unfinished runs of studies, one study after another; returns the number of runs that failed.
 
     Raises:
-      InputError: the study is unknown, has no such runs, is being run already, or has changed since its first result.
+      InputError: a study is unknown, is being run already, or has changed since its first result; or no study has a
+        run called `only`.
     """
     check_at_least("--jobs", jobs, 1)
-    trials = [trial for trial in trials_of(name, load_study(name)) if fnmatch.fnmatch(trial.name, only)]
-    if not trials:
-        raise InputError(f"{name} has no run called {only!r}.")
-    with _one_runner(name) as lock:
-        origin = origin_of(name)
-        waiting = collections.deque(trial for trial in trials if not trial.result.exists())
-        print(f"{name}: {len(trials) - len(waiting)} of {len(trials)} runs are finished.", flush=True)
-        return _run_all(waiting, code_of(name, origin), jobs, lock) if waiting else 0
+    all_trials = {name: trials_of(name, load_study(name)) for name in names}
+    if not any(fnmatch.fnmatch(trial.name, only) for trials in all_trials.values() for trial in trials):
+        raise InputError(f"{' and '.join(all_trials)}: no run is called {only!r}.")
+    waiting: collections.deque[_Job] = collections.deque()
+    with contextlib.ExitStack() as locks:
+        for name, trials in all_trials.items():
+            if not (asked := [trial for trial in trials if fnmatch.fnmatch(trial.name, only)]):
+                continue  # the study is not started, so its commit is not recorded
+            lock = locks.enter_context(_one_runner(name))
+            origin = origin_of(name)
+            unfinished = [trial for trial in asked if not trial.result.exists()]
+            print(f"{name}: {len(asked) - len(unfinished)} of {len(asked)} runs are finished.", flush=True)
+            if unfinished:
+                code = code_of(name, origin)
+                waiting += [_Job(trial, code, lock) for trial in unfinished]
+        return _run_all(waiting, jobs)
 
 
 @contextlib.contextmanager
@@ -127,8 +146,8 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _run_all(waiting: collections.deque[Trial], code: Path, jobs: int, lock: int) -> int:
-    """Runs all trials, `jobs` at a time; returns the number that failed."""
+def _run_all(waiting: collections.deque[_Job], jobs: int) -> int:
+    """Runs all that waits, `jobs` at a time; returns the number that failed."""
     # With more jobs than cores, several jobs share one.
     cores = list(itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), jobs))
     running: list[tuple[Trial, int, subprocess.Popen[bytes]]] = []
@@ -136,11 +155,11 @@ def _run_all(waiting: collections.deque[Trial], code: Path, jobs: int, lock: int
     try:
         while waiting or running:
             while waiting and cores:
-                trial, core = waiting.popleft(), cores.pop()
-                print(f"{trial.name}: started on core {core}.", flush=True)
-                running.append((trial, core, _start(trial, code, core, lock)))
+                job, core = waiting.popleft(), cores.pop()
+                print(f"{job.trial.study}/{job.trial.name}: started on core {core}.", flush=True)
+                running.append((job.trial, core, _start(job, core)))
             time.sleep(POLL_SECONDS)
-            for trial, core, process in [job for job in running if job[2].poll() is not None]:
+            for trial, core, process in [one for one in running if one[2].poll() is not None]:
                 running.remove((trial, core, process))
                 cores.append(core)
                 failed += not _has_finished(trial)
@@ -152,19 +171,20 @@ def _run_all(waiting: collections.deque[Trial], code: Path, jobs: int, lock: int
     return failed
 
 
-def _start(trial: Trial, code: Path, core: int, lock: int) -> subprocess.Popen[bytes]:
+def _start(job: _Job, core: int) -> subprocess.Popen[bytes]:
     """Starts one run on one core."""
+    trial = job.trial
     folder = RUNS / trial.study / trial.name
     folder.mkdir(parents=True, exist_ok=True)
     command = ["nice", "-n19", "taskset", "--cpu-list", str(core), sys.executable, "-m", "experiments.train_one"]
     command += [trial.study, trial.name, f"--workdir={folder}", f"--result={trial.result}"]
     # One thread each: threads of several runs on the same cores would slow each other down.
     environment = {"JAX_PLATFORMS": "cpu"} | os.environ | {"OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(code), os.environ.get("PYTHONPATH"))))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(job.code), os.environ.get("PYTHONPATH"))))
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
     with _log_file(trial).open("a") as log:
         return subprocess.Popen(
-            command, cwd=code, env=environment, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock]
+            command, cwd=job.code, env=environment, stdout=log, stderr=subprocess.STDOUT, pass_fds=[job.lock]
         )
 
 
@@ -173,12 +193,12 @@ def _has_finished(trial: Trial) -> bool:
     if not trial.result.exists():
         lines = _log_file(trial).read_text(errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "nothing")
-        print(f"{trial.name}: failed; '{_log_file(trial)}' ends with: {last}", flush=True)
+        print(f"{trial.study}/{trial.name}: failed; '{_log_file(trial)}' ends with: {last}", flush=True)
         return False
     result = json.loads(trial.result.read_text())
     accuracy = f"{100 * result['accuracy_inference_form']:.2f} %"
     split, minutes = result["data"]["test_split"], result["seconds"] / 60  # a study may read validation images alone
-    print(f"{trial.name}: {accuracy} on '{split}', trained in {minutes:.0f} min.", flush=True)
+    print(f"{trial.study}/{trial.name}: {accuracy} on '{split}', trained in {minutes:.0f} min.", flush=True)
     return True
 
 
@@ -189,7 +209,7 @@ def _log_file(trial: Trial) -> Path:
 @ending_in_a_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", help="a file in experiments/studies, without .py")
+    parser.add_argument("study", nargs="+", help="a file in experiments/studies, without .py")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on a core (default: %(default)s)")
     parser.add_argument("--only", default="*", help="a pattern of runs' names, such as 'castling-*-seed0'")
     options = parser.parse_args()

@@ -212,10 +212,10 @@ def test_what_is_not_committed_or_unknown_is_not_run(repository, monkeypatch, re
     with refuses("commit the code before cifar10_pilot is first run with it", "castling_jax/errors.py"):
         run.origin_of("cifar10_pilot")
     assert not (repository / "experiments" / "results").exists()
-    with refuses("'nobody-*'"):
-        run.run("cifar10_pilot", jobs=1, only="nobody-*")
+    with refuses("cifar10_pilot and cifar10_main: no run is called 'nobody-*'"):
+        run.run(["cifar10_pilot", "cifar10_main"], jobs=1, only="nobody-*")
     with refuses("--jobs", "0"):
-        run.run("cifar10_pilot", jobs=0)
+        run.run(["cifar10_pilot"], jobs=0)
 
 
 def test_a_worktree_that_was_changed_is_made_anew(repository, monkeypatch):
@@ -242,15 +242,18 @@ def test_a_worktree_that_was_changed_is_made_anew(repository, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_that_failed_is_counted_and_says_why(repository):
-    study = repository / STUDIES / "tiny.py"
-    study.write_text(study.read_text().replace('test_split="test"', 'test_split="nothing"'))
+def test_runs_of_two_studies_that_fail_are_counted_and_say_why(repository):
+    text = (repository / STUDIES / "tiny.py").read_text().replace('test_split="test"', 'test_split="nothing"')
+    for name, other in (("tiny", "castling"), ("tiny_too", "castling"), ("another", "linear_angular")):
+        (repository / STUDIES / f"{name}.py").write_text(text.replace('"castling"', repr(other)))
     commit(repository)
-    output, status = end_of(start(repository, "experiments.run", "tiny", "--only=*-seed0"))
+    command = ["experiments.run", "tiny", "tiny_too", "another", "--jobs=2", "--only=castling-*-seed0"]
+    output, status = end_of(start(repository, *command))
     assert status == 1 and output.endswith("\n2 failed.\n")
-    for name in RUNS[::2]:
-        assert re.search(f"{name}: failed; '.*log.txt' ends with: .*'nothing'", output)
-    assert not list((repository / "experiments" / "results" / "tiny").glob("*seed*"))
+    for name in ("tiny", "tiny_too"):
+        assert re.search(f"{RUNS[0]}: failed; '.*/{name}/.*log.txt' ends with: .*'nothing'", output)
+        assert not list((repository / "experiments" / "results" / name).glob("*seed*"))
+    assert not (repository / "experiments" / "results" / "another").exists()  # it has no such run
 
 
 def test_a_copy_without_git_runs_its_own_code(repository, monkeypatch, refuses):
