@@ -30,6 +30,7 @@ from castling_jax.bench.rivals import (
     rival_layers,
     torch_layers,
 )
+from castling_jax.data.loader import processors
 from castling_jax.errors import InputError
 from castling_jax.models.description import parse_overrides
 from castling_jax.plots import SMALL, png, write_plain_numbers
@@ -212,10 +213,9 @@ def describe_machine() -> dict[str, Any]:
     """The processor, its cores and its load: the figures depend on them."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    affinity = getattr(os, "sched_getaffinity", None)
     return {
         "processor": names[0].split(":")[1].strip() if names else platform.processor() or platform.machine(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "cores": processors(),
         "device": jax.devices()[0].device_kind,
         "system": platform.platform(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan,

@@ -238,7 +238,7 @@ def _batches(parts: _Parts, numbers: range, *, workers: int, max_corrupt_share: 
     import grain
 
     # Each worker process has one thread; without workers, this process reads with many.
-    threads = 1 if workers else min(_processors(), MAX_THREADS)
+    threads = 1 if workers else min(processors(), MAX_THREADS)
     options = grain.ReadOptions(threads, PARTS_AHEAD * threads)
     stream = grain.MapDataset.range(numbers.start, numbers.stop).map(parts).to_iter_dataset(options)
     if workers:
@@ -249,7 +249,7 @@ def _batches(parts: _Parts, numbers: range, *, workers: int, max_corrupt_share: 
     return _whole(stream, len(parts.rows), max_corrupt_share)
 
 
-def _processors() -> int:
+def processors() -> int:
     """The processors that this process may use; in a container, or under taskset, those are not all that there are."""
     affinity = getattr(os, "sched_getaffinity", None)  # only Linux has it
     return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -72,6 +72,7 @@ def initial_variables(
 
 
 def _check_heads(source: Model | None, model: Model) -> None:
+    """Raises an InputError if the weights are of the model's backbone, or decoder, with another number of heads."""
     if source is None or _backbone_name(source) != _backbone_name(model):
         return
     if {*_HEADS} & _differences(source, model).keys():
