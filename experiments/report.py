@@ -3,6 +3,7 @@
 docs/evidence.md and README.md are written by hand, except between `<!-- report: KEY -->` and `<!-- end -->`. KEY is
 
   overview               the figure of three studies (OVERVIEW_STUDIES), docs/evidence.png
+  speed                  the inference times that experiments.speed has measured
   STUDY                  the study's tables and its picture, docs/evidence_STUDY.png
   STUDY/ARM/accuracy     one figure for a sentence: the mean over seeds, with its standard deviation
   STUDY/ARM/difference   one figure for a sentence: the mean difference from the control, with its 95 % interval
@@ -35,7 +36,7 @@ from castling_jax.tables import Row, markdown
 from castling_jax.tools.cli import ending_in_a_sentence
 from experiments import figure, mask
 from experiments.estimates import Estimate, estimate, paired_difference
-from experiments.results import SPEED_FILE, Result, read_object, read_results
+from experiments.results import SPEED_FIELDS, SPEED_FILE, Result, read_object, read_results
 from experiments.study import RESULTS, ROOT, STUDIES, Study, load_study, study_names, trials_of
 
 PAGE = ROOT / "docs" / "evidence.md"
@@ -289,9 +290,22 @@ def _controls(findings: Findings) -> list[tuple[str, Estimate]]:
     return [(f"{name} ({rates['castling']:g}, {rates[name]:g})", one) for name, one in differences.items() if one]
 
 
-def read_speed() -> list[dict[str, Any]]:
-    """The rows of experiments.speed's measurement; [] before it was made."""
-    return read_object(SPEED_FILE, ["rows"])["rows"] if SPEED_FILE.exists() else []
+def read_speed() -> dict[str, Any]:
+    """What experiments.speed has measured; without rows before it was run."""
+    return read_object(SPEED_FILE, SPEED_FIELDS) if SPEED_FILE.exists() else {"rows": []}
+
+
+def speed_table(speed: dict[str, Any]) -> str:
+    """The measured inference times: a row for each attention, a column for each number of tokens."""
+    if not speed["rows"]:
+        return NONE_YET
+    medians = {(row["attention"], row["tokens"]): row["milliseconds"]["median"] for row in speed["rows"]}
+    attentions, counts = (list(dict.fromkeys(names)) for names in zip(*medians, strict=True))
+    rows = [(name, *(f"{medians[name, count]:.2f}" for count in counts)) for name in attentions]
+    machine = f"{speed['machine']['processor']}, JAX {speed['versions']['jax']}"
+    about = f"Milliseconds an image on one core ({machine}), the median of {speed['repeats']} calls."
+    header = "attention", *(f"{count:,} tokens" for count in counts)
+    return "\n".join([f"{about} castling's inference form is linear_angular's.", "", *markdown(header, rows, "l")])
 
 
 def fill(page: str, texts: dict[str, str], where: str) -> str:
@@ -338,9 +352,10 @@ def report(*, check: bool) -> list[Path]:
     texts = {key: text for findings in studies for key, text in findings.texts().items()}
     pictures = [picture for findings in studies for picture in findings.pictures()]
     by_name = {findings.name: findings for findings in studies}
+    texts["speed"] = speed_table(read_speed())
     if by_name.keys() >= {*OVERVIEW_STUDIES}:
         main, equal_rates, tokens = (by_name[name] for name in OVERVIEW_STUDIES)
-        pictures.append(overview(main, equal_rates, tokens, read_speed()))
+        pictures.append(overview(main, equal_rates, tokens, read_speed()["rows"]))
         texts["overview"] = f"![{OVERVIEW_TEXT}]({OVERVIEW.name})" if pictures[-1].shown else NONE_YET
     before = {path: path.read_text() for path in (PAGE, README)}
     for name in by_name.keys() - {*_keys(before[PAGE])}:

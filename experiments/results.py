@@ -13,6 +13,7 @@ from castling_jax.errors import InputError, check, check_known, refusing
 from experiments.study import RESULTS, STUDIES, Study, Trial, study_hash, trials_of
 
 SPEED_FILE = RESULTS / "speed.json"  # inference times, which experiments.speed measures
+SPEED_FIELDS = ("machine", "versions", "repeats", "rows")
 ORIGIN_FILE = "origin.json"  # in RESULTS/STUDY: the commit, and the hashes of the code and of the study's file
 ORIGIN_FIELDS = ("commit", "code", "study")
 DATA_FIELDS = ("name", "train_split", "eval_split", "test_split")

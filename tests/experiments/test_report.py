@@ -248,6 +248,24 @@ def test_the_overview_shows_three_lines_and_the_controls_with_seeds():
     assert not overview(main, equal, two, speed).figure().axes[0].collections
 
 
+def test_measured_times_are_a_table():
+    rows = [
+        {"attention": name, "tokens": count, "milliseconds": {"min": 0.1, "median": time, "max": 9.0}}
+        for count, times in ((64, (0.5, 0.25)), (1024, (100, 12.345)))
+        for name, time in zip(("softmax", "linear_angular"), times, strict=True)
+    ]
+    speed = {"machine": {"processor": "a processor"}, "versions": {"jax": "1.2"}, "repeats": 7, "rows": rows}
+    lines = report.speed_table(speed).splitlines()
+    assert lines[0].startswith("Milliseconds an image on one core (a processor, JAX 1.2), the median of 7 calls.")
+    assert lines[2:] == [
+        "| attention | 64 tokens | 1,024 tokens |",
+        "|---|---|---|",
+        "| softmax | 0.50 | 100.00 |",
+        "| linear_angular | 0.25 | 12.35 |",
+    ]
+    assert report.speed_table({"rows": []}) == "(no result yet)"
+
+
 def test_estimates_are_values():
     assert estimate([1.0, 3.0]) == Estimate(2.0, math.sqrt(2), 2)
 
