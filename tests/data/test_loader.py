@@ -278,3 +278,11 @@ def bytes_among_floats(example):
 def test_bytes_do_not_become_floats_that_look_normalised(batch_size):
     with pytest.raises(TypeError, match="[Cc]annot cast"):
         list(evaluation_batches(numbered(40), batch_size=batch_size, transform=bytes_among_floats))
+
+
+def test_the_processors_are_those_that_a_process_may_use(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 96)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {4, 7}, raising=False)
+    assert loader.processors() == 2
+    monkeypatch.delattr("os.sched_getaffinity")  # as on macOS
+    assert loader.processors() == 96
