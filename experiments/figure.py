@@ -31,26 +31,28 @@ def draw(lines: Sequence[Line], differences: Sequence[tuple[str, Estimate]]) -> 
         (line,) = left.plot(times, means, "o-", label=name)
         for time, count in zip(times, tokens, strict=True):
             one = accuracies[count]
-            left.annotate(f"{count}, n = {one.n}", (time, one.mean), textcoords="offset points", xytext=(5, 5))
+            text = f"{count}" if one.n >= SEEDS else f"{count}, n = {one.n}"
+            left.annotate(text, (time, one.mean), textcoords="offset points", xytext=(5, 5))
             if one.n >= SEEDS:
                 left.vlines(time, *one.interval, color=line.get_color(), linewidth=width, alpha=0.7)
     counts = sorted({count for _, accuracies, _ in lines for count in accuracies})
-    title = f"{' and '.join(map(str, counts))} tokens"
+    title = f"{' and '.join(map(str, counts))} tokens, 4 epochs"
     left.set(xlabel="inference, ms per image on one core", ylabel="test accuracy (%)", title=title)
     left.margins(x=0.2)  # room for the labels
     left.set_xscale("log")
     left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.xaxis.set_major_formatter("{x:g}")
     left.xaxis.set_minor_formatter(NullFormatter())
-    right.axvspan(-MARGIN, MARGIN, color="0.9", label="margin, set for softmax")
     right.axvline(0, color="black", linewidth=0.8)
-    for place, (_, difference) in enumerate(differences):
+    for place, (name, difference) in enumerate(differences):
+        if name.startswith("softmax ("):
+            right.barh(place, 2 * MARGIN, left=-MARGIN, height=1, color="0.85", label="margin", zorder=0)
         right.plot(difference.mean, place, "o", color="tab:blue")
         if difference.n >= SEEDS:
             right.hlines(place, *difference.interval, color="tab:blue")
     right.set_yticks(range(len(differences)), [f"{name}, n = {one.n}" for name, one in differences])
     right.set_ylim(len(differences) - 0.5, -0.5)
-    right.set(xlabel="castling minus control (points)", title="64 tokens, paired by seed")
+    right.set(xlabel="castling minus control (points)", title="64 tokens, 15 epochs (equal-time: 19)")
     figure.legend(loc="outside lower center", ncols=len(lines) + 1)
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -49,7 +49,7 @@ DIGEST = "Description"  # the text in a PNG file that identifies the results tha
 OVERVIEW_TEXT = "Accuracy over inference time, and castling minus its controls"
 OVERVIEW_STUDIES = "cifar10_main", "cifar10_equal_rates", "cifar10_tokens"
 NONE_YET = "(no result yet)"
-ACCURACY_HEADER = "arm", "learning rate", "accuracy, %", "seeds", "parameters", "MACs", "steps", "seconds a run"
+ACCURACY_HEADER = "arm", "learning rate", "accuracy, %", "seeds", "parameters", "MACs", "steps"
 
 
 def accuracies(results: Iterable[Result]) -> dict[int, float]:
@@ -119,8 +119,7 @@ class Findings:
         lines += [
             f"The runs come from commit {first['commit'][:12]}, on {' and '.join(machines)}. Accuracies are of the "
             f"inference form on the {first['images']:,} images of `{first['data']['test_split']}`, with the standard "
-            "deviation over seeds; parameters and MACs (an image) are of the inference form too; seconds are of "
-            "training, beside other work, so they do not compare.",
+            "deviation over seeds; parameters and MACs (an image) are of the inference form too.",
             "",
             *markdown(ACCURACY_HEADER, self._accuracy_rows(), "l"),
             "",
@@ -143,7 +142,6 @@ class Findings:
                 accuracy = estimate(accuracies(results).values())
                 is_chosen = len(arm.learning_rates) > 1 and rate == self.chosen[arm.name]
                 shown_rate = f"{rate:g} (chosen on validation)" if is_chosen else f"{rate:g}"
-                seconds = estimate(result["seconds"] for result in results).mean
                 yield (
                     arm.name,
                     shown_rate,
@@ -152,7 +150,6 @@ class Findings:
                     f"{results[0]['parameters']:,}",
                     f"{results[0]['macs'] / 1e6:,.2f} M",
                     f"{results[0]['steps']:,}",
-                    f"{seconds:,.0f}",
                 )
 
     def _contrasts(self) -> list[str]:

@@ -72,7 +72,7 @@ def read_origin(name: str) -> dict[str, str] | None:
     if origin["study"] != study_hash(name):
         raise InputError(
             f"{STUDIES / name}.py has changed since its first start: give the new study another name, or remove "
-            f"'{folder}' to run it anew."
+            f"'{folder}' and its folder in runs/experiments to run it anew."
         )
     return origin
 

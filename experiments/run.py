@@ -4,7 +4,8 @@ Each job is a process on its own core, with one thread and the lowest priority. 
 experiments/results is finished and left alone; a run that was killed resumes from its last checkpoint.
 
 All runs of a study use the code of one commit, the HEAD at the study's first start, in a git worktree of that commit,
-so the checkout may change meanwhile. To run a study anew, remove its folder in experiments/results.
+so the checkout may change meanwhile. To run a study anew, remove its folders in experiments/results and in
+runs/experiments.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from experiments.study import RESULTS, ROOT, Trial, code_hash, load_study, study
 
 RUNS = ROOT / "runs" / "experiments"  # ignored by git
 DATA = "data_local"  # ignored by git, so a new worktree lacks it
+CODE = "code"  # in RUNS/STUDY: the worktree
 POLL_SECONDS = 0.5
 
 
@@ -90,14 +92,17 @@ def origin_of(name: str) -> dict[str, str]:
     """The commit that a study's results come from, with the hashes of code and study; recorded at the first start.
 
     Raises:
-      InputError: at the first start, there are uncommitted changes, or results of an unknown origin; later, the
-        study's file has changed.
+      InputError: at the first start, there are uncommitted changes, or results or runs of an unknown origin; later,
+        the study's file has changed.
     """
     if (recorded := read_origin(name)) is not None:
         return recorded
     changes = _git("status", "--porcelain", "castling_jax", "experiments", f":!{RESULTS.relative_to(ROOT)}")
     if changes:
         raise InputError(f"commit the code before {name} is first run with it ({' '.join(changes.split())}).")
+    # Runs of an earlier start would go on, or end at once, and count as this commit's.
+    if [path.name for path in (RUNS / name).glob("*/") if path.name != CODE]:
+        raise InputError(f"'{RUNS / name}' holds runs of an earlier start of {name}: remove it first.")
     origin = {"commit": _git("rev-parse", "HEAD"), "code": code_hash(name), "study": study_hash(name)}
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +119,7 @@ def code_of(name: str, origin: dict[str, str]) -> Path:
       InputError: the commit is not in this repository, or the code is not the recorded code.
     """
     has_git = (ROOT / ".git").exists()
-    folder = RUNS / name / "code" if has_git else ROOT
+    folder = RUNS / name / CODE if has_git else ROOT
     if has_git and not _is_checkout(folder, origin["commit"]):
         if folder.exists():
             shutil.rmtree(folder)

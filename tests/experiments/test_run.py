@@ -212,6 +212,12 @@ def test_what_is_not_committed_or_unknown_is_not_run(repository, monkeypatch, re
     with refuses("commit the code before cifar10_pilot is first run with it", "castling_jax/errors.py"):
         run.origin_of("cifar10_pilot")
     assert not (repository / "experiments" / "results").exists()
+    git(repository, "checkout", "--", ".")
+    monkeypatch.setattr(run, "RUNS", repository / "runs")
+    (repository / "runs" / "cifar10_pilot" / RUNS[0]).mkdir(parents=True)
+    with refuses("cifar10_pilot' holds runs of an earlier start of cifar10_pilot: remove it first."):
+        run.origin_of("cifar10_pilot")
+    assert not (repository / "experiments" / "results").exists()
     with refuses("cifar10_pilot and cifar10_main: no run is called 'nobody-*'"):
         run.run(["cifar10_pilot", "cifar10_main"], jobs=1, only="nobody-*")
     with refuses("--jobs", "0"):
