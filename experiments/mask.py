@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from castling_jax.tables import markdown
 
@@ -55,10 +56,12 @@ def draw(runs: list[list[dict[str, Any]]], title: str) -> Figure:
     for layer, shares in enumerate(densities.T):
         left.plot([one["epoch"] for one in runs[0]], 100 * shares, "o-", label=f"layer {layer + 1}")
     left.set(title=title, xlabel="epoch", ylabel="density of the mask (%)")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside right upper")
     for drop in drops:
         right.plot(100 * densities.mean(axis=1), drop, "o", color="tab:blue", alpha=0.5)
     right.axhline(0, color="black", linewidth=0.8)
+    right.set_title("a dot for each seed and epoch")
     right.set(xlabel="density of the mask, mean of the layers (%)", ylabel="drop at the switch (points)")
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -192,7 +192,7 @@ class Findings:
     def figure(self) -> Figure:
         """A row for each arm and learning rate with results: a dot for each seed, and a bar for the mean of several."""
         rows = {
-            arm.name if len(arm.learning_rates) == 1 else f"{arm.name}, {rate:g}": [*accuracies(found).values()]
+            f"{arm.name}, {rate:g}": [*accuracies(found).values()]
             for arm in self.study.arms
             for rate in arm.learning_rates
             if (found := self.of(arm.name, rate))

@@ -113,12 +113,8 @@ def test_a_picture_tells_its_results(tmp_path):
     assert report._digest_of(tmp_path / "damaged.png") == ""
     axes = picture.figure().axes[0]
     # A dot for each seed, and a bar for the mean of several, in a row for each arm and rate.
-    assert [label.get_text() for label in axes.get_yticklabels()] == [
-        "castling, 0.1",
-        "castling, 0.2",
-        "softmax",
-        "new",
-    ]
+    rows = [label.get_text() for label in axes.get_yticklabels()]
+    assert rows == ["castling, 0.1", "castling, 0.2", "softmax, 0.1", "new, 0.1"]
     assert [line.get_xdata().item() for line in axes.lines if line.get_marker() == "|"] == pytest.approx(
         [71.67, 90, 71], abs=0.01
     )
