@@ -13,13 +13,16 @@ MARGIN = 0.5  # points: castling counts as no worse than softmax if the interval
 # (attention, estimate of the accuracy in percent by tokens, milliseconds per image by tokens)
 Line = tuple[str, dict[int, Estimate], dict[int, float]]
 
+# (control, learning rates of castling and of that control, castling minus that control in points)
+Difference = tuple[str, tuple[float | None, float | None], Estimate]
 
-def draw(lines: Sequence[Line], differences: Sequence[tuple[str, Estimate]]) -> Figure:
+
+def draw(lines: Sequence[Line], differences: Sequence[Difference]) -> Figure:
     """Left, a line per attention, from few tokens to many; right, a row per control. Bars are 95 % intervals.
 
     Args:
       lines: accuracies and times.
-      differences: (control with both learning rates, castling minus that control in points).
+      differences: castling minus its controls.
     """
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -44,13 +47,15 @@ def draw(lines: Sequence[Line], differences: Sequence[tuple[str, Estimate]]) -> 
     left.xaxis.set_major_formatter("{x:g}")
     left.xaxis.set_minor_formatter(NullFormatter())
     right.axvline(0, color="black", linewidth=0.8)
-    for place, (name, difference) in enumerate(differences):
-        if name.startswith("softmax ("):
+    labels = []
+    for place, (name, (rate, control_rate), difference) in enumerate(differences):
+        labels.append(f"{name} ({rate:g}, {control_rate:g}), n = {difference.n}")
+        if name == "softmax":
             right.barh(place, 2 * MARGIN, left=-MARGIN, height=1, color="0.85", label="margin", zorder=0)
         right.plot(difference.mean, place, "o", color="tab:blue")
         if difference.n >= SEEDS:
             right.hlines(place, *difference.interval, color="tab:blue")
-    right.set_yticks(range(len(differences)), [f"{name}, n = {one.n}" for name, one in differences])
+    right.set_yticks(range(len(differences)), labels)
     right.set_ylim(len(differences) - 0.5, -0.5)
     right.set(xlabel="castling minus control (points)", title="64 tokens, 15 epochs (equal-time: 19)")
     figure.legend(loc="outside lower center", ncols=len(lines) + 1)

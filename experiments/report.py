@@ -279,12 +279,12 @@ def overview(main: Findings, equal_rates: Findings, tokens: Findings, speed: lis
     return Picture(OVERVIEW, shown, functools.partial(figure.draw, lines, [*itertools.chain(*by_study)]))
 
 
-def _controls(findings: Findings) -> list[tuple[str, Estimate]]:
-    """Castling minus each arm that was trained from random weights with several seeds; each with both arms' rates."""
+def _controls(findings: Findings) -> list[figure.Difference]:
+    """Castling minus each arm that was trained from random weights with several seeds."""
     arms = [arm.name for arm in findings.study.arms if len(arm.seeds) > 1 and not arm.start]
     differences = {name: findings.difference("castling", name) for name in arms if name != "castling"}
     rates = findings.chosen
-    return [(f"{name} ({rates['castling']:g}, {rates[name]:g})", one) for name, one in differences.items() if one]
+    return [(name, (rates["castling"], rates[name]), one) for name, one in differences.items() if one]
 
 
 def read_speed() -> dict[str, Any]:

@@ -54,18 +54,21 @@ def run(names: Sequence[str], *, jobs: int, only: str = "*") -> int:
         run called `only`.
     """
     check_at_least("--jobs", jobs, 1)
-    all_trials = {name: trials_of(name, load_study(name)) for name in names}
-    if not any(fnmatch.fnmatch(trial.name, only) for trials in all_trials.values() for trial in trials):
-        raise InputError(f"{' and '.join(all_trials)}: no run is called {only!r}.")
+    asked = {
+        name: [trial for trial in trials_of(name, load_study(name)) if fnmatch.fnmatch(trial.name, only)]
+        for name in names
+    }
+    if not any(asked.values()):
+        raise InputError(f"{' and '.join(asked)}: no run is called {only!r}.")
     waiting: collections.deque[_Job] = collections.deque()
     with contextlib.ExitStack() as locks:
-        for name, trials in all_trials.items():
-            if not (asked := [trial for trial in trials if fnmatch.fnmatch(trial.name, only)]):
+        for name, trials in asked.items():
+            if not trials:
                 continue  # the study is not started, so its commit is not recorded
             lock = locks.enter_context(_one_runner(name))
             origin = origin_of(name)
-            unfinished = [trial for trial in asked if not trial.result.exists()]
-            print(f"{name}: {len(asked) - len(unfinished)} of {len(asked)} runs are finished.", flush=True)
+            unfinished = [trial for trial in trials if not trial.result.exists()]
+            print(f"{name}: {len(trials) - len(unfinished)} of {len(trials)} runs are finished.", flush=True)
             if unfinished:
                 code = code_of(name, origin)
                 waiting += [_Job(trial, code, lock) for trial in unfinished]
@@ -101,7 +104,7 @@ def origin_of(name: str) -> dict[str, str]:
     if changes:
         raise InputError(f"commit the code before {name} is first run with it ({' '.join(changes.split())}).")
     # Runs of an earlier start would go on, or end at once, and count as this commit's.
-    if [path.name for path in (RUNS / name).glob("*/") if path.name != CODE]:
+    if any(path.name != CODE for path in (RUNS / name).glob("*/")):
         raise InputError(f"'{RUNS / name}' holds runs of an earlier start of {name}: remove it first.")
     origin = {"commit": _git("rev-parse", "HEAD"), "code": code_hash(name), "study": study_hash(name)}
     folder = RESULTS / name
