@@ -8,6 +8,7 @@ docs/evidence.md and README.md are written by hand, except between `<!-- report:
   STUDY/ARM/accuracy     one figure for a sentence: the mean over seeds, with its standard deviation
   STUDY/ARM/difference   one figure for a sentence: the mean difference from the control, with its 95 % interval
   STUDY/ARM-OTHER/difference   the same for two arms
+  STUDY/ARM-STUDY/ARM/difference   the same for arms of two studies, which need several seeds and the same test images
   STUDY/ARM/mask         how the arm's mask empties: a table and a picture, docs/evidence_STUDY_ARM_mask.png
 
 --check writes nothing, and fails if a page or a picture does not agree with the results. Outside of the marks, a figure
@@ -257,6 +258,18 @@ def read_findings(name: str) -> Findings:
     return Findings(name, study, read_results(name, study))
 
 
+def across(studies: Iterable[Findings]) -> dict[str, str]:
+    """Key -> text for two studies' arms, where both are tested on the same images with several seeds."""
+    texts: dict[str, str] = {}
+    for one, other in itertools.permutations(studies, 2):
+        if one.results and other.results and one.results[0]["data"] == other.results[0]["data"]:
+            for arm, control in itertools.product(one.chosen, other.chosen):
+                difference = paired_difference(one.accuracy(arm), other.accuracy(control))
+                if difference and difference.n > 1:
+                    texts[f"{one.name}/{arm}-{other.name}/{control}/difference"] = _difference(difference)
+    return texts
+
+
 def overview(main: Findings, equal_rates: Findings, tokens: Findings, speed: list[dict[str, Any]]) -> Picture:
     """The figure that sums up three studies; it shows nothing as long as one of the four is missing.
 
@@ -346,7 +359,7 @@ def report(*, check: bool) -> list[Path]:
     for folder in RESULTS.glob("*/"):
         check_known("folder of results", folder.name, study_names())
     studies = [read_findings(name) for name in study_names()]
-    texts = {key: text for findings in studies for key, text in findings.texts().items()}
+    texts = {key: text for findings in studies for key, text in findings.texts().items()} | across(studies)
     pictures = [picture for findings in studies for picture in findings.pictures()]
     by_name = {findings.name: findings for findings in studies}
     texts["speed"] = speed_table(read_speed())

@@ -94,6 +94,20 @@ def test_the_contrasts_that_a_study_was_made_for_come_first():
     assert "| castling - new | (no result yet) | 0 |" in without["tiny"].splitlines()
 
 
+def test_arms_of_two_studies_are_compared_on_the_same_images():
+    better = [one | {"accuracy_inference_form": one["accuracy_inference_form"] + 0.01} for one in RESULTS[:2]]
+    tiny, again = Findings("tiny", THREE_ARMS, RESULTS), Findings("again", THREE_ARMS, better)
+    elsewhere = Findings("elsewhere", THREE_ARMS, [one | {"data": {"test_split": "val"}} for one in RESULTS])
+    texts = report.across([tiny, again, elsewhere, Findings("unfinished", THREE_ARMS, [])])
+    # Two seeds in common. Castling's differences are 0 and 1 points: 12.706 * 0.7071 / sqrt(2) = 6.35.
+    assert texts == {
+        "tiny/castling-again/softmax/difference": "+0.50 [-5.85, +6.85]",
+        "again/softmax-tiny/castling/difference": "-0.50 [-6.85, +5.85]",
+        "tiny/softmax-again/softmax/difference": "-1.00 [-1.00, -1.00]",
+        "again/softmax-tiny/softmax/difference": "+1.00 [+1.00, +1.00]",
+    }
+
+
 def test_a_study_without_results_says_so():
     texts = Findings("tiny", THREE_ARMS, []).texts()
     assert "0 of 10 runs" in texts["tiny"]
