@@ -123,14 +123,9 @@ class Checkpoints:
           InputError: there are checkpoints, and none fits the template; the folder stays as it is.
         """
         failed: dict[int, str] = {}
-        # Process 0 has read the newest checkpoint alone. Another process may still fail to read its part, and then all
-        # of them go back to the one before.
         while (step := self._whole) is not None:
-            try:
-                restored, why = self._restore(step, template), ""
-            except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
-                restored, why = None, in_one_sentence(reason(error))
-            if multihost_utils.process_allgather(np.bool_(restored is not None)).all():
+            restored = self._restore(step, template)
+            if not isinstance(restored, str):
                 # Moved only now that an older one is restored: without one, all stay for the user to look at.
                 if failed:
                     if jax.process_index() == 0:
@@ -138,20 +133,31 @@ class Checkpoints:
                     multihost_utils.sync_global_devices("moved aside")
                     self._manager.reload()
                 return restored
-            why = why or "another process could not read it"
-            failed[step] = f"the checkpoint '{self.folder / str(step)}' cannot be restored ({why})."
+            failed[step] = f"the checkpoint '{self.folder / str(step)}' cannot be restored ({restored})."
             _, self._whole = _agree_on_whole(self.folder, below=step)
         if failed:
             raise InputError(f"{next(iter(failed.values())).rstrip('.')}, nor one before it: remove it to start anew.")
         return None
 
-    def _restore(self, step: int, template: TrainState) -> tuple[TrainState, Progress]:
-        items = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template), about=ocp.args.JsonRestore())
-        )
+    def _restore(self, step: int, template: TrainState) -> tuple[TrainState, Progress] | str:
+        """What a checkpoint holds, or why it cannot be restored: one of the two on all processes."""
+        items, why = None, "another process could not read it"
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(template), about=ocp.args.JsonRestore())
+        try:
+            items = self._manager.restore(step, args=args)
+        except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
+            why = in_one_sentence(reason(error))
+        # Process 0 has read the newest checkpoint alone. Another process may still fail to read its part, and then none
+        # may go on to the checksums, which need all of them.
+        all_have_read = multihost_utils.process_allgather(np.bool_(items is not None)).all()
+        if items is None or not all_have_read:
+            return why
         state, about = items["state"], items["about"]
-        verify_checksums(state, about["checksums"])
-        return state, Progress(float(about["train_seconds"]), mask_threshold=about.get("mask_threshold"))
+        try:
+            verify_checksums(state, about["checksums"])
+            return state, Progress(float(about["train_seconds"]), mask_threshold=about.get("mask_threshold"))
+        except (KeyError, ValueError) as error:
+            return in_one_sentence(reason(error))
 
     def _write_manifest(self) -> None:
         # On a disk the folder is still called STEP.orbax-checkpoint-tmp...; in a bucket it is STEP from the start.

@@ -3,6 +3,7 @@ import json
 import random
 import resource
 import shutil
+import types
 
 import chex
 import jax
@@ -14,8 +15,10 @@ from etils import epath
 
 from castling_jax.convert.checksums import checksums
 from castling_jax.errors import InputError
+from castling_jax.training import checkpoints
 from castling_jax.training.checkpoints import Checkpoints, Progress
 from castling_jax.training.state import create_state
+from tests.models.meshes import run_on_devices
 
 
 def state_at(step):
@@ -214,6 +217,25 @@ def test_whatever_is_damaged_the_last_good_step_is_restored_to_the_bit(tmp_path,
         checkpoints.close()
 
 
+def test_what_another_process_could_not_read_is_left_by_all(tmp_path, caplog, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    write(folder, [3, 6])
+    answers = [np.array([True, False]), np.array([True, True])]
+    checked = []
+    real = checkpoints.multihost_utils
+    two = types.SimpleNamespace(
+        process_allgather=lambda _: answers.pop(0),
+        broadcast_one_to_all=real.broadcast_one_to_all,
+        sync_global_devices=real.sync_global_devices,
+    )
+    monkeypatch.setattr(checkpoints, "multihost_utils", two)
+    monkeypatch.setattr(checkpoints, "verify_checksums", lambda *_: checked.append(len(answers)))
+    state, _ = restore(folder)
+    assert int(state.step) == 3
+    assert checked == [0]  # not those of step 6: their sums need all processes
+    assert "6' cannot be restored (another process could not read it)" in caplog.text
+
+
 def test_nothing_whole_is_one_sentence(tmp_path):
     folder = tmp_path / "c"
     write(folder, [3, 6])
@@ -309,6 +331,17 @@ def test_checksum_in_numpy_is_that_of_the_devices(dtype):
     for shape in ((), (7,), (300, 5, 90)):  # the last has more than 2^16 places, whose upper half counts too
         array = np.random.default_rng(0).integers(0, 2**7, shape).astype(dtype)
         assert checksums([array]) == checksums([jnp.asarray(array)])
+
+
+def test_checksum_of_a_random_key_and_of_64_bits():
+    key = jax.random.key(3)
+    assert checksums([key]) == checksums([jax.random.key_data(key)]) != checksums([jax.random.key(4)])
+    assert checksums([np.arange(5.0)]) == checksums([jnp.arange(5.0)])  # JAX holds them in 32
+
+
+@pytest.mark.slow
+def test_checksum_does_not_depend_on_the_sharding():
+    run_on_devices(8, "tests.training.checksum_shards")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8, jnp.bool_])
