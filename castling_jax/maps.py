@@ -64,7 +64,7 @@ def attention_maps(
       variables: the variables to use, as `get_variables` returns them.
       images: normalised pixels, as `apply` takes them.
       layer: index among all attention layers in the order of the model, LeViT's subsampling layers included; a negative
-        index counts from the last layer.
+        index counts from the last layer. A masked autoencoder's decoder, whose kind is softmax, has the last layers.
       mask_threshold: as in `apply`.
 
     Returns:
@@ -94,15 +94,15 @@ def attention_maps(
     attentions = _attentions(model)
     if not isinstance(layer, int | np.integer) or not -len(attentions) <= layer < len(attentions):
         raise InputError(f"layer must be an integer from {-len(attentions)} to {len(attentions) - 1}, not {layer!r}.")
-    kind = attentions[0].core.kind  # all layers of a model share it
 
     @on_auto_axes(lambda images: split_as(images, 0))
     def forward(images: Any, variables: Any, mask_threshold: Any) -> Weights:
         calls: list[Any] = []
         bound = bind(model, variables)
         for attention in _attentions(bound):
+            kind = attention.core.kind
             # Without the operation for a whole block, which would not call the attention.
-            recorder = _Recorder(**_fields(kind) | {"block": None}, calls=calls)
+            recorder = _Recorder(**_fields(kind) | {"block": None}, recorded=kind, calls=calls)
             attention.core = dataclasses.replace(attention.core, kind=recorder)
         for _, module in nnx.iter_modules(bound):
             if hasattr(module, "remat"):
@@ -110,9 +110,9 @@ def attention_maps(
         bound(images, mask_threshold=mask_threshold)
         # window, bridge and separable call `kind.function` themselves, past the recorder.
         if not calls:
-            raise InputError(f"attention={kind.name!r} has no maps, because it does not weigh all keys for each query.")
-        q, k, inputs = calls[layer]
-        return _weights(kind, q, k, inputs)
+            name = attentions[0].core.kind.name
+            raise InputError(f"attention={name!r} has no maps, because it does not weigh all keys for each query.")
+        return _weights(*calls[layer])
 
     return forward(images, variables, mask_threshold)
 
@@ -126,15 +126,19 @@ def _fields(kind: Kind) -> dict[str, Any]:
     return {field.name: getattr(kind, field.name) for field in dataclasses.fields(kind)}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Recorder(Kind):
-    """A kind that also appends the inputs of each call to `calls`; layers are called in the order of the model."""
+    """A kind that also appends itself as it was, `recorded`, and the inputs of each call to `calls`.
 
-    calls: list[tuple[Array, Array, dict[str, Any]]] = dataclasses.field(default_factory=list)
+    Layers are called in the order of the model. A masked autoencoder's decoder has another kind than its backbone.
+    """
+
+    recorded: Kind
+    calls: list[tuple[Kind, Array, Array, dict[str, Any]]]
 
     def __call__(self, q: Array, k: Array, v: Array, **inputs: Any) -> Any:
         normal_q, normal_k, _ = normalize_qkv(q, k, v, inputs.get("around", NOTHING).norms)
-        self.calls.append((normal_q, normal_k, inputs))
+        self.calls.append((self.recorded, normal_q, normal_k, inputs))
         return super().__call__(q, k, v, **inputs)
 
 

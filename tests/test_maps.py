@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import castling_jax
 from castling_jax.models.attention.core import Kind
 from castling_jax.models.attention.kinds import KINDS
+from castling_jax.models.registry import abstract_model
 from castling_jax.ops.around import normalize_qkv
 from tests.models import small
 from tests.ops import reference
@@ -145,6 +148,24 @@ def test_a_fade_lowers_all_weights():
     )
     np.testing.assert_allclose(np.asarray(whole).sum(3), 1, atol=ATOL)
     np.testing.assert_allclose(half, whole / 2, atol=ATOL)
+
+
+def test_a_masked_autoencoders_decoder_has_the_weights_of_softmax():
+    backbone = {word: small.SIZES[word] for word in ("embed_dim", "num_heads", "patch_size")} | {"depth": 1}
+    decoder = {"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
+    model = abstract_model("mae", image_size=8, backbone="deit_micro", backbone_arguments=backbone, **decoder)
+    variables, images = small.random_variables(model), small.random_images()
+    first, last = (
+        jax.jit(functools.partial(castling_jax.attention_maps, model, layer=layer, mask_threshold=0.02))
+        for layer in (0, -1)
+    )
+    visible = 1 + 4  # the class token and a quarter of 16 patches
+    shapes = {name: array.shape for name, array in jax.eval_shape(first, variables, images).items()}
+    assert shapes == dict.fromkeys(["masked_softmax", "linear_angular", "angular"], (2, 3, visible, visible))
+    maps = last(variables, images)
+    assert list(maps) == ["softmax"] and maps["softmax"].shape == (2, 2, 17, 17)
+    assert np.min(maps["softmax"]) > 0
+    np.testing.assert_allclose(np.asarray(maps["softmax"]).sum(3), 1, atol=ATOL)
 
 
 @pytest.mark.slow
