@@ -20,7 +20,7 @@ from castling_jax.convert.inference import SOFTMAX_BRANCH
 from castling_jax.convert.names import listed, timm_state_dict
 from castling_jax.errors import InputError, check, printable, takes
 from castling_jax.models.attention.kinds import KINDS
-from castling_jax.models.levit import LeViT, fit_bias_table
+from castling_jax.models.levit import fit_bias_table
 from castling_jax.models.mae import MAE
 from castling_jax.models.model import Model
 from castling_jax.models.mvitv2 import MViTv2
@@ -115,7 +115,7 @@ def from_torch(
             leaves[path] = jnp.zeros(leaf.shape, leaf.dtype)
             at_zero.append(path)
         elif reset_head and name.split(".")[0] in heads:
-            leaves[path] = (jnp.ones if path.endswith("/scale") else jnp.zeros)(leaf.shape, leaf.dtype)
+            leaves[path] = (jnp.ones if path.endswith(("/scale", "/var")) else jnp.zeros)(leaf.shape, leaf.dtype)
         elif value is None:
             missing.append(repr(name))
         else:
@@ -238,9 +238,11 @@ def _row_order(model: Model, path: str) -> np.ndarray | None:
     """
     modules = path.split("/")[1:]
     fused = {"qkv", "kv"} & set(modules)
-    if not isinstance(model, LeViT) or not fused:
+    if not fused:
         return None
     attention = _module_at(model, modules[: modules.index(fused.pop())])
+    if not hasattr(attention, "fused_dims"):  # not LeViT's; the model itself may be one on a LeViT
+        return None
     rows = np.arange(attention.num_heads * sum(attention.fused_dims)).reshape(attention.num_heads, -1)
     parts = np.split(rows, np.cumsum(attention.fused_dims)[:-1], axis=1)
     return np.concatenate([part.ravel() for part in parts])

@@ -356,6 +356,10 @@ def test_a_detectors_backbone_is_written_as_the_classifiers(backbone):
     leaves = flatten(from_torch(classifier, state_dict, reset_head=True))
     without_head = {path: leaf for path, leaf in leaves.items() if path.split("/")[1] != "head"}
     chex.assert_trees_all_equal(without_head, expected)
+    whole = to_torch(model, variables)
+    within = {name.removeprefix("backbone."): array for name, array in whole.items() if name.startswith("backbone.")}
+    chex.assert_trees_all_equal(within, state_dict)
+    chex.assert_trees_all_equal(from_torch(model, whole), variables)
 
 
 def test_biases_that_are_no_square_are_refused(refuses):
@@ -396,6 +400,14 @@ def test_a_head_that_fits_is_not_reset_and_one_that_is_missing_is():
     reset = from_torch(model, headless, reset_head=True)["params"]
     assert not any(np.any(leaf) for name in ("head", "head_dist") for leaf in reset[name].values())
     chex.assert_trees_all_equal(reset["blocks"], variables["params"]["blocks"])
+
+
+def test_a_new_levit_head_has_the_running_statistics_of_a_new_model():
+    model = small.small_levit()
+    state_dict = to_torch(model, small.random_variables(model))
+    headless = {name: value for name, value in state_dict.items() if not name.startswith("head")}
+    norm = from_torch(model, headless, reset_head=True)["batch_stats"]["head"]["bn"]
+    chex.assert_trees_all_equal(norm, {"mean": jnp.zeros(12), "var": jnp.ones(12)})
 
 
 # Files
