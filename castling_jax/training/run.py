@@ -142,21 +142,22 @@ def run(
             state, figures, train_seconds = loop.run(state, progress.train_seconds, profiler)
 
         # 4. Test, once.
-        group, evaluated = "eval", dict(figures)
-        figures |= {"dataset": config.dataset.name, "split": summary_split(config)}
+        group, evaluated = "eval", figures
         if setup.test_set is not None:
             threshold = setup.threshold_at(setup.total_steps - 1)
             tested, answers = setup.test(state.weights, threshold)
             group, evaluated = "test", tested
-            validation = figures | {"split": config.dataset.eval_split}
-            figures = figures | tested | {"validation": validation}
+            validation = figures | {"dataset": config.dataset.name, "split": config.dataset.eval_split}
+            figures = tested | {"validation": validation}  # the test split may lack a figure, such as AP_large
             if is_writer:
                 tested_on = what_is_evaluated(config, setup.task.name, setup.total_steps, threshold)
                 Evaluation(figures | tested_on, answers, list(setup.test_set.classes)).write(workdir)
 
         # 5. Switch, and export the inference form: the purpose of the run.
         variables, params = to_host((state.weights[setup.exported], state.params), setup.mesh)
-        figures |= {
+        figures = figures | {
+            "dataset": config.dataset.name,
+            "split": summary_split(config),
             "model": setup.model.spec.name,
             "task": setup.task.name,
             "exported": setup.exported,

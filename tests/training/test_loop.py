@@ -162,6 +162,8 @@ def test_the_test_split_is_read_once_at_the_end_and_is_what_the_summary_tells_of
         return noted
 
     monkeypatch.setattr(setup, "configured_evaluator", note)
+    validate = setup.Setup.evaluate  # a figure that only the held-out split has, as AP_large may be
+    monkeypatch.setattr(setup.Setup, "evaluate", lambda self, *args: validate(self, *args) | {"AP_large": 0.5})
     config, workdir = small_config(), tmp_path / "run"
     config.dataset.update({"train_split": "minitrain", "eval_split": "minival", "test_split": "test"})
     figures = train(config, workdir)
@@ -172,8 +174,10 @@ def test_the_test_split_is_read_once_at_the_end_and_is_what_the_summary_tells_of
     last = read_metrics(workdir)[-1]
     assert last["accuracy_inference_form"] == validation["accuracy_inference_form"]
     assert last["eval_loss"] == validation["eval_loss"]
+    assert "AP_large" in validation and "AP_large" not in figures
     evaluated = evaluate_checkpoint(workdir, config.mesh)
     assert evaluated.figures == {name: (figures | {"step": 16})[name] for name in evaluated.figures}
+    assert "AP_large" not in json.loads((evaluated.folder(workdir) / "figures.json").read_text())
     written = np.loadtxt(evaluated.folder(workdir) / "answers.csv", delimiter=",", skiprows=1, dtype=int)
     np.testing.assert_array_equal(written[:, 3], evaluated.answers.inference_form)
     assert evaluate_checkpoint(workdir, config.mesh, {"dataset.eval_split": "minival"}).figures["eval_images"] == 288
