@@ -61,10 +61,10 @@ def test_a_notebook_is_as_it_was_written(path):
     assert not any("github.com" in cell for cell in others)
 
 
-def installed(tmp_path, monkeypatch, **versions):
+def installed(tmp_path, monkeypatch, account="me", **versions):
     """Runs the first cell on a runtime with these packages and without this one; returns what pip is called with."""
     called = []
-    source = re.sub(r"%pip (.*)", r"pip(f'\1')", INSTALLING)
+    source = re.sub(r"%pip (.*)", r"pip(f'\1')", INSTALLING.replace("/YOU/", f"/{account}/", 1))
     assert source != INSTALLING
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -76,8 +76,13 @@ def installed(tmp_path, monkeypatch, **versions):
 
 def test_the_first_cell_keeps_the_runtimes_jax(tmp_path, monkeypatch):
     (called,) = installed(tmp_path, monkeypatch, jax="0.10.0", jaxlib="0.10.0", numpy="2.1")
-    assert called == "install --quiet git+https://github.com/YOU/castling_jax --constraint jax-as-it-is.txt"
+    assert called == "install --quiet git+https://github.com/me/castling_jax --constraint jax-as-it-is.txt"
     assert (tmp_path / "jax-as-it-is.txt").read_text() == "jax==0.10.0\njaxlib==0.10.0\n"
+
+
+def test_the_first_cell_asks_for_an_address(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="^Set REPOSITORY, above"):
+        installed(tmp_path, monkeypatch, account="YOU", jax="0.10.0")
 
 
 def test_the_first_cell_installs_jax_where_there_is_none(tmp_path, monkeypatch):
