@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -80,8 +81,8 @@ def run(
 
     Raises:
       InputError: a field, a name, a size or a callback is wrong; workdir holds a run with another configuration or
-        other data, is being written by another run, or is not the same folder for all processes; or a file or a
-        checkpoint cannot be written.
+        other data, or one to extend without its checkpoints, is being written by another run, or is not the same folder
+        for all processes; or a file or a checkpoint cannot be written.
       DeterministicError: the loss or a gradient is not finite, as `config.train.on_nonfinite` says, or too many images
         are corrupt.
       Preempted: SIGTERM or Ctrl-C came, and the state was saved.
@@ -100,14 +101,25 @@ def run(
     summary_end = None if summary is None else summary.figures.get("epochs", ends[0])  # earlier versions lack "epochs"
     if summary is not None and summary_end == config.train.epochs:
         return summary
+    folder = absolute(workdir / CHECKPOINTS)
+    steps = checkpoint_steps(folder)
+    if (extend or summary is not None) and not steps:
+        raise InputError(
+            f"a run is extended from its last checkpoint, and '{folder}' holds none: put it back, or choose another "
+            "--workdir to train anew."
+        )
     setup = set_up(config)
     config = setup.config
-    folder = absolute(workdir / CHECKPOINTS)
     check_names(folder)
+    if steps and steps[-1] > setup.total_steps:  # the training split has become smaller
+        raise InputError(
+            f"'{folder}' holds a checkpoint of step {steps[-1]:,}, but with the {len(setup.train_set):,} images of the "
+            f"training split the run has {setup.total_steps:,} steps: put the images back, or choose another --workdir."
+        )
     is_writer = jax.process_index() == 0
     if is_writer:
         _try_places(workdir, profile)
-    variables = {} if checkpoint_steps(folder) else first_variables(setup)  # a resumed run has its variables
+    variables = {} if steps else first_variables(setup)  # a resumed run has its variables
     compare_kernels(setup)
     data = fingerprint(setup.train_set, setup.eval_set, setup.test_set)
 
@@ -126,6 +138,7 @@ def run(
                 (workdir / SUMMARY_FILE).rename(workdir / f"summary_of_{summary_end}_epochs.json")
             write_atomically(workdir / PARAMETERS_FILE, parameter_table(setup.state, setup.shardings).encode())
         state, progress = restored or (first_state(setup, variables), Progress(0.0))
+        setup = keeping_threshold(setup, progress.mask_threshold)
         metrics = None
         if is_writer:
             metrics = _start_metrics(setup, workdir, int(state.step), callbacks)
@@ -205,6 +218,16 @@ def _record_data(setup: Setup, workdir: epath.Path, before: Any, data: Any) -> N
         write_atomically(workdir / DATA_FILE, json.dumps(recorded, indent=2).encode())
         if accepted:
             print(f"The data has changed since the run began: {printable(accepted)}.", flush=True)
+
+
+def keeping_threshold(setup: Setup, reached: float | None) -> Setup:
+    """The setup with a mask threshold that does not fall below the one that was `reached`; None changes nothing.
+
+    The schedule alone would fall, and open the mask again, if the data has grown and the run's end has moved with it.
+    """
+    if reached is None:  # a new run, or a checkpoint of an earlier version
+        return setup
+    return dataclasses.replace(setup, threshold_at=lambda step: max(reached, setup.threshold_at(step)))
 
 
 def _start_metrics(setup: Setup, workdir: epath.Path, first_step: int, callbacks: Sequence[Callback]) -> MetricsWriter:

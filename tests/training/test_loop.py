@@ -25,7 +25,8 @@ from castling_jax.training.checkpoints import Checkpoints
 from castling_jax.training.config import default_config
 from castling_jax.training.evaluate import configured_evaluator
 from castling_jax.training.evaluate_run import evaluate_checkpoint
-from castling_jax.training.run import run
+from castling_jax.training.run import keeping_threshold, run
+from castling_jax.training.schedules import mask_threshold_schedule
 from castling_jax.training.setup import set_up
 
 TIMES = ("images_per_second", "images_per_second_per_chip", "data_wait_share", "eta_seconds")
@@ -198,6 +199,16 @@ def test_a_run_that_was_killed_at_its_end_only_evaluates_again(whole_run, tmp_pa
     assert (workdir / "training.png").exists()
 
 
+def test_a_run_without_its_checkpoints_is_not_extended(whole_run, tmp_path, refuses):
+    """It would train from the start and write over its log."""
+    workdir = shutil.copytree(whole_run[0], tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints")
+    files = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    with refuses("a run is extended from its last checkpoint, and '", "/checkpoints' holds none: put it back, or"):
+        run(small_config(train={"epochs": 4, "batch_size": 128}), workdir, extend=True)
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == files
+
+
 @pytest.mark.slow
 def test_a_finished_run_goes_on_to_a_later_end(whole_run, tmp_path, refuses, monkeypatch):
     workdir = shutil.copytree(whole_run[0], tmp_path / "run")
@@ -264,10 +275,25 @@ def test_other_configurations_run_is_refused_and_left_alone(whole_run):
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
 
 
+def test_a_mask_does_not_open_again_when_the_end_moves():
+    """It is empty from step 11 of 22 on. With twice the images the schedule's own threshold is lower there."""
+    prepared = set_up(small_config())
+    twice = dataclasses.replace(
+        prepared, threshold_at=mask_threshold_schedule(prepared.config.mask, total_steps=2 * prepared.total_steps)
+    )
+    assert twice.threshold_at(12) < 0.9
+    assert {keeping_threshold(twice, prepared.threshold_at(11)).threshold_at(step) for step in (12, 43)} == {1.0}
+    resumed = keeping_threshold(prepared, prepared.threshold_at(3))
+    assert [resumed.threshold_at(step) for step in range(4, 22)] == [
+        prepared.threshold_at(step) for step in range(4, 22)
+    ]
+    assert keeping_threshold(prepared, None) is prepared  # an earlier version's checkpoint
+
+
 def test_other_data_is_refused_or_accepted(whole_run, tmp_path, monkeypatch, capsys, refuses):
     def fewer(name, split, data_dir=None, **_):
         digits = load_dataset(name, split, data_dir=data_dir)
-        return dataclasses.replace(digits, images=digits.images[5:], labels=digits.labels[5:])
+        return dataclasses.replace(digits, images=digits.images[left_out:], labels=digits.labels[left_out:])
 
     expected = json.loads((whole_run[0] / "data.json").read_text())
     assert expected["classes"] == list("0123456789")
@@ -275,6 +301,10 @@ def test_other_data_is_refused_or_accepted(whole_run, tmp_path, monkeypatch, cap
     workdir = shutil.copytree(whole_run[0], tmp_path / "run")
     (workdir / "summary.json").unlink()
     monkeypatch.setattr(setup, "load_dataset", fewer)
+    left_out = 200  # of 360 to evaluate on
+    with refuses("a checkpoint of step 22, but with the 1,237 images of the training split the run has 18 steps"):
+        train(small_config(dataset={"accept_changes": True}), workdir)
+    left_out = 5
     with refuses("the training split holds 1,432 images instead of 1,437", "config.dataset.accept_changes"):
         train(small_config(), workdir)
     assert json.loads((workdir / "data.json").read_text()) == expected
