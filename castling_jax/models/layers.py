@@ -1,6 +1,7 @@
 """Layers that the backbones share."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -213,6 +214,13 @@ def norm_heads(
     x = x if norm.dtype is None else x.astype(norm.dtype)
     normed = jax.lax.platform_dependent(x, norm.scale[...], norm.bias[...], tpu=by_products, default=by_reductions)
     return normed.reshape(batch, tokens, num_heads, dim)
+
+
+# jit keeps this function's name in the jaxpr, by which models/macs.py leaves its work out.
+@functools.partial(jax.jit, static_argnames=("shape", "method", "antialias"))
+def interpolate(x: Array, shape: tuple[int, ...], method: str, *, antialias: bool = True) -> Array:
+    """`jax.image.resize`, which has half-pixel centres, as PyTorch's `align_corners=False`."""
+    return jax.image.resize(x, shape, method, antialias=antialias)
 
 
 def patch_grid(size: tuple[int, ...], side: int, what: str) -> tuple[int, int]:

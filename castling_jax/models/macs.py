@@ -16,7 +16,7 @@ from castling_jax.sizes import ImageSize, image_shape
 
 BEFORE_ATTENTION = ("patch_embed", "stem", "shortcut", "qkv", "pool", "relative_positions")
 AFTER_ATTENTION = ("token_kernel", "proj", "mlp", "pyramid", "neck", "head", "decoder")
-OTHER = "other"  # the part of work outside all scopes, such as resizing positions to another grid
+OTHER = "other"  # the part of work outside all scopes
 
 
 def parts() -> tuple[str, ...]:
@@ -43,9 +43,9 @@ def count_costs(model: Model, image_size: ImageSize | None = None) -> dict[str, 
     """The cost of one image's forward pass, for each of `parts` that the model has.
 
     The counts come from the traced program. Matrix products, convolutions and the attention's taps count, with the
-    products inside attention, as in the papers' figures; elementwise work (norms, softmax, GELU) does not. Activations
-    are the outputs of these same operations, as fvcore counts them. In a castling model's training form both attentions
-    count.
+    products inside attention, as in the papers' figures; elementwise work (norms, softmax, GELU) and the resizing of
+    maps and positions do not. Activations are the outputs of these same operations, as fvcore counts them. In a
+    castling model's training form both attentions count.
 
     Args:
       model: the model, which may hold shapes only.
@@ -88,6 +88,9 @@ def _costs(jaxpr: Jaxpr, outer: str, known: tuple[str, ...]) -> Iterator[tuple[s
         elif equation.params.get("name") in ("_depthwise_taps", "convolve_taps"):
             # These jitted functions are not entered: what a platform computes for the taps may be more than the taps.
             yield part, Cost(size * math.prod(shapes[1].shape[:-1]), size)
+        elif equation.params.get("name") == "interpolate":
+            # XLA may resize by dense products with the filter's weights, nearly all of which are zero.
+            continue
         elif equation.params.get("branches_platforms"):
             # The branches are one computation, written for several platforms: the default branch counts.
             forms = zip(equation.params["branches_platforms"], equation.params["branches"], strict=True)

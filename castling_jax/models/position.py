@@ -1,11 +1,11 @@
 """Position embeddings: fixed ones, and the resizing of any to another patch grid."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from castling_jax.errors import InputError, check
+from castling_jax.models.layers import interpolate
 
 
 def resize_position_embedding(
@@ -33,9 +33,8 @@ def resize_position_embedding(
     channels = embedding.shape[2]
     prefix, patches = embedding[:, :prefix_tokens], embedding[:, prefix_tokens:]
     # In float32, because a bicubic filter's weights partly cancel, and embeddings may be bfloat16.
-    resized = jax.image.resize(
-        patches.reshape(1, *old_grid, channels).astype(jnp.float32), (1, *new_grid, channels), "cubic"
-    )
+    grid = patches.reshape(1, *old_grid, channels).astype(jnp.float32)
+    resized = interpolate(grid, (1, *new_grid, channels), "cubic")
     return jnp.concatenate([prefix, resized.reshape(1, -1, channels).astype(embedding.dtype)], axis=1)
 
 
@@ -70,5 +69,5 @@ def resize_relative_positions(
     if table.shape[0] == length:
         return table
     # Without antialiasing, as in PyTorch's interpolate, which MViTv2's code calls.
-    resized = jax.image.resize(table.astype(jnp.float32), (length, table.shape[1]), "linear", antialias=False)
+    resized = interpolate(table.astype(jnp.float32), (length, table.shape[1]), "linear", antialias=False)
     return resized.astype(table.dtype)

@@ -16,7 +16,7 @@ from jaxtyping import Array, ArrayLike, Float, Key
 from castling_jax.errors import InputError
 from castling_jax.models.backbone import Backbone, DenseConfig
 from castling_jax.models.batch_norm import LinearNorm
-from castling_jax.models.layers import Layers
+from castling_jax.models.layers import Layers, interpolate
 from castling_jax.models.model import Model
 from castling_jax.models.pyramid import SimpleFeaturePyramid
 from castling_jax.sizes import ImageSize, image_shape
@@ -144,9 +144,9 @@ class PyramidSegmenter(Model):
 
 
 def resize(x: Map, size: tuple[int, ...]) -> Map:
-    """Resizes maps bilinearly to (height, width): half-pixel centres, as PyTorch's `align_corners=False`."""
+    """Resizes maps bilinearly to (height, width), as PyTorch does with `align_corners=False`."""
     batch, *_, channels = x.shape
-    return jax.image.resize(x, (batch, *size, channels), "linear", antialias=False)
+    return interpolate(x, (batch, *size, channels), "linear", antialias=False)
 
 
 def _rounded_up(side: int) -> int:

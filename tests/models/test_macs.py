@@ -106,3 +106,19 @@ def test_another_image_size_costs_linearly_more_tokens():
     # 17 -> 65 tokens; the head is the same.
     head = 64 * 1000
     assert (large - head) / (small - head) == pytest.approx(65 / 17, rel=0.01)
+
+
+def test_a_segmenters_resizing_is_not_counted():
+    """Only its products and taps are, at a size that is padded and needs positions for another grid."""
+    backbone = {"depth": 1, "embed_dim": 32, "num_heads": 2, "patch_size": 16, "token_conv": None}
+    arguments = {"backbone": "deit_micro", "backbone_arguments": backbone, "attention": "linear_angular"}
+    model = abstract_model("pyramid_segmenter", num_classes=5, image_size=32, head_channels=8, **arguments)
+    costs = count_costs(model, (60, 96))
+    points = [(64 // stride) * (96 // stride) for stride in (4, 8, 16, 32)]
+    head = sum(count * (8 * 8 + 8 * 8) for count in points) + points[0] * 8 * 5
+    assert costs["head"].macs == head
+    tokens = 1 + points[2]
+    block = tokens * (3 * 32 * 32 + 2 * 32 * 16 + 32 * 32 + 2 * 32 * 128)
+    parts = ("qkv", "linear_angular", "proj", "mlp")
+    assert sum(costs[part].macs for part in parts) == block
+    assert costs.keys() == {*parts, "patch_embed", "pyramid", "head"}
