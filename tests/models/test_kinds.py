@@ -255,6 +255,21 @@ def test_every_built_in_kind_names_its_inference_kind_and_its_tables():
     assert all(dataclasses.is_dataclass(kind) and hash(kind) for kind in KINDS.values())
 
 
+@pytest.mark.parametrize("value_dim", [8, 16])
+def test_softmax_scores_are_not_rounded_to_bfloat16(value_dim):
+    """Scores up to about 50, which bfloat16 would round by a tenth; JAX's own function takes the values of eight."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(scale * rng.normal(size=(2, 12, 3, dim)), jnp.bfloat16) for scale, dim in
+               ((4, 8), (4, 8), (1, value_dim)))  # fmt: skip
+    wide = [np.asarray(x, np.float64) for x in (q, k, v)]
+    weights = reference.softmax(reference.scaled_scores(*wide[:2]))
+    expected = np.einsum("bhqk,bkhd->bqhd", weights, wide[2])
+    # The weights are rounded, the partial sums and the result: 2^-9 of each, and no more of the scores' size.
+    bound = 2**-7 * np.einsum("bhqk,bkhd->bqhd", weights, np.abs(wide[2])) + 1e-6
+    actual = np.asarray(KINDS["softmax"].function(q, k, v), np.float64)
+    assert np.all(np.abs(actual - expected) <= bound)
+
+
 # Refusals
 
 

@@ -50,7 +50,8 @@ def softmax_attention(
     if q.shape[3] == v.shape[3]:
         return jax.nn.dot_product_attention(q, k, v, bias=bias)
     # JAX's function only takes values as wide as the keys; LeViT's values are two or four times as wide.
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) / math.sqrt(q.shape[3])
+    wide = jnp.promote_types(q.dtype, jnp.float32)  # in bfloat16 a large score would be off by a tenth
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide) / math.sqrt(q.shape[3])
     weights = jax.nn.softmax(scores if bias is None else scores + bias, axis=-1)
     return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
 
