@@ -90,6 +90,9 @@ def test_a_teacher_has_to_be_given(refuses):
     config = load("castle_pretrained", "base")
     with refuses("config.distillation.kind = 'soft' needs a teacher: give config.distillation.teacher"):
         set_up(config, datasets=datasets(config))
+    config.distillation.update(kind=None, teacher="run")
+    with refuses("config.distillation.teacher = 'run' has no effect without a kind of loss: give", "(hard, soft)"):
+        set_up(config, datasets=datasets(config))
 
 
 def set_up_without_teacher(name, argument, **fields):

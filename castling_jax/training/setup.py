@@ -25,6 +25,7 @@ from castling_jax.models.registry import DENSE_MODELS, MODELS, abstract_model, c
 from castling_jax.models.variables import Variables, get_variables
 from castling_jax.normalization import to_pixels
 from castling_jax.preprocessing import Preprocessing
+from castling_jax.tasks.classification.losses import DISTILLATIONS
 from castling_jax.tasks.registry import TASKS, check_dataset, task_of, unused_fields
 from castling_jax.tasks.task import Answers, Task, Teacher
 from castling_jax.training.config import check_config, check_unused
@@ -210,7 +211,7 @@ def set_up(
     with mistakes:
         check_heads(model, mesh)
     with mistakes:
-        teacher = teacher or _teacher(config, model, mesh)
+        teacher = teacher or _teacher(config, model, mesh, train_set.classes)
         task = task_of(model).from_config(config, model, teacher, steps_per_epoch=steps_per_epoch)
     mistakes.report()
     # No mistakes from here on, so all names above are bound.
@@ -352,16 +353,23 @@ def first_state(setup: Setup, variables: Variables) -> TrainState:
     return create(placed)
 
 
-def _teacher(config: ConfigDict, student: Model, mesh: Mesh) -> Teacher | None:
+def _teacher(config: ConfigDict, student: Model, mesh: Mesh, classes: Sequence[str]) -> Teacher | None:
     """The teacher that `config.distillation` names, on the mesh; None if there is none."""
     options = config.distillation
     if options.kind is None:
+        if named := [name for name in ("teacher", "name") if options[name] is not None]:
+            raise InputError(
+                f"config.distillation.{named[0]} = {options[named[0]]!r} has no effect without a kind of loss: give "
+                f"config.distillation.kind ({', '.join(DISTILLATIONS)})."
+            )
         return None
     if options.teacher is None:
         raise InputError(
             f"config.distillation.kind = {options.kind!r} needs a teacher: give config.distillation.teacher."
         )
-    model, variables = read_teacher(options.teacher, options.name or student.spec.name, student)
+    preprocessing = preprocessing_of(config, student.spec.image_size)
+    name = options.name or student.spec.name
+    model, variables = read_teacher(options.teacher, name, student, preprocessing, classes)
     model = abstract_model(**model.spec.arguments(implementation=config.model.implementation))
     placed = place(variables, whole_over_fsdp(state_shardings(variables, mesh)))
     return Teacher(model, placed, kind=options.kind, alpha=options.alpha, temperature=options.temperature)

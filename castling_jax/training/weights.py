@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,12 @@ from castling_jax.convert.inference import to_inference
 from castling_jax.convert.names import listed
 from castling_jax.convert.torch import backbone_to_torch, from_torch
 from castling_jax.convert.weights import Weights, read
-from castling_jax.errors import InputError
+from castling_jax.data.fingerprint import check_same_classes
+from castling_jax.errors import InputError, about
 from castling_jax.models.model import Model
 from castling_jax.models.registry import DENSE_MODELS, MODELS, abstract_model, backbone_classifier, create_model
 from castling_jax.models.variables import Variables, flatten, get_variables, unflatten
+from castling_jax.preprocessing import Preprocessing
 
 _FIXED_POSITIONS = "params/decoder_pos_embed"
 # Arguments that change no array's name or shape, and those with which arrays are resized or start anew.
@@ -213,30 +215,43 @@ def teacher_model(name: str, student: Model, *, distilled: bool = False, num_cla
     return abstract_model(name, attention="softmax", **arguments)
 
 
-def read_teacher(path: str | os.PathLike, name: str, student: Model) -> tuple[Model, Variables]:
-    """Reads a trained model, in inference form, for a student with the same image size and classes.
+def read_teacher(
+    path: str | os.PathLike, name: str, student: Model, preprocessing: Preprocessing, classes: Sequence[str]
+) -> tuple[Model, Variables]:
+    """Reads a trained model, in inference form, for a student with the same images and classes.
 
     Args:
       path: the teacher's weights, as `read` takes them.
       name: the softmax model that the weights belong to, for a file of timm's; other weights name their model.
       student: the model that learns; the teacher must have its image size and number of classes.
+      preprocessing: how an image becomes the student's input, which the teacher gets too.
+      classes: names of the student's classes, in their order.
 
     Raises:
-      InputError: the weights cannot be read, or the model has other classes or another image size.
+      InputError: the weights cannot be read, or the model has other classes, another image size, or is known to take
+        other pixels.
     """
     weights = read(path)
     source, variables = weights.model, weights.variables
     if source is None:
         distilled = any("head_dist" in key for key in variables)
         classifiers = [value for key, value in variables.items() if re.fullmatch(r"head\.(\w+\.)?weight", key)]
-        classes = [len(value) for value in classifiers if value.ndim == 2]  # not LeViT's batch norm, which is 1-D
-        source = teacher_model(name, student, distilled=distilled, num_classes=(*classes, student.spec.num_classes)[0])
+        sizes = [len(value) for value in classifiers if value.ndim == 2]  # not LeViT's batch norm, which is 1-D
+        source = teacher_model(name, student, distilled=distilled, num_classes=(*sizes, student.spec.num_classes)[0])
         variables = from_torch(source, variables)
-    for word in ("num_classes", "image_size"):
-        if getattr(source.spec, word) != getattr(student.spec, word):
+    pairs: list[tuple[str, object, object]] = [
+        (word, source.spec, student.spec) for word in ("num_classes", "image_size")
+    ]
+    if weights.preprocessing is not None:
+        pairs += [(word, weights.preprocessing, preprocessing) for word in ("mean", "std", "exif")]
+    for word, theirs, ours in pairs:
+        if getattr(theirs, word) != getattr(ours, word):
             raise InputError(
-                f"the teacher '{path}' has {word} = {getattr(source.spec, word)}, but the model that learns from it "
-                f"has {getattr(student.spec, word)}."
+                f"the teacher '{path}' has {word} = {getattr(theirs, word)}, but the model that learns from it has "
+                f"{getattr(ours, word)}."
             )
+    if weights.classes is not None:
+        with about(f"the teacher '{path}'"):
+            check_same_classes(weights.classes, list(classes), remedy="give a teacher of these classes, in this order")
     model = abstract_model(**source.spec.arguments(form="inference"))
     return model, jax.tree.map(np.asarray, to_inference(variables))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -16,10 +17,13 @@ from castling_jax.convert.run_folder import model_arguments, write_config
 from castling_jax.models.position import resize_position_embedding, sincos_position_embedding
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import flatten, get_variables
+from castling_jax.preprocessing import Preprocessing
 from castling_jax.training.config import default_config
 from castling_jax.training.weights import initial_variables, read_teacher
 from tests.convert.runs import write_averages, write_run
 from tests.models import small
+
+PIXELS_AND_CLASSES = (Preprocessing(32), ("a", "b"))  # of `run`
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +60,26 @@ def test_a_run_starts_from_another(refuses, run, model, tmp_path):
         initial_variables(tmp_path, model, reset_head=False)
 
 
+def test_a_teacher_of_other_classes_or_other_pixels_is_refused(refuses, tmp_path):
+    """Where it is known, as an inference folder says it."""
+    student = small.small_model()
+    pixels = Preprocessing(8, mean=(0.4, 0.5, 0.6))
+    save_inference(tmp_path, student, small.random_variables(student), classes=[*"abcdefg"], preprocessing=pixels)
+    read_teacher(tmp_path, "deit_tiny", student, dataclasses.replace(pixels, crop_ratio=1.0), tuple("abcdefg"))
+    with refuses("the data's classes are not the run's (their order has changed): give a teacher of these classes"):
+        read_teacher(tmp_path, "deit_tiny", student, pixels, tuple("bacdefg"))
+    with refuses("the teacher", "has mean = (0.4, 0.5, 0.6), but the model that learns from it has (0.5, 0.5, 0.5)"):
+        read_teacher(tmp_path, "deit_tiny", student, Preprocessing(8), tuple("abcdefg"))
+    with refuses("the teacher", "has exif = False, but the model that learns from it has True"):
+        read_teacher(tmp_path, "deit_tiny", student, dataclasses.replace(pixels, exif=True), tuple("abcdefg"))
+
+
 def test_a_teacher_of_other_classes_is_said(refuses, tmp_path):
     softmax = small.small_levit(image_size=32, distilled=True, attention="softmax")
     save_file(to_torch(softmax, small.random_variables(softmax, seed=3)), tmp_path / "weights.safetensors")
     student = small.small_levit(image_size=32, num_classes=5)
     with refuses("the teacher", "has num_classes = 7, but the model that learns from it has 5"):
-        read_teacher(tmp_path / "weights.safetensors", "levit_128s", student)
+        read_teacher(tmp_path / "weights.safetensors", "levit_128s", student, *PIXELS_AND_CLASSES)
 
 
 @pytest.mark.slow
@@ -70,7 +88,7 @@ def test_a_teacher_is_a_run_an_inference_folder_or_timms_weights(refuses, run, t
     expected = to_inference(variables)
     save_inference(tmp_path / "inference", model, variables)
     for path in (run, tmp_path / "inference"):
-        teacher, found = read_teacher(path, "levit_128s", model)
+        teacher, found = read_teacher(path, "levit_128s", model, *PIXELS_AND_CLASSES)
         assert (teacher.spec.form, teacher.spec.attention) == ("inference", "castling")
         # Folding multiplies in numpy's order or in XLA's: a rounding or two of numbers below 1.
         chex.assert_trees_all_close(found, jax.tree.map(np.asarray, expected), rtol=0, atol=2e-7)
@@ -78,17 +96,17 @@ def test_a_teacher_is_a_run_an_inference_folder_or_timms_weights(refuses, run, t
     step = write_averages(tmp_path, run, variables, average)
     config = json.loads((run / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"train": {"ema_decay": 0.9}}))
-    _, found = read_teacher(step, "levit_128s", model)
+    _, found = read_teacher(step, "levit_128s", model, *PIXELS_AND_CLASSES)
     chex.assert_trees_all_close(found, jax.tree.map(np.asarray, to_inference(average)), rtol=0, atol=2e-7)
     softmax = small.small_levit(image_size=32, distilled=True, attention="softmax")
     weights = small.random_variables(softmax, seed=3)
     save_file(to_torch(softmax, weights), tmp_path / "weights.safetensors")
-    teacher, found = read_teacher(tmp_path / "weights.safetensors", "levit_128s", softmax)
+    teacher, found = read_teacher(tmp_path / "weights.safetensors", "levit_128s", softmax, *PIXELS_AND_CLASSES)
     assert (teacher.spec.form, teacher.spec.attention) == ("inference", "softmax")
     chex.assert_trees_all_close(found, jax.tree.map(np.asarray, to_inference(weights)), rtol=0, atol=2e-7)
     other = small.small_levit(image_size=32, num_classes=5)
     with refuses("the teacher", "has num_classes = ", "but the model that learns from it has 5"):
-        read_teacher(run, "levit_128s", other)
+        read_teacher(run, "levit_128s", other, *PIXELS_AND_CLASSES)
 
 
 # Models on a backbone
