@@ -98,3 +98,5 @@ def test_sentences(refuses):
 
 def test_models_are_listed():
     assert castling_jax.list_models() == [*MODELS, *DENSE_MODELS]
+    assert castling_jax.list_models("levit_128*") == ["levit_128s", "levit_128"]
+    assert castling_jax.list_models(pattern="resnet*") == []

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from types import UnionType
 from typing import Any, TypeVar, cast, get_origin
 
@@ -264,9 +265,12 @@ def with_backbone_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return kept | {"backbone_arguments": {word: arguments[word] for word in arguments.keys() - own}}
 
 
-def list_models() -> list[str]:
-    """The names that `create_model` takes: classifiers, then models on one of them."""
-    return [*MODELS, *DENSE_MODELS]
+def list_models(pattern: str = "*") -> list[str]:
+    """The names that `create_model` takes, and that match a pattern such as "levit*" or "*_tiny".
+
+    Classifiers come first, then models on one of them.
+    """
+    return [name for name in (*MODELS, *DENSE_MODELS) if fnmatchcase(name, pattern)]
 
 
 def attentions_of(name: str) -> list[str]:
