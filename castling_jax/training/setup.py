@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from castling_jax.convert.run_folder import exported_weights, model_arguments, preprocessing_of
 from castling_jax.data.arrays import ArrayDataset
-from castling_jax.data.folder import rest_of
+from castling_jax.data.folder import parse_split, rest_of
 from castling_jax.data.loader import Batch, TrainTransform, training_batches
 from castling_jax.data.sources import HELD_OUT_SPLITS, Dataset, find_splits, load_dataset, path_of
 from castling_jax.errors import InputError, Mistakes, check_at_most
@@ -266,24 +266,33 @@ def named_splits(data: ConfigDict) -> tuple[str, str]:
     """The splits to learn from and to evaluate on; `find_splits` finds those that the group `data` leaves open.
 
     Raises:
-      InputError: as `find_splits` does; the two splits would share images; or the split to learn from is given but
-        the data has no held-out split.
+      InputError: as `find_splits` does; the split to learn from would share images with a part that eval_split or
+        test_split cuts from it; or the split to learn from is given but the data has no held-out split.
     """
-    if data.eval_split is not None:
-        rest = rest_of(data.eval_split) if path_of(data.name) is not None else None
-        if rest is not None and data.train_split not in (None, rest):
+    found, eval_split = "train", data.eval_split
+    if eval_split is None:
+        found, eval_split = find_splits(data.name, data_dir=data.data_dir)
+        is_part = rest_of(eval_split) is not None or "[" in eval_split  # "10% of train", "train[90%:]"
+        if is_part and data.train_split not in (None, found):
             raise InputError(
-                f"config.dataset.train_split = {data.train_split!r} must be {rest!r} where eval_split is "
-                f"{data.eval_split!r}, so that no image is in both; leave it out."
+                f"{data.name} has no split {', '.join(HELD_OUT_SPLITS)}: give config.dataset.eval_split, or leave out "
+                "config.dataset.train_split."
             )
-        return data.train_split or rest or "train", data.eval_split
-    train_split, eval_split = find_splits(data.name, data_dir=data.data_dir)
-    if data.train_split is not None and train_split != "train":
-        raise InputError(
-            f"{data.name} has no split {', '.join(HELD_OUT_SPLITS)}: give config.dataset.eval_split, or leave out "
-            "config.dataset.train_split."
-        )
-    return data.train_split or train_split, eval_split
+    if path_of(data.name) is None:  # tensorflow-datasets has its own notation for parts, and digits has none
+        return data.train_split or found, eval_split
+    train_split = data.train_split or rest_of(eval_split) or found
+    rests = [("eval_split", eval_split, rest_of(eval_split))]
+    if data.test_split is not None and parse_split(data.test_split)[0] == parse_split(train_split)[0]:
+        rests.append(("test_split", data.test_split, rest_of(data.test_split)))
+        if train_split == found and data.train_split is None:
+            train_split = rest_of(data.test_split) or found
+    for field, split, rest in rests:
+        if rest not in (None, train_split):
+            raise InputError(
+                f"config.dataset.train_split = {train_split!r} must be {rest!r} where {field} is {split!r}, so that no "
+                "image is in both."
+            )
+    return train_split, eval_split
 
 
 def load_split(config: ConfigDict, split: str, classes: Sequence[str] | None = None) -> Dataset:

@@ -250,6 +250,28 @@ def test_what_is_held_out_is_not_learnt_from(refuses):
     for train_split in ("train", "train without 10%"):
         with refuses(f"{train_split!r} must be 'train without 20%'", "no image is in both"):
             named_splits(data(eval_split="20% of train", train_split=train_split))
+    # A part to test on is held out too, if it is a part of the split to learn from.
+    assert named_splits(data(eval_split="val", test_split="20% of train")) == ("train without 20%", "val")
+    assert named_splits(data(eval_split="val without 50%", test_split="50% of val", train_split="train"))[0] == "train"
+    assert named_splits(data(eval_split="20% of train", test_split="20% of train"))[0] == "train without 20%"
+    with refuses("train_split = 'train' must be 'train without 20%' where test_split is '20% of train'"):
+        named_splits(data(eval_split="val", test_split="20% of train", train_split="train"))
+    with refuses("train_split = 'train without 20%' must be 'train without 10%' where test_split is '10% of train'"):
+        named_splits(data(eval_split="20% of train", test_split="10% of train"))
+
+
+def test_a_split_to_learn_from_may_be_named_alone_where_there_is_one_to_evaluate_on(tmp_path, refuses):
+    def data(**fields):
+        config = default_config().dataset
+        config.update({"name": f"coco:{tmp_path}", "train_split": "train2017"} | fields)
+        return config
+
+    write_coco(tmp_path)
+    with refuses("has no split val, valid, validation, test: give config.dataset.eval_split, or leave out"):
+        named_splits(data())
+    write_coco(tmp_path, "val2017")
+    assert named_splits(data()) == ("train2017", "val2017")
+    assert named_splits(data(train_split=None, test_split="10% of train2017")) == ("train2017 without 10%", "val2017")
 
 
 def test_a_configuration_is_a_config_dict(refuses):

@@ -172,12 +172,21 @@ def test_a_corrupt_image_is_left_out_and_counted(run, elsewhere, tmp_path):
         ({"dataset.crop_ratio": 2.0}, "config.dataset.crop_ratio must be a number in (0, 1], not 2.0."),
         ({"evaluation.batch_size": 0}, "config.evaluation.batch_size must be an integer of at least 1, not 0."),
         ({"dataset.name": "digits", "dataset.eval_split": "test"}, "the data's classes are not the run's (10 instead"),
+        ({"evaluation.score_threshold": 0.5}, "the run's deit_micro does not use config.evaluation.score_threshold: "),
         ({}, "there is no folder '/gone'."),
     ],
 )
 def test_what_an_evaluation_does_not_heed_is_refused(run, refuses, changes, sentence):
     with refuses(sentence):
         evaluate_checkpoint(run, MESH, changes)
+
+
+def test_data_without_a_held_out_split_has_a_part_to_evaluate_on(tmp_path):
+    """Whatever the run has learnt from: its data had a split of its own."""
+    run = write_run(tmp_path / "run", CLASSES, name="folder:/gone", train_split="train", eval_split="val")
+    write_images(tmp_path / "data" / "train", CLASSES)
+    changes = {"dataset.name": f"folder:{tmp_path / 'data'}", "dataset.eval_split": None}
+    assert evaluate_checkpoint(run, MESH, changes).figures["split"] == "10% of train"
 
 
 def test_other_classes_than_the_models_are_refused(run, tmp_path, refuses):
