@@ -62,7 +62,7 @@ def model_card(weights: Weights, model: Model, format: str, *, uint8: bool = Fal
     if pixels is not None:
         rows["input"] = f"(pixel / 255 - {list(pixels.mean)}) / {list(pixels.std)}, RGB"
     if figures:
-        rows |= _trained(figures)
+        rows |= _trained(figures, averaged=weights.averaged)
     if classes is not None and len(classes) <= 100:
         rows["classes"] = printable(", ".join(classes))
     rows |= {"license of the data": "TODO", "intended use and limits": "TODO"}
@@ -86,16 +86,24 @@ def _summary(weights: Weights) -> dict[str, Any]:
     return figures if weights.step in (None, figures.get("steps")) else {}
 
 
-def _trained(figures: Mapping[str, Any]) -> dict[str, str]:
-    """The rows of a card's table that come from a summary: name -> text."""
+def _trained(figures: Mapping[str, Any], *, averaged: bool | None) -> dict[str, str]:
+    """The rows of a card's table that come from a summary: name -> text.
+
+    Args:
+      figures: the summary's figures.
+      averaged: whether the card is of the moving averages; None for the weights that the run exports.
+    """
     measure = measures_of(figures)[0]
-    both = " / ".join(measure.texts(figures))
+    prefix = {None: "", False: "raw_", True: "averaged_"}[averaged]
+    if not measure.is_in(figures, prefix):  # the run has only one kind of weights
+        prefix = ""
+    both = " / ".join(measure.texts(figures, prefix))
     return {
         "data": f"{printable(figures.get('dataset', '?'))}",
         f"{measure.name}, training form / inference form": f"{both} of {figures['eval_images']:,} images of the split "
         f"{printable(figures.get('split', '?'))}",
         "training": f"{figures['steps']:,} steps; mask threshold {figures['mask_threshold']:g} at the end",
-        "largest difference between the two forms' outputs": f"{figures['max_difference']:.1e}",
+        "largest difference between the two forms' outputs": f"{figures[f'{prefix}max_difference']:.1e}",
         "SHA-256 of the trained parameters": f"{figures['parameters_sha256']}",
     }
 

@@ -1,5 +1,6 @@
 """The card of an exported model says what its run says, and a person's own card stays."""
 
+import dataclasses
 import json
 
 import pytest
@@ -43,6 +44,27 @@ def test_a_card_has_the_runs_figures_and_marks_what_a_person_must_write(run):
     assert "| SHA-256 of the trained parameters | abc |" in card
     assert "| classes | class 0, class 1," in card
     assert card.count("TODO") == 2
+
+
+@pytest.mark.parametrize(
+    ("averaged", "accuracy", "difference"),
+    [(None, "91.00 % / 90.50 %", "2.0e-07"), (True, "91.00 % / 90.50 %", "2.0e-07"), (False, "80.00 %", "3.0e-06")],
+)
+def test_a_card_has_the_figures_of_its_own_weights(run, averaged, accuracy, difference):
+    """convert's --ema and --no-ema choose the ones that the run does not export."""
+    kinds = {"averaged": FIGURES, "raw": {"accuracy_train_form": 0.8, "accuracy_inference_form": 0.8}}
+    kinds["raw"] |= {"max_difference": 3e-6}
+    both = {f"{kind}_{name}": figure for kind, figures in kinds.items() for name, figure in figures.items()}
+    (run / "summary.json").write_text(json.dumps(FIGURES | both | {"exported": "averaged"}))
+    weights = dataclasses.replace(read(run / "inference"), averaged=averaged)
+    card = model_card(weights, weights.model, "safetensors")
+    assert f"| accuracy, training form / inference form | {accuracy}" in card
+    assert f"| largest difference between the two forms' outputs | {difference} |" in card
+
+
+def test_a_card_of_a_run_without_averages(run):
+    weights = dataclasses.replace(read(run / "inference"), averaged=False)
+    assert "91.00 % / 90.50 %" in model_card(weights, weights.model, "safetensors")
 
 
 def test_a_card_says_how_its_format_is_used(run):
