@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Key
@@ -127,11 +129,13 @@ def apply(
       outputs and the densities [layers]; a layer without the masked branch has the density 0.
 
     Raises:
-      InputError: variables are missing or of another shape, images do not fit the model, or the threshold is missing,
-        negative or NaN.
+      InputError: variables are missing or of another shape, images do not fit the model, the threshold is missing,
+        negative or NaN, or the key is no key.
     """
     check_images(images)
-    check(key is None or model.draws, "key is for masked autoencoders, and this model draws nothing.")
+    if key is not None:
+        check(model.draws, "key is for masked autoencoders, and this model draws nothing.")
+        _require_key(key)
 
     @on_auto_axes(lambda images: (split_as(images, 0), PartitionSpec()))
     def forward(images: Any, leaves: Any, mask_threshold: Any) -> Any:
@@ -156,8 +160,12 @@ def forward_train(
     The outputs are each head's logits [heads, batch, classes], or those of another model's `training_outputs`. `key`
     draws drop-path's branches and a masked autoencoder's hidden patches. `batch_stats` are the running statistics of
     batch norm after this batch, or {} without batch norm.
+
+    Raises:
+      InputError: what `apply` raises; None is no key, because without one a model evaluates.
     """
     check_images(images)
+    _require_key(key)
     leaves = leaves_of(model, variables)
     statistics = flatten(variables.get("batch_stats", {}))
     # Running statistics are outputs, and keep the sharding that they came with.
@@ -204,6 +212,14 @@ def check_images(images: jax.Array) -> None:
     if shape is None or len(shape) != 4 or shape[0] < 1:
         what = type(images).__name__ if shape is None else f"of shape {shape}"
         raise InputError(f"images must be [batch, height, width, channels], at least one, not {what}.")
+
+
+def _require_key(key: Any) -> None:
+    """Raises an InputError unless this is one key of `jax.random.key`, or of `jax.random.PRNGKey`: a row of numbers."""
+    dtype = getattr(key, "dtype", np.dtype(bool))
+    axes = 0 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else 1 if dtype == np.uint32 else None
+    if axes is None or key.ndim != axes:
+        raise InputError(f"key must be one key, such as jax.random.key(0), not {repr(key)[:100]}.")
 
 
 @takes(variables=VARIABLES)

@@ -39,6 +39,20 @@ def test_swapped_arguments_are_a_sentence(refuses, model, call, said):
         call(model, castling_jax.get_variables(model))
 
 
+@pytest.mark.parametrize("key", [None, 0, jnp.zeros(()), jax.random.split(jax.random.key(0))], ids=type)
+def test_training_needs_one_key(refuses, model, key):
+    with refuses("key must be one key, such as jax.random.key(0), not "):
+        castling_jax.forward_train(model, castling_jax.get_variables(model), IMAGES, key=key)
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+def test_keys_of_either_kind_train(model, make):
+    def run(variables, key):
+        return castling_jax.forward_train(model, variables, IMAGES, key=key)
+
+    assert jax.eval_shape(run, castling_jax.get_variables(model), make(0))[0].shape == (1, 2, 7)
+
+
 @pytest.mark.parametrize("missing", ["q", "k", "v"])
 @pytest.mark.parametrize("name", ["castling_attention", "linear_angular_attention", "masked_softmax_attention"])
 def test_none_is_no_array(refuses, name, missing):

@@ -216,3 +216,9 @@ def test_a_classifier_has_no_key(refuses):
     model = abstract_model("deit_micro")
     with refuses("key is for masked autoencoders"):
         apply(model, get_variables(model), jnp.ones((1, 8, 8, 3)), mask_threshold=1.0, key=jax.random.key(0))
+
+
+def test_a_number_is_no_key(refuses):
+    model = small_mae("castling")
+    with refuses("key must be one key, such as jax.random.key(0), not 7."):
+        apply(model, get_variables(model), jnp.ones((1, 30, 30, 3)), mask_threshold=1.0, key=7)
