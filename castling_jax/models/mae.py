@@ -235,8 +235,8 @@ def image_of(
 ) -> Float[Array, "batch height width channels"]:
     """The inverse of `patches_of`; `grid` is (rows, columns) of the patches."""
     rows, columns = grid
-    cut = patches.reshape(len(patches), rows, columns, patch_size, patch_size, -1)
-    return jnp.moveaxis(cut, 3, 2).reshape(len(patches), rows * patch_size, columns * patch_size, -1)
+    cut = patches.reshape(patches.shape[0], rows, columns, patch_size, patch_size, -1)
+    return jnp.moveaxis(cut, 3, 2).reshape(patches.shape[0], rows * patch_size, columns * patch_size, -1)
 
 
 def _ranks(noise: Float[Array, "batch patches"]) -> Array:

@@ -287,6 +287,16 @@ def test_images_of_other_sizes(kind):
         assert out == jax.ShapeDtypeStruct((2, 7), jnp.float32)
 
 
+@pytest.mark.parametrize("kind", RIVALS)
+def test_any_number_of_images(kind):
+    """An exported program's batch is a symbol."""
+    model = rival(kind)
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, 8, 8, 3), jnp.float32)
+    out = jax.eval_shape(functools.partial(castling_jax.apply, model), get_variables(model), images)
+    assert out.shape == (batch, 7)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RIVALS)
 def test_gradients_with_remat_are_the_same(kind):

@@ -52,10 +52,10 @@ class BridgeAttention(nnx.Module):
         z = self.global_tokens[...].astype(x.dtype)
         with jax.named_scope("qkv"):
             q = split_heads(self.q(z), self.num_heads)
-        gathered = attention(jnp.broadcast_to(q, (len(x), *q.shape[1:])), heads, heads)
+        gathered = attention(jnp.broadcast_to(q, (x.shape[0], *q.shape[1:])), heads, heads)
         with jax.named_scope("proj"):
             # This residual is equation 1's own: from here on the global tokens differ from image to image.
-            z = z + self.proj(gathered.reshape(len(x), *z.shape[1:]))
+            z = z + self.proj(gathered.reshape(x.shape[0], *z.shape[1:]))
         with jax.named_scope("qkv"):
             k, v = (split_heads(part, self.num_heads) for part in split_linear(self.kv, z, 2))
         return attention(heads, k, v).reshape(x.shape), jnp.zeros((), jnp.float32)
