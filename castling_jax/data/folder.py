@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
 from typing import Any, ClassVar
 
@@ -74,7 +74,7 @@ class ImageFiles:
 
     def contents(self) -> dict[str, str]:
         # Names alone: reading every image at each start would take too long.
-        return {"file names": hashlib.sha256("\n".join(self.files).encode()).hexdigest()}
+        return {"file names": hashlib.sha256("\n".join(self.files).encode(errors="surrogatepass")).hexdigest()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +99,15 @@ class FolderDataset(ImageFiles):
         return super().__getitem__(index) | {"label": int(self.labels[index])}
 
 
-def list_skipped(skipped: collections.Counter[str]) -> str:
-    """Counts of files by their suffix as a text, the most frequent first: "12 .txt, 1 .dng"."""
+def list_skipped(datasets: Iterable[object]) -> str:
+    """How many files were skipped, by their suffix, as a text, the most frequent first: "12 .txt, 1 .dng"; "" if none.
+
+    Args:
+      datasets: the splits of a data set; only image files that are found by their names have skipped any.
+    """
+    # Two parts of one folder count its files once.
+    by_folder = {dataset.folder: dataset.skipped for dataset in datasets if isinstance(dataset, ImageFiles)}
+    skipped = sum(by_folder.values(), collections.Counter[str]())
     return ", ".join(f"{count:,} {printable(suffix)}" for suffix, count in skipped.most_common())
 
 

@@ -86,7 +86,7 @@ class MaskDataset:
     def contents(self) -> dict[str, str]:
         # Names alone: reading every image at each start would take too long.
         names = "\n".join([*self.files, *self.masks])
-        return {"file names": hashlib.sha256(names.encode()).hexdigest()}
+        return {"file names": hashlib.sha256(names.encode(errors="surrogatepass")).hexdigest()}
 
 
 def masks_splits(path: epath.PathLike) -> list[str]:

@@ -7,8 +7,7 @@ import io
 import math
 import shlex
 import struct
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from castling_jax.data.annotations import BoxDataset
 from castling_jax.data.arrays import npz, npz_splits
 from castling_jax.data.decode import image_size
-from castling_jax.data.folder import folder, folder_splits, list_skipped
+from castling_jax.data.folder import SPLIT_NAMES, folder, folder_splits, list_skipped
 from castling_jax.data.loader import some_named
 from castling_jax.data.masks import IGNORED, MaskDataset, read_labels
 from castling_jax.data.sources import (
@@ -228,15 +227,18 @@ def _describe_folder(path: epath.Path) -> str:
     """
     train = folder(path, "train")
     lines = [f"{path}: {train.num_classes} classes"]
-    skipped: Counter[str] = Counter()
-    for split in folder_splits(path):
-        dataset = folder(path, split)
+    # Another folder beside them may hold something else.
+    datasets = {name: folder(path, name) for name in folder_splits(path) if name.lower() in SPLIT_NAMES}
+    for split, dataset in datasets.items():
         counts = np.bincount(dataset.labels, minlength=train.num_classes)
         lines.append(f"  {printable(split)}: {len(dataset):,} images, {counts.min():,} to {counts.max():,} in a class")
-        skipped += dataset.skipped
-    if skipped:
-        lines.append(f"  skipped, because their names have no image's suffix: {list_skipped(skipped)}")
-    return "\n".join([*lines, *_how_to_train(f"{FOLDER}{path}", train)])
+    return "\n".join([*lines, *_describe_skipped(datasets.values()), *_how_to_train(f"{FOLDER}{path}", train)])
+
+
+def _describe_skipped(datasets: Iterable[Dataset]) -> list[str]:
+    """A line on the files that were skipped; none if there are none."""
+    skipped = list_skipped(datasets)
+    return [f"  skipped, because their names have no image's suffix: {skipped}"] if skipped else []
 
 
 def _describe_images(name: str) -> str:
@@ -251,6 +253,7 @@ def _describe_images(name: str) -> str:
         [
             f"{path_of(name)}: images without labels",
             *(f"  {printable(split)}: {len(dataset):,} images" for split, dataset in splits),
+            *_describe_skipped(dataset for _, dataset in splits),
             f"To learn from them, with images of {size} x {size} pixels:",
             f"  python main.py --config=images:{size} --config.dataset.name={shlex.quote(name)}",
         ]

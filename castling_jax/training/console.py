@@ -9,7 +9,6 @@ import datetime
 import math
 import sys
 import warnings
-from collections import Counter
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from tqdm import tqdm as plain_tqdm
 
 from castling_jax.data.annotations import BoxDataset
 from castling_jax.data.decode import image_size
-from castling_jax.data.folder import FolderDataset, list_skipped
+from castling_jax.data.folder import list_skipped
 from castling_jax.errors import InputError, printable
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.variables import count_parameters, get_variables
@@ -98,10 +97,8 @@ def describe_images(setup: Setup) -> dict[str, str]:
             height, width = image_size(image, exif=setup.config.dataset.exif)
             seen = " x ".join(map(str, reversed(setup.preprocessing.shape)))
             lines["images"] = f"the first has {width} x {height} pixels, and the model sees {seen}"
-    datasets = [data for data in (setup.train_set, setup.eval_set, setup.test_set) if isinstance(data, FolderDataset)]
-    by_folder = {data.folder: data.skipped for data in datasets}  # two splits of one folder count its files once
-    if skipped := sum(by_folder.values(), Counter()):
-        lines["skipped"] = f"files that are no images, by their names: {list_skipped(skipped)}"
+    if skipped := list_skipped((setup.train_set, setup.eval_set, setup.test_set)):
+        lines["skipped"] = f"files that are no images, by their names: {skipped}"
     if isinstance(setup.train_set, BoxDataset):
         lines["boxes"] = describe_boxes(setup.train_set, setup.config.augment.max_boxes)
     return lines

@@ -47,7 +47,7 @@ def draw_sheet(config: ConfigDict, *, examples: int) -> Figure:
     """
     train_split, _ = named_splits(config.dataset)
     dataset = load_split(config, train_split)
-    model = abstract_model(num_classes=dataset.num_classes, **model_arguments(config))
+    model = abstract_model(num_classes=dataset.num_classes or None, **model_arguments(config))
     check_dataset(model, dataset)
     task, size = task_of(model).from_config(config, model), model.spec.image_size
     preprocessing = preprocessing_of(config, size)

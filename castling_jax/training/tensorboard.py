@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
+from castling_jax.errors import printable
 from castling_jax.models.variables import flatten
 
 EVENTS = "tensorboard"  # the folder of TensorBoard's events in a run's folder
@@ -66,7 +67,7 @@ class TensorBoard:
             for tag, value in tagged.items():
                 self._events.add_scalar(tag, value, step)
         fields = {
-            path.replace("/", "."): value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            path.replace("/", "."): value if isinstance(value, bool | int | float) else _text(value)
             for path, value in flatten(config).items()
             if value is not None
         }
@@ -93,3 +94,8 @@ class TensorBoard:
     def close(self) -> None:
         """Flushes and closes the file."""
         self._events.close()
+
+
+def _text(value: Any) -> str:
+    """A field's value as a text: protocol buffers refuse a path that is not UTF-8."""
+    return printable(value) if isinstance(value, str) else json.dumps(value)

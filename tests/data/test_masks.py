@@ -1,5 +1,6 @@
 """Data sets of masks: folders of images and label PNGs, and tensorflow-datasets; and what they refuse."""
 
+import os
 import pickle
 import struct
 import zlib
@@ -87,8 +88,9 @@ class TestFolder:
         (tmp_path / "notes").mkdir()
         assert find_splits(f"masks:{tmp_path}") == ("train", "val")
         assert load(tmp_path, "val").contents() == load(tmp_path).contents()
-        (tmp_path / "val" / "000.png").rename(tmp_path / "val" / "0.png")
-        (tmp_path / "val_labels" / "000.png").rename(tmp_path / "val_labels" / "0.png")
+        other = os.fsdecode(b"\xff.png")  # a name that is not UTF-8
+        (tmp_path / "val" / "000.png").rename(tmp_path / "val" / other)
+        (tmp_path / "val_labels" / "000.png").rename(tmp_path / "val_labels" / other)
         assert load(tmp_path, "val").contents() != load(tmp_path).contents()
 
     def test_a_split_without_any_class(self, tmp_path):

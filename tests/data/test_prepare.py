@@ -167,6 +167,7 @@ def test_folder_is_checked_and_counted(tmp_path, capsys, monkeypatch):
     for path in ("train/a/1.png", "train/a/2.png", "train/b/1.png", "val/a/1.png"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
+    (tmp_path / "meta").mkdir()  # no split
     monkeypatch.setattr(sys, "argv", ["prepare", f"folder:{tmp_path}"])
     main()
     assert capsys.readouterr().out.splitlines() == [

@@ -1,5 +1,7 @@
 """images:PATH, images without labels."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +11,7 @@ from castling_jax.data.sources import find_splits, load_dataset
 from castling_jax.models.registry import abstract_model
 from castling_jax.tasks.registry import check_dataset
 from castling_jax.training.config_files import load_config
+from castling_jax.training.contact_sheet import draw_sheet
 
 
 @pytest.fixture
@@ -49,9 +52,25 @@ def test_prepare_counts_and_says_the_command(photos):
         f"{photos}: images without labels",
         "  train without 10%: 18 images",
         "  10% of train: 2 images",
+        "  skipped, because their names have no image's suffix: 1 .txt",
         "To learn from them, with images of 24 x 24 pixels:",
         f"  python main.py --config=images:24 --config.dataset.name=images:{photos}",
     ]
+
+
+def test_a_name_that_is_not_utf8(photos):
+    """Python has it with lone surrogates, which UTF-8 cannot encode."""
+    contents = load_dataset(f"images:{photos}", "train").contents()
+    (photos / "march" / "1.png").rename(photos / "march" / os.fsdecode(b"\xff.png"))
+    assert load_dataset(f"images:{photos}", "train").contents() != contents
+
+
+def test_the_augmentations_of_images_without_labels_are_drawn(photos):
+    config = load_config("images:24")
+    config.dataset.name = f"images:{photos}"
+    config.model.update(depth=1, embed_dim=16, num_heads=1, decoder_depth=1)
+    sheet = draw_sheet(config, examples=1)
+    assert len([axis for axis in sheet.axes if axis.images]) == 8
 
 
 def test_what_is_refused(photos, refuses):

@@ -99,10 +99,13 @@ def test_what_lies_ahead_of_a_run_that_goes_on_is_hidden(tmp_path, first_step):
 @pytest.mark.parametrize(("group", "scalars"), [("eval", {}), ("test", {"test/loss": [(9, 0.5)]})])
 def test_the_configuration_stands_beside_the_final_figures(tmp_path, board, group, scalars):
     config = {"seed": 3, "model": {"name": "deit", "drop": 0.5}, "exif": True, "mean": (0.5, 1), "init_from": None}
+    config["name"] = "folder:/\udcff"  # a path that is not UTF-8
     board.finish(9, config, {"eval_loss": 0.5, "averaged_eval_loss": 0.5}, group=group)
     board.close()
     fields, tags = hparams_of(tmp_path)
-    assert fields == {"seed": 3, "model.name": "deit", "model.drop": 0.5, "exif": True, "mean": "[0.5, 1]"}
+    assert fields == {"seed": 3, "model.name": "deit", "model.drop": 0.5, "exif": True, "mean": "[0.5, 1]"} | {
+        "name": r"folder:/\udcff"
+    }
     assert tags == {f"{group}/loss"}
     assert scalars_of(tmp_path) == scalars
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1  # one run
