@@ -51,6 +51,7 @@ class Model(nnx.Module):
       backbone_defaults: constructor arguments that its backbone has unless the user gives others.
       batch_axis: the axis of `training_outputs` that runs over the images.
       draws: whether the model draws something in evaluation too, and takes a key there.
+      backbone: the classifier without its head that a model other than a classifier is built on.
     """
 
     task: ClassVar[str]
@@ -59,6 +60,7 @@ class Model(nnx.Module):
     backbone_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     spec: ModelSpec
     in_chans: int
+    backbone: Any
 
     def __call__(
         self,
@@ -94,6 +96,13 @@ class Model(nnx.Module):
     def results(self, outputs: Any) -> Any:
         """Turns the training outputs into the outputs that `apply` returns."""
         raise NotImplementedError
+
+    def features(
+        self, images: Float[Array, "batch height width channels"], *, mask_threshold: ArrayLike | None = None
+    ) -> list[Float[Array, "batch height width channels"]]:
+        """The backbone's tokens on their grid, one map for each stage, finest first."""
+        maps: list[Array] = self.backbone.features(images, mask_threshold=mask_threshold)
+        return maps
 
     def __repr__(self) -> str:
         spec = getattr(self, "spec", None)

@@ -129,8 +129,7 @@ class PyramidSegmenter(Model):
           InputError: the backbone refuses the images.
         """
         height, width = images.shape[1:3]
-        padding = [(0, 0), (0, _rounded_up(height) - height), (0, _rounded_up(width) - width), (0, 0)]
-        padded = jnp.pad(self._checked(images), padding)
+        padded = self._padded(images)
         maps, densities = self.backbone.feature_maps(padded, mask_threshold=mask_threshold, key=key)
         if self.pyramid is not None:
             maps = self.pyramid(maps[0])
@@ -138,6 +137,16 @@ class PyramidSegmenter(Model):
         with jax.named_scope("head"):
             logits = resize(logits, padded.shape[1:3])[:, :height, :width]
         return {"logits": logits}, densities
+
+    def features(
+        self, images: Float[Array, "batch height width channels"], *, mask_threshold: ArrayLike | None = None
+    ) -> list[Map]:
+        return super().features(self._padded(images), mask_threshold=mask_threshold)
+
+    def _padded(self, images: jax.Array) -> jax.Array:
+        height, width = images.shape[1:3]
+        padding = [(0, 0), (0, _rounded_up(height) - height), (0, _rounded_up(width) - width), (0, 0)]
+        return jnp.pad(self._checked(images), padding)
 
     def results(self, outputs: dict[str, Array]) -> dict[str, Array]:
         return outputs

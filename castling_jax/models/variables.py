@@ -194,14 +194,14 @@ def features(
 ) -> list[Float[Array, "batch height width channels"]]:
     """The backbone's tokens on their grid, one map for each stage, finest first.
 
-    Pure, as `apply` is, with the same arguments and errors.
+    Pure, as `apply` is, with the same arguments and errors. A segmenter's maps are of the padded images, whose sides
+    are multiples of 32 pixels.
     """
     check_images(images)
 
     @on_auto_axes(lambda images: split_as(images, 0))
     def forward(images: Any, leaves: Any, mask_threshold: Any) -> Any:
-        bound: Any = _with_leaves(model, leaves)
-        return getattr(bound, "backbone", bound).features(images, mask_threshold=mask_threshold)
+        return _with_leaves(model, leaves).features(images, mask_threshold=mask_threshold)
 
     return forward(images, leaves_of(model, variables), mask_threshold)
 

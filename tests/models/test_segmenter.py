@@ -149,6 +149,9 @@ def test_images_are_padded_on_the_right_and_at_the_bottom():
     # The same sums: the padded image is what the model makes of the smaller one.
     np.testing.assert_allclose(apply(images), apply(padded)[:, :40, :72], rtol=0, atol=1e-6)
     assert apply(images[:, :33, :50]).shape == (2, 33, 50, 5)
+    features = jax.jit(lambda images: castling_jax.features(model, variables, images, mask_threshold=0.01)[0])
+    assert features(images).shape == (2, 4, 6, 16)  # patches of 16 pixels
+    np.testing.assert_allclose(features(images), features(padded), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
