@@ -1,12 +1,14 @@
 """Several processes that run one program: how they find each other, and how they end together."""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import secrets
 import sys
 import time
-from typing import NoReturn
+import zlib
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -83,6 +85,18 @@ def _all_see(folder: epath.Path) -> bool:
     if jax.process_index() == 0:
         file.unlink()
     return bool(all_see)
+
+
+def refuse_different_data(data: dict[str, Any]) -> None:
+    """Raises an InputError on all processes unless all have the same fingerprint of the data; they read parts of it."""
+    if jax.process_count() == 1:
+        return
+    digest = np.uint32(zlib.crc32(json.dumps(data, sort_keys=True).encode()))
+    if len(np.unique(multihost_utils.process_allgather(digest))) > 1:
+        raise InputError(
+            f"not all processes see the same data (this one has {data['training']['images']:,} images to learn from): "
+            "give all hosts the same files, classes and versions."
+        )
 
 
 def said_by_process_0(sentence: str) -> str:

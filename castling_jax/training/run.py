@@ -23,7 +23,7 @@ from castling_jax.training.checkpoints import Checkpoints, Progress
 from castling_jax.training.config import check_config
 from castling_jax.training.config_files import join_run
 from castling_jax.training.console import Console
-from castling_jax.training.distributed import check_shared
+from castling_jax.training.distributed import check_shared, refuse_different_data
 from castling_jax.training.evaluate_run import Evaluation, summary_split, what_is_evaluated
 from castling_jax.training.kernel_check import compare_kernels
 from castling_jax.training.lock import one_writer
@@ -126,6 +126,7 @@ def run(
     with contextlib.ExitStack() as stack:  # however the run ends, it closes all of these, and the lock last
         check_lock = stack.enter_context(one_writer(workdir))
         check_shared(workdir)
+        refuse_different_data(data)
         # 2. Resume, or start.
         stack.enter_context(jax.set_mesh(setup.mesh))  # the attention's kernels split their work over this mesh
         checkpoints = Checkpoints(folder, keep=config.checkpoint.keep, data=data)

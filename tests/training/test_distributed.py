@@ -1,4 +1,6 @@
 import contextlib
+import json
+import zlib
 
 import jax
 import numpy as np
@@ -69,6 +71,22 @@ def test_a_folder_that_not_all_processes_see_is_refused(monkeypatch, refuses, tm
     with contextlib.nullcontext() if seen else refuses(f"not all processes see one '{folder}'"):
         distributed.check_shared(folder)
     assert (folder / "shared").exists() == (index == 1 and seen)  # which process 0 removes
+
+
+@pytest.mark.parametrize("others", [5, 6])
+def test_other_data_on_another_process_is_refused(monkeypatch, refuses, others):
+    """Another process's part is played here."""
+    data, other = ({"classes": ["a", "b"], "training": {"images": images}} for images in (5, others))
+
+    def gather(mine):
+        assert mine.dtype == np.uint32
+        return np.array([mine, zlib.crc32(json.dumps(other, sort_keys=True).encode())])
+
+    distributed.refuse_different_data(data)  # alone
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    with contextlib.nullcontext() if others == 5 else refuses("not all processes see the same data (this one has 5"):
+        distributed.refuse_different_data(data)
 
 
 @pytest.mark.parametrize("own", [None, "/elsewhere"])
