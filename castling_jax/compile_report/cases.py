@@ -25,7 +25,7 @@ from castling_jax.models.attention.core import Kind
 from castling_jax.models.attention.kinds import FORMS, KINDS, make_core
 from castling_jax.models.layers import add_bias
 from castling_jax.models.macs import count_macs
-from castling_jax.models.registry import abstract_model
+from castling_jax.models.registry import abstract_model, with_backbone_arguments
 from castling_jax.models.variables import Variables, apply, get_variables
 from castling_jax.sizes import ImageSize, image_shape
 from castling_jax.storage import as_path
@@ -235,10 +235,9 @@ def model(
     _check_positive(image_size=image_size, batch=batch)
     if mesh is not None and form != "train":
         raise InputError("--mesh splits the training step: it needs --form=train.")
-    words: dict[str, Any] = {} if depth is None else {"depth": depth}
-    built = abstract_model(
-        name, attention=attention, form=form, image_size=image_size, dtype=jnp.bfloat16, remat=remat, **words
-    )
+    arguments = {"name": name, "attention": attention, "form": form, "image_size": image_size, "dtype": jnp.bfloat16}
+    of_the_backbone = ({"remat": True} if remat else {}) | ({} if depth is None else {"depth": depth})
+    built = abstract_model(**with_backbone_arguments(arguments | of_the_backbone))
     size = built.spec.image_size
     images = jax.ShapeDtypeStruct((batch, *image_shape(size), 3), jnp.float32)
     variables = get_variables(built)
@@ -246,6 +245,7 @@ def model(
         return Case(functools.partial(apply, built), (variables, images))
 
     config = default_config()
+    config.dataset.update(crop_mode="squash", crop_ratio=1.0)  # all tasks take it, and the step does not depend on it
     rate = learning_rate_schedule(config.optimizer, batch_size=batch, total_steps=100_000, steps_per_epoch=1_000)
     optimizer = make_optimizer(config.optimizer, rate)
     state = jax.eval_shape(lambda variables: create_state(variables, optimizer, config.seed), variables)

@@ -59,6 +59,28 @@ def test_model_in_inference_gives_logits():
     assert jax.eval_shape(case.function, *case.arguments) == jax.ShapeDtypeStruct((3, 1000), jnp.float32)
 
 
+@pytest.mark.parametrize(
+    ("options", "overrides"),
+    [
+        ({"name": "picodet_s", "image_size": 160}, {"backbone": "levit_128s"}),
+        (
+            {"name": "pyramid_segmenter", "image_size": 32, "depth": 1, "remat": True},
+            {"backbone": "deit_tiny", "backbone_arguments": (("depth", 1), ("remat", True))},
+        ),
+        (
+            {"name": "mae", "image_size": 32, "depth": 1},
+            {"backbone": "deit_base", "backbone_arguments": (("depth", 1),)},
+        ),
+    ],
+)
+def test_models_on_a_backbone_are_compiled_too(options, overrides):
+    forward = load_case("model", options, []).function
+    (model,) = forward.args
+    assert dict(model.spec.overrides) == {"backbone_arguments": ()} | overrides
+    step = load_case("model", options | {"form": "train", "batch": 2}, [])
+    assert step.arguments[0].params.keys() == get_variables(model)["params"].keys()
+
+
 def test_model_in_training_makes_a_step_of_any_threshold():
     case = load_case("model", {"name": "deit_micro", "batch": 3, "form": "train"}, [])
     traced = jax.jit(case.function, **case.jit_options).trace(*case.arguments)
