@@ -1,6 +1,7 @@
 """Batches: an endless shuffled stream for training, and exactly one pass for evaluation."""
 
 import dataclasses
+import errno
 import functools
 import itertools
 import logging
@@ -26,6 +27,13 @@ PART = 32  # images that one thread reads at a time; small, so that threads shar
 PARTS_AHEAD = 4  # parts that each thread reads ahead
 MAX_THREADS = 16  # in one process; more threads would wait for Python's lock more than they work
 CORRUPT_IN_A_ROW = 100  # after so many corrupt images, the search for a good one stops
+# The system's errors that one file may have while others can be read. Pillow's errors have no number.
+OF_ONE_FILE = (
+    *(None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ, errno.EINVAL),
+)
+# ArrayRecord's errors are of the same kind for a damaged record and for an outage, which is in the text.
+OUTAGES = tuple(map(os.strerror, (errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT)))
 # The share of corrupt images is taken of the images read, or of this number while fewer are read.
 MIN_IMAGES_JUDGED = 10_000
 NAMED = 3  # corrupt images that an error message names
@@ -189,6 +197,7 @@ def first_good(dataset: Dataset, transform: EvalTransform, index: int) -> _Read:
 
     Raises:
       DeterministicError: all examples are corrupt, or CORRUPT_IN_A_ROW from the index on.
+      InputError: the disk or the network fails.
     """
     corrupt: dict[str, str] = {}
     for offset in range(min(len(dataset), CORRUPT_IN_A_ROW)):
@@ -196,10 +205,19 @@ def first_good(dataset: Dataset, transform: EvalTransform, index: int) -> _Read:
         try:
             return _Read(transform(dataset[nearby]), 1.0, corrupt)
         except InputError as error:
+            if _is_outage(error):  # no mark of the image: the same command may read it in a minute
+                raise InputError(f"{dataset.describe(nearby)}: {error}") from error
             corrupt[dataset.describe(nearby)] = str(error)
     # So many mean a wrong data set or a broken disk, not a bad image: stop now.
     name, why = next(iter(corrupt.items()))
     raise DeterministicError(f"{len(corrupt)} images in a row are corrupt, the first of them {name}: {why}")
+
+
+def _is_outage(error: InputError) -> bool:
+    """Whether an example could not be read because the disk or the network failed, and not because of its file."""
+    if isinstance(error.__cause__, OSError):
+        return error.__cause__.errno not in OF_ONE_FILE
+    return any(words in str(error) for words in OUTAGES)
 
 
 class _Parts:

@@ -1,3 +1,4 @@
+import errno
 import functools
 import logging
 import multiprocessing
@@ -12,7 +13,7 @@ import pytest
 from castling_jax.data import loader
 from castling_jax.data.arrays import ArrayDataset
 from castling_jax.data.loader import OneOf, evaluation_batches, training_batches
-from castling_jax.errors import InputError
+from castling_jax.errors import InputError, refusing
 
 
 def numbered(size):
@@ -31,6 +32,12 @@ def corrupt_at(corrupt, example, rng=None):
     if example["label"] in corrupt:
         raise InputError(f"image {example['label']} cannot be decoded.")
     return example
+
+
+def failing(error, example, rng=None):
+    """A transform, though it is the data set that fails."""
+    with refusing((OSError, RuntimeError), "the file cannot be read"):
+        raise error
 
 
 def batches(size=12, **options):
@@ -230,6 +237,25 @@ class TestCorruptImages:
         iterator = batches(transform=functools.partial(corrupt_at, range(12)), max_corrupt_share=1.0)
         with refuses("12 images in a row are corrupt, the first of them image"):
             next(iterator)
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            OSError(errno.EIO, "Input/output error", "3.png"),
+            OSError(errno.ENOTCONN, "Transport endpoint is not connected"),
+            RuntimeError("read() failed: Input/output error; reading data.array_record; at byte 0"),  # ArrayRecord's
+        ],
+    )
+    def test_an_outage_of_the_disk_is_none(self, error):
+        """Another start may read all images: the end has no status that forbids it, as corrupt images have."""
+        with pytest.raises(InputError, match="the file cannot be read .*(Input/output error|not connected)") as refused:
+            next(batches(transform=functools.partial(failing, error), max_corrupt_share=1.0))
+        assert type(refused.value) is InputError
+
+    @pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "No such file"), OSError("image truncated")])
+    def test_an_error_of_a_file_is_one(self, refuses, error):
+        with refuses("12 images in a row are corrupt"):
+            next(batches(transform=functools.partial(failing, error), max_corrupt_share=1.0))
 
     def test_evaluation_leaves_them_out(self, refuses):
         options = {"batch_size": 4, "transform": functools.partial(corrupt_at, [2, 3, 6])}
