@@ -64,6 +64,9 @@ def draw_training(
       title: title of the measure's axes.
       is_share: whether the measure is a share, shown in percent up to 100.
       loss: name of the loss, with its unit.
+
+    Raises:
+      InputError: the mask kind is unknown.
     """
     # Not pyplot's figure: pyplot keeps figures in memory until they are closed.
     figure = Figure(figsize=(11, 8), layout="constrained")
@@ -123,7 +126,7 @@ def draw_density(
       steps_per_epoch: scale of an axis of epochs above the picture; None draws no such axis.
 
     Raises:
-      InputError: the shapes are not [steps] and [steps, layers].
+      InputError: the shapes are not [steps] and [steps, layers], or the mask kind is unknown.
     """
     steps, densities = np.asarray(steps), np.asarray(densities, np.float64)
     if densities.ndim != 2 or steps.shape != densities.shape[:1]:
@@ -190,6 +193,8 @@ def start_at_zero(axis: Axes, values: np.ndarray, fallback: float = 1) -> None:
 
 def _draw_density(figure: Figure, axes: tuple[Axes, Axes], series: Series, kind: str) -> None:
     """Draws densities [steps, layers]: their mean in the first axes, the heat map of the layers in the second."""
+    if kind not in DENSITY_TITLES:
+        raise InputError(f"mask_kind must be one of {', '.join(DENSITY_TITLES)}, not {kind!r}.")
     (mean_axis, layers_axis), (steps, densities) = axes, series
     mean_axis.set(title=DENSITY_TITLES[kind], ylabel="%, mean of layers")
     mean_axis.grid(alpha=0.3)
@@ -249,9 +254,11 @@ def draw_predictions(
     Args:
       images: the images; their sizes may differ.
       answers: for each image, (class, probability) pairs, the most probable first.
+
+    Raises:
+      InputError: there is nothing to draw.
     """
-    columns = min(len(images), 6)
-    rows = -(-len(images) // columns)
+    columns, rows = _columns_and_rows("image", len(images), most=6)
     figure = Figure(figsize=(2.2 * columns, 2.9 * rows), layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
     for axis, image, answer in zip(axes, images, answers, strict=False):
@@ -261,6 +268,18 @@ def draw_predictions(
     for axis in axes:
         axis.set_axis_off()
     return figure
+
+
+def _columns_and_rows(what: str, count: int, *, most: int) -> tuple[int, int]:
+    """The columns, at most `most`, and the rows of a sheet of `count` pictures, each of which shows a `what`.
+
+    Raises:
+      InputError: there is nothing to draw.
+    """
+    if not count:
+        raise InputError(f"there is no {what} to draw.")
+    columns = min(count, most)
+    return columns, -(-count // columns)
 
 
 def _shortened(name: str) -> str:
@@ -290,8 +309,10 @@ def draw_attention(
       query: index of the query among all queries, such as 0 for DeiT's class token.
 
     Raises:
-      InputError: a kind has fewer keys than the grid has patches, or no such query.
+      InputError: there are no weights, or a kind has fewer keys than the grid has patches, or no such query.
     """
+    if not weights:
+        raise InputError("there is no kind of weights to draw.")
     patches = grid[0] * grid[1]
     heads = max(len(array) for array in weights.values())
     figure = Figure(figsize=(1 + 2 * heads, 0.4 + 2.3 * len(weights)), layout="constrained")
@@ -340,10 +361,12 @@ def draw_taps(kernels: Sequence[Float[np.ndarray, "taps heads"] | Float[np.ndarr
 
     Args:
       kernels: each layer's token kernel, such as a DeiT's params["blocks"]["0"]["attn"]["token_kernel"].
+
+    Raises:
+      InputError: there is nothing to draw.
     """
     arrays = [np.asarray(kernel, np.float64) for kernel in kernels]
-    columns = min(len(arrays), 3)
-    rows = -(-len(arrays) // columns)
+    columns, rows = _columns_and_rows("token kernel", len(arrays), most=3)
     figure = Figure(figsize=(1 + 3.2 * columns, 0.8 + 1.9 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     largest = max(np.abs(array).max() for array in arrays) or 1.0
@@ -405,9 +428,11 @@ def draw_objects(
     Args:
       images: the images; their sizes may differ.
       answers: for each image, (class, score, (x0, y0, x1, y1)) of each object, in pixels of the image.
+
+    Raises:
+      InputError: there is nothing to draw.
     """
-    columns = min(len(images), 3)
-    rows = -(-len(images) // columns)
+    columns, rows = _columns_and_rows("image", len(images), most=3)
     figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, image, answer in zip(axes, images, answers, strict=False):
@@ -425,10 +450,12 @@ def draw_reconstructions(answers: Sequence[Mapping[str, Any]]) -> Figure:
 
     Args:
       answers: "original", "masked" and "reconstruction" of each image, uint8 [height, width, 3].
+
+    Raises:
+      InputError: there is nothing to draw.
     """
     names = ("original", "masked", "reconstruction")
-    columns = min(len(answers), 3)
-    rows = -(-len(answers) // columns)
+    columns, rows = _columns_and_rows("image", len(answers), most=3)
     figure = Figure(figsize=(4.2 * columns, 1.5 * rows + 0.3), layout="constrained")
     axes = figure.subplots(rows, 3 * columns, squeeze=False)
     for axis in axes.ravel():
@@ -449,9 +476,11 @@ def draw_detections(pictures: Sequence[tuple[Any, Any, Any]]) -> Figure:
     Args:
       pictures: (image, truth, detections) for each image: the image is uint8 [height, width, 3], and the other two are
         the arguments of `draw_boxes_on` from `boxes` on, (boxes, labels, scores).
+
+    Raises:
+      InputError: there is nothing to draw.
     """
-    columns = 2 if len(pictures) > 1 else 1
-    rows = -(-len(pictures) // columns)
+    columns, rows = _columns_and_rows("image", len(pictures), most=2)
     figure = Figure(figsize=(6.4 * columns, 2.6 * rows), layout="constrained")
     axes = figure.subplots(rows, 2 * columns, squeeze=False)
     for axis in axes.ravel():
@@ -476,10 +505,12 @@ def draw_segmentation(pictures: Sequence[Sequence[np.ndarray]], classes: Sequenc
       pictures: for each image, the image, uint8 [height, width, 3], and one or two masks, uint8 [height, width]; a mask
         may have fewer pixels than the image.
       classes: names of the classes.
+
+    Raises:
+      InputError: there is nothing to draw.
     """
-    titles = ("annotated", "answered") if len(pictures[0]) == 3 else ("",)
-    columns = min(len(pictures), 2 if len(titles) == 2 else 3)
-    rows = -(-len(pictures) // columns)
+    titles = ("annotated", "answered") if {len(one) for one in pictures} == {3} else ("",)
+    columns, rows = _columns_and_rows("image", len(pictures), most=2 if len(titles) == 2 else 3)
     figure = Figure(figsize=(3.6 * len(titles) * columns, 3.0 * rows), layout="constrained")
     axes = figure.subplots(rows, len(titles) * columns, squeeze=False)
     for axis in axes.ravel():

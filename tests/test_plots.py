@@ -197,6 +197,25 @@ def test_densities_of_another_shape_are_refused(refuses, steps, densities):
         draw_density(np.array(steps), np.array(densities))
 
 
+def test_a_mask_of_another_kind_is_refused(refuses):
+    with refuses("mask_kind must be one of threshold, fade, not 'foo'."):
+        draw_density([1], [[0.5]], mask_kind="foo")
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        *(lambda: plots.draw_predictions([], []), lambda: plots.draw_objects([], []), lambda: plots.draw_taps([])),
+        *(lambda: plots.draw_reconstructions([]), lambda: plots.draw_detections([])),
+        lambda: plots.draw_segmentation([], ["sky"]),
+        lambda: plots.draw_attention({}, PHOTOGRAPH, (3, 4), query=0),
+    ],
+)
+def test_a_sheet_of_nothing_is_refused(refuses, draw):
+    with refuses("there is no ", " to draw."):
+        draw()
+
+
 def epochs_of(axes):
     """The axis of epochs above the axes, if there is one."""
     return next((axis for axis in axes.child_axes if axis.get_xlabel() == "epoch"), None)
