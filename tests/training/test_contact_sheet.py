@@ -128,11 +128,15 @@ def test_a_corrupt_image_is_passed_over(tmp_path):
 
 
 def test_labels_of_mixed_images_are_their_heaviest():
-    task = Classification(num_classes=4)
+    task = Classification(num_classes=4, label_smoothing=0.12)  # 0.03 for each class
     classes = ["cat", "dog", "owl", "fox\n"]
-    assert task.caption({"target": np.array([0.01, 0.61, 0.01, 0.37])}, classes) == "dog: 0.61, fox\\n: 0.37"
+    assert task.caption({"target": np.array([0.03, 0.61, 0.03, 0.33])}, classes) == "dog: 0.61, fox\\n: 0.33"
     assert task.caption({"target": np.array([0.91, 0.03, 0.03, 0.03])}, classes) == "cat: 0.91"
     assert task.caption({"label": 2}, classes) == "owl"
+    two = Classification(num_classes=2)
+    assert two.caption({"target": np.array([0.3, 0.7])}, classes) == "dog: 0.70, cat: 0.30"
+    assert two.caption({"target": np.array([0.5, 0.5])}, classes) == "cat: 0.50, dog: 0.50"
+    assert two.caption({"target": np.array([0.0, 1.0])}, classes) == "dog: 1.00"
 
 
 @pytest.mark.parametrize(

@@ -118,8 +118,9 @@ class Classification(Task):
         if "label" in example:
             return printable(classes[example["label"]])
         target = example["target"]
-        # A mixed image has two classes; all others have the smallest target, which label smoothing gives them.
-        heaviest = [label for label in np.argsort(-target)[:2] if target[label] > target.min()]
+        # A mixed image has two classes; all others have the target that label smoothing alone gives, in float32.
+        smallest = self.label_smoothing / self.num_classes + 1e-6
+        heaviest = [label for label in np.argsort(-target)[:2] if target[label] > smallest]
         return ", ".join(f"{printable(classes[label])}: {target[label]:.2f}" for label in heaviest)
 
     def loss(self, outputs: Float[Array, "heads batch classes"], batch: Batch, held: Variables) -> Loss:

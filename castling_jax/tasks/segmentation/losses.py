@@ -27,7 +27,8 @@ def pixel_cross_entropy(
 def soft_dice_loss(
     logits: Float[Array, "batch height width classes"], labels: Int[Array, "batch height width"]
 ) -> Float[Array, "batch"]:
-    """Each image's dice loss (Milletari et al., arXiv 1606.04797): from 0 to 1, the mean over the classes of
+    """Each image's dice loss (Milletari et al., arXiv 1606.04797, whose denominator has squares): from 0 to 1, the mean
+    over the classes of
 
     1 - (2 sum(p t) + 1) / (sum(p) + sum(t) + 1), where p is a pixel's probability of the class, t is 1 in the pixels of
     the class and else 0, and the sums are over the pixels that have a class.
