@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from castling_jax.errors import InputError, check_known
 from castling_jax.models.attention.kinds import KINDS
-from castling_jax.models.registry import MODELS, list_models
+from castling_jax.models.registry import MODELS
 from castling_jax.training.config import default_config
 
 FEWEST_PIXELS = 96  # for deit_tiny: its patches have 16 x 16 pixels, so smaller images would have fewer than 36
@@ -29,7 +29,7 @@ def own_images(name: str, argument: str) -> ConfigDict:
         image_size=pixels,
         drop_path_rate=0.1,
     )
-    check_known("model", config.model.name, list_models())
+    check_known("model", config.model.name, MODELS)  # the one that learns, or the backbone of it
     check_known("attention", config.model.attention, KINDS)
     # The largest patch that divides the image and leaves at least 7 patches along a side.
     if not model and pixels < FEWEST_PIXELS:

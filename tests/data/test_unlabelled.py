@@ -93,6 +93,12 @@ def test_pre_training_and_what_follows_it_have_one_backbone(argument, backbone, 
         assert (model.backbone, model.get("patch_size")) == (backbone, patch)
 
 
+@pytest.mark.parametrize("name", ["images", "masks", "folder"])
+def test_a_model_that_is_no_backbone_is_refused(refuses, name):
+    with refuses("unknown model 'mae' (known: deit_tiny, "):
+        load_config(f"{name}:224,mae")
+
+
 def test_the_mask_starts_below_uniform_weights():
     cases = [("images", "224", 50), ("masks", "224", 197), ("images", "24", 17), ("masks", "24", 65)]
     for name, argument, tokens in [*cases, ("masks", "64,deit_micro", 1025), ("masks", "224,levit_128s", 197)]:
