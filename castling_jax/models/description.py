@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from castling_jax.errors import InputError, takes
-from castling_jax.models.attention.kinds import FORMS
+from castling_jax.models.attention.kinds import BUILT_IN, FORMS
 from castling_jax.models.macs import Cost, count_costs
 from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model, attentions_of, list_models
@@ -62,15 +62,22 @@ def measure(model: Model) -> Size:
     return Size(count_parameters(get_variables(model)), count_costs(model))
 
 
-def compare(name: str, **arguments: Any) -> dict[tuple[str, tuple[str, ...]], Size]:
-    """A model's size with every attention that fits it and its arguments: (attention, forms of this size) -> size."""
+def compare(name: str, chosen: str, **arguments: Any) -> dict[tuple[str, tuple[str, ...]], Size]:
+    """A model's size with every attention that fits it and its arguments: (attention, forms of this size) -> size.
+
+    What the attention `chosen` raises is raised; others that raise are left out.
+    """
     sizes: dict[tuple[str, tuple[str, ...]], Size] = {}
     for attention in attentions_of(name):
         try:
             models = [abstract_model(name, attention=attention, form=form, **arguments) for form in FORMS]
-        except InputError:  # this attention does not take one of the arguments, such as mask_kind
-            continue
-        train, inference = map(measure, models)
+            train, inference = map(measure, models)
+        except Exception as error:
+            # An attention may not take one of the arguments, such as mask_kind. One that a user has registered may be
+            # for another backbone, and raise anything.
+            if attention != chosen and (isinstance(error, InputError) or attention not in BUILT_IN):
+                continue
+            raise
         # Most kinds compute the same in both forms: they get one row.
         if train == inference:
             sizes[attention, FORMS] = train
@@ -131,7 +138,7 @@ def describe(model: Model) -> str:
     """
     arguments = model.spec.arguments()
     name, attention, form = (arguments.pop(word) for word in ("name", "attention", "form"))
-    sizes = compare(name, **arguments)
+    sizes = compare(name, attention, **arguments)
     comparison = [("attention", "form", *SIZE_HEADER)]
     for (kind, forms), size in sizes.items():
         comparison.append((kind, " and ".join(forms), *_size_cells(size)))

@@ -28,7 +28,7 @@ def make_parser() -> Parser:
     parser.add_argument("--attention", default="castling", help="the attention in the second and third table")
     parser.add_argument("--form", default="train", help="the form in the second and third table: train or inference")
     parser.add_argument("--image_size", type=int, help="pixels a side; the model's own if not given")
-    parser.add_argument("--num_classes", type=int, default=1000, help="size of the classifier's output")
+    parser.add_argument("--num_classes", type=int, help="number of classes; the model's own if not given")
     parser.add_argument(
         "--set",
         action="append",

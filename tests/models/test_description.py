@@ -7,6 +7,7 @@ import pytest
 import castling_jax
 from castling_jax.errors import InputError
 from castling_jax.models import description
+from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.macs import OTHER, Cost, parts
 from castling_jax.models.registry import MODELS, abstract_model
 from castling_jax.models.variables import count_parameters, get_variables
@@ -60,6 +61,27 @@ def test_the_command_shows_three_tables(monkeypatch, capsys):
         "bias [192], kernel [64, 192]",
         f"{2 * 193 * 64 + 2 * 128:,}",
     ]
+
+
+def test_a_model_has_its_own_number_of_classes_unless_one_is_given(monkeypatch, capsys):
+    monkeypatch.setattr(description, "describe", lambda model: f"{model.spec.num_classes} classes")
+    assert run(monkeypatch, capsys, "picodet_s", "--image_size=160") == "80 classes\n"
+    assert run(monkeypatch, capsys, "deit_micro", "--num_classes=7") == "7 classes\n"
+
+
+def test_a_registered_attention_that_does_not_suit_a_model_is_left_out(monkeypatch):
+    def for_eight_heads(q, k, v):
+        return v.reshape(*v.shape[:2], 8, -1) + q
+
+    try:
+        castling_jax.register_attention("for_eight_heads", for_eight_heads)
+        monkeypatch.setattr(description, "attentions_of", lambda name: ["softmax", "for_eight_heads"])
+        text = description.describe(abstract_model("deit_micro", attention="softmax", depth=1))
+        assert "for_eight_heads" not in text
+        with pytest.raises(TypeError):
+            description.describe(abstract_model("deit_micro", attention="for_eight_heads", depth=1))
+    finally:
+        del KINDS["for_eight_heads"]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"num_heads": (2, 4), "embed_dim": (8, 8), "depth": (2, 2)}])

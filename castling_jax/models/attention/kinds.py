@@ -113,7 +113,7 @@ KINDS = {
     )
 }
 # Copied before anything can be registered: `register_attention` refuses these names, but replaces registered ones.
-_BUILT_IN = frozenset(KINDS)
+BUILT_IN = frozenset(KINDS)
 
 
 def make_core(
@@ -187,7 +187,7 @@ def register_attention(
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise InputError(f"an attention's name must be written like a Python name, such as 'cosine', not {name!r}.")
-    check(name not in _BUILT_IN, f"the attention {name!r} is built in: choose another name.")
+    check(name not in BUILT_IN, f"the attention {name!r} is built in: choose another name.")
     _check_function(name, function)
     at_inference = None
     if inference is not None:
