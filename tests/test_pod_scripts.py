@@ -73,11 +73,12 @@ def test_every_module_and_configuration_of_the_steps_is_there():
 
 
 def test_training_is_started_on_every_slice_with_flags_that_there_are():
-    started = on_workers(dry_run("train", "--config.train.batch_size=2048", SLICES="2", RUN="mine"))
+    given = ("--config.train.batch_size=2048", "--config.dataset.accept_changes")
+    started = on_workers(dry_run("train", *given, SLICES="2", RUN="mine"))
     assert [node for node, _ in started] == ["castling-0", "castling-1"]
     assert started[0][1] == started[1][1]
     words = shlex.split(started[0][1])
-    flags = dict(word[2:].split("=", 1) for word in words if word.startswith("--"))
+    flags = {name: value for name, _, value in (word[2:].partition("=") for word in words if word.startswith("--"))}
     assert flags["workdir"] == "gs://bucket/runs/mine"
     assert flags["config.mesh.replica"] == "2"
     assert flags["config.train.batch_size"] == "2048"
@@ -248,6 +249,14 @@ def test_what_a_workers_shell_would_read_otherwise_is_refused(step, setting, val
     said = dry_run(step, status=2, **{setting: value})
     assert said.startswith(f"{step}.sh: {setting} must be ")
     assert said.endswith(f"not '{value}'.\n")
+
+
+@pytest.mark.parametrize(
+    ("bucket", "mounted"), [("gs://bucket", "bucket"), ("gs://bucket/a/b", "--only-dir a/b bucket")]
+)
+def test_a_bucket_or_a_folder_in_it_is_mounted(bucket, mounted):
+    (command,) = [command for _, command in on_workers(dry_run("install", BUCKET=bucket)) if "mountpoint" in command]
+    assert f"gcsfuse -o ro --implicit-dirs {mounted} /mnt/castling)" in command
 
 
 def test_a_repositorys_address_is_quoted():

@@ -14,10 +14,12 @@ everywhere "curl -LsSf https://astral.sh/uv/install.sh | sh; \
 [ -d $CODE ] || git clone --quiet $(printf %q "$REPOSITORY") $CODE; \
 cd $CODE && git fetch --quiet && git checkout --quiet --detach $REVISION \
 && ~/.local/bin/uv venv --quiet --clear --python 3.12 .venv && ~/.local/bin/uv pip install --quiet -e '.[tpu]'"
+place=${BUCKET#gs://} only_dir=
+[[ "$place" != */* ]] || only_dir="--only-dir ${place#*/} "
 # A new machine updates itself first, so apt-get waits for the lock.
 everywhere "curl -s https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null; \
 echo deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-\$(lsb_release -cs) main \
 | sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null; \
 sudo apt-get -o DPkg::Lock::Timeout=600 update -qq && sudo apt-get -o DPkg::Lock::Timeout=600 install -y -qq gcsfuse; \
-sudo mkdir -p $MOUNT && sudo chown \$USER $MOUNT && (mountpoint -q $MOUNT || gcsfuse -o ro --implicit-dirs ${BUCKET#gs://} $MOUNT)"
+sudo mkdir -p $MOUNT && sudo chown \$USER $MOUNT && (mountpoint -q $MOUNT || gcsfuse -o ro --implicit-dirs $only_dir${place%%/*} $MOUNT)"
 everywhere "cd $CODE && .venv/bin/python -c 'import importlib.metadata; print(importlib.metadata.version(\"jax\"))'"

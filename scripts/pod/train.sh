@@ -5,7 +5,7 @@ source "$(dirname "$0")/common.sh"
 bucket
 for word in "$@"; do
     case "$word" in
-        --config.*=* | --noconfig.* | --profile=*) ;;
+        --config.* | --noconfig.* | --profile=*) ;;
         *) echo "train.sh: there is no flag '$word', only --config.GROUP.FIELD=VALUE, --profile, --dry-run and --help." >&2 && exit 2 ;;
     esac
 done
