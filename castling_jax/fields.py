@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import config_dict
 
 from castling_jax.errors import InputError, check_known
@@ -108,6 +109,18 @@ SIZES = Values(
     "an integer or a tuple of integers",
     lambda value: all(map(_is_integer, value)) if isinstance(value, tuple | list) else _is_integer(value),
 )
+
+
+def plain(value: Any) -> Any:
+    """The value in types of Python that can be hashed and written as JSON.
+
+    NumPy's numbers become Python's, arrays and lists tuples, and a dict its pairs, sorted by key.
+    """
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return tuple(sorted((word, plain(item)) for word, item in value.items()))
+    return tuple(map(plain, value)) if isinstance(value, list | tuple) else value
 
 
 def _is_integer(value: Any) -> bool:

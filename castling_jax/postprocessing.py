@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from castling_jax.fields import integer, number
+from castling_jax.fields import integer, number, plain
 
 SHOWN_SCORE = 0.3  # smallest score of a detection that a person is shown
 VALUES = {"score_threshold": number("[0, 1)"), "iou_threshold": number("[0, 1]"), "max_detections": integer(1)}
@@ -30,7 +30,9 @@ class Suppression:
 
     def __post_init__(self) -> None:
         for name, values in VALUES.items():
-            values.check(name, getattr(self, name))
+            value = plain(getattr(self, name))
+            values.check(name, value)
+            object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """The attributes, for JSON and as arguments."""

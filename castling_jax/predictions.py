@@ -19,7 +19,7 @@ from castling_jax.convert.weights import Weights, read
 from castling_jax.data.folder import IMAGE_SUFFIXES, image_files
 from castling_jax.data.preprocess import named_images, read_image
 from castling_jax.errors import InputError
-from castling_jax.fields import integer, number
+from castling_jax.fields import integer, number, plain
 from castling_jax.models.model import Model
 from castling_jax.models.registry import abstract_model
 from castling_jax.models.variables import Variables, features
@@ -68,6 +68,7 @@ def predict(
     Raises:
       InputError: weights or an image cannot be read, a folder holds no images, or the classes have no names.
     """
+    top, score_threshold = plain(top), plain(score_threshold)
     if top is not None:
         integer(1).check("top", top)
     number("[0, 1]").check("score_threshold", score_threshold)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from castling_jax.errors import InputError, check_known
-from castling_jax.fields import FLAG, IMAGE_SIZE, number, numbers, one_of
+from castling_jax.fields import FLAG, IMAGE_SIZE, number, numbers, one_of, plain
 from castling_jax.sizes import ImageSize, image_shape
 
 VALUES = {
@@ -55,12 +55,10 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         for name, values in VALUES.items():
-            values.check(name, getattr(self, name))
-        # JSON brings lists, and a frozen value with a list in it could not be hashed.
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
-        if isinstance(self.image_size, list):
-            object.__setattr__(self, "image_size", tuple(self.image_size))
+            # JSON brings lists, and a frozen value with a list in it could not be hashed.
+            value = plain(getattr(self, name))
+            values.check(name, value)
+            object.__setattr__(self, name, tuple(map(float, value)) if name in ("mean", "std") else value)
 
     @property
     def shape(self) -> tuple[int, int]:

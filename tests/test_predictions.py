@@ -49,7 +49,7 @@ def expected(weights, files):
 @pytest.mark.slow
 def test_a_folder_gives_the_evaluations_numbers_in_sorted_order(weights, images):
     files = sorted(images.rglob("*.png"))
-    answers = predict(weights, images, top=3)
+    answers = predict(weights, images, top=np.int64(3))
     assert len(answers) == len(files) == 37
     for answer, probabilities in zip(answers, expected(weights, files), strict=True):
         assert [name for name, _ in answer] == [CLASSES[index] for index in np.argsort(-probabilities)[:3]]

@@ -1,18 +1,16 @@
 """Creates models by name."""
 
 import dataclasses
-from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from types import UnionType
 from typing import Any, TypeVar, cast, get_origin
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from castling_jax.errors import InputError, check, check_at_most, check_known
-from castling_jax.fields import FLAG, IMAGE_SIZE, TEXT, Values, integer, number
+from castling_jax.fields import FLAG, IMAGE_SIZE, TEXT, Values, integer, number, plain
 from castling_jax.models.attention.kinds import KINDS, make_core
 from castling_jax.models.backbone import Backbone, BackboneConfig, DenseConfig
 from castling_jax.models.deit import DeiT, DeiTConfig
@@ -116,18 +114,6 @@ def _check_values(config: BackboneConfig | DenseConfig) -> None:
     check_at_most("the number of blocks", blocks, MOST_BLOCKS, "the limit")
 
 
-def _plain(value: Any) -> Any:
-    """Turns lists and dicts into tuples, because a spec must be hashable, and NumPy's integers into Python's.
-
-    A dict becomes its pairs, sorted by key.
-    """
-    if isinstance(value, Mapping):
-        return tuple(sorted((word, _plain(item)) for word, item in value.items()))
-    if isinstance(value, list | tuple):
-        return tuple(_plain(item) for item in value)
-    return int(value) if isinstance(value, np.integer) else value
-
-
 def create_model(
     name: str,
     *,
@@ -177,11 +163,11 @@ def create_model(
     if not isinstance(rngs, nnx.Rngs | _SameKey | None):
         raise InputError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), not {type(rngs).__name__}.")
     check(rngs is None or hasattr(rngs, "params"), "rngs must have a stream for params, as nnx.Rngs(0) does.")
-    overrides = {word: _plain(value) for word, value in overrides.items()}
-    size = _plain(image_size)
+    overrides = {word: plain(value) for word, value in overrides.items()}
+    size = plain(image_size)
     if isinstance(size, tuple) and len(size) == 2 and size[0] == size[1]:
         size = size[0]  # 224 and (224, 224) are one size, so that their specs are equal
-    sizes = {"num_classes": num_classes, "image_size": size}
+    sizes = {"num_classes": plain(num_classes), "image_size": size}
     sizes = {word: value for word, value in sizes.items() if value is not None}
     config: BackboneConfig | DenseConfig
     if name in MODELS:

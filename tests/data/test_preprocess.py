@@ -112,6 +112,9 @@ def test_weights_that_do_not_say_how_their_images_are_made(refuses):
 def test_it_is_kept_as_json():
     whole = Preprocessing(7, mean=(0, 0.5, 1), std=(1, 2, 3), crop_ratio=1, interpolation="bilinear", exif=True)
     assert Preprocessing.from_dict(json.loads(json.dumps(whole.to_dict()))) == whole
+    numpys = Preprocessing(np.int64(7), mean=np.array([0, 0.5, 1]), std=(np.int8(1), 2, 3), crop_ratio=np.float32(1))
+    same = Preprocessing(7, mean=(0, 0.5, 1), std=(1, 2, 3), crop_ratio=1)
+    assert Preprocessing.from_dict(json.loads(json.dumps(numpys.to_dict()))) == numpys == same
     data = default_config().dataset  # an earlier version's config.json may lack them
     names = ("mean", "std", "crop_ratio", "crop_mode", "interpolation", "exif")
     assert Preprocessing(7) == Preprocessing(7, **{name: data[name] for name in names})
@@ -127,7 +130,7 @@ def test_it_is_kept_as_json():
         ({"image_size": "8"}, "image_size must be a positive integer, or a height and a width, not '8'."),
         ({"image_size": True}, "image_size must be"),
         ({"image_size": 8, "means": 1}, "unknown attribute of the preprocessing 'means': did you mean 'mean'?"),
-        ({"image_size": 8, "mean": [0, 1]}, "mean must be three finite numbers, not [0, 1]."),
+        ({"image_size": 8, "mean": [0, 1]}, "mean must be three finite numbers, not (0, 1)."),
         ({"image_size": 8, "mean": "abc"}, "mean must be three finite numbers"),
         ({"image_size": 8, "std": [1, float("nan"), 1]}, "std must be three finite numbers"),
         ({"image_size": 8, "std": [1, 0, 1]}, "std must be three finite numbers above 0"),

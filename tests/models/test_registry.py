@@ -265,6 +265,9 @@ def test_an_argument_of_another_type_or_too_small(refuses, name, arguments, said
 def test_numpys_integers_are_integers():
     model = abstract_model("levit_128s", image_size=32, embed_dim=tuple(np.array([16, 24, 32])), key_dim=8)
     assert dict(model.spec.overrides)["embed_dim"] == (16, 24, 32)
+    model = small.small_model(num_classes=np.int64(3), drop_path_rate=np.float32(0.5), distilled=np.True_)
+    assert model.spec.num_classes == 3
+    json.dumps(model.spec.arguments())
 
 
 def test_a_key_in_the_place_of_rngs(refuses):
