@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import os
 import sys
 import threading
 import types
@@ -31,13 +32,15 @@ def config_names() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("[!_]*.py"))
 
 
-def find_config(name: str) -> tuple[Path, str]:
+def find_config(name: str | os.PathLike) -> tuple[Path, str]:
     """Splits `NAME[:ARGUMENT]` into (file, argument); NAME is a path, or one of `config_names`.
 
     Raises:
-      InputError: there is no such file.
+      InputError: there is no such file, or the name is no text or path.
     """
-    path, _, argument = name.partition(":")
+    if not isinstance(name, str | os.PathLike):
+        raise InputError(f"a configuration must be a text or a path, not {name!r}.")
+    path, _, argument = os.fspath(name).partition(":")
     if path and (file := Path(as_path(path))).is_file():
         return file, argument
     if "/" in path or path.endswith(".py"):
@@ -46,11 +49,11 @@ def find_config(name: str) -> tuple[Path, str]:
     return CONFIGS / f"{path}.py", argument
 
 
-def load_config(name: str) -> ConfigDict:
+def load_config(name: str | os.PathLike) -> ConfigDict:
     """Loads a configuration by calling `get_config` in its file.
 
     Args:
-      name: "digits", "deit:small,softmax", or "path/to/file.py:ARGUMENT". The file interprets the argument.
+      name: "digits", "deit:small,softmax", or a path, "path/to/file.py:ARGUMENT". The file interprets the argument.
 
     Raises:
       InputError: there is no such file, it makes no configuration, or a field is wrong.
