@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from castling_jax.bench.calls import PASSES, Row, batch_of, time_group
 from castling_jax.bench.rivals import INFERENCE, MASK_THRESHOLD, OURS
+from castling_jax.errors import InputError
 from castling_jax.models.registry import abstract_model, create_model
 from castling_jax.models.variables import Variables, apply, flatten, get_variables
 from castling_jax.plots import SMALL, write_plain_numbers
@@ -24,8 +25,13 @@ def check_models(name: str, image_sizes: Sequence[int], rivals: Sequence[str], o
     """Builds the models that `measure_models` times, with shapes only, which takes a second.
 
     Raises:
-      InputError: as `measure_models` does.
+      InputError: as `measure_models` does; or an override is one of the arguments that the benchmark sets.
     """
+    if taken := sorted({"name", "attention", "form", "image_size"} & overrides.keys()):
+        raise InputError(
+            "the benchmark names its models' attentions, forms and sizes itself, after --model, --attentions and "
+            f"--image-sizes: leave out --set {taken[0]}."
+        )
     for (attention, form), size in itertools.product(_attentions(rivals).values(), image_sizes):
         abstract_model(name, attention=attention, form=form, image_size=size, **overrides)
 

@@ -195,6 +195,8 @@ def test_peers_compute_the_same_as_our_layers(library):
         (["--models", "--model=levit_128s", "--image-sizes=32,33"], ("33 x 33 pixels", "16")),
         (["--models", "--model=deit_micro", "--image-sizes=8", "--attentions=windw"], ("windw", "window")),
         (["--models", "--set=depht=3"], ("depht", "depth")),
+        (["--models", "--set=image_size=16"], ("--image-sizes", "leave out --set image_size")),
+        (["--models", "--set=attention=window"], ("--attentions", "leave out --set attention")),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence_before_anything_is_timed(
