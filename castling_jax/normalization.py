@@ -26,10 +26,12 @@ def normalize_images(images: Num[Array | np.ndarray, "*batch height width 3"], p
       Floats of the same shape: float64 for float64 images, else float32.
 
     Raises:
-      InputError: the images have another dtype, or not three channels.
+      InputError: the images are no array, have another dtype, or not three channels.
     """
-    if images.ndim < 3 or images.shape[-1] != 3:
-        raise InputError(f"images must be [..., height, width, 3], not of shape {images.shape}.")
+    shape = getattr(images, "shape", None)
+    if shape is None or len(shape) < 3 or shape[-1] != 3:
+        what = type(images).__name__ if shape is None else f"of shape {shape}"
+        raise InputError(f"images must be an array [..., height, width, 3], not {what}.")
     if images.dtype == np.uint8:
         images = images.astype(np.float32) / np.float32(255)
     elif np.dtype(images.dtype).kind not in FLOATS:
@@ -38,9 +40,9 @@ def normalize_images(images: Num[Array | np.ndarray, "*batch height width 3"], p
     if not isinstance(images, np.ndarray):
         return (images - mean) / std
     # Row by row: NumPy is slow when the last axis has only three entries.
-    rows = images.reshape(*images.shape[:-2], -1)
-    means, stds = (np.tile(values, images.shape[-2]) for values in (mean, std))
-    return ((rows - means) / stds).reshape(images.shape)
+    rows = images.reshape(*shape[:-2], 3 * shape[-2])
+    means, stds = (np.tile(values, shape[-2]) for values in (mean, std))
+    return ((rows - means) / stds).reshape(shape)
 
 
 def model_input(images: Num[Array | np.ndarray, "*batch height width 3"], preprocessing: Preprocessing) -> Any:

@@ -71,6 +71,14 @@ def test_normalisation_is_a_formula_for_numpy_and_jax():
             np.asarray(normalize_images(images, IMAGENET)).reshape(expected.shape), expected, atol=1e-6
         )
     assert normalize_images(jnp.asarray(image, jnp.bfloat16) / 255, IMAGENET).dtype == jnp.float32
+    for none in (image[None][:0], image[:, :0], jnp.asarray(image[None][:0])):
+        assert normalize_images(none, IMAGENET).shape == none.shape
+
+
+def test_a_list_is_no_array(refuses):
+    for images in ([[[0.5, 0.5, 0.5]]], None):
+        with refuses("images must be an array [..., height, width, 3], not", type(images).__name__):
+            normalize_images(images, IMAGENET)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int32, np.int64, bool, complex])
