@@ -26,7 +26,7 @@ from castling_jax.models.registry import abstract_model
 from castling_jax.predictions import predict
 from castling_jax.storage import try_folder
 from castling_jax.training.config_files import load_config
-from castling_jax.training.kernel_check import call_shapes, check_kernel, kernel_calls
+from castling_jax.training.kernel_check import call_shapes, compare_kernel, kernel_calls
 from castling_jax.training.run import run
 from castling_jax.training.sharding import make_mesh
 from castling_jax.training.timing import interleaved_seconds, medians, significant
@@ -198,7 +198,7 @@ def _compared(call: Any, name: str, dtype: str, kind: str) -> Line:
     operation = call.operation.removesuffix("_attention")
     what = f"{call_shapes(call)} of {name}, {dtype}"
     try:
-        share = check_kernel(call, kind)
+        share = compare_kernel(call, kind)
     except InputError as error:
         return Line(False, operation, str(error))
     except Exception as error:  # a kernel that does not compile or run: the others are still compared

@@ -53,7 +53,7 @@ def compare_kernels(setup: Setup) -> None:
         calls = kernel_calls([setup.model, *setup.task.other_models], mesh)
         for call in calls:
             try:
-                worst = max(worst, check_kernel(call, device.device_kind))
+                worst = max(worst, compare_kernel(call, device.device_kind))
             except InputError as error:
                 remedy = "train without the kernels, with --config.model.implementation=xla"
                 raise InputError(f"{str(error).rstrip('.')}: {remedy}.") from error
@@ -65,7 +65,7 @@ def compare_kernels(setup: Setup) -> None:
         )
 
 
-def check_kernel(call: Call, chip: str) -> float:
+def compare_kernel(call: Call, chip: str) -> float:
     """Compares one kernel with XLA, forward and backward, on random numbers.
 
     Args:
