@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +113,9 @@ def save_inference(
       uint8: whether a StableHLO program takes uint8 pixels and normalises them itself, as `preprocessing` says.
 
     Raises:
-      InputError: the variables are not the model's, the preprocessing or the classes do not fit the model, the format
-        is unknown or has no program for `uint8`, `path` is a file, or it cannot be written.
+      InputError: the variables are not the model's, or neither float32 nor bfloat16; the preprocessing or the classes
+        do not fit the model; the format is unknown or has no program for `uint8`; `path` is a file; or it cannot be
+        written.
     """
     check_known("format", format, PAYLOADS)
     if uint8:
@@ -145,6 +146,7 @@ def save_inference(
     model = abstract_model(**arguments)
     leaves_of(model, variables)
     arrays = {name: np.ascontiguousarray(jax.device_get(leaf)) for name, leaf in flatten(variables).items()}
+    _require_dtypes(arrays)
     description: dict[str, Any] = {"format": FORMAT, "model": arguments, "file": PAYLOADS[format]}
     description |= {"preprocessing": preprocessing and preprocessing.to_dict(), "classes": classes}
     if model.task == "detection":
@@ -223,8 +225,7 @@ def load_inference(path: str | os.PathLike) -> tuple[Model, Variables]:
     no_model = (TypeError, ValueError, OverflowError, RecursionError)
     with refusing(no_model, f"'{folder / MODEL_FILE}' describes no model"):
         model = abstract_model(**description.model)
-    for path, leaf in leaves_of(model, variables).items():
-        check_known(f"dtype of {path!r} in '{payload}'", leaf.dtype.name, DTYPES)
+    _require_dtypes(leaves_of(model, variables), f" in '{payload}'")
     return model, jax.tree.map(jnp.asarray, variables)
 
 
@@ -267,6 +268,12 @@ def read_description(path: str | os.PathLike) -> Description:
 def check_uint8(format: str) -> None:
     """Refuses `uint8` for a format that holds no program."""
     check(format == "stablehlo", f"only a program takes uint8 images: the format must be stablehlo, not {format}.")
+
+
+def _require_dtypes(leaves: Mapping[str, Any], place: str = "") -> None:
+    """Raises an InputError unless all arrays, by path, have a dtype that a model's parameters may have."""
+    for path, leaf in leaves.items():
+        check_known(f"dtype of {path!r}{place}", leaf.dtype.name, DTYPES)
 
 
 def _where_it_is(folder: epath.Path) -> str:

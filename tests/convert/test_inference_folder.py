@@ -431,6 +431,14 @@ def with_variables(folder, arrays):
     rewrite(folder, sha256=hashlib.sha256(data).hexdigest())
 
 
+@pytest.mark.parametrize("format", ["safetensors", "orbax"])
+def test_saving_refuses_what_loading_would_refuse(refuses, tmp_path, model, variables, format):
+    half = to_inference(variables, dtype=jnp.float16)
+    with refuses("dtype of 'params/", "'float16'", "(known: float32, bfloat16)"):
+        save_inference(tmp_path / "new", model, half, format=format)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float16", "int32", "int8", "bool"])
 def test_variables_of_another_dtype(refuses, folder, dtype):
     arrays = {path: np.asarray(leaf) for path, leaf in flatten(load_inference(folder)[1]).items()}
