@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from castling_jax.errors import InputError
@@ -31,7 +33,7 @@ def on_auto_axes(out_specs: Callable[[Any], Any]) -> Callable[[Callable[..., Any
     """Decorates a function so that it runs with the mesh's Explicit axes turned into Auto axes.
 
     The mesh is that of `jax.set_mesh`, or else the mesh of the arguments' arrays. Without a mesh, or without Explicit
-    axes, the function is called as it is.
+    axes, the function is called as it is. NumPy arrays in float64 become JAX arrays of the type that JAX gives them.
 
     Args:
       out_specs: first argument -> the PartitionSpecs of the results over the Explicit axes, a prefix of their tree.
@@ -46,6 +48,9 @@ def on_auto_axes(out_specs: Callable[[Any], Any]) -> Callable[[Callable[..., Any
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
             leaves, tree = jax.tree.flatten((args, kwargs))
+            if any(map(_is_numpys_float64, leaves)):
+                leaves = [jnp.asarray(leaf) if _is_numpys_float64(leaf) else leaf for leaf in leaves]
+                args, kwargs = jax.tree.unflatten(tree, leaves)
             is_explicit = [_is_on_explicit_axes(leaf) for leaf in leaves]
             arrays = [leaf for leaf, explicit in zip(leaves, is_explicit, strict=True) if explicit]
             mesh = mesh_in_use(arrays)
@@ -88,6 +93,14 @@ def mesh_in_use(arrays: Iterable[jax.Array]) -> Mesh | AbstractMesh:
 def axes_of_kind(mesh: Mesh | AbstractMesh, wanted: AxisType) -> tuple[str, ...]:
     """The names of the mesh's axes of one kind."""
     return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types or (), strict=True) if kind == wanted)
+
+
+def _is_numpys_float64(leaf: Any) -> bool:
+    """Whether this is an array that JAX holds in float32 by default: a cast to its own type would warn.
+
+    A scalar is left alone, because a concrete threshold would become traced.
+    """
+    return isinstance(leaf, np.ndarray) and leaf.ndim > 0 and leaf.dtype == np.float64
 
 
 def _is_on_explicit_axes(leaf: Any) -> bool:

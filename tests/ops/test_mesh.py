@@ -162,6 +162,16 @@ def test_what_is_known_stays_known():
         assert_close(run(*arrays), ops.linear_angular_attention(Q[:, tokens], K, V, query_values=tokens))
 
 
+@pytest.mark.filterwarnings("error")
+def test_numpys_float64_is_jaxs_widest_type():
+    q, k, v, taps = (np.asarray(x, np.float64) for x in (Q, K, V, TAPS))
+    boxes, scores = np.concatenate([q[0, :, 0, :2], 5 + q[0, :, 0, 2:4]], axis=1), abs(q[0, :, 0])
+    ops.generalized_box_iou(boxes, boxes)
+    ops.non_maximum_suppression(boxes, scores, score_threshold=0.1, iou_threshold=0.5, max_detections=3)
+    actual = ops.castling_attention(q, k, v, taps, mask_threshold=np.array(0.15), implementation="xla")
+    assert_close(actual, ops.castling_attention(Q, K, V, TAPS, mask_threshold=0.15, implementation="xla"))
+
+
 def test_two_meshes(refuses):
     one, other = mesh_of(), jax.make_mesh((1,), ("rows",))
     strange = jax.device_put(K, jax.NamedSharding(other, jax.P("rows")))
