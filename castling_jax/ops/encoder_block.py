@@ -52,8 +52,8 @@ def linear_angular_block(
       epsilon: what both norms add to the variance.
       grid: (height, width) of the patches, for taps over the grid.
       prefix_tokens: leading tokens that taps over the grid leave out.
-      needed_tokens: how many leading tokens of the result are needed, such as the one that a classifier reads; None
-        means all. The kernel leaves out the others, and with them most of the block's work.
+      needed_tokens: how many leading tokens the result has, such as the one that a classifier reads; None means all.
+        The kernel leaves the others' work out, which is most of the block's.
       then: is applied to the result, token by token, such as a model's last norm. Where the kernel does not run it is
         applied to all tokens, so that a model computes bit by bit what it does without `needed_tokens`. None: nothing.
       implementation: "xla"; "pallas", the kernel (interpreted, and slow, on a CPU); or "auto", the kernel where the
@@ -62,7 +62,7 @@ def linear_angular_block(
         other platforms inference computes what training does: under jit bit by bit.
 
     Returns:
-      The tokens after the block and `then`: the kernel's result has the first `needed_tokens`, any other has all.
+      The first `needed_tokens` after the block and `then`.
 
     Raises:
       InputError: an argument is of another type, x is empty, shapes do not fit, or the kernel does not take the
@@ -102,10 +102,10 @@ def linear_angular_block(
         return out if then is None else then(out)
 
     if implementation == "xla":
-        return finish(plain(x, weights))
+        return finish(plain(x, weights))[:, :needed_tokens]
 
     def fallback(x: Array, weights: BlockWeights) -> Array:
-        return finish(plain(x, weights) if otherwise is None else otherwise(x))
+        return finish(plain(x, weights) if otherwise is None else otherwise(x))[:, :needed_tokens]
 
     from castling_jax.ops.tpu import encoder_block as kernel  # here, because importing Pallas takes a while
 

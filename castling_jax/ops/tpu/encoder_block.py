@@ -61,9 +61,8 @@ def linear_angular_block(
       needed_tokens: how many leading tokens the kernel computes.
       plain: the block in separate operations, for the gradients.
       then: is applied to the kernel's result.
-      fallback: runs instead, with x and the weights, where there is no TPU or the kernel does not take them. It
-        computes all tokens, which are cut only where the kernel takes the arguments. None raises an error instead, and
-        interprets the kernel on a CPU.
+      fallback: runs instead, with x and the weights, where there is no TPU or the kernel does not take them. Its
+        result has the needed tokens alone. None raises an error instead, and interprets the kernel on a CPU.
 
     Raises:
       InputError: without `fallback`: the kernel does not take the arguments, or the platform is a GPU.
@@ -87,15 +86,13 @@ def linear_angular_block(
 
     def kernel(x: Array, weights: BlockWeights, *, interpret: bool) -> Array:
         fused = jax.custom_vjp(functools.partial(run, interpret=interpret))
-        fused.defvjp(
-            lambda *arguments: (fused(*arguments), arguments), lambda kept, d: jax.vjp(cut(plain), *kept)[1](d)
-        )
+        fused.defvjp(lambda *arguments: (fused(*arguments), arguments), lambda kept, d: jax.vjp(needed, *kept)[1](d))
         return then(fused(x, weights))
 
-    def cut(compute: Callable[[Array, BlockWeights], Array]) -> Callable[[Array, BlockWeights], Array]:
-        return lambda x, weights: compute(x, weights)[:, :needed_tokens]
+    def needed(x: Array, weights: BlockWeights) -> Array:
+        return plain(x, weights)[:, :needed_tokens]
 
-    return on_platform(kernel, x, weights, fallback=None if fallback is None else cut(fallback))
+    return on_platform(kernel, x, weights, fallback=fallback)
 
 
 def needed_bytes(x: Array, weights: BlockWeights, num_heads: int, positions: TapPositions) -> int:
