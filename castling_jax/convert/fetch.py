@@ -60,6 +60,8 @@ PUBLISHED = {
 def fetch(name: str, folder: str | os.PathLike = ".") -> Path:
     """Downloads a published file of weights for `init_from`, a teacher or `from_torch`, unless it is here already.
 
+    A file on Hugging Face's server has its SHA-256 from there, so that the server is asked even if the file is here.
+
     Args:
       name: one of PUBLISHED.
       folder: the folder to put the file into.
@@ -68,20 +70,25 @@ def fetch(name: str, folder: str | os.PathLike = ".") -> Path:
       The file's path; its SHA-256 is checked in either case.
 
     Raises:
-      InputError: the name is unknown, the server cannot be reached, or the file is not the published one.
+      InputError: the name is unknown, the server cannot be reached, or the file, here or there, is not the published
+        one.
     """
     check_known("published weights", name, PUBLISHED)
     source = PUBLISHED[name]
     target = Path(as_path(folder)) / source.file
-    if target.is_file() and source.sha256 is not None:
-        if not sha256_of(target).startswith(source.sha256):
-            raise InputError(f"'{target}' is not the published file, or only a part of it: remove it.")
+    if source.sha256 is not None and _is_here(target, source.sha256):
         return target
     try_folder(target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    redirects = _Redirects()
     try:
-        digest = _download(source, temporary)
+        with urllib.request.build_opener(redirects).open(source.url, timeout=60) as response:
+            digest = (source.sha256 or redirects.digest or response.headers.get(HUBS_DIGEST, "")).strip('"')
+            check(digest, f"{source.url} does not state its SHA-256, so the file cannot be checked.")
+            if _is_here(target, digest):
+                return target
+            _download(response, temporary, source.file)
         if not sha256_of(temporary).startswith(digest):
             raise InputError(f"{source.url} is not the published file: its SHA-256 does not begin with {digest}.")
         temporary.replace(target)
@@ -103,16 +110,23 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _download(source: Published, path: Path) -> str:
-    """Downloads the file to `path`, with a progress bar; returns the first digits that its SHA-256 must have."""
-    redirects = _Redirects()
-    with urllib.request.build_opener(redirects).open(source.url, timeout=60) as response, path.open("wb") as file:
-        size = int(response.headers.get("Content-Length", 0)) or None
-        with tqdm(total=size, unit="B", unit_scale=True, desc=source.file, disable=None) as bar:
-            while chunk := response.read(CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
-        digest = source.sha256 or redirects.digest or response.headers.get(HUBS_DIGEST, "")
-    digest = digest.strip('"')
-    check(digest, f"{source.url} does not state its SHA-256, so the file cannot be checked.")
-    return digest
+def _is_here(target: Path, digest: str) -> bool:
+    """Whether the file is here.
+
+    Raises:
+      InputError: a file is here, but its SHA-256 does not begin with `digest`.
+    """
+    if not target.is_file():
+        return False
+    if not sha256_of(target).startswith(digest):
+        raise InputError(f"'{target}' is not the published file, or only a part of it: remove it.")
+    return True
+
+
+def _download(response: Any, path: Path, name: str) -> None:
+    """Downloads the file to `path`, with a progress bar called `name`."""
+    size = int(response.headers.get("Content-Length", 0)) or None
+    with path.open("wb") as file, tqdm(total=size, unit="B", unit_scale=True, desc=name, disable=None) as bar:
+        while chunk := response.read(CHUNK):
+            file.write(chunk)
+            bar.update(len(chunk))

@@ -54,7 +54,9 @@ def test_a_file_is_fetched_and_checked(server, tmp_path, name):
     path = fetch(name, tmp_path / "new" / "folder")
     assert path.read_bytes() == CONTENT
     assert [file.name for file in path.parent.iterdir()] == [f"{name}.pth"]
+    inode = path.stat().st_ino
     assert fetch(name, path.parent) == path
+    assert path.stat().st_ino == inode  # not downloaded anew
 
 
 @pytest.mark.parametrize(
@@ -73,10 +75,11 @@ def test_what_is_not_whole_is_refused_and_leaves_nothing(server, tmp_path, refus
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_is_there_is_checked(server, tmp_path, refuses):
-    (tmp_path / "file.pth").write_bytes(CONTENT[:100])
-    with refuses("file.pth' is not the published file, or only a part of it: remove it"):
-        fetch("file", tmp_path)
+@pytest.mark.parametrize("name", ["file", "hub"])
+def test_a_file_that_is_there_is_checked(server, tmp_path, refuses, name):
+    (tmp_path / f"{name}.pth").write_bytes(CONTENT[:100])
+    with refuses(f"{name}.pth' is not the published file, or only a part of it: remove it"):
+        fetch(name, tmp_path)
 
 
 def test_every_model_has_published_weights():
