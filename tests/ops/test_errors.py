@@ -87,6 +87,19 @@ def test_integers_are_refused(refuses, name):
         ATTENTIONS[name](Q, Q.astype(jnp.int32), Q)
 
 
+def test_kernels_refuse_a_dense_bias_in_float16(refuses):
+    """Mosaic compiles no loads of float16. A pair's factors are rounded to q's dtype instead."""
+    bias = jnp.ones((1, 3, 5, 5), jnp.float16)
+
+    def run(bias, implementation):
+        return ops.masked_softmax_attention(Q, Q, Q, mask_threshold=0.1, bias=bias, implementation=implementation)
+
+    with refuses("the kernels take a dense bias in one dtype, float32 or bfloat16, not in float16"):
+        run(bias, "pallas")
+    assert "pallas_call" not in str(jax.make_jaxpr(lambda bias: run(bias, "auto"))(bias))
+    assert "pallas_call" in str(jax.make_jaxpr(lambda bias: run((bias[..., :1], bias), "auto"))(bias))
+
+
 @pytest.mark.parametrize("kernel", [ops.angular_kernel, lambda q, k: ops.angular_kernel_series(q, k, 2)])
 def test_kernels_refuse_shapes_that_do_not_fit(refuses, kernel):
     with refuses("same key_dim", "4 and 3"):

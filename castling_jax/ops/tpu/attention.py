@@ -153,6 +153,8 @@ def masked_softmax_attention(
     try:
         split = split_over_mesh(q, k, v, heads=q.shape[2])
         check_dtypes("q, k and v", q, k, v)
+        if bias is not None and not isinstance(bias, tuple | list):  # factors are rounded to q's dtype
+            check_dtypes("a dense bias", bias)
     except InputError:
         if fallback is None:
             raise
