@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from castling_jax.errors import check
@@ -31,9 +32,9 @@ def check_bias(q: jax.Array, k: jax.Array, bias: Bias) -> None:
 
 
 def dense_bias(bias: Bias) -> Float[Array, "#batch heads queries keys"]:
-    """The bias as one array: two factors become their outer sum over key rows and key columns."""
+    """The bias as one array: two factors become their outer sum over key rows and key columns, in float32 or wider."""
     if not isinstance(bias, tuple | list):
         return bias
-    rows, columns = bias
+    rows, columns = (factor.astype(jnp.promote_types(factor.dtype, jnp.float32)) for factor in bias)
     total = rows[..., :, None] + columns[..., None, :]
     return total.reshape(*total.shape[:3], -1)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from castling_jax import ops
+from castling_jax.ops.bias import dense_bias
 from tests.ops import reference, rounding
 
 DTYPES = [jnp.float32, jnp.bfloat16]
@@ -29,6 +30,12 @@ def draw(bias, dtype=jnp.float32):
     if "factored" in bias:
         return arrays, tuple(biases), wide, tuple(wide_biases)
     return arrays, biases[0], wide, wide_biases[0]
+
+
+def test_factors_are_added_in_float32():
+    factors, (rows, columns) = rounding.draw(0, jnp.bfloat16, (1, 2, 5, 3), (1, 2, 5, 4))
+    total = (rows[..., :, None] + columns[..., None, :]).reshape(1, 2, 5, 12)
+    np.testing.assert_allclose(dense_bias(tuple(factors)), total, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,6 +23,7 @@ from castling_jax.compile_report.compile import LIBTPU_ENVIRONMENT
 from castling_jax.ops.bias import dense_bias
 from castling_jax.ops.tpu import attention as kernels
 from castling_jax.ops.tpu import layout, linear_angular_blocks, masked_softmax, masked_softmax_blocks
+from castling_jax.ops.tpu.factors import join_factors
 from tests.ops import reference, rounding
 
 # (batch, queries, keys, heads, key_dim, value_dim): DeiT's, LeViT's and MViTv2's heads, tokens that no block divides.
@@ -324,6 +325,14 @@ def test_keys_that_a_bias_takes_out(factored):
     expected, expected_density = run(q, k, v, implementation="xla")
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
     assert density == expected_density
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_factor_in_float16_takes_keys_out_too():
+    """-1e30, which stands for -inf, is -inf in float16."""
+    factor = jnp.full((1, 2, 3, 4), -jnp.inf, jnp.float16)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        assert jnp.isfinite(join_factors(factor, factor, 1, dtype)).all()
 
 
 def test_float32_under_x64(kind):

@@ -33,8 +33,8 @@ def _by_query(factor: jax.Array, batch: int, dtype: jnp.dtype) -> jax.Array:
 
     -inf times a zero of the marks would be NaN. It becomes a large negative number, after which no weight is left.
     """
-    finite = jnp.maximum(factor, MINUS_INFINITY)
-    return jnp.moveaxis(jnp.broadcast_to(finite, (batch, *factor.shape[1:])).astype(dtype), 1, 2)
+    finite = jnp.maximum(factor.astype(dtype), MINUS_INFINITY)
+    return jnp.moveaxis(jnp.broadcast_to(finite, (batch, *factor.shape[1:])), 1, 2)
 
 
 def _head_width(size: int) -> int:
