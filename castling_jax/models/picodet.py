@@ -58,8 +58,8 @@ class PicoDetConfig(DenseConfig):
 class PicoDet(Model):
     """PicoDet on a backbone without a classifier; `apply` gives scores and boxes for all points, before suppression.
 
-    The neck reads the backbone's maps at strides 8, 16 and 32, and the map at 64 if there is one (LeViT, MViTv2). A
-    backbone with only one map (DeiT) gets ViTDet's simple feature pyramid, as wide as the neck, which makes three maps.
+    The neck reads the backbone's maps at strides 8, 16 and 32, and LeViT's map at 64 too. A backbone with only one map
+    (DeiT) gets ViTDet's simple feature pyramid, as wide as the neck, which makes three maps.
 
     Raises:
       InputError: the neck is unknown, or the backbone has neither these maps nor a single map whose stride is a power

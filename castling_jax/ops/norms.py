@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Vectors with a squared norm up to this, a norm of 1e-10, count as zero vectors. Zero vectors are common: with biases
-# that start at zero, a patch of zeros has q = k = v = 0. There the derivative of x / |x| is 1 / 0, and an epsilon under
-# the root would only make it huge.
+# Vectors with a squared norm up to this, a norm of 1e-10, pass no gradient, as zero vectors do. Zero vectors are common:
+# with biases that start at zero, a patch of zeros has q = k = v = 0. There the derivative of x / |x| is 1 / 0, and an
+# epsilon under the root would only make it huge.
 ZERO_SQUARED_NORM = 1e-20
 
 
@@ -38,7 +38,7 @@ def inverse_norms_or_zero(squared_norms: Float[Array, "*axes"]) -> Float[Array, 
 def l2_normalize(x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
     """x / max(|x|, 1e-10) along the last axis, in float32 or wider, for norms up to 1e19.
 
-    Vectors with a norm up to 1e-10 count as zero vectors, and pass no gradient.
+    Vectors with a norm up to 1e-10 pass no gradient, as zero vectors do.
     """
     wide, squared_norms = _square(x)
     return wide * inverse_norms(squared_norms)
