@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from castling_jax.models.variables import Variables, flatten, get_variables, unf
 from castling_jax.preprocessing import Preprocessing
 
 _FIXED_POSITIONS = "params/decoder_pos_embed"
+Shape = tuple[int, ...]
 # Arguments that change no array's name or shape, and those with which arrays are resized or start anew.
 _FIT_ANYWAY = {
     *("num_classes", "image_size", "backbone", "backbone_arguments", "drop_path_rate", "remat", "implementation"),
@@ -107,21 +108,27 @@ def _beside_backbone(
     # An array that only one of the models has counts as one of another size.
     misfits = {name: pair for name, pair in sorted(shapes.items()) if pair[0] != pair[1]}
     if misfits and not reset_head:
-        own = vars(DENSE_MODELS[model.spec.name][1])  # without the backbone's, which fits
-        sizes = {word: pair for word, pair in _differences(source, model).items() if word in own}
-        if not sizes:
-            raise InputError(
-                f"'{path}' has {source.spec.num_classes:,} classes and the model {model.spec.num_classes:,}: set "
-                "config.reset_head = True, which starts the layers of other sizes in the head anew."
-            )
-        parts = sorted({name.split("/")[1] for name in misfits})
-        arrays = [f"{name!r} is {old or 'absent'}, not {new or 'absent'}" for name, (old, new) in misfits.items()]
-        raise InputError(
-            f"{_compared(path, sizes)}, so that arrays of its {', '.join(parts)} have other sizes: set "
-            f"{_fields(sizes)} as in that run, or config.reset_head = True, which starts the layers of other sizes "
-            f"anew ({listed(arrays)})."
-        )
+        raise InputError(_misfitting(path, source, model, misfits))
     return {name: jnp.asarray(theirs[name], ours[name].dtype) for name in shapes.keys() - misfits}
+
+
+def _misfitting(
+    path: str | os.PathLike, source: Model, model: Model, misfits: Mapping[str, tuple[Shape | None, ...]]
+) -> str:
+    """Why arrays of a neck, head or decoder do not fit, and what to do; misfits is path -> (their shape, ours)."""
+    own = vars(DENSE_MODELS[model.spec.name][1])  # without the backbone's, which fits
+    sizes = {word: pair for word, pair in _differences(source, model).items() if word in own}
+    if not sizes:
+        return (
+            f"'{path}' has {source.spec.num_classes:,} classes and the model {model.spec.num_classes:,}: set "
+            "config.reset_head = True, which starts the layers of other sizes in the head anew."
+        )
+    parts = sorted({name.split("/")[1] for name in misfits})
+    arrays = [f"{name!r} is {old or 'absent'}, not {new or 'absent'}" for name, (old, new) in misfits.items()]
+    return (
+        f"{_compared(path, sizes)}, so that arrays of its {', '.join(parts)} have other sizes: set {_fields(sizes)} as "
+        f"in that run, or config.reset_head = True, which starts the layers of other sizes anew ({listed(arrays)})."
+    )
 
 
 @contextlib.contextmanager
