@@ -36,9 +36,12 @@ def check_models(name: str, image_sizes: Sequence[int], rivals: Sequence[str], o
         abstract_model(name, attention=attention, form=form, image_size=size, **overrides)
 
 
-def _attentions(rivals: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Label -> (attention, form) of each model."""
-    return OURS | {rival: (rival, "inference") for rival in rivals}
+def _attentions(rivals: Sequence[str], *, backward: bool = False) -> dict[str, tuple[str, str]]:
+    """Label -> (attention, form) of each model. Gradients are of training forms, none of which folds batch norm."""
+    models = OURS | {rival: (rival, "inference") for rival in rivals}
+    if backward:
+        return {label: (attention, "train") for label, (attention, _) in models.items() if label != INFERENCE}
+    return models
 
 
 def measure_models(
@@ -57,7 +60,7 @@ def measure_models(
       image_sizes: pixels a side.
       repeats: timed calls of each model.
       rivals: other attentions to time too.
-      backward: whether the gradients by the parameters are timed too, of all but the inference form.
+      backward: whether the gradients by the parameters are timed too, of the training forms.
       overrides: other arguments of `create_model`.
 
     Returns:
@@ -73,9 +76,7 @@ def measure_models(
         bar.set_description(f"{name}, {PASSES[with_backward]}, {size} pixels")
         calls: dict[str, Callable[[], object]] = {}
         memory: dict[str, float] = {}
-        for label, (attention, form) in _attentions(rivals).items():
-            if with_backward and label == INFERENCE:
-                continue
+        for label, (attention, form) in _attentions(rivals, backward=with_backward).items():
             model = create_model(name, attention=attention, form=form, image_size=size, **(overrides or {}))
             variables = get_variables(model)
             tokens = _tokens(variables, size)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from castling_jax.bench import attention, rivals
-from castling_jax.bench.models import draw_models
+from castling_jax.bench.models import _attentions, draw_models
 from castling_jax.models.attention.core import Places
 from castling_jax.models.deit import DeiT, DeiTConfig
 from castling_jax.models.registry import MODELS
@@ -79,6 +79,15 @@ def test_models_are_timed_in_both_forms(finished):
         *(("forward", name) for name in names),
         *(("forward and backward", name) for name in names if name != "castling, inference form"),
     ]
+
+
+def test_gradients_are_of_training_forms():
+    """Softmax's gradients pass the batch norms that castling's pass."""
+    assert _attentions(["bridge"], backward=True) == {
+        "softmax": ("softmax", "train"),
+        "castling, training form": ("castling", "train"),
+        "bridge": ("bridge", "train"),
+    }
 
 
 @pytest.mark.slow
