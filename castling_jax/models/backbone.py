@@ -17,8 +17,8 @@ class BackboneConfig:
     """The constructor arguments that all backbones share; each family adds its own. timm's arguments keep their names.
 
     Attributes:
-      num_classes: size of the classifier's output. A detector, segmenter or masked autoencoder sets it to 0, which makes
-        a backbone without a classifier; `create_model` takes 1 or more.
+      num_classes: size of the classifier's output, at least 1. A detector, segmenter or masked autoencoder sets 0 for
+        its backbone, which then has no classifier.
       image_size: pixels a side, or (height, width).
       in_chans: channels of an image.
       mlp_ratio: width of an MLP's hidden layer, as a multiple of its input's width.
@@ -123,9 +123,10 @@ class Backbone(Model):
     ) -> tuple[list[Float[Array, "batch height width channels"]], Float[Array, "layers"]]:
         """The maps that a detector or a segmenter reads, one for each of `feature_strides`, and the mask densities.
 
-        DeiT has one map: the patches' tokens after the last norm, which global_pool="avg" leaves out. LeViT has the output of the stem's third convolution,
-        at a stride of 8 pixels, and the tokens after each stage, at 16, 32 and 64. MViTv2 has the tokens after each
-        stage, at 4, 8, 16 and 32, before any norm. Arguments and errors are those of `head_logits`.
+        DeiT has one map: the patches' tokens after the last norm, which global_pool="avg" leaves out. LeViT has the
+        output of the stem's third convolution, at a stride of 8 pixels, and the tokens after each stage, at 16, 32 and
+        64. MViTv2 has the tokens after each stage, at 4, 8, 16 and 32, before any norm. Arguments and errors are those
+        of `head_logits`.
         """
         return self._maps(*self._encode(self._checked(images), mask_threshold, key, for_maps=True))
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Vectors with a squared norm up to this, a norm of 1e-10, pass no gradient, as zero vectors do. Zero vectors are common:
-# with biases that start at zero, a patch of zeros has q = k = v = 0. There the derivative of x / |x| is 1 / 0, and an
+# Vectors with a squared norm up to this, a norm of 1e-10, pass no gradient, as zero vectors do. Those are common: with
+# biases that start at zero, a patch of zeros has q = k = v = 0. There the derivative of x / |x| is 1 / 0, and an
 # epsilon under the root would only make it huge.
 ZERO_SQUARED_NORM = 1e-20
 
