@@ -94,7 +94,7 @@ def one_of(*names: str) -> Values:
     return Values(str, "one of " + ", ".join(names), lambda value: value in names, names)
 
 
-TEXT = Values(str, "a text", lambda value: isinstance(value, str))
+TEXT = Values(str, "a string", lambda value: isinstance(value, str))
 FLAG = Values(bool, "True or False", lambda value: isinstance(value, bool))
 IMAGE_SIZE = Values(
     object,

@@ -553,7 +553,7 @@ def draw_precision_recall(precision: Float[np.ndarray, "ious recalls classes"], 
         class_axis.plot(recalls, values, color=_color_of(name), linewidth=1.2, label=label)
     for place in range(0, len(precision), 3):
         values = precision[place][:, has_objects].mean(-1)
-        grey = str(0.08 * place)  # matplotlib takes such a text as a grey, from "0" (black) to "1" (white)
+        grey = str(0.08 * place)  # matplotlib takes such a string as a grey, from "0" (black) to "1" (white)
         iou_axis.plot(recalls, values, color=grey, label=f"IoU {0.5 + 0.05 * place:.2f}: {values.mean():.2f}")
     class_axis.set(xlabel="recall", ylabel="precision", title="AP50 by class", xlim=(0, 1), ylim=(0, 1.02))
     iou_axis.set(xlabel="recall", title="mean over the classes", xlim=(0, 1))

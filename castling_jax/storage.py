@@ -25,7 +25,7 @@ def as_path(path: str | os.PathLike, what: str = "a path") -> epath.Path:
         than this machine or a gs:// bucket.
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(text := os.fspath(path), str):
-        raise InputError(f"{what} must be a text or a path, not {path!r}.")
+        raise InputError(f"{what} must be a string or a path, not {path!r}.")
     if not text:
         raise InputError(f"{what} must not be empty; the current folder is '.'.")
     if "\0" in text:

@@ -73,7 +73,7 @@ def paths_drawn(text):
 
 
 def commands_shown(text):
-    """(command, its words) of all command lines in a text, without brackets and what stands for more of the same."""
+    """(command, its words) of all command lines in a string, without brackets and what stands for more of the same."""
     for command, rest in COMMAND.findall(text.replace("\\\n", " ")):
         words = re.sub(r"[\[\]|`]|\.\.\.", " ", rest.partition(" #")[0]).split()
         if not PLACEHOLDERS.search(command):

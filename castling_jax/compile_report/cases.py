@@ -379,7 +379,7 @@ def _datasets(config: ConfigDict) -> tuple[tuple[Dataset, Dataset], list[str]]:
 
 
 def read_mesh(text: str) -> dict[str, int]:
-    """The size of each axis of a mesh, from a text such as "data:64,fsdp:-1"; axes that it leaves out have size 1.
+    """The size of each axis of a mesh, from a string such as "data:64,fsdp:-1"; axes that it leaves out have size 1.
 
     Raises:
       InputError: an axis is unknown or named twice, or its size is not an integer.

@@ -104,7 +104,7 @@ def _read_instruction(text: str) -> Instruction:
 
 
 def shape_bytes(text: str) -> int:
-    """Bytes of all arrays whose shapes are in a text, such as "(f32[8,128], s32[])"."""
+    """Bytes of all arrays whose shapes are in a string, such as "(f32[8,128], s32[])"."""
     return sum(
         _element_bytes(kind) * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in SHAPE.findall(text)
     )

@@ -192,7 +192,7 @@ def load_inference(path: str | os.PathLike) -> tuple[Model, Variables]:
     """Reads an inference folder, such as the `inference/` of a run.
 
     Args:
-      path: the folder, gs:// too; or a text without a slash, the name of shipped weights: "digits" ("./digits" is a
+      path: the folder, gs:// too; or a string without a slash, the name of shipped weights: "digits" ("./digits" is a
         folder).
 
     Returns:

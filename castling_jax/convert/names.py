@@ -103,7 +103,7 @@ def timm_state_dict(state_dict: object, what: str, *, ema: bool | None = None) -
 
 
 def listed(names: list[str]) -> str:
-    """The first names of a list, and the number of the others, as a text."""
+    """The first names of a list, and the number of the others, as a string."""
     return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 

@@ -16,7 +16,7 @@ def shipped_names() -> list[str]:
 
 
 def locate(path: str | os.PathLike) -> epath.Path:
-    """The folder of shipped weights if `path` is a text and their bare name, else the path itself.
+    """The folder of shipped weights if `path` is a string and their bare name, else the path itself.
 
     For a folder of your own with such a name, write ./NAME or give a pathlib.Path.
 

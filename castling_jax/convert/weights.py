@@ -100,7 +100,7 @@ def read(path: str | os.PathLike, *, step: int | None = None, ema: bool | None =
         - a run's folder: its newest checkpoint in training form, or its inference folder if it has no checkpoint;
         - the folder of one checkpoint, RUN/checkpoints/STEP;
         - an inference folder, as a run or the convert command writes it;
-        - the name of shipped weights, a text without a slash: "digits" ("./digits" is a folder);
+        - the name of shipped weights, a string without a slash: "digits" ("./digits" is a folder);
         - a foreign file: .safetensors, .npz, or PyTorch's.
       step: the checkpoint of a run to read; None is the newest.
       ema: whether to read the moving averages of a checkpoint's variables; None reads the weights that its run exports.

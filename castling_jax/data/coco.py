@@ -98,7 +98,7 @@ def _image(image: _Entry, file: epath.Path) -> tuple[str, int | str, tuple[int, 
     """An image's file, id and (height, width)."""
     name, sides = image.get("file_name"), [_number(image.get(side)) for side in ("height", "width")]
     if not isinstance(name, str) or not name:
-        raise _wrong("image", image, "file_name", "a text that is not empty", file)
+        raise _wrong("image", image, "file_name", "a string that is not empty", file)
     for side, pixels in zip(("height", "width"), sides, strict=True):
         if not (1 <= pixels <= LARGEST_INT and pixels.is_integer()):
             raise _wrong("image", image, side, PIXELS, file)
@@ -108,7 +108,7 @@ def _image(image: _Entry, file: epath.Path) -> tuple[str, int | str, tuple[int, 
 def _name(category: _Entry, file: epath.Path) -> str:
     name = category.get("name")
     if type(name) not in (int, str) or not str(name).strip():
-        raise _wrong("category", category, "name", "a text that is not empty", file)
+        raise _wrong("category", category, "name", "a string that is not empty", file)
     return str(name)
 
 
@@ -162,13 +162,13 @@ def _entries(content: _Entry, kind: str, file: epath.Path) -> list[_Entry]:
 
 
 def _by_id(content: _Entry, kind: str, file: epath.Path) -> dict[Any, _Entry]:
-    """id -> entry, in the order of the entries. An id is a whole number; an image's may be a text too."""
+    """id -> entry, in the order of the entries. An id is a whole number; an image's may be a string too."""
     one = {"images": "image", "categories": "category"}[kind]
     found: dict[Any, _Entry] = {}
     for place, entry in enumerate(_entries(content, kind, file)):
         value: Any = entry.get("id")
         if kind == "images" and type(value) not in (int, str):
-            raise _wrong(one, entry, "id", "a whole number or a text", file, place)
+            raise _wrong(one, entry, "id", "a whole number or a string", file, place)
         if kind == "categories" and not (type(value) is int and 0 <= value <= LARGEST_INT):
             raise _wrong(one, entry, "id", f"a whole number from 0 to {LARGEST_INT}", file, place)
         if value in found:

@@ -100,7 +100,7 @@ class FolderDataset(ImageFiles):
 
 
 def list_skipped(datasets: Iterable[object]) -> str:
-    """How many files were skipped, by their suffix, as a text, the most frequent first: "12 .txt, 1 .dng"; "" if none.
+    """How many files were skipped, by suffix, as a string, the most frequent first: "12 .txt, 1 .dng"; "" if none.
 
     Args:
       datasets: the splits of a data set; only image files that are found by their names have skipped any.

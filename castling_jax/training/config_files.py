@@ -39,7 +39,7 @@ def find_config(name: str | os.PathLike) -> tuple[Path, str]:
       InputError: there is no such file, or the name is no text or path.
     """
     if not isinstance(name, str | os.PathLike):
-        raise InputError(f"a configuration must be a text or a path, not {name!r}.")
+        raise InputError(f"a configuration must be a string or a path, not {name!r}.")
     path, _, argument = os.fspath(name).partition(":")
     if path and (file := Path(as_path(path))).is_file():
         return file, argument

@@ -40,7 +40,7 @@ def parse_overrides(name: str, words: Sequence[str]) -> tuple[ConfigDict, dict[s
     with mistakes:
         config = load_config(name)
     mistakes.report()
-    # absl would take None for a text or refuse it; a field whose default is None takes None.
+    # absl would take None for a string or refuse it; a field whose default is None takes None.
     nones = [field for word in words if (field := _set_to_none(word))]
     words = [word for word in words if not _set_to_none(word)]
     config.update_from_flattened_dict(dict.fromkeys(nones))

@@ -252,7 +252,7 @@ def _mask_kind(figures: Mapping[str, Any]) -> str:
 
 
 def describe_measures(figures: Mapping[str, Any]) -> list[str]:
-    """[training form's measures, inference form's measures], each a text: "98.06 % top-1, 100.00 % top-5"."""
+    """[training form's measures, inference form's measures], each a string: "98.06 % top-1, 100.00 % top-5"."""
     texts = [[f"{text} {measure.short}" for text in measure.texts(figures)] for measure in measures_of(figures)]
     return [", ".join(form) for form in zip(*texts, strict=True)]
 

@@ -97,5 +97,5 @@ class TensorBoard:
 
 
 def _text(value: Any) -> str:
-    """A field's value as a text: protocol buffers refuse a path that is not UTF-8."""
+    """A field's value as a string: protocol buffers refuse a path that is not UTF-8."""
     return printable(value) if isinstance(value, str) else json.dumps(value)

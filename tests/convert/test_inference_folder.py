@@ -491,7 +491,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_compute
     for path in (tmp_path / "file" / "a", "/proc/a"):
         with refuses(f"'{path}' cannot be "):
             save_inference(path, model, {})
-    with refuses("a path must be a text or a path, not None"):
+    with refuses("a path must be a string or a path, not None"):
         save_inference(None, model, variables)
 
 

@@ -109,7 +109,7 @@ class TestCoco:
         file = write_coco(tmp_path, content=content) / "annotations" / "instances_train2017.json"
         content["images"][0]["file_name"] = None
         file.write_text(json.dumps(content))
-        with refuses("the image 100 in", "has the file_name null, and it must be a text that is not empty"):
+        with refuses("the image 100 in", "has the file_name null, and it must be a string that is not empty"):
             load_dataset(f"coco:{tmp_path}", "train2017")
 
     @pytest.mark.parametrize("name", ["\ud800.jpg", "\x00.jpg"])
@@ -169,9 +169,9 @@ class TestCoco:
                 ("is damaged: number 1 of its annotations must be an object, not null",),
             ),
             (lambda i, a, c: c[0].update(name="dog"), ("the same name, 'dog': those with the ids 2 and 7",)),
-            (lambda i, a, c: c[0].update(name=None), ("the category 7 in", "name null", "a text that is not empty")),
-            (lambda i, a, c: c[0].update(name=" "), ("the category 7 in", 'name " "', "a text that is not empty")),
-            (lambda i, a, c: c[0].pop("name"), ("the category 7 in", "has no name: it must be a text")),
+            (lambda i, a, c: c[0].update(name=None), ("the category 7 in", "name null", "a string that is not empty")),
+            (lambda i, a, c: c[0].update(name=" "), ("the category 7 in", 'name " "', "a string that is not empty")),
+            (lambda i, a, c: c[0].pop("name"), ("the category 7 in", "has no name: it must be a string")),
             (
                 lambda i, a, c: c[0].update(id="7"),
                 ("the category number 1 in", 'id "7"', CLASS_ID),
@@ -181,7 +181,7 @@ class TestCoco:
             (lambda i, a, c: i.append(i[0]), ("two images", "have the same id, 100")),
             (
                 lambda i, a, c: i[0].pop("id"),
-                ("the image number 1 in", "has no id: it must be a whole number or a text"),
+                ("the image number 1 in", "has no id: it must be a whole number or a string"),
             ),
             (lambda i, a, c: (i.clear(), a.clear()), ("the split 'train2017'", "holds no images")),
             (lambda i, a, c: (a.clear(), c.clear()), ("train2017' name no class",)),

@@ -430,7 +430,7 @@ def test_the_spec_makes_the_detector_again_through_json():
         ({"backbone_arguments": 3}, "backbone_arguments must be a dict of arguments, not 3."),
         ({"embed_dim": 32}, "unknown argument of picodet_s 'embed_dim'"),
         ({"num_convs": 0}, "num_convs must be an integer from 1 to 16777216, not 0."),
-        ({"neck": 3}, "neck must be a text, not 3."),
+        ({"neck": 3}, "neck must be a string, not 3."),
         ({"attention": "window"}, "is for plain transformers such as deit_small, not levit_128s."),
         (
             {"backbone_arguments": {"embed_dim": (16,), "depth": (1,), "num_heads": (2,), "key_dim": 8}},

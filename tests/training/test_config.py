@@ -370,7 +370,7 @@ def test_configurations_are_found_by_name_and_by_path(refuses, tmp_path, monkeyp
     assert load_config("configs/digits.py").model.name == "deit_micro"
     assert load_config(Path("configs/digits.py")).model.name == "deit_micro"
     for other in (None, 3, b"digits"):
-        with refuses("a configuration must be a text or a path, not "):
+        with refuses("a configuration must be a string or a path, not "):
             load_config(other)
     assert load_config("configs/deit.py:base,softmax").model.name == "deit_base"
     with refuses("there is no configuration file 'configs/nothing.py'"):
