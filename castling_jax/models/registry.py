@@ -252,7 +252,7 @@ def with_backbone_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names that `create_model` takes, and that match a pattern such as "levit*" or "*_tiny".
+    """The names that `create_model` takes, and that match a pattern such as `levit*` or `*_tiny`.
 
     Classifiers come first, then models on one of them.
     """
