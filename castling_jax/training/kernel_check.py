@@ -197,8 +197,7 @@ def _outputs_and_gradients(
 def _run(call: Call, arrays: dict[str, Any], implementation: str) -> dict[str, Any]:
     """The call's outputs by name, from these arrays and this implementation."""
     if call.operation == "linear_angular_block":
-        out = linear_angular_block(**arrays, implementation=implementation, **call.options)
-        return {"output": out[:, : call.options["needed_tokens"]]}
+        return {"output": linear_angular_block(**arrays, implementation=implementation, **call.options)}
     arrays = dict.fromkeys(("token_kernel", "query_values", "auxiliary", "bias", "norms")) | arrays
     q, k, v = arrays["q"], arrays["k"], arrays["v"]
     if call.operation == "masked_softmax_attention":
