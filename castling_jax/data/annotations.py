@@ -11,6 +11,7 @@ from etils import epath
 from jaxtyping import Bool, Float, Int
 
 from castling_jax.data.decode import Size
+from castling_jax.data.folder import hash_names
 from castling_jax.errors import InputError, check, refusing
 from castling_jax.storage import is_remote
 
@@ -114,7 +115,7 @@ class BoxDataset:
     def contents(self) -> dict[str, str]:
         table = b"".join(array.tobytes() for array in (self.starts, *self.columns.values()))
         return {
-            "file names": hashlib.sha256("\n".join(self.files).encode(errors="surrogatepass")).hexdigest(),
+            "file names": hash_names(self.files),
             "annotations": hashlib.sha256(table).hexdigest(),
         }
 

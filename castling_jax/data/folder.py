@@ -73,8 +73,7 @@ class ImageFiles:
         return f"'{self.folder / self.files[index]}'"
 
     def contents(self) -> dict[str, str]:
-        # Names alone: reading every image at each start would take too long.
-        return {"file names": hashlib.sha256("\n".join(self.files).encode(errors="surrogatepass")).hexdigest()}
+        return {"file names": hash_names(self.files)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +96,11 @@ class FolderDataset(ImageFiles):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return super().__getitem__(index) | {"label": int(self.labels[index])}
+
+
+def hash_names(names: Iterable[str]) -> str:
+    """SHA-256 of file names, which may be no UTF-8. Reading every file at each start would take too long."""
+    return hashlib.sha256("\n".join(names).encode(errors="surrogatepass")).hexdigest()
 
 
 def list_skipped(datasets: Iterable[object]) -> str:

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import io
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from castling_jax.data.decode import Size, decoding, image_size
-from castling_jax.data.folder import choose, data_root, image_files, parse_split, read_list
+from castling_jax.data.folder import choose, data_root, hash_names, image_files, parse_split, read_list
 from castling_jax.errors import InputError, about, check, check_at_most, check_known, refusing
 from castling_jax.storage import as_path
 
@@ -84,9 +83,7 @@ class MaskDataset:
         return f"'{self.folder / self.files[index]}'"
 
     def contents(self) -> dict[str, str]:
-        # Names alone: reading every image at each start would take too long.
-        names = "\n".join([*self.files, *self.masks])
-        return {"file names": hashlib.sha256(names.encode(errors="surrogatepass")).hexdigest()}
+        return {"file names": hash_names([*self.files, *self.masks])}
 
 
 def masks_splits(path: epath.PathLike) -> list[str]:

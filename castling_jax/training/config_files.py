@@ -36,7 +36,7 @@ def find_config(name: str | os.PathLike) -> tuple[Path, str]:
     """Splits `NAME[:ARGUMENT]` into (file, argument); NAME is a path, or one of `config_names`.
 
     Raises:
-      InputError: there is no such file, or the name is no text or path.
+      InputError: there is no such file, or the name is no string or path.
     """
     if not isinstance(name, str | os.PathLike):
         raise InputError(f"a configuration must be a string or a path, not {name!r}.")

@@ -15,7 +15,7 @@ from castling_jax.convert.checkpoint import CHECKPOINTS
 from castling_jax.convert.run_folder import exported_weights
 from castling_jax.convert.weights import Weights, read
 from castling_jax.data.fingerprint import check_same_classes
-from castling_jax.data.sources import Dataset, find_splits, path_of
+from castling_jax.data.sources import Dataset, path_of
 from castling_jax.errors import InputError, printable, refusing
 from castling_jax.storage import absolute, write_atomically
 from castling_jax.tables import aligned
@@ -25,7 +25,7 @@ from castling_jax.training.config import FIELDS
 from castling_jax.training.config_files import run_config
 from castling_jax.training.console import of_classes
 from castling_jax.training.evaluate import configured_evaluator, evaluate_weights
-from castling_jax.training.setup import load_split
+from castling_jax.training.setup import held_out_split, load_split
 from castling_jax.training.sharding import check_batch, make_mesh, place, state_shardings, whole_over_fsdp
 from castling_jax.training.summary import describe_each_weights, describe_measures
 
@@ -137,7 +137,8 @@ def evaluate_checkpoint(
     model, threshold = checkpoint.model, checkpoint.mask_threshold
     if model is None or checkpoint.config is None or threshold is None:
         raise InputError(f"'{path}' is neither a run's folder with checkpoints nor one of its {CHECKPOINTS}/STEP.")
-    if unused := [f"config.{name}" for name in changes if name in unused_fields(model)]:
+    no_effect = unused_fields(model)
+    if unused := [f"config.{name}" for name in changes if name in no_effect]:
         raise InputError(f"the run's {model.spec.name} does not use {', '.join(unused)}: leave it out.")
     config = _changed(run_config(checkpoint.config), changes)
     # A run that keeps averages reports raw and averaged weights; `checkpoint` has the ones that it exports.
@@ -207,8 +208,7 @@ def _changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
         for name, value in changes.items():
             group, field = name.split(".")
             config[group][field] = value
-    if config.dataset.eval_split is None:
-        _, config.dataset.eval_split = find_splits(config.dataset.name, data_dir=config.dataset.data_dir)
+    config.dataset.eval_split = held_out_split(config.dataset)
     return config
 
 

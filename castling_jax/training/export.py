@@ -32,7 +32,6 @@ from castling_jax.convert.plan import Fate, plan
 from castling_jax.convert.run_folder import CONFIG_FILE, preprocessing_of
 from castling_jax.convert.weights import read
 from castling_jax.data.loader import evaluation_batches
-from castling_jax.data.sources import find_splits
 from castling_jax.errors import InputError, check_at_most, printable
 from castling_jax.models.attention.kinds import KINDS
 from castling_jax.models.model import Model
@@ -48,7 +47,7 @@ from castling_jax.tasks.registry import task_of
 from castling_jax.tasks.task import Task
 from castling_jax.training.card import CARD_FILE, model_card
 from castling_jax.training.config_files import run_config
-from castling_jax.training.setup import load_split
+from castling_jax.training.setup import held_out_split, load_split
 from castling_jax.training.summary import SUMMARY_FILE
 
 CHECK_BATCHES = 4  # of `Predictions.batch_size`: 128 images, and fewer where an image has many outputs
@@ -109,8 +108,7 @@ def convert(
     print(table(source.variables, variables))
     config = run_config(source.config)
     if check:
-        if config.dataset.eval_split is None:
-            _, config.dataset.eval_split = find_splits(config.dataset.name, data_dir=config.dataset.data_dir)
+        config.dataset.eval_split = held_out_split(config.dataset)
         preprocessing = source.preprocessing or preprocessing_of(config, spec.image_size)
         sent = held_out_images(task_of(source.model), preprocessing, config)
         if uint8 and sent.dtype != np.uint8:  # a data set of floats

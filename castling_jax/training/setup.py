@@ -295,6 +295,15 @@ def named_splits(data: ConfigDict) -> tuple[str, str]:
     return train_split, eval_split
 
 
+def held_out_split(data: ConfigDict) -> str:
+    """The split to evaluate on, whatever the group `data` names to learn from.
+
+    Raises:
+      InputError: as `find_splits` does.
+    """
+    return data.eval_split if data.eval_split is not None else find_splits(data.name, data_dir=data.data_dir)[1]
+
+
 def load_split(config: ConfigDict, split: str, classes: Sequence[str] | None = None) -> Dataset:
     """A split of the configuration's data set, with the annotations that its model learns from.
 
