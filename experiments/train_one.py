@@ -23,7 +23,7 @@ from castling_jax.storage import write_atomically
 from castling_jax.tasks.classification.answers import ANSWERS_FILE
 from castling_jax.tools.cli import ending_in_a_sentence, local_path
 from castling_jax.training.evaluate_run import EVALUATIONS
-from castling_jax.training.malloc import keep_freed_memory
+from castling_jax.training.malloc import keep_freed_memory_on_cpu
 from castling_jax.training.preemption import Preempted
 from castling_jax.training.run import run
 from castling_jax.training.summary import Summary
@@ -119,8 +119,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=local_path, required=True)
     parser.add_argument("--result", type=local_path, required=True)
     options = parser.parse_args()
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
+    keep_freed_memory_on_cpu()
     try:
         trials = {trial.name: trial for trial in trials_of(options.study, load_study(options.study))}
         check_known(f"run of {options.study}", options.run, trials)

@@ -241,23 +241,6 @@ def test_what_would_only_end_the_same_way_again_has_a_status_of_its_own(monkeypa
     assert capsys.readouterr().err == "main.py: no.\n"
 
 
-@pytest.mark.slow
-def test_on_a_cpu_freed_memory_is_kept(tmp_path):
-    program = """
-import sys
-from castling_jax.tools import train
-from castling_jax.training import process
-process.keep_freed_memory = lambda: print("kept", flush=True)
-sys.argv = ["main.py", "--evaluate=nowhere"]
-train.main()
-"""
-    ended = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert ended.stdout == "kept\n", ended.stderr
-    assert ended.stderr.startswith("main.py: 'nowhere' is neither")
-
-
 def interrupt(workdir, *, lines, launcher=False, ignored=False, times=1, group=False):
     """Starts a run, sends SIGINT once metrics.jsonl has so many lines; its status, what it said, and its checkpoints.
 

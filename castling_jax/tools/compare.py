@@ -17,6 +17,7 @@ from etils import epath
 from castling_jax.errors import InputError, check_known
 from castling_jax.storage import try_file, write_atomically
 from castling_jax.tools.cli import Parser, any_path, command
+from castling_jax.training.malloc import keep_freed_memory_on_cpu
 
 
 def make_parser() -> Parser:
@@ -30,11 +31,9 @@ def make_parser() -> Parser:
 
 @command(make_parser)
 def main(options: Namespace) -> None:
-    import jax
-
+    keep_freed_memory_on_cpu()
     from castling_jax.models.attention.kinds import KINDS
     from castling_jax.training.comparison import TABLE_FILE, compare, table
-    from castling_jax.training.malloc import keep_freed_memory
     from castling_jax.training.overrides import load_overridden
     from castling_jax.training.preemption import Preempted
 
@@ -49,8 +48,6 @@ def main(options: Namespace) -> None:
             check_known("attention", attention, KINDS)
         workdir = options.workdir or epath.Path("runs") / f"compare-{Path(options.config.partition(':')[0]).stem}"
         try_file(workdir / TABLE_FILE)  # before hours are spent
-        if jax.default_backend() == "cpu":
-            keep_freed_memory()
         page = table(compare(config, attentions, workdir))
         write_atomically(workdir / TABLE_FILE, page.encode())
     except Preempted as preempted:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from castling_jax.tools.cli import Parser, ending_in_a_sentence, program
 from castling_jax.tools.train import add_process_flags
+from castling_jax.training.malloc import keep_freed_memory_on_cpu
 
 
 def make_parser() -> Parser:
@@ -27,6 +28,7 @@ def main(words: Sequence[str] | None = None) -> None:
     name = program()
     with ending_in_a_sentence(f"{name}: "):
         options = make_parser().read(words)
+    keep_freed_memory_on_cpu()
     from castling_jax.training import process
 
     process.handle_signals(name)

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 from castling_jax.errors import InputError
 from castling_jax.tools.cli import Parser, ending_in_a_sentence, program
+from castling_jax.training.malloc import keep_freed_memory_on_cpu
 
 
 def make_parser() -> Parser:
@@ -78,6 +79,7 @@ def main(words: Sequence[str] | None = None) -> None:
             show(options)
             return
 
+        keep_freed_memory_on_cpu()
         from castling_jax.training import process
     process.handle_signals(name)
     if options.evaluate is None:

@@ -24,7 +24,6 @@ from castling_jax.training import distributed
 from castling_jax.training.checkpoints import next_start
 from castling_jax.training.config_files import DEFAULT_CONFIG, find_config
 from castling_jax.training.evaluate_run import evaluate_checkpoint, run_of
-from castling_jax.training.malloc import keep_freed_memory
 from castling_jax.training.overrides import load_overridden, parse_overrides
 from castling_jax.training.preemption import Preempted
 from castling_jax.training.run import run
@@ -94,8 +93,6 @@ def start(options: Namespace) -> None:
         sys.unraisablehook = ignore_closed_loops
         stdlib_logging.getLogger("castling_jax").setLevel(stdlib_logging.WARNING)  # users should see our own warnings
     distributed.initialize(options.coordinator, options.num_processes, options.process_id)
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
 
 
 def ignore_closed_loops(raised: Any) -> None:
