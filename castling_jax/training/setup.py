@@ -279,7 +279,14 @@ def named_splits(data: ConfigDict) -> tuple[str, str]:
                 "config.dataset.train_split."
             )
     if path_of(data.name) is None:  # tensorflow-datasets has its own notation for parts, and digits has none
-        return data.train_split or found, eval_split
+        train_split = data.train_split or found
+        for field, split in (("eval_split", eval_split), ("test_split", data.test_split)):
+            if split is not None and split.startswith(f"{train_split}["):
+                raise InputError(
+                    f"config.dataset.train_split = {train_split!r} must leave out {field} = {split!r}, so that no image "
+                    f"is in both: '{train_split}[:90%]' leaves out '{train_split}[90%:]'."
+                )
+        return train_split, eval_split
     train_split = data.train_split or rest_of(eval_split) or found
     rests = [("eval_split", eval_split, rest_of(eval_split))]
     if data.test_split is not None and parse_split(data.test_split)[0] == parse_split(train_split)[0]:

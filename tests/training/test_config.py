@@ -258,6 +258,14 @@ def test_what_is_held_out_is_not_learnt_from(refuses):
         named_splits(data(eval_split="val", test_split="20% of train", train_split="train"))
     with refuses("train_split = 'train without 20%' must be 'train without 10%' where test_split is '10% of train'"):
         named_splits(data(eval_split="20% of train", test_split="10% of train"))
+    # tensorflow-datasets' notation.
+    parts = {"name": "cifar10", "eval_split": "train[90%:]"}
+    assert named_splits(data(train_split="train[:90%]", **parts)) == ("train[:90%]", "train[90%:]")
+    for fields in ({}, {"train_split": "train"}):
+        with refuses("train_split = 'train' must leave out eval_split = 'train[90%:]'", "'train[:90%]' leaves out"):
+            named_splits(data(**fields, **parts))
+    with refuses("train_split = 'train' must leave out test_split = 'train[:5%]'"):
+        named_splits(data(name="cifar10", eval_split="test", test_split="train[:5%]"))
 
 
 def test_a_split_to_learn_from_may_be_named_alone_where_there_is_one_to_evaluate_on(tmp_path, refuses):
