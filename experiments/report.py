@@ -8,7 +8,7 @@ docs/evidence.md and README.md are written by hand, except between `<!-- report:
   STUDY/ARM/accuracy     one figure for a sentence: the mean over seeds, with its standard deviation
   STUDY/ARM/difference   one figure for a sentence: the mean difference from the control, with its 95 % interval
   STUDY/ARM-OTHER/difference   the same for two arms
-  STUDY/ARM-STUDY/ARM/difference   the same for arms of two studies, which need several seeds and the same test images
+  STUDY/ARM-STUDY/ARM/difference   the same for arms of two studies that are tested on the same images
   STUDY/ARM/mask         how the arm's mask empties: a table and a picture, docs/evidence_STUDY_ARM_mask.png
 
 --check writes nothing, and fails if a page or a picture does not agree with the results. Outside of the marks, a figure
@@ -111,12 +111,13 @@ class Findings:
     def _section(self) -> str:
         runs = len(trials_of(self.name, self.study))
         lines = [
-            f"`{STUDIES / self.name}.py`: {len(self.results)} of {runs} runs are finished. {self.study.about_data}"
+            f"`python -m experiments.run {self.name}` makes these results, as `{STUDIES / self.name}.py` says: "
+            f"{len(self.results)} of {runs} runs are finished. {self.study.about_data}"
         ]
         if not self.results:
-            return "\n".join([*lines, f"No results yet: `python -m experiments.run {self.name}` makes them."])
+            return "\n".join([*lines, "No results yet."])
         first = self.results[0]
-        machines = sorted({result["machine"] for result in self.results})
+        machines = sorted({f"{result['machine']} (JAX {result['versions']['jax']})" for result in self.results})
         lines += [
             f"The runs come from commit {first['commit'][:12]}, on {' and '.join(machines)}. Accuracies are of the "
             f"inference form on the {first['images']:,} images of `{first['data']['test_split']}`, with the standard "
@@ -259,14 +260,14 @@ def read_findings(name: str) -> Findings:
 
 
 def across(studies: Iterable[Findings]) -> dict[str, str]:
-    """Key -> text for two studies' arms, where both are tested on the same images with several seeds."""
+    """Key -> text for two studies' arms, where both are tested on the same images."""
     texts: dict[str, str] = {}
     for one, other in itertools.permutations(studies, 2):
-        if one.results and other.results and one.results[0]["data"] == other.results[0]["data"]:
-            for arm, control in itertools.product(one.chosen, other.chosen):
-                difference = paired_difference(one.accuracy(arm), other.accuracy(control))
-                if difference and difference.n > 1:
-                    texts[f"{one.name}/{arm}-{other.name}/{control}/difference"] = _difference(difference)
+        if one.results and other.results and one.results[0]["data"] != other.results[0]["data"]:
+            continue
+        for arm, control in itertools.product(one.chosen, other.chosen):
+            difference = paired_difference(one.accuracy(arm), other.accuracy(control))
+            texts[f"{one.name}/{arm}-{other.name}/{control}/difference"] = _difference(difference)
     return texts
 
 

@@ -17,7 +17,8 @@ SPEED_FIELDS = ("machine", "versions", "repeats", "rows")
 ORIGIN_FILE = "origin.json"  # in RESULTS/STUDY: the commit, and the hashes of the code and of the study's file
 ORIGIN_FIELDS = ("commit", "code", "study")
 DATA_FIELDS = ("name", "train_split", "eval_split", "test_split")
-# The first studies' results lack `mask`; only an arm that starts from another run has `start`.
+# The first studies' results lack `mask`, `environment` and `contents`; only an arm that starts from another run has
+# `start`.
 FIELDS = (
     *("study", "data", "variant", "seed", "learning_rate", "accuracy_validation", "accuracy_train_form"),
     *("accuracy_inference_form", "correct", "images", "steps", "seconds", "parameters", "macs"),
@@ -90,12 +91,15 @@ def read_results(name: str, study: Study) -> list[Result]:
             check_known(f"run of {name}", path.stem, [known.stem for known in paths])
     results: list[Result] = []
     costs: dict[str, dict[str, Any]] = {}  # arm -> what its first run cost
+    contents: dict[str, Any] = {}  # what the first run recorded of the data, where runs do
     for path, trial in paths.items():
         if path.exists():
             assert origin is not None  # read_origin refuses results without one
             result = read_object(path, FIELDS)
             cost = _cost(result)
             expected = _expected(path, result, trial, study, origin) | costs.setdefault(trial.arm.name, cost)
+            if "contents" in result:
+                expected["contents"] = contents = contents or result["contents"]
             found = result | cost
             for field, value in expected.items():
                 if found[field] != value:

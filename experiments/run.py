@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from castling_jax.errors import InputError, check_at_least
+from castling_jax.errors import InputError, check_at_least, refusing
 from castling_jax.storage import write_atomically
 from castling_jax.tools.cli import ending_in_a_sentence
 from experiments.results import ORIGIN_FILE, read_origin
@@ -127,7 +127,9 @@ def code_of(name: str, origin: dict[str, str]) -> Path:
         if folder.exists():
             shutil.rmtree(folder)
         _git("worktree", "prune")
-        _git("worktree", "add", "--detach", str(folder), origin["commit"])
+        # Forced twice, because a kill leaves git's entry of the worktree locked.
+        _git("worktree", "add", "--force", "--force", "--detach", str(folder), origin["commit"])
+    if has_git and not (folder / DATA).is_symlink():
         (folder / DATA).symlink_to(ROOT / DATA)
     if code_hash(name, folder) != origin["code"]:
         raise InputError(
@@ -148,7 +150,8 @@ def _is_checkout(folder: Path, commit: str) -> bool:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    with refusing(FileNotFoundError, "experiments.run needs git"):
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"git {' '.join(arguments)} failed ({' '.join(done.stderr.split())}).")
     return done.stdout.strip()

@@ -6,6 +6,7 @@
 import argparse
 import fcntl
 import json
+import os
 import platform
 import sys
 from importlib import metadata
@@ -25,13 +26,15 @@ from castling_jax.tools.cli import ending_in_a_sentence, local_path
 from castling_jax.training.evaluate_run import EVALUATIONS
 from castling_jax.training.malloc import keep_freed_memory_on_cpu
 from castling_jax.training.preemption import Preempted
-from castling_jax.training.run import run
+from castling_jax.training.run import DATA_FILE, run
 from castling_jax.training.summary import Summary
 from experiments.mask import evaluations_of
 from experiments.results import ORIGIN_FIELDS, ORIGIN_FILE, pack, read_object
 from experiments.study import Study, Trial, code_hash, load_study, trials_of
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+VARIABLES = ("JAX_", "XLA_", "OMP_", "GLIBC_")  # what these variables choose changes roundings, or the time
+PARTS = ("training", "held-out", "test")  # of the data, as a run records them
 
 
 def train_one(trial: Trial, workdir: Path, commit: str) -> dict[str, Any]:
@@ -53,9 +56,11 @@ def train_one(trial: Trial, workdir: Path, commit: str) -> dict[str, Any]:
     summary = _train(trial.config(study, None if start is None else Path(start.workdir)), workdir)
     correct = _correct_answers(summary)
     figures, data = summary.figures, read_config(summary.workdir)["dataset"]
+    recorded = read_object(Path(summary.workdir, DATA_FILE), PARTS)
     return {
         "study": trial.study,
         "data": {field: data[field] for field in ("name", "train_split", "eval_split", "test_split")},
+        "contents": {part: recorded[part] for part in PARTS},
         "variant": trial.arm.name,
         "seed": trial.seed,
         "learning_rate": trial.learning_rate,
@@ -73,6 +78,7 @@ def train_one(trial: Trial, workdir: Path, commit: str) -> dict[str, Any]:
         "code": code_hash(trial.study),
         "commit": commit,
         "command": f"python -m experiments.run {trial.study} --only={trial.name}",
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
         "machine": f"{platform.machine()}, {_processor()}, {jax.devices()[0].device_kind}",
     }

@@ -283,8 +283,8 @@ def named_splits(data: ConfigDict) -> tuple[str, str]:
         for field, split in (("eval_split", eval_split), ("test_split", data.test_split)):
             if split is not None and split.startswith(f"{train_split}["):
                 raise InputError(
-                    f"config.dataset.train_split = {train_split!r} must leave out {field} = {split!r}, so that no image "
-                    f"is in both: '{train_split}[:90%]' leaves out '{train_split}[90%:]'."
+                    f"config.dataset.train_split = {train_split!r} must leave out {field} = {split!r}, so that no "
+                    f"image is in both: '{train_split}[:90%]' leaves out '{train_split}[90%:]'."
                 )
         return train_split, eval_split
     train_split = data.train_split or rest_of(eval_split) or found

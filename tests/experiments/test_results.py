@@ -74,6 +74,15 @@ def test_a_figure_that_contradicts_others_is_found(folder, refuses, changes, fie
         read()
 
 
+def test_runs_on_other_images_are_found(folder, refuses):
+    first, second = sorted((folder / STUDY).glob("castling-fresh-*"))[:2]
+    change(first, contents={"test": {"images": 10_000, "images and labels": "a"}})
+    read()  # runs of earlier commits have no record
+    change(second, contents={"test": {"images": 10_000, "images and labels": "b"}})
+    with refuses(second.name, "contents"):
+        read()
+
+
 def test_where_validation_images_are_the_test_both_accuracies_are_one(folder, refuses):
     run = "castling-lr0.004-seed0.json"
     change(folder / "cifar10_rates" / run, accuracy_validation=0.99)

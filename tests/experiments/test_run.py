@@ -131,6 +131,7 @@ def test_a_killed_study_ends_with_all_results_and_its_report(repository):
     resumed = {name for name in RUNS if "Going on from step" in (runs / name / "log.txt").read_text()}
     assert resumed and resumed.isdisjoint(finished)
     assert {result["commit"] for result in found.values()} == {first_commit}
+    assert all(result["environment"]["JAX_PLATFORMS"] == "cpu" for result in found.values())
     assert {result["code"] for result in found.values()} == {json.loads((results / "origin.json").read_text())["code"]}
 
     # The accuracies are those of the library's own evaluator on the test split.
@@ -245,6 +246,23 @@ def test_a_worktree_that_was_changed_is_made_anew(repository, monkeypatch):
     commit(repository)
     run.code_of("tiny", origin | {"commit": git(repository, "rev-parse", "HEAD").strip()})
     assert (code / "experiments" / "mask.py").read_text() == "# another\n"
+
+
+def test_a_worktree_whose_making_was_killed_is_made_anew(repository, monkeypatch, refuses):
+    monkeypatch.setattr(run, "ROOT", repository)
+    monkeypatch.setattr(run, "RUNS", repository / "runs")
+    origin = {"commit": git(repository, "rev-parse", "HEAD").strip(), "code": run.code_hash("tiny", repository)}
+    code = run.code_of("tiny", origin)
+    # Killed after git had finished, and within git, which then leaves a lock and some of the files.
+    (code / "data_local").unlink()
+    assert (run.code_of("tiny", origin) / "data_local").is_symlink()
+    (repository / ".git" / "worktrees" / "code" / "locked").write_text("initializing")
+    (code / ".git").unlink()
+    assert run.code_of("tiny", origin) == code
+    assert not git(code, "status", "--porcelain", "experiments")
+    monkeypatch.setenv("PATH", "")
+    with refuses("needs git"):
+        run.code_of("tiny", origin | {"commit": "another"})
 
 
 @pytest.mark.slow
