@@ -139,7 +139,7 @@ def round_trip() -> Iterator[Line]:
     start = time.perf_counter()
 
     def done(stage: str, finding: str) -> Line:
-        return Line(True, stage, f"{finding}, {time.perf_counter() - start:.1f} s")
+        return Line(True, stage, f"{finding}, after {time.perf_counter() - start:.1f} s")
 
     stage = "train"
     with tempfile.TemporaryDirectory() as folder:

@@ -26,6 +26,7 @@ def draw(lines: Sequence[Line], differences: Sequence[Difference]) -> Figure:
     """
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    labels: set[tuple[float, str]] = set()
     for number, (name, accuracies, milliseconds) in enumerate(lines):
         # Attentions with one inference form have the same times: thinner bars let those of earlier lines show.
         width = 2 * (len(lines) - number)
@@ -35,7 +36,9 @@ def draw(lines: Sequence[Line], differences: Sequence[Difference]) -> Figure:
         for time, count in zip(times, tokens, strict=True):
             one = accuracies[count]
             text = f"{count}" if one.n >= SEEDS else f"{count}, n = {one.n}"
-            left.annotate(text, (time, one.mean), textcoords="offset points", xytext=(5, 5))
+            if (time, text) not in labels:  # lines with the same times would write one label over the other
+                left.annotate(text, (time, one.mean), textcoords="offset points", xytext=(5, 5))
+                labels.add((time, text))
             if one.n >= SEEDS:
                 left.vlines(time, *one.interval, color=line.get_color(), linewidth=width, alpha=0.7)
     counts = sorted({count for _, accuracies, _ in lines for count in accuracies})
@@ -47,17 +50,18 @@ def draw(lines: Sequence[Line], differences: Sequence[Difference]) -> Figure:
     left.xaxis.set_major_formatter("{x:g}")
     left.xaxis.set_minor_formatter(NullFormatter())
     right.axvline(0, color="black", linewidth=0.8)
-    labels = []
+    rows = []
     for place, (name, (rate, control_rate), difference) in enumerate(differences):
-        labels.append(f"{name} ({rate:g}, {control_rate:g}), n = {difference.n}")
+        rows.append(f"{name} ({rate:g}, {control_rate:g}), n = {difference.n}")
         if name == "softmax":
             right.barh(place, 2 * MARGIN, left=-MARGIN, height=1, color="0.85", label="margin", zorder=0)
         right.plot(difference.mean, place, "o", color="tab:blue")
         if difference.n >= SEEDS:
             right.hlines(place, *difference.interval, color="tab:blue")
-    right.set_yticks(range(len(differences)), labels)
+    right.set_yticks(range(len(differences)), rows)
     right.set_ylim(len(differences) - 0.5, -0.5)
     right.set(xlabel="castling minus control (points)", title="64 tokens, 15 epochs (equal-time: 19)")
+    right.set_ylabel("control (castling's rate, its own), n seeds")
     figure.legend(loc="outside lower center", ncols=len(lines) + 1)
     for axes in (left, right):
         axes.grid(alpha=0.3)

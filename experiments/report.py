@@ -171,7 +171,7 @@ class Findings:
             for arm in self.chosen
             if arm != self.study.control and (difference := self.difference(arm, self.study.control))
         ]
-        header = "arm", f"difference from {self.study.control}, points [95 % interval]", "seeds"
+        header = "arm, at its chosen rate", f"difference from {self.study.control}, points [95 % interval]", "seeds"
         return [*markdown(header, rows, "l"), ""] if rows else []
 
     @property

@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from castling_jax.data.sources import path_of
 from castling_jax.errors import InputError, check_at_least, refusing
 from castling_jax.storage import write_atomically
 from castling_jax.tools.cli import ending_in_a_sentence
@@ -65,6 +66,7 @@ def run(names: Sequence[str], *, jobs: int, only: str = "*") -> int:
         for name, trials in asked.items():
             if not trials:
                 continue  # the study is not started, so its commit is not recorded
+            _check_data(name)
             lock = locks.enter_context(_one_runner(name))
             origin = origin_of(name)
             unfinished = [trial for trial in trials if not trial.result.exists()]
@@ -73,6 +75,13 @@ def run(names: Sequence[str], *, jobs: int, only: str = "*") -> int:
                 code = code_of(name, origin)
                 waiting += [_Job(trial, code, lock) for trial in unfinished]
         return _run_all(waiting, jobs)
+
+
+def _check_data(name: str) -> None:
+    """Raises an InputError if a study's data is missing: each of its runs would say so, one after another."""
+    path = path_of(load_study(name).config().dataset.name)
+    if path is not None and not (ROOT / path).exists():
+        raise InputError(f"{name} reads '{path}', which is missing: experiments/README.md says how to make it.")
 
 
 @contextlib.contextmanager
