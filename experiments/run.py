@@ -51,8 +51,8 @@ def run(names: Sequence[str], *, jobs: int, only: str = "*") -> int:
     """Runs the unfinished runs of studies, one study after another; returns the number of runs that failed.
 
     Raises:
-      InputError: a study is unknown, is being run already, or has changed since its first result; or no study has a
-        run called `only`.
+      InputError: a study is unknown, is being run already, has changed since its first result, or lacks its data; or no
+        study has a run called `only`.
     """
     check_at_least("--jobs", jobs, 1)
     asked = {
@@ -66,10 +66,11 @@ def run(names: Sequence[str], *, jobs: int, only: str = "*") -> int:
         for name, trials in asked.items():
             if not trials:
                 continue  # the study is not started, so its commit is not recorded
-            _check_data(name)
             lock = locks.enter_context(_one_runner(name))
-            origin = origin_of(name)
             unfinished = [trial for trial in trials if not trial.result.exists()]
+            if unfinished:
+                _check_data(name)
+            origin = origin_of(name)
             print(f"{name}: {len(trials) - len(unfinished)} of {len(trials)} runs are finished.", flush=True)
             if unfinished:
                 code = code_of(name, origin)

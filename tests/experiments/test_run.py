@@ -223,6 +223,10 @@ def test_what_is_not_committed_or_unknown_is_not_run(repository, monkeypatch, re
         run.run(["cifar10_pilot", "cifar10_main"], jobs=1, only="nobody-*")
     with refuses("--jobs", "0"):
         run.run(["cifar10_pilot"], jobs=0)
+    shutil.rmtree(repository / "runs")
+    with refuses("cifar10_pilot reads 'data_local/cifar10', which is missing"):
+        run.run(["cifar10_pilot"], jobs=1)
+    assert not (repository / "experiments" / "results").exists()
 
 
 def test_a_worktree_that_was_changed_is_made_anew(repository, monkeypatch):
