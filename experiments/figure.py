@@ -54,7 +54,8 @@ def draw(lines: Sequence[Line], differences: Sequence[Difference]) -> Figure:
     for place, (name, (rate, control_rate), difference) in enumerate(differences):
         rows.append(f"{name} ({rate:g}, {control_rate:g}), n = {difference.n}")
         if name == "softmax":
-            right.barh(place, 2 * MARGIN, left=-MARGIN, height=1, color="0.85", label="margin", zorder=0)
+            label = None if right.patches else "margin"
+            right.barh(place, 2 * MARGIN, left=-MARGIN, height=1, color="0.85", label=label, zorder=0)
         right.plot(difference.mean, place, "o", color="tab:blue")
         if difference.n >= SEEDS:
             right.hlines(place, *difference.interval, color="tab:blue")

@@ -2,7 +2,7 @@
 
 docs/evidence.md and README.md are written by hand, except between `<!-- report: KEY -->` and `<!-- end -->`. KEY is
 
-  overview               the figure of three studies (OVERVIEW_STUDIES), docs/evidence.png
+  overview               the figure of four studies (OVERVIEW_STUDIES), docs/evidence.png
   speed                  the inference times that experiments.speed has measured
   STUDY                  the study's tables and its picture, docs/evidence_STUDY.png
   STUDY/ARM/accuracy     one figure for a sentence: the mean over seeds, with its standard deviation
@@ -48,7 +48,7 @@ MARKED = re.compile(r"(<!-- report: (\S+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 OVERVIEW = PAGE.parent / "evidence.png"
 DIGEST = "Description"  # the text in a PNG file that identifies the results that it shows
 OVERVIEW_TEXT = "Accuracy over inference time, and castling minus its controls"
-OVERVIEW_STUDIES = "cifar10_main", "cifar10_equal_rates", "cifar10_tokens"
+OVERVIEW_STUDIES = "cifar10_main", "cifar10_equal_rates", "cifar10_softmax_rates", "cifar10_tokens"
 NONE_YET = "(no result yet)"
 ACCURACY_HEADER = "arm", "learning rate", "accuracy, %", "seeds", "parameters", "MACs", "steps"
 
@@ -271,12 +271,15 @@ def across(studies: Iterable[Findings]) -> dict[str, str]:
     return texts
 
 
-def overview(main: Findings, equal_rates: Findings, tokens: Findings, speed: list[dict[str, Any]]) -> Picture:
-    """The figure that sums up three studies; it shows nothing as long as one of the four is missing.
+def overview(
+    main: Findings, equal_rates: Findings, softmax_rates: Findings, tokens: Findings, speed: list[dict[str, Any]]
+) -> Picture:
+    """The figure that sums up four studies; it shows nothing as long as one of them, or `speed`, is missing.
 
     Args:
       main: the findings of cifar10_main.
       equal_rates: the findings of cifar10_equal_rates.
+      softmax_rates: the findings of cifar10_softmax_rates, the controls of castling in cifar10_equal_rates.
       tokens: the findings of cifar10_tokens.
       speed: the rows of experiments.speed's measurement.
     """
@@ -287,18 +290,21 @@ def overview(main: Findings, equal_rates: Findings, tokens: Findings, speed: lis
         times = {row["tokens"]: row["milliseconds"]["median"] for row in speed if row["attention"] == measured}
         found = {count: tokens.accuracy(f"{attention}-{count}") for count in (64, 256)}
         lines.append((attention, {count: estimate(one.values()) for count, one in found.items() if one}, times))
-    by_study = [_controls(main), _controls(equal_rates)]
+    by_study = [_controls(main, main), _controls(equal_rates, equal_rates), _controls(equal_rates, softmax_rates)]
     is_whole = all(by_study) and all(accuracies and times for _, accuracies, times in lines)
-    shown = [main.results, equal_rates.results, tokens.results, speed] if is_whole else []
+    results = [findings.results for findings in (main, equal_rates, softmax_rates, tokens)]
+    shown = [*results, speed] if is_whole else []
     return Picture(OVERVIEW, shown, functools.partial(figure.draw, lines, [*itertools.chain(*by_study)]))
 
 
-def _controls(findings: Findings) -> list[figure.Difference]:
-    """Castling minus each arm that was trained from random weights with several seeds."""
-    arms = [arm.name for arm in findings.study.arms if len(arm.seeds) > 1 and not arm.start]
-    differences = {name: findings.difference("castling", name) for name in arms if name != "castling"}
-    rates = findings.chosen
-    return [(name, (rates["castling"], rates[name]), one) for name, one in differences.items() if one]
+def _controls(study: Findings, controls: Findings) -> list[figure.Difference]:
+    """A study's castling minus each arm of `controls` that was trained from random weights with several seeds."""
+    if not (castling := study.accuracy("castling")):
+        return []
+    arms = [arm.name for arm in controls.study.arms if len(arm.seeds) > 1 and not arm.start and arm.name != "castling"]
+    differences = {name: paired_difference(castling, controls.accuracy(name)) for name in arms}
+    rate = study.chosen["castling"]
+    return [(name, (rate, controls.chosen[name]), one) for name, one in differences.items() if one]
 
 
 def read_speed() -> dict[str, Any]:
@@ -365,8 +371,8 @@ def report(*, check: bool) -> list[Path]:
     by_name = {findings.name: findings for findings in studies}
     texts["speed"] = speed_table(read_speed())
     if by_name.keys() >= {*OVERVIEW_STUDIES}:
-        main, equal_rates, tokens = (by_name[name] for name in OVERVIEW_STUDIES)
-        pictures.append(overview(main, equal_rates, tokens, read_speed()["rows"]))
+        main, equal_rates, softmax_rates, tokens = (by_name[name] for name in OVERVIEW_STUDIES)
+        pictures.append(overview(main, equal_rates, softmax_rates, tokens, read_speed()["rows"]))
         texts["overview"] = f"![{OVERVIEW_TEXT}]({OVERVIEW.name})" if pictures[-1].shown else NONE_YET
     before = {path: path.read_text() for path in (PAGE, README)}
     for name in by_name.keys() - {*_keys(before[PAGE])}:

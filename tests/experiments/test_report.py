@@ -229,13 +229,15 @@ def test_the_overview_shows_three_lines_and_the_controls_with_seeds():
     main, tokens = Findings("main", THREE_ARMS, RESULTS), Findings("tokens", study, results)
     better = [one | {"accuracy_inference_form": one["accuracy_inference_form"] + 0.01} for one in RESULTS[3:]]
     equal = Findings("equal", THREE_ARMS, [*RESULTS[:3], *better])
+    alone = dataclasses.replace(THREE_ARMS, arms=ARMS[1:2])
+    rates = Findings("rates", alone, RESULTS[:3])
     kinds = ("softmax", "linear_angular")
     speed = [
         {"attention": kind, "tokens": count, "milliseconds": {"median": count / 100}}
         for kind in kinds
         for count in (64, 256)
     ]
-    picture = overview(main, equal, tokens, speed)
+    picture = overview(main, equal, rates, tokens, speed)
     left, right = picture.figure().axes
     assert [line.get_label() for line in left.lines] == ["softmax", "linear_angular", "castling"]
     assert all(list(line.get_xdata()) == [0.64, 2.56] for line in left.lines)
@@ -243,25 +245,28 @@ def test_the_overview_shows_three_lines_and_the_controls_with_seeds():
     assert [bars.get_segments()[0][:, 1].tolist() for bars in left.collections] == 6 * [
         pytest.approx([35.16, 84.84], abs=0.01)
     ]
-    assert len(right.patches) == 2  # the margin of softmax's row in each study
+    assert len(right.patches) == 3  # the margin of softmax's row in each study
     margin, bars = right.patches[0].get_extents().transformed(right.transData.inverted()), right.collections
     assert (margin.x0, margin.x1) == pytest.approx((-0.5, 0.5))
     assert bars[0].get_segments()[0][:, 0] == pytest.approx([-3.13, 4.46], abs=0.01)
-    assert bars[1].get_segments()[0][:, 0] == pytest.approx([-2.13, 5.46], abs=0.01)
+    for row in (1, 2):  # castling of the second study, against both studies' softmax
+        assert bars[row].get_segments()[0][:, 0] == pytest.approx([-2.13, 5.46], abs=0.01)
     # "new" has one seed: a screening.
     assert [label.get_text() for label in right.get_yticklabels()] == [
         "softmax (0.1, 0.1), n = 3",
         "softmax (0.1, 0.1), n = 3",
+        "softmax (0.1, 0.1), n = 3",
     ]
+    assert [one.get_text() for one in picture.figure().legends[0].get_texts()].count("margin") == 1
     check_legible(picture.figure())
     assert picture.digest()
-    empty = Findings("main", THREE_ARMS, [])
-    for parts in ((empty, equal, tokens, speed), (main, empty, tokens, speed), (main, equal, tokens, [])):
-        assert overview(*parts).digest() is None
-    assert overview(main, equal, Findings("tokens", study, results[6:]), speed).digest() is None
+    empty, no_tokens = Findings("main", THREE_ARMS, []), Findings("tokens", study, results[6:])
+    whole = (main, equal, rates, tokens, speed)
+    for place, missing in enumerate((empty, empty, Findings("rates", alone, []), no_tokens, [])):
+        assert overview(*whole[:place], missing, *whole[place + 1 :]).digest() is None
     # The interval of two seeds is not drawn.
     two = Findings("tokens", study, [one for one in results if one["seed"] < 2])
-    assert not overview(main, equal, two, speed).figure().axes[0].collections
+    assert not overview(main, equal, rates, two, speed).figure().axes[0].collections
 
 
 def test_measured_times_are_a_table():
