@@ -13,8 +13,8 @@ ACCELERATORS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/d
 
 
 def keep_freed_memory_on_cpu() -> None:
-    """Calls `keep_freed_memory` where JAX will compute on a CPU; to be called as early as that."""
-    # To ask JAX would start its threads.
+    """Calls `keep_freed_memory` where JAX will compute on a CPU; to be called while the process has one thread."""
+    # Asking JAX would start its threads.
     platforms = os.environ.get("JAX_PLATFORMS") or ("" if any(map(glob.glob, ACCELERATORS)) else "cpu")
     if platforms == "cpu":
         keep_freed_memory()
