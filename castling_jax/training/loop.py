@@ -93,10 +93,11 @@ class Loop:
                 batch = shard_batch(next(batches), setup.mesh, batch_size=config.train.batch_size)
             if step == 0 and config.logging.tensorboard:
                 self._show(state, batch)
-            # The first call with the softmax branch compiles, and so does the first without it.
-            with contextlib.nullcontext() if (threshold >= 1) in compiled else meter.paused():
+            is_empty = threshold >= 1  # the mask: the softmax branch is not computed
+            # The first call of each of the two programs compiles it.
+            with contextlib.nullcontext() if is_empty in compiled else meter.paused():
                 state, result = setup.train_step(state, batch, threshold)
-            compiled.add(threshold >= 1)
+            compiled.add(is_empty)
             step += 1
             finite.add(step, result["loss"], result["gradient_norm"])
             sent.append(result["loss"])
@@ -122,8 +123,8 @@ class Loop:
             line: dict[str, Any] = {}
             scored: dict[str, Any] | None = None
             if logs:
-                # `macs` counts with the softmax branch and without it; the branch is not computed from threshold 1 on.
-                line |= self._log(state, result, step) | meter.read(step, macs=macs[threshold >= 1])
+                # `macs` counts with the softmax branch and without it.
+                line |= self._log(state, result, step) | meter.read(step, macs=macs[is_empty])
                 self._console.logged(step, line)
             if evaluates:
                 with meter.paused():

@@ -27,7 +27,7 @@ assert faults[1] < faults[0] / 10, faults
 
 # 100 MB a call, more than the heap of a thread holds.
 FAULTS = """
-import resource, sys
+import resource
 
 def count(*_):
     import jax, jax.numpy as jnp
